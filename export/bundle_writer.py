@@ -1,0 +1,273 @@
+"""Base model + tails → bundle: weights fused and quantised into one safetensors file, graphs that point into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from ..finetune.tail import read_tail
+from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, file_digest
+from ..runtime.checkpoint import checkpoint_digest, eos_token_ids, read_config, read_weights
+from ..runtime.config import DecoderConfig
+from ..runtime.errors import BundleError, ConfigError, InvalidEnsembleError
+from ..runtime.request import Ensemble, Member, Space
+from ..runtime.rotary import rotary_tables
+from .graph import GraphWriter, Slice, StoredTensor
+from .quantise import quantise
+
+Array = npt.NDArray[Any]
+
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class MemberWeights:
+    """What a member has of its own: tensors with canonical names; everything else is the base's."""
+
+    name: str
+    split_layer: int
+    weights: Mapping[str, npt.NDArray[np.float32]]
+    provenance: Mapping[str, Any]
+
+
+def export_bundle(
+    model_dir: Path,
+    out: Path,
+    *,
+    tails: Mapping[str, Path | None] | None = None,
+    mix: Mapping[str, float] | None = None,
+    space: Space = Space.LOGITS,
+    bits: int = 8,
+    group_size: int = 32,
+    num_tail_layers: int | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write a bundle to the directory `out` (replaced as a whole, only when complete).
+
+    `tails`: member name → tail directory, None for the base itself; without any, the base is the only member. `mix`:
+    member → coefficient, uniform by default. `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised).
+    `num_tail_layers`: how many layers every member has of its own; by default what the tails need. Raises
+    `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of another base), `NotFoundError`.
+    """
+    if bits not in (4, 8, 32):
+        raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
+    config = read_config(model_dir)
+    digest = checkpoint_digest(model_dir)
+    members = [_read_member(n, path, digest, config) for n, path in (tails or {BASE: None}).items()]
+    ensemble = _default_ensemble([member.name for member in members], mix, space)
+    split_layer = _split_layer(config, members, num_tail_layers)
+
+    base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in read_weights(model_dir).items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        tensors = _bundle_tensors(config, base, members, bits, group_size)
+        save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
+        graphs = _write_graphs(config, members, split_layer, group_size, work)
+        for file in COPIED:
+            if (model_dir / file).is_file():
+                shutil.copyfile(model_dir / file, work / file)
+        by_name = {member.name: member.mix for member in ensemble.members}
+        manifest = {
+            "format": FORMAT,
+            "name": name or out.name,
+            "config": config.to_dict(),
+            "quantisation": {"bits": bits, "group_size": group_size, "head_bits": max(bits, 8)},
+            "split_layer": split_layer,
+            "members": [
+                {"name": m.name, "mix": by_name[m.name], "provenance": dict(m.provenance)} for m in members
+            ],
+            "space": str(space),
+            "graphs": graphs,
+            "eos_token_ids": list(eos_token_ids(model_dir)),
+            "provenance": {"base": model_dir.name, "base_digest": digest},
+            "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _read_member(name: str, path: Path | None, base_digest: str, config: DecoderConfig) -> MemberWeights:
+    if not name or not all(c.isalnum() or c in "-_." for c in name):
+        raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
+    if path is None:
+        return MemberWeights(name, config.num_layers, {}, {"kind": BASE})
+    manifest, weights = read_tail(path)
+    if manifest["base"]["digest"] != base_digest:
+        raise BundleError(
+            f"the tail '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
+            f"this model has {base_digest[:12]}…; export it with the base that it was trained on"
+        )
+    arrays = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
+    return MemberWeights(name, int(manifest["split_layer"]), arrays, manifest)
+
+
+def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
+    if mix is None:
+        mix = dict.fromkeys(names, 1.0 / len(names))
+    unknown = sorted(set(mix) - set(names))
+    if unknown:
+        raise InvalidEnsembleError(f"the mix names {unknown}; the bundle's members are {sorted(names)}")
+    return Ensemble(tuple(Member(n, float(mix.get(n, 0.0))) for n in names), space)
+
+
+def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_layers: int | None) -> int:
+    needed = min(member.split_layer for member in members)
+    if num_tail_layers is None:
+        return needed
+    if not 0 <= num_tail_layers <= config.num_layers:
+        raise ConfigError(f"tails may have 0 to {config.num_layers} layers, got {num_tail_layers}")
+    split_layer = config.num_layers - num_tail_layers
+    if split_layer > needed:
+        raise ConfigError(
+            f"{num_tail_layers} tail layers are too few: a member changes layers from {needed} on, "
+            f"which takes {config.num_layers - needed}"
+        )
+    return split_layer
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _bundle_tensors(
+    config: DecoderConfig,
+    base: Mapping[str, npt.NDArray[np.float32]],
+    members: list[MemberWeights],
+    bits: int,
+    group_size: int,
+) -> dict[str, Array]:
+    """All stored tensors. A single member is folded into the base; several have `members.<name>.` tensors."""
+    tensors: dict[str, Array] = {}
+    if config.positions == "rotary":
+        tensors["rotary.cos"], tensors["rotary.sin"] = rotary_tables(config)
+    folded = dict(base) | dict(members[0].weights) if len(members) == 1 else dict(base)
+    _add_tensors(tensors, "", _fuse(config, folded), bits, group_size)
+    if len(members) > 1:
+        for member in members:
+            changed = {
+                name.rpartition(".")[0]
+                for name in member.weights
+                if not np.array_equal(member.weights[name], base[name])
+            }
+            own = _fuse(config, dict(base) | dict(member.weights))
+            kept = {name: own[name] for name in own if _parts(name) & changed}
+            _add_tensors(tensors, f"members.{member.name}.", kept, bits, group_size)
+    return tensors
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def _fuse(config: DecoderConfig, weights: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
+    """Projections that read the same input become one matrix: rows of q, k, v; rows of gate, up."""
+    fused = dict(weights)
+    for index in range(config.num_layers):
+        for target, parts in _FUSED.items():
+            if target == "gate_up_proj" and config.activation != "swiglu":
+                continue
+            prefix = f"model.layers.{index}." + ("self_attn" if target == "qkv_proj" else "mlp")
+            for kind in ("weight", "bias"):
+                if f"{prefix}.{parts[0]}.{kind}" in fused:
+                    rows = [fused.pop(f"{prefix}.{part}.{kind}") for part in parts]
+                    fused[f"{prefix}.{target}.{kind}"] = np.concatenate(rows)
+    return fused
+
+
+def _parts(name: str) -> set[str]:
+    """The checkpoint's modules that a fused tensor is made of."""
+    module = name.rpartition(".")[0]
+    prefix, _, last = module.rpartition(".")
+    return {f"{prefix}.{part}" for part in _FUSED[last]} if last in _FUSED else {module}
+
+
+def _add_tensors(
+    tensors: dict[str, Array], prefix: str, weights: Mapping[str, npt.NDArray[np.float32]], bits: int, group_size: int
+) -> None:
+    for name, weight in weights.items():
+        is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
+        is_linear = name.endswith("_proj.weight") or is_head
+        if bits == 32 or not is_linear:
+            tensors[prefix + name] = np.ascontiguousarray(weight)
+            continue
+        quantised = quantise(weight, 8 if is_head else bits, group_size, name=name)
+        tensors[f"{prefix}{name}.values"] = quantised.values
+        tensors[f"{prefix}{name}.scales"] = quantised.scales
+        if quantised.zero_points is not None:
+            tensors[f"{prefix}{name}.zero_points"] = quantised.zero_points
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies (header: 8 bytes length, JSON; offsets count from its end)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: StoredTensor(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _write_graphs(
+    config: DecoderConfig, members: list[MemberWeights], split_layer: int, group_size: int, work: Path
+) -> dict[str, Any]:
+    tensors = stored_tensors(work / WEIGHTS)
+    last = config.num_layers
+    shared = GraphWriter(config, tensors, WEIGHTS, group_size)
+    shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
+    if len(members) == 1:
+        shared.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
+        return {"trunk": "model.onnx", "tails": {}, "head": "head.onnx"}
+    shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
+    tails = {}
+    for member in members:
+        tails[member.name] = f"tail-{member.name}.onnx"
+        writer = GraphWriter(config, tensors, WEIGHTS, group_size, _resolver(tensors, member.name))
+        part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
+        writer.write(part, work / tails[member.name])
+    return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
+
+
+def _resolver(tensors: Mapping[str, StoredTensor], member: str) -> Any:
+    def resolve(name: str) -> str:
+        own = f"members.{member}.{name}"
+        return own if own in tensors or f"{own}.values" in tensors else name
+
+    return resolve
+
+
+def _replace(work: Path, out: Path) -> None:
+    """Put the finished directory in place; a reader sees the old bundle or the new one."""
+    if out.exists():
+        if not (out / MANIFEST).is_file():
+            raise ConfigError(f"'{out}' exists and is not a bundle; choose another directory")
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+        os.replace(out, old / out.name)
+        os.replace(work, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(work, out)

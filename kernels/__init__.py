@@ -1,0 +1,1 @@
+"""Kernels: the plain oracle of every op (`reference`), and their fast forms."""

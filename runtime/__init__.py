@@ -1,0 +1,1 @@
+"""The inference runtime: request → scheduler → backend → stream, and the gRPC server around it."""

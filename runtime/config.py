@@ -1,0 +1,88 @@
+"""The two configurations everything else is derived from: `DecoderConfig` (a model) and `EngineConfig` (how to serve)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+
+def _check_keys(cls: type, values: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"unknown {cls.__name__} key(s) {unknown}; known keys are {sorted(known)}")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A decoder-only transformer, said once. The torch model, the ONNX graphs and the native kernels derive from it.
+
+    Sizes are counts of elements. `family` names the checkpoint layout (weight names); everything that changes the
+    arithmetic has a field of its own, so a new family is a row in `decoder_families` and not a branch elsewhere.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3", "gpt2"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position_embeddings: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # only "llama3" and "linear" are known; None is plain rotary
+    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, one up and one down projection
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
+    tied_head: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+        """Raises `ConfigError` for unknown keys."""
+        _check_keys(cls, values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to serve a bundle. Unknown keys are refused, nothing is adjusted silently."""
+
+    backend: Literal["onnx"] = "onnx"
+    max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
+    max_model_len: int = 2048  # positions a sequence, prompt and answer together
+    max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
+    max_waiting: int = 256  # groups that may queue before OverloadedError
+    threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "max_waiting", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Raises `ConfigError` for unknown keys and values out of range."""
+        _check_keys(cls, values)
+        return cls(**values)
