@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from ..runtime.config import DecoderConfig
 from ..runtime.errors import BundleError, ConfigError, InvalidEnsembleError
 from ..runtime.request import Ensemble, Member, Space
 from ..runtime.rotary import rotary_tables
+from ..runtime.torch_model import Decoder
+from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
 from .quantise import quantise
 
 Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 BASE = "base"
@@ -38,7 +41,7 @@ class MemberWeights:
 
     name: str
     split_layer: int
-    weights: Mapping[str, npt.NDArray[np.float32]]
+    weights: Mapping[str, F32]
     provenance: Mapping[str, Any]
 
 
@@ -53,12 +56,14 @@ def export_bundle(
     group_size: int = 32,
     num_tail_layers: int | None = None,
     name: str | None = None,
+    calibration: Sequence[Sequence[int]] = (),
 ) -> Path:
     """Write a bundle to the directory `out` (replaced as a whole, only when complete).
 
     `tails`: member name → tail directory, None for the base itself; without any, the base is the only member. `mix`:
     member → coefficient, uniform by default. `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised).
-    `num_tail_layers`: how many layers every member has of its own; by default what the tails need. Raises
+    `num_tail_layers`: how many layers every member has of its own; by default what the tails need. `calibration`: chunks
+    of token ids by which an 8-bit bundle is equalised (see `calibrate`); none, no equalisation. Raises
     `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of another base), `NotFoundError`.
     """
     if bits not in (4, 8, 32):
@@ -69,11 +74,13 @@ def export_bundle(
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
 
-    base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in read_weights(model_dir).items()}
+    weights = read_weights(model_dir)
+    rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
+    base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        tensors = _bundle_tensors(config, base, members, bits, group_size)
+        tensors = _bundle_tensors(config, base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
         graphs = _write_graphs(config, members, split_layer, group_size, work)
         for file in COPIED:
@@ -146,8 +153,9 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 def _bundle_tensors(
     config: DecoderConfig,
-    base: Mapping[str, npt.NDArray[np.float32]],
+    base: Mapping[str, F32],
     members: list[MemberWeights],
+    rms: Mapping[str, F32],
     bits: int,
     group_size: int,
 ) -> dict[str, Array]:
@@ -155,16 +163,16 @@ def _bundle_tensors(
     tensors: dict[str, Array] = {}
     if config.positions == "rotary":
         tensors["rotary.cos"], tensors["rotary.sin"] = rotary_tables(config)
-    folded = dict(base) | dict(members[0].weights) if len(members) == 1 else dict(base)
-    _add_tensors(tensors, "", _fuse(config, folded), bits, group_size)
+
+    def prepare(weights: Mapping[str, F32]) -> dict[str, F32]:
+        return _fuse(config, equalise(config, weights, rms, group_size) if rms else weights)
+
+    folded = {**base, **members[0].weights} if len(members) == 1 else base
+    _add_tensors(tensors, "", prepare(folded), bits, group_size)
     if len(members) > 1:
         for member in members:
-            changed = {
-                name.rpartition(".")[0]
-                for name in member.weights
-                if not np.array_equal(member.weights[name], base[name])
-            }
-            own = _fuse(config, dict(base) | dict(member.weights))
+            changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
+            own = prepare({**base, **member.weights})
             kept = {name: own[name] for name in own if _parts(name) & changed}
             _add_tensors(tensors, f"members.{member.name}.", kept, bits, group_size)
     return tensors
@@ -173,7 +181,7 @@ def _bundle_tensors(
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def _fuse(config: DecoderConfig, weights: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
+def _fuse(config: DecoderConfig, weights: Mapping[str, F32]) -> dict[str, F32]:
     """Projections that read the same input become one matrix: rows of q, k, v; rows of gate, up."""
     fused = dict(weights)
     for index in range(config.num_layers):
@@ -196,7 +204,7 @@ def _parts(name: str) -> set[str]:
 
 
 def _add_tensors(
-    tensors: dict[str, Array], prefix: str, weights: Mapping[str, npt.NDArray[np.float32]], bits: int, group_size: int
+    tensors: dict[str, Array], prefix: str, weights: Mapping[str, F32], bits: int, group_size: int
 ) -> None:
     for name, weight in weights.items():
         is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
@@ -252,7 +260,7 @@ def _write_graphs(
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
 
 
-def _resolver(tensors: Mapping[str, StoredTensor], member: str) -> Any:
+def _resolver(tensors: Mapping[str, StoredTensor], member: str) -> Callable[[str], str]:
     def resolve(name: str) -> str:
         own = f"members.{member}.{name}"
         return own if own in tensors or f"{own}.values" in tensors else name

@@ -1,0 +1,83 @@
+"""Equalisation before 8-bit quantisation: the activations' outliers move into the weights, where they cost nothing.
+
+The activations are quantised per row and group as they come, so a channel that is always large spoils its group. Each
+channel j of a linear layer's input is divided by s_j and the column j of the weight multiplied by it; the division is
+folded into what makes the input (a norm's weight, the rows of the up projection). The function computed is the same.
+
+s_j = sqrt(rms_j), normalised to a geometric mean of 1 within the group, so that only the spread *inside* a group
+changes. After SmoothQuant (Xiao et al. 2023), whose migration strength is 0.5 as well. Not used for 4 bits: a checkpoint
+that lies on a 4-bit grid would leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..runtime.config import DecoderConfig
+from ..runtime.torch_model import Decoder
+
+F32 = npt.NDArray[np.float32]
+
+
+def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, F32]:
+    """Module name → root mean square of each input channel of its linear layer, over all tokens of `chunks`."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def observe(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares = inputs[0].detach().double().square().reshape(-1, inputs[0].shape[-1]).sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return decoder.get_submodule(name).register_forward_pre_hook(hook)
+
+    names = [name for name, _ in decoder.named_modules() if name.endswith(("q_proj", "up_proj", "down_proj"))]
+    handles = [observe(name) for name in names]
+    try:
+        with torch.no_grad():
+            for chunk in chunks:
+                decoder(torch.tensor([list(chunk)]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    num_tokens = sum(len(chunk) for chunk in chunks)
+    return {name: (total / num_tokens).sqrt().float().numpy() for name, total in sums.items()}
+
+
+def equalise(config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int) -> dict[str, F32]:
+    """The same function with other weights. The same `rms` must be used for all members of a bundle."""
+    result = dict(weights)
+
+    def divide(names: Sequence[str], scales: F32) -> None:
+        for name in names:
+            if name in result:
+                result[name] = result[name] / (scales if result[name].ndim == 1 else scales[:, None])
+
+    def multiply(names: Sequence[str], scales: F32) -> None:
+        for name in names:
+            if name in result:
+                result[name] = result[name] * scales
+
+    for index in range(config.num_layers):
+        layer = f"model.layers.{index}"
+        norm, attention, mlp = f"{layer}.input_layernorm", f"{layer}.self_attn", f"{layer}.mlp"
+        scales = _scales(rms[f"{attention}.q_proj"], group_size)
+        divide([f"{norm}.weight", f"{norm}.bias"], scales)
+        multiply([f"{attention}.{part}_proj.weight" for part in "qkv"], scales)
+        norm = f"{layer}.post_attention_layernorm"
+        scales = _scales(rms[f"{mlp}.up_proj"], group_size)
+        divide([f"{norm}.weight", f"{norm}.bias"], scales)
+        multiply([f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], scales)
+        if config.activation == "swiglu":  # silu(gate) · up is linear in up; gelu(up) is not
+            scales = _scales(rms[f"{mlp}.down_proj"], group_size)
+            divide([f"{mlp}.up_proj.weight", f"{mlp}.up_proj.bias"], scales)
+            multiply([f"{mlp}.down_proj.weight"], scales)
+    return result
+
+
+def _scales(rms: F32, group_size: int) -> F32:
+    logs = 0.5 * np.log(np.maximum(rms.astype(np.float64), 1e-5)).reshape(-1, group_size)
+    return np.asarray(np.exp(logs - logs.mean(axis=1, keepdims=True)).reshape(-1), dtype=np.float32)

@@ -1,0 +1,104 @@
+"""The parity report: every member of a bundle, as it is served, against the same member in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..finetune.tail import read_tail
+from ..runtime.bundle import WEIGHTS, Bundle
+from ..runtime.checkpoint import read_config, read_weights
+from ..runtime.config import EngineConfig
+from ..runtime.onnx_backend import OnnxBackend
+from ..runtime.torch_model import Decoder
+from .bundle_writer import stored_tensors
+
+REPORT = "parity.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MemberParity:
+    """A member's agreement with its fp32 self over `num_tokens` predictions on held-out text."""
+
+    name: str
+    num_tokens: int
+    nll: float  # nats a token, fp32
+    nll_change: float  # (served - fp32) / fp32
+    kl: float  # mean KL(fp32 || served), nats a token
+    top1: float  # share of positions with the same best token
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """A bundle's report. `overhead`: size on disk of weights and graphs / bytes of the tensors that they hold."""
+
+    bits: int
+    size_bytes: int
+    overhead: float
+    members: tuple[MemberParity, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def measure_parity(
+    bundle: Bundle,
+    model_dir: Path,
+    tails: Mapping[str, Path | None],
+    chunks: Sequence[Sequence[int]],
+    *,
+    threads: int | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
+) -> Parity:
+    """Score `chunks` of token ids under each member of `bundle` and its fp32 original; also written to parity.json.
+
+    `tails` as in `export_bundle`. `on_chunk` is called after each chunk of each member.
+    """
+    longest = max(len(chunk) for chunk in chunks)
+    config = EngineConfig(max_num_seqs=1, max_model_len=longest, **({} if threads is None else {"threads": threads}))
+    backend = OnnxBackend(bundle, config)
+    base = read_weights(model_dir)
+    reports = []
+    for index, name in enumerate(bundle.members):
+        path = tails.get(name)
+        own = {} if path is None else read_tail(path)[1]
+        decoder = Decoder.from_weights(read_config(model_dir), {**base, **own}).eval()
+        reports.append(_compare(name, decoder, backend, index, chunks, on_chunk))
+    size = sum((bundle.path / file).stat().st_size for file in _model_files(bundle))
+    held = sum(tensor.length for tensor in stored_tensors(bundle.path / WEIGHTS).values())
+    parity = Parity(int(bundle.quantisation["bits"]), size, size / held, tuple(reports))
+    (bundle.path / REPORT).write_text(json.dumps(parity.to_dict(), indent=1) + "\n")
+    return parity
+
+
+def _model_files(bundle: Bundle) -> list[str]:
+    return [WEIGHTS, bundle.graphs.trunk, bundle.graphs.head, *bundle.graphs.tails.values()]
+
+
+def _compare(
+    name: str,
+    decoder: Decoder,
+    backend: OnnxBackend,
+    member: int,
+    chunks: Sequence[Sequence[int]],
+    on_chunk: Callable[[], None],
+) -> MemberParity:
+    count, nll, served_nll, kl, same = 0, 0.0, 0.0, 0.0, 0
+    for chunk in chunks:
+        with torch.no_grad():
+            expected = torch.log_softmax(decoder(torch.tensor([list(chunk)]))[0, :-1], -1)  # [S - 1, vocab]
+        served = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(backend.score(chunk, member)[:-1])), -1)
+        targets = torch.tensor(list(chunk[1:]))[:, None]
+        count += len(chunk) - 1
+        nll -= float(expected.gather(1, targets).sum())
+        served_nll -= float(served.gather(1, targets).sum())
+        kl += float((expected.exp() * (expected - served)).sum())
+        same += int((expected.argmax(-1) == served.argmax(-1)).sum())
+        on_chunk()
+    return MemberParity(name, count, nll / count, served_nll / nll - 1, kl / count, same / count)
