@@ -64,6 +64,9 @@ class DecoderConfig:
         return self.num_kv_heads * self.head_size
 
 
+_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "threads")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How to serve a bundle. Unknown keys are refused, nothing is adjusted silently."""
@@ -72,11 +75,12 @@ class EngineConfig:
     max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
     max_model_len: int = 2048  # positions a sequence, prompt and answer together
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
+    prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
     threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "max_waiting", "threads"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")

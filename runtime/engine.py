@@ -1,0 +1,402 @@
+"""`Engine`: the loop schedule → step → commit → stream, on one thread, and the thread-safe door to it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .backend import Backend
+from .batch import StepOutput
+from .blocks import BlockManager
+from .bundle import Bundle
+from .config import EngineConfig
+from .errors import (
+    ContextLengthError,
+    InvalidEnsembleError,
+    InvalidRequestError,
+    MotetError,
+    NumericalError,
+    OverloadedError,
+    UnavailableError,
+)
+from .output import Completion, Output, Timings, Usage
+from .request import Ensemble, FinishReason, Request
+from .scheduler import Scheduler
+from .sequence import Group
+from .sequence import Sequence as TokenSequence
+from .stream import TextStream
+from .tokenizer import Tokenizer
+
+log = logging.getLogger("motet.engine")
+
+OnOutput = Callable[[Output], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a request is checked against."""
+
+    name: str
+    members: tuple[str, ...]
+    default_ensemble: Ensemble
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    waiting: int  # groups
+    running: int  # groups
+    free_blocks: int
+    num_blocks: int
+    steps: int
+    tokens: int  # sampled since the start
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """The text side of a group."""
+
+    request: Request
+    group: Group
+    text: TextStream
+    on_output: OnOutput
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+
+    def usage(self) -> Usage:
+        return Usage(len(self.request.prompts[0]), len(self.group.output))
+
+    def timings(self, now: float) -> Timings:
+        admitted = self.admitted if self.admitted is not None else now
+        first = self.first_token if self.first_token is not None else now
+        return Timings(admitted - self.arrived, max(0.0, first - admitted), now - first)
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Seed of a choice: the request's own for choice 0, else splitmix64 of it (Steele et al. 2014)."""
+    if choice == 0:
+        return seed
+    z = (seed + choice * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ (z >> 31)
+
+
+class Engine:
+    """Serves requests on one backend. `submit` and `abort` may be called from any thread."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, model: ModelInfo, config: EngineConfig) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.config = config
+        self._backend = backend
+        blocks = BlockManager(backend.num_blocks, backend.block_size)
+        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk)
+        self._streams: dict[Group, _Stream] = {}
+        self._wake = threading.Condition()
+        self._arrivals: deque[list[_Stream]] = deque()  # guarded by _wake, as are the next four
+        self._aborts: dict[str, FinishReason] = {}
+        self._num_queued = 0
+        self._draining = False
+        self._closed = False
+        self._steps = 0
+        self._tokens = 0
+        self._thread = threading.Thread(target=self._loop, name="motet-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_bundle(cls, path: Path | str, config: EngineConfig | None = None, *, verify: bool = True) -> Engine:
+        """Load a bundle and start an engine on it. Errors: see `Bundle.load`."""
+        from .onnx_backend import OnnxBackend
+
+        config = config or EngineConfig()
+        bundle = Bundle.load(path, verify=verify)
+        backend = OnnxBackend(bundle, config)
+        model = ModelInfo(
+            name=bundle.name,
+            members=bundle.members,
+            default_ensemble=bundle.default_ensemble,
+            eos_token_ids=bundle.eos_token_ids,
+            vocab_size=bundle.config.vocab_size,
+            max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
+        )
+        return cls(backend, Tokenizer.from_dir(bundle.path), model, config)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # ---- the door ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Queue a request. `on_output` gets every delta, from the engine's thread; it must not block.
+
+        Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError` (the queue is
+        full), `UnavailableError` (draining or closed). After it returns, every choice ends with a `finish_reason`.
+        """
+        streams = self._streams_of(request, on_output)
+        with self._wake:
+            if self._draining or self._closed:
+                raise UnavailableError("the engine is shutting down; send the request to another server")
+            if self._num_queued + len(streams) > self.config.max_waiting:
+                raise OverloadedError(
+                    f"{self._num_queued} choices are waiting and {len(streams)} more exceed max_waiting "
+                    f"({self.config.max_waiting}); try again later"
+                )
+            self._num_queued += len(streams)
+            self._arrivals.append(streams)
+            self._wake.notify()
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a request with what it has. Unknown or finished ones are fine."""
+        with self._wake:
+            self._aborts[request_id] = reason
+            self._wake.notify()
+
+    def complete(self, requests: Sequence[Request], on_output: OnOutput | None = None) -> list[list[Completion]]:
+        """Run requests to their end and return their choices, for offline use. Raises what `submit` raises, and the
+        error of a choice that failed."""
+        results: list[list[Completion]] = []
+        finished = threading.Semaphore(0)
+        for request in requests:
+            choices: dict[int, Completion] = {}
+
+            def collect(output: Output, choices: dict[int, Completion] = choices) -> None:
+                if on_output is not None:
+                    on_output(replace(output))
+                if output.choice in choices:
+                    choices[output.choice].extend(output)
+                else:
+                    choices[output.choice] = output
+                if output.finish_reason is not None:
+                    finished.release()
+
+            self.submit(request, collect)
+            results.append([])
+            for _ in range(request.sampling.n):
+                finished.acquire()
+            results[-1] = [choices[choice] for choice in sorted(choices)]
+        for choice in (c for choices_ in results for c in choices_):
+            if choice.error is not None:
+                raise choice.error
+        return results
+
+    def stats(self) -> EngineStats:
+        blocks, waiting = self._scheduler.blocks, self._num_queued
+        running = len(self._scheduler.running)
+        return EngineStats(waiting, running, blocks.num_free, blocks.num_blocks, self._steps, self._tokens)
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here run to their end. Returns at once."""
+        with self._wake:
+            self._draining = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End all requests (CANCELLED, with what they have) and the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._backend.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, nothing runs."""
+        with self._wake:
+            return not self._arrivals and not self._streams
+
+    # ---- a request becomes groups --------------------------------------------------------------------------------
+
+    def _streams_of(self, request: Request, on_output: OnOutput) -> list[_Stream]:
+        self._check(request)
+        views = sorted({member.view for member in request.ensemble.members})
+        index_of = {name: index for index, name in enumerate(self.model.members)}
+        members_of = {
+            view: tuple(sorted({index_of[m.name] for m in request.ensemble.members if m.view == view})) for view in views
+        }
+        longest = max(len(request.prompts[view]) for view in views)
+        room = self.model.max_model_len - longest
+        params = request.sampling
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        now = time.monotonic()
+        streams = []
+        for choice in range(params.n):
+            group = Group(
+                request_id=request.request_id,
+                choice=choice,
+                sequences=[TokenSequence(request.prompts[view], members_of[view]) for view in views],
+                terms=tuple((views.index(m.view), index_of[m.name], m.mix) for m in request.ensemble.members),
+                space=request.ensemble.space,
+                params=params,
+                seed=choice_seed(seed, choice),
+                max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                return_member_logprobs=request.return_member_logprobs,
+            )
+            text = TextStream(self.tokenizer.stream(), params.stop)
+            streams.append(_Stream(request, group, text, on_output, now))
+        return streams
+
+    def _check(self, request: Request) -> None:
+        model, blocks = self.model, self._scheduler.blocks
+        for member in request.ensemble.members:
+            if member.name not in model.members:
+                raise InvalidEnsembleError(
+                    f"'{member.name}' is not a member of '{model.name}'; its members are {list(model.members)}",
+                    field="ensemble.members.name",
+                )
+        views = {member.view for member in request.ensemble.members}
+        if len(views) > self.config.max_num_seqs:
+            raise InvalidRequestError(
+                f"the request has {len(views)} views; at most max_num_seqs ({self.config.max_num_seqs}) can run at once"
+            )
+        for view in views:
+            prompt = request.prompts[view]
+            if len(prompt) >= model.max_model_len:
+                raise ContextLengthError(
+                    f"the prompt has {len(prompt)} tokens; the context holds {model.max_model_len} with at least one for "
+                    "the answer; shorten it",
+                    field="prompt",
+                )
+            _check_ids("prompt", (min(prompt), max(prompt)), model.vocab_size)
+        params = request.sampling
+        _check_ids("logit_bias", params.logit_bias, model.vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
+        longest = sum(min(model.max_model_len, len(request.prompts[v]) + (params.max_tokens or model.max_model_len)) for v in views)
+        if blocks.blocks_for(longest) > blocks.num_blocks:
+            raise ContextLengthError(
+                f"the request may need {blocks.blocks_for(longest)} blocks of KV cache, there are {blocks.num_blocks}; "
+                "lower max_tokens",
+                field="max_tokens",
+            )
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while self._take_arrivals():
+            self._end_overdue()
+            batch = self._scheduler.schedule()
+            if batch is None:
+                self._scheduler.check_integrity()
+                continue
+            now = time.monotonic()
+            for group in self._scheduler.running:
+                stream = self._streams[group]
+                if stream.admitted is None:
+                    stream.admitted = now
+                    self._num_queued -= 1
+            try:
+                output = self._backend.step(batch)
+            except Exception as error:  # whatever the backend raises must not end the engine
+                self._fail_running(error)
+                continue
+            self._steps += 1
+            self._emit(self._scheduler.commit(output), output)
+        for stream in list(self._streams.values()):
+            self._finish(stream, FinishReason.CANCELLED)
+
+    def _take_arrivals(self) -> bool:
+        """Take in what came; sleep while there is nothing to do. False: the engine is closed."""
+        with self._wake:
+            while not (self._arrivals or self._closed or self._streams):
+                self._aborts.clear()  # of requests that are gone
+                self._wake.wait()
+            arrivals, self._arrivals = self._arrivals, deque()
+            aborts, self._aborts = self._aborts, {}
+            closed = self._closed
+        for stream in (stream for streams in arrivals for stream in streams):
+            self._streams[stream.group] = stream
+            self._scheduler.add(stream.group)
+        if aborts:
+            for stream in list(self._streams.values()):
+                if stream.request.request_id in aborts:
+                    self._finish(stream, aborts[stream.request.request_id])
+        return not closed
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        for stream in list(self._streams.values()):
+            limit = stream.request.time_limit_s
+            if limit is not None and now - stream.arrived >= limit:
+                self._finish(stream, FinishReason.TIME_LIMIT)
+
+    def _fail_running(self, error: Exception) -> None:
+        """A step failed as a whole: its groups end with the error, those that wait go on."""
+        log.exception("a step failed; its requests end with an error")
+        for group in list(self._scheduler.running):
+            self._finish(self._streams[group], FinishReason.ERROR, error=MotetError(f"the backend failed: {error}"))
+
+    def _emit(self, groups: list[Group], output: StepOutput) -> None:
+        now = time.monotonic()
+        for index, group in enumerate(groups):
+            stream = self._streams[group]
+            if index in output.errors:
+                error = NumericalError(f"no token for request '{group.request_id}': {output.errors[index]}")
+                self._finish(stream, FinishReason.ERROR, error=error)
+                continue
+            self._tokens += 1
+            stream.first_token = stream.first_token if stream.first_token is not None else now
+            token_id = int(output.token_ids[index])
+            delta = Output(group.request_id, group.choice, group.seed, token_ids=[token_id])
+            if group.params.logprobs is not None:
+                delta.logprobs = [float(output.logprobs[index])]
+                delta.top_logprobs = [output.top_logprobs[index]]
+            if group.return_member_logprobs:
+                delta.member_logprobs = [output.member_logprobs[index]]
+            self._advance(stream, token_id, delta)
+
+    def _advance(self, stream: _Stream, token_id: int, delta: Output) -> None:
+        """Text of one token; ends the group if it was the last one. A stop token gives no text."""
+        group, text = stream.group, stream.text
+        if token_id in group.stop_ids:
+            delta.stop_matched = token_id
+            self._finish(stream, FinishReason.STOP, delta=delta)
+            return
+        delta.text = text.push(token_id)
+        if text.stopped is not None and len(group.output) >= group.params.min_tokens:
+            delta.stop_matched = text.stopped
+            self._finish(stream, FinishReason.STOP, delta=delta)
+        elif len(group.output) >= group.max_tokens:
+            self._finish(stream, FinishReason.LENGTH, delta=delta)
+        else:
+            self._send(stream, delta)
+
+    def _finish(
+        self, stream: _Stream, reason: FinishReason, *, delta: Output | None = None, error: MotetError | None = None
+    ) -> None:
+        group = stream.group
+        if stream.admitted is None:
+            self._num_queued -= 1
+        self._scheduler.abort(group)
+        del self._streams[group]
+        output = delta or Output(group.request_id, group.choice, group.seed)
+        output.text += stream.text.flush()
+        output.finish_reason, output.error = reason, error
+        output.usage, output.timings = stream.usage(), stream.timings(time.monotonic())
+        self._send(stream, output)
+
+    def _send(self, stream: _Stream, output: Output) -> None:
+        try:
+            stream.on_output(output)
+        except Exception:  # a client's callback must not end the loop for the others
+            log.exception("on_output of request '%s' failed", output.request_id)
+
+
+def _check_ids(field: str, token_ids: Sequence[int] | object, vocab_size: int) -> None:
+    for token_id in token_ids:  # type: ignore[attr-defined]
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(f"token id {token_id} in {field} is not in 0…{vocab_size - 1}", field=field)
