@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -167,29 +167,32 @@ class Engine:
     def complete(self, requests: Sequence[Request], on_output: OnOutput | None = None) -> list[list[Completion]]:
         """Run requests to their end and return their choices, for offline use. Raises what `submit` raises, and the
         error of a choice that failed."""
-        results: list[list[Completion]] = []
-        finished = threading.Semaphore(0)
-        for request in requests:
-            choices: dict[int, Completion] = {}
+        choices: list[dict[int, Completion]] = [{} for _ in requests]
+        room = threading.Semaphore(self.config.max_waiting)  # never more in flight than the queue takes
 
-            def collect(output: Output, choices: dict[int, Completion] = choices) -> None:
+        def collector(index: int) -> OnOutput:
+            def collect(output: Output) -> None:
                 if on_output is not None:
                     on_output(replace(output))
-                if output.choice in choices:
-                    choices[output.choice].extend(output)
+                if output.choice in choices[index]:
+                    choices[index][output.choice].extend(output)
                 else:
-                    choices[output.choice] = output
+                    choices[index][output.choice] = output
                 if output.finish_reason is not None:
-                    finished.release()
+                    room.release()
 
-            self.submit(request, collect)
-            results.append([])
+            return collect
+
+        for index, request in enumerate(requests):
             for _ in range(request.sampling.n):
-                finished.acquire()
-            results[-1] = [choices[choice] for choice in sorted(choices)]
-        for choice in (c for choices_ in results for c in choices_):
-            if choice.error is not None:
-                raise choice.error
+                room.acquire()
+            self.submit(request, collector(index))
+        for _ in range(self.config.max_waiting):  # all came back: everything has ended
+            room.acquire()
+        results = [[by_choice[choice] for choice in sorted(by_choice)] for by_choice in choices]
+        for completion in (completion for result in results for completion in result):
+            if completion.error is not None:
+                raise completion.error
         return results
 
     def stats(self) -> EngineStats:
@@ -276,11 +279,12 @@ class Engine:
         params = request.sampling
         _check_ids("logit_bias", params.logit_bias, model.vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
-        longest = sum(min(model.max_model_len, len(request.prompts[v]) + (params.max_tokens or model.max_model_len)) for v in views)
-        if blocks.blocks_for(longest) > blocks.num_blocks:
+        room = params.max_tokens or model.max_model_len
+        lengths = [min(model.max_model_len, len(request.prompts[view]) + room) for view in views]
+        needed = sum(blocks.blocks_for(length) for length in lengths)
+        if needed > blocks.num_blocks:
             raise ContextLengthError(
-                f"the request may need {blocks.blocks_for(longest)} blocks of KV cache, there are {blocks.num_blocks}; "
-                "lower max_tokens",
+                f"the request may need {needed} blocks of KV cache, there are {blocks.num_blocks}; lower max_tokens",
                 field="max_tokens",
             )
 
@@ -298,7 +302,7 @@ class Engine:
                 stream = self._streams[group]
                 if stream.admitted is None:
                     stream.admitted = now
-                    self._num_queued -= 1
+                    self._leave_queue()
             try:
                 output = self._backend.step(batch)
             except Exception as error:  # whatever the backend raises must not end the engine
@@ -366,8 +370,8 @@ class Engine:
             delta.stop_matched = token_id
             self._finish(stream, FinishReason.STOP, delta=delta)
             return
-        delta.text = text.push(token_id)
-        if text.stopped is not None and len(group.output) >= group.params.min_tokens:
+        delta.text = text.push(token_id, may_stop=len(group.output) >= group.params.min_tokens)
+        if text.stopped is not None:
             delta.stop_matched = text.stopped
             self._finish(stream, FinishReason.STOP, delta=delta)
         elif len(group.output) >= group.max_tokens:
@@ -380,7 +384,7 @@ class Engine:
     ) -> None:
         group = stream.group
         if stream.admitted is None:
-            self._num_queued -= 1
+            self._leave_queue()
         self._scheduler.abort(group)
         del self._streams[group]
         output = delta or Output(group.request_id, group.choice, group.seed)
@@ -389,6 +393,10 @@ class Engine:
         output.usage, output.timings = stream.usage(), stream.timings(time.monotonic())
         self._send(stream, output)
 
+    def _leave_queue(self) -> None:
+        with self._wake:
+            self._num_queued -= 1
+
     def _send(self, stream: _Stream, output: Output) -> None:
         try:
             stream.on_output(output)
@@ -396,7 +404,7 @@ class Engine:
             log.exception("on_output of request '%s' failed", output.request_id)
 
 
-def _check_ids(field: str, token_ids: Sequence[int] | object, vocab_size: int) -> None:
-    for token_id in token_ids:  # type: ignore[attr-defined]
+def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(f"token id {token_id} in {field} is not in 0…{vocab_size - 1}", field=field)

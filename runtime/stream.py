@@ -15,9 +15,10 @@ class TextStream:
         self._held = ""
         self.stopped: str | None = None
 
-    def push(self, token_id: int) -> str:
-        """The text that may be given out after this token."""
-        return self._cut(self._decoder.push([token_id]), final=False)
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """The text that may be given out after this token. Without `may_stop` no stop string ends in this token."""
+        text = self._decoder.push([token_id])
+        return self._cut(text, final=False) if may_stop else text
 
     def flush(self) -> str:
         """The rest of the text, at the end of the answer."""
