@@ -159,22 +159,32 @@ def _bundle_tensors(
     bits: int,
     group_size: int,
 ) -> dict[str, Array]:
-    """All stored tensors. A single member is folded into the base; several have `members.<name>.` tensors."""
+    """All stored tensors. A single member is folded into the base; several have `members.<name>.` tensors.
+
+    What fine-tuning changed has 8 bits at least: its changes are smaller than a step of a 4-bit grid, and rounding them
+    away would give the base back.
+    """
     tensors: dict[str, Array] = {}
     if config.positions == "rotary":
         tensors["rotary.cos"], tensors["rotary.sin"] = rotary_tables(config)
 
+    def add(prefix: str, weights: Mapping[str, F32], bits: int) -> None:
+        for name, weight in weights.items():
+            _add_tensor(tensors, prefix, name, weight, bits, group_size)
+
     def prepare(weights: Mapping[str, F32]) -> dict[str, F32]:
         return _fuse(config, equalise(config, weights, rms, group_size) if rms else weights)
 
-    folded = {**base, **members[0].weights} if len(members) == 1 else base
-    _add_tensors(tensors, "", prepare(folded), bits, group_size)
-    if len(members) > 1:
-        for member in members:
-            changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
-            own = prepare({**base, **member.weights})
-            kept = {name: own[name] for name in own if _parts(name) & changed}
-            _add_tensors(tensors, f"members.{member.name}.", kept, bits, group_size)
+    shared = prepare(base)
+    for member in members:
+        changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
+        own = {n: w for n, w in prepare({**base, **member.weights}).items() if _modules(n) & changed}
+        if len(members) == 1:
+            shared = {n: w for n, w in shared.items() if n not in own}
+            add("", own, max(bits, 8))
+        else:
+            add(f"members.{member.name}.", own, max(bits, 8))
+    add("", shared, bits)
     return tensors
 
 
@@ -196,27 +206,25 @@ def _fuse(config: DecoderConfig, weights: Mapping[str, F32]) -> dict[str, F32]:
     return fused
 
 
-def _parts(name: str) -> set[str]:
+def _modules(name: str) -> set[str]:
     """The checkpoint's modules that a fused tensor is made of."""
     module = name.rpartition(".")[0]
     prefix, _, last = module.rpartition(".")
     return {f"{prefix}.{part}" for part in _FUSED[last]} if last in _FUSED else {module}
 
 
-def _add_tensors(
-    tensors: dict[str, Array], prefix: str, weights: Mapping[str, F32], bits: int, group_size: int
+def _add_tensor(
+    tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int
 ) -> None:
-    for name, weight in weights.items():
-        is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
-        is_linear = name.endswith("_proj.weight") or is_head
-        if bits == 32 or not is_linear:
-            tensors[prefix + name] = np.ascontiguousarray(weight)
-            continue
-        quantised = quantise(weight, 8 if is_head else bits, group_size, name=name)
-        tensors[f"{prefix}{name}.values"] = quantised.values
-        tensors[f"{prefix}{name}.scales"] = quantised.scales
-        if quantised.zero_points is not None:
-            tensors[f"{prefix}{name}.zero_points"] = quantised.zero_points
+    is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
+    if bits == 32 or not (is_head or name.endswith("_proj.weight")):
+        tensors[prefix + name] = np.ascontiguousarray(weight)
+        return
+    quantised = quantise(weight, 8 if is_head else bits, group_size, name=name)
+    tensors[f"{prefix}{name}.values"] = quantised.values
+    tensors[f"{prefix}{name}.scales"] = quantised.scales
+    if quantised.zero_points is not None:
+        tensors[f"{prefix}{name}.zero_points"] = quantised.zero_points
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

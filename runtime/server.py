@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,11 @@ class Server:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"{self._host}:{self._wanted_port}"
         try:
+            with socket.create_server((self._host, self._wanted_port)):
+                pass  # asked first, because gRPC writes a log line of its own when it cannot bind
             self.port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise UnavailableError(f"cannot listen on {address}: it is in use or not allowed; choose another --port") from error
+        except (OSError, RuntimeError) as error:
+            raise UnavailableError(f"cannot listen on {address} ({error}); choose another --port") from error
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 

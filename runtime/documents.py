@@ -1,0 +1,35 @@
+"""Long documents: cut where people would, so that every piece fits a number of tokens."""
+
+from __future__ import annotations
+
+from .tokenizer import Tokenizer
+
+_SEPARATORS = ("\n\n", "\n", ". ", " ")
+
+
+def split_document(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[str]:
+    """Pieces of at most `max_tokens` tokens, as long as possible; joined they are the text. Cuts at paragraphs if it
+    can, else lines, sentences, words, and only at last inside a word."""
+    return _split(tokenizer, text, max_tokens, _SEPARATORS)
+
+
+def _split(tokenizer: Tokenizer, text: str, max_tokens: int, separators: tuple[str, ...]) -> list[str]:
+    if _count(tokenizer, text) <= max_tokens or len(text) <= 1:
+        return [text]
+    if not separators:
+        middle = len(text) // 2
+        parts = [text[:middle], text[middle:]]
+    else:
+        parts = [part + separators[0] for part in text.split(separators[0])]
+        parts[-1] = parts[-1].removesuffix(separators[0])
+    pieces: list[str] = []
+    for part in filter(None, parts):
+        if pieces and _count(tokenizer, pieces[-1] + part) <= max_tokens:
+            pieces[-1] += part
+        else:
+            pieces += _split(tokenizer, part, max_tokens, separators[1:])
+    return pieces
+
+
+def _count(tokenizer: Tokenizer, text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,445 @@
+"""The `motet` command. Each subcommand parses its options and calls one function.
+
+A user's mistake ends with exit code 2 and one line on stderr; another failure with 1; Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from .runtime.config import EngineConfig
+from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
+from .runtime.output import Output
+from .runtime.prompt import Prompt
+from .runtime.request import Ensemble, Member, SamplingParams, Space
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+bench = typer.Typer(no_args_is_help=True, help="Measure: decode, serve, peers. Each writes JSON and an HTML page.")
+app.add_typer(bench, name="bench")
+
+Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
+Address = Annotated[str, typer.Option(help="A server's host:port.")]
+MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: the CPUs this process may use.")]
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors into exit codes."""
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except MotetError as error:
+        print(f"motet: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except click.exceptions.ClickException as error:
+        print(f"motet: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        needed = {"torch": "export", "transformers": "export", "onnx": "export", "matplotlib": "bench"}
+        extra = needed.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f"motet: this command needs {error.name}; install it with `pip install 'motet[{extra}]'`", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- models and bundles ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, a GGUF file, or a hub id.")],
+    name: Annotated[str | None, typer.Option(help="Name in the local store.")] = None,
+    force: Annotated[bool, typer.Option(help="Fetch again even if it is intact.")] = False,
+) -> None:
+    """Bring a model into the local store."""
+    from .export import pull as store
+
+    print(store.pull(source, name=name, force=force))
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
+    data: Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL file.")],
+    out: Annotated[Path, typer.Option(help="Directory of the tail.")],
+    name: Annotated[str | None, typer.Option(help="The member's name; default: the directory's.")] = None,
+    layers: Annotated[int, typer.Option(help="How many of the last layers are trained.")] = 2,
+    examples: Annotated[int, typer.Option(help="Training examples at most.")] = 400,
+    epochs: int = 2,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    max_length: Annotated[int, typer.Option(help="Tokens an example at most.")] = 320,
+    seed: int = 0,
+) -> None:
+    """Train the last layers and the final norm of a frozen model."""
+    from .export.pull import resolve_model
+    from .finetune.train import TuneParams
+    from .finetune.train import tune as train
+
+    params = TuneParams(
+        layers=layers, examples=examples, epochs=epochs, learning_rate=lr, max_length=max_length, seed=seed
+    )
+    metrics = train(resolve_model(model), data, out, name=name, params=params)["metrics"]
+    before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
+    print(f"{out}: validation loss {before:.3f} → {after:.3f} nats a token")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    tail: Annotated[list[str] | None, typer.Option(help="name=DIR of a tail, or name for the base itself.")] = None,
+    mix: MixOption = None,
+    space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
+    bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
+    group: Annotated[int, typer.Option(help="Columns a quantisation group.")] = 32,
+    layers: Annotated[int | None, typer.Option(help="Layers a tail; default: what the tails need.")] = None,
+    parity: Annotated[bool, typer.Option(help="Measure every member against fp32.")] = True,
+) -> None:
+    """Quantise a model and its tails into one bundle, and measure it against fp32."""
+    from .export.bundle_writer import export_bundle
+    from .export.pull import resolve_model
+    from .finetune.data import heldout_token_ids
+    from .runtime.tokenizer import Tokenizer
+
+    directory = resolve_model(model)
+    tails = dict(_tail(text) for text in tail) if tail else {"base": None}
+    tokenizer = Tokenizer.from_dir(directory)
+    export_bundle(
+        directory,
+        out,
+        tails=tails,
+        mix=None if mix is None else _coefficients(mix),
+        space=space,
+        bits=bits,
+        group_size=group,
+        num_tail_layers=layers,
+        calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
+    )
+    print(out)
+    if parity:
+        _report_parity(directory, out, tails, heldout_token_ids(tokenizer, 4096))
+
+
+def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], chunks: list[list[int]]) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .bench.report import table
+    from .export.parity import measure_parity
+    from .runtime.bundle import Bundle
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("parity", total=len(chunks) * len(tails))
+        bundle = Bundle.load(out)
+        result = measure_parity(bundle, model_dir, tails, chunks, on_chunk=lambda: progress.advance(task))
+    rows = [
+        [m.name, f"{m.num_tokens:,}", f"{m.nll:.3f}", f"{m.nll_change:+.2%}", f"{m.kl:.4f}", f"{m.top1:.1%}"]
+        for m in result.members
+    ]
+    title = f"{out.name}: {result.bits} bits, {result.size_bytes / 1e6:.0f} MB, {result.overhead:.3f} × the bits it holds"
+    Console().print(table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows))
+
+
+def _tail(text: str) -> tuple[str, Path | None]:
+    name, found, path = text.partition("=")
+    return name, Path(path) if found else None
+
+
+def _coefficients(text: str) -> dict[str, float]:
+    pairs: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        try:
+            pairs[name.strip()] = float(value)
+        except ValueError:
+            raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
+    return pairs
+
+
+# ---- serving ---------------------------------------------------------------------------------------------------------
+
+
+def _engine_config(threads: int | None, **values: Any) -> EngineConfig:
+    return EngineConfig(**values, **({} if threads is None else {"threads": threads}))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 50051,
+    threads: Threads = None,
+    max_num_seqs: int = 16,
+    max_model_len: int = 2048,
+    max_num_batched_tokens: int = 512,
+    metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
+    reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
+) -> None:
+    """Serve a bundle over gRPC."""
+    from .runtime.server import serve as run
+
+    config = _engine_config(
+        threads,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    run(bundle, host=host, port=port, config=config, metrics_port=metrics_port, with_reflection=reflection)
+
+
+@contextmanager
+def _client(bundle: Path | None, address: str) -> Iterator[Any]:
+    """A client of the server at `address`, or of an engine in this process behind a port of its own."""
+    from .runtime.client import Client
+    from .runtime.local import local_server
+
+    if bundle is None:
+        with Client(address) as client:
+            yield client
+    else:
+        with local_server(bundle) as local_address, Client(local_address) as client:
+            yield client
+
+
+def _stream(deltas: Iterator[Output]) -> str:
+    """Print deltas as they come and a line of figures at the end; return the text."""
+    text, started, count = [], time.monotonic(), 0
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        text.append(delta.text)
+        count += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            seconds = time.monotonic() - started
+            line = f"[{delta.finish_reason}, {count} tokens, {count / seconds:.0f} tok/s, seed {delta.seed}]"
+            print()
+            print(line, file=sys.stderr)
+    return "".join(text)
+
+
+def _ensemble(mix: str | None, space: Space) -> Ensemble | None:
+    if mix is None:
+        return None
+    return Ensemble(tuple(Member(name, value) for name, value in _coefficients(mix).items()), space)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
+    bundle: Bundle = None,
+    address: Address = "127.0.0.1:50051",
+    mix: MixOption = None,
+    space: Space = Space.LOGITS,
+    context: Annotated[Path | None, typer.Option(help="A document to answer from (context-aware decoding).")] = None,
+    alpha: Annotated[float, typer.Option(help="How much the document counts: (1 + α) with it − α without.")] = 0.5,
+    member: Annotated[str | None, typer.Option(help="The member that context-aware decoding uses.")] = None,
+    raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
+    max_tokens: int = 256,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given several times.")] = None,
+) -> None:
+    """Generate from one prompt and stream it to the terminal."""
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    ensemble = _ensemble(mix, space)
+    with _client(bundle, address) as client:
+        views: Sequence[Prompt] = ()
+        text = prompt
+        if context is not None:
+            if not context.is_file():
+                raise NotFoundError(f"there is no file '{context}'")
+            if ensemble is not None:
+                raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
+            name = member or client.models()[0].members[0]
+            ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
+            views = [_as_prompt(prompt, raw)]
+            text = f"{context.read_text()}\n\n{prompt}"
+        _stream(client.generate(_as_prompt(text, raw), mix=ensemble, views=views, sampling=sampling))
+
+
+def _as_prompt(text: str, raw: bool) -> Prompt:
+    return text if raw else [{"role": "user", "content": text}]
+
+
+@app.command()
+def chat(
+    bundle: Bundle = None,
+    address: Address = "127.0.0.1:50051",
+    mix: MixOption = None,
+    space: Space = Space.LOGITS,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+) -> None:
+    """Talk in several turns; an empty line or end of file ends."""
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    messages = [{"role": "system", "content": system}] if system else []
+    ensemble = _ensemble(mix, space)
+    with _client(bundle, address) as client:
+        while True:
+            try:
+                text = input("> ")
+            except EOFError:
+                return
+            if not text.strip():
+                return
+            messages.append({"role": "user", "content": text})
+            answer = _stream(client.generate(messages, mix=ensemble, sampling=sampling))
+            messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def summarise(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL with a text a record, or a folder of text files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL; finished records are kept on a rerun.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle.")],
+    mix: MixOption = None,
+    space: Space = Space.LOGITS,
+    max_summary_tokens: int = 96,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens a piece of a long document.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Summarise many documents offline."""
+    from .runtime.engine import Engine
+    from .runtime.summarise import INSTRUCTION, SummariseParams
+    from .runtime.summarise import summarise as run
+
+    params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
+    if not source.exists():
+        raise NotFoundError(f"there is no file or folder '{source}'")
+    with Engine.from_bundle(bundle, _engine_config(threads)) as engine:
+        report = run(engine, source, out, ensemble=_ensemble(mix, space), params=params)
+    rate = report.completion_tokens / report.seconds if report.seconds else 0.0
+    print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
+Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
+
+
+@bench.command("decode")
+def bench_decode(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    batch_sizes: str = "1,4,8,16",
+    ensemble_sizes: Annotated[str, typer.Option(help="Members a request; default: 1 and all.")] = "",
+    prompt_tokens: int = 512,
+    context: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    threads: Threads = None,
+) -> None:
+    """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
+    from .bench import decode
+
+    decode.run(
+        bundle,
+        out,
+        batch_sizes=_numbers(batch_sizes),
+        ensemble_sizes=_numbers(ensemble_sizes) if ensemble_sizes else None,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
+@bench.command("serve")
+def bench_serve(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    rates: Annotated[str, typer.Option(help="Open loop: requests a second.")] = "1,2",
+    clients: Annotated[str, typer.Option(help="Closed loop: clients at once.")] = "1,8",
+    duration_s: float = 15.0,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    ttft_ms: Annotated[float, typer.Option(help="Goodput: first token within this.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="Goodput: a token within this, on average.")] = 100.0,
+    seed: int = 0,
+    threads: Threads = None,
+) -> None:
+    """Latency and throughput over gRPC, open-loop and closed-loop."""
+    from .bench import serve as load
+
+    load.run(
+        bundle,
+        out,
+        rates=[float(rate) for rate in rates.split(",") if rate],
+        clients=_numbers(clients),
+        duration_s=duration_s,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        ttft_ms=ttft_ms,
+        tpot_ms=tpot_ms,
+        seed=seed,
+        threads=threads,
+    )
+
+
+@bench.command("peers")
+def bench_peers(
+    bundle: BundleArgument,
+    model: Annotated[str, typer.Option(help="The model that the bundle was made from.")] = "smollm2-135m",
+    out: Results = Path("bench/results"),
+    peers: Annotated[str, typer.Option(help="Which; default: all that are installed.")] = "",
+    peer_python: Annotated[Path | None, typer.Option(help="Interpreter with the peers' packages.")] = None,
+    prompt_tokens: int = 512,
+    context: int = 256,
+    new_tokens: int = 32,
+    concurrency: int = 16,
+    repeats: int = 5,
+    threads: Threads = None,
+) -> None:
+    """The same prompts on other runtimes, interleaved in one run."""
+    from .bench import peers as compare
+
+    compare.run(
+        bundle,
+        model,
+        out,
+        names=[name for name in peers.split(",") if name] or None,
+        python=peer_python,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        new_tokens=new_tokens,
+        concurrency=concurrency,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",") if item]
+    except ValueError:
+        raise ConfigError(f"'{text}' is not a list of whole numbers such as 1,4,16") from None
+
+
+if __name__ == "__main__":
+    main()
