@@ -86,7 +86,7 @@ def run(
     python: Path | None = None,
     prompt_tokens: int = 512,
     context: int = 256,
-    new_tokens: int = 32,
+    new_tokens: int = 64,
     concurrency: int = 16,
     repeats: int = 5,
     threads: int | None = None,

@@ -221,33 +221,11 @@ class GraphWriter:
         if last_position:
             hidden = self._node("Gather", [hidden, self._constant("last", np.array([-1], np.int64))], axis=1)
             shape = ["batch", 1, self.config.vocab_size]
-        if f"{name}.values" not in self.tensors:
-            logits = self._matmul(name, hidden)
-        elif last_position:
+        if f"{name}.values" in self.tensors:
             logits = self._matmul_quantised(name, hidden, self.config.hidden_size)
         else:
-            logits = self._precise_head(name, hidden)
+            logits = self._matmul(name, hidden)
         self._output(logits, "logits", TensorProto.FLOAT, shape)
-
-    def _precise_head(self, name: str, hidden: str) -> str:
-        """The activations [R, hidden] as their 8-bit rounding plus the 8-bit rounding of what that leaves over. So the
-        head is linear to 1e-4, and mixing hidden states before it equals mixing logits behind it, token for token."""
-        size = self.config.hidden_size
-        grouped_shape = self._constant("grouped", np.array([0, size // self.group_size, self.group_size], np.int64))
-        flat_shape = self._constant("flat", np.array([0, size], np.int64))
-        last = self._constant("axis_last", np.array([-1], np.int64))
-        grouped = self._node("Reshape", [hidden, grouped_shape])
-        largest = self._node("ReduceMax", [self._node("Abs", [grouped]), last])
-        step = self._node("Mul", [largest, self._constant("reciprocal_127", np.array(1 / 127, np.float32))])
-        step = self._node("Max", [step, self._constant("smallest_step", np.array(1e-30, np.float32))])
-        coarse = self._node("Mul", [self._node("Round", [self._node("Div", [grouped, step])]), step])
-        fine = self._node("Sub", [grouped, coarse])
-        parts = [self._node("Reshape", [part, flat_shape]) for part in (coarse, fine)]
-        # One pass over the weights for both parts: stacked as rows, then added up.
-        both = self._matmul_quantised(name, self._node("Concat", parts, axis=0), size)
-        stacked = self._constant("stacked", np.array([2, -1, self.config.vocab_size], np.int64))
-        first = self._constant("axis_0", np.array([0], np.int64))
-        return self._node("ReduceSum", [self._node("Reshape", [both, stacked]), first], keepdims=0)
 
     # ---- linear layers -----------------------------------------------------------------------------------------
 

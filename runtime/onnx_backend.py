@@ -154,6 +154,8 @@ class OnnxBackend:
         self._trunk = runner(bundle.graphs.trunk)
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
         self._head = _session(bundle, bundle.graphs.head, config.threads)
+        quantised = bundle.quantisation["head_bits"] < 32
+        self._head_group: int | None = bundle.quantisation["group_size"] if quantised else None
 
     @property
     def num_blocks(self) -> int:
@@ -171,8 +173,7 @@ class OnnxBackend:
         for graph in (self._trunk, *self._tails):
             graph.cache.free(batch.freed_blocks.tolist())
         last_hidden = self._forward(batch)
-        rows, row_terms = self._mix(batch, last_hidden)
-        logits = self._logits(rows)
+        logits, row_terms = self._mix(batch, last_hidden)
         return sample_rows(logits, row_terms, batch.samples)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
@@ -221,26 +222,53 @@ class OnnxBackend:
     def _mix(
         self, batch: Batch, hidden: dict[tuple[int, int], F32]
     ) -> tuple[F32, list[list[tuple[int, float]]]]:
-        """The rows [R, hidden] that the head runs over, and for each sample its (row, coefficient) terms.
+        """The logits [R, vocab] of the batch, and for each sample its (row, coefficient) terms.
 
-        `logits` space: one row, Σ coefficient · hidden state, added up in the order of the terms. A single term with
-        coefficient 1 is the member's own row, bit for bit.
+        In `logits` space a sample is one row: a single member with coefficient 1 is its own hidden state, bit for bit; a
+        mix is Σ coefficient · hidden state in the order of the terms (see `_linear_rows` for what a quantised head needs).
         """
         rows: list[F32] = []
         row_terms: list[list[tuple[int, float]]] = []
+        fine_rows: list[tuple[int, int]] = []  # (row, row whose logits are added to it)
         for sample in batch.samples:
             terms = [(hidden[s, member], c) for s, member, c in sample.terms if c != 0]
-            if sample.space is Space.LOGITS and not sample.return_member_logprobs:
-                mixed = terms[0][0] if len(terms) == 1 and terms[0][1] == 1 else _weighted_sum(terms)
-                terms = [(mixed, 1.0)]
-            row_terms.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
-            rows += [row for row, _ in terms]
-        return (np.stack(rows) if rows else np.empty((0, self._trunk._hidden_size), np.float32)), row_terms
+            if sample.space is Space.LOGITS and not sample.return_member_logprobs and len(terms) > 1:
+                row_terms.append([(len(rows), 1.0)])
+                mixed = self._linear_rows(terms)
+                fine_rows += [(len(rows), len(rows) + i) for i in range(1, len(mixed))]
+                rows += mixed
+            else:
+                row_terms.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
+                rows += [row for row, _ in terms]
+        logits = self._logits(rows)
+        for row, fine in fine_rows:
+            logits[row] += logits[fine]
+        return logits, row_terms
 
-    def _logits(self, rows: F32) -> F32:
+    def _linear_rows(self, terms: list[tuple[F32, float]]) -> list[F32]:
+        """Head rows whose logits add up to Σ coefficient · logits of the member.
+
+        A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members
+        would choose other tokens at near ties. So the members are rounded as the head would round them, then mixed, and
+        the mix goes in as its own rounding and the rest: exact to the square of the 8-bit step.
+        """
+        if self._head_group is None:
+            return [_weighted_sum(terms)]
+        mixed = _weighted_sum([(_round_groups(row, self._head_group), c) for row, c in terms])
+        coarse = _round_groups(mixed, self._head_group)
+        return [coarse, mixed - coarse]
+
+    def _logits(self, rows: Sequence[F32] | F32) -> F32:
         if not len(rows):
             return np.empty((0, 0), np.float32)
-        return np.asarray(self._head.run(None, {"hidden_states": rows})[0])
+        return np.asarray(self._head.run(None, {"hidden_states": np.stack(list(rows))})[0])
+
+
+def _round_groups(row: F32, group_size: int) -> F32:
+    """[hidden] rounded to 8 bits with a scale a group, as `MatMulNBits` rounds its activations."""
+    groups = row.reshape(-1, group_size)
+    steps = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    return np.asarray((np.rint(groups / steps) * steps).reshape(-1), dtype=np.float32)
 
 
 def _weighted_sum(terms: list[tuple[F32, float]]) -> F32:

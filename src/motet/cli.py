@@ -411,7 +411,7 @@ def bench_peers(
     peer_python: Annotated[Path | None, typer.Option(help="Interpreter with the peers' packages.")] = None,
     prompt_tokens: int = 512,
     context: int = 256,
-    new_tokens: int = 32,
+    new_tokens: int = 64,
     concurrency: int = 16,
     repeats: int = 5,
     threads: Threads = None,
