@@ -49,7 +49,11 @@ def load_onnxruntime_genai(job: dict[str, Any]) -> tuple[str, Generate]:
         params = genai.GeneratorParams(model)
         length = len(prompts[0]) + new_tokens
         params.set_search_options(
-            batch_size=len(prompts), max_length=length, min_length=length, do_sample=False, past_present_share_buffer=True
+            batch_size=len(prompts),
+            max_length=length,
+            min_length=length,
+            do_sample=False,
+            past_present_share_buffer=True,
         )
         generator = genai.Generator(model, params)
         generator.append_tokens(np.array(prompts, np.int32))

@@ -69,7 +69,9 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        result: dict[str, Any] = json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}
+        result: dict[str, Any] = (
+            json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}
+        )
         return result
 
     def close(self) -> None:
@@ -133,7 +135,12 @@ def _paths(bundle: Bundle, model: str) -> dict[str, str]:
     scratch.mkdir(parents=True, exist_ok=True)
     genai = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
     write_standard_graph(bundle, 0, genai)
-    paths = {"bundle": str(bundle.path), "model": str(resolve_model(model)), "scratch": str(scratch), "genai": str(genai)}
+    paths = {
+        "bundle": str(bundle.path),
+        "model": str(resolve_model(model)),
+        "scratch": str(scratch),
+        "genai": str(genai),
+    }
     if model == SMOLLM2:
         paths["gguf"] = str(fetch_gguf(scratch))
     return paths
@@ -198,7 +205,15 @@ def _add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def _table(result: dict[str, Any]) -> Any:
-    header = ["runtime", "prefill tok/s", "1 sequence", f"{result['concurrency']} sequences", "Motet ×: prefill", "1", "many"]
+    header = [
+        "runtime",
+        "prefill tok/s",
+        "1 sequence",
+        f"{result['concurrency']} sequences",
+        "Motet ×: prefill",
+        "1",
+        "many",
+    ]
     rows = []
     for row in result["peers"]:
         label = f"{row['name']} {row['version']}".strip()
@@ -206,8 +221,12 @@ def _table(result: dict[str, Any]) -> Any:
             rows.append([label, str(row["error"])[:60], "", "", "", "", ""])
             continue
         ratios = row.get("motet_ratio", {})
-        rows.append([label, *(f"{row[f]:,.0f}" for f in FIGURES), *(f"{ratios[f]:.2f}" for f in FIGURES if f in ratios)])
-    title = f"{result['bundle']}, {result['bits']} bits, {result['limits']['threads']} threads, context {result['context']}"
+        rows.append(
+            [label, *(f"{row[f]:,.0f}" for f in FIGURES), *(f"{ratios[f]:.2f}" for f in FIGURES if f in ratios)]
+        )
+    title = (
+        f"{result['bundle']}, {result['bits']} bits, {result['limits']['threads']} threads, context {result['context']}"
+    )
     return table(title, header, rows)
 
 

@@ -44,10 +44,14 @@ def machine() -> dict[str, Any]:
         lines = cpuinfo.read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         values = {key.strip(): value.strip() for key, value in fields.items()}
-        info["cpu"] = f"{values.get('model name', '')} family {values.get('cpu family', '')} model {values.get('model', '')}"
+        info["cpu"] = (
+            f"{values.get('model name', '')} family {values.get('cpu family', '')} model {values.get('model', '')}"
+        )
         info["cores"] = sum(line.startswith("processor") for line in lines)
         flags = values.get("flags", "").split()
-        info["flags"] = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+        info["flags"] = [
+            flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags
+        ]
     info["versions"] = {name: metadata.version(name) for name in ("motet", "onnxruntime", "numpy")}
     return info
 

@@ -206,11 +206,19 @@ def _table(result: dict[str, Any]) -> Any:
     rows = []
     for load in result["loads"]:
         failed = sum(load["failures"].values())
-        row = [_label(load), str(load["requests"] - failed), str(failed), f"{load['tokens_s']:.0f}", f"{load['goodput_s']:.2f}"]
+        row = [
+            _label(load),
+            str(load["requests"] - failed),
+            str(failed),
+            f"{load['tokens_s']:.0f}",
+            f"{load['goodput_s']:.2f}",
+        ]
         for name in ("ttft_ms", "itl_ms", "e2e_ms"):
             row += [f"{load[name]['p50']:.0f}", f"{load[name]['p99']:.0f}"]
         rows.append(row)
-    title = f"{result['bundle']} over gRPC: {result['prompt_tokens']} tokens in, {result['new_tokens']} out; times in ms"
+    title = (
+        f"{result['bundle']} over gRPC: {result['prompt_tokens']} tokens in, {result['new_tokens']} out; times in ms"
+    )
     return table(title, header, rows)
 
 

@@ -93,9 +93,7 @@ def export_bundle(
             "config": config.to_dict(),
             "quantisation": {"bits": bits, "group_size": group_size, "head_bits": max(bits, 8)},
             "split_layer": split_layer,
-            "members": [
-                {"name": m.name, "mix": by_name[m.name], "provenance": dict(m.provenance)} for m in members
-            ],
+            "members": [{"name": m.name, "mix": by_name[m.name], "provenance": dict(m.provenance)} for m in members],
             "space": str(space),
             "graphs": graphs,
             "eos_token_ids": list(eos_token_ids(model_dir)),
@@ -213,9 +211,7 @@ def _modules(name: str) -> set[str]:
     return {f"{prefix}.{part}" for part in _FUSED[last]} if last in _FUSED else {module}
 
 
-def _add_tensor(
-    tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int
-) -> None:
+def _add_tensor(tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int) -> None:
     is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
     if bits == 32 or not (is_head or name.endswith("_proj.weight")):
         tensors[prefix + name] = np.ascontiguousarray(weight)
@@ -295,7 +291,9 @@ def _link(source: Path, target: Path) -> None:
 def _genai_config(config: DecoderConfig, eos: tuple[int, ...]) -> dict[str, Any]:
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     inputs |= {"position_ids": "position_ids"} if config.positions == "learned" else {}
-    inputs |= {f"past_{kind}_names": f"past_key_values.%d.{part}" for kind, part in (("key", "key"), ("value", "value"))}
+    inputs |= {
+        f"past_{kind}_names": f"past_key_values.%d.{part}" for kind, part in (("key", "key"), ("value", "value"))
+    }
     outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

@@ -47,7 +47,9 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
     return {name: (total / num_tokens).sqrt().float().numpy() for name, total in sums.items()}
 
 
-def equalise(config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int) -> dict[str, F32]:
+def equalise(
+    config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int
+) -> dict[str, F32]:
     """The same function with other weights. The same `rms` must be used for all members of a bundle."""
     result = dict(weights)
 

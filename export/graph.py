@@ -165,9 +165,7 @@ class GraphWriter:
         qkv = self._linear(f"{prefix}.qkv_proj", normed, config.hidden_size)  # [B, S, q_size + 2 * kv_size]
         query, key, value = (qkv, "", "") if not config.qk_norm else self._split_and_norm_heads(prefix, qkv)
         cache = ["batch", config.num_kv_heads, "cache", config.head_size]
-        past = [
-            self._input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, cache) for kind in ("key", "value")
-        ]
+        past = [self._input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, cache) for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
             self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, cache))
@@ -196,7 +194,9 @@ class GraphWriter:
         query, key, value = self._split(qkv, [config.q_size, config.kv_size, config.kv_size])
         normed = []
         for name, tensor, size in (("q", query, config.q_size), ("k", key, config.kv_size)):
-            heads = self._constant(f"{name}_heads", np.array([0, 0, size // config.head_size, config.head_size], np.int64))
+            heads = self._constant(
+                f"{name}_heads", np.array([0, 0, size // config.head_size, config.head_size], np.int64)
+            )
             flat = self._constant(f"{name}_flat", np.array([0, 0, size], np.int64))
             tensor = self._node("Reshape", [tensor, heads])
             weight = self._weight(f"{prefix}.{name}_norm.weight")
@@ -275,7 +275,9 @@ class GraphWriter:
     def _name(self, operator: str) -> str:
         return f"{operator}_{len(self._nodes)}"
 
-    def _node(self, operator: str, inputs: list[str], *, output: str = "", domain: str = "", **attributes: object) -> str:
+    def _node(
+        self, operator: str, inputs: list[str], *, output: str = "", domain: str = "", **attributes: object
+    ) -> str:
         output = output or self._name(operator)
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output

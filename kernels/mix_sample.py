@@ -78,7 +78,9 @@ def _row_lse_kernel(logits, stride, lse, vocab, TILE: tl.constexpr):
     total = tl.full((), 0.0, tl.float32)
     for first in range(0, vocab, TILE):
         offsets = first + tl.arange(0, TILE)
-        z = tl.load(logits + row.to(tl.int64) * stride + offsets, mask=offsets < vocab, other=float("-inf")).to(tl.float32)
+        z = tl.load(logits + row.to(tl.int64) * stride + offsets, mask=offsets < vocab, other=float("-inf")).to(
+            tl.float32
+        )
         new = tl.maximum(largest, tl.max(z, axis=0))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), axis=0)
         largest = new
@@ -124,9 +126,7 @@ def _cut_kernel(
             largest = tl.full((), float("-inf"), tl.float32)
             for first in range(0, vocab, TILE):
                 offsets = first + tl.arange(0, TILE)
-                z = _mixed_tile(
-                    logits, stride, lse, rows, coefficients, start, end, probs, offsets, offsets < vocab
-                )
+                z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, offsets < vocab)
                 largest = tl.maximum(largest, tl.max(z, axis=0))
             if (k > 0) & (k < vocab):
                 low = tl.full((), 0, tl.int64)  # keeps at least k

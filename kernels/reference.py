@@ -119,7 +119,14 @@ def truncate(tempered: F64, top_k: int, top_p: float, min_p: float) -> npt.NDArr
 
 
 def sample(
-    adjusted: F64, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int, position: int
+    adjusted: F64,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int,
+    position: int,
 ) -> int:
     """The token drawn from adjusted mixed logits [vocab]."""
     if temperature == 0:

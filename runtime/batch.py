@@ -46,7 +46,9 @@ class Batch:
     context_lens: I32  # [num_seqs] positions in the KV cache after this step
     block_tables: I32  # [num_seqs, max_blocks] block ids, -1 padded
     members: list[tuple[int, ...]]  # [num_seqs] member indices whose tails run over the sequence's rows, ascending
-    samples: list[SampleRow]  # tokens to draw, from the last row of their sequences; a chunk that is not the last has none
+    samples: list[
+        SampleRow
+    ]  # tokens to draw, from the last row of their sequences; a chunk that is not the last has none
     freed_blocks: I32  # blocks freed since the previous step: their content is dead
 
     @property

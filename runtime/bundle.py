@@ -83,7 +83,9 @@ class Bundle:
         listed = set(manifest["files"])
         needed = {WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values(), "tokenizer.json"}
         if not needed <= listed or any(Path(name).name != name for name in listed):
-            raise BundleError(f"the manifest must list the plain file names {sorted(needed)}, it lists {sorted(listed)}")
+            raise BundleError(
+                f"the manifest must list the plain file names {sorted(needed)}, it lists {sorted(listed)}"
+            )
         return cls(
             path=path,
             name=manifest["name"],

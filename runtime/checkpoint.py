@@ -50,7 +50,9 @@ def weight_files(model_dir: Path) -> list[Path]:
     names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in names:
         if not (model_dir / name).is_file():
-            raise NotFoundError(f"'{model_dir / name}' does not exist; pull the model again (only safetensors are read)")
+            raise NotFoundError(
+                f"'{model_dir / name}' does not exist; pull the model again (only safetensors are read)"
+            )
     return [model_dir / name for name in names]
 
 
@@ -106,4 +108,6 @@ def _check(model_dir: Path, config: DecoderConfig, weights: dict[str, torch.Tens
     if unknown and not missing and not wrong:
         raise UnsupportedModelError(f"'{model_dir}' holds weights that its family does not use: {unknown[:5]}")
     if missing or wrong:
-        raise BundleError(f"the weights of '{model_dir}' do not fit its config.json: missing {missing[:5]}, shapes {wrong[:5]}")
+        raise BundleError(
+            f"the weights of '{model_dir}' do not fit its config.json: missing {missing[:5]}, shapes {wrong[:5]}"
+        )

@@ -228,7 +228,8 @@ class Engine:
         views = sorted({member.view for member in request.ensemble.members})
         index_of = {name: index for index, name in enumerate(self.model.members)}
         members_of = {
-            view: tuple(sorted({index_of[m.name] for m in request.ensemble.members if m.view == view})) for view in views
+            view: tuple(sorted({index_of[m.name] for m in request.ensemble.members if m.view == view}))
+            for view in views
         }
         longest = max(len(request.prompts[view]) for view in views)
         room = self.model.max_model_len - longest

@@ -219,9 +219,7 @@ class OnnxBackend:
             for i, row in zip(chosen, final, strict=True):
                 hidden[decoding[i], member] = row
 
-    def _mix(
-        self, batch: Batch, hidden: dict[tuple[int, int], F32]
-    ) -> tuple[F32, list[list[tuple[int, float]]]]:
+    def _mix(self, batch: Batch, hidden: dict[tuple[int, int], F32]) -> tuple[F32, list[list[tuple[int, float]]]]:
         """The logits [R, vocab] of the batch, and for each sample its (row, coefficient) terms.
 
         In `logits` space a sample is one row: a single member with coefficient 1 is its own hidden state, bit for bit; a

@@ -57,7 +57,8 @@ class Ensemble:
         for member in self.members:
             if not math.isfinite(member.mix):
                 raise InvalidEnsembleError(
-                    f"the mix of member '{member.name}' is {member.mix}; it must be finite", field="ensemble.members.mix"
+                    f"the mix of member '{member.name}' is {member.mix}; it must be finite",
+                    field="ensemble.members.mix",
                 )
             if member.mix < 0 and self.space is Space.PROBS:
                 raise InvalidEnsembleError(

@@ -23,7 +23,9 @@ LARGEST_GUMBEL = -math.log(-math.log(1 - 2.0**-25))
 _FIRST_DRAWN = 32
 
 
-def sample_rows(logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]) -> StepOutput:
+def sample_rows(
+    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
+) -> StepOutput:
     """Draw one token for each sample.
 
     logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Rows are independent: a result

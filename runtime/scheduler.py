@@ -20,7 +20,9 @@ from .sequence import Group, Sequence, SequenceStatus
 class Scheduler:
     """First come, first served. When blocks run out, the latest group gives all of its blocks back and waits again."""
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, prefill_chunk: int
+    ) -> None:
         self.blocks = blocks
         self.waiting: deque[Group] = deque()
         self.running: list[Group] = []

@@ -129,12 +129,12 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self._engine = engine
         self._on_drain = on_drain
 
-    async def ListModels(self, _message: admin_pb2.ListModelsRequest, _context: Context) -> admin_pb2.ListModelsResponse:
+    async def ListModels(
+        self, _message: admin_pb2.ListModelsRequest, _context: Context
+    ) -> admin_pb2.ListModelsResponse:
         return admin_pb2.ListModelsResponse(models=[model_to_proto(self._engine.model)])
 
-    async def GetModel(
-        self, message: admin_pb2.GetModelRequest, context: Context
-    ) -> admin_pb2.GetModelResponse | None:
+    async def GetModel(self, message: admin_pb2.GetModelRequest, context: Context) -> admin_pb2.GetModelResponse | None:
         model, stats = self._engine.model, self._engine.stats()
         if message.name not in ("", model.name):
             error = NotFoundError(f"there is no model '{message.name}' here; this server serves '{model.name}'")
@@ -168,7 +168,9 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
 class Server:
     """A gRPC server over an engine. `start` binds, `stop` drains for `grace_s` seconds and then ends what is left."""
 
-    def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0, *, with_reflection: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, host: str = "127.0.0.1", port: int = 0, *, with_reflection: bool = False
+    ) -> None:
         self._engine = engine
         self._host = host
         self._wanted_port = port

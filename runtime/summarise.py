@@ -177,7 +177,9 @@ def _reduce(job: _Job, record: _Record) -> tuple[Completion, dict[str, int]]:
         chunks = split_document(job.engine.tokenizer, text, job.chunk_tokens)
         summaries: list[Completion] = []
         for start in range(0, len(chunks), _WINDOW):
-            requests = [_request(job, record, chunk, start + i) for i, chunk in enumerate(chunks[start : start + _WINDOW])]
+            requests = [
+                _request(job, record, chunk, start + i) for i, chunk in enumerate(chunks[start : start + _WINDOW])
+            ]
             summaries += [choices[0] for choices in job.engine.complete(requests)]
         usage["chunks"] += len(chunks)
         for summary in summaries:

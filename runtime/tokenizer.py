@@ -89,7 +89,9 @@ class Tokenizer:
                 **{"bos_token": "", "eos_token": "", **self._special},
             )
         except jinja2.TemplateError as error:
-            raise InvalidRequestError(f"the chat template refuses this conversation: {error}", field="messages") from error
+            raise InvalidRequestError(
+                f"the chat template refuses this conversation: {error}", field="messages"
+            ) from error
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The conversation's token ids, ready for the answer. Special tokens are the template's own."""

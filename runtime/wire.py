@@ -257,7 +257,9 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
         member_logprobs=[list(entry.logprobs) for entry in message.member_logprobs],
         finish_reason=reasons.get(message.finish_reason),
         stop_matched=getattr(message, matched) if matched else None,
-        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) if message.HasField("usage") else None,
+        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        if message.HasField("usage")
+        else None,
         timings=Timings(timings.queue_s, timings.prefill_s, timings.decode_s) if message.HasField("timings") else None,
     )
 
@@ -285,5 +287,3 @@ def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
         vocab_size=message.vocab_size,
         max_model_len=message.max_model_len,
     )
-
-

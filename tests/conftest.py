@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from motet.runtime.tokenizer import Tokenizer
 
 VOCAB_SIZE = 320
@@ -50,7 +49,9 @@ def tiny_config(family: str) -> object:
             vocab_size=VOCAB_SIZE, n_embd=64, n_layer=4, n_head=4, n_positions=512, eos_token_id=258, bos_token_id=256
         )
     name, _, untied = family.partition("-")
-    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[name]
+    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
+        name
+    ]
     return cls(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,

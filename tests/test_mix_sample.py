@@ -52,7 +52,14 @@ def problem(vocab, members, seed, *, spaces=("logits",), dtype=torch.float32, ne
     )
     exact = logits.float().numpy()
     oracle = [
-        (exact[order[starts[i] : starts[i + 1]]], coefficients[i], names[i], full, int(seeds[i]) % 2**64, int(positions[i]))
+        (
+            exact[order[starts[i] : starts[i + 1]]],
+            coefficients[i],
+            names[i],
+            full,
+            int(seeds[i]) % 2**64,
+            int(positions[i]),
+        )
         for i in range(batch)
     ]
     return logits.to(DEVICE), mixture, draw, oracle
@@ -84,7 +91,14 @@ def test_negative_coefficients():
 
 @pytest.mark.parametrize(
     "params",
-    [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.8, "min_p": 0.02}],
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    ],
     ids=str,
 )
 def test_truncation(params):

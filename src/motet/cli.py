@@ -49,7 +49,9 @@ def main() -> None:
         extra = needed.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        print(f"motet: this command needs {error.name}; install it with `pip install 'motet[{extra}]'`", file=sys.stderr)
+        print(
+            f"motet: this command needs {error.name}; install it with `pip install 'motet[{extra}]'`", file=sys.stderr
+        )
         sys.exit(2)
 
 
@@ -147,7 +149,9 @@ def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], ch
         [m.name, f"{m.num_tokens:,}", f"{m.nll:.3f}", f"{m.nll_change:+.2%}", f"{m.kl:.4f}", f"{m.top1:.1%}"]
         for m in result.members
     ]
-    title = f"{out.name}: {result.bits} bits, {result.size_bytes / 1e6:.0f} MB, {result.overhead:.3f} × the bits it holds"
+    title = (
+        f"{out.name}: {result.bits} bits, {result.size_bytes / 1e6:.0f} MB, {result.overhead:.3f} × the bits it holds"
+    )
     Console().print(table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows))
 
 
@@ -312,7 +316,9 @@ def chat(
 
 @app.command()
 def summarise(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL with a text a record, or a folder of text files.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="JSONL with a text a record, or a folder of text files.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL; finished records are kept on a rerun.")],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
     mix: MixOption = None,

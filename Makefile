@@ -1,0 +1,43 @@
+# Everything sets itself up: a virtual environment in .venv with the pinned packages of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench peers proto clean
+
+# The whole chain on a real model; a second run skips what is done.
+demo: $(READY)
+	$(BIN)/python -m motet.bench.demo
+
+test: lint
+	MOTET_HOME=$(or $(MOTET_HOME),$(CURDIR)/.motet) $(BIN)/python -m pytest
+
+# Types are checked on the package as it is installed, not on the tree.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lint && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p motet
+
+bench: $(READY)
+	MOTET_HOME=.motet $(BIN)/motet bench decode .motet/bundles/demo --out .motet/results
+	MOTET_HOME=.motet $(BIN)/motet bench serve .motet/bundles/demo --out .motet/results
+
+# Generated stubs import motet.proto; they are committed, and a test compares them.
+proto: $(READY)
+	cd $(CURDIR) && rm -rf build/proto && mkdir -p build/proto && $(BIN)/python -m grpc_tools.protoc -Imotet/proto=proto \
+		--python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto \
+		motet/proto/inference.proto motet/proto/batch.proto motet/proto/admin.proto
+	cp build/proto/motet/proto/* proto/
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Motet needs Python 3.11 or newer; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
