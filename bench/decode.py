@@ -5,7 +5,7 @@ positions, greedy. Ensemble sizes are interleaved in one run, so their ratio to 
 state. What a step must do at least:
 
     bytes  = weights of the layers and the head once, each tail of the ensemble once, keys and values of B sequences
-    MACs   = B × (parameters of the layers, of the tails of the ensemble, and of the head)
+    MACs   = B × (parameters of the layers, of the tails of the ensemble, and of the head); attention is not counted
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..runtime.batch import Batch, StepOutput
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.config import DecoderConfig, EngineConfig
 from ..runtime.engine import Engine
+from ..runtime.errors import ConfigError
 from ..runtime.request import Ensemble, Member, Request, SamplingParams
 from . import probes
 from .report import Plot, machine, table, write
@@ -64,18 +65,20 @@ def run(
     context: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
-    threads: int | None = None,
+    threads: int = 0,
     name: str = "decode",
 ) -> dict[str, Any]:
     """Measure, write `out/<name>.json` and `.html`, print tables and one JSON line. Lengths are in tokens."""
     bundle = Bundle.load(bundle_path)
-    sizes = list(ensemble_sizes or sorted({1, len(bundle.members)}))
+    sizes = sorted({1, *(ensemble_sizes or (len(bundle.members),))})  # one member is what the others are compared with
+    if not 1 <= sizes[0] <= sizes[-1] <= len(bundle.members):
+        raise ConfigError(f"ensemble sizes must be in 1…{len(bundle.members)} (the bundle's members), got {sizes}")
     config = EngineConfig(
         max_num_seqs=max(batch_sizes),
         max_model_len=max(prompt_tokens, context) + new_tokens + 8,
-        **({} if threads is None else {"threads": threads}),
+        threads=threads,
     )
-    limits = probes.measure(config.threads)
+    limits = probes.measure(config.num_threads)
     engine = Engine.from_bundle(bundle_path, config, verify=False)
     timed = TimedBackend(engine._backend)
     engine._backend = timed
@@ -165,11 +168,15 @@ def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int)
     tail_layers = config.num_layers - split
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
-    moved = 0
-    for name, tensor in tensors.items():
-        member = name.split(".")[1] if name.startswith("members.") else None
-        if (member is None or member in chosen) and not name.startswith("rotary."):
-            moved += tensor.length
+    gathered = ("rotary.", "model.embed_positions.", *(() if config.tied_head else ("model.embed_tokens.",)))
+
+    def is_read(name: str) -> bool:
+        if name.startswith("members."):
+            return any(name.startswith(f"members.{member}.model.") for member in chosen)
+        needed = any(f"members.{member}.{name}" not in tensors for member in chosen)  # not by members with their own
+        return needed and not name.startswith(gathered)
+
+    moved = sum(tensor.length for name, tensor in tensors.items() if is_read(name))
     cached_layers = split + tail_layers * ensemble_size
     moved += batch_size * context * cached_layers * 2 * config.kv_size * 4
     return moved, batch_size * (_layer_macs(config) * cached_layers + config.hidden_size * config.vocab_size)

@@ -101,7 +101,7 @@ def _export() -> None:
 
 def _stream() -> None:
     """Four streams at once; a line is printed as soon as a stream has one, so that they are seen to interleave."""
-    with server_process(BUNDLE, None) as address, ThreadPoolExecutor(len(MIXES)) as pool:
+    with server_process(BUNDLE) as address, ThreadPoolExecutor(len(MIXES)) as pool:
         print(f"serving on {address}\n{QUESTION}\n", flush=True)
         list(pool.map(lambda mix: _one_stream(address, mix), MIXES))
 

@@ -43,7 +43,11 @@ def load_onnxruntime_genai(job: dict[str, Any]) -> tuple[str, Generate]:
     import numpy as np
     import onnxruntime_genai as genai
 
-    model = genai.Model(job["paths"]["genai"])
+    # Unless told, it takes half of the machine's CPUs.
+    options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": job["threads"]}}}}
+    config = genai.Config(job["paths"]["genai"])
+    config.overlay(json.dumps(options))
+    model = genai.Model(config)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
         params = genai.GeneratorParams(model)

@@ -91,7 +91,7 @@ def run(
     new_tokens: int = 64,
     concurrency: int = 16,
     repeats: int = 5,
-    threads: int | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Measure, write `out/peers.json` and `.html`, print the table and one JSON line. A runtime that is not installed
     is listed as such. `python`: the interpreter that has the peers; Motet itself always runs in this one."""
@@ -165,7 +165,7 @@ def _measure(
     times: dict[str, dict[str, list[tuple[float, float]]]] = {w.name: {case: [] for case in cases} for w in workers}
     for repeat in range(repeats + 1):
         for case, (sequences, length, new_tokens) in cases.items():
-            rng = np.random.default_rng(repeat)
+            rng = np.random.default_rng((repeat, sequences, length))  # cases share no prefix
             prompts = rng.integers(10, bundle.config.vocab_size - 10, (sequences, length)).tolist()
             for worker in workers:
                 if worker.error is not None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from ..runtime.onnx_backend import open_session
+
 
 def measure(threads: int) -> dict[str, Any]:
-    """Read bandwidth (GB/s) and 8-bit multiply-accumulates (GMAC/s) with `threads` threads."""
-    return {"threads": threads, "read_gb_s": read_bandwidth(threads), "int8_gmac_s": int8_rate(threads)}
+    """Read bandwidth (GB/s) and 8-bit multiply-accumulates (GMAC/s) with `threads` threads.
+
+    In a process of its own: an engine's process has one ONNX Runtime thread pool, which no other session can leave.
+    """
+    command = [sys.executable, "-m", "motet.bench.probes", str(threads)]
+    result: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return result
 
 
 def read_bandwidth(threads: int, *, megabytes: int = 256, repeats: int = 5) -> float:
@@ -36,8 +46,6 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
         from onnx import TensorProto, helper
     except ModuleNotFoundError:
         return 0.0
-    import onnxruntime as ort
-
     rng = np.random.default_rng(0)
     weights = rng.integers(-127, 127, (size, size), dtype=np.int8)
     graph = helper.make_graph(
@@ -48,10 +56,7 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
         [onnx.numpy_helper.from_array(weights, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), threads)
     x = rng.integers(0, 255, (size, size), dtype=np.uint8)
     times = []
     for _ in range(repeats + 2):
@@ -59,3 +64,8 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
         session.run(None, {"x": x})
         times.append(time.perf_counter() - start)
     return size**3 / statistics.median(times[2:]) / 1e9
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    print(json.dumps({"threads": count, "read_gb_s": read_bandwidth(count), "int8_gmac_s": int8_rate(count)}))

@@ -6,7 +6,7 @@ import html
 import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ class Plot:
     title: str
     unit: str
     labels: Sequence[str]
-    values: dict[str, Sequence[float]]
+    values: Mapping[str, Sequence[float]]
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -102,7 +102,7 @@ def run(
     ttft_ms: float = 1000.0,
     tpot_ms: float = 100.0,
     seed: int = 0,
-    threads: int | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Serve the bundle in a process of its own on 127.0.0.1 and load it; each load lasts `duration_s` plus the tail."""
     with server_process(bundle, threads) as address:
@@ -132,10 +132,10 @@ def run(
 
 
 @contextmanager
-def server_process(bundle: Path, threads: int | None) -> Iterator[str]:
+def server_process(bundle: Path, threads: int = 0) -> Iterator[str]:
     """`motet serve` on a free port; yields its address, and ends the process by its id."""
     command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
-    command += [] if threads is None else ["--threads", str(threads)]
+    command += ["--threads", str(threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

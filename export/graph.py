@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -83,7 +84,9 @@ class GraphWriter:
         hidden = self._embed() if part.embedding else self._input(HIDDEN, TensorProto.FLOAT, self._hidden_shape(part))
         if part.stop > part.start:
             self._lengths(standard)
-        pending: str | None = None  # the residual branch that is not added yet: a skip-norm adds and norms in one node
+        # The residual branch that is not added yet: a skip-norm adds and norms in one node. A tail begins with a branch
+        # of zeros: so it goes through the same kernel as in a whole graph, and is equal to it bit for bit.
+        pending = None if part.embedding or part.head else self._node("Sub", [hidden, hidden])
         for index in range(part.start, part.stop):
             hidden, pending = self._layer(index, hidden, pending)
         if part.norm:
@@ -148,7 +151,7 @@ class GraphWriter:
         """(normed, residual stream). With a pending branch: residual = hidden + pending, in the same node."""
         rms = self.config.norm == "rms"
         weights = [self._weight(f"{name}.weight")] + ([] if rms else [self._weight(f"{name}.bias")])
-        epsilon = {"epsilon": self.config.norm_eps}
+        epsilon: dict[str, Any] = {"epsilon": self.config.norm_eps}
         if pending is None:
             operator = "SimplifiedLayerNormalization" if rms else "LayerNormalization"
             return self._node(operator, [hidden, *weights], axis=-1, **epsilon), hidden
@@ -164,7 +167,7 @@ class GraphWriter:
         config, prefix = self.config, f"model.layers.{index}.self_attn"
         qkv = self._linear(f"{prefix}.qkv_proj", normed, config.hidden_size)  # [B, S, q_size + 2 * kv_size]
         query, key, value = (qkv, "", "") if not config.qk_norm else self._split_and_norm_heads(prefix, qkv)
-        cache = ["batch", config.num_kv_heads, "cache", config.head_size]
+        cache: list[str | int] = ["batch", config.num_kv_heads, "cache", config.head_size]
         past = [self._input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, cache) for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
@@ -275,9 +278,7 @@ class GraphWriter:
     def _name(self, operator: str) -> str:
         return f"{operator}_{len(self._nodes)}"
 
-    def _node(
-        self, operator: str, inputs: list[str], *, output: str = "", domain: str = "", **attributes: object
-    ) -> str:
+    def _node(self, operator: str, inputs: list[str], *, output: str = "", domain: str = "", **attributes: Any) -> str:
         output = output or self._name(operator)
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output

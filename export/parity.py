@@ -53,7 +53,7 @@ def measure_parity(
     tails: Mapping[str, Path | None],
     chunks: Sequence[Sequence[int]],
     *,
-    threads: int | None = None,
+    threads: int = 0,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> Parity:
     """Score `chunks` of token ids under each member of `bundle` and its fp32 original; also written to parity.json.
@@ -61,7 +61,7 @@ def measure_parity(
     `tails` as in `export_bundle`. `on_chunk` is called after each chunk of each member.
     """
     longest = max(len(chunk) for chunk in chunks)
-    config = EngineConfig(max_num_seqs=1, max_model_len=longest, **({} if threads is None else {"threads": threads}))
+    config = EngineConfig(max_num_seqs=1, max_model_len=longest, threads=threads)
     backend = OnnxBackend(bundle, config)
     base = read_weights(model_dir)
     reports = []

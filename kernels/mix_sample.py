@@ -121,49 +121,48 @@ def _cut_kernel(
     p = tl.load(top_p + request)
     least = tl.load(min_p + request)
     cut = tl.full((), 0, tl.int64)
-    if t > 0.0:
-        if (k > 0) | (p < 1.0) | (least > 0.0):
-            largest = tl.full((), float("-inf"), tl.float32)
-            for first in range(0, vocab, TILE):
-                offsets = first + tl.arange(0, TILE)
-                z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, offsets < vocab)
-                largest = tl.maximum(largest, tl.max(z, axis=0))
-            if (k > 0) & (k < vocab):
-                low = tl.full((), 0, tl.int64)  # keeps at least k
-                high = tl.full((), 4294967296, tl.int64)  # keeps fewer
-                for _ in range(32):
-                    middle = (low + high) // 2
-                    count = tl.full((), 0, tl.int32)
-                    for first in range(0, vocab, TILE):
-                        offsets = first + tl.arange(0, TILE)
-                        inside = offsets < vocab
-                        z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                        count += tl.sum(tl.where(inside & (_order(z) >= middle), 1, 0), axis=0)
-                    low = tl.where(count >= k, middle, low)
-                    high = tl.where(count >= k, high, middle)
-                cut = low
-            if p < 1.0:
-                total = tl.full((), 0.0, tl.float32)
+    if t > 0.0 and (k > 0) | (p < 1.0) | (least > 0.0):
+        largest = tl.full((), float("-inf"), tl.float32)
+        for first in range(0, vocab, TILE):
+            offsets = first + tl.arange(0, TILE)
+            z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, offsets < vocab)
+            largest = tl.maximum(largest, tl.max(z, axis=0))
+        if (k > 0) & (k < vocab):
+            low = tl.full((), 0, tl.int64)  # keeps at least k
+            high = tl.full((), 4294967296, tl.int64)  # keeps fewer
+            for _ in range(32):
+                middle = (low + high) // 2
+                count = tl.full((), 0, tl.int32)
                 for first in range(0, vocab, TILE):
                     offsets = first + tl.arange(0, TILE)
                     inside = offsets < vocab
                     z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                    total += tl.sum(tl.where(_order(z) >= cut, tl.exp((z - largest) / t), 0.0), axis=0)
-                low = cut  # keeps at least the share p
-                high = tl.full((), 4294967296, tl.int64)
-                for _ in range(32):
-                    middle = (low + high) // 2
-                    mass = tl.full((), 0.0, tl.float32)
-                    for first in range(0, vocab, TILE):
-                        offsets = first + tl.arange(0, TILE)
-                        inside = offsets < vocab
-                        z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                        mass += tl.sum(tl.where(_order(z) >= middle, tl.exp((z - largest) / t), 0.0), axis=0)
-                    low = tl.where(mass >= p * total, middle, low)
-                    high = tl.where(mass >= p * total, high, middle)
-                cut = low
-            if least > 0.0:
-                cut = tl.maximum(cut, _order(largest + t * tl.log(least)))
+                    count += tl.sum(tl.where(inside & (_order(z) >= middle), 1, 0), axis=0)
+                low = tl.where(count >= k, middle, low)
+                high = tl.where(count >= k, high, middle)
+            cut = low
+        if p < 1.0:
+            total = tl.full((), 0.0, tl.float32)
+            for first in range(0, vocab, TILE):
+                offsets = first + tl.arange(0, TILE)
+                inside = offsets < vocab
+                z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
+                total += tl.sum(tl.where(_order(z) >= cut, tl.exp((z - largest) / t), 0.0), axis=0)
+            low = cut  # keeps at least the share p
+            high = tl.full((), 4294967296, tl.int64)
+            for _ in range(32):
+                middle = (low + high) // 2
+                mass = tl.full((), 0.0, tl.float32)
+                for first in range(0, vocab, TILE):
+                    offsets = first + tl.arange(0, TILE)
+                    inside = offsets < vocab
+                    z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
+                    mass += tl.sum(tl.where(_order(z) >= middle, tl.exp((z - largest) / t), 0.0), axis=0)
+                low = tl.where(mass >= p * total, middle, low)
+                high = tl.where(mass >= p * total, high, middle)
+            cut = low
+        if least > 0.0:
+            cut = tl.maximum(cut, _order(largest + t * tl.log(least)))
     tl.store(cuts + request, cut)
 
 
@@ -205,7 +204,7 @@ def _partial_kernel(
     best_score = tl.full((), float("-inf"), tl.float32)
     best_logit = tl.full((), float("-inf"), tl.float32)
     best_token = tl.full((), 0, tl.int32)
-    for first in range(0, SPLIT, TILE):
+    for first in range(0, tl.minimum(SPLIT, vocab - split * SPLIT), TILE):
         offsets = split * SPLIT + first + tl.arange(0, TILE)
         inside = offsets < vocab
         z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)

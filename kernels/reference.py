@@ -72,7 +72,7 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
     if space == "logits":
         return np.asarray(sum(c * row for row, c in chosen))
     with np.errstate(divide="ignore"):  # a probability of 0 under every member is a mixed logit of -inf
-        return np.asarray(np.log(sum(c * np.exp(log_softmax(row)) for row, c in chosen)))
+        return np.asarray(np.log(sum(c * np.exp(log_softmax(row)) for row, c in chosen)), dtype=np.float64)
 
 
 def penalise(

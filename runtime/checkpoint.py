@@ -74,7 +74,7 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118: not a mapping
+                for stored in file.keys():  # noqa: SIM118
                     name = canonical_name(config.family, stored)
                     if name is not None:
                         weights |= _unpack(config, name, file.get_tensor(stored).float())

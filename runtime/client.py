@@ -158,7 +158,7 @@ class AsyncClient:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def generate(
         self,

@@ -64,7 +64,7 @@ class DecoderConfig:
         return self.num_kv_heads * self.head_size
 
 
-_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "threads")
+_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,20 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
-    threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = 0  # 0: as many as CPUs that this process may use
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+
+        if not isinstance(self.threads, int) or self.threads < 0:
+            raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

@@ -18,7 +18,7 @@ Json = Mapping[str, Any]
 def decoder_config(values: Json) -> DecoderConfig:
     """`DecoderConfig` of a parsed config.json. Raises `UnsupportedModelError` for a family or option it cannot say."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedModelError(f"model family {family!r} is not supported; known are {sorted(FAMILIES)}")
     try:
         return FAMILIES[family](values)
@@ -34,7 +34,7 @@ def _require(values: Json, option: str, allowed: tuple[object, ...]) -> None:
 def _rotary(values: Json) -> dict[str, Any]:
     """Theta and scaling, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) writes them."""
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     scaling = None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"}
     return {"rope_theta": float(theta), "rope_scaling": scaling}

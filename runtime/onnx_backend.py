@@ -31,9 +31,9 @@ I64 = npt.NDArray[np.int64]
 _pool_threads: int | None = None
 
 
-def _session(bundle: Bundle, file: str, threads: int) -> ort.InferenceSession:
-    """All graphs of a process share one thread pool: with a pool each, the spinning threads of one graph take the cores
-    from the next."""
+def open_session(model: str | bytes, threads: int) -> ort.InferenceSession:
+    """A session on a graph (path or bytes). All graphs of a process share one thread pool: with a pool each, the
+    spinning threads of one graph take the cores from the next. Raises `UnavailableError` for a second pool size."""
     global _pool_threads
     if _pool_threads is None:
         ort.set_global_thread_pool_sizes(threads, 1)
@@ -46,8 +46,14 @@ def _session(bundle: Bundle, file: str, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _bundle_session(bundle: Bundle, file: str, threads: int) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(bundle.path / file), options, providers=["CPUExecutionProvider"])
+        return open_session(str(bundle.path / file), threads)
+    except UnavailableError:
+        raise
     except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
         raise BundleError(f"ONNX Runtime cannot load '{bundle.path / file}': {str(error).splitlines()[0]}") from error
 
@@ -78,7 +84,7 @@ class GraphRunner:
         binding = self._bind(inputs, output, self.cache.slot(block), 1)
         self._session.run_with_iobinding(binding)
         self.cache.set_length(block, start + size)
-        return output[0]
+        return np.asarray(output[0])
 
     def decode(self, blocks: Sequence[int], rows: npt.NDArray[Any], context_lens: npt.NDArray[np.int32]) -> F32:
         """Run one row a sequence, [B] or [B, hidden]; `context_lens` [B] count it. Hidden states [B, hidden]."""
@@ -149,11 +155,13 @@ class OnnxBackend:
         self._num_members = len(bundle.members)
 
         def runner(file: str) -> GraphRunner:
-            return GraphRunner(_session(bundle, file, config.threads), bundle, self._num_blocks, self._block_size)
+            return GraphRunner(
+                _bundle_session(bundle, file, config.num_threads), bundle, self._num_blocks, self._block_size
+            )
 
         self._trunk = runner(bundle.graphs.trunk)
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
-        self._head = _session(bundle, bundle.graphs.head, config.threads)
+        self._head = _bundle_session(bundle, bundle.graphs.head, config.num_threads)
         quantised = bundle.quantisation["head_bits"] < 32
         self._head_group: int | None = bundle.quantisation["group_size"] if quantised else None
 

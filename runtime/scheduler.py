@@ -121,14 +121,12 @@ class Scheduler:
     def _schedule_prefill(self) -> None:
         """Whole chunks, the oldest group first, as long as the step has room; one at least."""
         rows = sum(count for _, count in self._rows)
-        chunks = 0
-        for sequence in self._prefilling():
+        for index, sequence in enumerate(self._prefilling()):
             count = min(sequence.num_prefill, self._prefill_chunk - sequence.num_computed % self._prefill_chunk)
-            if chunks and rows + count > self._max_rows:
+            if index and rows + count > self._max_rows:
                 return
             self._rows.append((sequence, count))
             rows += count
-            chunks += 1
 
     def _prefilling(self) -> Iterator[Sequence]:
         for group in self.running:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from ..proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -182,7 +183,7 @@ class Server:
         """Raises `UnavailableError` if the port is taken."""
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         self._server = grpc.aio.server(options=options)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self._engine), self._server)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(Admin(self._engine, self.draining), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]

@@ -149,7 +149,7 @@ def _run(job: _Job, records: Iterator[_Record], finished: set[str], tick: Any) -
 
 
 def _summarise_record(job: _Job, record: _Record) -> None:
-    base = {"id": record.id, "source": record.source}
+    base: dict[str, Any] = {"id": record.id, "source": record.source}
     try:
         if record.error is not None:
             raise record.error

@@ -136,7 +136,7 @@ def _sampling_from_proto(message: inference_pb2.GenerateRequest) -> SamplingPara
         )
     values: dict[str, Any] = {}
     for part, names in ((message.sampling, _SAMPLING_FIELDS), (message.stopping, _STOPPING_FIELDS)):
-        values |= {name: getattr(part, name) for name in names if part.HasField(name)}  # type: ignore[arg-type]
+        values |= {name: getattr(part, name) for name in names if part.HasField(name)}
     return SamplingParams(
         **values,
         logit_bias=dict(message.sampling.logit_bias),

@@ -28,7 +28,7 @@ app.add_typer(bench, name="bench")
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
 Address = Annotated[str, typer.Option(help="A server's host:port.")]
 MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: the CPUs this process may use.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def export(
     from .runtime.tokenizer import Tokenizer
 
     directory = resolve_model(model)
-    tails = dict(_tail(text) for text in tail) if tail else {"base": None}
+    tails: dict[str, Path | None] = dict(_tail(text) for text in tail) if tail else {"base": None}
     tokenizer = Tokenizer.from_dir(directory)
     export_bundle(
         directory,
@@ -174,16 +174,12 @@ def _coefficients(text: str) -> dict[str, float]:
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
-def _engine_config(threads: int | None, **values: Any) -> EngineConfig:
-    return EngineConfig(**values, **({} if threads is None else {"threads": threads}))
-
-
 @app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 50051,
-    threads: Threads = None,
+    threads: Threads = 0,
     max_num_seqs: int = 16,
     max_model_len: int = 2048,
     max_num_batched_tokens: int = 512,
@@ -193,8 +189,8 @@ def serve(
     """Serve a bundle over gRPC."""
     from .runtime.server import serve as run
 
-    config = _engine_config(
-        threads,
+    config = EngineConfig(
+        threads=threads,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -326,7 +322,7 @@ def summarise(
     max_summary_tokens: int = 96,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens a piece of a long document.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
-    threads: Threads = None,
+    threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline."""
     from .runtime.engine import Engine
@@ -336,7 +332,7 @@ def summarise(
     params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
     if not source.exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
-    with Engine.from_bundle(bundle, _engine_config(threads)) as engine:
+    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine:
         report = run(engine, source, out, ensemble=_ensemble(mix, space), params=params)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
@@ -358,7 +354,7 @@ def bench_decode(
     context: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
-    threads: Threads = None,
+    threads: Threads = 0,
 ) -> None:
     """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
     from .bench import decode
@@ -388,7 +384,7 @@ def bench_serve(
     ttft_ms: Annotated[float, typer.Option(help="Goodput: first token within this.")] = 1000.0,
     tpot_ms: Annotated[float, typer.Option(help="Goodput: a token within this, on average.")] = 100.0,
     seed: int = 0,
-    threads: Threads = None,
+    threads: Threads = 0,
 ) -> None:
     """Latency and throughput over gRPC, open-loop and closed-loop."""
     from .bench import serve as load
@@ -420,7 +416,7 @@ def bench_peers(
     new_tokens: int = 64,
     concurrency: int = 16,
     repeats: int = 5,
-    threads: Threads = None,
+    threads: Threads = 0,
 ) -> None:
     """The same prompts on other runtimes, interleaved in one run."""
     from .bench import peers as compare

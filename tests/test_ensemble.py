@@ -1,0 +1,146 @@
+"""The ensemble's invariants on the onnx backend: a tiny model with random tails, and the real one with tuned-like tails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from motet.export.bundle_writer import export_bundle
+from motet.finetune.tail import write_tail
+from motet.runtime.bundle import Bundle
+from motet.runtime.checkpoint import checkpoint_digest, read_config, read_weights
+from motet.runtime.config import EngineConfig
+from motet.runtime.engine import Engine
+from motet.runtime.onnx_backend import OnnxBackend
+from motet.runtime.request import Ensemble, Member, Request, SamplingParams, Space
+
+MIX = {"a": 0.5, "b": 0.3, "c": 0.2}
+
+
+def make_tail(model_dir, out, name, seed, scale):
+    """A tail of two layers: the base's, perturbed, so that members disagree as fine-tuned ones do."""
+    config = read_config(model_dir)
+    split = config.num_layers - 2
+    generator = torch.Generator().manual_seed(seed)
+    names = tuple(f"model.layers.{i}." for i in range(split, config.num_layers)) + ("model.norm.",)
+    weights = {}
+    for key, tensor in read_weights(model_dir).items():
+        if key.startswith(names):
+            weights[key] = tensor + scale * tensor.std().nan_to_num(0.1) * torch.randn(
+                tensor.shape, generator=generator
+            )
+    base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
+    write_tail(out, {"name": name, "split_layer": split, "base": base}, weights)
+    return out
+
+
+def make_bundles(model_dir, root, scale):
+    tails = {name: make_tail(model_dir, root / name, name, seed, scale) for seed, name in enumerate(MIX)}
+    export_bundle(model_dir, root / "all", tails=tails, mix=MIX)
+    for name, path in tails.items():
+        export_bundle(model_dir, root / f"only-{name}", tails={name: path})
+    export_bundle(model_dir, root / "same", tails={n: tails["a"] for n in MIX}, mix=MIX)
+    return root
+
+
+@pytest.fixture(scope="module", params=["tiny", "real"])
+def bundles(request, tmp_path_factory, tiny_model_dir):
+    model_dir = tiny_model_dir("llama") if request.param == "tiny" else request.getfixturevalue("real_model_dir")
+    return make_bundles(model_dir, tmp_path_factory.mktemp("bundles"), 0.3)
+
+
+def prompts_of(bundle: Bundle, count: int = 32) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    high = min(bundle.config.vocab_size, 40_000)
+    return [tuple(int(t) for t in rng.integers(10, high, rng.integers(2, 24))) for _ in range(count)]
+
+
+def greedy(path, ensemble, prompts, tokens=32, **config):
+    values = {"max_num_seqs": 16, "max_model_len": 128, "threads": 2} | config
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    with Engine.from_bundle(path, EngineConfig(**values)) as engine:
+        requests = [
+            Request(str(i), (p,), ensemble or engine.model.default_ensemble, params) for i, p in enumerate(prompts)
+        ]
+        return [choices[0].token_ids for choices in engine.complete(requests)]
+
+
+def ensemble(space=Space.LOGITS, **mix):
+    return Ensemble(tuple(Member(name, value) for name, value in mix.items()), space)
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_one_zero_is_the_member(bundles, space):
+    prompts = prompts_of(Bundle.load(bundles / "all"), 8)
+    alone = greedy(bundles / "only-a", ensemble(a=1.0), prompts)
+    assert greedy(bundles / "all", ensemble(space, a=1.0, b=0.0), prompts) == alone
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_identical_members_are_one(bundles, space):
+    prompts = prompts_of(Bundle.load(bundles / "all"), 8)
+    alone = greedy(bundles / "only-a", ensemble(a=1.0), prompts)
+    assert greedy(bundles / "same", ensemble(space, **MIX), prompts) == alone
+
+
+def test_a_permutation_of_members_changes_nothing(bundles):
+    prompts = prompts_of(Bundle.load(bundles / "all"), 8)
+    reverse = dict(reversed(MIX.items()))
+    assert greedy(bundles / "all", ensemble(**MIX), prompts) == greedy(bundles / "all", ensemble(**reverse), prompts)
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_shared_trunk_is_separate_models(bundles, space):
+    """32 prompts × 32 tokens: decoding with one trunk chooses what K whole models, each with its own cache and head and
+    mixed outside, choose."""
+    bundle = Bundle.load(bundles / "all")
+    prompts = prompts_of(bundle)
+    together = greedy(bundles / "all", ensemble(space, **MIX), prompts)
+    config = EngineConfig(max_num_seqs=1, max_model_len=128, threads=2)
+    separate = [OnnxBackend(Bundle.load(bundles / f"only-{name}"), config) for name in MIX]
+    for prompt, tokens in zip(prompts, together):
+        logits = [_teacher_forced(backend, prompt, tokens) for backend in separate]  # [members][tokens, vocab]
+        if space is Space.PROBS:
+            logits = [
+                z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
+                for z in logits
+            ]
+            mixed = sum(c * np.exp(z) for c, z in zip(MIX.values(), logits))
+        else:
+            mixed = sum(c * z for c, z in zip(MIX.values(), logits))
+        assert mixed.argmax(1).tolist() == tokens
+
+
+def _teacher_forced(backend, prompt, tokens):
+    """Logits of one whole model for each token: prefill up to the last prompt token, then one row at a time."""
+    trunk, rows = backend._trunk, []
+    if len(prompt) > 1:
+        trunk.prefill(0, np.array(prompt[:-1]), 0)
+    for index, token in enumerate([prompt[-1], *tokens[:-1]]):
+        length = np.array([len(prompt) + index], np.int32)
+        rows.append(trunk.decode([0], np.array([token]), length)[0])
+    trunk.cache.free([0])
+    return np.concatenate([backend._logits([row]) for row in rows]).astype(np.float64)
+
+
+def test_solo_is_batched(bundles):
+    """The same greedy tokens alone and in a full, changing batch, prompts of different lengths, chunks cut alike."""
+    prompts = prompts_of(Bundle.load(bundles / "all"), 24)
+    together = greedy(bundles / "all", None, prompts, max_num_seqs=5, prefill_chunk=8)
+    alone = [greedy(bundles / "all", None, [prompt], prefill_chunk=8)[0] for prompt in prompts[:6]]
+    assert together[:6] == alone
+
+
+def test_views_are_members_too(bundles):
+    """Context-aware decoding: 1.5 × with the document − 0.5 × without; the same view twice is the plain model."""
+    prompt, bare = prompts_of(Bundle.load(bundles / "all"), 2)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    views = Ensemble((Member("a", 1.5), Member("a", -0.5, view=1)))
+    plain = ensemble(a=1.0)
+    with Engine.from_bundle(bundles / "all", EngineConfig(max_num_seqs=4, max_model_len=128, threads=2)) as engine:
+        contrast = engine.complete([Request("1", (prompt, bare), views, params)])[0][0].token_ids
+        same = engine.complete([Request("2", (prompt, prompt), views, params)])[0][0].token_ids
+        alone = engine.complete([Request("3", (prompt,), plain, params)])[0][0].token_ids
+    assert same == alone
+    assert contrast != alone
