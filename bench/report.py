@@ -6,6 +6,7 @@ import html
 import io
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -61,7 +62,8 @@ def write(name: str, result: dict[str, Any], tables: Sequence[Table], plots: Seq
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{name}.html").write_text(_page(name, result, tables, plots))
-    console = Console()
+    # A pipe has no width; rich's 80 columns would cut the figures off.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for item in tables:
         console.print(item)
     print(json.dumps({"bench": name, **result}), flush=True)

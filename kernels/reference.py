@@ -68,7 +68,7 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
     """Mixed logits [vocab] of member logits [members, vocab]. Members with coefficient 0 do not take part."""
     chosen = [(row.astype(np.float64), c) for row, c in zip(logits, coefficients, strict=True) if c != 0]
     if len(chosen) == 1 and chosen[0][1] == 1:
-        return chosen[0][0]
+        return np.asarray(chosen[0][0])
     if space == "logits":
         return np.asarray(sum(c * row for row, c in chosen))
     with np.errstate(divide="ignore"):  # a probability of 0 under every member is a mixed logit of -inf

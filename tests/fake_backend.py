@@ -6,7 +6,6 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-
 from motet.runtime.batch import Batch, StepOutput
 from motet.runtime.sampler import sample_rows
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from motet.runtime import errors
 from motet.runtime.config import EngineConfig
 from motet.runtime.engine import Engine, ModelInfo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from motet.export.bundle_writer import export_bundle
 from motet.finetune.tail import write_tail
 from motet.runtime.bundle import Bundle
@@ -40,7 +39,7 @@ def make_bundles(model_dir, root, scale):
     export_bundle(model_dir, root / "all", tails=tails, mix=MIX)
     for name, path in tails.items():
         export_bundle(model_dir, root / f"only-{name}", tails={name: path})
-    export_bundle(model_dir, root / "same", tails={n: tails["a"] for n in MIX}, mix=MIX)
+    export_bundle(model_dir, root / "same", tails=dict.fromkeys(MIX, tails["a"]), mix=MIX)
     return root
 
 

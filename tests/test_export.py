@@ -8,7 +8,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-
 from motet.export.bundle_writer import export_bundle, stored_tensors, write_standard_graph
 from motet.export.calibrate import channel_rms, equalise
 from motet.export.quantise import dequantise, quantise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from motet.runtime.config import DecoderConfig, EngineConfig
 from motet.runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
 from motet.runtime.request import Ensemble, Member, Request, SamplingParams, Space

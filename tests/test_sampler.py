@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from motet.kernels import reference
 from motet.runtime.batch import SampleRow
 from motet.runtime.request import SamplingParams, Space

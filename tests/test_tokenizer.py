@@ -5,7 +5,6 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from motet.runtime.errors import BundleError, InvalidRequestError, NotFoundError
 from motet.runtime.stream import TextStream
 from motet.runtime.tokenizer import Tokenizer

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 import transformers
-
 from motet.runtime.checkpoint import eos_token_ids, read_config, read_weights
 from motet.runtime.errors import BundleError, NotFoundError, UnsupportedModelError
 from motet.runtime.families import decoder_config

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from .runtime.config import EngineConfig
@@ -20,6 +19,9 @@ from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFo
 from .runtime.output import Output
 from .runtime.prompt import Prompt
 from .runtime.request import Ensemble, Member, SamplingParams, Space
+
+# Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Measure: decode, serve, peers. Each writes JSON and an HTML page.")
@@ -39,9 +41,9 @@ def main() -> None:
     except MotetError as error:
         print(f"motet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except click.exceptions.ClickException as error:
+    except _UsageError as error:
         print(f"motet: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
@@ -112,9 +114,11 @@ def export(
     from .export.bundle_writer import export_bundle
     from .export.pull import resolve_model
     from .finetune.data import heldout_token_ids
+    from .runtime.checkpoint import read_config
     from .runtime.tokenizer import Tokenizer
 
     directory = resolve_model(model)
+    read_config(directory)  # an unknown family is said before anything else
     tails: dict[str, Path | None] = dict(_tail(text) for text in tail) if tail else {"base": None}
     tokenizer = Tokenizer.from_dir(directory)
     export_bundle(

@@ -1,0 +1,55 @@
+"""The repository itself: the wheel holds the tree, the stubs are the protos', serving needs no heavy package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("runtime", "kernels", "export", "finetune", "proto", "bench")
+
+
+def test_the_wheel_is_the_tree(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info" not in name}
+    expected = {f"motet/{path.name}" for path in (ROOT / "src" / "motet").iterdir() if path.suffix in (".py", ".typed")}
+    for folder in FOLDERS:
+        files = [path for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".pyi", ".proto")]
+        expected |= {f"motet/{folder}/{path.name}" for path in files}
+    assert packed == expected
+
+
+def test_stubs_are_generated_from_the_protos(tmp_path):
+    names = [f"motet/proto/{path.name}" for path in sorted((ROOT / "proto").glob("*.proto"))]
+    outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Imotet/proto=proto", *outs, *names]
+    subprocess.run(command, check=True, cwd=ROOT)
+    generated = {path.name: path.read_text() for path in (tmp_path / "motet" / "proto").iterdir()}
+    committed = {path.name: path.read_text() for path in (ROOT / "proto").glob("*_pb2*")}
+    assert generated == committed
+
+
+@pytest.mark.parametrize(
+    "module", ["motet", "motet.cli", "motet.runtime.server", "motet.runtime.onnx_backend", "motet.runtime.summarise"]
+)
+def test_serving_needs_no_heavy_package(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'onnx', 'triton') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
