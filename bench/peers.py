@@ -214,11 +214,12 @@ def _table(result: dict[str, Any]) -> Any:
         "1",
         "many",
     ]
-    rows = []
+    rows, errors = [], []
     for row in result["peers"]:
         label = f"{row['name']} {row['version']}".strip()
         if row["error"] is not None:
-            rows.append([label, str(row["error"])[:60], "", "", "", "", ""])
+            rows.append([label, *["–"] * 6])
+            errors.append(f"{label}: {row['error']}")
             continue
         ratios = row.get("motet_ratio", {})
         rows.append(
@@ -227,7 +228,7 @@ def _table(result: dict[str, Any]) -> Any:
     title = (
         f"{result['bundle']}, {result['bits']} bits, {result['limits']['threads']} threads, context {result['context']}"
     )
-    return table(title, header, rows)
+    return table("\n".join([title, *errors]), header, rows)
 
 
 def _plots(result: dict[str, Any]) -> list[Plot]:

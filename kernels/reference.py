@@ -70,7 +70,7 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
     if len(chosen) == 1 and chosen[0][1] == 1:
         return np.asarray(chosen[0][0])
     if space == "logits":
-        return np.asarray(sum(c * row for row, c in chosen))
+        return np.asarray(sum(c * row for row, c in chosen), dtype=np.float64)
     with np.errstate(divide="ignore"):  # a probability of 0 under every member is a mixed logit of -inf
         return np.asarray(np.log(sum(c * np.exp(log_softmax(row)) for row, c in chosen)), dtype=np.float64)
 

@@ -22,15 +22,18 @@ _OPTIONS = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 
 def _message(
     prompt: Prompt,
-    mix: Mix,
-    space: Space,
-    views: Sequence[Prompt],
-    time_limit_s: float | None,
-    return_member_logprobs: bool,
-    sampling: SamplingParams | None,
-    fields: Mapping[str, Any],
+    *,
+    mix: Mix = None,
+    space: Space = Space.LOGITS,
+    views: Sequence[Prompt] = (),
+    time_limit_s: float | None = None,
+    return_member_logprobs: bool = False,
+    sampling: SamplingParams | None = None,
+    **fields: Any,
 ) -> inference_pb2.GenerateRequest:
-    """`sampling`, or its fields as keyword arguments; both are checked here before anything is sent."""
+    """The options of a request, which all calls share. `mix`: member → coefficient, or an `Ensemble`, whose members with
+    view i see `views[i - 1]`; None is the bundle's own. `time_limit_s` ends the answer with what there is. `sampling`, or
+    its fields as keywords. All is checked here, before anything is sent."""
     if isinstance(mix, Mapping):
         mix = Ensemble(tuple(Member(name, coefficient) for name, coefficient in mix.items()), space)
     return request_to_proto(
@@ -50,8 +53,9 @@ class Client:
     ...     for delta in client.generate("Once upon a time", mix={"code": 0.3, "docs": 0.7}, max_tokens=40):
     ...         print(delta.text, end="", flush=True)
 
-    `prompt`: text, token ids, or messages ({"role", "content"}). `mix`: member → coefficient, or an `Ensemble`, whose
-    members with view i see `views[i - 1]`; None is the bundle's own. Further keywords are those of `SamplingParams`.
+    `prompt`: text, token ids, or messages ({"role", "content"}). Options: see `_message` (mix, space, views,
+    time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the call's
+    deadline, past which it fails; `time_limit_s` ends the answer with what there is.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
@@ -69,22 +73,9 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        mix: Mix = None,
-        space: Space = Space.LOGITS,
-        views: Sequence[Prompt] = (),
-        time_limit_s: float | None = None,
-        timeout_s: float | None = None,
-        return_member_logprobs: bool = False,
-        sampling: SamplingParams | None = None,
-        **fields: Any,
-    ) -> Iterator[Output]:
-        """Deltas as they come. Leaving the loop early cancels the request. `timeout_s` is the call's deadline, past
-        which it fails; `time_limit_s` ends the answer with what there is."""
-        message = _message(prompt, mix, space, views, time_limit_s, return_member_logprobs, sampling, fields)
+    def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[Output]:
+        """Deltas as they come. Leaving the loop early cancels the request."""
+        message = _message(prompt, **options)
         return self._deltas(self._inference.Generate(message, timeout=timeout_s))
 
     def _deltas(self, call: Any) -> Iterator[Output]:
@@ -96,21 +87,9 @@ class Client:
         finally:
             call.cancel()
 
-    def complete(
-        self,
-        prompt: Prompt,
-        *,
-        mix: Mix = None,
-        space: Space = Space.LOGITS,
-        views: Sequence[Prompt] = (),
-        time_limit_s: float | None = None,
-        timeout_s: float | None = None,
-        return_member_logprobs: bool = False,
-        sampling: SamplingParams | None = None,
-        **fields: Any,
-    ) -> list[Completion]:
+    def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> list[Completion]:
         """The whole answer: one completion for each of `n`."""
-        message = _message(prompt, mix, space, views, time_limit_s, return_member_logprobs, sampling, fields)
+        message = _message(prompt, **options)
         try:
             response = self._inference.Complete(message, timeout=timeout_s)
         except grpc.RpcError as error:
@@ -161,19 +140,9 @@ class AsyncClient:
         await self._channel.close(None)
 
     async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        mix: Mix = None,
-        space: Space = Space.LOGITS,
-        views: Sequence[Prompt] = (),
-        time_limit_s: float | None = None,
-        timeout_s: float | None = None,
-        return_member_logprobs: bool = False,
-        sampling: SamplingParams | None = None,
-        **fields: Any,
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
-        message = _message(prompt, mix, space, views, time_limit_s, return_member_logprobs, sampling, fields)
+        message = _message(prompt, **options)
         call = self._inference.Generate(message, timeout=timeout_s)
         try:
             async for response in call:

@@ -124,11 +124,16 @@ def _teacher_forced(backend, prompt, tokens):
 
 
 def test_solo_is_batched(bundles):
-    """The same greedy tokens alone and in a full, changing batch, prompts of different lengths, chunks cut alike."""
-    prompts = prompts_of(Bundle.load(bundles / "all"), 24)
-    together = greedy(bundles / "all", None, prompts, max_num_seqs=5, prefill_chunk=8)
-    alone = [greedy(bundles / "all", None, [prompt], prefill_chunk=8)[0] for prompt in prompts[:6]]
-    assert together[:6] == alone
+    """64 prompts × 64 tokens: the same greedy tokens alone and in a full, changing batch, prefill chunks cut alike."""
+    prompts = prompts_of(Bundle.load(bundles / "all"), 64)
+    config = {"tokens": 64, "prefill_chunk": 8}
+    together = greedy(bundles / "all", None, prompts, max_num_seqs=12, max_num_batched_tokens=40, **config)
+    values = EngineConfig(max_num_seqs=1, max_model_len=128, threads=2, prefill_chunk=8)
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    with Engine.from_bundle(bundles / "all", values) as engine:
+        mix = engine.model.default_ensemble
+        alone = [engine.complete([Request("x", (prompt,), mix, params)])[0][0].token_ids for prompt in prompts]
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) == 64
 
 
 def test_views_are_members_too(bundles):
