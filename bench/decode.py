@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class TimedBackend:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.steps: list[tuple[Batch, float]] = []
+        self.ready: Callable[[], bool] | None = None  # the next step waits for it, a second at most
 
     @property
     def num_blocks(self) -> int:
@@ -46,6 +47,10 @@ class TimedBackend:
         return self._backend.block_size
 
     def step(self, batch: Batch) -> StepOutput:
+        until = time.monotonic() + 1.0
+        while self.ready is not None and not self.ready() and time.monotonic() < until:
+            time.sleep(1e-4)
+        self.ready = None
         start = time.perf_counter()
         output = self._backend.step(batch)
         self.steps.append((batch, time.perf_counter() - start))
@@ -138,8 +143,11 @@ def _decode(
         for size in sizes:
             timed.steps.clear()
             requests = [_request(bundle, i, size, context - new_tokens // 2, new_tokens) for i in range(batch_size)]
+            timed.ready = lambda: engine.stats().waiting + engine.stats().running >= batch_size  # all submitted
             engine.complete(requests)
             full = [t for batch, t in timed.steps if len(batch.samples) == batch_size == batch.num_rows]
+            if not full:
+                raise ConfigError(f"no step decoded {batch_size} sequences at once; raise new_tokens ({new_tokens})")
             times[size].append(statistics.median(full))
     rows = []
     for size in sizes:
