@@ -192,8 +192,8 @@ class Server:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"{self._host}:{self._wanted_port}"
         try:
-            with socket.create_server((self._host, self._wanted_port)):
-                pass  # asked first, because gRPC writes a log line of its own when it cannot bind
+            # Asked first, because gRPC writes a log line of its own when it cannot bind.
+            socket.create_server((self._host, self._wanted_port)).close()
             self.port = self._server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
             raise UnavailableError(f"cannot listen on {address} ({error}); choose another --port") from error
