@@ -110,7 +110,7 @@ class Engine:
         self._closed = False
         self._steps = 0
         self._tokens = 0
-        self._thread = threading.Thread(target=self._loop, name="motet-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="motet-engine", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -290,6 +290,23 @@ class Engine:
             )
 
     # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The loop, and if it ends by a mistake of ours, an end with an error for everybody: nobody waits for ever."""
+        try:
+            self._loop()
+        except Exception as error:
+            log.exception("the engine's loop failed; all requests end with an error")
+            with self._wake:
+                self._closed = True
+                streams = [*self._streams.values(), *(stream for streams in self._arrivals for stream in streams)]
+            for stream in streams:
+                group, failure = stream.group, MotetError(f"the engine failed: {error!r}")
+                ended = Output(
+                    group.request_id, group.choice, group.seed, finish_reason=FinishReason.ERROR, error=failure
+                )
+                ended.usage, ended.timings = stream.usage(), stream.timings(time.monotonic())
+                self._send(stream, ended)
 
     def _loop(self) -> None:
         while self._take_arrivals():

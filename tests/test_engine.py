@@ -173,6 +173,19 @@ def test_bad_requests_are_refused(tokenizer, request_, error, message):
         engine.submit(request_(), lambda output: None)
 
 
+def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
+    with make_engine(tokenizer) as engine:
+
+        def fail():
+            raise AssertionError("a bug")
+
+        monkeypatch.setattr(engine._scheduler, "schedule", fail)
+        with pytest.raises(errors.MotetError, match="a bug"):
+            engine.complete([ask("x")])
+        with pytest.raises(errors.UnavailableError):
+            engine.submit(ask("y"), lambda output: None)
+
+
 def test_overload_and_shutdown(tokenizer):
     engine = make_engine(tokenizer, max_waiting=2)
     with pytest.raises(errors.OverloadedError, match="max_waiting"):
