@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 
@@ -13,7 +13,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free: deque[int] = deque(range(num_blocks))
-        self._used: set[int] = set()
+        self._owners: dict[int, int] = {}  # used block → reference count
         self._freed: list[int] = []
 
     @property
@@ -30,14 +30,21 @@ class BlockManager:
     def allocate(self, count: int) -> list[int]:
         assert self.can_allocate(count), f"{count} blocks wanted, {len(self._free)} free"
         blocks = [self._free.popleft() for _ in range(count)]
-        self._used.update(blocks)
+        self._owners.update(dict.fromkeys(blocks, 1))
         return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One owner more for blocks in use; a block is free again when its last owner has freed it."""
+        for block in blocks:
+            self._owners[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            self._used.remove(block)
-            self._free.append(block)
-            self._freed.append(block)
+            self._owners[block] -= 1
+            if self._owners[block] == 0:
+                del self._owners[block]
+                self._free.append(block)
+                self._freed.append(block)
 
     def take_freed(self) -> list[int]:
         """Blocks freed since the last call: the backend may forget what they hold."""
@@ -45,8 +52,8 @@ class BlockManager:
         return freed
 
     def check_integrity(self, tables: Iterable[Iterable[int]]) -> None:
-        """Assert that the used blocks are exactly those of `tables`, each once, and the others are free."""
-        owned = [block for table in tables for block in table]
-        assert len(owned) == len(set(owned)), "a block belongs to two sequences"
-        assert set(owned) == self._used, f"used {sorted(self._used)}, owned {sorted(owned)}"
-        assert self._used.isdisjoint(self._free) and len(self._used) + len(self._free) == self.num_blocks
+        """Assert that each used block is in as many of `tables` as it has owners, and that all others are free once."""
+        owned = dict(Counter(block for table in tables for block in table))
+        assert owned == self._owners, f"owners {self._owners}, in tables {owned}"
+        assert self._owners.keys().isdisjoint(self._free), "a block is free and used"
+        assert len(self._owners) + len(set(self._free)) == len(self._owners) + len(self._free) == self.num_blocks

@@ -8,7 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .backend import Backend
@@ -103,8 +104,8 @@ class Engine:
         self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk)
         self._streams: dict[Group, _Stream] = {}
         self._wake = threading.Condition()
-        self._arrivals: deque[list[_Stream]] = deque()  # guarded by _wake, as are the next four
-        self._aborts: dict[str, FinishReason] = {}
+        # Guarded by _wake, as are the next three. In order: an abort does not reach requests that come after it.
+        self._inbox: deque[list[_Stream] | tuple[str, FinishReason]] = deque()
         self._num_queued = 0
         self._draining = False
         self._closed = False
@@ -155,40 +156,47 @@ class Engine:
                     f"({self.config.max_waiting}); try again later"
                 )
             self._num_queued += len(streams)
-            self._arrivals.append(streams)
+            self._inbox.append(streams)
             self._wake.notify()
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End a request with what it has. Unknown or finished ones are fine."""
+        """End all requests of this id that were submitted so far, with what they have. None is fine."""
         with self._wake:
-            self._aborts[request_id] = reason
+            self._inbox.append((request_id, reason))
             self._wake.notify()
 
     def complete(self, requests: Sequence[Request], on_output: OnOutput | None = None) -> list[list[Completion]]:
-        """Run requests to their end and return their choices, for offline use. Raises what `submit` raises, and the
-        error of a choice that failed."""
+        """Run requests to their end and return their choices, for offline use. Raises what `submit` raises (then the
+        other requests are cancelled), and the error of a choice that failed. Not for the engine's own thread."""
+        for request in requests:
+            self._check(request)
         choices: list[dict[int, Completion]] = [{} for _ in requests]
         room = threading.Semaphore(self.config.max_waiting)  # never more in flight than the queue takes
 
         def collector(index: int) -> OnOutput:
-            def collect(output: Output) -> None:
-                if on_output is not None:
-                    on_output(replace(output))
-                if output.choice in choices[index]:
-                    choices[index][output.choice].extend(output)
-                else:
-                    choices[index][output.choice] = output
-                if output.finish_reason is not None:
-                    room.release()
+            def collect(delta: Output) -> None:
+                empty = Completion(delta.request_id, delta.choice, delta.seed)
+                choices[index].setdefault(delta.choice, empty).extend(delta)
+                try:
+                    if on_output is not None:
+                        on_output(delta)
+                finally:
+                    if delta.finish_reason is not None:
+                        room.release()
 
             return collect
 
-        for index, request in enumerate(requests):
-            for _ in range(request.sampling.n):
+        try:
+            for index, request in enumerate(requests):
+                for _ in range(request.sampling.n):
+                    room.acquire()
+                self.submit(request, collector(index))
+            for _ in range(self.config.max_waiting):  # all came back: everything has ended
                 room.acquire()
-            self.submit(request, collector(index))
-        for _ in range(self.config.max_waiting):  # all came back: everything has ended
-            room.acquire()
+        except BaseException:  # an interrupt too
+            for request in requests:
+                self.abort(request.request_id)
+            raise
         results = [[by_choice[choice] for choice in sorted(by_choice)] for by_choice in choices]
         for completion in (completion for result in results for completion in result):
             if completion.error is not None:
@@ -213,13 +221,12 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._backend.close()
 
     @property
     def is_idle(self) -> bool:
         """Nothing waits, nothing runs."""
         with self._wake:
-            return not self._arrivals and not self._streams
+            return not self._inbox and not self._streams
 
     # ---- a request becomes groups --------------------------------------------------------------------------------
 
@@ -256,33 +263,43 @@ class Engine:
         return streams
 
     def _check(self, request: Request) -> None:
-        model, blocks = self.model, self._scheduler.blocks
         for member in request.ensemble.members:
-            if member.name not in model.members:
+            if member.name not in self.model.members:
                 raise InvalidEnsembleError(
-                    f"'{member.name}' is not a member of '{model.name}'; its members are {list(model.members)}",
+                    f"'{member.name}' is not a member of '{self.model.name}'; "
+                    f"its members are {list(self.model.members)}",
                     field="ensemble.members.name",
                 )
-        views = {member.view for member in request.ensemble.members}
-        if len(views) > self.config.max_num_seqs:
+        params = request.sampling
+        if params.n > self.config.max_waiting:
             raise InvalidRequestError(
-                f"the request has {len(views)} views; at most max_num_seqs ({self.config.max_num_seqs}) can run at once"
+                f"n is {params.n}; the server queues at most max_waiting ({self.config.max_waiting}) choices", field="n"
             )
-        for view in views:
-            prompt = request.prompts[view]
-            if len(prompt) >= model.max_model_len:
+        _check_ids("logit_bias", params.logit_bias, self.model.vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, self.model.vocab_size)
+        self._check_size(request)
+
+    def _check_size(self, request: Request) -> None:
+        """Can the group run when it is alone? Then it can always run in the end."""
+        blocks, limit = self._scheduler.blocks, self.model.max_model_len
+        prompts = [request.prompts[view] for view in {member.view for member in request.ensemble.members}]
+        if len(prompts) > self.config.max_num_seqs:
+            raise InvalidRequestError(
+                f"the request has {len(prompts)} views; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
+                "once; use fewer",
+                field="ensemble.members.view",
+            )
+        for prompt in prompts:
+            if len(prompt) >= limit:
                 raise ContextLengthError(
-                    f"the prompt has {len(prompt)} tokens; the context holds {model.max_model_len} with at least one for "
+                    f"the prompt has {len(prompt)} tokens; the context holds {limit} with at least one for "
                     "the answer; shorten it",
                     field="prompt",
                 )
-            _check_ids("prompt", (min(prompt), max(prompt)), model.vocab_size)
-        params = request.sampling
-        _check_ids("logit_bias", params.logit_bias, model.vocab_size)
-        _check_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
-        room = params.max_tokens or model.max_model_len
-        lengths = [min(model.max_model_len, len(request.prompts[view]) + room) for view in views]
-        needed = sum(blocks.blocks_for(length) for length in lengths)
+            _check_ids("prompt", (min(prompt), max(prompt)), self.model.vocab_size)
+        room = limit - max(map(len, prompts))
+        answer = min(request.sampling.max_tokens or room, room)
+        needed = sum(blocks.blocks_for(len(prompt) + answer) for prompt in prompts)
         if needed > blocks.num_blocks:
             raise ContextLengthError(
                 f"the request may need {needed} blocks of KV cache, there are {blocks.num_blocks}; lower max_tokens",
@@ -292,62 +309,66 @@ class Engine:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """The loop, and if it ends by a mistake of ours, an end with an error for everybody: nobody waits for ever."""
+        """The thread. Whatever ends the loop, every stream gets its last output."""
+        end = partial(self._finish, reason=FinishReason.CANCELLED)
         try:
-            self._loop()
-        except Exception as error:
-            log.exception("the engine's loop failed; all requests end with an error")
-            with self._wake:
-                self._closed = True
-                streams = [*self._streams.values(), *(stream for streams in self._arrivals for stream in streams)]
-            for stream in streams:
-                group, failure = stream.group, MotetError(f"the engine failed: {error!r}")
-                ended = Output(
-                    group.request_id, group.choice, group.seed, finish_reason=FinishReason.ERROR, error=failure
-                )
-                ended.usage, ended.timings = stream.usage(), stream.timings(time.monotonic())
-                self._send(stream, ended)
-
-    def _loop(self) -> None:
-        while self._take_arrivals():
-            self._end_overdue()
-            batch = self._scheduler.schedule()
-            if batch is None:
-                self._scheduler.check_integrity()
-                continue
-            now = time.monotonic()
-            for group in self._scheduler.running:
-                stream = self._streams[group]
-                if stream.admitted is None:
-                    stream.admitted = now
-                    self._leave_queue()
-            try:
-                output = self._backend.step(batch)
-            except Exception as error:  # whatever the backend raises must not end the engine
-                self._fail_running(error)
-                continue
-            self._steps += 1
-            self._emit(self._scheduler.commit(output), output)
-        for stream in list(self._streams.values()):
-            self._finish(stream, FinishReason.CANCELLED)
-
-    def _take_arrivals(self) -> bool:
-        """Take in what came; sleep while there is nothing to do. False: the engine is closed."""
+            while self._take_inbox():
+                self._step()
+        except Exception as cause:  # a fault of our own: nobody may wait for an answer for ever
+            log.exception("the engine stopped")
+            error = MotetError(f"the engine stopped: {cause}; restart it")
+            end = partial(self._end, reason=FinishReason.ERROR, error=error)  # the scheduler may be what is broken
         with self._wake:
-            while not (self._arrivals or self._closed or self._streams):
-                self._aborts.clear()  # of requests that are gone
+            self._closed = True
+            arrived = [stream for item in self._inbox if isinstance(item, list) for stream in item]
+            self._inbox.clear()
+        for stream in (*self._streams.values(), *arrived):
+            end(stream)
+        self._backend.close()
+
+    def _take_inbox(self) -> bool:
+        """Take in what came; sleep while there is nothing to do. False: the engine is closed."""
+        ended: list[tuple[_Stream, FinishReason]] = []
+        with self._wake:
+            while not (self._inbox or self._closed or self._streams):
                 self._wake.wait()
-            arrivals, self._arrivals = self._arrivals, deque()
-            aborts, self._aborts = self._aborts, {}
+            while self._inbox:
+                item = self._inbox.popleft()
+                if isinstance(item, list):
+                    for stream in item:
+                        self._streams[stream.group] = stream
+                        self._scheduler.add(stream.group)
+                else:
+                    request_id, reason = item
+                    ended += [(s, reason) for s in self._streams.values() if s.request.request_id == request_id]
             closed = self._closed
-        for stream in (stream for streams in arrivals for stream in streams):
-            self._streams[stream.group] = stream
-            self._scheduler.add(stream.group)
-        if aborts:
-            for stream in list(self._streams.values()):
-                if stream.request.request_id in aborts:
-                    self._finish(stream, aborts[stream.request.request_id])
+        for stream, reason in ended:
+            if stream.group in self._streams:  # not aborted twice
+                self._finish(stream, reason)
         return not closed
+
+    def _step(self) -> None:
+        self._end_overdue()
+        batch = self._scheduler.schedule()
+        if batch is None:
+            self._scheduler.check_integrity()
+            return
+        self._note_admitted()
+        try:
+            output = self._backend.step(batch)
+        except Exception as error:  # whatever the backend raises must not end the engine
+            self._fail_step(error)
+            return
+        self._steps += 1
+        self._emit(self._scheduler.commit(output), output)
+
+    def _note_admitted(self) -> None:
+        now = time.monotonic()
+        for group in self._scheduler.running:
+            stream = self._streams[group]
+            if stream.admitted is None:
+                stream.admitted = now
+                self._leave_queue()
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -356,10 +377,10 @@ class Engine:
             if limit is not None and now - stream.arrived >= limit:
                 self._finish(stream, FinishReason.TIME_LIMIT)
 
-    def _fail_running(self, error: Exception) -> None:
-        """A step failed as a whole: its groups end with the error, those that wait go on."""
+    def _fail_step(self, error: Exception) -> None:
+        """A step failed as a whole: its groups end with the error, all others go on."""
         log.exception("a step failed; its requests end with an error")
-        for group in list(self._scheduler.running):
+        for group in self._scheduler.fail():
             self._finish(self._streams[group], FinishReason.ERROR, error=MotetError(f"the backend failed: {error}"))
 
     def _emit(self, groups: list[Group], output: StepOutput) -> None:
@@ -400,13 +421,21 @@ class Engine:
     def _finish(
         self, stream: _Stream, reason: FinishReason, *, delta: Output | None = None, error: MotetError | None = None
     ) -> None:
+        self._scheduler.abort(stream.group)
+        self._end(stream, reason, delta=delta, error=error)
+
+    def _end(
+        self, stream: _Stream, reason: FinishReason, *, delta: Output | None = None, error: MotetError | None = None
+    ) -> None:
+        """The last output, which is `delta` where there is one."""
         group = stream.group
         if stream.admitted is None:
             self._leave_queue()
-        self._scheduler.abort(group)
-        del self._streams[group]
+        self._streams.pop(group, None)
         output = delta or Output(group.request_id, group.choice, group.seed)
         output.text += stream.text.flush()
+        if reason is FinishReason.LENGTH and stream.text.stopped is not None:
+            reason, output.stop_matched = FinishReason.STOP, stream.text.stopped
         output.finish_reason, output.error = reason, error
         output.usage, output.timings = stream.usage(), stream.timings(time.monotonic())
         self._send(stream, output)

@@ -18,7 +18,11 @@ from .sequence import Group, Sequence, SequenceStatus
 
 
 class Scheduler:
-    """First come, first served. When blocks run out, the latest group gives all of its blocks back and waits again."""
+    """First come, first served. When blocks run out, the latest group gives all of its blocks back and waits again.
+
+    A step has at most `max_num_batched_tokens` rows, or one prefill chunk more where decode rows leave no room for any:
+    so neither waits for the other.
+    """
 
     def __init__(
         self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, prefill_chunk: int
@@ -28,7 +32,7 @@ class Scheduler:
         self.running: list[Group] = []
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_num_batched_tokens
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._rows: list[tuple[Sequence, int]] = []  # of the batch under way: sequence, number of rows
         self._sampled: list[Group] = []
 
@@ -70,6 +74,16 @@ class Scheduler:
                 group.append(int(output.token_ids[index]))
         return self._sampled
 
+    def fail(self) -> list[Group]:
+        """The batch under way failed: return its groups, which the caller ends. The others that run are preempted,
+        because nobody knows what the step left in the cache."""
+        under_way = {id(sequence) for sequence, _ in self._rows}
+        failed = [group for group in self.running if any(id(s) in under_way for s in group.sequences)]
+        for group in self.running[::-1]:
+            if group not in failed:
+                self.preempt(group)
+        return failed
+
     def check_integrity(self) -> None:
         """Assert that every block is free or owned once."""
         self.blocks.check_integrity(s.block_table for group in self.running for s in group.sequences)
@@ -77,7 +91,7 @@ class Scheduler:
     # ---- steps of schedule() -------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move groups from the queue while all their sequences find a place for their tokens and one more."""
+        """Move groups from the queue while all their sequences find a place for all of their tokens."""
         num_seqs = sum(len(group.sequences) for group in self.running)
         while self.waiting:
             group = self.waiting[0]

@@ -6,31 +6,33 @@ from .tokenizer import IncrementalDecoder
 
 
 class TextStream:
-    """Feed tokens with `push`; `stopped` names the stop string that ended the text, which is not part of it."""
+    """Feed tokens with `push`; `stopped` names the stop string that ended the text, which is not part of it.
+
+    The string that is complete first wins, of several that end together the longest. So where the text is cut does not
+    depend on how it was cut into tokens.
+    """
 
     def __init__(self, decoder: IncrementalDecoder, stop: tuple[str, ...]) -> None:
         self._decoder = decoder
         self._stop = stop
         self._longest = max((len(string) for string in stop), default=0)
-        self._held = ""
+        self._held = ""  # the longest end of the text that begins a stop string
         self.stopped: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """The text that may be given out after this token. Without `may_stop` no stop string ends in this token."""
-        text = self._decoder.push([token_id])
-        return self._cut(text, final=False) if may_stop else text
+        return self._cut(self._decoder.push([token_id]), may_stop=may_stop, final=False)
 
     def flush(self) -> str:
-        """The rest of the text, at the end of the answer."""
-        return "" if self.stopped is not None else self._cut(self._decoder.flush(), final=True)
+        """The rest of the text, at the end of the answer. It may complete a stop string."""
+        return "" if self.stopped is not None else self._cut(self._decoder.flush(), may_stop=True, final=True)
 
-    def _cut(self, text: str, *, final: bool) -> str:
+    def _cut(self, text: str, *, may_stop: bool, final: bool) -> str:
         if not self._stop:
             return text
-        self._held += text
-        found = [(self._held.find(string), string) for string in self._stop if string in self._held]
-        if found:
-            at, self.stopped = min(found, key=lambda match: (match[0], -len(match[1])))
+        seen, self._held = len(self._held), self._held + text
+        if text and may_stop and (match := self._first_match(seen)):
+            at, self.stopped = match
             text, self._held = self._held[:at], ""
             return text
         keep = 0 if final else self._possible_start()
@@ -38,10 +40,19 @@ class TextStream:
         self._held = self._held[len(self._held) - keep :]
         return text
 
+    def _first_match(self, seen: int) -> tuple[int, str] | None:
+        """Where in the held text the first stop string begins that ends after its first `seen` characters."""
+        best: tuple[int, int, str] | None = None  # end, begin, string
+        for string in self._stop:
+            at = self._held.find(string, max(0, seen - len(string) + 1))
+            if at >= 0 and (best is None or (at + len(string), at) < best[:2]):
+                best = (at + len(string), at, string)
+        return None if best is None else best[1:]
+
     def _possible_start(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
         for size in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-size:]
-            if any(string.startswith(end) for string in self._stop):
+            if any(len(string) > size and string.startswith(end) for string in self._stop):
                 return size
         return 0

@@ -4,9 +4,10 @@ slot, block or position changes the tokens; it also asserts the invariants of ev
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
-from motet.runtime.batch import Batch, StepOutput
+from motet.runtime.batch import Batch, SampleRow, StepOutput
 from motet.runtime.sampler import sample_rows
 
 
@@ -19,11 +20,14 @@ class FakeBackend:
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
         self.fail_next = False
         self.nan_seeds: set[int] = set()
+        self.on_step: Callable[[Batch], None] = lambda batch: None  # called before anything is written
+        self.closed = 0
 
     def close(self) -> None:
-        pass
+        self.closed += 1
 
     def step(self, batch: Batch) -> StepOutput:
+        self.on_step(batch)
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the fake backend was told to fail")
@@ -62,10 +66,21 @@ class FakeBackend:
             first = batch.context_lens[sequence] - count
             assert (batch.positions[rows] == np.arange(first, batch.context_lens[sequence])).all()
             slots = self._slots(batch, sequence)
+            assert (self.cache[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
             assert (slots[first:] == batch.slot_mapping[rows]).all()
             self.cache[slots[first:]] = batch.token_ids[rows]
         for sample in batch.samples:
             for sequence, member, _ in sample.terms:
                 assert member in batch.members[sequence]
-                assert batch.context_lens[sample.terms[0][0]] == sample.position
                 assert starts[sequence + 1] - starts[sequence] == 1
+            self._check_content(batch, sample)
+
+    def _check_content(self, batch: Batch, sample: SampleRow) -> None:
+        """The cache holds the tokens that the sample was drawn after: prompt and answer of its first view, and the same
+        answer at the end of every view."""
+        sequences = {sequence for sequence, _, _ in sample.terms}
+        held = {sequence: self.cache[self._slots(batch, sequence)].tolist() for sequence in sequences}
+        answer = sample.output_ids.tolist()
+        assert [*sample.prompt_ids.tolist(), *answer] == held[min(sequences)]
+        assert sample.position == len(held[min(sequences)])
+        assert all(tokens[len(tokens) - len(answer) :] == answer for tokens in held.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from motet.runtime import errors
 from motet.runtime.config import EngineConfig
 from motet.runtime.engine import Engine, ModelInfo
+from motet.runtime.output import Output
 from motet.runtime.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
 
 _spec = importlib.util.spec_from_file_location("fake_backend", Path(__file__).parent / "fake_backend.py")
@@ -20,6 +22,10 @@ fake_backend = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fake_backend)
 
 SOLO = Ensemble((Member("a", 1.0),))
+BOTH_VIEWS = Ensemble((Member("a", 1.5), Member("a", -0.5, 1)))
+LETTERS = dict.fromkeys(range(64, 90), 50.0)  # token ids that are ASCII letters
+SECOND_VIEW = Ensemble((Member("a", 1.0, 1),))
+NINE_VIEWS = Ensemble(tuple(Member("a", 1 / 9, view) for view in range(9)))
 
 
 def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
@@ -31,6 +37,44 @@ def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
 def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:
     params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
     return Request(name, (tuple(prompt), *views), ensemble, SamplingParams(**params), time_limit_s)
+
+
+def start(engine, batch):
+    """Submit requests; the result waits for their ends and gives (request id, choice) → all of its deltas in one."""
+    outputs, done = {}, threading.Semaphore(0)
+
+    def on_output(delta):
+        whole = outputs.setdefault((delta.request_id, delta.choice), Output(delta.request_id, delta.choice, delta.seed))
+        whole.extend(delta)
+        if delta.finish_reason is not None:
+            done.release()
+
+    with engine._wake:  # they arrive together
+        for request in batch:
+            engine.submit(request, on_output)
+
+    def wait():
+        for _ in range(sum(request.sampling.n for request in batch)):
+            assert done.acquire(timeout=30), "a choice has not ended"
+        return outputs
+
+    return wait
+
+
+def gather(engine, batch):
+    return start(engine, batch)()
+
+
+def hold_first_step(engine):
+    """(set when the backend is in its next step, set to let it go on)."""
+    held, go = threading.Event(), threading.Event()
+
+    def on_step(_batch):
+        held.set()
+        assert go.wait(timeout=30)
+
+    engine._backend.on_step = on_step
+    return held, go
 
 
 @st.composite
@@ -111,6 +155,43 @@ def test_cancel_frees_all_blocks_at_any_time(tokenizer):
     assert all(ended[f"r{i}"] is (FinishReason.CANCELLED if i % 2 else FinishReason.LENGTH) for i in range(20))
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests(), st.integers(14, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5))
+def test_cancelling_some_leaves_the_others_as_they_were(tokenizer, batch, num_blocks, aborts):
+    """Cancelled in any step, while blocks are short: what was cancelled has a beginning of its answer."""
+    with make_engine(tokenizer, num_blocks=200) as engine:
+        whole = gather(engine, batch)
+    with make_engine(tokenizer, num_blocks=num_blocks) as engine:
+        engine._backend.on_step = lambda _: [
+            engine.abort(f"r{index}") for at, index in aborts if at == len(engine._backend.batches)
+        ]
+        found = gather(engine, batch)
+        assert engine.stats().free_blocks == num_blocks
+    for key, output in found.items():
+        count = len(output.token_ids)
+        assert output.token_ids == whole[key].token_ids[:count]
+        assert output.finish_reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
+        if output.finish_reason is FinishReason.LENGTH:
+            assert count == len(whole[key].token_ids)
+        else:
+            assert key[0] in {f"r{index}" for _, index in aborts}
+
+
+def test_stop_strings(tokenizer):
+    """Bytes are tokens here: a stop string of two letters spans two of them, and is in no delta."""
+    deltas = []
+    with make_engine(tokenizer) as engine:
+        plain = engine.complete([ask("p", max_tokens=30, logit_bias=LETTERS)])[0][0]
+        stop = plain.text[10:13]
+        assert stop.isascii()
+        at = plain.text.index(stop)
+        request = ask("s", max_tokens=30, logit_bias=LETTERS, stop=("no such", stop))
+        stopped = engine.complete([request], on_output=deltas.append)[0][0]
+    assert (stopped.finish_reason, stopped.stop_matched) == (FinishReason.STOP, stop)
+    assert stopped.text == plain.text[:at] == "".join(delta.text for delta in deltas)
+    assert stopped.token_ids == plain.token_ids[: at + 3]
+
+
 def test_stop_conditions(tokenizer):
     with make_engine(tokenizer) as engine:
         plain = engine.complete([ask("p", max_tokens=20)])[0][0]
@@ -124,30 +205,62 @@ def test_stop_conditions(tokenizer):
     assert plain.finish_reason is FinishReason.LENGTH
 
 
-def test_time_limit_gives_what_there_is(tokenizer):
-    with make_engine(tokenizer, max_model_len=4096, num_blocks=1024) as engine:
-        result = engine.complete([ask("t", max_tokens=None, time_limit_s=0.05)])[0][0]
+class Clock:
+    """In place of the engine's `time`: a second passes with each step of the backend."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def tick(self, _batch=None):
+        self.now += 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("motet.runtime.engine.time", clock)
+    return clock
+
+
+def test_time_limit_gives_what_there_is(tokenizer, clock):
+    with make_engine(tokenizer) as engine:
+        engine._backend.on_step = clock.tick
+        result = engine.complete([ask("t", max_tokens=50, time_limit_s=5.5)])[0][0]
     assert result.finish_reason is FinishReason.TIME_LIMIT
-    assert 0 < len(result.token_ids) < 4093
+    assert len(result.token_ids) == 5  # a step of prefill, five tokens, and 6 s are over
+
+
+def test_time_limit_of_a_request_that_waits(tokenizer, clock):
+    with make_engine(tokenizer, max_num_seqs=1) as engine:
+        engine._backend.on_step = clock.tick
+        results = gather(engine, [ask("a", max_tokens=30), ask("b", time_limit_s=9.0)])
+    assert results["a", 0].finish_reason is FinishReason.LENGTH
+    assert (results["b", 0].finish_reason, results["b", 0].token_ids) == (FinishReason.TIME_LIMIT, [])
+    assert results["b", 0].timings.queue_s == 9.0
+
+
+def test_timings_and_usage(tokenizer, clock):
+    """20 tokens of prompt: chunks of 8, 8 and 3, then a step a token; the second request waits for all of that."""
+    with make_engine(tokenizer, max_num_seqs=1) as engine:
+        engine._backend.on_step = clock.tick
+        results = gather(engine, [ask("a", [1] * 20, max_tokens=4), ask("b", [1] * 20, max_tokens=4)])
+    timings = results["a", 0].timings
+    assert (timings.queue_s, timings.prefill_s, timings.decode_s) == (0.0, 4.0, 3.0)
+    assert results["b", 0].timings.queue_s == 7.0
+    usage = results["a", 0].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (20, 4, 0)
 
 
 def test_nan_ends_that_request_alone(tokenizer):
     with make_engine(tokenizer) as engine:
         engine._backend.nan_seeds = {13}
-        results = {}
-        done = threading.Semaphore(0)
-
-        def on_output(output):
-            if output.finish_reason is not None:
-                results[output.request_id] = output
-                done.release()
-
-        engine.submit(ask("bad", seed=13), on_output)
-        engine.submit(ask("good", seed=1), on_output)
-        assert done.acquire(timeout=10)
-        assert done.acquire(timeout=10)
-    assert isinstance(results["bad"].error, errors.NumericalError)
-    assert results["good"].finish_reason is FinishReason.LENGTH
+        results = gather(engine, [ask("bad", seed=13), ask("good", seed=1)])
+    assert results["bad", 0].finish_reason is FinishReason.ERROR
+    assert isinstance(results["bad", 0].error, errors.NumericalError)
+    assert results["good", 0].finish_reason is FinishReason.LENGTH
 
 
 def test_a_failed_step_is_survived(tokenizer):
@@ -158,19 +271,34 @@ def test_a_failed_step_is_survived(tokenizer):
         assert len(engine.complete([ask("y")])[0][0].token_ids) == 12
 
 
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        (lambda: ask("x", ensemble=Ensemble((Member("zz", 1.0),))), errors.InvalidEnsembleError, "its members are"),
-        (lambda: ask("x", [1] * 96), errors.ContextLengthError, "96 tokens; the context holds 96"),
-        (lambda: ask("x", [300]), errors.InvalidRequestError, "token id 300"),
-        (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
-        (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
-    ],
-)
-def test_bad_requests_are_refused(tokenizer, request_, error, message):
-    with make_engine(tokenizer, num_blocks=8) as engine, pytest.raises(error, match=message):
-        engine.submit(request_(), lambda output: None)
+def test_a_failed_step_ends_its_requests_only(tokenizer):
+    """Three prompts of 20 and 16 rows a step: two chunks fit, the third request is not in the step that fails."""
+    batch = [ask(name, [index] * 20) for index, name in enumerate("abc")]
+    with make_engine(tokenizer) as engine:
+        expected = engine.complete(batch)[2][0].token_ids
+        engine._backend.fail_next = True
+        results = gather(engine, batch)
+        assert engine.stats().free_blocks == 32
+    assert [results[name, 0].finish_reason for name in "abc"] == [
+        FinishReason.ERROR,
+        FinishReason.ERROR,
+        FinishReason.LENGTH,
+    ]
+    assert results["c", 0].token_ids == expected
+
+
+def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
+    """Nobody waits for ever for an engine that is gone."""
+    engine = make_engine(tokenizer)
+    monkeypatch.setattr(engine._scheduler, "commit", lambda output: 1 / 0)
+    results = gather(engine, [ask("a"), ask("b", n=2)])
+    assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
+    assert "restart it" in str(results["b", 1].error)
+    engine._thread.join(timeout=10)
+    with pytest.raises(errors.UnavailableError):
+        engine.submit(ask("c"), lambda output: None)
+    engine.close()
+    assert engine._backend.closed == 1
 
 
 def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
@@ -186,11 +314,147 @@ def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
             engine.submit(ask("y"), lambda output: None)
 
 
-def test_overload_and_shutdown(tokenizer):
-    engine = make_engine(tokenizer, max_waiting=2)
-    with pytest.raises(errors.OverloadedError, match="max_waiting"):
-        engine.submit(ask("n", n=3), lambda output: None)
-    engine.drain()
-    with pytest.raises(errors.UnavailableError):
-        engine.submit(ask("x"), lambda output: None)
+def test_a_callback_that_fails_disturbs_nobody(tokenizer):
+    def fail(output):
+        raise RuntimeError("no")
+
+    with make_engine(tokenizer) as engine:
+        engine.submit(ask("bad"), fail)
+        assert len(engine.complete([ask("good")])[0][0].token_ids) == 12
+        assert len(engine.complete([ask("also bad")], on_output=fail)[0][0].token_ids) == 12
+
+
+def test_deltas_belong_to_the_callback(tokenizer):
+    """Coalescing them elsewhere does not change what a callback keeps."""
+    deltas = []
+    with make_engine(tokenizer) as engine:
+        whole = engine.complete([ask("x", logprobs=1)], on_output=deltas.append)[0][0]
+    assert [len(delta.token_ids) for delta in deltas] == [1] * 12
+    assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
+    assert [p for delta in deltas for p in delta.logprobs] == whole.logprobs
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [delta.finish_reason for delta in deltas] == [None] * 11 + [FinishReason.LENGTH]
+
+
+def test_complete_refuses_before_it_starts(tokenizer):
+    with make_engine(tokenizer) as engine:
+        with pytest.raises(errors.InvalidRequestError, match="token id 300"):
+            engine.complete([ask("good"), ask("bad", [300])])
+        assert engine.stats().steps == 0
+
+
+def test_complete_does_not_wait_for_room_there_can_never_be(tokenizer):
+    with make_engine(tokenizer, max_waiting=2) as engine, pytest.raises(errors.InvalidRequestError, match="n is 3"):
+        engine.complete([ask("x", n=3)])
+
+
+def test_more_requests_than_the_queue_takes(tokenizer):
+    with make_engine(tokenizer, max_waiting=3) as engine:
+        results = engine.complete([ask(f"r{index}", [index], n=2) for index in range(8)])
+    assert [[c.choice for c in choices] for choices in results] == [[0, 1]] * 8
+
+
+def test_an_abort_does_not_reach_a_later_request_of_the_same_name(tokenizer):
+    """A client that cancels and asks again. All three come while the engine is in one step."""
+    with make_engine(tokenizer) as engine:
+        held, go = hold_first_step(engine)
+        waiting = start(engine, [ask("other", max_tokens=2)])
+        assert held.wait(timeout=30)
+        ended = []
+        done = threading.Event()
+        engine.submit(ask("x"), lambda output: ended.append(output.finish_reason))
+        engine.abort("x")
+        engine.submit(
+            ask("x"), lambda output: output.finish_reason and (ended.append(output.finish_reason), done.set())
+        )
+        go.set()
+        assert done.wait(timeout=30)
+        waiting()
+    assert ended == [FinishReason.CANCELLED, FinishReason.LENGTH]
+
+
+def test_an_idle_engine_sleeps(tokenizer):
+    with make_engine(tokenizer) as engine:
+        engine.complete([ask("x")])
+        calls = []
+        schedule = engine._scheduler.schedule
+        engine._scheduler.schedule = lambda: calls.append(1) or schedule()
+        engine.abort("nobody")
+        time.sleep(0.1)
+        assert engine.is_idle
+        assert len(calls) <= 1  # the look after the abort
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (lambda: ask("x", ensemble=Ensemble((Member("zz", 1.0),))), errors.InvalidEnsembleError, "its members are"),
+        (lambda: ask("x", [1] * 96), errors.ContextLengthError, "96 tokens; the context holds 96"),
+        (lambda: ask("x", [300]), errors.InvalidRequestError, "token id 300"),
+        (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
+        (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
+        (lambda: ask("x", stop_token_ids=(256,)), errors.InvalidRequestError, "256 in stop_token_ids"),
+        (lambda: ask("x", n=33), errors.InvalidRequestError, r"n is 33; .* max_waiting \(32\)"),
+        (lambda: ask("x", views=[(i,) for i in range(9)], ensemble=NINE_VIEWS), errors.InvalidRequestError, "9 views"),
+        (lambda: ask("x", views=[(1,) * 97], ensemble=SECOND_VIEW), errors.ContextLengthError, "97 tokens"),
+    ],
+)
+def test_bad_requests_are_refused(tokenizer, request_, error, message):
+    with make_engine(tokenizer, num_blocks=8, max_waiting=32) as engine, pytest.raises(error, match=message):
+        engine.submit(request_(), lambda output: None)
+
+
+def test_what_just_fits_is_taken(tokenizer):
+    """Views of 60 and 4 tokens leave 36 for the answer: 12 and 5 blocks, not 12 and 12."""
+    with make_engine(tokenizer, num_blocks=17) as engine:
+        result = engine.complete([ask("x", [1] * 60, views=[(2,) * 4], ensemble=BOTH_VIEWS, max_tokens=None)])[0][0]
+    assert len(result.token_ids) == 36
+    assert result.finish_reason is FinishReason.LENGTH
+
+
+def test_a_full_queue_is_overload(tokenizer):
+    with make_engine(tokenizer, max_waiting=2, max_num_seqs=1) as engine:
+        held, go = hold_first_step(engine)
+        wait = start(engine, [ask("running")])
+        assert held.wait(timeout=30)
+        wait_too = start(engine, [ask("waiting", n=2)])
+        assert (engine.stats().running, engine.stats().waiting) == (1, 2)
+        with pytest.raises(errors.OverloadedError, match="2 choices are waiting"):
+            engine.submit(ask("too many"), lambda output: None)
+        go.set()
+        wait()
+        assert {output.finish_reason for output in wait_too().values()} == {FinishReason.LENGTH}
+        assert engine.stats().waiting == 0
+
+
+def test_drain_ends_what_is_here_and_takes_no_more(tokenizer):
+    with make_engine(tokenizer) as engine:
+        held, go = hold_first_step(engine)
+        wait = start(engine, [ask("x")])
+        assert held.wait(timeout=30)
+        engine.drain()
+        with pytest.raises(errors.UnavailableError):
+            engine.submit(ask("y"), lambda output: None)
+        go.set()
+        assert len(wait()["x", 0].token_ids) == 12
+
+
+def test_close_cancels_with_what_there_is(tokenizer):
+    engine = make_engine(tokenizer, max_num_seqs=1)
+    closing = threading.Thread(target=engine.close)
+
+    def on_step(_batch):
+        if len(engine._backend.batches) == 4:
+            closing.start()
+            while not engine._closed:
+                time.sleep(0.001)
+
+    engine._backend.on_step = on_step
+    results = gather(engine, [ask("x", max_tokens=50), ask("y")])
+    closing.join(timeout=30)
+    assert len(results["x", 0].token_ids) == 4  # a step of prefill, then four with a token
+    assert {output.finish_reason for output in results.values()} == {FinishReason.CANCELLED}
+    assert results["y", 0].token_ids == []
+    assert engine.stats().free_blocks == 32
     engine.close()
+    assert engine._backend.closed == 1
