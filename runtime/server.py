@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import socket
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         """The deltas of all choices until each has finished. When the stream is dropped, cancelled, or its deadline
         passes, gRPC cancels this coroutine, and the group ends."""
         queue = OutputQueue(asyncio.get_running_loop())
-        self._engine.submit(request, queue.put)
+        # The client's id is echoed, not used: two clients may choose the same one, and must not cancel each other.
+        own = dataclasses.replace(request, request_id=uuid.uuid4().hex)
+        self._engine.submit(own, queue.put)
         unfinished = request.sampling.n
         try:
             while unfinished:
@@ -119,10 +123,11 @@ class Inference(inference_pb2_grpc.InferenceServicer):
                     if output.error is not None:
                         raise output.error
                     unfinished -= output.finish_reason is not None
+                    output.request_id = request.request_id
                     yield output
         finally:
             if unfinished:
-                self._engine.abort(request.request_id, FinishReason.CANCELLED)
+                self._engine.abort(own.request_id, FinishReason.CANCELLED)
 
 
 class Admin(admin_pb2_grpc.AdminServicer):

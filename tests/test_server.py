@@ -85,6 +85,20 @@ def test_leaving_a_stream_frees_its_blocks(client, engine):
     wait_until_free(engine)
 
 
+def test_equal_request_ids_do_not_meet(address, engine):
+    """Two clients that chose one id: cancelling the first leaves the second alone."""
+    message = request_to_proto("abc", sampling=SamplingParams(max_tokens=200, **GREEDY), request_id="same")
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        first, second = stub.Generate(message), stub.Generate(message)
+        next(iter(first))
+        first.cancel()
+        responses = list(second)
+    assert sum(len(response.token_ids) for response in responses) == 200
+    assert {response.request_id for response in responses} == {"same"}
+    wait_until_free(engine)
+
+
 def test_deadline_and_time_limit(client, engine):
     with pytest.raises(errors.MotetError, match="DEADLINE_EXCEEDED"):
         list(client.generate("abc", max_tokens=470, timeout_s=0.05, **GREEDY))
