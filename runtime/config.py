@@ -71,7 +71,8 @@ _COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_c
 class EngineConfig:
     """How to serve a bundle. Unknown keys are refused, nothing is adjusted silently."""
 
-    backend: Literal["onnx"] = "onnx"
+    backend: Literal["auto", "cpu", "onnx"] = "auto"  # auto: native kernels where they were built, else onnx
+    kv_dtype: Literal["int8", "bf16"] = "int8"  # of the cpu backend's KV cache; onnx has float32
     max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
     max_model_len: int = 2048  # positions a sequence, prompt and answer together
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
@@ -84,7 +85,9 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-
+        for name, known in (("backend", ("auto", "cpu", "onnx")), ("kv_dtype", ("int8", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
 

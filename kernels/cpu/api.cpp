@@ -1,0 +1,220 @@
+// The C interface: validation, and no exception leaves it.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "model.h"
+
+using namespace motet;
+
+struct MotetModel {
+    Model model;
+    bool ready = false;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+int fail(int code, const std::string& message) {
+    last_error = message;
+    return code;
+}
+
+template <class Body>
+int guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::invalid_argument& error) {
+        return fail(MOTET_INVALID, error.what());
+    } catch (const std::bad_alloc&) {
+        return fail(MOTET_FAILED, "there is not enough memory");
+    } catch (const std::exception& error) {
+        return fail(MOTET_FAILED, error.what());
+    }
+}
+
+bool runs(const char* isa) {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avx512")) return avx512;
+    if (!strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return !strcmp(isa, "portable");
+}
+
+// Best first.
+const std::vector<const Isa*>& paths() {
+    static const std::vector<const Isa*> all = [] {
+        std::vector<const Isa*> result;
+        for (const Isa* isa : {isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_portable()})
+            if (isa && runs(isa->name)) result.push_back(isa);
+        return result;
+    }();
+    return all;
+}
+
+const Isa* path(const char* name) {
+    if (!name || !*name) return paths().front();
+    for (const Isa* isa : paths())
+        if (!strcmp(isa->name, name)) return isa;
+    return nullptr;
+}
+
+std::string check(const MotetConfig& c) {
+    auto text = [](int64_t value) { return std::to_string(value); };
+    const struct {
+        const char* name;
+        int32_t value;
+    } counts[] = {{"vocab_size", c.vocab_size},     {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
+                  {"num_layers", c.num_layers},     {"num_heads", c.num_heads},     {"num_kv_heads", c.num_kv_heads},
+                  {"head_size", c.head_size},       {"num_blocks", c.num_blocks},   {"max_positions", c.max_positions},
+                  {"num_members", c.num_members},   {"threads", c.threads}};
+    for (const auto& count : counts)
+        if (count.value < 1 || count.value > 1 << 28) return std::string(count.name) + " is " + text(count.value) + ", it must be at least 1";
+    if (c.hidden_size % kLanes) return "hidden_size is " + text(c.hidden_size) + ", these kernels need a multiple of 16";
+    if (c.intermediate_size % kLanes) return "intermediate_size is " + text(c.intermediate_size) + ", these kernels need a multiple of 16";
+    if (c.head_size % kLanes || c.head_size > kMaxHeadSize)
+        return "head_size is " + text(c.head_size) + ", these kernels need a multiple of 16 up to " + text(kMaxHeadSize);
+    if (c.num_heads % c.num_kv_heads) return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
+    if (c.split_layer < 0 || c.split_layer > c.num_layers) return "split_layer is not in 0…" + text(c.num_layers);
+    if (c.threads > 256) return "threads is " + text(c.threads) + ", the limit is 256";
+    return "";
+}
+
+struct Probe {
+    const Isa* isa;
+    Pool& pool;
+    const uint8_t* data;
+    int64_t size, iterations;
+};
+
+template <class Body>
+double best_seconds(Body body) {
+    double best = 1e9;
+    for (int i = 0; i < 5; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        body();
+        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return best;
+}
+
+}  // namespace
+
+const char* motet_error(void) { return last_error.c_str(); }
+int motet_isa_count(void) { return int(paths().size()); }
+const char* motet_isa_name(int index) { return index >= 0 && index < motet_isa_count() ? paths()[size_t(index)]->name : nullptr; }
+
+int motet_create(const MotetConfig* config, const char* isa, MotetModel** out) {
+    return guarded([&] {
+        const std::string problem = check(*config);
+        if (!problem.empty()) return fail(MOTET_UNSUPPORTED, problem);
+        const Isa* chosen = path(isa);
+        if (!chosen) return fail(MOTET_UNSUPPORTED, std::string("this CPU does not run the path '") + isa + "'");
+        *out = new MotetModel{Model(*config, chosen)};
+        return int(MOTET_OK);
+    });
+}
+
+void motet_destroy(MotetModel* model) { delete model; }
+
+int motet_set_linear(MotetModel* model, int which, int layer, const MotetTensor* tensor) {
+    return guarded([&] {
+        model->model.set_linear(MotetLinear(which), layer, *tensor);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_share_linear(MotetModel* model, int which, int layer, int source) {
+    return guarded([&] {
+        model->model.share_linear(MotetLinear(which), layer, source);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_set_delta(MotetModel* model, int which, int layer, int member, int64_t rank, const float* a, int64_t columns,
+                    const float* b, int64_t rows) {
+    return guarded([&] {
+        model->model.set_delta(MotetLinear(which), layer, member, rank, a, columns, b, rows);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_set_vector(MotetModel* model, int which, int index, const float* values, int64_t count) {
+    return guarded([&] {
+        model->model.set_vector(MotetVector(which), index, values, count);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_ready(MotetModel* model) {
+    return guarded([&] {
+        const std::string missing = model->model.missing();
+        if (!missing.empty()) return fail(MOTET_INVALID, missing + " is missing");
+        model->ready = true;
+        return int(MOTET_OK);
+    });
+}
+
+int motet_step(MotetModel* model, const MotetBatch* batch, float* hidden) {
+    return guarded([&] {
+        if (!model->ready) return fail(MOTET_INVALID, "the model is not ready");
+        const std::string problem = model->model.check(*batch);
+        if (!problem.empty()) return fail(MOTET_INVALID, problem);
+        model->model.step(*batch, hidden);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logits) {
+    return guarded([&] {
+        if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
+        if (rows) model->model.head(hidden, rows, logits);
+        return int(MOTET_OK);
+    });
+}
+
+int64_t motet_logits_stride(const MotetModel* model) { return model->model.logits_stride(); }
+
+void motet_seconds(MotetModel* model, double* out) {
+    std::copy(model->model.seconds(), model->model.seconds() + kParts, out);
+    model->model.reset_seconds();
+}
+
+double motet_probe_dot(const char* isa, int threads) {
+    const Isa* chosen = path(isa);
+    if (!chosen || threads < 1) return 0.0;
+    Pool pool(threads);
+    Probe probe{chosen, pool, nullptr, 0, 20'000'000};
+    if (!strcmp(chosen->name, "portable")) probe.iterations /= 50;
+    auto once = [&] {
+        pool.run([](void* p, int) { static_cast<Probe*>(p)->isa->dot_probe(static_cast<Probe*>(p)->iterations); }, &probe);
+    };
+    return double(probe.iterations) * 16 * 64 * threads / best_seconds(once) / 1e9;
+}
+
+double motet_probe_read(const char* isa, int threads) {
+    const Isa* chosen = path(isa);
+    if (!chosen || threads < 1) return 0.0;
+    Pool pool(threads);
+    const int64_t size = int64_t(512) << 20;
+    Pages pages{size_t(size)};
+    memset(pages.data(), 1, size_t(size));
+    Probe probe{chosen, pool, pages.data(), size, 0};
+    auto once = [&] {
+        pool.run(
+            [](void* context, int thread) {
+                Probe& p = *static_cast<Probe*>(context);
+                const int64_t each = p.size / p.pool.threads();
+                p.isa->read_probe(p.data + thread * each, each);
+            },
+            &probe);
+    };
+    return double(size) / best_seconds(once) / 1e9;
+}

@@ -1,0 +1,315 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "step.h"
+
+namespace motet {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kSlack = 1 << 16;  // prefetches and whole vectors may run past the end
+
+}  // namespace
+
+Pages::Pages(size_t bytes) : size_((bytes + kSlack + kHugePage - 1) / kHugePage * kHugePage) {
+    void* memory = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    const uintptr_t start = uintptr_t(memory), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+    if (aligned != start) munmap(memory, aligned - start);
+    if (start + kHugePage != aligned) munmap((void*)(aligned + size_), start + kHugePage - aligned);
+    data_ = (uint8_t*)aligned;
+#if defined(MADV_HUGEPAGE)
+    madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+}
+
+Pages::Pages(Pages&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
+
+Pages& Pages::operator=(Pages&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+Pages::~Pages() {
+    if (data_) munmap(data_, size_);
+}
+
+void Arena::reset() {
+    if (chunks_.size() > 1) chunks_.erase(chunks_.begin(), chunks_.end() - 1);  // the last one is the largest
+    used_ = 0;
+}
+
+uint8_t* Arena::take_bytes(size_t bytes) {
+    const size_t padded = (bytes + 127) / 128 * 128 + 128;
+    if (chunks_.empty() || used_ + padded > chunks_.back().size() - kSlack) {
+        const size_t last = chunks_.empty() ? 0 : chunks_.back().size();
+        chunks_.emplace_back(std::max(2 * last, padded));
+        used_ = 0;
+    }
+    uint8_t* result = chunks_.back().data() + used_;
+    used_ += padded;
+    return result;
+}
+
+ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, bool dense, bool deltas) {
+    const int64_t groups = k / 16;  // the smallest
+    ActivationStore store;
+    store.quads = arena.take<int32_t>(rows * k / 4);
+    store.starts = arena.take<int32_t>(rows * groups);
+    store.scales = arena.take<float>(rows * groups);
+    store.sums = arena.take<float>(rows * groups);
+    store.dense = dense ? arena.take<float>(rows * k) : nullptr;
+    store.inner = deltas ? arena.take<float>(rows * kMaxRank) : nullptr;
+    store.low_rank = deltas ? arena.take<const LowRank*>(rows) : nullptr;
+    return store;
+}
+
+Activations ActivationStore::take(int64_t rows, const PackedLinear& w) const {
+    Activations x;
+    x.rows = rows;
+    x.k = w.k;
+    x.group = w.group;
+    x.groups = w.groups;
+    x.blocks = int((rows + kTile - 1) / kTile);
+    x.quads = quads;
+    x.starts = starts;
+    x.scales = scales;
+    x.sums = sums;
+    x.dense = w.bits == 32 ? dense : nullptr;
+    x.inner = inner;
+    return x;
+}
+
+Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(isa), pool_(config.threads) {
+    const int tail = config.num_layers - config.split_layer;
+    const bool tails = config.num_members > 1 || tail > 0;
+    layers_.resize(size_t(config.split_layer + (tails ? config.num_members * tail : 0)));
+    final_norms_.resize(size_t(tails ? config.num_members : 1));
+    final_norm_biases_.resize(final_norms_.size());
+    const int64_t d = config.head_size;
+    head_bytes_ = config.kv_int8 ? d * kBlock * 2 + 2 * kBlock * int64_t(sizeof(float)) : d * kBlock * 4;
+    layer_bytes_ = head_bytes_ * config.num_kv_heads;
+    block_bytes_ = layer_bytes_ * int64_t(layers_.size());
+    cache_ = Pages(size_t(block_bytes_ * config.num_blocks));
+}
+
+CacheView Model::cache(int layer, int kv_head) const {
+    return {cache_.data() + layer * layer_bytes_ + kv_head * head_bytes_, block_bytes_, config_.head_size,
+            config_.kv_int8 ? KV::Int8 : KV::BF16};
+}
+
+void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
+    const int64_t hidden = config_.hidden_size, q = int64_t(config_.num_heads) * config_.head_size;
+    const int64_t kv = int64_t(config_.num_kv_heads) * config_.head_size, inner = config_.intermediate_size;
+    struct Shape {
+        int64_t rows, columns;
+    } expected[] = {{q + 2 * kv, hidden}, {hidden, q}, {config_.gelu ? inner : 2 * inner, hidden},
+                    {hidden, inner},      {config_.vocab_size, hidden}, {config_.vocab_size, hidden}};
+    if (which < MOTET_QKV || which > MOTET_EMBEDDING) throw std::invalid_argument("no such linear layer");
+    const bool own_layer = which <= MOTET_DOWN;
+    if (own_layer) layer_at(layer);
+    if (t.rows != expected[which].rows || t.columns != expected[which].columns)
+        throw std::invalid_argument("it is [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) + "], the model needs [" +
+                                    std::to_string(expected[which].rows) + ", " + std::to_string(expected[which].columns) + "]");
+    if ((t.values == nullptr) == (t.dense == nullptr)) throw std::invalid_argument("it needs values or dense weights, one of them");
+    if (t.values) {
+        if (t.bits != 4 && t.bits != 8) throw std::invalid_argument("bits must be 4 or 8, got " + std::to_string(t.bits));
+        if (t.group_size != 16 && t.group_size != 32 && t.group_size != 64 && t.group_size != 128)
+            throw std::invalid_argument("group_size must be 16, 32, 64 or 128, got " + std::to_string(t.group_size));
+        if (t.columns % t.group_size) throw std::invalid_argument("group_size does not divide its columns");
+        const int64_t groups = t.columns / t.group_size;
+        const int64_t stored = t.bits == 8 ? groups : groups + (groups + t.group_size - 1) / t.group_size;
+        if (t.stored_groups != stored) throw std::invalid_argument("it has another number of groups than its columns need");
+        if (!t.scales || (t.bits == 4 && !t.zero_points)) throw std::invalid_argument("scales or zero points are missing");
+        if (t.bits == 4 && which >= MOTET_HEAD) throw std::invalid_argument("head and embedding need 8 bits at least");
+    }
+    auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && !config_.gelu, pool_));
+    widest_ = std::max(widest_, t.columns);
+    dense_ = dense_ || t.dense;
+    if (own_layer) {
+        layers_[size_t(layer)].linears[which] = std::move(packed);
+    } else {
+        (which == MOTET_HEAD ? head_ : embedding_) = std::move(*packed);
+    }
+}
+
+Layer& Model::layer_at(int index) {
+    if (index < 0 || size_t(index) >= layers_.size()) throw std::invalid_argument("there is no layer " + std::to_string(index));
+    return layers_[size_t(index)];
+}
+
+void Model::share_linear(MotetLinear which, int layer, int source) {
+    if (which < MOTET_QKV || which > MOTET_DOWN) throw std::invalid_argument("no such linear layer");
+    layer_at(layer).linears[which] = layer_at(source).linears[which];
+}
+
+void Model::set_delta(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns, const float* b, int64_t rows) {
+    if (which < MOTET_QKV || which > MOTET_DOWN) throw std::invalid_argument("no such linear layer");
+    if (member < 0 || member >= config_.num_members) throw std::invalid_argument("there is no member " + std::to_string(member));
+    Layer& to = layer_at(layer);
+    if (!to.linears[which]) throw std::invalid_argument("a delta comes after the weight that it changes");
+    const PackedLinear& w = to.linears[which]->packed;
+    if (columns != w.k || rows != w.n)
+        throw std::invalid_argument("the delta is for a weight of [" + std::to_string(rows) + ", " + std::to_string(columns) + "], this one is [" +
+                                    std::to_string(w.n) + ", " + std::to_string(w.k) + "]");
+    if (rank < 1 || rank > kMaxRank)
+        throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " + std::to_string(kMaxRank));
+    Delta delta;
+    delta.a.assign(a, a + rank * columns);
+    delta.b = Pages(size_t(w.panels * rank * kLanes) * sizeof(float));
+    float* packed = (float*)delta.b.data();
+    const bool pairs = which == MOTET_UP && !config_.gelu;
+    for (int64_t panel = 0; panel < w.panels; panel++)
+        for (int lane = 0; lane < kLanes; lane++) {
+            const int64_t row = source_row(rows, panel, lane, pairs);
+            for (int64_t j = 0; row >= 0 && j < rank; j++) packed[(panel * rank + j) * kLanes + lane] = b[row * rank + j];
+        }
+    to.deltas[which].resize(size_t(config_.num_members));
+    Delta& place = to.deltas[which][size_t(member)];
+    place = std::move(delta);
+    place.view = {int(rank), place.a.data(), (const float*)place.b.data()};
+    deltas_ = true;
+}
+
+void Model::set_vector(MotetVector which, int index, const float* values, int64_t count) {
+    const int64_t hidden = config_.hidden_size;
+    std::vector<float>* to = nullptr;
+    int64_t expected = hidden;
+    if (which >= MOTET_ATTENTION_NORM && which <= MOTET_K_NORM) {
+        Layer& layer = layer_at(index);
+        std::vector<float>* parts[] = {&layer.attention_norm, &layer.attention_norm_bias, &layer.mlp_norm,
+                                       &layer.mlp_norm_bias,  &layer.q_norm,              &layer.k_norm};
+        to = parts[which];
+        if (which >= MOTET_Q_NORM) expected = config_.head_size;
+    } else if (which == MOTET_FINAL_NORM || which == MOTET_FINAL_NORM_BIAS) {
+        if (index < 0 || size_t(index) >= final_norms_.size()) throw std::invalid_argument("no such member");
+        to = which == MOTET_FINAL_NORM ? &final_norms_[size_t(index)] : &final_norm_biases_[size_t(index)];
+    } else if (which == MOTET_POSITIONS) {
+        to = &positions_;
+        expected = hidden * config_.max_positions;
+    } else if (which == MOTET_COS || which == MOTET_SIN) {
+        to = which == MOTET_COS ? &cos_ : &sin_;
+        expected = int64_t(config_.head_size / 2) * config_.max_positions;
+    } else {
+        throw std::invalid_argument("no such vector");
+    }
+    if (count != expected)
+        throw std::invalid_argument("it has " + std::to_string(count) + " values, the model needs " + std::to_string(expected));
+    to->assign(values, values + count);
+}
+
+std::string Model::missing() const {
+    if (!head_) return "the head";
+    if (!config_.tied_head && !embedding_) return "the embedding";
+    if (config_.learned ? positions_.empty() : cos_.empty() || sin_.empty()) return "the position tables";
+    for (size_t i = 0; i < layers_.size(); i++) {
+        const Layer& layer = layers_[i];
+        if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] || layer.attention_norm.empty() || layer.mlp_norm.empty() ||
+            (config_.qk_norm && (layer.q_norm.empty() || layer.k_norm.empty())))
+            return "a weight of layer " + std::to_string(i);
+    }
+    for (const std::vector<float>& norm : final_norms_)
+        if (norm.empty()) return "a final norm";
+    return "";
+}
+
+std::string Model::check(const MotetBatch& b) const {
+    auto text = [](int64_t value) { return std::to_string(value); };
+    if (b.num_rows < 1 || b.num_seqs < 1 || b.max_blocks < 1 || b.num_outputs < 0) return "an empty batch";
+    if (b.cu_seqlens[0] != 0 || b.cu_seqlens[b.num_seqs] != b.num_rows) return "cu_seqlens do not span the rows";
+    for (int64_t s = 0; s < b.num_seqs; s++) {
+        const int64_t first = b.cu_seqlens[s], rows = b.cu_seqlens[s + 1] - first, context = b.context_lens[s];
+        if (rows < 1 || first < 0 || first + rows > b.num_rows) return "sequence " + text(s) + " has no rows";
+        if (context < rows || context > config_.max_positions)
+            return "sequence " + text(s) + " has a context of " + text(context) + ", allowed are " + text(rows) + " to " +
+                   text(config_.max_positions);
+        if (b.deltas && b.deltas[s] >= config_.num_members) return "sequence " + text(s) + " has the delta of no member";
+        const int64_t blocks = (context + kBlock - 1) / kBlock;
+        if (blocks > b.max_blocks) return "the block table of sequence " + text(s) + " is too short";
+        const int32_t* table = b.block_tables + s * b.max_blocks;
+        for (int64_t i = 0; i < blocks; i++)
+            if (table[i] < 0 || table[i] >= config_.num_blocks) return "block " + text(table[i]) + " is not in the cache";
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t position = context - rows + r;
+            if (b.positions[first + r] != position) return "row " + text(first + r) + " is not at position " + text(position);
+            if (b.slot_mapping[first + r] != int64_t(table[position / kBlock]) * kBlock + position % kBlock)
+                return "row " + text(first + r) + " has a slot outside of its block table";
+            const int64_t token = b.token_ids[first + r];
+            if (token < 0 || token >= config_.vocab_size)
+                return "token id " + text(token) + " is not in 0…" + text(config_.vocab_size - 1);
+        }
+    }
+    const bool tails = layers_.size() > size_t(config_.split_layer);
+    const int64_t members = tails ? config_.num_members : 1;
+    std::vector<char> seen(size_t(members * b.num_seqs), char(!tails));
+    if (tails) {
+        if (!b.member_offsets || b.member_offsets[0] != 0) return "the members' sequences are missing";
+        for (int64_t m = 0; m < members; m++) {
+            if (b.member_offsets[m + 1] < b.member_offsets[m] || b.member_offsets[m + 1] - b.member_offsets[m] > b.num_seqs)
+                return "the members' sequences are inconsistent";
+            int64_t last = -1;
+            for (int64_t i = b.member_offsets[m]; i < b.member_offsets[m + 1]; i++) {
+                if (b.member_seqs[i] <= last || b.member_seqs[i] >= b.num_seqs) return "the members' sequences are not ascending";
+                last = b.member_seqs[i];
+                seen[size_t(m * b.num_seqs + last)] = 1;
+            }
+        }
+    }
+    for (int64_t i = 0, s = 0; i < b.num_outputs; i++) {
+        const int64_t m = b.output_members[i], row = b.output_rows[i];
+        if (m < 0 || m >= members || row < 0 || row >= b.num_rows) return "an output is outside of the batch";
+        const bool same = i > 0 && b.output_members[i - 1] == m;
+        if (i > 0 && (b.output_members[i - 1] > m || (same && b.output_rows[i - 1] >= row))) return "the outputs are not ascending";
+        if (!same) s = 0;
+        while (b.cu_seqlens[s + 1] <= row) s++;
+        if (!seen[size_t(m * b.num_seqs + s)]) return "an output asks for a member that does not see its row";
+    }
+    return "";
+}
+
+void Model::step(const MotetBatch& batch, float* hidden) {
+    arena_.reset();
+    Step(*this, batch, arena_, hidden).execute();
+}
+
+void Model::head(const float* hidden, int64_t rows, float* logits) {
+    const auto start = std::chrono::steady_clock::now();
+    arena_.reset();
+    struct Job {
+        Model& m;
+        const float* hidden;
+        float* logits;
+        Activations x;
+        int64_t stride;
+    } job{*this, hidden, logits, ActivationStore::make(arena_, rows, config_.hidden_size, dense_, false).take(rows, head_.packed),
+          logits_stride()};
+    pool_.reset(2);
+    pool_.run(
+        [](void* context, int thread) {
+            Job& j = *static_cast<Job*>(context);
+            Model& m = j.m;
+            m.pool_.share(0, thread, j.x.rows,
+                          [&](int64_t row) { m.isa_->quantise_row(j.hidden + row * m.config_.hidden_size, j.x, row); });
+            m.pool_.barrier();
+            const PackedLinear& w = m.head_.packed;
+            constexpr int64_t kGrain = 8;
+            m.pool_.share(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
+                m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits, j.stride,
+                               Epilogue::Store);
+            });
+        },
+        &job);
+    seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Model::reset_seconds() { std::fill(seconds_, seconds_ + kParts, 0.0); }
+
+}  // namespace motet

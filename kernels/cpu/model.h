@@ -1,0 +1,127 @@
+// A decoder: its packed weights, its paged KV cache, and a step of a packed batch over both.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "motet.h"
+#include "pool.h"
+
+namespace motet {
+
+// Memory for large arrays: aligned, on huge pages where the system has them, zero until written.
+class Pages {
+public:
+    Pages() = default;
+    explicit Pages(size_t bytes);
+    Pages(Pages&& other) noexcept;
+    Pages& operator=(Pages&& other) noexcept;
+    ~Pages();
+    uint8_t* data() const { return data_; }
+    size_t size() const { return size_; }
+
+private:
+    uint8_t* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Memory that a step takes piece by piece and gives back at its end, kept from step to step.
+class Arena {
+public:
+    template <class T>
+    T* take(int64_t count) {
+        return reinterpret_cast<T*>(take_bytes(size_t(count > 0 ? count : 1) * sizeof(T)));
+    }
+    void reset();
+
+private:
+    uint8_t* take_bytes(size_t bytes);
+    std::vector<Pages> chunks_;
+    size_t used_ = 0;  // of the last chunk
+};
+
+// Storage for activations of any layer.
+struct ActivationStore {
+    Activations take(int64_t rows, const PackedLinear& w) const;
+    static ActivationStore make(Arena& arena, int64_t rows, int64_t k, bool dense, bool deltas);
+    int32_t *quads, *starts;
+    float *scales, *sums, *dense, *inner;
+    const LowRank** low_rank;
+};
+
+struct Linear {
+    PackedLinear packed;
+    Pages pages;
+    std::vector<float> bias;
+    explicit operator bool() const { return packed.data != nullptr; }
+};
+
+// Where column `lane` of a panel comes from; -1 for padding.
+int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs);
+// Repack a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i are neighbours, panel by panel (gate and up).
+Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool);
+// Row `row` of a packed matrix as f32: the embedding of a token whose head shares the matrix.
+void unpack_row(const PackedLinear& w, int64_t row, float* out);
+
+enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a layer, as MotetLinear numbers them
+
+// A member's low-rank update of one linear layer.
+struct Delta {
+    LowRank view;
+    std::vector<float> a;
+    Pages b;
+};
+
+struct Layer {
+    std::shared_ptr<const Linear> linears[kModules];  // members share what they do not have of their own
+    std::vector<Delta> deltas[kModules];              // [members], or empty when no member has one
+    const PackedLinear& packed(Module module) const { return linears[module]->packed; }
+    std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
+};
+
+enum Part { kLinears, kAttention, kHead, kOther, kParts };
+
+class Model {
+public:
+    Model(const MotetConfig& config, const Isa* isa);
+
+    void set_linear(MotetLinear which, int layer, const MotetTensor& tensor);
+    void share_linear(MotetLinear which, int layer, int source);
+    void set_delta(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns, const float* b, int64_t rows);
+    void set_vector(MotetVector which, int index, const float* values, int64_t count);
+    std::string missing() const;  // what has not been set; empty when the model is whole
+
+    std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty when it can
+    void step(const MotetBatch& batch, float* hidden);
+    void head(const float* hidden, int64_t rows, float* logits);  // logits [rows, logits_stride()]
+
+    const MotetConfig& config() const { return config_; }
+    int64_t logits_stride() const { return (int64_t(config_.vocab_size) + kLanes - 1) / kLanes * kLanes; }
+    const double* seconds() const { return seconds_; }
+    void reset_seconds();
+    Pool& pool() { return pool_; }
+    const Isa* isa() const { return isa_; }
+
+private:
+    friend class Step;
+    Layer& layer_at(int index);
+    CacheView cache(int layer, int kv_head) const;
+
+    const MotetConfig config_;
+    const Isa* isa_;
+    Pool pool_;
+    std::vector<Layer> layers_;  // trunk, then each member's tail
+    std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one without tails
+    Linear head_, embedding_;  // embedding_ only where the head is untied
+    std::vector<float> positions_, cos_, sin_;
+    Pages cache_;
+    int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
+    Arena arena_;
+    int64_t widest_ = 0;     // columns of the widest matrix
+    bool dense_ = false;     // some matrix is not quantised
+    bool deltas_ = false;    // some member has low-rank updates
+    double seconds_[kParts] = {};
+};
+
+}  // namespace motet

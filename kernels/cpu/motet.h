@@ -1,0 +1,91 @@
+/* The C interface of the native CPU kernels: what kernels/cpu.py calls through ctypes. Nothing throws across it; a function
+   that fails returns a code and leaves a message for motet_error(). */
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOTET_API __attribute__((visibility("default")))
+
+enum { MOTET_OK = 0, MOTET_INVALID = 1, MOTET_UNSUPPORTED = 2, MOTET_FAILED = 3 };
+
+typedef enum { MOTET_QKV, MOTET_OUT, MOTET_UP, MOTET_DOWN, MOTET_HEAD, MOTET_EMBEDDING } MotetLinear;
+typedef enum {
+    MOTET_ATTENTION_NORM, MOTET_ATTENTION_NORM_BIAS, MOTET_MLP_NORM, MOTET_MLP_NORM_BIAS, MOTET_Q_NORM, MOTET_K_NORM,
+    MOTET_FINAL_NORM, MOTET_FINAL_NORM_BIAS, MOTET_POSITIONS, MOTET_COS, MOTET_SIN
+} MotetVector;
+
+typedef struct {
+    int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, max_positions;
+    int32_t layer_norm;   /* 0: RMS */
+    int32_t gelu;         /* 0: SwiGLU */
+    int32_t learned;      /* positions; 0: rotary */
+    int32_t qk_norm, tied_head;
+    int32_t split_layer;  /* first layer of the tails; num_layers without tails */
+    int32_t num_members;
+    int32_t kv_int8;
+    int32_t num_blocks, threads;
+    float norm_eps;
+} MotetConfig;
+
+/* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. 4 bits: the group-sum
+   columns follow the columns, and groups, scales and zero points cover both. */
+typedef struct {
+    int64_t rows, columns;
+    int32_t bits, group_size;
+    int64_t stored_groups;      /* of a row, with those of the group-sum columns */
+    const uint8_t* values;      /* [rows, stored_groups, group_size * bits / 8] */
+    const float* scales;        /* [rows, stored_groups] */
+    const uint8_t* zero_points; /* [rows, ceil(stored_groups / 2)], 4 bits only */
+    const float* dense;         /* [rows, columns] */
+    const float* bias;          /* [rows] or null */
+} MotetTensor;
+
+typedef struct {
+    int64_t num_rows, num_seqs, max_blocks;
+    const int64_t* token_ids;      /* [num_rows] */
+    const int32_t* positions;      /* [num_rows] */
+    const int64_t* slot_mapping;   /* [num_rows] */
+    const int32_t* cu_seqlens;     /* [num_seqs + 1] */
+    const int32_t* context_lens;   /* [num_seqs] */
+    const int32_t* block_tables;   /* [num_seqs, max_blocks] */
+    const int32_t* deltas;         /* [num_seqs] member whose low-rank delta applies, -1 for none */
+    const int64_t* member_offsets; /* [num_members + 1] into member_seqs; null without tails */
+    const int32_t* member_seqs;    /* sequences whose rows the member's tail runs over, ascending */
+    int64_t num_outputs;
+    const int32_t* output_members; /* [num_outputs] ascending */
+    const int32_t* output_rows;    /* [num_outputs] ascending for each member */
+} MotetBatch;
+
+typedef struct MotetModel MotetModel;
+
+MOTET_API const char* motet_error(void);
+MOTET_API int motet_isa_count(void);
+MOTET_API const char* motet_isa_name(int index); /* best first; only those that this CPU runs */
+
+MOTET_API int motet_create(const MotetConfig*, const char* isa, MotetModel** out);
+MOTET_API void motet_destroy(MotetModel*);
+MOTET_API int motet_set_linear(MotetModel*, int which, int layer, const MotetTensor*);
+MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
+/* y += b (a x) for the rows of sequences with this member's delta: a [rank, columns], b [rows, rank]. */
+MOTET_API int motet_set_delta(MotetModel*, int which, int layer, int member, int64_t rank, const float* a, int64_t columns,
+                              const float* b, int64_t rows);
+MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
+MOTET_API int motet_ready(MotetModel*);
+
+/* Hidden states [num_outputs, hidden], after the final norm, of the (row, member) pairs asked for. */
+MOTET_API int motet_step(MotetModel*, const MotetBatch*, float* hidden);
+/* Logits [rows, motet_logits_stride] of hidden states [rows, hidden]. */
+MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
+MOTET_API int64_t motet_logits_stride(const MotetModel*);
+
+/* Seconds of thread 0 since the last call, [linears, attention, head, other]. */
+MOTET_API void motet_seconds(MotetModel*, double* out);
+MOTET_API double motet_probe_dot(const char* isa, int threads);  /* GMAC/s */
+MOTET_API double motet_probe_read(const char* isa, int threads); /* GB/s */
+
+#ifdef __cplusplus
+}
+#endif

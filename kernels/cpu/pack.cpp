@@ -1,0 +1,159 @@
+// Repacking a bundle's tensors into the panels that the kernels stream.
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace motet {
+namespace {
+
+uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    const int exponent = int(bits >> 23 & 255) - 127;
+    uint32_t mantissa = (bits & 0x7FFFFF) | 0x800000;
+    if (exponent < -25) return sign;
+    int shift = 13, base = exponent + 15;
+    if (exponent < -14) {
+        shift += -14 - exponent;
+        base = 1;
+    }
+    const uint32_t rounded = (mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift;
+    return uint16_t(sign | ((uint32_t(base - 1) << 10) + rounded));
+}
+
+float from_half(uint16_t h) {
+    const int exponent = h >> 10 & 31;
+    const float value = exponent ? std::ldexp(float(1024 + (h & 1023)), exponent - 25) : std::ldexp(float(h & 1023), -24);
+    return h & 0x8000 ? -value : value;
+}
+
+int nibble(const uint8_t* packed, int64_t index) { return index & 1 ? packed[index / 2] >> 4 : packed[index / 2] & 15; }
+
+struct Affine {  // of a group: w = q · scale + minimum
+    float scale, minimum;
+};
+
+// 4 bits: the whole zero point and the remainder that the group-sum column of the group holds, as one minimum.
+Affine affine_group(const MotetTensor& t, int64_t row, int64_t g) {
+    const float* scales = t.scales + row * t.stored_groups;
+    if (t.bits == 8) return {scales[g], 0.0f};
+    const uint8_t* zeros = t.zero_points + row * ((t.stored_groups + 1) / 2);
+    const uint8_t* values = t.values + row * t.stored_groups * t.group_size / 2;
+    const int64_t column = t.columns + g, sum_group = column / t.group_size;
+    const float remainder = float(nibble(values, column) - nibble(zeros, sum_group)) * scales[sum_group];
+    return {scales[g], remainder - float(nibble(zeros, g)) * scales[g]};
+}
+
+// A power of two that brings the largest scale or minimum just below 2^14.
+float common_factor(const MotetTensor& t, int64_t groups) {
+    float largest = 0.0f;
+    for (int64_t row = 0; row < t.rows; row++)
+        for (int64_t g = 0; g < groups; g++) {
+            const Affine a = affine_group(t, row, g);
+            largest = std::fmax(largest, std::fmax(std::fabs(a.scale), std::fabs(a.minimum)));
+        }
+    if (!(largest > 0.0f) || !std::isfinite(largest)) return 1.0f;
+    return std::ldexp(1.0f, std::ilogb(largest) - 13);
+}
+
+void pack_panel(const MotetTensor& t, const PackedLinear& w, int64_t panel, bool pairs, uint8_t* out) {
+    uint16_t* scales = (uint16_t*)out;
+    uint16_t* minima = scales + int64_t(w.groups) * kLanes;
+    uint8_t* values = out + w.values_offset;
+    for (int lane = 0; lane < kLanes; lane++) {
+        const int64_t row = source_row(t.rows, panel, lane, pairs);
+        if (row < 0) continue;  // zero scales
+        if (w.bits == 32) {
+            for (int64_t i = 0; i < w.k; i++) ((float*)out)[i * kLanes + lane] = t.dense[row * w.k + i];
+            continue;
+        }
+        for (int g = 0; g < w.groups; g++) {
+            const Affine a = affine_group(t, row, g);
+            scales[g * kLanes + lane] = to_half(a.scale / w.factor);
+            if (w.bits == 4) minima[g * kLanes + lane] = to_half(a.minimum / w.factor);
+        }
+        const uint8_t* from = t.values + row * t.stored_groups * t.group_size * t.bits / 8;
+        if (w.bits == 8) {
+            for (int64_t i = 0; i < w.k; i += 4) memcpy(values + i * kLanes + lane * 4, from + i, 4);
+        } else {
+            for (int64_t i = 0; i < w.k; i += 8)
+                for (int j = 0; j < 4; j++)
+                    values[i * kLanes / 2 + lane * 4 + j] = uint8_t(nibble(from, i + j) | nibble(from, i + 4 + j) << 4);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs) {
+    if (pairs) return panel / 2 * kLanes + lane + (panel % 2 ? rows / 2 : 0);
+    const int64_t row = panel * kLanes + lane;
+    return row < rows ? row : -1;
+}
+
+Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
+    Linear result;
+    PackedLinear& w = result.packed;
+    w.bits = tensor.dense ? 32 : tensor.bits;
+    w.n = tensor.rows;
+    w.k = tensor.columns;
+    w.panels = (w.n + kLanes - 1) / kLanes;
+    if (w.bits == 32) {
+        w.panel_bytes = w.k * kLanes * int64_t(sizeof(float));
+    } else {
+        w.group = tensor.group_size;
+        w.groups = int(w.k / w.group);
+        w.factor = common_factor(tensor, w.groups);
+        const int64_t header = int64_t(w.groups) * kLanes * 2 * (w.bits == 4 ? 2 : 1);
+        w.values_offset = (header + 63) / 64 * 64;
+        w.panel_bytes = w.values_offset + w.k * kLanes * w.bits / 8;
+    }
+    result.pages = Pages(size_t(w.panels * w.panel_bytes));
+    w.data = result.pages.data();
+    struct Job {
+        const MotetTensor& tensor;
+        const Linear& linear;
+        bool pairs;
+        Pool& pool;
+    } job{tensor, result, pairs, pool};
+    pool.reset(1);
+    pool.run(
+        [](void* context, int thread) {
+            Job& j = *static_cast<Job*>(context);
+            j.pool.share(0, thread, j.linear.packed.panels, [&](int64_t panel) {
+                pack_panel(j.tensor, j.linear.packed, panel, j.pairs, j.linear.pages.data() + panel * j.linear.packed.panel_bytes);
+            });
+        },
+        &job);
+    if (tensor.bias) {
+        result.bias.assign(size_t(w.panels * kLanes), 0.0f);
+        for (int64_t panel = 0; panel < w.panels; panel++)
+            for (int lane = 0; lane < kLanes; lane++) {
+                const int64_t row = source_row(w.n, panel, lane, pairs);
+                if (row >= 0) result.bias[size_t(panel * kLanes + lane)] = tensor.bias[row];
+            }
+        w.bias = result.bias.data();
+    }
+    return result;
+}
+
+void unpack_row(const PackedLinear& w, int64_t row, float* out) {
+    const uint8_t* panel = w.data + row / kLanes * w.panel_bytes;
+    const int lane = int(row % kLanes);
+    if (w.bits == 32) {
+        for (int64_t i = 0; i < w.k; i++) out[i] = ((const float*)panel)[i * kLanes + lane];
+        return;
+    }
+    const uint16_t* scales = (const uint16_t*)panel;
+    const uint8_t* values = panel + w.values_offset + lane * 4;
+    for (int g = 0; g < w.groups; g++) {
+        const float scale = from_half(scales[g * kLanes + lane]) * w.factor;
+        for (int i = g * w.group; i < (g + 1) * w.group; i++)
+            out[i] = float(int(values[int64_t(i / 4) * 64 + i % 4]) - 128) * scale;
+    }
+}
+
+}  // namespace motet

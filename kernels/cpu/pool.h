@@ -1,0 +1,68 @@
+// A small thread pool: all threads run one function, meet at barriers and share the items of a phase.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace motet {
+
+// Waiting spins for a moment, then gives the core away between looks, then sleeps in the kernel: so a quiet machine has
+// short barriers, a busy one loses little, and an idle one burns nothing.
+class Signal {
+public:
+    uint32_t value() const { return value_.load(std::memory_order_acquire); }
+    void wait_while(uint32_t seen, int yields);
+    void advance();
+
+private:
+    std::atomic<uint32_t> value_{0};
+    std::atomic<uint32_t> sleepers_{0};
+};
+
+class Pool {
+public:
+    using Function = void (*)(void* context, int thread);
+
+    explicit Pool(int threads);
+    ~Pool();
+    int threads() const { return threads_; }
+
+    // Run `function` on every thread, the caller being thread 0; returns when all have.
+    void run(Function function, void* context);
+    void barrier();
+
+    // Items 0…count-1 of a phase: each thread takes those of its own share one by one, then helps the others. Phases are
+    // numbered by the caller, alike on all threads; `reset` makes the numbers free again.
+    void reset(int phases);
+    template <class Body>
+    void share(int phase, int thread, int64_t count, Body body) {
+        for (int i = 0; i < threads_; i++) {
+            const int owner = (thread + i) % threads_;
+            const int64_t first = count * owner / threads_, size = count * (owner + 1) / threads_ - first;
+            std::atomic<int64_t>& taken = cursors_[size_t(phase) * threads_ + owner].taken;
+            if (i && taken.load(std::memory_order_relaxed) >= size) continue;
+            for (int64_t at = taken.fetch_add(1, std::memory_order_relaxed); at < size;
+                 at = taken.fetch_add(1, std::memory_order_relaxed))
+                body(first + at);
+        }
+    }
+
+private:
+    struct alignas(64) Cursor {
+        std::atomic<int64_t> taken{0};
+    };
+    void work(int thread);
+
+    const int threads_;
+    std::vector<std::thread> workers_;
+    std::vector<Cursor> cursors_;
+    Function function_ = nullptr;
+    void* context_ = nullptr;
+    bool stop_ = false;
+    Signal start_, passed_;
+    std::atomic<int> arrived_{0};
+};
+
+}  // namespace motet

@@ -1,0 +1,382 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace motet {
+namespace {
+
+constexpr int64_t kFew = 6;            // rows that every thread prepares for itself: cheaper than a barrier
+constexpr int kSuperblock = 20;        // register blocks whose activations stay in the L2 cache
+constexpr int64_t kUnitRows = 16;      // prompt rows that share a widened partition
+constexpr int64_t kFewUnits = 4;       // a thread: with fewer, the partitions of a row are spread over the threads
+constexpr float kLog2e = 1.44269504f;
+
+int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
+
+}  // namespace
+
+// ---- the plan -------------------------------------------------------------------------------------------------------
+
+Step::Step(Model& model, const MotetBatch& batch, Arena& arena, float* hidden)
+    : m_(model), c_(model.config_), b_(batch), isa_(*model.isa_), pool_(model.pool_), hidden_(hidden),
+      q_size_(int64_t(c_.num_heads) * c_.head_size), kv_size_(int64_t(c_.num_kv_heads) * c_.head_size),
+      qkv_ld_((q_size_ + 2 * kv_size_ + kLanes - 1) / kLanes * kLanes), group_(c_.num_heads / c_.num_kv_heads),
+      norm_(c_.layer_norm ? Norm::Layer : Norm::RMS), phases_(size_t(pool_.threads())) {
+    const bool tails = m_.layers_.size() > size_t(c_.split_layer);
+    std::vector<int32_t> everybody(size_t(b_.num_seqs));
+    for (size_t s = 0; s < everybody.size(); s++) everybody[s] = int32_t(s);
+    add_segment(0, c_.split_layer, tails ? -1 : 0, everybody);
+    const int tail = c_.num_layers - c_.split_layer;
+    for (int member = 0; tails && member < c_.num_members; member++) {
+        const int64_t from = b_.member_offsets[member], to = b_.member_offsets[member + 1];
+        if (from == to) continue;
+        const int first = c_.split_layer + member * tail;
+        add_segment(first, first + tail, member, std::vector<int32_t>(b_.member_seqs + from, b_.member_seqs + to));
+    }
+    take_scratch(arena);
+}
+
+void Step::add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences) {
+    Segment segment{first_layer, last_layer, member, {}, {}, {}, {}, {}};
+    std::vector<int32_t> target(size_t(b_.num_rows), -1);
+    for (int64_t i = 0; member >= 0 && i < b_.num_outputs; i++)
+        if (b_.output_members[i] == member) target[size_t(b_.output_rows[i])] = int32_t(i);
+    for (int32_t s : sequences) {
+        const int32_t* table = b_.block_tables + s * b_.max_blocks;
+        const int32_t delta = b_.deltas ? b_.deltas[s] : -1;
+        const int64_t all0 = segment.all.rows(), needed0 = segment.needed.rows();
+        for (int64_t row = b_.cu_seqlens[s]; row < b_.cu_seqlens[s + 1]; row++) {
+            if (target[size_t(row)] >= 0) {
+                segment.outputs.push_back(int32_t(segment.all.rows()));
+                segment.targets.push_back(target[size_t(row)]);
+                segment.needed.contexts.push_back(b_.positions[row] + 1);
+                segment.needed.slots.push_back(b_.slot_mapping[row]);
+                segment.needed.deltas.push_back(delta);
+            }
+            segment.source.push_back(int32_t(row));
+            segment.all.contexts.push_back(b_.positions[row] + 1);
+            segment.all.slots.push_back(b_.slot_mapping[row]);
+            segment.all.deltas.push_back(delta);
+        }
+        segment.all.sequences.push_back({all0, segment.all.rows() - all0, table});
+        if (segment.needed.rows() > needed0) segment.needed.sequences.push_back({needed0, segment.needed.rows() - needed0, table});
+    }
+    plan_units(segment.all);
+    plan_units(segment.needed);
+    segments_.push_back(std::move(segment));
+}
+
+void Step::plan_units(RowSet& set) const {
+    const int64_t few = kFewUnits * pool_.threads();
+    const bool apart = int64_t(set.sequences.size()) == set.rows() && set.rows() * c_.num_kv_heads < few;
+    for (const RowSequence& s : set.sequences) {
+        // Cut between tiles of positions: two positions share a word of the cache.
+        for (int64_t row = s.row0; row < s.row0 + s.rows; row++)
+            if (row == s.row0 || set.slots[size_t(row)] % kLanes == 0) set.writes.push_back(row);
+        const int64_t last = s.row0 + s.rows;
+        for (int64_t row = s.row0; row < last; row += kUnitRows) {
+            const int64_t rows = std::min(kUnitRows, last - row);
+            const int partitions = partitions_of(set.contexts[size_t(row + rows - 1)]);
+            if (!apart || partitions == 1) {
+                set.units.push_back({s.table, row, rows, -1, partitions, 0});
+                continue;
+            }
+            for (int p = 0; p < partitions; p++) set.units.push_back({s.table, row, rows, p, partitions, set.num_partials});
+            set.num_partials += partitions;
+        }
+    }
+    set.writes.push_back(set.rows());
+}
+
+void Step::take_scratch(Arena& arena) {
+    int64_t rows = 0, needed = 0, partials = 0, tail_rows = 0;
+    for (const Segment& s : segments_) {
+        rows = std::max(rows, s.all.rows());
+        needed = std::max(needed, s.needed.rows());
+        partials = std::max({partials, s.all.num_partials, s.needed.num_partials});
+        if (s.first_layer >= c_.split_layer) tail_rows = std::max(tail_rows, s.all.rows());
+    }
+    const int64_t d = c_.head_size, inner = (c_.intermediate_size + kLanes - 1) / kLanes * kLanes;
+    const int64_t widest = std::max({m_.widest_, int64_t(c_.intermediate_size), q_size_});
+    x_ = arena.take<float>(rows * c_.hidden_size);
+    x_tail_ = arena.take<float>(tail_rows * c_.hidden_size);
+    x_needed_ = arena.take<float>(needed * c_.hidden_size);
+    qkv_ = arena.take<float>(rows * qkv_ld_);
+    qkv_needed_ = arena.take<float>(needed * qkv_ld_);
+    attended_ = arena.take<float>(rows * q_size_);
+    inner_ = arena.take<float>(rows * inner);
+    many_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.deltas_);
+    partial_size_ = group_ * (d + 2);
+    partials_ = arena.take<float>(partials * c_.num_kv_heads * partial_size_);
+    arrived_ = std::make_unique<std::atomic<int>[]>(size_t(partials * c_.num_kv_heads + 1));
+    const int64_t queries = std::min(kUnitRows, rows) * group_;
+    for (int t = 0; t < pool_.threads(); t++) {
+        Scratch s;
+        s.activations = ActivationStore::make(arena, std::min(rows, kFew), widest, m_.dense_, m_.deltas_);
+        s.row = arena.take<float>(widest);
+        s.head = arena.take<float>(2 * kMaxHeadSize);
+        s.packed = arena.take<uint32_t>(queries * d / 2);
+        s.wide = arena.take<uint8_t>(c_.kv_int8 ? kPartition * d * 4 : 0);
+        s.outs = arena.take<float>(queries * d);
+        s.later = arena.take<float>(kMaxQueries * d);
+        s.maxima = arena.take<float>(queries);
+        s.sums = arena.take<float>(queries);
+        s.later_maxima = arena.take<float>(kMaxQueries);
+        s.later_sums = arena.take<float>(kMaxQueries);
+        scratch_.push_back(s);
+    }
+}
+
+// ---- running it -----------------------------------------------------------------------------------------------------
+
+void Step::execute() {
+    int phases = 4;
+    for (const Segment& s : segments_) phases += 16 * (s.last_layer - s.first_layer) + 8;
+    pool_.reset(phases);
+    lap_ = std::chrono::steady_clock::now();
+    pool_.run([](void* step, int thread) { static_cast<Step*>(step)->run(thread); }, this);
+}
+
+void Step::run(int thread) {
+    pool_.share(next_phase(thread), thread, b_.num_rows, [&](int64_t row) {
+        float* to = x_ + row * c_.hidden_size;
+        unpack_row(c_.tied_head ? m_.head_.packed : m_.embedding_.packed, b_.token_ids[row], to);
+        if (!c_.learned) return;
+        const float* position = m_.positions_.data() + int64_t(b_.positions[row]) * c_.hidden_size;
+        for (int i = 0; i < c_.hidden_size; i++) to[i] += position[i];
+    });
+    meet(kOther, thread);
+    for (const Segment& segment : segments_) run_segment(segment, thread);
+}
+
+void Step::run_segment(const Segment& segment, int thread) {
+    const bool tail = segment.first_layer >= c_.split_layer && segment.member >= 0 && &segment != &segments_[0];
+    float* x = tail ? x_tail_ : x_;
+    if (tail) {
+        pool_.share(next_phase(thread), thread, segment.all.rows(), [&](int64_t row) {
+            memcpy(x + row * c_.hidden_size, x_ + int64_t(segment.source[size_t(row)]) * c_.hidden_size,
+                   size_t(c_.hidden_size) * sizeof(float));
+        });
+        meet(kOther, thread);
+    }
+    const std::vector<float> none;
+    bool gathered = segment.member >= 0 && segment.first_layer == segment.last_layer;  // no layers: the norm alone
+    if (gathered) gather(segment, x, false, thread);
+    for (int index = segment.first_layer; index < segment.last_layer; index++) {
+        const Layer& layer = m_.layers_[size_t(index)];
+        const bool last = segment.member >= 0 && index + 1 == segment.last_layer;
+        const RowSet* set = &segment.all;
+        const float* qkv = qkv_;
+        Activations normed = prepare(x, c_.hidden_size, *set, layer, kQKV, norm_, layer.attention_norm, layer.attention_norm_bias, thread);
+        linear(layer.packed(kQKV), normed, qkv_, qkv_ld_, Epilogue::Store, thread);
+        meet(kLinears, thread);
+        const bool everybody = !last || segment.needed.rows() == set->rows();
+        const bool fused = everybody && int64_t(set->sequences.size()) == set->rows();
+        if (!fused) {
+            pool_.share(next_phase(thread), thread, int64_t(set->writes.size()) - 1, [&](int64_t i) {
+                for (int64_t row = set->writes[size_t(i)]; row < set->writes[size_t(i) + 1]; row++)
+                    for (int h = 0; h < c_.num_kv_heads; h++) write_row(*set, layer, index, row, h, qkv_, thread);
+            });
+            meet(kAttention, thread);
+        }
+        if (last) {
+            if (segment.needed.rows() == 0) return;
+            if (!everybody) {
+                gather(segment, x, true, thread);
+                set = &segment.needed;
+                x = x_needed_;
+                qkv = qkv_needed_;
+                gathered = true;
+            }
+        }
+        attend(*set, layer, index, qkv, fused, thread);
+        meet(kAttention, thread);
+        Activations attended = prepare(attended_, q_size_, *set, layer, kOut, Norm::None, none, none, thread);
+        linear(layer.packed(kOut), attended, x, c_.hidden_size, Epilogue::Add, thread);
+        meet(kLinears, thread);
+        Activations middle = prepare(x, c_.hidden_size, *set, layer, kUp, norm_, layer.mlp_norm, layer.mlp_norm_bias, thread);
+        linear(layer.packed(kUp), middle, inner_, c_.intermediate_size, c_.gelu ? Epilogue::Gelu : Epilogue::SwiGLU, thread);
+        meet(kLinears, thread);
+        Activations inner = prepare(inner_, c_.intermediate_size, *set, layer, kDown, Norm::None, none, none, thread);
+        linear(layer.packed(kDown), inner, x, c_.hidden_size, Epilogue::Add, thread);
+        meet(kLinears, thread);
+    }
+    if (segment.member < 0) return;
+    const std::vector<float>& weight = m_.final_norms_[size_t(segment.member)];
+    const std::vector<float>& bias = m_.final_norm_biases_[size_t(segment.member)];
+    pool_.share(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
+        const int64_t from = gathered ? row : segment.outputs[size_t(row)];
+        isa_.norm((gathered ? x_needed_ : x) + from * c_.hidden_size, weight.data(), bias.empty() ? nullptr : bias.data(), c_.norm_eps,
+                  norm_, c_.hidden_size, hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
+    });
+    meet(kOther, thread);
+}
+
+// The rows that are asked for, one after the other.
+void Step::gather(const Segment& segment, const float* x, bool with_queries, int thread) {
+    pool_.share(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
+        const int64_t from = segment.outputs[size_t(row)];
+        memcpy(x_needed_ + row * c_.hidden_size, x + from * c_.hidden_size, size_t(c_.hidden_size) * sizeof(float));
+        if (with_queries) memcpy(qkv_needed_ + row * qkv_ld_, qkv_ + from * qkv_ld_, size_t(q_size_) * sizeof(float));
+    });
+    meet(kOther, thread);
+}
+
+// x normed and quantised for a linear layer, and A x of the rows that have a low-rank update of it. A few rows: by every
+// thread for itself.
+Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
+                          const std::vector<float>& weight, const std::vector<float>& bias, int thread) {
+    const PackedLinear& w = layer.packed(module);
+    const bool few = set.rows() <= kFew;
+    Scratch& s = scratch_[size_t(thread)];
+    const ActivationStore& store = few ? s.activations : many_;
+    Activations out = store.take(set.rows(), w);
+    const std::vector<Delta>& deltas = layer.deltas[module];
+    if (!deltas.empty()) out.low_rank = store.low_rank;
+    auto one = [&](int64_t row) {
+        const float* from = x + row * ld;
+        if (norm != Norm::None) {
+            isa_.norm(from, weight.data(), bias.empty() ? nullptr : bias.data(), c_.norm_eps, norm, w.k, s.row);
+            from = s.row;
+        }
+        isa_.quantise_row(from, out, row);
+        if (deltas.empty()) return;
+        const int32_t member = set.deltas[size_t(row)];
+        const LowRank* update = member >= 0 && deltas[size_t(member)].view.rank ? &deltas[size_t(member)].view : nullptr;
+        store.low_rank[row] = update;
+        if (update) isa_.reduce(from, *update, w.k, store.inner + row * kMaxRank);
+    };
+    if (few) {
+        for (int64_t row = 0; row < set.rows(); row++) one(row);
+    } else {
+        pool_.share(next_phase(thread), thread, set.rows(), one);
+        meet(kOther, thread);
+    }
+    return out;
+}
+
+void Step::linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread) {
+    const int64_t panels = epilogue == Epilogue::SwiGLU ? w.panels / 2 : w.panels;
+    const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;
+    pool_.share(next_phase(thread), thread, panels * superblocks, [&](int64_t item) {
+        const int64_t panel = item % panels;
+        const int first = int(item / panels) * kSuperblock, last = std::min(first + kSuperblock, x.blocks);
+        isa_.linear(w, x, first, last, panel, panel + 1, out, ld, epilogue);
+    });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+void Step::turn(float* head, const std::vector<float>& norm, int32_t position) const {
+    const int d = c_.head_size;
+    if (c_.qk_norm) isa_.norm(head, norm.data(), nullptr, c_.norm_eps, Norm::RMS, d, head);
+    if (c_.learned) return;
+    isa_.rotate(head, m_.cos_.data() + int64_t(position) * (d / 2), m_.sin_.data() + int64_t(position) * (d / 2), d);
+}
+
+void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread) {
+    const int d = c_.head_size;
+    float* key = scratch_[size_t(thread)].head;
+    const float* from = qkv + row * qkv_ld_ + q_size_ + int64_t(kv_head) * d;
+    memcpy(key, from, size_t(d) * sizeof(float));
+    turn(key, layer.k_norm, set.contexts[size_t(row)] - 1);
+    const int64_t slot = set.slots[size_t(row)];
+    isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key, from + kv_size_);
+}
+
+void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, int thread) {
+    pool_.share(next_phase(thread), thread, int64_t(set.units.size()) * c_.num_kv_heads, [&](int64_t item) {
+        const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
+        const int kv_head = int(item % c_.num_kv_heads);
+        if (write && (unit.partition < 0 || unit.partition + 1 == unit.partitions))
+            write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
+        attend_unit(set, unit, layer, index, kv_head, qkv, thread);
+    });
+}
+
+// [chunk][d / 2][queries of the chunk], chunks of kMaxQueries; query i is row i / group, head i % group.
+void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const {
+    const int d = c_.head_size, queries = int(unit.rows) * group_;
+    const float scale = kLog2e / std::sqrt(float(d));
+    for (int i = 0; i < queries; i++) {
+        const int64_t row = unit.row0 + i / group_;
+        memcpy(s.head, qkv + row * qkv_ld_ + int64_t(kv_head * group_ + i % group_) * d, size_t(d) * sizeof(float));
+        turn(s.head, layer.q_norm, set.contexts[size_t(row)] - 1);
+        const int first = i / kMaxQueries * kMaxQueries;
+        isa_.pack_query(s.head, scale, d, s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first));
+    }
+}
+
+void Step::attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, int index, int kv_head, const float* qkv, int thread) {
+    Scratch& s = scratch_[size_t(thread)];
+    const int d = c_.head_size, queries = int(unit.rows) * group_;
+    const CacheView cache = m_.cache(index, kv_head);
+    pack_queries(set, unit, layer, kv_head, qkv, s);
+    const int first = unit.partition < 0 ? 0 : unit.partition, last = unit.partition < 0 ? unit.partitions : first + 1;
+    const int32_t longest = set.contexts[size_t(unit.row0 + unit.rows - 1)];
+    for (int p = first; p < last; p++) {
+        AttendArgs args;
+        args.head_size = d;
+        isa_.load_partition(cache, unit.table, p, std::min(kPartition, longest - p * kPartition), s.wide, args.kv);
+        for (int from = 0; from < queries; from += kMaxQueries) {
+            int seen[kMaxQueries];
+            args.queries = std::min(kMaxQueries, queries - from);
+            for (int i = 0; i < args.queries; i++)
+                seen[i] = set.contexts[size_t(unit.row0 + (from + i) / group_)] - p * kPartition;
+            if (seen[args.queries - 1] <= 0) continue;
+            args.seen = seen;
+            args.packed = s.packed + int64_t(from) * (d / 2);
+            args.out = p == first ? s.outs + int64_t(from) * d : s.later;
+            args.maxima = p == first ? s.maxima + from : s.later_maxima;
+            args.sums = p == first ? s.sums + from : s.later_sums;
+            isa_.attend(args);
+            for (int i = 0; p > first && i < args.queries; i++)
+                isa_.merge(&s.maxima[from + i], &s.sums[from + i], s.outs + int64_t(from + i) * d, s.later_maxima[i], s.later_sums[i],
+                           s.later + int64_t(i) * d, d);
+        }
+    }
+    if (unit.partition < 0) {
+        for (int i = 0; i < queries; i++) finish_head(s.outs + int64_t(i) * d, s.sums[i], unit.row0 + i / group_, kv_head * group_ + i % group_);
+        return;
+    }
+    float* mine = partials_ + ((unit.partial0 + unit.partition) * c_.num_kv_heads + kv_head) * partial_size_;
+    memcpy(mine, s.outs, size_t(queries * d) * sizeof(float));
+    memcpy(mine + queries * d, s.maxima, size_t(queries) * sizeof(float));
+    memcpy(mine + queries * (d + 1), s.sums, size_t(queries) * sizeof(float));
+    std::atomic<int>& arrived = arrived_[size_t(unit.partial0 * c_.num_kv_heads + kv_head)];
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partitions) {
+        arrived.store(0, std::memory_order_relaxed);
+        merge_partials(unit, kv_head);
+    }
+}
+
+// The same merges in the same order as when one thread does all partitions.
+void Step::merge_partials(const Unit& unit, int kv_head) {
+    const int d = c_.head_size;
+    auto partial = [&](int p) { return partials_ + ((unit.partial0 + p) * c_.num_kv_heads + kv_head) * partial_size_; };
+    float* all = partial(0);
+    for (int i = 0; i < group_; i++) {
+        for (int p = 1; p < unit.partitions; p++) {
+            const float* later = partial(p);
+            isa_.merge(&all[group_ * d + i], &all[group_ * (d + 1) + i], all + i * d, later[group_ * d + i], later[group_ * (d + 1) + i],
+                       later + i * d, d);
+        }
+        finish_head(all + i * d, all[group_ * (d + 1) + i], unit.row0, kv_head * group_ + i);
+    }
+}
+
+void Step::finish_head(const float* out, float sum, int64_t row, int head) {
+    isa_.scale_to(out, 1.0f / sum, c_.head_size, attended_ + row * q_size_ + int64_t(head) * c_.head_size);
+}
+
+void Step::meet(Part part, int thread) {
+    pool_.barrier();
+    if (thread) return;
+    const auto now = std::chrono::steady_clock::now();
+    m_.seconds_[part] += std::chrono::duration<double>(now - lap_).count();
+    lap_ = now;
+}
+
+}  // namespace motet

@@ -1,0 +1,108 @@
+// One step: every thread runs the same plan and meets the others at barriers.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "model.h"
+
+namespace motet {
+
+struct RowSequence {  // the rows of a sequence in a row set
+    int64_t row0, rows;
+    const int32_t* table;  // its block table
+};
+
+// A stretch of attention work: some rows of a sequence over all partitions, or one row over one of them.
+struct Unit {
+    const int32_t* table;
+    int64_t row0, rows;
+    int partition;  // -1: all
+    int partitions;
+    int64_t partial0;  // index of the row's first partial result, where partitions are apart
+};
+
+// Rows that run through the same layers.
+struct RowSet {
+    std::vector<int32_t> contexts;  // [rows] positions that a row sees, itself included
+    std::vector<int64_t> slots;     // [rows]
+    std::vector<int32_t> deltas;    // [rows] member, -1 for none
+    std::vector<RowSequence> sequences;
+    std::vector<Unit> units;
+    std::vector<int64_t> writes;    // first rows of stretches whose keys and values one thread writes, then rows()
+    int64_t num_partials = 0;
+    int64_t rows() const { return int64_t(contexts.size()); }
+};
+
+// The trunk over all rows, or one member's tail over those that it sees.
+struct Segment {
+    int first_layer, last_layer;
+    int member;                    // whose final norm follows; -1 if none does
+    std::vector<int32_t> source;   // [all.rows] row of the batch
+    RowSet all, needed;            // needed: the rows that are asked for, all that the last layer has to finish
+    std::vector<int32_t> outputs;  // [needed.rows] row of `all`
+    std::vector<int32_t> targets;  // [needed.rows] row of the result
+};
+
+class Step {
+public:
+    Step(Model& model, const MotetBatch& batch, Arena& arena, float* hidden);
+    void execute();
+
+private:
+    struct Scratch {  // of one thread
+        ActivationStore activations;
+        float* row;        // a normed row
+        float* head;       // a head, roped
+        uint32_t* packed;  // [chunk][head size / 2][queries of the chunk]
+        uint8_t* wide;     // a partition as bf16
+        float *outs, *later;  // [queries][head size]
+        float *maxima, *sums, *later_maxima, *later_sums;
+    };
+
+    void add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences);
+    void plan_units(RowSet& set) const;
+    void take_scratch(Arena& arena);
+
+    void run(int thread);
+    void run_segment(const Segment& segment, int thread);
+    void gather(const Segment& segment, const float* x, bool with_queries, int thread);
+
+    Activations prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
+                        const std::vector<float>& weight, const std::vector<float>& bias, int thread);
+    void linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread);
+    void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread);
+    void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, int thread);
+    void attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, int index, int kv_head, const float* qkv, int thread);
+    void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const;
+    void merge_partials(const Unit& unit, int kv_head);
+    void finish_head(const float* out, float sum, int64_t row, int head);
+    void turn(float* head, const std::vector<float>& norm, int32_t position) const;
+
+    void meet(Part part, int thread);
+    int next_phase(int thread) { return phases_[size_t(thread)].next++; }
+
+    Model& m_;
+    const MotetConfig& c_;
+    const MotetBatch& b_;
+    const Isa& isa_;
+    Pool& pool_;
+    float* hidden_;
+    const int64_t q_size_, kv_size_, qkv_ld_;
+    const int group_;  // query heads of a KV head
+    const Norm norm_;
+    int64_t partial_size_;
+    std::vector<Segment> segments_;
+    std::vector<Scratch> scratch_;
+    struct alignas(64) Phase {
+        int next = 0;
+    };
+    std::vector<Phase> phases_;
+    ActivationStore many_;
+    float *x_, *x_tail_, *x_needed_, *qkv_, *qkv_needed_, *attended_, *inner_, *partials_ = nullptr;
+    std::unique_ptr<std::atomic<int>[]> arrived_;
+    std::chrono::steady_clock::time_point lap_;
+};
+
+}  // namespace motet

@@ -1,0 +1,16 @@
+// Compile a whole file for an instruction set, without flags on the command line. Such a file must not instantiate
+// templates of the standard library: the linker could choose its copy for the others.
+#pragma once
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define MOTET_X86 1
+#else
+#define MOTET_X86 0
+#endif
+#define MOTET_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define MOTET_TARGET(set) MOTET_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MOTET_UNROLL MOTET_PRAGMA(clang loop unroll(full))
+#else
+#define MOTET_TARGET(set) MOTET_PRAGMA(GCC target(set))
+#define MOTET_UNROLL MOTET_PRAGMA(GCC unroll 16)
+#endif
