@@ -27,7 +27,7 @@ from .errors import (
     UnavailableError,
 )
 from .output import Completion, Output, Timings, Usage
-from .request import Ensemble, FinishReason, Request
+from .request import Ensemble, FinishReason, Member, Request
 from .scheduler import Scheduler
 from .sequence import Group
 from .sequence import Sequence as TokenSequence
@@ -49,6 +49,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    deltas: frozenset[str] = frozenset()  # the members that are low-rank updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class Engine:
             eos_token_ids=bundle.eos_token_ids,
             vocab_size=bundle.config.vocab_size,
             max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
+            deltas=frozenset(bundle.members[member] for member in bundle.deltas),
         )
         return cls(backend, Tokenizer.from_dir(bundle.path), model, config)
 
@@ -232,14 +234,13 @@ class Engine:
 
     def _streams_of(self, request: Request, on_output: OnOutput) -> list[_Stream]:
         self._check(request)
-        views = sorted({member.view for member in request.ensemble.members})
         index_of = {name: index for index, name in enumerate(self.model.members)}
-        members_of = {
-            view: tuple(sorted({index_of[m.name] for m in request.ensemble.members if m.view == view}))
-            for view in views
-        }
-        longest = max(len(request.prompts[view]) for view in views)
-        room = self.model.max_model_len - longest
+        members_of: dict[tuple[int, int], set[int]] = {}  # (view, delta) → members
+        for member in request.ensemble.members:
+            members_of.setdefault(self._sequence_key(member), set()).add(index_of[member.name])
+        keys = sorted(members_of)
+        terms = tuple((keys.index(self._sequence_key(m)), index_of[m.name], m.mix) for m in request.ensemble.members)
+        room = self.model.max_model_len - max(len(request.prompts[view]) for view, _ in keys)
         params = request.sampling
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self.model.eos_token_ids
@@ -249,8 +250,11 @@ class Engine:
             group = Group(
                 request_id=request.request_id,
                 choice=choice,
-                sequences=[TokenSequence(request.prompts[view], members_of[view]) for view in views],
-                terms=tuple((views.index(m.view), index_of[m.name], m.mix) for m in request.ensemble.members),
+                sequences=[
+                    TokenSequence(request.prompts[view], tuple(sorted(members_of[view, delta])), delta)
+                    for view, delta in keys
+                ],
+                terms=terms,
                 space=request.ensemble.space,
                 params=params,
                 seed=choice_seed(seed, choice),
@@ -261,6 +265,11 @@ class Engine:
             text = TextStream(self.tokenizer.stream(), params.stop)
             streams.append(_Stream(request, group, text, on_output, now))
         return streams
+
+    def _sequence_key(self, member: Member) -> tuple[int, int]:
+        """(view, delta): members with equal ones share a sequence. A low-rank update changes keys and values from the
+        first layer on, so it has a sequence of its own."""
+        return member.view, self.model.members.index(member.name) if member.name in self.model.deltas else -1
 
     def _check(self, request: Request) -> None:
         for member in request.ensemble.members:
@@ -282,10 +291,11 @@ class Engine:
     def _check_size(self, request: Request) -> None:
         """Can the group run when it is alone? Then it can always run in the end."""
         blocks, limit = self._scheduler.blocks, self.model.max_model_len
-        prompts = [request.prompts[view] for view in {member.view for member in request.ensemble.members}]
+        keys = {self._sequence_key(member) for member in request.ensemble.members}
+        prompts = [request.prompts[view] for view, _ in keys]
         if len(prompts) > self.config.max_num_seqs:
             raise InvalidRequestError(
-                f"the request has {len(prompts)} views; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
+                f"the request has {len(prompts)} views and deltas; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
                 "once; use fewer",
                 field="ensemble.members.view",
             )

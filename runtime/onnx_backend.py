@@ -20,7 +20,7 @@ import onnxruntime as ort
 from .batch import Batch, StepOutput
 from .bundle import Bundle
 from .config import EngineConfig
-from .errors import BundleError, UnavailableError
+from .errors import BundleError, ConfigError, UnavailableError
 from .request import Space
 from .sampler import sample_rows
 from .slot_cache import SlotCache
@@ -147,9 +147,18 @@ class GraphRunner:
 
 
 class OnnxBackend:
-    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph."""
+    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph.
+
+    Raises `ConfigError` for a bundle with low-rank members: a graph has one set of weights for all of its rows.
+    """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        if bundle.deltas:
+            names = [bundle.members[member] for member in bundle.deltas]
+            raise ConfigError(
+                f"the onnx backend cannot apply the low-rank members {names} of '{bundle.name}'; serve it with another "
+                "backend, or merge them into whole layers at export"
+            )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_members = len(bundle.members)
@@ -196,18 +205,19 @@ class OnnxBackend:
         return self._logits(hidden)
 
     def _forward(self, batch: Batch) -> dict[tuple[int, int], F32]:
-        """(sequence index, member) → hidden state [hidden] of the sequence's last row, normed, for each of its members."""
+        """(row, member) → normed hidden state [hidden], for the last row of each sequence and each of its members."""
         hidden: dict[tuple[int, int], F32] = {}
         starts, blocks = batch.cu_seqlens_q, batch.block_tables[:, 0].tolist()
         lengths = np.diff(starts)
         decoding = [s for s in range(batch.num_seqs) if lengths[s] == 1 and batch.context_lens[s] > 1]
+        row_of = starts[1:] - 1  # only last rows are sampled here
         for s in sorted(set(range(batch.num_seqs)) - set(decoding)):
             tokens = batch.token_ids[starts[s] : starts[s + 1]]
             start = int(batch.context_lens[s] - lengths[s])
             rows = self._trunk.prefill(blocks[s], tokens, start)
             for member in batch.members[s]:
                 final = self._tails[member].prefill(blocks[s], rows, start) if self._tails else rows
-                hidden[s, member] = final[-1]
+                hidden[int(row_of[s]), member] = final[-1]
         if decoding:
             self._decode(batch, decoding, blocks, hidden)
         return hidden
@@ -225,7 +235,7 @@ class OnnxBackend:
                 block_ids = [blocks[decoding[i]] for i in chosen]
                 final = self._tails[member].decode(block_ids, final, batch.context_lens[index[chosen]])
             for i, row in zip(chosen, final, strict=True):
-                hidden[decoding[i], member] = row
+                hidden[int(batch.cu_seqlens_q[decoding[i]]), member] = row
 
     def _mix(self, batch: Batch, hidden: dict[tuple[int, int], F32]) -> tuple[F32, list[list[tuple[int, float]]]]:
         """The logits [R, vocab] of the batch, and for each sample its (row, coefficient) terms.
@@ -237,7 +247,7 @@ class OnnxBackend:
         row_terms: list[list[tuple[int, float]]] = []
         fine_rows: list[tuple[int, int]] = []  # (row, row whose logits are added to it)
         for sample in batch.samples:
-            terms = [(hidden[s, member], c) for s, member, c in sample.terms if c != 0]
+            terms = [(hidden[row, member], c) for row, member, c in sample.terms if c != 0]
             if sample.space is Space.LOGITS and not sample.return_member_logprobs and len(terms) > 1:
                 row_terms.append([(len(rows), 1.0)])
                 mixed = self._linear_rows(terms)

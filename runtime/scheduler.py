@@ -155,7 +155,6 @@ class Scheduler:
     # ---- the batch -----------------------------------------------------------------------------------------------
 
     def _batch(self) -> Batch:
-        index_of = {id(sequence): index for index, (sequence, _) in enumerate(self._rows)}
         tables = np.full((len(self._rows), max(len(s.block_table) for s, _ in self._rows)), -1, np.int32)
         positions = []
         slots = []
@@ -166,22 +165,25 @@ class Scheduler:
             blocks = tables[index][at // self.blocks.block_size].astype(np.int64)
             slots.append(blocks * self.blocks.block_size + at % self.blocks.block_size)
         ends = [sequence.num_computed + count for sequence, count in self._rows]
+        starts = np.cumsum([0] + [count for _, count in self._rows], dtype=np.int32)
+        first_row = {id(sequence): int(start) for (sequence, _), start in zip(self._rows, starts)}
         return Batch(
             token_ids=np.concatenate([s.tokens.view()[s.num_computed : e] for (s, _), e in zip(self._rows, ends)]),
             positions=np.concatenate(positions).astype(np.int32),
             slot_mapping=np.concatenate(slots),
-            cu_seqlens_q=np.cumsum([0] + [count for _, count in self._rows], dtype=np.int32),
+            cu_seqlens_q=starts,
             context_lens=np.array(ends, np.int32),
             block_tables=tables,
             members=[sequence.members for sequence, _ in self._rows],
-            samples=[self._sample_row(group, index_of) for group in self._sampled],
+            deltas=np.array([sequence.delta for sequence, _ in self._rows], np.int32),
+            samples=[self._sample_row(group, first_row) for group in self._sampled],
             freed_blocks=np.array(self.blocks.take_freed(), np.int32),
         )
 
-    def _sample_row(self, group: Group, index_of: dict[int, int]) -> SampleRow:
+    def _sample_row(self, group: Group, first_row: dict[int, int]) -> SampleRow:
         early = len(group.output) < group.params.min_tokens
         return SampleRow(
-            terms=tuple((index_of[id(group.sequences[s])], member, c) for s, member, c in group.terms),
+            terms=tuple((first_row[id(group.sequences[s])], member, c) for s, member, c in group.terms),
             space=group.space,
             params=group.params,
             seed=group.seed,

@@ -30,7 +30,7 @@ NINE_VIEWS = Ensemble(tuple(Member("a", 1 / 9, view) for view in range(9)))
 
 def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"])
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
     return Engine(fake_backend.FakeBackend(num_blocks, block_size), tokenizer, model, EngineConfig(**values))
 
 
@@ -85,7 +85,7 @@ def requests(draw):
         rng = np.random.default_rng(draw(st.integers(0, 10_000)))
         lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=2))
         prompts = [tuple(int(t) for t in rng.integers(0, 255, n)) for n in lengths]
-        mix = [Member("a", 0.7), Member("b", 0.3, len(prompts) - 1)]
+        mix = [Member("a", 0.7), Member(draw(st.sampled_from("bc")), 0.3, len(prompts) - 1)]
         space = draw(st.sampled_from(list(Space)))
         params = SamplingParams(
             max_tokens=draw(st.integers(1, 20)),
@@ -97,6 +97,19 @@ def requests(draw):
         )
         result.append(Request(f"r{index}", tuple(prompts), Ensemble(tuple(mix), space), params))
     return result
+
+
+def test_a_delta_has_a_sequence_of_its_own(tokenizer):
+    """Tails and the base share the sequence of a view, a low-rank update does not."""
+    seen = []
+    members = (Member("a", 0.5), Member("b", 0.2), Member("c", 0.2), Member("c", 0.1, 1))
+    with make_engine(tokenizer) as engine:
+        engine._backend.on_step = seen.append
+        engine.complete([ask("x", views=[(4, 5, 6)], ensemble=Ensemble(members))])
+    batch = seen[-1]
+    assert batch.members == [(0, 1), (2,), (2,)]
+    assert batch.deltas.tolist() == [-1, 2, 2]
+    assert batch.samples[0].terms == ((0, 0, 0.5), (0, 1, 0.2), (1, 2, 0.2), (2, 2, 0.1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
