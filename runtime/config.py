@@ -77,6 +77,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
+    prefix_cache: bool = True  # share the blocks of prompts that begin alike
     threads: int = 0  # 0: as many as CPUs that this process may use
 
     def __post_init__(self) -> None:
@@ -85,6 +86,8 @@ class EngineConfig:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
 

@@ -60,6 +60,8 @@ class EngineStats:
     num_blocks: int
     steps: int
     tokens: int  # sampled since the start
+    prompt_tokens: int  # of all views and deltas whose answer has begun
+    cached_tokens: int  # of them, found in the prefix cache
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +77,8 @@ class _Stream:
     first_token: float | None = None
 
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompts[0]), len(self.group.output))
+        prompt = self.request.prompts[0]
+        return Usage(len(prompt), len(self.group.output), min(self.group.sequences[0].num_cached, len(prompt)))
 
     def timings(self, now: float) -> Timings:
         admitted = self.admitted if self.admitted is not None else now
@@ -102,7 +105,13 @@ class Engine:
         self.config = config
         self._backend = backend
         blocks = BlockManager(backend.num_blocks, backend.block_size)
-        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk)
+        self._scheduler = Scheduler(
+            blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.prefill_chunk,
+            prefix_cache=config.prefix_cache,
+        )
         self._streams: dict[Group, _Stream] = {}
         self._wake = threading.Condition()
         # Guarded by _wake, as are the next three. In order: an abort does not reach requests that come after it.
@@ -112,6 +121,8 @@ class Engine:
         self._closed = False
         self._steps = 0
         self._tokens = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._thread = threading.Thread(target=self._run, name="motet-engine", daemon=True)
         self._thread.start()
 
@@ -207,8 +218,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         blocks, waiting = self._scheduler.blocks, self._num_queued
-        running = len(self._scheduler.running)
-        return EngineStats(waiting, running, blocks.num_free, blocks.num_blocks, self._steps, self._tokens)
+        return EngineStats(
+            waiting=waiting,
+            running=len(self._scheduler.running),
+            free_blocks=blocks.num_free,
+            num_blocks=blocks.num_blocks,
+            steps=self._steps,
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+        )
 
     def drain(self) -> None:
         """Take no more requests; those that are here run to their end. Returns at once."""
@@ -402,7 +421,10 @@ class Engine:
                 self._finish(stream, FinishReason.ERROR, error=error)
                 continue
             self._tokens += 1
-            stream.first_token = stream.first_token if stream.first_token is not None else now
+            if stream.first_token is None:
+                stream.first_token = now
+                self._prompt_tokens += sum(sequence.num_prompt for sequence in group.sequences)
+                self._cached_tokens += sum(sequence.num_cached for sequence in group.sequences)
             token_id = int(output.token_ids[index])
             delta = Output(group.request_id, group.choice, group.seed, token_ids=[token_id])
             if group.params.logprobs is not None:

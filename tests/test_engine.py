@@ -79,12 +79,12 @@ def hold_first_step(engine):
 
 @st.composite
 def requests(draw):
-    """Requests with views of different lengths, ensembles, sampling, several choices."""
+    """Requests with views of different lengths, ensembles, sampling, several choices; some prompts begin alike."""
     result = []
     for index in range(draw(st.integers(1, 6))):
-        rng = np.random.default_rng(draw(st.integers(0, 10_000)))
         lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=2))
-        prompts = [tuple(int(t) for t in rng.integers(0, 255, n)) for n in lengths]
+        texts = [np.random.default_rng(draw(st.integers(0, 2))).integers(0, 255, n) for n in lengths]
+        prompts = [tuple(text.tolist()) for text in texts]
         mix = [Member("a", 0.7), Member(draw(st.sampled_from("bc")), 0.3, len(prompts) - 1)]
         space = draw(st.sampled_from(list(Space)))
         params = SamplingParams(
@@ -115,15 +115,21 @@ def test_a_delta_has_a_sequence_of_its_own(tokenizer):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests(), st.integers(14, 40))
 def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks):
-    """The same tokens alone with ample blocks, and together with so few that groups are preempted and recomputed."""
+    """The same tokens alone with ample blocks, together without sharing, and together with so few blocks that groups are
+    preempted and recomputed; and once more, when their prefixes are cached."""
     with make_engine(tokenizer, num_blocks=200) as engine:
         alone = [engine.complete([request])[0] for request in batch]
+    with make_engine(tokenizer, num_blocks=200, prefix_cache=False) as engine:
+        unshared = engine.complete(batch)
+        assert engine.stats().cached_tokens == 0
     with make_engine(tokenizer, num_blocks=num_blocks) as engine:
         together = engine.complete(batch)
+        again = engine.complete(batch)
+        engine._scheduler.check_integrity()
         assert engine.stats().free_blocks == num_blocks
-    assert [[c.token_ids for c in choices] for choices in alone] == [
-        [c.token_ids for c in choices] for choices in together
-    ]
+    expected = [[c.token_ids for c in choices] for choices in alone]
+    for results in (unshared, together, again):
+        assert [[c.token_ids for c in choices] for choices in results] == expected
 
 
 def test_preemption_happens(tokenizer):
@@ -136,6 +142,17 @@ def test_preemption_happens(tokenizer):
     assert rows > 3 * (
         20 + 29
     )  # nine blocks do not hold three groups of fifty positions: some rows were computed twice
+
+
+def test_a_cached_prefix_is_counted(tokenizer):
+    """Blocks of 8: of 20 tokens 16 are shared, by a later request and by the other choices of one."""
+    with make_engine(tokenizer) as engine:
+        first = engine.complete([ask("x", range(20), n=2)])[0]
+        later = engine.complete([ask("y", range(22), max_tokens=1)])[0][0]
+        other = engine.complete([ask("z", range(1, 20))])[0][0]
+        stats = engine.stats()
+    assert [c.usage.cached_tokens for c in (*first, later, other)] == [0, 16, 16, 0]
+    assert (stats.prompt_tokens, stats.cached_tokens) == (20 + 20 + 22 + 19, 32)
 
 
 def test_choices_differ_and_repeat(tokenizer):
@@ -287,7 +304,7 @@ def test_a_failed_step_is_survived(tokenizer):
 def test_a_failed_step_ends_its_requests_only(tokenizer):
     """Three prompts of 20 and 16 rows a step: two chunks fit, the third request is not in the step that fails."""
     batch = [ask(name, [index] * 20) for index, name in enumerate("abc")]
-    with make_engine(tokenizer) as engine:
+    with make_engine(tokenizer, prefix_cache=False) as engine:
         expected = engine.complete(batch)[2][0].token_ids
         engine._backend.fail_next = True
         results = gather(engine, batch)
