@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from ..finetune.tail import read_tail
-from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
+from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, MemberKind, file_digest
 from ..runtime.checkpoint import checkpoint_digest, eos_token_ids, read_config, read_weights
 from ..runtime.config import DecoderConfig
 from ..runtime.errors import BundleError, ConfigError, InvalidEnsembleError
@@ -40,6 +40,7 @@ class MemberWeights:
     """What a member has of its own: tensors with canonical names; everything else is the base's."""
 
     name: str
+    kind: MemberKind
     split_layer: int
     weights: Mapping[str, F32]
     provenance: Mapping[str, Any]
@@ -93,7 +94,10 @@ def export_bundle(
             "config": config.to_dict(),
             "quantisation": {"bits": bits, "group_size": group_size, "head_bits": max(bits, 8)},
             "split_layer": split_layer,
-            "members": [{"name": m.name, "mix": by_name[m.name], "provenance": dict(m.provenance)} for m in members],
+            "members": [
+                {"name": m.name, "kind": m.kind, "mix": by_name[m.name], "provenance": dict(m.provenance)}
+                for m in members
+            ],
             "space": str(space),
             "graphs": graphs,
             "eos_token_ids": list(eos_token_ids(model_dir)),
@@ -111,7 +115,7 @@ def _read_member(name: str, path: Path | None, base_digest: str, config: Decoder
     if not name or not all(c.isalnum() or c in "-_." for c in name):
         raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
     if path is None:
-        return MemberWeights(name, config.num_layers, {}, {"kind": BASE})
+        return MemberWeights(name, "base", config.num_layers, {}, {"kind": BASE})
     manifest, weights = read_tail(path)
     if manifest["base"]["digest"] != base_digest:
         raise BundleError(
@@ -119,7 +123,7 @@ def _read_member(name: str, path: Path | None, base_digest: str, config: Decoder
             f"this model has {base_digest[:12]}…; export it with the base that it was trained on"
         )
     arrays = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
-    return MemberWeights(name, int(manifest["split_layer"]), arrays, manifest)
+    return MemberWeights(name, "tail", int(manifest["split_layer"]), arrays, manifest)
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:

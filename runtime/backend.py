@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
+from ..kernels import cpu
 from .batch import Batch, StepOutput
+from .bundle import Bundle
+from .config import EngineConfig
+from .errors import UnavailableError
+
+log = logging.getLogger("motet.backend")
 
 
 class Backend(Protocol):
@@ -25,3 +32,20 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+    """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
+    do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have."""
+    if config.backend != "onnx" and (config.backend == "cpu" or cpu.is_available()):
+        from .cpu_backend import CpuBackend
+
+        try:
+            return CpuBackend(bundle, config)
+        except UnavailableError as error:
+            if config.backend == "cpu":
+                raise
+            log.warning("the onnx backend serves '%s': %s", bundle.name, error)
+    from .onnx_backend import OnnxBackend
+
+    return OnnxBackend(bundle, config)

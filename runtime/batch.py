@@ -19,9 +19,10 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(slots=True)
 class SampleRow:
-    """One token to be drawn: which (sequence, member) logits are mixed, how, and how to sample from the mix."""
+    """One token to be drawn: which (row, member) logits are mixed, how, and how to sample from the mix. All terms are rows of
+    one group; a sequence may have several sampled rows in one step."""
 
-    terms: tuple[tuple[int, int, float], ...]  # (sequence index in the batch, member index of the bundle, coefficient)
+    terms: tuple[tuple[int, int, float], ...]  # (flat row of the batch, member index of the bundle, coefficient)
     space: Space
     params: SamplingParams
     seed: int  # with position, the key of the counter-based draw
@@ -36,7 +37,7 @@ class SampleRow:
 class Batch:
     """The rows of one step. A row is one position of one sequence; sequence s owns rows cu_seqlens_q[s]…[s+1]-1.
 
-    Decode sequences (one row, context already filled) come first, then prefill chunks.
+    Decode sequences (all rows sampled, context already filled) come first, then prefill chunks.
     """
 
     token_ids: I64  # [rows]
@@ -46,9 +47,8 @@ class Batch:
     context_lens: I32  # [num_seqs] positions in the KV cache after this step
     block_tables: I32  # [num_seqs, max_blocks] block ids, -1 padded
     members: list[tuple[int, ...]]  # [num_seqs] member indices whose tails run over the sequence's rows, ascending
-    samples: list[
-        SampleRow
-    ]  # tokens to draw, from the last row of their sequences; a chunk that is not the last has none
+    deltas: I32  # [num_seqs] member whose low-rank update applies to all rows of the sequence, -1 for none
+    samples: list[SampleRow]  # tokens to draw; prefill chunks have none
     freed_blocks: I32  # blocks freed since the previous step: their content is dead
 
     @property

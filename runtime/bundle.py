@@ -7,14 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .config import DecoderConfig
 from .errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .request import Ensemble, Member, Space
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "motet.json"
+MemberKind = Literal["base", "tail", "delta"]
 WEIGHTS = "model.safetensors"
 
 
@@ -26,7 +27,7 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """File names of the ONNX graphs. Without tails there is one member, and the trunk holds all of it."""
+    """File names of the ONNX graphs. Without tails the trunk holds all layers: one member, or a base and its deltas."""
 
     trunk: str
     tails: Mapping[str, str]  # member → graph
@@ -41,12 +42,18 @@ class Bundle:
     name: str
     config: DecoderConfig
     members: tuple[str, ...]
+    kinds: tuple[MemberKind, ...]  # of each member: the base itself, layers of its own, or a low-rank update
     default_ensemble: Ensemble
     quantisation: Mapping[str, Any]
     split_layer: int
     graphs: Graphs
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
+
+    @property
+    def deltas(self) -> tuple[int, ...]:
+        """Indices of the members that are low-rank updates of the base."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind == "delta")
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -76,10 +83,14 @@ class Bundle:
     @classmethod
     def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
         members = tuple(member["name"] for member in manifest["members"])
+        kinds = tuple(member["kind"] for member in manifest["members"])
+        if not set(kinds) <= set(get_args(MemberKind)):
+            raise BundleError(f"a member's kind is one of {get_args(MemberKind)}, the manifest has {kinds}")
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
         graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
-        if graphs.tails and set(graphs.tails) != set(members):
-            raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(members)}")
+        whole = {name for name, kind in zip(members, kinds, strict=True) if kind != "delta"}
+        if graphs.tails and set(graphs.tails) != whole:
+            raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(whole)}")
         listed = set(manifest["files"])
         needed = {WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values(), "tokenizer.json"}
         if not needed <= listed or any(Path(name).name != name for name in listed):
@@ -91,6 +102,7 @@ class Bundle:
             name=manifest["name"],
             config=DecoderConfig.from_dict(manifest["config"]),
             members=members,
+            kinds=kinds,
             default_ensemble=Ensemble(tuple(m for m in mix if m.mix != 0), Space(manifest["space"])),
             quantisation=manifest["quantisation"],
             split_layer=manifest["split_layer"],

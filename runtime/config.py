@@ -78,6 +78,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
+    prefix_cache: bool = True  # share the blocks of prompts that begin alike
     threads: int = 0  # 0: as many as CPUs that this process may use
 
     def __post_init__(self) -> None:
@@ -85,6 +86,9 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
         for name, known in (("backend", ("auto", "cpu", "onnx")), ("kv_dtype", ("int8", "bf16"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")

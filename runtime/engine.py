@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .backend import Backend
+from .backend import Backend, open_backend
 from .batch import StepOutput
 from .blocks import BlockManager
 from .bundle import Bundle
@@ -27,7 +27,7 @@ from .errors import (
     UnavailableError,
 )
 from .output import Completion, Output, Timings, Usage
-from .request import Ensemble, FinishReason, Request
+from .request import Ensemble, FinishReason, Member, Request
 from .scheduler import Scheduler
 from .sequence import Group
 from .sequence import Sequence as TokenSequence
@@ -49,6 +49,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    deltas: frozenset[str] = frozenset()  # the members that are low-rank updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class EngineStats:
     num_blocks: int
     steps: int
     tokens: int  # sampled since the start
+    prompt_tokens: int  # of all views and deltas whose answer has begun
+    cached_tokens: int  # of them, found in the prefix cache
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +77,8 @@ class _Stream:
     first_token: float | None = None
 
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompts[0]), len(self.group.output))
+        prompt = self.request.prompts[0]
+        return Usage(len(prompt), len(self.group.output), min(self.group.sequences[0].num_cached, len(prompt)))
 
     def timings(self, now: float) -> Timings:
         admitted = self.admitted if self.admitted is not None else now
@@ -101,7 +105,13 @@ class Engine:
         self.config = config
         self._backend = backend
         blocks = BlockManager(backend.num_blocks, backend.block_size)
-        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk)
+        self._scheduler = Scheduler(
+            blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.prefill_chunk,
+            prefix_cache=config.prefix_cache,
+        )
         self._streams: dict[Group, _Stream] = {}
         self._wake = threading.Condition()
         # Guarded by _wake, as are the next three. In order: an abort does not reach requests that come after it.
@@ -111,17 +121,17 @@ class Engine:
         self._closed = False
         self._steps = 0
         self._tokens = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._thread = threading.Thread(target=self._run, name="motet-engine", daemon=True)
         self._thread.start()
 
     @classmethod
     def from_bundle(cls, path: Path | str, config: EngineConfig | None = None, *, verify: bool = True) -> Engine:
         """Load a bundle and start an engine on it. Errors: see `Bundle.load`."""
-        from .onnx_backend import OnnxBackend
-
         config = config or EngineConfig()
         bundle = Bundle.load(path, verify=verify)
-        backend = OnnxBackend(bundle, config)
+        backend = open_backend(bundle, config)
         model = ModelInfo(
             name=bundle.name,
             members=bundle.members,
@@ -129,6 +139,7 @@ class Engine:
             eos_token_ids=bundle.eos_token_ids,
             vocab_size=bundle.config.vocab_size,
             max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
+            deltas=frozenset(bundle.members[member] for member in bundle.deltas),
         )
         return cls(backend, Tokenizer.from_dir(bundle.path), model, config)
 
@@ -205,8 +216,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         blocks, waiting = self._scheduler.blocks, self._num_queued
-        running = len(self._scheduler.running)
-        return EngineStats(waiting, running, blocks.num_free, blocks.num_blocks, self._steps, self._tokens)
+        return EngineStats(
+            waiting=waiting,
+            running=len(self._scheduler.running),
+            free_blocks=blocks.num_free,
+            num_blocks=blocks.num_blocks,
+            steps=self._steps,
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+        )
 
     def drain(self) -> None:
         """Take no more requests; those that are here run to their end. Returns at once."""
@@ -232,14 +251,13 @@ class Engine:
 
     def _streams_of(self, request: Request, on_output: OnOutput) -> list[_Stream]:
         self._check(request)
-        views = sorted({member.view for member in request.ensemble.members})
         index_of = {name: index for index, name in enumerate(self.model.members)}
-        members_of = {
-            view: tuple(sorted({index_of[m.name] for m in request.ensemble.members if m.view == view}))
-            for view in views
-        }
-        longest = max(len(request.prompts[view]) for view in views)
-        room = self.model.max_model_len - longest
+        members_of: dict[tuple[int, int], set[int]] = {}  # (view, delta) → members
+        for member in request.ensemble.members:
+            members_of.setdefault(self._sequence_key(member), set()).add(index_of[member.name])
+        keys = sorted(members_of)
+        terms = tuple((keys.index(self._sequence_key(m)), index_of[m.name], m.mix) for m in request.ensemble.members)
+        room = self.model.max_model_len - max(len(request.prompts[view]) for view, _ in keys)
         params = request.sampling
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self.model.eos_token_ids
@@ -249,8 +267,11 @@ class Engine:
             group = Group(
                 request_id=request.request_id,
                 choice=choice,
-                sequences=[TokenSequence(request.prompts[view], members_of[view]) for view in views],
-                terms=tuple((views.index(m.view), index_of[m.name], m.mix) for m in request.ensemble.members),
+                sequences=[
+                    TokenSequence(request.prompts[view], tuple(sorted(members_of[view, delta])), delta)
+                    for view, delta in keys
+                ],
+                terms=terms,
                 space=request.ensemble.space,
                 params=params,
                 seed=choice_seed(seed, choice),
@@ -261,6 +282,11 @@ class Engine:
             text = TextStream(self.tokenizer.stream(), params.stop)
             streams.append(_Stream(request, group, text, on_output, now))
         return streams
+
+    def _sequence_key(self, member: Member) -> tuple[int, int]:
+        """(view, delta): members with equal ones share a sequence. A low-rank update changes keys and values from the
+        first layer on, so it has a sequence of its own."""
+        return member.view, self.model.members.index(member.name) if member.name in self.model.deltas else -1
 
     def _check(self, request: Request) -> None:
         for member in request.ensemble.members:
@@ -282,10 +308,11 @@ class Engine:
     def _check_size(self, request: Request) -> None:
         """Can the group run when it is alone? Then it can always run in the end."""
         blocks, limit = self._scheduler.blocks, self.model.max_model_len
-        prompts = [request.prompts[view] for view in {member.view for member in request.ensemble.members}]
+        keys = {self._sequence_key(member) for member in request.ensemble.members}
+        prompts = [request.prompts[view] for view, _ in keys]
         if len(prompts) > self.config.max_num_seqs:
             raise InvalidRequestError(
-                f"the request has {len(prompts)} views; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
+                f"the request has {len(prompts)} views and deltas; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
                 "once; use fewer",
                 field="ensemble.members.view",
             )
@@ -392,7 +419,10 @@ class Engine:
                 self._finish(stream, FinishReason.ERROR, error=error)
                 continue
             self._tokens += 1
-            stream.first_token = stream.first_token if stream.first_token is not None else now
+            if stream.first_token is None:
+                stream.first_token = now
+                self._prompt_tokens += sum(sequence.num_prompt for sequence in group.sequences)
+                self._cached_tokens += sum(sequence.num_cached for sequence in group.sequences)
             token_id = int(output.token_ids[index])
             delta = Output(group.request_id, group.choice, group.seed, token_ids=[token_id])
             if group.params.logprobs is not None:

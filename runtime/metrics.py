@@ -25,6 +25,8 @@ class EngineCollector:
         yield GaugeMetricFamily("motet_blocks", "Blocks of the KV cache", stats.num_blocks)
         yield CounterMetricFamily("motet_steps", "Engine steps", stats.steps)
         yield CounterMetricFamily("motet_tokens", "Tokens sampled", stats.tokens)
+        yield CounterMetricFamily("motet_prompt_tokens", "Prompt tokens of answers begun", stats.prompt_tokens)
+        yield CounterMetricFamily("motet_cached_tokens", "Of them, found in the prefix cache", stats.cached_tokens)
 
 
 def serve_metrics(engine: Engine, host: str, port: int) -> None:

@@ -20,8 +20,8 @@ import onnxruntime as ort
 from .batch import Batch, StepOutput
 from .bundle import Bundle
 from .config import EngineConfig
-from .errors import BundleError, UnavailableError
-from .request import Space
+from .errors import BundleError, ConfigError, UnavailableError
+from .mixing import head_group, head_rows
 from .sampler import sample_rows
 from .slot_cache import SlotCache
 
@@ -147,9 +147,18 @@ class GraphRunner:
 
 
 class OnnxBackend:
-    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph."""
+    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph.
+
+    Raises `ConfigError` for a bundle with low-rank members: a graph has one set of weights for all of its rows.
+    """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        if bundle.deltas:
+            names = [bundle.members[member] for member in bundle.deltas]
+            raise ConfigError(
+                f"the onnx backend cannot apply the low-rank members {names} of '{bundle.name}'; serve it with another "
+                "backend, or merge them into whole layers at export"
+            )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_members = len(bundle.members)
@@ -162,8 +171,7 @@ class OnnxBackend:
         self._trunk = runner(bundle.graphs.trunk)
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
         self._head = _bundle_session(bundle, bundle.graphs.head, config.num_threads)
-        quantised = bundle.quantisation["head_bits"] < 32
-        self._head_group: int | None = bundle.quantisation["group_size"] if quantised else None
+        self._head_group = head_group(bundle)
 
     @property
     def num_blocks(self) -> int:
@@ -181,7 +189,10 @@ class OnnxBackend:
         for graph in (self._trunk, *self._tails):
             graph.cache.free(batch.freed_blocks.tolist())
         last_hidden = self._forward(batch)
-        logits, row_terms = self._mix(batch, last_hidden)
+        rows, row_terms, fine_rows = head_rows(batch.samples, last_hidden, self._head_group)
+        logits = self._logits(rows)
+        for row, fine in fine_rows:
+            logits[row] += logits[fine]
         return sample_rows(logits, row_terms, batch.samples)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
@@ -196,18 +207,19 @@ class OnnxBackend:
         return self._logits(hidden)
 
     def _forward(self, batch: Batch) -> dict[tuple[int, int], F32]:
-        """(sequence index, member) → hidden state [hidden] of the sequence's last row, normed, for each of its members."""
+        """(row, member) → normed hidden state [hidden], for the last row of each sequence and each of its members."""
         hidden: dict[tuple[int, int], F32] = {}
         starts, blocks = batch.cu_seqlens_q, batch.block_tables[:, 0].tolist()
         lengths = np.diff(starts)
         decoding = [s for s in range(batch.num_seqs) if lengths[s] == 1 and batch.context_lens[s] > 1]
+        row_of = starts[1:] - 1  # only last rows are sampled here
         for s in sorted(set(range(batch.num_seqs)) - set(decoding)):
             tokens = batch.token_ids[starts[s] : starts[s + 1]]
             start = int(batch.context_lens[s] - lengths[s])
             rows = self._trunk.prefill(blocks[s], tokens, start)
             for member in batch.members[s]:
                 final = self._tails[member].prefill(blocks[s], rows, start) if self._tails else rows
-                hidden[s, member] = final[-1]
+                hidden[int(row_of[s]), member] = final[-1]
         if decoding:
             self._decode(batch, decoding, blocks, hidden)
         return hidden
@@ -225,60 +237,10 @@ class OnnxBackend:
                 block_ids = [blocks[decoding[i]] for i in chosen]
                 final = self._tails[member].decode(block_ids, final, batch.context_lens[index[chosen]])
             for i, row in zip(chosen, final, strict=True):
-                hidden[decoding[i], member] = row
+                hidden[int(batch.cu_seqlens_q[decoding[i]]), member] = row
 
-    def _mix(self, batch: Batch, hidden: dict[tuple[int, int], F32]) -> tuple[F32, list[list[tuple[int, float]]]]:
-        """The logits [R, vocab] of the batch, and for each sample its (row, coefficient) terms.
-
-        In `logits` space a sample is one row: a single member with coefficient 1 is its own hidden state, bit for bit; a
-        mix is Σ coefficient · hidden state in the order of the terms (see `_linear_rows` for what a quantised head needs).
-        """
-        rows: list[F32] = []
-        row_terms: list[list[tuple[int, float]]] = []
-        fine_rows: list[tuple[int, int]] = []  # (row, row whose logits are added to it)
-        for sample in batch.samples:
-            terms = [(hidden[s, member], c) for s, member, c in sample.terms if c != 0]
-            if sample.space is Space.LOGITS and not sample.return_member_logprobs and len(terms) > 1:
-                row_terms.append([(len(rows), 1.0)])
-                mixed = self._linear_rows(terms)
-                fine_rows += [(len(rows), len(rows) + i) for i in range(1, len(mixed))]
-                rows += mixed
-            else:
-                row_terms.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
-                rows += [row for row, _ in terms]
-        logits = self._logits(rows)
-        for row, fine in fine_rows:
-            logits[row] += logits[fine]
-        return logits, row_terms
-
-    def _linear_rows(self, terms: list[tuple[F32, float]]) -> list[F32]:
-        """Head rows whose logits add up to Σ coefficient · logits of the member.
-
-        A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members
-        would choose other tokens at near ties. So the members are rounded as the head would round them, then mixed, and
-        the mix goes in as its own rounding and the rest: exact to the square of the 8-bit step.
-        """
-        if self._head_group is None:
-            return [_weighted_sum(terms)]
-        mixed = _weighted_sum([(_round_groups(row, self._head_group), c) for row, c in terms])
-        coarse = _round_groups(mixed, self._head_group)
-        return [coarse, mixed - coarse]
-
-    def _logits(self, rows: Sequence[F32] | F32) -> F32:
-        if not len(rows):
+    def _logits(self, hidden: F32) -> F32:
+        """[R, vocab] of hidden states [R, hidden]."""
+        if not len(hidden):
             return np.empty((0, 0), np.float32)
-        return np.asarray(self._head.run(None, {"hidden_states": np.stack(list(rows))})[0])
-
-
-def _round_groups(row: F32, group_size: int) -> F32:
-    """[hidden] rounded to 8 bits with a scale a group, as `MatMulNBits` rounds its activations."""
-    groups = row.reshape(-1, group_size)
-    steps = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
-    return np.asarray((np.rint(groups / steps) * steps).reshape(-1), dtype=np.float32)
-
-
-def _weighted_sum(terms: list[tuple[F32, float]]) -> F32:
-    total = np.zeros_like(terms[0][0])
-    for row, coefficient in terms:
-        total += np.float32(coefficient) * row
-    return total
+        return np.asarray(self._head.run(None, {"hidden_states": hidden})[0])

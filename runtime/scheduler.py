@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
 from .batch import Batch, SampleRow, StepOutput
 from .blocks import BlockManager
+from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
 
 
@@ -21,11 +23,18 @@ class Scheduler:
     """First come, first served. When blocks run out, the latest group gives all of its blocks back and waits again.
 
     A step has at most `max_num_batched_tokens` rows, or one prefill chunk more where decode rows leave no room for any:
-    so neither waits for the other.
+    so neither waits for the other. With `prefix_cache`, full blocks are shared between sequences that begin alike; the
+    block of the last token never is, because its row must be computed.
     """
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, prefill_chunk: int
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefill_chunk: int,
+        *,
+        prefix_cache: bool = True,
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Group] = deque()
@@ -33,6 +42,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_num_batched_tokens
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
+        self._prefix_cache = prefix_cache
         self._rows: list[tuple[Sequence, int]] = []  # of the batch under way: sequence, number of rows
         self._sampled: list[Group] = []
 
@@ -60,6 +70,7 @@ class Scheduler:
         """The next batch, None if there is nothing to compute."""
         self._rows, self._sampled = [], []
         self._admit()
+        self._adopt()
         self._schedule_decode()
         self._schedule_prefill()
         return self._batch() if self._rows else None
@@ -72,11 +83,17 @@ class Scheduler:
         for index, group in enumerate(self._sampled):
             if index not in output.errors:
                 group.append(int(output.token_ids[index]))
+        for sequence, count in self._rows:
+            self._publish(sequence, count)
+        for index in output.errors:
+            for sequence in self._sampled[index].sequences:  # nobody else shall read what may hold NaN
+                self.blocks.forget(sequence.block_table)
         return self._sampled
 
     def fail(self) -> list[Group]:
         """The batch under way failed: return its groups, which the caller ends. The others that run are preempted,
-        because nobody knows what the step left in the cache."""
+        because nobody knows what the step left in the cache; for the same reason nothing in it is shared any more."""
+        self.blocks.forget()
         under_way = {id(sequence) for sequence, _ in self._rows}
         failed = [group for group in self.running if any(id(s) in under_way for s in group.sequences)]
         for group in self.running[::-1]:
@@ -95,15 +112,63 @@ class Scheduler:
         num_seqs = sum(len(group.sequences) for group in self.running)
         while self.waiting:
             group = self.waiting[0]
-            needed = sum(self.blocks.blocks_for(len(sequence.tokens)) for sequence in group.sequences)
-            if num_seqs + len(group.sequences) > self._max_num_seqs or not self.blocks.can_allocate(needed):
+            if num_seqs + len(group.sequences) > self._max_num_seqs:
+                return
+            shared = [self._shareable(sequence) for sequence in group.sequences]
+            needed = sum(
+                self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+                for sequence, found in zip(group.sequences, shared, strict=True)
+            )
+            if not self.blocks.can_allocate(needed, chain.from_iterable(shared)):
                 return
             self.waiting.popleft()
-            for sequence in group.sequences:
-                sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(len(sequence.tokens)))
+            self.blocks.share(chain.from_iterable(shared))
+            for sequence, found in zip(group.sequences, shared, strict=True):
+                rest = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+                sequence.block_table = found + self.blocks.allocate(rest)
+                self._take_over(group, sequence, len(found))
             group.status = SequenceStatus.RUNNING
             self.running.append(group)
             num_seqs += len(group.sequences)
+
+    def _adopt(self) -> None:
+        """What others have computed since a running sequence was admitted, it need not compute."""
+        for group in self.running:
+            for sequence in group.sequences:
+                if sequence.num_prefill and (found := self._shareable(sequence)):
+                    at = sequence.num_computed // self.blocks.block_size
+                    own = sequence.block_table[at : at + len(found)]
+                    self.blocks.share(found)
+                    self.blocks.free(own)
+                    sequence.block_table[at : at + len(found)] = found
+                    self._take_over(group, sequence, len(found))
+
+    def _shareable(self, sequence: Sequence) -> list[int]:
+        """Blocks with the content that the sequence needs next."""
+        done, odd = divmod(sequence.num_computed, self.blocks.block_size)
+        if odd or not self._prefix_cache:
+            return []
+        digests = self._digests(sequence, (len(sequence.tokens) - 1) // self.blocks.block_size)
+        return self.blocks.find(digests[done:], sequence.members)
+
+    def _take_over(self, group: Group, sequence: Sequence, count: int) -> None:
+        sequence.num_computed += count * self.blocks.block_size
+        if not group.num_preemptions:
+            sequence.num_cached += count * self.blocks.block_size
+
+    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Digests of the first `count` blocks, which must be full."""
+        extend_digests(sequence.digests, sequence.delta, sequence.tokens.view(), count, self.blocks.block_size)
+        return sequence.digests[:count]
+
+    def _publish(self, sequence: Sequence, count: int) -> None:
+        """Share the blocks that the last `count` positions have filled."""
+        size = self.blocks.block_size
+        full, before = sequence.num_computed // size, (sequence.num_computed - count) // size
+        if self._prefix_cache and full > before:
+            digests = self._digests(sequence, full)
+            for index in range(before, full):
+                self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
 
     def _schedule_decode(self) -> None:
         """One row a sequence of every group whose prefill is complete; the oldest first."""
@@ -133,14 +198,28 @@ class Scheduler:
         return True
 
     def _schedule_prefill(self) -> None:
-        """Whole chunks, the oldest group first, as long as the step has room; one at least."""
+        """Whole chunks, the oldest group first, as long as the step has room; one at least. A sequence whose next block
+        another one computes in this step waits for it."""
         rows = sum(count for _, count in self._rows)
-        for index, sequence in enumerate(self._prefilling()):
+        scheduled, under_way = 0, set[tuple[bytes, tuple[int, ...]]]()
+        for sequence in self._prefilling():
             count = min(sequence.num_prefill, self._prefill_chunk - sequence.num_computed % self._prefill_chunk)
-            if index and rows + count > self._max_rows:
+            blocks = self._shareable_later(sequence, count)
+            if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
+                continue
+            if scheduled and rows + count > self._max_rows:
                 return
             self._rows.append((sequence, count))
-            rows += count
+            under_way.update(blocks)
+            scheduled, rows = scheduled + 1, rows + count
+
+    def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
+        """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""
+        if not self._prefix_cache:
+            return []
+        size, start = self.blocks.block_size, sequence.num_computed
+        digests = self._digests(sequence, min(-(-(start + count) // size), (len(sequence.tokens) - 1) // size))
+        return [(digest, sequence.members) for digest in digests[start // size :]]
 
     def _prefilling(self) -> Iterator[Sequence]:
         for group in self.running:
@@ -155,7 +234,6 @@ class Scheduler:
     # ---- the batch -----------------------------------------------------------------------------------------------
 
     def _batch(self) -> Batch:
-        index_of = {id(sequence): index for index, (sequence, _) in enumerate(self._rows)}
         tables = np.full((len(self._rows), max(len(s.block_table) for s, _ in self._rows)), -1, np.int32)
         positions = []
         slots = []
@@ -166,22 +244,25 @@ class Scheduler:
             blocks = tables[index][at // self.blocks.block_size].astype(np.int64)
             slots.append(blocks * self.blocks.block_size + at % self.blocks.block_size)
         ends = [sequence.num_computed + count for sequence, count in self._rows]
+        starts = np.cumsum([0] + [count for _, count in self._rows], dtype=np.int32)
+        first_row = {id(sequence): int(start) for (sequence, _), start in zip(self._rows, starts)}
         return Batch(
             token_ids=np.concatenate([s.tokens.view()[s.num_computed : e] for (s, _), e in zip(self._rows, ends)]),
             positions=np.concatenate(positions).astype(np.int32),
             slot_mapping=np.concatenate(slots),
-            cu_seqlens_q=np.cumsum([0] + [count for _, count in self._rows], dtype=np.int32),
+            cu_seqlens_q=starts,
             context_lens=np.array(ends, np.int32),
             block_tables=tables,
             members=[sequence.members for sequence, _ in self._rows],
-            samples=[self._sample_row(group, index_of) for group in self._sampled],
+            deltas=np.array([sequence.delta for sequence, _ in self._rows], np.int32),
+            samples=[self._sample_row(group, first_row) for group in self._sampled],
             freed_blocks=np.array(self.blocks.take_freed(), np.int32),
         )
 
-    def _sample_row(self, group: Group, index_of: dict[int, int]) -> SampleRow:
+    def _sample_row(self, group: Group, first_row: dict[int, int]) -> SampleRow:
         early = len(group.output) < group.params.min_tokens
         return SampleRow(
-            terms=tuple((index_of[id(group.sequences[s])], member, c) for s, member, c in group.terms),
+            terms=tuple((first_row[id(group.sequences[s])], member, c) for s, member, c in group.terms),
             space=group.space,
             params=group.params,
             seed=group.seed,

@@ -1,4 +1,4 @@
-"""`Sequence`, the token ids of one view, and `Group`, all sequences of one choice of a request."""
+"""`Sequence`, the token ids of one (view, delta), and `Group`, all sequences of one choice of a request."""
 
 from __future__ import annotations
 
@@ -40,16 +40,19 @@ class TokenBuffer:
 
 
 class Sequence:
-    """One view of a group: prompt and answer, how much of it the KV cache holds, and where."""
+    """One (view, delta) of a group: prompt and answer, how much of it the KV cache holds, and where."""
 
-    __slots__ = ("block_table", "members", "num_computed", "num_prompt", "tokens")
+    __slots__ = ("block_table", "delta", "digests", "members", "num_cached", "num_computed", "num_prompt", "tokens")
 
-    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...]) -> None:
+    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], delta: int = -1) -> None:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
-        self.members = members  # indices of the bundle's members that see this view, ascending
+        self.members = members  # indices of the bundle's members that run over its rows, ascending
+        self.delta = delta  # the one of them whose low-rank update changes its keys and values, -1 for none
         self.num_computed = 0  # positions in the KV cache
+        self.num_cached = 0  # of them, those that were there for other sequences when this one came first
         self.block_table: list[int] = []
+        self.digests: list[bytes] = []  # of its full blocks, as far as they were asked for
 
     @property
     def num_prefill(self) -> int:

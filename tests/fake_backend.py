@@ -1,5 +1,9 @@
 """A deterministic backend for tests of the engine. Its "logits" are a hash of what its KV cache really holds, so a wrong
-slot, block or position changes the tokens; it also asserts the invariants of every batch."""
+slot, block or position changes the tokens; it also asserts the invariants of every batch.
+
+A slot holds, for each member that ran over it, a value chained from the value before it, the token and the delta: as in
+a model, keys and values depend on all that precedes, and a member that did not run has none.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ from motet.runtime.sampler import sample_rows
 
 
 class FakeBackend:
-    def __init__(self, num_blocks: int = 32, block_size: int = 8, vocab_size: int = 256) -> None:
+    def __init__(
+        self, num_blocks: int = 32, block_size: int = 8, vocab_size: int = 256, *, num_members: int = 3
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.tokens = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
+        self.values = np.full((num_members, num_blocks * block_size), -1, np.int64)  # [members, slots]
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
         self.fail_next = False
         self.nan_seeds: set[int] = set()
@@ -35,52 +42,66 @@ class FakeBackend:
         self.batches.append((batch.num_rows, len(batch.samples)))
         rows, terms = [], []
         for sample in batch.samples:
+            self._check_sample(batch, sample)
             terms.append([(len(rows) + i, c) for i, (_, _, c) in enumerate(sample.terms)])
-            for sequence, member, _ in sample.terms:
-                logits = self._logits(batch, sequence, member)
+            for row, member, _ in sample.terms:
+                logits = self.logits(self.values[member, self._slots(batch, row)])
                 rows.append(np.full_like(logits, np.nan) if sample.seed in self.nan_seeds else logits)
         return sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
 
-    def _slots(self, batch: Batch, sequence: int) -> np.ndarray:
-        at = np.arange(batch.context_lens[sequence])
-        return batch.block_tables[sequence][at // self.block_size] * self.block_size + at % self.block_size
-
-    def _logits(self, batch: Batch, sequence: int, member: int) -> np.ndarray:
-        held = self.cache[self._slots(batch, sequence)]
+    def logits(self, held: np.ndarray) -> np.ndarray:
+        """[vocab] from the values [context] that a row attends to."""
         assert (held >= 0).all(), "a row attends to a slot that was never written"
-        seed = zlib.crc32(held.tobytes() + bytes([member]))
+        seed = zlib.crc32(held.tobytes())
         return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32) * 2
+
+    def _slots(self, batch: Batch, row: int) -> np.ndarray:
+        """Slots that a row attends to: its own and those before it."""
+        table = batch.block_tables[_sequence_of(batch, row)]
+        at = np.arange(batch.positions[row] + 1)
+        return table[at // self.block_size] * self.block_size + at % self.block_size
 
     def _check(self, batch: Batch) -> None:
         for block in batch.freed_blocks:
-            self.cache[block * self.block_size : (block + 1) * self.block_size] = -1
+            dead = slice(block * self.block_size, (block + 1) * self.block_size)
+            self.tokens[dead] = self.values[:, dead] = -1
         starts = batch.cu_seqlens_q
         assert starts[0] == 0
         assert starts[-1] == batch.num_rows
         assert len(set(batch.slot_mapping.tolist())) == batch.num_rows, "two rows write one slot"
-        used = [b for table in batch.block_tables for b in table if b >= 0]
-        assert len(used) == len(set(used)), "two sequences share a block"
+        used = [b for table in batch.block_tables for b in table.tolist() if b >= 0]
+        written = set((batch.slot_mapping // self.block_size).tolist())
+        assert all(used.count(block) == 1 for block in written), "a shared block is written"
         for sequence in range(batch.num_seqs):
-            rows = slice(starts[sequence], starts[sequence + 1])
-            count = starts[sequence + 1] - starts[sequence]
-            first = batch.context_lens[sequence] - count
-            assert (batch.positions[rows] == np.arange(first, batch.context_lens[sequence])).all()
-            slots = self._slots(batch, sequence)
-            assert (self.cache[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
-            assert (slots[first:] == batch.slot_mapping[rows]).all()
-            self.cache[slots[first:]] = batch.token_ids[rows]
-        for sample in batch.samples:
-            for sequence, member, _ in sample.terms:
-                assert member in batch.members[sequence]
-                assert starts[sequence + 1] - starts[sequence] == 1
-            self._check_content(batch, sample)
+            self._write(batch, sequence)
 
-    def _check_content(self, batch: Batch, sample: SampleRow) -> None:
+    def _write(self, batch: Batch, sequence: int) -> None:
+        rows = slice(batch.cu_seqlens_q[sequence], batch.cu_seqlens_q[sequence + 1])
+        first, end = batch.context_lens[sequence] - (rows.stop - rows.start), batch.context_lens[sequence]
+        assert batch.positions[rows].tolist() == list(range(first, end))
+        slots = self._slots(batch, rows.stop - 1)
+        assert (slots[first:] == batch.slot_mapping[rows]).all()
+        self.tokens[slots[first:]] = batch.token_ids[rows]
+        delta = int(batch.deltas[sequence])
+        assert delta < 0 or batch.members[sequence] == (delta,), "a delta shares its sequence"
+        for member in batch.members[sequence]:
+            held = self.values[member]
+            assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
+            for position in range(first, end):
+                before = int(held[slots[position - 1]]) if position else 0
+                token = int(self.tokens[slots[position]])
+                held[slots[position]] = zlib.crc32(f"{before} {token} {delta}".encode())
+
+    def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
         """The cache holds the tokens that the sample was drawn after: prompt and answer of its first view, and the same
         answer at the end of every view."""
-        sequences = {sequence for sequence, _, _ in sample.terms}
-        held = {sequence: self.cache[self._slots(batch, sequence)].tolist() for sequence in sequences}
+        assert all(member in batch.members[_sequence_of(batch, row)] for row, member, _ in sample.terms)
+        held = {row: self.tokens[self._slots(batch, row)].tolist() for row, _, _ in sample.terms}
         answer = sample.output_ids.tolist()
-        assert [*sample.prompt_ids.tolist(), *answer] == held[min(sequences)]
-        assert sample.position == len(held[min(sequences)])
+        assert [*sample.prompt_ids.tolist(), *answer] == held[min(held)]
+        assert sample.position == len(held[min(held)])
         assert all(tokens[len(tokens) - len(answer) :] == answer for tokens in held.values())
+
+
+def _sequence_of(batch: Batch, row: int) -> int:
+    return int(np.searchsorted(batch.cu_seqlens_q, row, side="right")) - 1

@@ -30,7 +30,7 @@ NINE_VIEWS = Ensemble(tuple(Member("a", 1 / 9, view) for view in range(9)))
 
 def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"])
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
     return Engine(fake_backend.FakeBackend(num_blocks, block_size), tokenizer, model, EngineConfig(**values))
 
 
@@ -79,13 +79,13 @@ def hold_first_step(engine):
 
 @st.composite
 def requests(draw):
-    """Requests with views of different lengths, ensembles, sampling, several choices."""
+    """Requests with views of different lengths, ensembles, sampling, several choices; some prompts begin alike."""
     result = []
     for index in range(draw(st.integers(1, 6))):
-        rng = np.random.default_rng(draw(st.integers(0, 10_000)))
         lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=2))
-        prompts = [tuple(int(t) for t in rng.integers(0, 255, n)) for n in lengths]
-        mix = [Member("a", 0.7), Member("b", 0.3, len(prompts) - 1)]
+        texts = [np.random.default_rng(draw(st.integers(0, 2))).integers(0, 255, n) for n in lengths]
+        prompts = [tuple(text.tolist()) for text in texts]
+        mix = [Member("a", 0.7), Member(draw(st.sampled_from("bc")), 0.3, len(prompts) - 1)]
         space = draw(st.sampled_from(list(Space)))
         params = SamplingParams(
             max_tokens=draw(st.integers(1, 20)),
@@ -99,18 +99,37 @@ def requests(draw):
     return result
 
 
+def test_a_delta_has_a_sequence_of_its_own(tokenizer):
+    """Tails and the base share the sequence of a view, a low-rank update does not."""
+    seen = []
+    members = (Member("a", 0.5), Member("b", 0.2), Member("c", 0.2), Member("c", 0.1, 1))
+    with make_engine(tokenizer) as engine:
+        engine._backend.on_step = seen.append
+        engine.complete([ask("x", views=[(4, 5, 6)], ensemble=Ensemble(members))])
+    batch = seen[-1]
+    assert batch.members == [(0, 1), (2,), (2,)]
+    assert batch.deltas.tolist() == [-1, 2, 2]
+    assert batch.samples[0].terms == ((0, 0, 0.5), (0, 1, 0.2), (1, 2, 0.2), (2, 2, 0.1))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests(), st.integers(14, 40))
 def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks):
-    """The same tokens alone with ample blocks, and together with so few that groups are preempted and recomputed."""
+    """The same tokens alone with ample blocks, together without sharing, and together with so few blocks that groups are
+    preempted and recomputed; and once more, when their prefixes are cached."""
     with make_engine(tokenizer, num_blocks=200) as engine:
         alone = [engine.complete([request])[0] for request in batch]
+    with make_engine(tokenizer, num_blocks=200, prefix_cache=False) as engine:
+        unshared = engine.complete(batch)
+        assert engine.stats().cached_tokens == 0
     with make_engine(tokenizer, num_blocks=num_blocks) as engine:
         together = engine.complete(batch)
+        again = engine.complete(batch)
+        engine._scheduler.check_integrity()
         assert engine.stats().free_blocks == num_blocks
-    assert [[c.token_ids for c in choices] for choices in alone] == [
-        [c.token_ids for c in choices] for choices in together
-    ]
+    expected = [[c.token_ids for c in choices] for choices in alone]
+    for results in (unshared, together, again):
+        assert [[c.token_ids for c in choices] for choices in results] == expected
 
 
 def test_preemption_happens(tokenizer):
@@ -123,6 +142,17 @@ def test_preemption_happens(tokenizer):
     assert rows > 3 * (
         20 + 29
     )  # nine blocks do not hold three groups of fifty positions: some rows were computed twice
+
+
+def test_a_cached_prefix_is_counted(tokenizer):
+    """Blocks of 8: of 20 tokens 16 are shared, by a later request and by the other choices of one."""
+    with make_engine(tokenizer) as engine:
+        first = engine.complete([ask("x", range(20), n=2)])[0]
+        later = engine.complete([ask("y", range(22), max_tokens=1)])[0][0]
+        other = engine.complete([ask("z", range(1, 20))])[0][0]
+        stats = engine.stats()
+    assert [c.usage.cached_tokens for c in (*first, later, other)] == [0, 16, 16, 0]
+    assert (stats.prompt_tokens, stats.cached_tokens) == (20 + 20 + 22 + 19, 32)
 
 
 def test_choices_differ_and_repeat(tokenizer):
@@ -274,7 +304,7 @@ def test_a_failed_step_is_survived(tokenizer):
 def test_a_failed_step_ends_its_requests_only(tokenizer):
     """Three prompts of 20 and 16 rows a step: two chunks fit, the third request is not in the step that fails."""
     batch = [ask(name, [index] * 20) for index, name in enumerate("abc")]
-    with make_engine(tokenizer) as engine:
+    with make_engine(tokenizer, prefix_cache=False) as engine:
         expected = engine.complete(batch)[2][0].token_ids
         engine._backend.fail_next = True
         results = gather(engine, batch)

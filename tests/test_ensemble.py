@@ -120,7 +120,7 @@ def _teacher_forced(backend, prompt, tokens):
         length = np.array([len(prompt) + index], np.int32)
         rows.append(trunk.decode([0], np.array([token]), length)[0])
     trunk.cache.free([0])
-    return np.concatenate([backend._logits([row]) for row in rows]).astype(np.float64)
+    return np.concatenate([backend._logits(row[None]) for row in rows]).astype(np.float64)
 
 
 def test_solo_is_batched(bundles):

@@ -169,6 +169,23 @@ def test_damage_is_refused(tiny_model_dir, tmp_path):
         Bundle.load(tmp_path / "nowhere")
 
 
+def test_kinds_of_members(tiny_model_dir, tmp_path):
+    """The manifest says what a member is; low-rank members need another backend."""
+    path = export_bundle(tiny_model_dir("llama"), tmp_path / "b", name="b")
+    manifest = json.loads((path / "motet.json").read_text())
+    assert Bundle.load(path).kinds == ("base",)
+    manifest["members"].append({"name": "lora", "kind": "delta", "mix": 0.0, "provenance": {}})
+    (path / "motet.json").write_text(json.dumps(manifest))
+    bundle = Bundle.load(path)
+    assert (bundle.kinds, bundle.deltas) == (("base", "delta"), (1,))
+    with pytest.raises(ConfigError, match=r"low-rank members \['lora'\] of 'b'; serve it with another backend"):
+        OnnxBackend(bundle, CONFIG)
+    manifest["members"][1]["kind"] = "adapter"
+    (path / "motet.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="adapter"):
+        Bundle.load(path)
+
+
 def test_bad_exports(tiny_model_dir, tmp_path):
     model_dir = tiny_model_dir("llama")
     with pytest.raises(InvalidEnsembleError, match="sums to"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,12 +17,14 @@ from motet.runtime.sequence import Group, Sequence, SequenceStatus, TokenBuffer
 MAX_ROWS, CHUNK = 16, 8
 
 
-def make_scheduler(num_blocks=64, block_size=4, max_num_seqs=8, max_rows=MAX_ROWS, chunk=CHUNK) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, max_rows, chunk)
+def make_scheduler(num_blocks=64, block_size=4, max_num_seqs=8, max_rows=MAX_ROWS, chunk=CHUNK, **options) -> Scheduler:
+    return Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, max_rows, chunk, **options)
 
 
-def make_group(name, *lengths, stop_ids=(), **params) -> Group:
-    sequences = [Sequence(tuple(range(1, length + 1)), (0,)) for length in lengths]
+def make_group(name, *lengths, stop_ids=(), members=(0,), first=None, **params) -> Group:
+    """Prompts 1, 2, 3 … for "a"; those of groups with other names have no token in common, unless `first` is said."""
+    first = 1 + 1000 * (zlib.crc32(name.encode()) - zlib.crc32(b"a")) if first is None else first
+    sequences = [Sequence(tuple(range(first, first + length)), members) for length in lengths]
     terms = tuple((index, 0, 1 / len(lengths)) for index in range(len(lengths)))
     return Group(name, 0, sequences, terms, Space.LOGITS, SamplingParams(**params), 7, 99, frozenset(stop_ids))
 
@@ -148,8 +152,10 @@ def test_first_come_first_served_and_groups_whole():
     assert [group.status for group in groups[1:]] == [running, running]
 
 
-def test_the_latest_group_gives_way_and_is_recomputed():
-    scheduler = make_scheduler(num_blocks=4, block_size=4)
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_the_latest_group_gives_way_and_is_recomputed(prefix_cache):
+    """With a prefix cache, but for the blocks that nobody took in the meantime."""
+    scheduler = make_scheduler(num_blocks=4, block_size=4, prefix_cache=prefix_cache)
     first, second = make_group("a", 7), make_group("b", 7)
     scheduler.add(first)
     scheduler.add(second)
@@ -159,10 +165,11 @@ def test_the_latest_group_gives_way_and_is_recomputed():
     held = list(second.sequences[0].block_table)
     batch = run(scheduler)
     assert (first.num_preemptions, second.num_preemptions) == (0, 1)
-    assert sorted(batch.freed_blocks.tolist()) == sorted(held)
+    assert sorted(batch.freed_blocks.tolist()) == held[prefix_cache:]
     assert chunks_of(batch) == [(8, 1)]
     scheduler.abort(first)
-    assert chunks_of(run(scheduler)) == [(0, 8)]  # its prompt and its answer, but for the last token
+    cached = 4 * prefix_cache
+    assert chunks_of(run(scheduler)) == [(cached, 8 - cached)]  # its prompt and its answer, but for the last token
     assert second.output.view().tolist() == kept
     assert run(scheduler).samples[0].position == 9
 
@@ -247,6 +254,125 @@ def test_a_sample_sees_prompt_and_answer():
     assert (sample.position, sample.seed) == (4, 7)
     scheduler.commit(answer(batch))
     assert sample.output_ids.tolist() == [103]  # a view of its time, though the buffer has grown
+
+
+def test_choices_compute_their_prompt_once():
+    """Blocks of 4, prompts of 11: the second group waits while the first one fills two blocks, then computes the rest."""
+    scheduler = make_scheduler(block_size=4)
+    groups = [make_group("a", 11) for _ in range(3)]
+    for group in groups:
+        scheduler.add(group)
+    assert chunks_of(run(scheduler)) == [(0, 8)]
+    assert chunks_of(run(scheduler)) == [(8, 2)] * 3
+    assert chunks_of(run(scheduler)) == [(10, 1)] * 3
+    tables = [group.sequences[0].block_table for group in groups]
+    assert tables[0][:2] == tables[1][:2] == tables[2][:2]
+    assert len({table[2] for table in tables}) == 3
+    assert [group.sequences[0].num_cached for group in groups] == [0, 8, 8]
+
+
+def test_a_running_sequence_takes_what_others_have_computed():
+    scheduler = make_scheduler(block_size=4, max_rows=8)
+    groups = [make_group("a", 20), make_group("a", 22)]
+    for group in groups:
+        scheduler.add(group)
+    assert [chunks_of(run(scheduler)) for _ in range(3)] == [[(0, 8)], [(8, 8)], [(16, 3), (16, 5)]]
+    assert groups[1].sequences[0].num_cached == 16
+    assert groups[1].sequences[0].block_table[:4] == groups[0].sequences[0].block_table[:4]
+
+
+def test_the_block_of_the_last_token_is_not_shared():
+    """A prompt of two whole blocks: the second must be computed again, because its last row is."""
+    scheduler = make_scheduler(block_size=4)
+    for count in range(2):
+        scheduler.add(group := make_group("a", 8))
+        run(scheduler, 3)
+        assert group.sequences[0].num_cached == 4 * count
+        scheduler.abort(group)
+    scheduler.check_integrity()
+
+
+def test_an_answer_is_shared_too():
+    """The next turn of a chat begins with the last prompt and its answer."""
+    scheduler = make_scheduler(block_size=4)
+    scheduler.add(first := make_group("a", 3))
+    run(scheduler, 8)
+    scheduler.abort(first)
+    tokens = tuple(first.sequences[0].tokens.view().tolist())
+    assert len(tokens) == 10
+    second = make_group("b", 1)
+    second.sequences[0] = Sequence((*tokens, 5, 6), (0,))
+    scheduler.add(second)
+    assert chunks_of(run(scheduler)) == [(8, 3)]
+
+
+def test_only_what_holds_all_members_is_shared():
+    scheduler = make_scheduler(block_size=4)
+    cached = []
+    for members in ((0, 1), (0, 1, 2), (1,), (2,), (3,)):
+        scheduler.add(group := make_group("a", 9, members=members))
+        run(scheduler, 3)
+        cached.append(group.sequences[0].num_cached)
+        scheduler.abort(group)
+    assert cached == [0, 0, 8, 8, 0]
+    scheduler.check_integrity()
+
+
+def test_a_delta_shares_with_itself_only():
+    scheduler = make_scheduler(block_size=4)
+    cached = []
+    for delta in (-1, 1, 2, 1, -1):
+        group = make_group("a", 1)
+        group.sequences[0] = Sequence(tuple(range(9)), (0,), delta)
+        scheduler.add(group)
+        run(scheduler, 3)
+        cached.append(group.sequences[0].num_cached)
+        scheduler.abort(group)
+    assert cached == [0, 0, 0, 8, 8]
+
+
+def test_without_prefix_cache_nothing_is_shared():
+    scheduler = make_scheduler(prefix_cache=False)
+    for _ in range(2):
+        scheduler.add(make_group("a", 9))
+    assert chunks_of(run(scheduler)) == [(0, 8)] * 2
+
+
+def test_idle_blocks_are_taken_when_they_are_needed():
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    scheduler.add(first := make_group("a", 9))
+    run(scheduler, 3)
+    scheduler.abort(first)
+    assert scheduler.blocks.num_free == 4
+    scheduler.add(second := make_group("b", 16))
+    assert chunks_of(run(scheduler)) == [(0, 8)]
+    assert scheduler.blocks.num_free == 0
+    scheduler.abort(second)
+    scheduler.add(again := make_group("a", 9))
+    run(scheduler)
+    assert again.sequences[0].num_cached == 0
+
+
+def test_what_a_failed_step_left_is_not_shared():
+    scheduler = make_scheduler(block_size=4)
+    scheduler.add(make_group("a", 9))
+    run(scheduler, 2)
+    scheduler.schedule()
+    for group in scheduler.fail():
+        scheduler.abort(group)
+    scheduler.add(group := make_group("a", 9))
+    assert chunks_of(run(scheduler)) == [(0, 8)]
+
+
+def test_what_has_nan_is_not_shared():
+    scheduler = make_scheduler(block_size=4)
+    scheduler.add(group := make_group("a", 9))
+    run(scheduler)
+    scheduler.commit(answer(scheduler.schedule(), {0: "NaN"}))
+    scheduler.abort(group)
+    scheduler.check_integrity()
+    scheduler.add(make_group("a", 9))
+    assert chunks_of(run(scheduler)) == [(0, 8)]
 
 
 def test_token_buffer_grows_without_copying_each_time():
