@@ -6,17 +6,19 @@
 
 namespace motet {
 
-constexpr int kLanes = 16;        // columns of a weight panel, and floats of a vector
-constexpr int kTile = 12;         // most rows of one register block
+constexpr int kLanes = 16;        // floats of a vector
+constexpr int kPanel = 32;        // columns of a weight panel: two vectors, so that a broadcast activation is used twice
+constexpr int kTile = 6;          // most rows of one register block
 constexpr int kBlock = 32;        // positions of a block of the KV cache
 constexpr int kPartition = 128;   // positions whose softmax is computed at once; partitions are merged in order
 constexpr int kMaxHeadSize = 256;
 constexpr int kMaxRank = 256;     // of the low-rank updates of one linear layer
 
-// A weight [n, k] in panels of 16 columns, each one linear stream. Columns past n are zero.
-//   8 bits: scales f16 [groups][16], pad to 64 bytes, then per 4 values of k: 64 bytes, byte 4 * lane + j
-//   4 bits: scales f16 [groups][16], minima f16 [groups][16], pad, then per 8 values of k: 64 bytes, low nibbles first 4
-//   32 bits: f32 [k][16]
+// A weight [n, k] in panels of 32 columns, each one linear stream. Columns past n are zero. A panel of a gated matrix holds
+// 16 columns of the gate and the same 16 of up.
+//   8 bits: scales f16 [groups][32], pad to 64 bytes, then per 4 values of k: 128 bytes, byte 4 * column + j
+//   4 bits: scales f16 [groups][32], minima f16 [groups][32], pad, then per 8 values of k: 128 bytes, low nibbles first 4
+//   32 bits: f32 [k][32]
 // All values are divided by the power of two `factor`, so that scales lie well inside f16.
 struct PackedLinear {
     int bits = 0;
@@ -25,14 +27,14 @@ struct PackedLinear {
     int64_t panels = 0, panel_bytes = 0, values_offset = 0;
     float factor = 1.0f;
     const uint8_t* data = nullptr;
-    const float* bias = nullptr;  // [panels * 16] or null
+    const float* bias = nullptr;  // [panels * 32] or null
 };
 
 // A low-rank update y += B (A x) of one linear layer, for the rows of one member.
 struct LowRank {
     int rank = 0;
     const float* a = nullptr;  // [rank][k]
-    const float* b = nullptr;  // [panels][rank][16]
+    const float* b = nullptr;  // [panels][rank][32]
 };
 
 // Rows of activations in register blocks of `rows_of(b)` ≤ kTile rows: [block][k / 4][row] of 4 bytes, with a scale per row
@@ -50,15 +52,31 @@ struct Activations {
     float* inner = nullptr;                    // [rows][kMaxRank]: A x
 
     int64_t first_row(int block) const { return block * (rows / blocks) + (block < rows % blocks ? block : rows % blocks); }
+    int block_of(int64_t row) const {
+        const int64_t size = rows / blocks, larger = rows % blocks, edge = larger * (size + 1);
+        return int(row < edge ? row / (size + 1) : larger + (row - edge) / size);
+    }
     int rows_of(int block) const { return int(rows / blocks + (block < rows % blocks ? 1 : 0)); }
 };
 
 enum class Epilogue { Store, Add, SwiGLU, Gelu };
 enum class Norm { None, RMS, Layer };
+
+struct NormArgs {
+    Norm kind = Norm::None;
+    float eps = 0.0f;
+    const float* weight = nullptr;
+    const float* bias = nullptr;  // null: none
+};
+struct NormStats {
+    float mean = 0.0f, scale = 1.0f;
+};
+
 enum class KV { BF16, Int8 };
 
-// One (layer, KV head) of the cache, block by block: K as bf16 or int8 [tile of 16 positions][d / 2][position][2], V as
-// [pair of positions][d][2]; int8 has f32 scales [K: 32][V: 32] behind them.
+// One (layer, KV head) of the cache, block by block of 32 positions.
+//   bf16: K [tile of 16 positions][d / 2][position][2], V [pair of positions][d][2]
+//   int8: K [tile of 16 positions][d / 4][position][4], V [4 positions][d][4], both bytes plus 128; f32 scales K [32], V [32]
 struct CacheView {
     uint8_t* data;        // of block 0
     int64_t block_bytes;  // from one block to the next
@@ -67,39 +85,42 @@ struct CacheView {
 };
 
 constexpr int kPartitionBlocks = kPartition / kBlock;
-constexpr int kPartitionBytes = kPartition * kMaxHeadSize * 4;  // K and V of a partition as bf16
 constexpr int kMaxQueries = 6;
-
-struct PartitionView {  // per block of a partition; scales are null for bf16
-    const uint8_t* keys[kPartitionBlocks] = {};
-    const uint8_t* values[kPartitionBlocks] = {};
-    const float* key_scales[kPartitionBlocks] = {};
-    const float* value_scales[kPartitionBlocks] = {};
-};
 
 // Query rows of one KV head over one partition: scores, softmax, values (not yet divided by the sums).
 struct AttendArgs {
-    PartitionView kv;
+    CacheView kv;
+    const int32_t* blocks;   // of the partition
     int head_size;
     int queries;             // ≤ kMaxQueries
     const int* seen;         // [queries] positions of the partition that each query sees, ≥ kPartition for all
-    const uint32_t* packed;  // [d / 2][queries] pairs of bf16, scaled by log2(e) / sqrt(d)
+    const uint32_t* packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) / sqrt(d)
+    const float* steps;      // [queries], int8: what one unit of the 16 bits is
+    const int32_t* starts;   // [queries], int8: 128 times the sum of the query
     float* out;              // [queries][d]
     float* maxima;           // [queries]
     float* sums;             // [queries]
+
+    const uint8_t* block(int index) const { return kv.data + blocks[index] * kv.block_bytes; }
+    int longest() const {
+        int most = 0;
+        for (int q = 0; q < queries; q++) most = seen[q] > most ? seen[q] : most;
+        return most < kPartition ? most : kPartition;
+    }
 };
 
 struct Isa {
     const char* name;
     void (*linear)(const PackedLinear&, const Activations&, int block0, int block1, int64_t panel0, int64_t panel1,
                    float* out, int64_t ld, Epilogue);
-    void (*quantise_row)(const float* x, Activations&, int64_t row);
+    NormStats (*norm_stats)(const float* x, float eps, Norm, int64_t size);
+    void (*norm)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, float* out);
+    // Normed and quantised, columns first…first + size - 1 (whole groups) of a row.
+    void (*quantise)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, Activations&, int64_t row);
     void (*reduce)(const float* x, const LowRank&, int64_t k, float* inner);  // inner = A x
-    void (*norm)(const float* x, const float* weight, const float* bias, float eps, Norm, int64_t size, float* out);
     void (*rotate)(float* head, const float* cos, const float* sin, int head_size);
-    void (*pack_query)(const float* head, float scale, int head_size, uint32_t* packed, int stride);
+    void (*pack_query)(KV, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step, int32_t* start);
     void (*write_kv)(const CacheView&, int block, int offset, const float* k, const float* v);
-    void (*load_partition)(const CacheView&, const int32_t* blocks, int partition, int positions, uint8_t* scratch, PartitionView&);
     void (*attend)(const AttendArgs&);
     // (max, sum, out) of a row: merge a later partition into the first, in place.
     void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size);

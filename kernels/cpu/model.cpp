@@ -164,13 +164,13 @@ void Model::set_delta(MotetLinear which, int layer, int member, int64_t rank, co
         throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " + std::to_string(kMaxRank));
     Delta delta;
     delta.a.assign(a, a + rank * columns);
-    delta.b = Pages(size_t(w.panels * rank * kLanes) * sizeof(float));
+    delta.b = Pages(size_t(w.panels * rank * kPanel) * sizeof(float));
     float* packed = (float*)delta.b.data();
     const bool pairs = which == MOTET_UP && !config_.gelu;
     for (int64_t panel = 0; panel < w.panels; panel++)
-        for (int lane = 0; lane < kLanes; lane++) {
+        for (int lane = 0; lane < kPanel; lane++) {
             const int64_t row = source_row(rows, panel, lane, pairs);
-            for (int64_t j = 0; row >= 0 && j < rank; j++) packed[(panel * rank + j) * kLanes + lane] = b[row * rank + j];
+            for (int64_t j = 0; row >= 0 && j < rank; j++) packed[(panel * rank + j) * kPanel + lane] = b[row * rank + j];
         }
     to.deltas[which].resize(size_t(config_.num_members));
     Delta& place = to.deltas[which][size_t(member)];
@@ -296,11 +296,13 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
             Model& m = j.m;
-            m.pool_.share(0, thread, j.x.rows,
-                          [&](int64_t row) { m.isa_->quantise_row(j.hidden + row * m.config_.hidden_size, j.x, row); });
+            m.pool_.share(0, thread, j.x.blocks, [&](int64_t block) {
+                for (int64_t row = j.x.first_row(int(block)); row < j.x.first_row(int(block) + 1); row++)
+                    m.isa_->quantise(j.hidden + row * m.config_.hidden_size, {}, {}, 0, m.config_.hidden_size, j.x, row);
+            });
             m.pool_.barrier();
             const PackedLinear& w = m.head_.packed;
-            constexpr int64_t kGrain = 8;
+            constexpr int64_t kGrain = 4;
             m.pool_.share(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
                 m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits, j.stride,
                                Epilogue::Store);

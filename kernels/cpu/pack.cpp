@@ -61,27 +61,27 @@ float common_factor(const MotetTensor& t, int64_t groups) {
 
 void pack_panel(const MotetTensor& t, const PackedLinear& w, int64_t panel, bool pairs, uint8_t* out) {
     uint16_t* scales = (uint16_t*)out;
-    uint16_t* minima = scales + int64_t(w.groups) * kLanes;
+    uint16_t* minima = scales + int64_t(w.groups) * kPanel;
     uint8_t* values = out + w.values_offset;
-    for (int lane = 0; lane < kLanes; lane++) {
+    for (int lane = 0; lane < kPanel; lane++) {
         const int64_t row = source_row(t.rows, panel, lane, pairs);
         if (row < 0) continue;  // zero scales
         if (w.bits == 32) {
-            for (int64_t i = 0; i < w.k; i++) ((float*)out)[i * kLanes + lane] = t.dense[row * w.k + i];
+            for (int64_t i = 0; i < w.k; i++) ((float*)out)[i * kPanel + lane] = t.dense[row * w.k + i];
             continue;
         }
         for (int g = 0; g < w.groups; g++) {
             const Affine a = affine_group(t, row, g);
-            scales[g * kLanes + lane] = to_half(a.scale / w.factor);
-            if (w.bits == 4) minima[g * kLanes + lane] = to_half(a.minimum / w.factor);
+            scales[g * kPanel + lane] = to_half(a.scale / w.factor);
+            if (w.bits == 4) minima[g * kPanel + lane] = to_half(a.minimum / w.factor);
         }
         const uint8_t* from = t.values + row * t.stored_groups * t.group_size * t.bits / 8;
         if (w.bits == 8) {
-            for (int64_t i = 0; i < w.k; i += 4) memcpy(values + i * kLanes + lane * 4, from + i, 4);
+            for (int64_t i = 0; i < w.k; i += 4) memcpy(values + i * kPanel + lane * 4, from + i, 4);
         } else {
             for (int64_t i = 0; i < w.k; i += 8)
                 for (int j = 0; j < 4; j++)
-                    values[i * kLanes / 2 + lane * 4 + j] = uint8_t(nibble(from, i + j) | nibble(from, i + 4 + j) << 4);
+                    values[i * kPanel / 2 + lane * 4 + j] = uint8_t(nibble(from, i + j) | nibble(from, i + 4 + j) << 4);
         }
     }
 }
@@ -89,8 +89,8 @@ void pack_panel(const MotetTensor& t, const PackedLinear& w, int64_t panel, bool
 }  // namespace
 
 int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs) {
-    if (pairs) return panel / 2 * kLanes + lane + (panel % 2 ? rows / 2 : 0);
-    const int64_t row = panel * kLanes + lane;
+    if (pairs) return panel * kLanes + lane % kLanes + (lane < kLanes ? 0 : rows / 2);
+    const int64_t row = panel * kPanel + lane;
     return row < rows ? row : -1;
 }
 
@@ -100,16 +100,16 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
     w.bits = tensor.dense ? 32 : tensor.bits;
     w.n = tensor.rows;
     w.k = tensor.columns;
-    w.panels = (w.n + kLanes - 1) / kLanes;
+    w.panels = (w.n + kPanel - 1) / kPanel;
     if (w.bits == 32) {
-        w.panel_bytes = w.k * kLanes * int64_t(sizeof(float));
+        w.panel_bytes = w.k * kPanel * int64_t(sizeof(float));
     } else {
         w.group = tensor.group_size;
         w.groups = int(w.k / w.group);
         w.factor = common_factor(tensor, w.groups);
-        const int64_t header = int64_t(w.groups) * kLanes * 2 * (w.bits == 4 ? 2 : 1);
+        const int64_t header = int64_t(w.groups) * kPanel * 2 * (w.bits == 4 ? 2 : 1);
         w.values_offset = (header + 63) / 64 * 64;
-        w.panel_bytes = w.values_offset + w.k * kLanes * w.bits / 8;
+        w.panel_bytes = w.values_offset + w.k * kPanel * w.bits / 8;
     }
     result.pages = Pages(size_t(w.panels * w.panel_bytes));
     w.data = result.pages.data();
@@ -129,11 +129,11 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
         },
         &job);
     if (tensor.bias) {
-        result.bias.assign(size_t(w.panels * kLanes), 0.0f);
+        result.bias.assign(size_t(w.panels * kPanel), 0.0f);
         for (int64_t panel = 0; panel < w.panels; panel++)
-            for (int lane = 0; lane < kLanes; lane++) {
+            for (int lane = 0; lane < kPanel; lane++) {
                 const int64_t row = source_row(w.n, panel, lane, pairs);
-                if (row >= 0) result.bias[size_t(panel * kLanes + lane)] = tensor.bias[row];
+                if (row >= 0) result.bias[size_t(panel * kPanel + lane)] = tensor.bias[row];
             }
         w.bias = result.bias.data();
     }
@@ -141,18 +141,18 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
 }
 
 void unpack_row(const PackedLinear& w, int64_t row, float* out) {
-    const uint8_t* panel = w.data + row / kLanes * w.panel_bytes;
-    const int lane = int(row % kLanes);
+    const uint8_t* panel = w.data + row / kPanel * w.panel_bytes;
+    const int lane = int(row % kPanel);
     if (w.bits == 32) {
-        for (int64_t i = 0; i < w.k; i++) out[i] = ((const float*)panel)[i * kLanes + lane];
+        for (int64_t i = 0; i < w.k; i++) out[i] = ((const float*)panel)[i * kPanel + lane];
         return;
     }
     const uint16_t* scales = (const uint16_t*)panel;
     const uint8_t* values = panel + w.values_offset + lane * 4;
     for (int g = 0; g < w.groups; g++) {
-        const float scale = from_half(scales[g * kLanes + lane]) * w.factor;
+        const float scale = from_half(scales[g * kPanel + lane]) * w.factor;
         for (int i = g * w.group; i < (g + 1) * w.group; i++)
-            out[i] = float(int(values[int64_t(i / 4) * 64 + i % 4]) - 128) * scale;
+            out[i] = float(int(values[int64_t(i / 4) * 4 * kPanel + i % 4]) - 128) * scale;
     }
 }
 

@@ -8,7 +8,7 @@ namespace motet {
 namespace {
 
 constexpr int64_t kFew = 6;            // rows that every thread prepares for itself: cheaper than a barrier
-constexpr int kSuperblock = 20;        // register blocks whose activations stay in the L2 cache
+constexpr int kSuperblock = 40;        // register blocks whose activations stay in the L2 cache
 constexpr int64_t kUnitRows = 16;      // prompt rows that share a widened partition
 constexpr int64_t kFewUnits = 4;       // a thread: with fewer, the partitions of a row are spread over the threads
 constexpr float kLog2e = 1.44269504f;
@@ -118,7 +118,8 @@ void Step::take_scratch(Arena& arena) {
         s.row = arena.take<float>(widest);
         s.head = arena.take<float>(2 * kMaxHeadSize);
         s.packed = arena.take<uint32_t>(queries * d / 2);
-        s.wide = arena.take<uint8_t>(c_.kv_int8 ? kPartition * d * 4 : 0);
+        s.steps = arena.take<float>(queries);
+        s.starts = arena.take<int32_t>(queries);
         s.outs = arena.take<float>(queries * d);
         s.later = arena.take<float>(kMaxQueries * d);
         s.maxima = arena.take<float>(queries);
@@ -208,8 +209,10 @@ void Step::run_segment(const Segment& segment, int thread) {
     const std::vector<float>& bias = m_.final_norm_biases_[size_t(segment.member)];
     pool_.share(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
         const int64_t from = gathered ? row : segment.outputs[size_t(row)];
-        isa_.norm((gathered ? x_needed_ : x) + from * c_.hidden_size, weight.data(), bias.empty() ? nullptr : bias.data(), c_.norm_eps,
-                  norm_, c_.hidden_size, hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
+        const float* source = (gathered ? x_needed_ : x) + from * c_.hidden_size;
+        const NormArgs args{norm_, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
+        isa_.norm(source, args, isa_.norm_stats(source, c_.norm_eps, norm_, c_.hidden_size), 0, c_.hidden_size,
+                  hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
     });
     meet(kOther, thread);
 }
@@ -235,30 +238,37 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
     Activations out = store.take(set.rows(), w);
     const std::vector<Delta>& deltas = layer.deltas[module];
     if (!deltas.empty()) out.low_rank = store.low_rank;
-    auto one = [&](int64_t row) {
+    const NormArgs args{norm, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
+    auto one = [&](int64_t row, int64_t first, int64_t size) {
         const float* from = x + row * ld;
-        if (norm != Norm::None) {
-            isa_.norm(from, weight.data(), bias.empty() ? nullptr : bias.data(), c_.norm_eps, norm, w.k, s.row);
-            from = s.row;
-        }
-        isa_.quantise_row(from, out, row);
-        if (deltas.empty()) return;
+        const NormStats stats = isa_.norm_stats(from, c_.norm_eps, norm, w.k);
+        isa_.quantise(from, args, stats, first, size, out, row);
+        if (deltas.empty() || first > 0) return;
         const int32_t member = set.deltas[size_t(row)];
         const LowRank* update = member >= 0 && deltas[size_t(member)].view.rank ? &deltas[size_t(member)].view : nullptr;
         store.low_rank[row] = update;
-        if (update) isa_.reduce(from, *update, w.k, store.inner + row * kMaxRank);
+        if (!update) return;
+        isa_.norm(from, args, stats, 0, w.k, s.row);
+        isa_.reduce(s.row, *update, w.k, store.inner + row * kMaxRank);
     };
     if (few) {
-        for (int64_t row = 0; row < set.rows(); row++) one(row);
-    } else {
-        pool_.share(next_phase(thread), thread, set.rows(), one);
-        meet(kOther, thread);
+        for (int64_t row = 0; row < set.rows(); row++) one(row, 0, w.k);
+        return out;
     }
+    // The rows of a register block lie interleaved: a thread takes some columns of all of them, not some of the rows.
+    const int64_t unit = w.bits == 32 ? kLanes : w.group, units = w.k / unit;
+    const int64_t cuts = std::min<int64_t>(units, out.blocks >= 4 * pool_.threads() ? 1 : 2 * pool_.threads());
+    pool_.share(next_phase(thread), thread, out.blocks * cuts, [&](int64_t item) {
+        const int64_t cut = item % cuts, first = units * cut / cuts * unit, last = units * (cut + 1) / cuts * unit;
+        const int block = int(item / cuts);
+        for (int64_t row = out.first_row(block); row < out.first_row(block + 1); row++) one(row, first, last - first);
+    });
+    meet(kOther, thread);
     return out;
 }
 
 void Step::linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread) {
-    const int64_t panels = epilogue == Epilogue::SwiGLU ? w.panels / 2 : w.panels;
+    const int64_t panels = w.panels;
     const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;
     pool_.share(next_phase(thread), thread, panels * superblocks, [&](int64_t item) {
         const int64_t panel = item % panels;
@@ -271,7 +281,7 @@ void Step::linear(const PackedLinear& w, const Activations& x, float* out, int64
 
 void Step::turn(float* head, const std::vector<float>& norm, int32_t position) const {
     const int d = c_.head_size;
-    if (c_.qk_norm) isa_.norm(head, norm.data(), nullptr, c_.norm_eps, Norm::RMS, d, head);
+    if (c_.qk_norm) isa_.norm(head, {Norm::RMS, c_.norm_eps, norm.data(), nullptr}, isa_.norm_stats(head, c_.norm_eps, Norm::RMS, d), 0, d, head);
     if (c_.learned) return;
     isa_.rotate(head, m_.cos_.data() + int64_t(position) * (d / 2), m_.sin_.data() + int64_t(position) * (d / 2), d);
 }
@@ -296,7 +306,7 @@ void Step::attend(const RowSet& set, const Layer& layer, int index, const float*
     });
 }
 
-// [chunk][d / 2][queries of the chunk], chunks of kMaxQueries; query i is row i / group, head i % group.
+// Chunks of kMaxQueries; query i is row i / group, head i % group.
 void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
     const float scale = kLog2e / std::sqrt(float(d));
@@ -305,21 +315,21 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
         memcpy(s.head, qkv + row * qkv_ld_ + int64_t(kv_head * group_ + i % group_) * d, size_t(d) * sizeof(float));
         turn(s.head, layer.q_norm, set.contexts[size_t(row)] - 1);
         const int first = i / kMaxQueries * kMaxQueries;
-        isa_.pack_query(s.head, scale, d, s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first));
+        isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d, s.packed + int64_t(first) * (d / 2) + i % kMaxQueries,
+                        std::min(kMaxQueries, queries - first), s.steps + i, s.starts + i);
     }
 }
 
 void Step::attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, int index, int kv_head, const float* qkv, int thread) {
     Scratch& s = scratch_[size_t(thread)];
     const int d = c_.head_size, queries = int(unit.rows) * group_;
-    const CacheView cache = m_.cache(index, kv_head);
     pack_queries(set, unit, layer, kv_head, qkv, s);
     const int first = unit.partition < 0 ? 0 : unit.partition, last = unit.partition < 0 ? unit.partitions : first + 1;
-    const int32_t longest = set.contexts[size_t(unit.row0 + unit.rows - 1)];
     for (int p = first; p < last; p++) {
         AttendArgs args;
+        args.kv = m_.cache(index, kv_head);
+        args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
-        isa_.load_partition(cache, unit.table, p, std::min(kPartition, longest - p * kPartition), s.wide, args.kv);
         for (int from = 0; from < queries; from += kMaxQueries) {
             int seen[kMaxQueries];
             args.queries = std::min(kMaxQueries, queries - from);
@@ -328,6 +338,8 @@ void Step::attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, 
             if (seen[args.queries - 1] <= 0) continue;
             args.seen = seen;
             args.packed = s.packed + int64_t(from) * (d / 2);
+            args.steps = s.steps + from;
+            args.starts = s.starts + from;
             args.out = p == first ? s.outs + int64_t(from) * d : s.later;
             args.maxima = p == first ? s.maxima + from : s.later_maxima;
             args.sums = p == first ? s.sums + from : s.later_sums;

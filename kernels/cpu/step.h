@@ -56,7 +56,8 @@ private:
         float* row;        // a normed row
         float* head;       // a head, roped
         uint32_t* packed;  // [chunk][head size / 2][queries of the chunk]
-        uint8_t* wide;     // a partition as bf16
+        float* steps;      // [queries], see AttendArgs
+        int32_t* starts;
         float *outs, *later;  // [queries][head size]
         float *maxima, *sums, *later_maxima, *later_sums;
     };

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int kRegisterRows = 2;  // rows whose sums over a panel fit the registers
+
 #define INLINE static inline __attribute__((always_inline))
 
 struct F {
@@ -67,6 +69,9 @@ INLINE int32_t reduce_add_int(I x) {
     return result;
 }
 INLINE I add_int(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE I sub_int(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+INLINE I shift_left_8(I x) { return {_mm256_slli_epi32(x.a, 8), _mm256_slli_epi32(x.b, 8)}; }
+INLINE I shift_right_8(I x) { return {_mm256_srai_epi32(x.a, 8), _mm256_srai_epi32(x.b, 8)}; }
 INLINE void store_bytes(int8_t* p, I x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -98,24 +103,19 @@ INLINE I dot(I sum, W w, const int32_t* signed_bytes) {
     sum = {dot_half(sum.a, _mm256_andnot_si256(top, w.a), x), dot_half(sum.b, _mm256_andnot_si256(top, w.b), x)};
     return {dot_half(sum.a, _mm256_and_si256(top, w.a), x), dot_half(sum.b, _mm256_and_si256(top, w.b), x)};
 }
+INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    sum0 = dot(sum0, w0, signed_bytes);
+    sum1 = dot(sum1, w1, signed_bytes);
+}
+INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    sum0 = dot_small(sum0, w0, signed_bytes);
+    sum1 = dot_small(sum1, w1, signed_bytes);
+}
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 INLINE I load_words(const uint8_t* p) { return load_weights(p); }
 
 INLINE P load_pairs(const uint8_t* p) { return load_weights(p); }
-INLINE __m256i widen_half(__m128i bytes) {
-    const __m256i words = _mm256_cvtepi8_epi16(bytes);
-    const __m256 even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16));
-    const __m256 odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16));
-    return _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_castps_si256(odd), 0xAA);
-}
-INLINE P widen_pairs(const int8_t* p) {
-    return {widen_half(_mm_loadu_si128((const __m128i*)p)), widen_half(_mm_loadu_si128((const __m128i*)(p + 16)))};
-}
-INLINE void store_pairs(uint8_t* p, P x) {
-    _mm256_storeu_si256((__m256i*)p, x.a);
-    _mm256_storeu_si256((__m256i*)(p + 32), x.b);
-}
 INLINE void store_bf16_half(uint16_t* p, __m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int kRegisterRows = 6;  // rows whose sums over a panel fit the registers
+
 using F = __m512;    // 16 f32
 using I = __m512i;   // 16 i32
 using W = __m512i;   // 64 bytes of weights
@@ -33,6 +35,9 @@ INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 INLINE int32_t reduce_add_int(I a) { return _mm512_reduce_add_epi32(a); }
 INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+INLINE I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
+INLINE I shift_right_8(I a) { return _mm512_srai_epi32(a, 8); }
 INLINE void store_bytes(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
 // Lanes first + i < count keep their value, the others become `other`.
 INLINE F keep_first(F a, int count, F other) {
@@ -43,12 +48,19 @@ INLINE F keep_first(F a, int count, F other) {
 INLINE W load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
 INLINE W low_nibbles(W a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE W high_nibbles(W a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-// Written out, because gcc loads the broadcast into a register of its own: a third of the instructions of the inner loop.
+// One broadcast for two dot products: a load a dot product is what limits otherwise. Written out, because gcc would move the
+// broadcasts of all rows to the front and spill.
+INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    __m512i x;
+    __asm__("vpbroadcastd %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
+            : "+v"(sum0), "+v"(sum1), "=&v"(x)
+            : "v"(w0), "v"(w1), "m"(*signed_bytes));
+}
+INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) { dot_both(sum0, sum1, w0, w1, signed_bytes); }
 INLINE I dot(I sum, W unsigned_bytes, const int32_t* signed_bytes) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "m"(*signed_bytes));
     return sum;
 }
-INLINE I dot_small(I sum, W unsigned_bytes, const int32_t* signed_bytes) { return dot(sum, unsigned_bytes, signed_bytes); }
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I a, W b) { return _mm512_or_si512(a, b); }
 INLINE I load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -56,13 +68,6 @@ INLINE I load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // Pairs of bf16: 32 in a vector.
 using P = __m512i;
 INLINE P load_pairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
-INLINE P widen_pairs(const int8_t* p) {  // 32 int8 → 32 bf16, exact
-    __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
-    __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
-    __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
-}
-INLINE void store_pairs(uint8_t* p, P a) { _mm512_storeu_si512(p, a); }
 INLINE void store_bf16(uint16_t* p, F a) {  // to the nearest, ties to even; no NaN comes here but from NaN
     __m512i bits = _mm512_castps_si512(a);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int kRegisterRows = 1;  // rows whose sums over a panel fit the registers
+
 #define INLINE static inline __attribute__((always_inline))
 
 struct F {
@@ -77,6 +79,9 @@ INLINE float reduce_add(F x) {
 }
 INLINE int32_t reduce_add_int(I x) { int32_t r = 0; EACH r += x.v[i]; return r; }
 INLINE I add_int(I x, I y) { EACH x.v[i] += y.v[i]; return x; }
+INLINE I sub_int(I x, I y) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) - uint32_t(y.v[i])); return x; }
+INLINE I shift_left_8(I x) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) << 8); return x; }
+INLINE I shift_right_8(I x) { EACH x.v[i] = x.v[i] >> 8; return x; }
 INLINE void store_bytes(int8_t* p, I x) { EACH p[i] = int8_t(x.v[i] > 127 ? 127 : x.v[i] < -128 ? -128 : x.v[i]); }
 INLINE F keep_first(F x, int count, F other) { EACH x.v[i] = i < count ? x.v[i] : other.v[i]; return x; }
 
@@ -90,6 +95,14 @@ INLINE I dot(I sum, W w, const int32_t* signed_bytes) {
     return sum;
 }
 INLINE I dot_small(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
+INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    sum0 = dot(sum0, w0, signed_bytes);
+    sum1 = dot(sum1, w1, signed_bytes);
+}
+INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    sum0 = dot_small(sum0, w0, signed_bytes);
+    sum1 = dot_small(sum1, w1, signed_bytes);
+}
 INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 INLINE I or_words(I x, I y) { EACH x.v[i] |= y.v[i]; return x; }
 INLINE I load_words(const uint8_t* p) { I r; memcpy(r.v, p, 64); return r; }
@@ -107,8 +120,6 @@ INLINE uint16_t float_to_bf16(float x) {
     return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
 }
 INLINE P load_pairs(const uint8_t* p) { P r; memcpy(r.v, p, 64); return r; }
-INLINE void store_pairs(uint8_t* p, P x) { memcpy(p, x.v, 64); }
-INLINE P widen_pairs(const int8_t* p) { P r; for (int i = 0; i < 32; i++) r.v[i] = float_to_bf16(float(p[i])); return r; }
 INLINE void store_bf16(uint16_t* p, F x) { EACH p[i] = float_to_bf16(x.v[i]); }
 INLINE F dot_pairs(F sum, P a, uint32_t b) {
     const float low = bf16_to_float(uint16_t(b)), high = bf16_to_float(uint16_t(b >> 16));

@@ -1,0 +1,246 @@
+// Activations in 8 bits and linear layers. Included by kernels.inl.
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// The largest |x|; NaN if there is NaN or infinity, so that the scale carries it on.
+INLINE float peak_of(const float* x, int size) {
+    F largest = zero(), bad = zero();
+    for (int i = 0; i < size; i += kLanes) {
+        F value = load(x + i);
+        largest = vmax(largest, vabs(value));
+        bad = fma(value, zero(), bad);
+    }
+    return reduce_max(largest) + reduce_add(bad);
+}
+
+void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first, int64_t size, Activations& out, int64_t row) {
+    const int block = out.block_of(row), rows = out.rows_of(block);
+    const int64_t base = out.first_row(block), r = row - base;
+    if (out.dense) {
+        float values[kLanes];
+        for (int64_t i = first; i < first + size; i += kLanes) {
+            store(values, normed(x, n, stats, i));
+            for (int j = 0; j < kLanes; j++) out.dense[base * out.k + (i + j) * rows + r] = values[j];
+        }
+        return;
+    }
+    int32_t* quads = out.quads + base * (out.k / 4) + r;
+    const int64_t at = base * out.groups + r;
+    float values[128];
+    for (int64_t i = first; i < first + size; i += out.group) {
+        for (int j = 0; j < out.group; j += kLanes) store(values + j, normed(x, n, stats, i + j));
+        const float peak = peak_of(values, out.group);
+        F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f);
+        I total = bcast_int(0);
+        for (int j = 0; j < out.group; j += kLanes) {
+            I q = to_int(mul(load(values + j), inverse));
+            total = add_int(total, q);
+            int32_t four[4];
+            store_bytes((int8_t*)four, q);
+            for (int t = 0; t < 4; t++) quads[((i + j) / 4 + t) * rows] = four[t];
+        }
+        const int32_t sum = reduce_add_int(total);
+        const int64_t g = at + i / out.group * rows;
+        out.scales[g] = peak / 127.0f;
+        out.sums[g] = out.scales[g] * float(sum);
+        out.starts[g] = -128 * sum;
+    }
+}
+
+// ---- linear layers --------------------------------------------------------------------------------------------------
+
+struct BlockInputs {  // of one register block
+    const int32_t* quads;
+    const float* scales;
+    const float* sums;
+    const int32_t* starts;
+    const float* dense;
+    const LowRank* const* low_rank;  // [rows] or null
+    const float* inner;
+};
+
+// A x of a low-rank update.
+void reduce(const float* x, const LowRank& update, int64_t k, float* inner) {
+    for (int j = 0; j < update.rank; j++) {
+        F sum = zero();
+        for (int64_t i = 0; i < k; i += kLanes) sum = fma(load(x + i), load(update.a + j * k + i), sum);
+        inner[j] = reduce_add(sum);
+    }
+}
+
+template <class T>
+INLINE T* at(T* array, int64_t index) {
+    return array ? array + index : nullptr;
+}
+
+struct Prefetch {  // `lines` cache lines for each group of this panel
+    const uint8_t* from;
+    int lines;
+};
+
+// The sums of R rows of a register block of `rows` rows over one panel, two vectors a row. Accumulators stay in registers:
+// compilers spill loops of intrinsics that are not unrolled, and only those over rows are (a group is a loop of 16 values of
+// k a turn).
+template <int R>
+INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows, F (&sum)[R][2]) {
+    const uint16_t* scales = (const uint16_t*)panel;
+    const uint8_t* values = panel + w.values_offset;
+    const int32_t* quads = x.quads;
+    const int turns = w.group / 16;
+    for (int g = 0; g < w.groups; g++) {
+        I acc[R][2];
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(x.starts[g * rows + r]);
+        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch(ahead.from);
+        for (int s = 0; s < turns; s++, values += 512, quads += 4 * rows) {
+            MOTET_UNROLL
+            for (int t = 0; t < 4; t++) {
+                W w0 = load_weights(values + 128 * t), w1 = load_weights(values + 128 * t + 64);
+                MOTET_UNROLL
+                for (int r = 0; r < R; r++) dot_both(acc[r][0], acc[r][1], w0, w1, quads + t * rows + r);
+            }
+        }
+        F scale0 = load_half(scales + g * kPanel), scale1 = load_half(scales + g * kPanel + kLanes);
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) {
+            F scale = bcast(x.scales[g * rows + r]);
+            sum[r][0] = fma(mul(to_float(acc[r][0]), scale), scale0, sum[r][0]);
+            sum[r][1] = fma(mul(to_float(acc[r][1]), scale), scale1, sum[r][1]);
+        }
+    }
+}
+
+template <int R>
+INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows, F (&sum)[R][2]) {
+    const uint16_t* scales = (const uint16_t*)panel;
+    const uint16_t* minima = scales + w.groups * kPanel;
+    const uint8_t* values = panel + w.values_offset;
+    const int32_t* quads = x.quads;
+    const int turns = w.group / 16;
+    for (int g = 0; g < w.groups; g++) {
+        I acc[R][2];
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(0);
+        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch(ahead.from);
+        for (int s = 0; s < turns; s++, values += 256, quads += 4 * rows) {
+            MOTET_UNROLL
+            for (int t = 0; t < 2; t++) {
+                W both0 = load_weights(values + 128 * t), both1 = load_weights(values + 128 * t + 64);
+                W low0 = low_nibbles(both0), low1 = low_nibbles(both1);
+                MOTET_UNROLL
+                for (int r = 0; r < R; r++) dot_both_small(acc[r][0], acc[r][1], low0, low1, quads + 2 * t * rows + r);
+                W high0 = high_nibbles(both0), high1 = high_nibbles(both1);
+                MOTET_UNROLL
+                for (int r = 0; r < R; r++) dot_both_small(acc[r][0], acc[r][1], high0, high1, quads + (2 * t + 1) * rows + r);
+            }
+        }
+        F scale0 = load_half(scales + g * kPanel), scale1 = load_half(scales + g * kPanel + kLanes);
+        F minimum0 = load_half(minima + g * kPanel), minimum1 = load_half(minima + g * kPanel + kLanes);
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) {
+            F scale = bcast(x.scales[g * rows + r]), total = bcast(x.sums[g * rows + r]);
+            sum[r][0] = fma(total, minimum0, fma(mul(to_float(acc[r][0]), scale), scale0, sum[r][0]));
+            sum[r][1] = fma(total, minimum1, fma(mul(to_float(acc[r][1]), scale), scale1, sum[r][1]));
+        }
+    }
+}
+
+template <int R>
+INLINE void panel_32(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, int rows, F (&sum)[R][2]) {
+    const float* values = (const float*)panel;
+    for (int64_t i = 0; i < w.k; i++) {
+        F w0 = load(values + i * kPanel), w1 = load(values + i * kPanel + kLanes);
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) {
+            F value = bcast(x.dense[i * rows + r]);
+            sum[r][0] = fma(w0, value, sum[r][0]);
+            sum[r][1] = fma(w1, value, sum[r][1]);
+        }
+    }
+}
+
+template <int R>
+__attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows,
+                                          float (*out)[kPanel]) {
+    F sum[R][2];
+    MOTET_UNROLL
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = zero();
+    const int stride = kRegisterRows >= kTile ? R : rows;  // known to the compiler where blocks fit the registers
+    if (w.bits == 8) panel_8<R>(w, panel, x, ahead, stride, sum);
+    else if (w.bits == 4) panel_4<R>(w, panel, x, ahead, stride, sum);
+    else panel_32<R>(w, panel, x, stride, sum);
+    MOTET_UNROLL
+    for (int r = 0; r < R; r++) {
+        store(out[r], sum[r][0]);
+        store(out[r] + kLanes, sum[r][1]);
+    }
+}
+
+// The widest register block of this path: kRegisterRows rows.
+template <int R>
+void panel_of_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int count, int rows, float (*out)[kPanel]) {
+    if (count == R) panel_rows<R>(w, panel, x, ahead, rows, out);
+    else if constexpr (R > 1) panel_of_rows<R - 1>(w, panel, x, ahead, count, rows, out);
+}
+
+void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, Prefetch ahead, int rows, float (*out)[kPanel]) {
+    const uint8_t* data = w.data + panel * w.panel_bytes;
+    for (int r = 0; r < rows; r += kRegisterRows) {
+        const BlockInputs some = {at(x.quads, r), at(x.scales, r), at(x.sums, r), at(x.starts, r), at(x.dense, r), nullptr, nullptr};
+        panel_of_rows<kRegisterRows>(w, data, some, ahead, rows - r < kRegisterRows ? rows - r : kRegisterRows, rows, out + r);
+    }
+    const F factor = bcast(w.factor);
+    for (int half = 0; half < kPanel; half += kLanes) {
+        const F bias = w.bias ? load(w.bias + panel * kPanel + half) : zero();
+        for (int r = 0; r < rows; r++) {
+            F y = fma(load(out[r] + half), factor, bias);
+            const LowRank* update = x.low_rank ? x.low_rank[r] : nullptr;
+            if (update) {
+                const float *b = update->b + panel * update->rank * kPanel + half, *inner = x.inner + int64_t(r) * kMaxRank;
+                F sum = zero();
+                for (int j = 0; j < update->rank; j++) sum = fma(load(b + j * kPanel), bcast(inner[j]), sum);
+                y = add(y, sum);
+            }
+            store(out[r] + half, y);
+        }
+    }
+}
+
+void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, Prefetch ahead, int rows, float* out, int64_t ld, Epilogue epilogue) {
+    alignas(64) float sum[kTile][kPanel];
+    panel_of_block(w, panel, x, ahead, rows, sum);
+    if (epilogue == Epilogue::SwiGLU) {
+        for (int r = 0; r < rows; r++) store(out + r * ld + panel * kLanes, mul(silu(load(sum[r])), load(sum[r] + kLanes)));
+        return;
+    }
+    const int64_t column = panel * kPanel;
+    for (int half = 0; half < kPanel && column + half < w.n; half += kLanes)
+        for (int r = 0; r < rows; r++) {
+            float* to = out + r * ld + column + half;
+            F y = load(sum[r] + half);
+            if (epilogue == Epilogue::Add) y = add(load(to), y);
+            if (epilogue == Epilogue::Gelu) y = gelu(y);
+            store(to, y);
+        }
+}
+
+// Panels panel0…panel1 over the register blocks block0…block1. While a panel is used the next one is fetched, a part with
+// every block.
+void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1, float* out,
+            int64_t ld, Epilogue epilogue) {
+    const int visits = block1 - block0, steps = w.bits == 32 ? 1 : w.groups;
+    const int lines = w.bits == 32 ? 0 : int((w.panel_bytes / 64 + visits * steps - 1) / (visits * steps));
+    for (int64_t panel = panel0; panel < panel1; panel++) {
+        const uint8_t* next = w.data + (panel + 1) * w.panel_bytes;
+        for (int b = block0; b < block1; b++) {
+            int64_t first = x.first_row(b);
+            BlockInputs inputs = {
+                at(x.quads, first * (x.k / 4)), at(x.scales, first * x.groups), at(x.sums, first * x.groups), at(x.starts, first * x.groups),
+                at(x.dense, first * x.k),       at(x.low_rank, first),          at(x.inner, first * kMaxRank),
+            };
+            Prefetch ahead = {next, lines};
+            block_of_rows(w, inputs, panel, ahead, x.rows_of(b), out + first * ld, ld, epilogue);
+            next += int64_t(lines) * 64 * steps;
+        }
+    }
+}
