@@ -162,7 +162,7 @@ INLINE F combine(I high, I low, int32_t start, float step) {
 }
 
 template <int Q>
-INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, float (*scores)[kPartition]) {
+INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, const uint8_t* ahead, float (*scores)[kPartition]) {
     const int d = a.head_size;
     const int32_t *high_quads = (const int32_t*)a.packed, *low_quads = high_quads + d / 4 * Q;
     I high[Q][2], low[Q][2];
@@ -170,6 +170,13 @@ INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, float (*scores
     for (int q = 0; q < Q; q++) high[q][0] = high[q][1] = low[q][0] = low[q][1] = bcast_int(0);
     for (int i = 0; i < d / 4; i++) {
         W k0 = load_weights(keys + i * 64), k1 = load_weights(keys + d * kLanes + i * 64);
+        if (ahead) {  // two parts of keys and two of values; the scales follow them
+            prefetch_far(ahead + i * 64);
+            prefetch_far(ahead + d * kLanes + i * 64);
+            prefetch_far(ahead + d * kBlock + i * 64);
+            prefetch_far(ahead + d * (kBlock + kLanes) + i * 64);
+            if (i < 4) prefetch_far(ahead + d * kBlock * 2 + i * 64);
+        }
         MOTET_UNROLL
         for (int q = 0; q < Q; q++) {
             dot_both(high[q][0], high[q][1], k0, k1, high_quads + i * Q + q);
@@ -266,7 +273,7 @@ void attend_int8(const AttendArgs& a) {
     const int d = a.head_size, longest = a.longest(), blocks = (longest + kBlock - 1) / kBlock, quads = (longest + 3) / 4;
     alignas(64) float scores[Q][kPartition];
     Weights16 weights[Q];
-    for (int b = 0; b < blocks; b++) scores_int8<Q>(a, a.block(b), (float (*)[kPartition])(&scores[0][b * kBlock]));
+    for (int b = 0; b < blocks; b++) scores_int8<Q>(a, a.block(b), a.ahead[b], (float (*)[kPartition])(&scores[0][b * kBlock]));
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
     constexpr int kWide = Q <= 3 ? 2 : 1;  // what the registers hold
     int first = 0;

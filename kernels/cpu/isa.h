@@ -91,6 +91,7 @@ constexpr int kMaxQueries = 6;
 struct AttendArgs {
     CacheView kv;
     const int32_t* blocks;   // of the partition
+    const uint8_t* ahead[kPartitionBlocks];  // blocks to fetch meanwhile, null for none: what is attended to next
     int head_size;
     int queries;             // ≤ kMaxQueries
     const int* seen;         // [queries] positions of the partition that each query sees, ≥ kPartition for all

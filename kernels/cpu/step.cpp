@@ -302,7 +302,7 @@ void Step::attend(const RowSet& set, const Layer& layer, int index, const float*
         const int kv_head = int(item % c_.num_kv_heads);
         if (write && (unit.partition < 0 || unit.partition + 1 == unit.partitions))
             write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
-        attend_unit(set, unit, layer, index, kv_head, qkv, thread);
+        attend_unit(set, item, layer, index, qkv, thread);
     });
 }
 
@@ -320,7 +320,23 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
     }
 }
 
-void Step::attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, int index, int kv_head, const float* qkv, int thread) {
+// The blocks that are attended to after partition `p` of an item: the unit's next partition or the next item's first.
+void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const {
+    const Unit* unit = &set.units[size_t(item / c_.num_kv_heads)];
+    if (unit->partition >= 0 || ++p == unit->partitions) {
+        if (++item == int64_t(set.units.size()) * c_.num_kv_heads) item--;
+        unit = &set.units[size_t(item / c_.num_kv_heads)];
+        p = std::max(unit->partition, 0);
+    }
+    const CacheView kv = m_.cache(index, int(item % c_.num_kv_heads));
+    const int blocks = (set.contexts[size_t(unit->row0 + unit->rows - 1)] + kBlock - 1) / kBlock - p * kPartitionBlocks;
+    for (int b = 0; b < kPartitionBlocks; b++)
+        ahead[b] = b < blocks ? kv.data + unit->table[p * kPartitionBlocks + b] * kv.block_bytes : nullptr;
+}
+
+void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, int thread) {
+    const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
+    const int kv_head = int(item % c_.num_kv_heads);
     Scratch& s = scratch_[size_t(thread)];
     const int d = c_.head_size, queries = int(unit.rows) * group_;
     pack_queries(set, unit, layer, kv_head, qkv, s);
@@ -330,6 +346,7 @@ void Step::attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, 
         args.kv = m_.cache(index, kv_head);
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
+        look_ahead(set, item, p, index, args.ahead);
         for (int from = 0; from < queries; from += kMaxQueries) {
             int seen[kMaxQueries];
             args.queries = std::min(kMaxQueries, queries - from);

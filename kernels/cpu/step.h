@@ -75,7 +75,8 @@ private:
     void linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread);
     void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread);
     void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, int thread);
-    void attend_unit(const RowSet& set, const Unit& unit, const Layer& layer, int index, int kv_head, const float* qkv, int thread);
+    void look_ahead(const RowSet& set, int64_t item, int partition, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const;
+    void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, int thread);
     void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const;
     void merge_partials(const Unit& unit, int kv_head);
     void finish_head(const float* out, float sum, int64_t row, int head);

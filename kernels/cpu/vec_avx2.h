@@ -111,6 +111,7 @@ INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_b
     sum0 = dot_small(sum0, w0, signed_bytes);
     sum1 = dot_small(sum1, w1, signed_bytes);
 }
+INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 INLINE I load_words(const uint8_t* p) { return load_weights(p); }

@@ -61,6 +61,7 @@ INLINE I dot(I sum, W unsigned_bytes, const int32_t* signed_bytes) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "m"(*signed_bytes));
     return sum;
 }
+INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I a, W b) { return _mm512_or_si512(a, b); }
 INLINE I load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -103,6 +103,7 @@ INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_b
     sum0 = dot_small(sum0, w0, signed_bytes);
     sum1 = dot_small(sum1, w1, signed_bytes);
 }
+INLINE void prefetch_far(const uint8_t*) {}
 INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 INLINE I or_words(I x, I y) { EACH x.v[i] |= y.v[i]; return x; }
 INLINE I load_words(const uint8_t* p) { I r; memcpy(r.v, p, 64); return r; }
