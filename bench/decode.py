@@ -46,6 +46,10 @@ class TimedBackend:
     def block_size(self) -> int:
         return self._backend.block_size
 
+    @property
+    def can_verify(self) -> bool:
+        return self._backend.can_verify
+
     def step(self, batch: Batch) -> StepOutput:
         until = time.monotonic() + 1.0
         while self.ready is not None and not self.ready() and time.monotonic() < until:
@@ -82,6 +86,7 @@ def run(
         max_num_seqs=max(batch_sizes),
         max_model_len=max(prompt_tokens, context) + new_tokens + 8,
         threads=threads,
+        prefix_cache=False,  # a repetition has the same prompts, and is to compute them
     )
     limits = probes.measure(config.num_threads)
     engine = Engine.from_bundle(bundle_path, config, verify=False)

@@ -26,7 +26,11 @@ def load_motet(job: dict[str, Any]) -> tuple[str, Generate]:
     from motet.runtime.request import Ensemble, Member, Request, SamplingParams
 
     config = EngineConfig(
-        threads=job["threads"], max_num_seqs=job["max_sequences"], max_model_len=job["max_tokens"], prefill_chunk=512
+        threads=job["threads"],
+        max_num_seqs=job["max_sequences"],
+        max_model_len=job["max_tokens"],
+        prefill_chunk=512,
+        prefix_cache=False,  # a repetition has the same prompts, and is to compute them
     )
     engine = Engine.from_bundle(job["paths"]["bundle"], config)
     ensemble = Ensemble((Member(engine.model.members[0], 1.0),))

@@ -27,6 +27,11 @@ class Backend(Protocol):
         """Positions a block. A backend with contiguous slots has blocks as long as the context."""
         ...
 
+    @property
+    def can_verify(self) -> bool:
+        """May a sequence have several sampled rows in a step? Only if each is what it would be alone, bit for bit."""
+        ...
+
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
         ...

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .engine import ModelInfo
+from .admission import ModelInfo
 from .output import Completion, Output
 from .prompt import Prompt
 from .request import Ensemble, Member, SamplingParams, Space

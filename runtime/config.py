@@ -64,6 +64,7 @@ class DecoderConfig:
         return self.num_kv_heads * self.head_size
 
 
+MAX_SPECULATIVE_TOKENS = 64
 _COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
 
 
@@ -79,6 +80,7 @@ class EngineConfig:
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
     prefix_cache: bool = True  # share the blocks of prompts that begin alike
+    speculative_tokens: int = 0  # tokens a draft at most, where a request does not say; 0: no drafts
     threads: int = 0  # 0: as many as CPUs that this process may use
 
     def __post_init__(self) -> None:
@@ -92,6 +94,10 @@ class EngineConfig:
         for name, known in (("backend", ("auto", "cpu", "onnx")), ("kv_dtype", ("int8", "bf16"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not isinstance(self.speculative_tokens, int) or not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"speculative_tokens must be an integer in 0…{MAX_SPECULATIVE_TOKENS}, got {self.speculative_tokens!r}"
+            )
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
 

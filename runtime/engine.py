@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from .admission import Admission, ModelInfo
 from .backend import Backend, open_backend
 from .batch import StepOutput
 from .blocks import BlockManager
 from .bundle import Bundle
 from .config import EngineConfig
-from .errors import (
-    ContextLengthError,
-    InvalidEnsembleError,
-    InvalidRequestError,
-    MotetError,
-    NumericalError,
-    OverloadedError,
-    UnavailableError,
-)
+from .errors import MotetError, NumericalError, OverloadedError, UnavailableError
 from .output import Completion, Output, Timings, Usage
-from .request import Ensemble, FinishReason, Member, Request
-from .scheduler import Scheduler
+from .request import FinishReason, Request
+from .scheduler import Drawn, Scheduler
 from .sequence import Group
-from .sequence import Sequence as TokenSequence
 from .stream import TextStream
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("motet.engine")
 
 OnOutput = Callable[[Output], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What a request is checked against."""
-
-    name: str
-    members: tuple[str, ...]
-    default_ensemble: Ensemble
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
-    max_model_len: int
-    deltas: frozenset[str] = frozenset()  # the members that are low-rank updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +40,13 @@ class EngineStats:
     tokens: int  # sampled since the start
     prompt_tokens: int  # of all views and deltas whose answer has begun
     cached_tokens: int  # of them, found in the prefix cache
+    drafted_tokens: int  # rows of drafts that were verified, a group's once
+    accepted_tokens: int  # of them, right
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """The text side of a group."""
+    """The text side of a group. It may have fewer tokens than the group, when a stop string ends in a draft."""
 
     request: Request
     group: Group
@@ -75,25 +55,16 @@ class _Stream:
     arrived: float
     admitted: float | None = None
     first_token: float | None = None
+    num_tokens: int = 0
 
     def usage(self) -> Usage:
         prompt = self.request.prompts[0]
-        return Usage(len(prompt), len(self.group.output), min(self.group.sequences[0].num_cached, len(prompt)))
+        return Usage(len(prompt), self.num_tokens, min(self.group.sequences[0].num_cached, len(prompt)))
 
     def timings(self, now: float) -> Timings:
         admitted = self.admitted if self.admitted is not None else now
         first = self.first_token if self.first_token is not None else now
         return Timings(admitted - self.arrived, max(0.0, first - admitted), now - first)
-
-
-def choice_seed(seed: int, choice: int) -> int:
-    """Seed of a choice: the request's own for choice 0, else splitmix64 of it (Steele et al. 2014)."""
-    if choice == 0:
-        return seed
-    z = (seed + choice * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return z ^ (z >> 31)
 
 
 class Engine:
@@ -105,6 +76,7 @@ class Engine:
         self.config = config
         self._backend = backend
         blocks = BlockManager(backend.num_blocks, backend.block_size)
+        self._admission = Admission(model, config, blocks, can_verify=backend.can_verify)
         self._scheduler = Scheduler(
             blocks,
             config.max_num_seqs,
@@ -157,7 +129,11 @@ class Engine:
         Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError` (the queue is
         full), `UnavailableError` (draining or closed). After it returns, every choice ends with a `finish_reason`.
         """
-        streams = self._streams_of(request, on_output)
+        now = time.monotonic()
+        streams = [
+            _Stream(request, group, TextStream(self.tokenizer.stream(), request.sampling.stop), on_output, now)
+            for group in self._admission.groups_of(request)
+        ]
         with self._wake:
             if self._draining or self._closed:
                 raise UnavailableError("the engine is shutting down; send the request to another server")
@@ -180,7 +156,7 @@ class Engine:
         """Run requests to their end and return their choices, for offline use. Raises what `submit` raises (then the
         other requests are cancelled), and the error of a choice that failed. Not for the engine's own thread."""
         for request in requests:
-            self._check(request)
+            self._admission.check(request)
         choices: list[dict[int, Completion]] = [{} for _ in requests]
         room = threading.Semaphore(self.config.max_waiting)  # never more in flight than the queue takes
 
@@ -225,6 +201,8 @@ class Engine:
             tokens=self._tokens,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            drafted_tokens=self._scheduler.num_drafted,
+            accepted_tokens=self._scheduler.num_accepted,
         )
 
     def drain(self) -> None:
@@ -246,92 +224,6 @@ class Engine:
         """Nothing waits, nothing runs."""
         with self._wake:
             return not self._inbox and not self._streams
-
-    # ---- a request becomes groups --------------------------------------------------------------------------------
-
-    def _streams_of(self, request: Request, on_output: OnOutput) -> list[_Stream]:
-        self._check(request)
-        index_of = {name: index for index, name in enumerate(self.model.members)}
-        members_of: dict[tuple[int, int], set[int]] = {}  # (view, delta) → members
-        for member in request.ensemble.members:
-            members_of.setdefault(self._sequence_key(member), set()).add(index_of[member.name])
-        keys = sorted(members_of)
-        terms = tuple((keys.index(self._sequence_key(m)), index_of[m.name], m.mix) for m in request.ensemble.members)
-        room = self.model.max_model_len - max(len(request.prompts[view]) for view, _ in keys)
-        params = request.sampling
-        seed = params.seed if params.seed is not None else secrets.randbits(64)
-        eos = () if params.ignore_eos else self.model.eos_token_ids
-        now = time.monotonic()
-        streams = []
-        for choice in range(params.n):
-            group = Group(
-                request_id=request.request_id,
-                choice=choice,
-                sequences=[
-                    TokenSequence(request.prompts[view], tuple(sorted(members_of[view, delta])), delta)
-                    for view, delta in keys
-                ],
-                terms=terms,
-                space=request.ensemble.space,
-                params=params,
-                seed=choice_seed(seed, choice),
-                max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
-                return_member_logprobs=request.return_member_logprobs,
-            )
-            text = TextStream(self.tokenizer.stream(), params.stop)
-            streams.append(_Stream(request, group, text, on_output, now))
-        return streams
-
-    def _sequence_key(self, member: Member) -> tuple[int, int]:
-        """(view, delta): members with equal ones share a sequence. A low-rank update changes keys and values from the
-        first layer on, so it has a sequence of its own."""
-        return member.view, self.model.members.index(member.name) if member.name in self.model.deltas else -1
-
-    def _check(self, request: Request) -> None:
-        for member in request.ensemble.members:
-            if member.name not in self.model.members:
-                raise InvalidEnsembleError(
-                    f"'{member.name}' is not a member of '{self.model.name}'; "
-                    f"its members are {list(self.model.members)}",
-                    field="ensemble.members.name",
-                )
-        params = request.sampling
-        if params.n > self.config.max_waiting:
-            raise InvalidRequestError(
-                f"n is {params.n}; the server queues at most max_waiting ({self.config.max_waiting}) choices", field="n"
-            )
-        _check_ids("logit_bias", params.logit_bias, self.model.vocab_size)
-        _check_ids("stop_token_ids", params.stop_token_ids, self.model.vocab_size)
-        self._check_size(request)
-
-    def _check_size(self, request: Request) -> None:
-        """Can the group run when it is alone? Then it can always run in the end."""
-        blocks, limit = self._scheduler.blocks, self.model.max_model_len
-        keys = {self._sequence_key(member) for member in request.ensemble.members}
-        prompts = [request.prompts[view] for view, _ in keys]
-        if len(prompts) > self.config.max_num_seqs:
-            raise InvalidRequestError(
-                f"the request has {len(prompts)} views and deltas; at most max_num_seqs ({self.config.max_num_seqs}) can run at "
-                "once; use fewer",
-                field="ensemble.members.view",
-            )
-        for prompt in prompts:
-            if len(prompt) >= limit:
-                raise ContextLengthError(
-                    f"the prompt has {len(prompt)} tokens; the context holds {limit} with at least one for "
-                    "the answer; shorten it",
-                    field="prompt",
-                )
-            _check_ids("prompt", (min(prompt), max(prompt)), self.model.vocab_size)
-        room = limit - max(map(len, prompts))
-        answer = min(request.sampling.max_tokens or room, room)
-        needed = sum(blocks.blocks_for(len(prompt) + answer) for prompt in prompts)
-        if needed > blocks.num_blocks:
-            raise ContextLengthError(
-                f"the request may need {needed} blocks of KV cache, there are {blocks.num_blocks}; lower max_tokens",
-                field="max_tokens",
-            )
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -410,43 +302,50 @@ class Engine:
         for group in self._scheduler.fail():
             self._finish(self._streams[group], FinishReason.ERROR, error=MotetError(f"the backend failed: {error}"))
 
-    def _emit(self, groups: list[Group], output: StepOutput) -> None:
+    def _emit(self, drawn: list[Drawn], output: StepOutput) -> None:
         now = time.monotonic()
-        for index, group in enumerate(groups):
-            stream = self._streams[group]
-            if index in output.errors:
-                error = NumericalError(f"no token for request '{group.request_id}': {output.errors[index]}")
-                self._finish(stream, FinishReason.ERROR, error=error)
-                continue
-            self._tokens += 1
-            if stream.first_token is None:
+        for run in drawn:
+            stream = self._streams[run.group]
+            if run.count and stream.first_token is None:
                 stream.first_token = now
-                self._prompt_tokens += sum(sequence.num_prompt for sequence in group.sequences)
-                self._cached_tokens += sum(sequence.num_cached for sequence in group.sequences)
-            token_id = int(output.token_ids[index])
-            delta = Output(group.request_id, group.choice, group.seed, token_ids=[token_id])
-            if group.params.logprobs is not None:
-                delta.logprobs = [float(output.logprobs[index])]
-                delta.top_logprobs = [output.top_logprobs[index]]
-            if group.return_member_logprobs:
-                delta.member_logprobs = [output.member_logprobs[index]]
-            self._advance(stream, token_id, delta)
+                self._prompt_tokens += sum(sequence.num_prompt for sequence in run.group.sequences)
+                self._cached_tokens += sum(sequence.num_cached for sequence in run.group.sequences)
+            self._extend(stream, run, output)
 
-    def _advance(self, stream: _Stream, token_id: int, delta: Output) -> None:
-        """Text of one token; ends the group if it was the last one. A stop token gives no text."""
-        group, text = stream.group, stream.text
+    def _extend(self, stream: _Stream, run: Drawn, output: StepOutput) -> None:
+        """One delta of all tokens that a step gave the group, up to the one that ends it."""
+        group = run.group
+        delta = Output(group.request_id, group.choice, group.seed)
+        for index in range(run.first, run.first + run.count):
+            self._tokens += 1
+            delta.token_ids.append(int(output.token_ids[index]))
+            if group.params.logprobs is not None:
+                delta.logprobs.append(float(output.logprobs[index]))
+                delta.top_logprobs.append(output.top_logprobs[index])
+            if group.return_member_logprobs:
+                delta.member_logprobs.append(output.member_logprobs[index])
+            reason = self._advance(stream, delta)
+            if reason is not None:
+                self._finish(stream, reason, delta=delta)
+                return
+        if run.error is None:
+            self._send(stream, delta)
+        else:
+            error = NumericalError(f"no token for request '{group.request_id}': {run.error}")
+            self._finish(stream, FinishReason.ERROR, delta=delta, error=error)
+
+    def _advance(self, stream: _Stream, delta: Output) -> FinishReason | None:
+        """Text of the delta's last token, and why it is the group's last, if it is. A stop token gives no text."""
+        group, text, token_id = stream.group, stream.text, delta.token_ids[-1]
+        stream.num_tokens += 1
         if token_id in group.stop_ids:
             delta.stop_matched = token_id
-            self._finish(stream, FinishReason.STOP, delta=delta)
-            return
-        delta.text = text.push(token_id, may_stop=len(group.output) >= group.params.min_tokens)
+            return FinishReason.STOP
+        delta.text += text.push(token_id, may_stop=stream.num_tokens >= group.params.min_tokens)
         if text.stopped is not None:
             delta.stop_matched = text.stopped
-            self._finish(stream, FinishReason.STOP, delta=delta)
-        elif len(group.output) >= group.max_tokens:
-            self._finish(stream, FinishReason.LENGTH, delta=delta)
-        else:
-            self._send(stream, delta)
+            return FinishReason.STOP
+        return FinishReason.LENGTH if stream.num_tokens >= group.max_tokens else None
 
     def _finish(
         self, stream: _Stream, reason: FinishReason, *, delta: Output | None = None, error: MotetError | None = None
@@ -479,9 +378,3 @@ class Engine:
             stream.on_output(output)
         except Exception:  # a client's callback must not end the loop for the others
             log.exception("on_output of request '%s' failed", output.request_id)
-
-
-def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequestError(f"token id {token_id} in {field} is not in 0…{vocab_size - 1}", field=field)

@@ -27,6 +27,8 @@ class EngineCollector:
         yield CounterMetricFamily("motet_tokens", "Tokens sampled", stats.tokens)
         yield CounterMetricFamily("motet_prompt_tokens", "Prompt tokens of answers begun", stats.prompt_tokens)
         yield CounterMetricFamily("motet_cached_tokens", "Of them, found in the prefix cache", stats.cached_tokens)
+        yield CounterMetricFamily("motet_drafted_tokens", "Drafted tokens verified", stats.drafted_tokens)
+        yield CounterMetricFamily("motet_accepted_tokens", "Drafted tokens that were right", stats.accepted_tokens)
 
 
 def serve_metrics(engine: Engine, host: str, port: int) -> None:

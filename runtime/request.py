@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .config import MAX_SPECULATIVE_TOKENS
 from .errors import InvalidEnsembleError, InvalidRequestError
 
 MIX_TOLERANCE = 1e-6
@@ -87,7 +88,8 @@ class SamplingParams:
     the tempered distribution. `repetition_penalty` (> 0; CTRL, Keskar et al. 2019) counts prompt and answer,
     `presence_penalty` and `frequency_penalty` the answer only. `seed` None draws one, which the result reports.
     `logprobs` n: the chosen token's and the n best tokens' log-probabilities of the mixed distribution (before
-    penalties, temperature and truncation). `max_tokens` None: up to the end of the context.
+    penalties, temperature and truncation). `max_tokens` None: up to the end of the context. `speculative_tokens`: the
+    longest draft, which changes how fast an answer comes and nothing else; 0 is off, None the engine's default.
     """
 
     max_tokens: int | None = None
@@ -106,6 +108,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, limit: str) -> None:
@@ -129,6 +132,11 @@ class SamplingParams:
         check("seed", self.seed is None or 0 <= self.seed < 2**64, "in 0…2^64-1")
         check("n", 1 <= self.n <= MAX_CHOICES, f"in 1…{MAX_CHOICES}")
         check("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"in 0…{MAX_LOGPROBS}")
+        check(
+            "speculative_tokens",
+            self.speculative_tokens is None or 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS,
+            f"in 0…{MAX_SPECULATIVE_TOKENS}",
+        )
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError(
                 f"{len(self.stop)} stop strings; at most {MAX_STOP_STRINGS} are allowed", field="stop"

@@ -3,20 +3,35 @@
 A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`; the last token is a
 decode row, as is every sampled token after it. So the rows that are sampled are always decode rows, views of different
 lengths meet in one step, and how a prompt is cut does not depend on who else is in the batch.
+
+Where there is room, a draft of what may come next has rows too, all of them sampled: what was drawn in a row holds if all
+of the draft before it is what was drawn in the rows before it. Draws depend on seed, position and the tokens before
+alone, so an answer is the same with drafts and without.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
-
-from .batch import Batch, SampleRow, StepOutput
+from .batch import Batch, StepOutput
 from .blocks import BlockManager
+from .drafts import StepLoad
+from .packing import DecodeRows, PrefillRows, pack
 from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step gave a group: the tokens of samples `first`…`first + count - 1` of the output, and perhaps an error."""
+
+    group: Group
+    first: int
+    count: int
+    error: str | None  # why no token follows them
 
 
 class Scheduler:
@@ -43,8 +58,10 @@ class Scheduler:
         self._max_rows = max_num_batched_tokens
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
-        self._rows: list[tuple[Sequence, int]] = []  # of the batch under way: sequence, number of rows
-        self._sampled: list[Group] = []
+        self._decodes: list[DecodeRows] = []  # of the batch under way
+        self._prefills: list[PrefillRows] = []
+        self.num_drafted = 0  # tokens of drafts since the start
+        self.num_accepted = 0  # of them, those that were drawn
 
     def add(self, group: Group) -> None:
         self.waiting.append(group)
@@ -68,33 +85,64 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next batch, None if there is nothing to compute."""
-        self._rows, self._sampled = [], []
+        self._decodes, self._prefills = [], []
         self._admit()
         self._adopt()
         self._schedule_decode()
         self._schedule_prefill()
-        return self._batch() if self._rows else None
+        if not self._decodes and not self._prefills:
+            return None
+        self._schedule_drafts()
+        return pack(self._decodes, self._prefills, self.blocks.block_size, self.blocks.take_freed())
 
-    def commit(self, output: StepOutput) -> list[Group]:
-        """Append the drawn tokens; return the sampled groups in the order of the output. A group with an error in the
-        output gets no token."""
-        for sequence, count in self._rows:
-            sequence.num_computed += count
-        for index, group in enumerate(self._sampled):
-            if index not in output.errors:
-                group.append(int(output.token_ids[index]))
-        for sequence, count in self._rows:
-            self._publish(sequence, count)
-        for index in output.errors:
-            for sequence in self._sampled[index].sequences:  # nobody else shall read what may hold NaN
-                self.blocks.forget(sequence.block_table)
-        return self._sampled
+    def commit(self, output: StepOutput) -> list[Drawn]:
+        """Append the drawn tokens to their groups, in the order of the output."""
+        for prefill in self._prefills:
+            self._advance(prefill.sequence, prefill.count)
+        drawn, first = [], 0
+        for decode in self._decodes:
+            drawn.append(self._commit_decode(decode, first, output))
+            first += 1 + len(decode.draft)
+        return drawn
+
+    def _commit_decode(self, decode: DecodeRows, first: int, output: StepOutput) -> Drawn:
+        """Tokens are taken up to the first that the draft does not have, or that ends the group."""
+        group, count, error = decode.group, 0, None
+        for ahead in range(1 + len(decode.draft)):
+            error = output.errors.get(first + ahead)
+            if error is not None:
+                break
+            token_id = int(output.token_ids[first + ahead])
+            group.append(token_id)
+            count += 1
+            if token_id in group.stop_ids or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
+                break
+        self.num_drafted += len(decode.draft)
+        self.num_accepted += count - (error is None)
+        for sequence in group.sequences:
+            if error is None:
+                self._advance(sequence, count)
+            else:
+                self.blocks.forget(sequence.block_table)  # nobody else shall read what may hold NaN
+        return Drawn(group, first, count, error)
+
+    def _advance(self, sequence: Sequence, count: int) -> None:
+        """The cache holds so many positions more; the blocks that they fill may be shared. What rejected rows of a draft
+        have written after them is overwritten before it is read."""
+        sequence.num_computed += count
+        size = self.blocks.block_size
+        full, before = sequence.num_computed // size, (sequence.num_computed - count) // size
+        if self._prefix_cache and full > before:
+            digests = self._digests(sequence, full)
+            for index in range(before, full):
+                self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
 
     def fail(self) -> list[Group]:
         """The batch under way failed: return its groups, which the caller ends. The others that run are preempted,
         because nobody knows what the step left in the cache; for the same reason nothing in it is shared any more."""
         self.blocks.forget()
-        under_way = {id(sequence) for sequence, _ in self._rows}
+        under_way = {id(prefill.sequence) for prefill in self._prefills}
+        under_way |= {id(sequence) for decode in self._decodes for sequence in decode.group.sequences}
         failed = [group for group in self.running if any(id(s) in under_way for s in group.sequences)]
         for group in self.running[::-1]:
             if group not in failed:
@@ -161,15 +209,6 @@ class Scheduler:
         extend_digests(sequence.digests, sequence.delta, sequence.tokens.view(), count, self.blocks.block_size)
         return sequence.digests[:count]
 
-    def _publish(self, sequence: Sequence, count: int) -> None:
-        """Share the blocks that the last `count` positions have filled."""
-        size = self.blocks.block_size
-        full, before = sequence.num_computed // size, (sequence.num_computed - count) // size
-        if self._prefix_cache and full > before:
-            digests = self._digests(sequence, full)
-            for index in range(before, full):
-                self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
-
     def _schedule_decode(self) -> None:
         """One row a sequence of every group whose prefill is complete; the oldest first."""
         rows = 0
@@ -181,13 +220,12 @@ class Scheduler:
             if not self._grow(group):
                 continue
             rows += len(group.sequences)
-            self._rows += [(sequence, 1) for sequence in group.sequences]
-            self._sampled.append(group)
+            self._decodes.append(DecodeRows(group))
 
     def _grow(self, group: Group) -> bool:
         """Blocks for the row to be written; preempts the latest groups until there are, at last the group itself."""
         for sequence in group.sequences:
-            while len(sequence.block_table) * self.blocks.block_size < len(sequence.tokens):
+            while self._missing(sequence, 0):
                 if self.blocks.can_allocate(1):
                     sequence.block_table += self.blocks.allocate(1)
                     continue
@@ -200,18 +238,18 @@ class Scheduler:
     def _schedule_prefill(self) -> None:
         """Whole chunks, the oldest group first, as long as the step has room; one at least. A sequence whose next block
         another one computes in this step waits for it."""
-        rows = sum(count for _, count in self._rows)
-        scheduled, under_way = 0, set[tuple[bytes, tuple[int, ...]]]()
+        rows = sum(decode.num_rows for decode in self._decodes)
+        under_way: set[tuple[bytes, tuple[int, ...]]] = set()
         for sequence in self._prefilling():
             count = min(sequence.num_prefill, self._prefill_chunk - sequence.num_computed % self._prefill_chunk)
             blocks = self._shareable_later(sequence, count)
             if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
                 continue
-            if scheduled and rows + count > self._max_rows:
+            if self._prefills and rows + count > self._max_rows:
                 return
-            self._rows.append((sequence, count))
+            self._prefills.append(PrefillRows(sequence, count))
             under_way.update(blocks)
-            scheduled, rows = scheduled + 1, rows + count
+            rows += count
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""
@@ -225,50 +263,33 @@ class Scheduler:
         for group in self.running:
             yield from (sequence for sequence in group.sequences if sequence.num_prefill)
 
+    def _schedule_drafts(self) -> None:
+        """Drafts for the groups that are sampled, in rows and blocks that nobody else wants in this step."""
+        rows = sum(decode.num_rows for decode in self._decodes) + sum(prefill.count for prefill in self._prefills)
+        load = StepLoad(rows, len(self._decodes))
+        for decode in self._decodes:
+            group = decode.group
+            if group.drafter is not None:
+                room = (self._max_rows - load.rows) // len(group.sequences)
+                left = group.max_tokens - len(group.output) - 1
+                limit = self._fitting(group, min(room, left, group.drafter.max_tokens))
+                text = group.sequences[0].tokens.view()
+                decode.draft = group.drafter.propose(text, limit, load, len(group.sequences))
+                for sequence in group.sequences:
+                    sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))
+
+    def _fitting(self, group: Group, limit: int) -> int:
+        """The longest draft, at most `limit`, that there are blocks for."""
+        while limit > 0 and not self.blocks.can_allocate(sum(self._missing(s, limit) for s in group.sequences)):
+            limit -= 1
+        return max(limit, 0)
+
+    def _missing(self, sequence: Sequence, ahead: int) -> int:
+        """Blocks that the sequence lacks for so many positions after its last token."""
+        return max(0, self.blocks.blocks_for(len(sequence.tokens) + ahead) - len(sequence.block_table))
+
     def _release(self, group: Group) -> None:
         for sequence in group.sequences:
             self.blocks.free(sequence.block_table)
             sequence.block_table = []
             sequence.num_computed = 0
-
-    # ---- the batch -----------------------------------------------------------------------------------------------
-
-    def _batch(self) -> Batch:
-        tables = np.full((len(self._rows), max(len(s.block_table) for s, _ in self._rows)), -1, np.int32)
-        positions = []
-        slots = []
-        for index, (sequence, count) in enumerate(self._rows):
-            tables[index, : len(sequence.block_table)] = sequence.block_table
-            at = np.arange(sequence.num_computed, sequence.num_computed + count)
-            positions.append(at)
-            blocks = tables[index][at // self.blocks.block_size].astype(np.int64)
-            slots.append(blocks * self.blocks.block_size + at % self.blocks.block_size)
-        ends = [sequence.num_computed + count for sequence, count in self._rows]
-        starts = np.cumsum([0] + [count for _, count in self._rows], dtype=np.int32)
-        first_row = {id(sequence): int(start) for (sequence, _), start in zip(self._rows, starts)}
-        return Batch(
-            token_ids=np.concatenate([s.tokens.view()[s.num_computed : e] for (s, _), e in zip(self._rows, ends)]),
-            positions=np.concatenate(positions).astype(np.int32),
-            slot_mapping=np.concatenate(slots),
-            cu_seqlens_q=starts,
-            context_lens=np.array(ends, np.int32),
-            block_tables=tables,
-            members=[sequence.members for sequence, _ in self._rows],
-            deltas=np.array([sequence.delta for sequence, _ in self._rows], np.int32),
-            samples=[self._sample_row(group, first_row) for group in self._sampled],
-            freed_blocks=np.array(self.blocks.take_freed(), np.int32),
-        )
-
-    def _sample_row(self, group: Group, first_row: dict[int, int]) -> SampleRow:
-        early = len(group.output) < group.params.min_tokens
-        return SampleRow(
-            terms=tuple((first_row[id(group.sequences[s])], member, c) for s, member, c in group.terms),
-            space=group.space,
-            params=group.params,
-            seed=group.seed,
-            position=len(group.sequences[0].tokens),
-            prompt_ids=group.sequences[0].tokens.view()[: group.sequences[0].num_prompt],
-            output_ids=group.output.view(),
-            forbidden_ids=tuple(sorted(group.stop_ids)) if early else (),
-            return_member_logprobs=group.return_member_logprobs,
-        )

@@ -8,6 +8,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
+from .drafts import Drafter
 from .request import SamplingParams, Space
 
 I64 = npt.NDArray[np.int64]
@@ -74,6 +75,7 @@ class Group:
     max_tokens: int
     stop_ids: frozenset[int]  # end-of-sequence and stop token ids
     return_member_logprobs: bool = False
+    drafter: Drafter | None = None  # None: no speculation
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
     output: TokenBuffer = field(default_factory=TokenBuffer)
@@ -82,3 +84,5 @@ class Group:
         self.output.append(token_id)
         for sequence in self.sequences:
             sequence.tokens.append(token_id)
+        if self.drafter is not None:
+            self.drafter.observe(self.sequences[0].tokens.view())

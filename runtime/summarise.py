@@ -43,6 +43,7 @@ class SummariseParams:
     temperature: float = 0.0
     repetition_penalty: float = 1.05
     seed: int = 0
+    speculative_tokens: int = 8  # a draft at most: summaries copy from their source; 0: no drafts
     concurrency: int | None = None  # records in flight; None: as many as the engine runs
 
     def __post_init__(self) -> None:
@@ -200,6 +201,7 @@ def _request(job: _Job, record: _Record, text: str, index: int) -> Request:
         temperature=params.temperature,
         repetition_penalty=params.repetition_penalty,
         seed=params.seed,
+        speculative_tokens=params.speculative_tokens,
     )
     return Request(f"{record.id}/{index}", (prompt,), job.ensemble, sampling)
 
@@ -216,6 +218,7 @@ def _mix(ensemble: Ensemble) -> dict[str, float]:
 def _key(job: _Job, record: _Record) -> str:
     """What a finished record is recognised by: its text, the model, the ensemble, the settings."""
     settings = asdict(job.params) | {"concurrency": None, "chunk_tokens": job.chunk_tokens}
+    del settings["speculative_tokens"]  # no summary depends on it
     parts = (record.id, record.text, job.engine.model.name, repr(job.ensemble), json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

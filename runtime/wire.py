@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 
 from ..proto import admin_pb2, inference_pb2
 from . import errors
-from .engine import ModelInfo
+from .admission import ModelInfo
 from .errors import InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
 from .output import Output, Timings, Usage
 from .prompt import Prompt, build_prompt

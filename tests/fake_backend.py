@@ -17,8 +17,17 @@ from motet.runtime.sampler import sample_rows
 
 class FakeBackend:
     def __init__(
-        self, num_blocks: int = 32, block_size: int = 8, vocab_size: int = 256, *, num_members: int = 3
+        self,
+        num_blocks: int = 32,
+        block_size: int = 8,
+        vocab_size: int = 256,
+        *,
+        num_members: int = 3,
+        order: int | None = None,
     ) -> None:
+        self.order = (
+            order  # logits depend on the last so many tokens only, so that the text repeats itself; None: on all
+        )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
@@ -29,6 +38,10 @@ class FakeBackend:
         self.nan_seeds: set[int] = set()
         self.on_step: Callable[[Batch], None] = lambda batch: None  # called before anything is written
         self.closed = 0
+
+    @property
+    def can_verify(self) -> bool:
+        return True
 
     def close(self) -> None:
         self.closed += 1
@@ -45,13 +58,16 @@ class FakeBackend:
             self._check_sample(batch, sample)
             terms.append([(len(rows) + i, c) for i, (_, _, c) in enumerate(sample.terms)])
             for row, member, _ in sample.terms:
-                logits = self.logits(self.values[member, self._slots(batch, row)])
+                logits = self._logits(batch, row, member)
                 rows.append(np.full_like(logits, np.nan) if sample.seed in self.nan_seeds else logits)
         return sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
 
-    def logits(self, held: np.ndarray) -> np.ndarray:
-        """[vocab] from the values [context] that a row attends to."""
+    def _logits(self, batch: Batch, row: int, member: int) -> np.ndarray:
+        slots = self._slots(batch, row)
+        held = self.values[member, slots]
         assert (held >= 0).all(), "a row attends to a slot that was never written"
+        if self.order is not None:
+            held = self.tokens[slots[-self.order :]]
         seed = zlib.crc32(held.tobytes())
         return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32) * 2
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.runtime import errors
+from motet.runtime.admission import ModelInfo
 from motet.runtime.config import EngineConfig
-from motet.runtime.engine import Engine, ModelInfo
+from motet.runtime.engine import Engine
 from motet.runtime.output import Output
 from motet.runtime.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
 

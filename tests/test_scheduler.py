@@ -219,7 +219,11 @@ def test_a_sample_with_an_error_gets_no_token():
     for group in groups:
         scheduler.add(group)
     batch = scheduler.schedule()
-    assert scheduler.commit(answer(batch, {0: "NaN"})) == groups
+    drawn = scheduler.commit(answer(batch, {0: "NaN"}))
+    assert [(run.group, run.first, run.count, run.error) for run in drawn] == [
+        (groups[0], 0, 0, "NaN"),
+        (groups[1], 1, 1, None),
+    ]
     assert [len(group.output) for group in groups] == [0, 1]
 
 
@@ -407,9 +411,9 @@ def test_every_group_ends_and_no_block_is_lost(lengths, num_blocks, aborts):
         if batch is None:
             break
         assert batch.num_rows <= MAX_ROWS + CHUNK
-        for group in scheduler.commit(answer(batch)):
-            if len(group.output) == 2:
-                scheduler.abort(group)
+        for drawn in scheduler.commit(answer(batch)):
+            if len(drawn.group.output) == 2:
+                scheduler.abort(drawn.group)
         scheduler.check_integrity()
     assert all(group.status is SequenceStatus.FINISHED for group in groups)
     assert scheduler.blocks.num_free == num_blocks

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+from .runtime.admission import ModelInfo
 from .runtime.client import AsyncClient, Client
 from .runtime.config import DecoderConfig, EngineConfig
-from .runtime.engine import Engine, ModelInfo
+from .runtime.engine import Engine
 from .runtime.errors import MotetError
 from .runtime.output import Completion, Output
 from .runtime.prompt import build_prompt
