@@ -41,6 +41,7 @@ class Bundle:
     name: str
     config: DecoderConfig
     members: tuple[str, ...]
+    kinds: tuple[str, ...]  # of each member: base, tail or delta
     default_ensemble: Ensemble
     quantisation: Mapping[str, Any]
     split_layer: int
@@ -78,8 +79,10 @@ class Bundle:
         members = tuple(member["name"] for member in manifest["members"])
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
         graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
-        if graphs.tails and set(graphs.tails) != set(members):
-            raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(members)}")
+        kinds = tuple(member.get("kind", "tail") for member in manifest["members"])
+        own = {name for name, kind in zip(members, kinds, strict=True) if kind != "delta"}
+        if graphs.tails and set(graphs.tails) != own:
+            raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(own)}")
         listed = set(manifest["files"])
         needed = {WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values(), "tokenizer.json"}
         if not needed <= listed or any(Path(name).name != name for name in listed):
@@ -91,6 +94,7 @@ class Bundle:
             name=manifest["name"],
             config=DecoderConfig.from_dict(manifest["config"]),
             members=members,
+            kinds=kinds,
             default_ensemble=Ensemble(tuple(m for m in mix if m.mix != 0), Space(manifest["space"])),
             quantisation=manifest["quantisation"],
             split_layer=manifest["split_layer"],

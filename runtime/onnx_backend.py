@@ -20,7 +20,7 @@ import onnxruntime as ort
 from .batch import Batch, StepOutput
 from .bundle import Bundle
 from .config import EngineConfig
-from .errors import BundleError, UnavailableError
+from .errors import BundleError, UnavailableError, UnsupportedModelError
 from .request import Space
 from .sampler import sample_rows
 from .slot_cache import SlotCache
@@ -150,6 +150,12 @@ class OnnxBackend:
     """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph."""
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        deltas = [name for name, kind in zip(bundle.members, bundle.kinds) if kind == "delta"]
+        if deltas:
+            raise UnsupportedModelError(
+                f"the onnx backend has no graphs for adapters kept as deltas ({', '.join(deltas)}); "
+                "export them with --merge, or serve with the cpu backend"
+            )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_members = len(bundle.members)
