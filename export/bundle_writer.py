@@ -1,4 +1,4 @@
-"""Base model + tails → bundle: weights fused and quantised into one safetensors file, graphs that point into it."""
+"""Base model + members → bundle: weights fused and quantised into one safetensors file, graphs that point into it."""
 
 from __future__ import annotations
 
@@ -8,42 +8,30 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import save_file
 
-from ..finetune.tail import read_tail
-from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, MemberKind, file_digest
+from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
 from ..runtime.checkpoint import checkpoint_digest, eos_token_ids, read_config, read_weights
 from ..runtime.config import DecoderConfig
-from ..runtime.errors import BundleError, ConfigError, InvalidEnsembleError
+from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.request import Ensemble, Member, Space
 from ..runtime.rotary import rotary_tables
 from ..runtime.torch_model import Decoder
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
+from .members import BASE, FUSED, MemberWeights, fuse_deltas, read_member
 from .quantise import quantise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
-BASE = "base"
-
-
-@dataclass(frozen=True, slots=True)
-class MemberWeights:
-    """What a member has of its own: tensors with canonical names; everything else is the base's."""
-
-    name: str
-    kind: MemberKind
-    split_layer: int
-    weights: Mapping[str, F32]
-    provenance: Mapping[str, Any]
 
 
 def export_bundle(
@@ -51,6 +39,8 @@ def export_bundle(
     out: Path,
     *,
     tails: Mapping[str, Path | None] | None = None,
+    loras: Mapping[str, Path] | None = None,
+    merge: bool = False,
     mix: Mapping[str, float] | None = None,
     space: Space = Space.LOGITS,
     bits: int = 8,
@@ -61,21 +51,22 @@ def export_bundle(
 ) -> Path:
     """Write a bundle to the directory `out` (replaced as a whole, only when complete).
 
-    `tails`: member name → tail directory, None for the base itself; without any, the base is the only member. `mix`:
-    member → coefficient, uniform by default. `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised).
-    `num_tail_layers`: how many layers every member has of its own; by default what the tails need. `calibration`: chunks
-    of token ids by which an 8-bit bundle is equalised (see `calibrate`); none, no equalisation. Raises
-    `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of another base), `NotFoundError`.
+    `tails`: member name → tail directory, None for the base itself. `loras`: member name → adapter directory; its deltas
+    are stored beside the base's weights, or with `merge` added to them (a member then has all layers from the first
+    that it changes). Without any member, the base is the only one. `mix`: member → coefficient, uniform by default.
+    `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `num_tail_layers`: how many layers every member has
+    of its own; by default what the tails need. `calibration`: chunks of token ids by which an 8-bit bundle is equalised
+    (see `calibrate`); none, no equalisation. Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of
+    another base), `NotFoundError`.
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
     config = read_config(model_dir)
     digest = checkpoint_digest(model_dir)
-    members = [_read_member(n, path, digest, config) for n, path in (tails or {BASE: None}).items()]
+    weights = read_weights(model_dir)
+    members = _read_members(config, digest, weights, tails or {}, loras or {}, merge)
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
-
-    weights = read_weights(model_dir)
     rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
     base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,19 +102,22 @@ def export_bundle(
     return out
 
 
-def _read_member(name: str, path: Path | None, base_digest: str, config: DecoderConfig) -> MemberWeights:
-    if not name or not all(c.isalnum() or c in "-_." for c in name):
-        raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
-    if path is None:
-        return MemberWeights(name, "base", config.num_layers, {}, {"kind": BASE})
-    manifest, weights = read_tail(path)
-    if manifest["base"]["digest"] != base_digest:
-        raise BundleError(
-            f"the tail '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
-            f"this model has {base_digest[:12]}…; export it with the base that it was trained on"
-        )
-    arrays = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
-    return MemberWeights(name, "tail", int(manifest["split_layer"]), arrays, manifest)
+def _read_members(
+    config: DecoderConfig,
+    digest: str,
+    base: Mapping[str, torch.Tensor],
+    tails: Mapping[str, Path | None],
+    loras: Mapping[str, Path],
+    merge: bool,
+) -> list[MemberWeights]:
+    twice = sorted(set(tails) & set(loras))
+    if twice:
+        raise InvalidEnsembleError(f"members need names of their own; given twice: {twice}")
+    if not tails and not loras:
+        tails = {BASE: None}
+    members = [read_member(n, path, digest, config, base) for n, path in tails.items()]
+    how: Literal["merge", "keep"] = "merge" if merge else "keep"
+    return members + [read_member(n, path, digest, config, base, adapter=how) for n, path in loras.items()]
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
@@ -142,12 +136,20 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
     if not 0 <= num_tail_layers <= config.num_layers:
         raise ConfigError(f"tails may have 0 to {config.num_layers} layers, got {num_tail_layers}")
     split_layer = config.num_layers - num_tail_layers
+    if num_tail_layers and any(m.kind == "delta" for m in members) and not _has_tails(members):
+        raise ConfigError(f"no member has a tail (adapters use the base's layers), got {num_tail_layers} tail layers")
     if split_layer > needed:
         raise ConfigError(
             f"{num_tail_layers} tail layers are too few: a member changes layers from {needed} on, "
             f"which takes {config.num_layers - needed}"
         )
     return split_layer
+
+
+def _has_tails(members: list[MemberWeights]) -> bool:
+    """Base and delta members use one body. Without deltas, several members have tails, be they all the base."""
+    kinds = {member.kind for member in members}
+    return len(members) > 1 and ("tail" in kinds or "delta" not in kinds)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def _bundle_tensors(
     bits: int,
     group_size: int,
 ) -> dict[str, Array]:
-    """All stored tensors. A single member is folded into the base; several have `members.<name>.` tensors.
+    """All stored tensors. A single member is folded into the base; several, and deltas, have `members.<name>.` tensors.
 
     What fine-tuning changed has 8 bits at least: its changes are smaller than a step of a 4-bit grid, and rounding them
     away would give the base back.
@@ -186,18 +188,17 @@ def _bundle_tensors(
             add("", own, max(bits, 8))
         else:
             add(f"members.{member.name}.", own, max(bits, 8))
+        deltas = equalise(config, member.deltas, rms, group_size) if rms else member.deltas
+        add(f"members.{member.name}.", fuse_deltas(config, deltas, base), 32)
     add("", shared, bits)
     return tensors
-
-
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _fuse(config: DecoderConfig, weights: Mapping[str, F32]) -> dict[str, F32]:
     """Projections that read the same input become one matrix: rows of q, k, v; rows of gate, up."""
     fused = dict(weights)
     for index in range(config.num_layers):
-        for target, parts in _FUSED.items():
+        for target, parts in FUSED.items():
             if target == "gate_up_proj" and config.activation != "swiglu":
                 continue
             prefix = f"model.layers.{index}." + ("self_attn" if target == "qkv_proj" else "mlp")
@@ -212,7 +213,7 @@ def _modules(name: str) -> set[str]:
     """The checkpoint's modules that a fused tensor is made of."""
     module = name.rpartition(".")[0]
     prefix, _, last = module.rpartition(".")
-    return {f"{prefix}.{part}" for part in _FUSED[last]} if last in _FUSED else {module}
+    return {f"{prefix}.{part}" for part in FUSED[last]} if last in FUSED else {module}
 
 
 def _add_tensor(tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int) -> None:
@@ -255,12 +256,14 @@ def _write_graphs(
     last = config.num_layers
     shared = GraphWriter(config, tensors, WEIGHTS, group_size)
     shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
-    if len(members) == 1:
+    if not _has_tails(members):
         shared.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
         return {"trunk": "model.onnx", "tails": {}, "head": "head.onnx"}
     shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
     tails = {}
     for member in members:
+        if member.kind == "delta":
+            continue  # no graph of its own: a backend that knows deltas runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
         writer = GraphWriter(config, tensors, WEIGHTS, group_size, _resolver(tensors, member.name))
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)

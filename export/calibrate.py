@@ -50,16 +50,19 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
 def equalise(
     config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int
 ) -> dict[str, F32]:
-    """The same function with other weights. The same `rms` must be used for all members of a bundle."""
+    """The same function with other weights. The same `rms` must be used for all members of a bundle.
+
+    `weights` may hold an adapter's `<module>.lora_a` and `.lora_b`: A has the columns of the weight, B its rows.
+    """
     result = dict(weights)
 
     def divide(names: Sequence[str], scales: F32) -> None:
-        for name in names:
+        for name in (*names, *(name.replace(".weight", ".lora_b") for name in names)):
             if name in result:
                 result[name] = result[name] / (scales if result[name].ndim == 1 else scales[:, None])
 
     def multiply(names: Sequence[str], scales: F32) -> None:
-        for name in names:
+        for name in (*names, *(name.replace(".weight", ".lora_a") for name in names)):
             if name in result:
                 result[name] = result[name] * scales
 

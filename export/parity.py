@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..finetune.lora import ADAPTER, merge, read_adapter
 from ..finetune.tail import read_tail
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.checkpoint import read_config, read_weights
@@ -58,7 +59,8 @@ def measure_parity(
 ) -> Parity:
     """Score `chunks` of token ids under each member of `bundle` and its fp32 original; also written to parity.json.
 
-    `tails` as in `export_bundle`. `on_chunk` is called after each chunk of each member.
+    `tails`: member → directory of its tail or merged adapter, None for the base. `on_chunk` is called after each
+    chunk of each member.
     """
     longest = max(len(chunk) for chunk in chunks)
     config = EngineConfig(max_num_seqs=1, max_model_len=longest, threads=threads)
@@ -67,7 +69,7 @@ def measure_parity(
     reports = []
     for index, name in enumerate(bundle.members):
         path = tails.get(name)
-        own = {} if path is None else read_tail(path)[1]
+        own = {} if path is None else _own_weights(path, base)
         decoder = Decoder.from_weights(read_config(model_dir), {**base, **own}).eval()
         reports.append(_compare(name, decoder, backend, index, chunks, on_chunk))
     size = sum((bundle.path / file).stat().st_size for file in _model_files(bundle))
@@ -75,6 +77,12 @@ def measure_parity(
     parity = Parity(int(bundle.quantisation["bits"]), size, size / held, tuple(reports))
     (bundle.path / REPORT).write_text(json.dumps(parity.to_dict(), indent=1) + "\n")
     return parity
+
+
+def _own_weights(path: Path, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if (path / ADAPTER.manifest).is_file():
+        return merge(base, read_adapter(path)[1])
+    return read_tail(path)[1]
 
 
 def _model_files(bundle: Bundle) -> list[str]:

@@ -156,8 +156,8 @@ class OnnxBackend:
         if bundle.deltas:
             names = [bundle.members[member] for member in bundle.deltas]
             raise ConfigError(
-                f"the onnx backend cannot apply the low-rank members {names} of '{bundle.name}'; serve it with another "
-                "backend, or merge them into whole layers at export"
+                f"the onnx backend has no graphs for the low-rank members {names} of '{bundle.name}'; serve it with the "
+                "cpu backend, or export them with --merge"
             )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)

@@ -103,6 +103,8 @@ def export(
     model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     tail: Annotated[list[str] | None, typer.Option(help="name=DIR of a tail, or name for the base itself.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="name=DIR of an adapter.")] = None,
+    merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping deltas.")] = False,
     mix: MixOption = None,
     space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
     bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
@@ -119,12 +121,15 @@ def export(
 
     directory = resolve_model(model)
     read_config(directory)  # an unknown family is said before anything else
-    tails: dict[str, Path | None] = dict(_tail(text) for text in tail) if tail else {"base": None}
+    tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
+    loras = dict(_adapter(text) for text in lora or [])
     tokenizer = Tokenizer.from_dir(directory)
     export_bundle(
         directory,
         out,
         tails=tails,
+        loras=loras,
+        merge=merge,
         mix=None if mix is None else _coefficients(mix),
         space=space,
         bits=bits,
@@ -133,8 +138,10 @@ def export(
         calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
     )
     print(out)
-    if parity:
-        _report_parity(directory, out, tails, heldout_token_ids(tokenizer, 4096))
+    if parity and loras and not merge:
+        print("adapters kept as deltas have no graph to measure; with --merge they have", file=sys.stderr)
+    elif parity:
+        _report_parity(directory, out, {**tails, **loras}, heldout_token_ids(tokenizer, 4096))
 
 
 def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], chunks: list[list[int]]) -> None:
@@ -146,7 +153,7 @@ def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], ch
     from .runtime.bundle import Bundle
 
     with Progress(transient=True) as progress:
-        task = progress.add_task("parity", total=len(chunks) * len(tails))
+        task = progress.add_task("parity", total=len(chunks) * max(1, len(tails)))
         bundle = Bundle.load(out)
         result = measure_parity(bundle, model_dir, tails, chunks, on_chunk=lambda: progress.advance(task))
     rows = [
@@ -162,6 +169,13 @@ def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], ch
 def _tail(text: str) -> tuple[str, Path | None]:
     name, found, path = text.partition("=")
     return name, Path(path) if found else None
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, path = _tail(text)
+    if path is None:
+        raise ConfigError(f"--lora takes name=DIR, got '{text}'")
+    return name, path
 
 
 def _coefficients(text: str) -> dict[str, float]:

@@ -1,0 +1,102 @@
+"""What a bundle's members have of their own: a tail's weights, an adapter's (merged, or kept as deltas), or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..finetune.lora import adapted_modules, check_shapes, merge, read_adapter
+from ..finetune.tail import read_tail
+from ..runtime.config import DecoderConfig
+from ..runtime.errors import BundleError, InvalidEnsembleError
+
+F32 = npt.NDArray[np.float32]
+Kind = Literal["base", "tail", "delta"]
+BASE = "base"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True, slots=True)
+class MemberWeights:
+    """What a member has of its own, under canonical names; everything else is the base's.
+
+    `weights`: whole tensors. `deltas`: `<module>.lora_a` and `.lora_b`, for a member kept as a delta.
+    """
+
+    name: str
+    kind: Kind
+    split_layer: int
+    weights: Mapping[str, F32]
+    provenance: Mapping[str, Any]
+    deltas: Mapping[str, F32] = field(default_factory=dict)
+
+
+def read_member(
+    name: str,
+    path: Path | None,
+    base_digest: str,
+    config: DecoderConfig,
+    base: Mapping[str, torch.Tensor],
+    *,
+    adapter: Literal["merge", "keep"] | None = None,
+) -> MemberWeights:
+    """`path`: a tail, or with `adapter` an adapter to be merged into the base's weights or kept beside them; None is the
+    base itself. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged, another base), `NotFoundError`."""
+    if not name or not all(c.isalnum() or c in "-_." for c in name):
+        raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
+    if path is None:
+        return MemberWeights(name, "base", config.num_layers, {}, {"kind": BASE})
+    manifest, weights = read_adapter(path) if adapter else read_tail(path)
+    if manifest["base"]["digest"] != base_digest:
+        raise BundleError(
+            f"the tail or adapter '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
+            f"this model has {base_digest[:12]}…; export it with the base that it was trained on"
+        )
+    if adapter == "keep":
+        check_shapes(weights, base)
+        return MemberWeights(name, "delta", config.num_layers, {}, manifest, _arrays(weights))
+    if adapter == "merge":
+        weights = merge(base, weights)
+        first = min((int(n.split(".")[2]) for n in weights), default=config.num_layers)
+        return MemberWeights(name, "tail", first, _arrays(weights), manifest)
+    return MemberWeights(name, "tail", int(manifest["split_layer"]), _arrays(weights), manifest)
+
+
+def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:
+    return {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
+
+
+def fuse_deltas(config: DecoderConfig, deltas: Mapping[str, F32], base: Mapping[str, F32]) -> dict[str, F32]:
+    """Deltas of the layers as they are stored: A of q, k, v (gate, up) stacked, B in blocks; a part without a delta has
+    rows of zeros. `base` gives the parts' numbers of rows."""
+    fused: dict[str, F32] = {}
+    parents: dict[str, list[str]] = {}
+    for module in adapted_modules(deltas):
+        prefix, _, last = module.rpartition(".")
+        names = (name for name, parts in FUSED.items() if last in parts)
+        target = next(names, last)
+        if target == "gate_up_proj" and config.activation != "swiglu":
+            target = last
+        parents.setdefault(f"{prefix}.{target}", []).append(module)
+    for target, modules in parents.items():
+        prefix, _, last = target.rpartition(".")
+        parts = [f"{prefix}.{part}" for part in FUSED.get(last, (last,))]
+        present = [part for part in parts if part in modules]
+        ranks = {part: deltas[f"{part}.lora_a"].shape[0] for part in present}
+        b = np.zeros((sum(len(base[f"{part}.weight"]) for part in parts), sum(ranks.values())), np.float32)
+        row = column = 0
+        for part in parts:
+            rows = len(base[f"{part}.weight"])
+            if part in ranks:
+                b[row : row + rows, column : column + ranks[part]] = deltas[f"{part}.lora_b"]
+                column += ranks[part]
+            row += rows
+        fused[f"{target}.lora_a"] = np.concatenate([deltas[f"{part}.lora_a"] for part in present])
+        fused[f"{target}.lora_b"] = b
+    return fused
