@@ -209,6 +209,16 @@ class NativeModel:
         }
         values = arrays["values"]
         groups = int(values.shape[1]) if values is not None else 0
+        shapes = {
+            "values": (weight.rows, groups, weight.group_size * weight.bits // 8),
+            "scales": (weight.rows, groups),
+            "zero_points": (weight.rows, -(-groups // 2)),
+            "dense": (weight.rows, weight.columns),
+            "bias": (weight.rows,),
+        }
+        for field, array in arrays.items():
+            if array is not None and array.shape != shapes[field]:
+                raise BundleError(f"{name}: its {field} are {list(array.shape)}, they must be {list(shapes[field])}")
         tensor = _Tensor(weight.rows, weight.columns, weight.bits, weight.group_size, groups)
         for field, array in arrays.items():
             setattr(tensor, field, _address(array))

@@ -14,7 +14,7 @@ from motet.finetune.lora import TARGETS, attach, merge, random_adapter, read_ada
 from motet.runtime.bundle import Bundle
 from motet.runtime.checkpoint import checkpoint_digest, read_config, read_weights
 from motet.runtime.config import EngineConfig
-from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError, ConfigError
+from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from motet.runtime.onnx_backend import OnnxBackend
 from motet.runtime.torch_model import Decoder
 from safetensors.numpy import load_file
