@@ -1,8 +1,8 @@
 """`Drafter`: guesses how an answer goes on from how the text went on where its last tokens stood before.
 
 Prompt-lookup drafts (Saxena 2023; verified as in Leviathan et al. 2023): an answer that copies from its prompt, or repeats
-itself, is read off the earlier text and verified in one step. The last tokens are looked up in an index of all n-grams of
-prompt and answer; while the answer follows the place that was found, the place moves along, token by token.
+itself, is read off the earlier text and verified in one step. The last two tokens are looked up in an index of all pairs
+of prompt and answer; while the answer follows the place that was found, the place moves along, token by token.
 
 How often the guess is right is known whether or not it was drafted: every token that is drawn is compared with it. So a
 group whose text cannot be guessed costs no rows, and one that begins to copy is drafted again at once, without trials.
@@ -11,23 +11,22 @@ group whose text cannot be guessed costs no rows, and one that begins to copy is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 I64 = npt.NDArray[np.int64]
+Ids = TypeVar("Ids", int, I64)
 
-NGRAM = 3  # tokens that must match before a guess
-_TOKEN_BITS = 21  # three token ids in an int64; larger ids could only cause a wrong guess
-
-# A step that reads all weights for one row costs 1; every row more adds this (measured on two cores: 4 rows cost 1.3 to
-# 1.5, 16 rows 2 to 3.3). It pays to add a row if its chance of a token is above its share of the step's cost.
-ROW_COST = 0.15
+# A step that reads all weights for one row costs 1; every row more adds this (measured on two cores with 1 to 32 rows:
+# 0.13 with 4-bit weights, 0.06 with 8 bits). It pays to add a row if its chance of a token is above its share of the
+# step's cost.
+ROW_COST = 0.1
 MARGIN = 1.25  # what is not in the model: sampling a row, the gaps between steps
 
 # Chance that the next token is guessed, by how many tokens have matched so far; what a group begins with.
-_MATCHED = (4, 8)
+_MATCHED = (3, 6)
 _CHANCES = (0.4, 0.6, 0.8)
 _LEARNING_RATE = 1 / 8
 
@@ -50,7 +49,7 @@ class Drafter:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._ends: dict[int, int] = {}  # n-gram → index of the token after its latest occurrence
+        self._ends: dict[int, int] = {}  # pair of tokens → index of the token after its latest occurrence
         self._guess: int | None = None  # index of the token that is expected next
         self._matched = 0  # tokens before it that are equal to the last ones
         self._chances = list(_CHANCES)
@@ -58,17 +57,17 @@ class Drafter:
     def observe(self, text: I64) -> None:
         """`text` [tokens], prompt and answer, has one token more than the last time (the first time: any number)."""
         if not self._ends:
-            self._index(text[:-1])
+            keys = _pair(text[:-2], text[1:-1])
+            self._ends = dict(zip(keys.tolist(), range(2, len(text)), strict=True))
         if self._guess is not None:
             right = bool(text[self._guess] == text[-1])
             bucket = _bucket(self._matched)
             self._chances[bucket] += _LEARNING_RATE * (right - self._chances[bucket])
             self._guess, self._matched = (self._guess + 1, self._matched + 1) if right else (None, 0)
-        if len(text) >= NGRAM:
-            key = _key(*text[-NGRAM:].tolist())
-            if self._guess is None and (found := self._ends.get(key)) is not None:
-                self._guess, self._matched = found, NGRAM
-            self._ends[key] = len(text)
+        key = _pair(int(text[-2]), int(text[-1]))
+        if self._guess is None and (found := self._ends.get(key)) is not None:
+            self._guess, self._matched = found, 2
+        self._ends[key] = len(text)
 
     def propose(self, text: I64, limit: int, load: StepLoad, num_sequences: int) -> I64:
         """A draft [at most `limit`] that pays in a step with this load, which it is added to; often empty."""
@@ -85,17 +84,10 @@ class Drafter:
         known = text[self._guess : self._guess + size]
         return np.resize(known, size) if size else known  # a text that repeats itself goes on repeating
 
-    def _index(self, text: I64) -> None:
-        if len(text) >= NGRAM:
-            keys = _key(*(text[i : len(text) - NGRAM + 1 + i] for i in range(NGRAM)))
-            self._ends = dict(zip(keys.tolist(), range(NGRAM, len(text) + 1), strict=True))
 
-
-def _key(first: Any, *rest: Any) -> Any:
-    """An n-gram of ids (int) or of columns of ids (arrays) as one number."""
-    for token_id in rest:
-        first = (first << _TOKEN_BITS) | token_id
-    return first
+def _pair(first: Ids, second: Ids) -> Ids:
+    """Two token ids, or each of two columns of them, as one number."""
+    return (first << 32) | second
 
 
 def _bucket(matched: int) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from motet.export.bundle_writer import export_bundle
+from motet.kernels import cpu
 from motet.runtime.admission import ModelInfo
 from motet.runtime.batch import StepOutput
 from motet.runtime.blocks import BlockManager
 from motet.runtime.config import EngineConfig
-from motet.runtime.drafts import MARGIN, NGRAM, ROW_COST, Drafter, StepLoad
+from motet.runtime.drafts import MARGIN, ROW_COST, Drafter, StepLoad
 from motet.runtime.engine import Engine
 from motet.runtime.errors import ConfigError, InvalidRequestError
 from motet.runtime.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
@@ -46,8 +49,9 @@ def propose(text, limit=8, load=ALONE, num_sequences=1, **kwargs):
 def test_a_draft_is_what_followed_before():
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
     assert propose(text, 2) == [4, 5]
-    assert propose(text[:-1]) == []
+    assert propose(text[:-2]) == []
     assert propose([1, 2], 2) == []
+    assert propose([1, 2, 1], 2) == []
 
 
 def test_the_latest_occurrence_counts():
@@ -66,16 +70,12 @@ def test_what_repeats_itself_goes_on():
     assert set(propose([7] * 20, 8)) == {7}
 
 
-@given(st.lists(st.integers(0, 3), min_size=NGRAM + 1, max_size=40), st.integers(1, 40))
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=40), st.integers(1, 40))
 def test_a_prompt_at_once_or_token_by_token(text, prompt):
     """The index of a prompt, made at once, holds what showing each token would have put there."""
     prompt = min(prompt, len(text) - 1)
     assert shown(text, prompt)._ends == shown(text)._ends
-    assert shown(text)._ends.keys() == {tuple_key(text[i : i + NGRAM]) for i in range(len(text) - NGRAM + 1)}
-
-
-def tuple_key(ngram):
-    return sum(token << (21 * (NGRAM - 1 - i)) for i, token in enumerate(ngram))
+    assert shown(text)._ends == {(a << 32) | b: index + 2 for index, (a, b) in enumerate(itertools.pairwise(text))}
 
 
 def test_the_longer_it_was_right_the_longer_the_draft():
@@ -101,7 +101,7 @@ def test_the_price_of_a_row():
     """Alone, a row costs a share of the step; among sixteen it costs nearly what it yields."""
     assert ALONE.price(1) == MARGIN * ROW_COST
     assert ALONE.price(2) == 2 * ALONE.price(1)
-    assert StepLoad(16, 16.0).price(1) > 0.8
+    assert StepLoad(16, 16.0).price(1) > 0.75
     assert StepLoad(4, 4.0).price(1) < StepLoad(16, 16.0).price(1)
 
 
@@ -341,3 +341,28 @@ def test_bad_sizes_are_refused(value):
         EngineConfig(speculative_tokens=value)
     with pytest.raises(InvalidRequestError, match="speculative_tokens"):
         SamplingParams(speculative_tokens=value)
+
+
+def test_native_answers_do_not_depend_on_drafts_or_cached_prefixes(tiny_model_dir, tmp_path):
+    """A mix of two tails and two views on the native kernels: their rows have the same bits alone and together."""
+    if not cpu.is_available():
+        pytest.skip("the native kernels were not built")
+    export_bundle(tiny_model_dir("llama"), tmp_path / "b", tails={"a": None, "b": None}, num_tail_layers=2)
+    ensemble = Ensemble((Member("a", 0.9), Member("b", 0.4), Member("a", -0.3, 1)))
+    prompts = ((*range(60), 5, 6, 7) * 2, (5, 6, 7))
+    few = dict.fromkeys(range(3), 30.0)  # a text of three tokens repeats itself
+    batch = [
+        Request(
+            f"{i}", prompts, ensemble, SamplingParams(60, temperature=t, seed=i, repetition_penalty=p, logit_bias=few)
+        )
+        for i, (t, p) in enumerate([(0.0, 1.0), (0.5, 1.0), (0.2, 1.1), (0.0, 1.1)])
+    ]
+    found = []
+    for config in ({"prefix_cache": False}, {}, {"speculative_tokens": 8}):
+        config = EngineConfig(backend="cpu", max_model_len=256, threads=2, **config)
+        with Engine.from_bundle(tmp_path / "b", config) as engine:
+            found += [[told(choices)[0][:4] for choices in engine.complete(batch)] for _ in range(2)]
+            stats = engine.stats()
+    assert all(answers == found[0] for answers in found)
+    assert stats.cached_tokens > 0
+    assert stats.accepted_tokens > 20
