@@ -28,6 +28,7 @@ U8 = npt.NDArray[np.uint8]
 BLOCK_SIZE = 32  # positions of a block of the KV cache
 PARTS = ("linears", "attention", "head", "other")
 ISA_VARIABLE = "MOTET_CPU_ISA"  # overrides which instruction set is used
+LIBRARY_VARIABLE = "MOTET_CPU_LIBRARY"  # overrides which shared library is loaded
 
 
 class Linear(IntEnum):
@@ -122,7 +123,8 @@ class Weight:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library. Raises `UnavailableError` where it was not built."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    override = os.environ.get(LIBRARY_VARIABLE)
+    found = [Path(override)] if override else sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
         raise UnavailableError(
             "the native CPU kernels were not built; install Motet where a C++17 compiler is, or use backend 'onnx'"

@@ -43,7 +43,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
         const int64_t g = at + i / out.group * rows;
         out.scales[g] = peak / 127.0f;
         out.sums[g] = out.scales[g] * float(sum);
-        out.starts[g] = -128 * sum;
+        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-128));  // may wrap where a row holds NaN
     }
 }
 

@@ -63,10 +63,10 @@ INLINE float reduce_add(F x) {
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 INLINE int32_t reduce_add_int(I x) {
-    int32_t lanes[8], result = 0;
+    uint32_t lanes[8], result = 0;
     _mm256_storeu_si256((__m256i*)lanes, _mm256_add_epi32(x.a, x.b));
     for (int i = 0; i < 8; i++) result += lanes[i];
-    return result;
+    return int32_t(result);
 }
 INLINE I add_int(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 INLINE I sub_int(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }

@@ -77,8 +77,8 @@ INLINE float reduce_add(F x) {
         for (int i = 0; i < n; i++) x.v[i] += x.v[i + n];
     return x.v[0];
 }
-INLINE int32_t reduce_add_int(I x) { int32_t r = 0; EACH r += x.v[i]; return r; }
-INLINE I add_int(I x, I y) { EACH x.v[i] += y.v[i]; return x; }
+INLINE int32_t reduce_add_int(I x) { uint32_t r = 0; EACH r += uint32_t(x.v[i]); return int32_t(r); }
+INLINE I add_int(I x, I y) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) + uint32_t(y.v[i])); return x; }
 INLINE I sub_int(I x, I y) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) - uint32_t(y.v[i])); return x; }
 INLINE I shift_left_8(I x) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) << 8); return x; }
 INLINE I shift_right_8(I x) { EACH x.v[i] = x.v[i] >> 8; return x; }
@@ -91,7 +91,10 @@ INLINE W high_nibbles(W x) { for (int i = 0; i < 64; i++) x.v[i] >>= 4; return x
 INLINE I dot(I sum, W w, const int32_t* signed_bytes) {
     int8_t x[4];
     memcpy(x, signed_bytes, 4);
-    EACH sum.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+    EACH {
+        const int32_t four = w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+        sum.v[i] = int32_t(uint32_t(sum.v[i]) + uint32_t(four));
+    }
     return sum;
 }
 INLINE I dot_small(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
