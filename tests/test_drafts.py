@@ -119,14 +119,23 @@ SOURCE = tuple(range(100, 130))
 PROMPT = (*SOURCE, 1, *SOURCE[:12])  # its last tokens stand in it before: what follows can be guessed
 
 
-def make_group(*prompts, max_tokens=99, confident=True, **params) -> Group:
+def make_group(*prompts, max_tokens=99, stop_id=0, confident=True, **params) -> Group:
     sequences = [Sequence(tuple(prompt), (0,)) for prompt in prompts]
     terms = tuple((index, 0, 1 / len(prompts)) for index in range(len(prompts)))
     drafter = Drafter(4)
     if confident:
         drafter._chances = [0.99] * 3
     return Group(
-        "x", 0, sequences, terms, Space.LOGITS, SamplingParams(**params), 7, max_tokens, frozenset({0}), drafter=drafter
+        "x",
+        0,
+        sequences,
+        terms,
+        Space.LOGITS,
+        SamplingParams(**params),
+        7,
+        max_tokens,
+        frozenset({stop_id}),
+        drafter=drafter,
     )
 
 
@@ -191,10 +200,10 @@ def test_what_is_right_is_kept_and_the_rest_dropped(right):
 
 
 def test_a_run_ends_at_a_stop_token_and_at_an_error():
-    scheduler, group, batch = drafted()
+    scheduler, group, batch = drafted(stop_id=114)  # it is in the draft, which is right to its end
     size = len(batch.samples) - 1
-    (run,) = scheduler.commit(answer(batch, [113, 0, *[9] * (size - 1)]))
-    assert (run.count, group.output.view().tolist()) == (2, [112, 113, 0])
+    (run,) = scheduler.commit(answer(batch, range(113, 114 + size)))
+    assert (run.count, group.output.view().tolist()) == (2, [112, 113, 114])
     scheduler, group, batch = drafted()
     (run,) = scheduler.commit(answer(batch, [113, 9, *[9] * (size - 1)], {1: "NaN"}))
     assert (run.count, run.error) == (1, "NaN")
