@@ -182,7 +182,11 @@ def test_overload_comes_with_a_delay(address, client, engine):
     message = request_to_proto("x", sampling=SamplingParams(max_tokens=400, n=64, **GREEDY))
     with grpc.insecure_channel(address) as channel:
         calls = [inference_pb2_grpc.InferenceStub(channel).Complete.future(message) for _ in range(6)]
-        refused = next(call for call in calls if call.exception(timeout=20) is not None)
+        until = time.monotonic() + 20
+        while not (failed := [call for call in calls if call.done() and call.exception()]):
+            assert time.monotonic() < until, "none of the calls is refused"
+            time.sleep(0.01)  # any of them may be the one that comes too late
+        refused = failed[0]
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert isinstance(error_of(refused), errors.OverloadedError)
         assert "RetryInfo" in str(rpc_status.from_call(refused).details)
