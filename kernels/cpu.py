@@ -148,6 +148,10 @@ def library() -> ctypes.CDLL:
     lib.motet_ready.argtypes = [ctypes.c_void_p]
     lib.motet_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Batch), ctypes.c_void_p]
     lib.motet_head.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    lib.motet_logits.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+        *[ctypes.c_void_p] * 5,
+    ]
     lib.motet_logits_stride.argtypes = [ctypes.c_void_p]
     lib.motet_logits_stride.restype = ctypes.c_int64
     lib.motet_seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -288,6 +292,23 @@ class NativeModel:
         hidden = np.empty((len(outputs), self.hidden_size), np.float32)
         self._check(self._library.motet_step(self._handle, ctypes.byref(batch), hidden.ctypes.data), "the batch")
         return hidden
+
+    def logits(self, hidden: F32, terms: Sequence[Sequence[tuple[int, float]]], greedy: Sequence[bool]) -> F32:
+        """Logits [rows, vocab] of mixed hidden states: row r is Σ coefficient · hidden[index] over terms[r]. Where
+        `greedy[r]`, only the largest logit is meant to be used: what cannot become it may be off by the head's rounding."""
+        hidden = np.ascontiguousarray(hidden, np.float32)
+        offsets = np.cumsum([0, *map(len, terms)], dtype=np.int64)
+        sources = np.array([index for row in terms for index, _ in row], np.int32)
+        coefficients = np.array([c for row in terms for _, c in row], np.float32)
+        flags = np.array(greedy, np.uint8)
+        logits = np.empty((len(terms), self._stride), np.float32)
+        code = self._library.motet_logits(
+            self._handle,
+            *(hidden.ctypes.data, len(hidden), len(terms), offsets.ctypes.data, sources.ctypes.data),
+            *(coefficients.ctypes.data, flags.ctypes.data, logits.ctypes.data),
+        )
+        self._check(code, "the mix")
+        return logits[:, : self.vocab_size]
 
     def head(self, hidden: F32) -> F32:
         """Logits [rows, vocab] (a view of padded rows) of hidden states [rows, hidden]."""

@@ -19,7 +19,7 @@ from .batch import Batch, StepOutput
 from .bundle import WEIGHTS, Bundle
 from .config import EngineConfig
 from .errors import BundleError, ConfigError
-from .mixing import head_group, head_rows
+from .request import Space
 from .sampler import sample_rows
 
 F32 = npt.NDArray[np.float32]
@@ -50,7 +50,6 @@ class CpuBackend:
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
         self._has_tails = bool(bundle.graphs.tails) or self._num_members > 1
-        self._head_group = head_group(bundle)
         self._model = _load(bundle, self._num_blocks, config, isa)
 
     @property
@@ -71,12 +70,22 @@ class CpuBackend:
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""
-        hidden = self._forward(batch)
-        rows, row_terms, fine_rows = head_rows(batch.samples, hidden, self._head_group)
-        logits = self._model.head(rows)
-        for row, fine in fine_rows:
-            logits[row] += logits[fine]
-        return sample_rows(logits, row_terms, batch.samples)
+        outputs, hidden = self._forward(batch)
+        at = {output: index for index, output in enumerate(outputs)}
+        rows: list[list[tuple[int, float]]] = []  # terms of each row of logits
+        greedy: list[bool] = []
+        samples: list[list[tuple[int, float]]] = []  # of each sample: (row of logits, coefficient)
+        for sample in batch.samples:
+            terms = [(at[member if self._has_tails else 0, row], c) for row, member, c in sample.terms if c != 0]
+            if sample.space is Space.LOGITS and not sample.return_member_logprobs:
+                samples.append([(len(rows), 1.0)])
+                rows.append(terms)
+                greedy.append(sample.params.is_plain_greedy and not sample.forbidden_ids)
+            else:
+                samples.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
+                rows += [[(index, 1.0)] for index, _ in terms]
+                greedy += [False] * len(terms)
+        return sample_rows(self._model.logits(hidden, rows, greedy), samples, batch.samples)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing
@@ -98,15 +107,12 @@ class CpuBackend:
         )
         return self._model.head(hidden)
 
-    def _forward(self, batch: Batch) -> dict[tuple[int, int], F32]:
-        """(row, member) → final hidden state [hidden], for all that the samples mix."""
-        wanted = sorted({(member, row) for s in batch.samples for row, member, c in s.terms if c != 0})
+    def _forward(self, batch: Batch) -> tuple[list[tuple[int, int]], F32]:
+        """((member, row), …) and their final hidden states [outputs, hidden]: all that the samples mix."""
+        outputs = sorted({(m if self._has_tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
         seqs: list[list[int]] | None = None
-        outputs = wanted
         if self._has_tails:
             seqs = [[s for s in range(batch.num_seqs) if m in batch.members[s]] for m in range(self._num_members)]
-        else:
-            outputs = sorted({(0, row) for _, row in wanted})
         hidden = self._model.step(
             token_ids=batch.token_ids,
             positions=batch.positions,
@@ -118,13 +124,12 @@ class CpuBackend:
             members=seqs,
             outputs=outputs,
         )
-        at = {output: index for index, output in enumerate(outputs)}
-        return {(row, m): hidden[at[m if self._has_tails else 0, row]] for m, row in wanted}
+        return outputs, hidden
 
 
 def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None) -> NativeModel:
-    """Pack a bundle's tensors. Raises `BundleError` for a missing or misshapen one, `UnavailableError` for sizes that the
-    kernels do not have."""
+    """Pack a bundle's tensors. Raises `BundleError` for a missing or misshapen tensor,
+    `UnavailableError` for sizes that the kernels do not have."""
     decoder = bundle.config
     has_tails = bool(bundle.graphs.tails) or len(bundle.members) > 1
     split = bundle.split_layer if bundle.graphs.tails else decoder.num_layers
@@ -163,7 +168,8 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", member)
             loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", member)
         embedding = "model.embed_tokens.weight"
-        loader.linear(Linear.HEAD, 0, embedding if decoder.tied_head else "lm_head.weight", None)
+        head = embedding if decoder.tied_head else "lm_head.weight"
+        loader.linear(Linear.HEAD, 0, head, None)
         if not decoder.tied_head:
             loader.linear(Linear.EMBEDDING, 0, embedding, None)
         if decoder.positions == "learned":

@@ -157,6 +157,7 @@ int motet_ready(MotetModel* model) {
     return guarded([&] {
         const std::string missing = model->model.missing();
         if (!missing.empty()) return fail(MOTET_INVALID, missing + " is missing");
+        model->model.measure_head();
         model->ready = true;
         return int(MOTET_OK);
     });
@@ -176,6 +177,22 @@ int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logi
     return guarded([&] {
         if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
         if (rows) model->model.head(hidden, rows, logits);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_logits(MotetModel* model, const float* hidden, int64_t num_hidden, int64_t rows, const int64_t* offsets, const int32_t* sources,
+                 const float* coefficients, const uint8_t* greedy, float* logits) {
+    return guarded([&] {
+        if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
+        for (int64_t r = 0; r < rows; r++) {
+            if (offsets[0] != 0 || offsets[r + 1] <= offsets[r])
+                return fail(MOTET_INVALID, "row " + std::to_string(r) + " has no terms");
+            for (int64_t i = offsets[r]; i < offsets[r + 1]; i++)
+                if (sources[i] < 0 || sources[i] >= num_hidden)
+                    return fail(MOTET_INVALID, "row " + std::to_string(r) + " mixes a hidden state that is not there");
+        }
+        if (rows) model->model.logits({hidden, rows, offsets, sources, coefficients, greedy}, logits);
         return int(MOTET_OK);
     });
 }

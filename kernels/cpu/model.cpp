@@ -90,7 +90,7 @@ Activations ActivationStore::take(int64_t rows, const PackedLinear& w) const {
 
 Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(isa), pool_(config.threads) {
     const int tail = config.num_layers - config.split_layer;
-    const bool tails = config.num_members > 1 || tail > 0;
+    const bool tails = has_tails();
     layers_.resize(size_t(config.split_layer + (tails ? config.num_members * tail : 0)));
     final_norms_.resize(size_t(tails ? config.num_members : 1));
     final_norm_biases_.resize(final_norms_.size());
@@ -247,7 +247,7 @@ std::string Model::check(const MotetBatch& b) const {
                 return "token id " + text(token) + " is not in 0…" + text(config_.vocab_size - 1);
         }
     }
-    const bool tails = layers_.size() > size_t(config_.split_layer);
+    const bool tails = has_tails();
     const int64_t members = tails ? config_.num_members : 1;
     std::vector<char> seen(size_t(members * b.num_seqs), char(!tails));
     if (tails) {

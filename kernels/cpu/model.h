@@ -82,6 +82,16 @@ struct Layer {
 
 enum Part { kLinears, kAttention, kHead, kOther, kParts };
 
+// What rows of the head's input are made of.
+struct Mixes {
+    const float* hidden;  // [states, hidden]
+    int64_t rows;
+    const int64_t* offsets;     // [rows + 1] into the next two
+    const int32_t* sources;     // index of a hidden state
+    const float* coefficients;
+    const uint8_t* greedy;      // [rows]
+};
+
 class Model {
 public:
     Model(const MotetConfig& config, const Isa* isa);
@@ -95,9 +105,13 @@ public:
     std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty when it can
     void step(const MotetBatch& batch, float* hidden);
     void head(const float* hidden, int64_t rows, float* logits);  // logits [rows, logits_stride()]
+    void logits(const Mixes& mixes, float* out);                  // mixing.cpp
+    void measure_head();
 
     const MotetConfig& config() const { return config_; }
     int64_t logits_stride() const { return (int64_t(config_.vocab_size) + kLanes - 1) / kLanes * kLanes; }
+    // Tails may have no layers at all: then members differ in their final norm, or in low-rank updates.
+    bool has_tails() const { return config_.num_members > 1 || config_.split_layer < config_.num_layers; }
     const double* seconds() const { return seconds_; }
     void reset_seconds();
     Pool& pool() { return pool_; }
@@ -106,6 +120,7 @@ public:
 private:
     friend class Step;
     Layer& layer_at(int index);
+    void refine(float* logits, const float* fine, const Activations& x);
     CacheView cache(int layer, int kv_head) const;
 
     const MotetConfig config_;
@@ -119,6 +134,7 @@ private:
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
     int64_t widest_ = 0;     // columns of the widest matrix
+    std::vector<float> head_norms_;  // [panels][groups] see measure_head(); empty where nothing is mixed
     bool dense_ = false;     // some matrix is not quantised
     bool deltas_ = false;    // some member has low-rank updates
     double seconds_[kParts] = {};

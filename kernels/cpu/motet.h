@@ -77,6 +77,10 @@ MOTET_API int motet_ready(MotetModel*);
 
 /* Hidden states [num_outputs, hidden], after the final norm, of the (row, member) pairs asked for. */
 MOTET_API int motet_step(MotetModel*, const MotetBatch*, float* hidden);
+/* Logits [rows, motet_logits_stride]: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · hidden
+   state. `greedy` [rows]: only the largest logit has to be right to the last bit. */
+MOTET_API int motet_logits(MotetModel*, const float* hidden, int64_t num_hidden, int64_t rows, const int64_t* offsets,
+                           const int32_t* sources, const float* coefficients, const uint8_t* greedy, float* logits);
 /* Logits [rows, motet_logits_stride] of hidden states [rows, hidden]. */
 MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
 MOTET_API int64_t motet_logits_stride(const MotetModel*);

@@ -24,7 +24,7 @@ Step::Step(Model& model, const MotetBatch& batch, Arena& arena, float* hidden)
       q_size_(int64_t(c_.num_heads) * c_.head_size), kv_size_(int64_t(c_.num_kv_heads) * c_.head_size),
       qkv_ld_((q_size_ + 2 * kv_size_ + kLanes - 1) / kLanes * kLanes), group_(c_.num_heads / c_.num_kv_heads),
       norm_(c_.layer_norm ? Norm::Layer : Norm::RMS), phases_(size_t(pool_.threads())) {
-    const bool tails = m_.layers_.size() > size_t(c_.split_layer);
+    const bool tails = m_.has_tails();
     std::vector<int32_t> everybody(size_t(b_.num_seqs));
     for (size_t s = 0; s < everybody.size(); s++) everybody[s] = int32_t(s);
     add_segment(0, c_.split_layer, tails ? -1 : 0, everybody);
