@@ -76,7 +76,7 @@ class CpuBackend:
         logits = self._model.head(rows)
         for row, fine in fine_rows:
             logits[row] += logits[fine]
-        return sample_rows(logits, row_terms, batch.samples)
+        return sample_rows(logits, row_terms, batch.samples, self._model)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "model.h"
+#include "sample.h"
 
 using namespace motet;
 
@@ -176,6 +177,17 @@ int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logi
     return guarded([&] {
         if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
         if (rows) model->model.head(hidden, rows, logits);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_sample(MotetModel* model, const char* isa, const MotetSampling* sampling) {
+    return guarded([&] {
+        const Isa* chosen = model ? model->model.isa() : path(isa);
+        if (!chosen) return fail(MOTET_UNSUPPORTED, std::string("this CPU does not run the path '") + isa + "'");
+        const std::string problem = check(*sampling);
+        if (!problem.empty()) return fail(MOTET_INVALID, problem);
+        sample(chosen->sample, model ? &model->model.pool() : nullptr, *sampling);
         return int(MOTET_OK);
     });
 }
