@@ -152,6 +152,7 @@ def library() -> ctypes.CDLL:
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
         *[ctypes.c_void_p] * 5,
     ]
+    lib.motet_sample.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     lib.motet_logits_stride.argtypes = [ctypes.c_void_p]
     lib.motet_logits_stride.restype = ctypes.c_int64
     lib.motet_seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -197,6 +198,11 @@ class NativeModel:
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
         self._stride = int(self._library.motet_logits_stride(self._handle))
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """What the library's functions take; null once closed."""
+        return self._handle
 
     def close(self) -> None:
         handle, self._handle = self._handle, ctypes.c_void_p()

@@ -219,7 +219,7 @@ def _partial_kernel(
             c1 = (tl.zeros(offsets.shape, tl.int32) + position).to(tl.uint32)
             zero = tl.zeros(offsets.shape, tl.uint32)
             word, _, _, _ = tl.philox(seed, c0, c1, zero, zero)
-            u = ((word >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+            u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
             score = tl.where(inside & (_order(z) >= cut), z / t - tl.log(-tl.log(u)), float("-inf"))
         tile_best = tl.max(score, axis=0)
         if tile_best > best_score:

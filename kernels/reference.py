@@ -10,8 +10,9 @@ For one request: member logits z_m [members, vocab], coefficients c with Σ c = 
     token     argmax over kept of tempered + gumbel;   temperature 0: argmax of adjusted;   ties: the lowest id
 
 The draw is counter-based (Salmon et al. 2011): Philox4x32-10, key = the two words of the seed, counter = (token id,
-position, 0, 0), first word x → u = ((x >> 8) + 0.5) · 2⁻²⁴, gumbel = −log(−log u). It depends on nothing but (seed,
-position, token id): not on the batch, the vocabulary's order of visit, or the machine.
+position, 0, 0), first word x → u = ((x >> 9) + 0.5) · 2⁻²³, gumbel = −log(−log u). It depends on nothing but (seed,
+position, token id): not on the batch, the vocabulary's order of visit, or the machine. 23 bits, because with the half they
+fill the 24 of a float32: one bit more would round the largest u to 1, whose noise is infinite.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def philox4x32(token_ids: I64, position: int, seed: int) -> U32:
 
 
 def uniform(token_ids: I64, position: int, seed: int) -> F32:
-    """[tokens] in (0, 1), multiples of 2⁻²⁵, exact in float32."""
-    return ((philox4x32(token_ids, position, seed) >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(
-        2.0**-24
+    """[tokens] in (0, 1), odd multiples of 2⁻²⁴, exact in float32."""
+    return ((philox4x32(token_ids, position, seed) >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(
+        2.0**-23
     )
 
 

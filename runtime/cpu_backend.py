@@ -85,7 +85,7 @@ class CpuBackend:
                 samples.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
                 rows += [[(index, 1.0)] for index, _ in terms]
                 greedy += [False] * len(terms)
-        return sample_rows(self._model.logits(hidden, rows, greedy), samples, batch.samples)
+        return sample_rows(self._model.logits(hidden, rows, greedy), samples, batch.samples, self._model)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing

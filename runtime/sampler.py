@@ -1,11 +1,13 @@
 """Mixing and sampling on the host, for backends whose logits arrive as numpy rows. Same tokens as `kernels.reference`.
 
-What makes it fast: a greedy row is one argmax; otherwise only candidates that can still win are drawn. The noise of a
-24-bit uniform lies in [−2.86, 17.33], so a token more than its span below the best score so far has no chance.
+The native kernels do it where they were built (`kernels.cpu_sample`); what follows is for where they were not. What makes
+it fast: a greedy row is one argmax; otherwise only candidates that can still win are drawn. The noise of a
+23-bit uniform lies in [−2.81, 16.64], so a token more than its span below the best score so far has no chance.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,23 +15,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels import cpu, cpu_sample
 from ..kernels.reference import gumbel, mix, penalise, truncate
 from .batch import SampleRow, StepOutput
+from .request import Space
 
 F32 = npt.NDArray[np.float32]
 Row = npt.NDArray[Any]  # [vocab] float32 (a member as it is) or float64 (a mix)
 
-LARGEST_GUMBEL = -math.log(-math.log(1 - 2.0**-25))
+LARGEST_GUMBEL = -math.log(-math.log(1 - 2.0**-24))
 _FIRST_DRAWN = 32
+
+_NOT_FINITE = "the logits hold NaN or infinity"
+_NOTHING_LEFT = "no token is left to choose"
 
 
 def sample_rows(
-    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
+    logits: F32,
+    row_terms: Sequence[Sequence[tuple[int, float]]],
+    samples: Sequence[SampleRow],
+    model: cpu.NativeModel | None = None,
 ) -> StepOutput:
-    """Draw one token for each sample.
+    """Draw one token for each sample, on the threads of `model` if there is one.
 
     logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Rows are independent: a result
-    does not depend on what else is in the batch. A row with NaN, or with no token left, has an entry in `errors`.
+    does not depend on what else is in the batch. A row with NaN or +inf, or with no token left, has an entry in `errors`.
     """
     output = StepOutput(
         token_ids=np.zeros(len(samples), np.int64),
@@ -37,14 +47,80 @@ def sample_rows(
         top_logprobs=[[] for _ in samples],
         member_logprobs=[[] for _ in samples],
     )
+    if not samples:
+        return output
+    return (_sample_native if _has_native() else _sample_numpy)(output, logits, row_terms, samples, model)
+
+
+@functools.cache
+def _has_native() -> bool:
+    return cpu.is_available()
+
+
+def _sample_native(
+    output: StepOutput,
+    logits: F32,
+    row_terms: Sequence[Sequence[tuple[int, float]]],
+    samples: Sequence[SampleRow],
+    model: cpu.NativeModel | None,
+) -> StepOutput:
+    natives = [_native(terms, sample) for terms, sample in zip(row_terms, samples, strict=True)]
+    result = cpu_sample.sample(logits, natives, model)
+    first = 0
+    for index, native in enumerate(natives):
+        end = first + len(native.terms)
+        if result.codes[index]:
+            output.errors[index] = _NOT_FINITE if result.codes[index] == cpu_sample.NOT_FINITE else _NOTHING_LEFT
+        else:
+            output.token_ids[index] = result.token_ids[index]
+            output.logprobs[index] = result.logprobs[index]
+            if native.logprobs:
+                best = zip(result.top_ids[index].tolist(), result.top_logprobs[index].tolist(), strict=True)
+                output.top_logprobs[index] = [one for one in best if one[0] >= 0][: native.logprobs]
+            if native.member_logprobs:
+                output.member_logprobs[index] = result.member_logprobs[first:end].tolist()
+        first = end
+    return output
+
+
+def _native(terms: Sequence[tuple[int, float]], sample: SampleRow) -> cpu_sample.Sample:
+    params = sample.params
+    return cpu_sample.Sample(
+        terms=terms,
+        probs=sample.space is Space.PROBS,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        prompt_ids=sample.prompt_ids,
+        output_ids=sample.output_ids,
+        bias=params.logit_bias,
+        forbidden=sample.forbidden_ids,
+        seed=sample.seed,
+        position=sample.position,
+        logprobs=params.logprobs,
+        member_logprobs=sample.return_member_logprobs,
+    )
+
+
+def _sample_numpy(
+    output: StepOutput,
+    logits: F32,
+    row_terms: Sequence[Sequence[tuple[int, float]]],
+    samples: Sequence[SampleRow],
+    _: cpu.NativeModel | None,
+) -> StepOutput:
     for index, (terms, sample) in enumerate(zip(row_terms, samples, strict=True)):
         if len(terms) == 1 and terms[0][1] == 1:
             mixed: Row = logits[terms[0][0]]
         else:
             mixed = mix(logits[[row for row, _ in terms]], [c for _, c in terms], sample.space)
         token_id = _draw(mixed, sample)
-        if token_id is None:
-            output.errors[index] = "the logits hold NaN or leave no token to choose"
+        if isinstance(token_id, str):
+            output.errors[index] = token_id
             continue
         output.token_ids[index] = token_id
         if sample.params.logprobs is not None:
@@ -56,12 +132,15 @@ def sample_rows(
     return output
 
 
-def _draw(mixed: Row, sample: SampleRow) -> int | None:
+def _draw(mixed: Row, sample: SampleRow) -> int | str:
+    """The token, or why there is none."""
     params = sample.params
     adjusted = _penalise(mixed, sample)
-    best = int(np.argmax(adjusted))  # numpy's argmax of a row with NaN is a NaN
-    if not adjusted[best] > -np.inf or adjusted[best] == np.inf:
-        return None
+    best = int(np.argmax(adjusted))
+    if not max(mixed.max(), adjusted[best]) < np.inf:  # numpy's max of a row with NaN is NaN
+        return _NOT_FINITE
+    if adjusted[best] == -np.inf:
+        return _NOTHING_LEFT
     if params.temperature == 0:
         return best
     tempered = adjusted.astype(np.float64) / params.temperature
@@ -118,6 +197,8 @@ def _log_softmax(logits: Row) -> npt.NDArray[np.float64]:
 def _top(logprobs: npt.NDArray[np.float64], count: int) -> list[tuple[int, float]]:
     if count == 0:
         return []
-    best = np.argpartition(-logprobs, min(count, len(logprobs) - 1))[:count]
-    best = best[np.lexsort((best, -logprobs[best]))]
+    count = min(count, len(logprobs))
+    least = np.partition(logprobs, len(logprobs) - count)[-count]
+    best = np.flatnonzero(logprobs >= least)  # more than count where the last ones are equal
+    best = best[np.lexsort((best, -logprobs[best]))][:count]
     return [(int(token_id), float(logprobs[token_id])) for token_id in best]

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "model.h"
+#include "sample.h"
 
 using namespace motet;
 
@@ -193,6 +194,17 @@ int motet_logits(MotetModel* model, const float* hidden, int64_t num_hidden, int
                     return fail(MOTET_INVALID, "row " + std::to_string(r) + " mixes a hidden state that is not there");
         }
         if (rows) model->model.logits({hidden, rows, offsets, sources, coefficients, greedy}, logits);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_sample(MotetModel* model, const char* isa, const MotetSampling* sampling) {
+    return guarded([&] {
+        const Isa* chosen = model ? model->model.isa() : path(isa);
+        if (!chosen) return fail(MOTET_UNSUPPORTED, std::string("this CPU does not run the path '") + isa + "'");
+        const std::string problem = check(*sampling);
+        if (!problem.empty()) return fail(MOTET_INVALID, problem);
+        sample(chosen->sample, model ? &model->model.pool() : nullptr, *sampling);
         return int(MOTET_OK);
     });
 }

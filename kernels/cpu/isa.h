@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "sample_isa.h"
+
 namespace motet {
 
 constexpr int kLanes = 16;        // floats of a vector
@@ -128,6 +130,7 @@ struct Isa {
     void (*scale_to)(const float* x, float factor, int64_t size, float* out);
     int64_t (*dot_probe)(int64_t iterations);       // multiply-accumulates done by a loop of the path's dot products
     uint64_t (*read_probe)(const uint8_t* data, int64_t size);
+    SampleIsa sample;
 };
 
 const Isa* isa_portable();

@@ -97,6 +97,8 @@ void rotate(float* head, const float* cos, const float* sin, int head_size) {
 
 #include "attention.inl"
 
+#include "sample.inl"
+
 // ---- probes ---------------------------------------------------------------------------------------------------------
 
 int64_t dot_probe(int64_t iterations) {
@@ -138,6 +140,7 @@ namespace motet {
 const Isa* MOTET_ISA() {
     static const Isa isa = {
         MOTET_ISA_NAME, linear, norm_stats, norm, quantise, reduce, rotate, pack_query, write_kv, attend, merge, scale_to, dot_probe, read_probe,
+        {block_maxima, largest_double, narrow, mix, exp_sum, collect, draw},
     };
     return &isa;
 }

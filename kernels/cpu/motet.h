@@ -85,6 +85,53 @@ MOTET_API int motet_logits(MotetModel*, const float* hidden, int64_t num_hidden,
 MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
 MOTET_API int64_t motet_logits_stride(const MotetModel*);
 
+/* How the token of one sample is chosen. Null lists have count 0. */
+typedef struct {
+    int64_t first_term, num_terms;  /* into the terms of MotetSampling, at least one */
+    int32_t probs;                  /* space of the mix; 0: logits */
+    int32_t logprobs;               /* -1: none, else how many of the best tokens are reported */
+    int32_t member_logprobs;        /* 1: the chosen token's under every term alone */
+    int64_t top_k;                  /* 0: off */
+    double top_p, min_p, temperature; /* 1, 0: off; 0: greedy */
+    double repetition, presence, frequency; /* 1, 0, 0: off */
+    const int64_t* prompt_ids;      /* [num_prompt] */
+    int64_t num_prompt;
+    const int64_t* output_ids;      /* [num_output] */
+    int64_t num_output;
+    const int64_t* bias_ids;        /* [num_bias] with bias_values: added to the logits */
+    const double* bias_values;
+    int64_t num_bias;
+    const int64_t* forbidden_ids;   /* [num_forbidden] */
+    int64_t num_forbidden;
+    const uint32_t* mask;           /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: allowed; null: all are */
+    uint64_t seed;
+    uint32_t position;
+} MotetSample;
+
+/* A packed batch of samples over rows of logits, and what becomes of it. */
+typedef struct {
+    const float* logits;            /* [num_rows, stride] */
+    int64_t num_rows, stride, vocab_size;
+    int64_t num_terms;
+    const int64_t* term_rows;       /* [num_terms] */
+    const double* coefficients;     /* [num_terms]; a term of 0 takes no part in the mix */
+    int64_t num_samples;
+    const MotetSample* samples;
+    int64_t top_stride;             /* entries of a sample in the two tables; no sample reports more */
+    int64_t* token_ids;             /* [num_samples] -1 where there is none */
+    int32_t* codes;                 /* [num_samples] MotetSampleCode */
+    double* logprobs;               /* [num_samples] of the mix before penalties, temperature and truncation; NaN: not asked */
+    int64_t* top_ids;               /* [num_samples, top_stride] best first, -1 where there are fewer */
+    double* top_logprobs;           /* [num_samples, top_stride] */
+    double* member_logprobs;        /* [num_terms] NaN: not asked */
+} MotetSampling;
+
+typedef enum { MOTET_SAMPLED, MOTET_NOT_FINITE, MOTET_NOTHING_LEFT } MotetSampleCode;
+
+/* Mix and sample as kernels/reference.py does, token for token. With a model: on its threads and its path, and `isa` is not
+   read; model null: on this thread. A bad argument fails the call; bad logits end in the sample's code. */
+MOTET_API int motet_sample(MotetModel*, const char* isa, const MotetSampling*);
+
 /* Seconds of thread 0 since the last call, [linears, attention, head, other]. */
 MOTET_API void motet_seconds(MotetModel*, double* out);
 MOTET_API double motet_probe_dot(const char* isa, int threads);  /* GMAC/s */

@@ -57,6 +57,29 @@ INLINE float reduce_max(F x) {
     for (int i = 1; i < 8; i++) result = lanes[i] > result ? lanes[i] : result;
     return result;
 }
+// A bit a lane: x ≥ y (not for NaN), x is NaN.
+INLINE uint32_t at_least(F x, F y) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
+           uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;
+}
+INLINE uint32_t is_nan(F x) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q))) |
+           uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))) << 8;
+}
+// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put together.
+INLINE I count_from(int32_t first) {
+    return {_mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+            _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+}
+INLINE I mul_even(I x, I y) { return {_mm256_mul_epu32(x.a, y.a), _mm256_mul_epu32(x.b, y.b)}; }
+INLINE I upper(I x) { return {_mm256_srli_epi64(x.a, 32), _mm256_srli_epi64(x.b, 32)}; }
+INLINE I exclusive(I x, I y, I z) {
+    return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a), _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
+}
+INLINE I join(I even, I odd) {
+    return {_mm256_blend_epi32(even.a, _mm256_slli_epi64(odd.a, 32), 0xAA), _mm256_blend_epi32(even.b, _mm256_slli_epi64(odd.b, 32), 0xAA)};
+}
+INLINE I shift_right_9_unsigned(I x) { return {_mm256_srli_epi32(x.a, 9), _mm256_srli_epi32(x.b, 9)}; }
 INLINE float reduce_add(F x) {
     float lanes[8];
     _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));

@@ -32,6 +32,18 @@ INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 INLINE I bcast_int(int32_t a) { return _mm512_set1_epi32(a); }
 INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+// A bit a lane: a ≥ b (not for NaN), a is NaN.
+INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+INLINE uint32_t is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put together.
+INLINE I count_from(int32_t first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+INLINE I mul_even(I a, I b) { return _mm512_mul_epu32(a, b); }
+INLINE I upper(I a) { return _mm512_srli_epi64(a, 32); }
+INLINE I exclusive(I a, I b, I c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+INLINE I join(I even, I odd) { return _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32)); }
+INLINE I shift_right_9_unsigned(I a) { return _mm512_srli_epi32(a, 9); }
 INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 INLINE int32_t reduce_add_int(I a) { return _mm512_reduce_add_epi32(a); }
 INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }

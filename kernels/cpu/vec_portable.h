@@ -72,6 +72,23 @@ INLINE float half_to_float(uint16_t h) {
 }
 INLINE F load_half(const uint16_t* p) { F r; EACH r.v[i] = half_to_float(p[i]); return r; }
 INLINE float reduce_max(F x) { float r = x.v[0]; EACH r = x.v[i] > r ? x.v[i] : r; return r; }
+// A bit a lane: x ≥ y (not for NaN), x is NaN.
+INLINE uint32_t at_least(F x, F y) { uint32_t r = 0; EACH r |= uint32_t(x.v[i] >= y.v[i]) << i; return r; }
+INLINE uint32_t is_nan(F x) { uint32_t r = 0; EACH r |= uint32_t(x.v[i] != x.v[i]) << i; return r; }
+// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put together.
+INLINE I count_from(int32_t first) { I r; EACH r.v[i] = first + i; return r; }
+INLINE I mul_even(I x, I y) {
+    for (int i = 0; i < 16; i += 2) {
+        const uint64_t product = uint64_t(uint32_t(x.v[i])) * uint32_t(y.v[i]);
+        x.v[i] = int32_t(uint32_t(product));
+        x.v[i + 1] = int32_t(uint32_t(product >> 32));
+    }
+    return x;
+}
+INLINE I upper(I x) { for (int i = 0; i < 16; i += 2) x.v[i] = x.v[i + 1]; return x; }
+INLINE I exclusive(I x, I y, I z) { EACH x.v[i] ^= y.v[i] ^ z.v[i]; return x; }
+INLINE I join(I even, I odd) { for (int i = 0; i < 16; i += 2) even.v[i + 1] = odd.v[i]; return even; }
+INLINE I shift_right_9_unsigned(I x) { EACH x.v[i] = int32_t(uint32_t(x.v[i]) >> 9); return x; }
 INLINE float reduce_add(F x) {
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++) x.v[i] += x.v[i + n];

@@ -1,0 +1,405 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace motet {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLeastTemperature = 1e-200;  // below, quotients overflow: greedy
+constexpr int64_t kSorted = 1024;             // candidates of top-p that are sorted at once
+constexpr double kSumError = 1e-11;           // relative, of sums of probabilities in another order than the oracle's
+
+std::string out_of_range(const char* what, int64_t sample, int64_t value, int64_t limit) {
+    return "sample " + std::to_string(sample) + ": " + what + " is " + std::to_string(value) + ", it must be in 0…" + std::to_string(limit);
+}
+
+std::string check_ids(const char* what, int64_t sample, const int64_t* ids, int64_t count, int64_t vocab) {
+    if (count < 0 || (count > 0 && !ids)) return out_of_range(what, sample, count, std::numeric_limits<int64_t>::max()) + " entries";
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= vocab) return out_of_range(what, sample, ids[i], vocab - 1);
+    return "";
+}
+
+std::string check_numbers(const MotetSample& s, int64_t index) {
+    const struct {
+        const char* name;
+        bool fine;
+        double value;
+    } numbers[] = {
+        {"temperature", std::isfinite(s.temperature) && s.temperature >= 0, s.temperature},
+        {"top_p", s.top_p > 0 && s.top_p <= 1, s.top_p},
+        {"min_p", s.min_p >= 0 && s.min_p <= 1, s.min_p},
+        {"repetition", std::isfinite(s.repetition) && s.repetition > 0, s.repetition},
+        {"presence", std::isfinite(s.presence), s.presence},
+        {"frequency", std::isfinite(s.frequency), s.frequency},
+        {"top_k", s.top_k >= 0, double(s.top_k)},
+    };
+    for (const auto& number : numbers)
+        if (!number.fine)
+            return "sample " + std::to_string(index) + ": " + number.name + " " + std::to_string(number.value) + " is out of its range";
+    for (int64_t i = 0; i < s.num_bias; i++)
+        if (!std::isfinite(s.bias_values[i])) return "sample " + std::to_string(index) + ": a bias is not finite";
+    return "";
+}
+
+std::string check_sample(const MotetSampling& all, int64_t index) {
+    const MotetSample& s = all.samples[index];
+    if (s.num_terms < 1 || s.first_term < 0 || s.num_terms > all.num_terms || s.first_term > all.num_terms - s.num_terms)
+        return out_of_range("the end of its terms", index, s.first_term + s.num_terms, all.num_terms);
+    if (s.logprobs < -1 || s.logprobs > all.top_stride) return out_of_range("logprobs", index, s.logprobs, all.top_stride);
+    const struct {
+        const char* name;
+        const int64_t* ids;
+        int64_t count;
+    } lists[] = {{"a prompt id", s.prompt_ids, s.num_prompt},
+                 {"an output id", s.output_ids, s.num_output},
+                 {"a bias id", s.bias_ids, s.num_bias},
+                 {"a forbidden id", s.forbidden_ids, s.num_forbidden}};
+    for (const auto& list : lists) {
+        const std::string problem = check_ids(list.name, index, list.ids, list.count, all.vocab_size);
+        if (!problem.empty()) return problem;
+    }
+    if (s.num_bias > 0 && !s.bias_values) return "sample " + std::to_string(index) + ": its biases have no values";
+    return check_numbers(s, index);
+}
+
+}  // namespace
+
+std::string check(const MotetSampling& all) {
+    if (all.vocab_size < 1 || all.vocab_size > 1 << 28) return "vocab_size is " + std::to_string(all.vocab_size) + ", it must be in 1…2^28";
+    if (all.num_rows < 0 || all.num_terms < 0 || all.num_samples < 0 || all.top_stride < 0) return "a count is negative";
+    if (all.stride < all.vocab_size) return "the rows' stride " + std::to_string(all.stride) + " is below vocab_size";
+    for (int64_t i = 0; i < all.num_terms; i++) {
+        if (all.term_rows[i] < 0 || all.term_rows[i] >= all.num_rows)
+            return "term " + std::to_string(i) + " has row " + std::to_string(all.term_rows[i]) + " of " + std::to_string(all.num_rows);
+        if (!std::isfinite(all.coefficients[i])) return "the coefficient of term " + std::to_string(i) + " is not finite";
+    }
+    for (int64_t i = 0; i < all.num_samples; i++) {
+        const std::string problem = check_sample(all, i);
+        if (!problem.empty()) return problem;
+    }
+    return "";
+}
+
+static Sampler& sampler_of_thread() {
+    static thread_local Sampler sampler;
+    return sampler;
+}
+
+void sample(const SampleIsa& isa, Pool* pool, const MotetSampling& all) {
+    if (!pool || all.num_samples < 2) {
+        for (int64_t i = 0; i < all.num_samples; i++) sampler_of_thread().run(isa, all, i);
+        return;
+    }
+    struct Job {
+        const SampleIsa& isa;
+        Pool& pool;
+        const MotetSampling& all;
+    } job{isa, *pool, all};
+    pool->reset(1);
+    pool->run(
+        [](void* context, int thread) {
+            Job& j = *static_cast<Job*>(context);
+            j.pool.share(0, thread, j.all.num_samples, [&](int64_t i) { sampler_of_thread().run(j.isa, j.all, i); });
+        },
+        &job);
+}
+
+void Sampler::run(const SampleIsa& isa, const MotetSampling& all, int64_t index) {
+    isa_ = &isa;
+    all_ = &all;
+    sample_ = &all.samples[index];
+    index_ = index;
+    size_ = all.vocab_size;
+    all.token_ids[index] = -1;
+    all.logprobs[index] = kNaN;
+    std::fill_n(all.top_ids + index * all.top_stride, all.top_stride, int64_t(-1));
+    std::fill_n(all.top_logprobs + index * all.top_stride, all.top_stride, kNaN);
+    std::fill_n(all.member_logprobs + sample_->first_term, sample_->num_terms, kNaN);
+    changes_.clear();
+
+    State state = mix() ? view() : State::NotFinite;
+    if (state == State::Fine && sample_->logprobs >= 0) report_top();
+    if (state == State::Fine && is_adjusted()) {
+        adjust();
+        state = view();
+    }
+    all.codes[index] = state == State::Fine ? MOTET_SAMPLED : state == State::NotFinite ? MOTET_NOT_FINITE : MOTET_NOTHING_LEFT;
+    if (state != State::Fine) return;
+    const double t = sample_->temperature, tempered_top = top_ / t;
+    int64_t token = largest_id();
+    if (t >= kLeastTemperature && std::isfinite(tempered_top))
+        token = isa.draw({row_, t, tempered_top, cut(tempered_top), token, sample_->seed, sample_->position});
+    report(token);
+}
+
+// ---- the mix ----
+
+bool Sampler::mix() {
+    terms_.clear();
+    int64_t taking_part = 0;
+    for (int64_t i = 0; i < sample_->num_terms; i++) {
+        const int64_t at = sample_->first_term + i;
+        terms_.push_back({all_->logits + all_->term_rows[at] * all_->stride, all_->coefficients[at], 0.0, 0.0});
+        taking_part += all_->coefficients[at] != 0;
+    }
+    const auto first = std::find_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient != 0; });
+    const bool alone = taking_part == 1 && first->coefficient == 1;
+    plain_ = alone ? first->row : nullptr;
+    if (taking_part == 0) return false;
+    if (alone && !is_adjusted()) return true;
+    terms_.erase(std::remove_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient == 0; }), terms_.end());
+    const bool probs = sample_->probs && !alone;
+    for (MixTerm& term : terms_) {
+        if (!probs) break;
+        float largest;
+        term.log_sum = log_sum(term.row, &largest);
+        term.largest = largest;
+        if (!std::isfinite(term.log_sum)) return false;
+    }
+    exact_.resize(size_t(size_));
+    isa_->mix(terms_.data(), int64_t(terms_.size()), probs, size_, exact_.data());
+    plain_ = nullptr;
+    return true;
+}
+
+// log Σ exp(x - largest) of a row; NaN where it holds NaN or has no finite largest.
+double Sampler::log_sum(const float* row, float* largest) {
+    scratch_.resize(size_t(size_ / kSampleBlock + 1));
+    if (!isa_->block_maxima(row, size_, scratch_.data(), largest) || !std::isfinite(*largest)) return kNaN;
+    return std::log(isa_->exp_sum({row, nullptr, size_, *largest, scratch_.data()}, *largest, 1.0));
+}
+
+Sampler::State Sampler::view() {
+    maxima_.resize(size_t(size_ / kSampleBlock + 1));
+    float largest = 0.0f;
+    bool numbers = true;
+    if (plain_) {
+        numbers = isa_->block_maxima(plain_, size_, maxima_.data(), &largest);
+        top_ = double(largest);
+    } else {
+        numbers = isa_->largest(exact_.data(), size_, &top_);
+    }
+    if (!numbers || top_ == kInfinity) return State::NotFinite;
+    if (top_ == -kInfinity) return State::NothingLeft;
+    if (plain_) {
+        row_ = {plain_, nullptr, size_, largest, maxima_.data()};
+    } else {
+        narrow_.resize(size_t(size_));
+        isa_->narrow(exact_.data(), size_, top_, narrow_.data());
+        isa_->block_maxima(narrow_.data(), size_, maxima_.data(), &largest);
+        row_ = {narrow_.data(), exact_.data(), size_, 0.0f, maxima_.data()};
+    }
+    return State::Fine;
+}
+
+int64_t Sampler::largest_id() const {
+    for (int64_t block = 0;; block++) {
+        if (maxima_[size_t(block)] != row_.pivot) continue;
+        const int64_t end = std::min(size_, (block + 1) * kSampleBlock);
+        for (int64_t i = block * kSampleBlock; i < end; i++)
+            if (row_.value(i) == top_) return i;
+    }
+}
+
+// ---- penalties ----
+
+bool Sampler::is_adjusted() const {
+    const MotetSample& s = *sample_;
+    return s.repetition != 1 || s.presence != 0 || s.frequency != 0 || s.num_bias || s.num_forbidden || s.mask;
+}
+
+void Sampler::change(int64_t id, double value) {
+    if (sample_->logprobs >= 0) changes_.push_back({id, exact_[size_t(id)]});
+    exact_[size_t(id)] = value;
+}
+
+void Sampler::penalise() {
+    const MotetSample& s = *sample_;
+    counts_.resize(size_t(std::max<int64_t>(size_, int64_t(counts_.size()))));
+    const struct {
+        const int64_t* ids;
+        int64_t count;
+    } lists[] = {{s.prompt_ids, s.num_prompt}, {s.output_ids, s.num_output}};
+    if (s.repetition != 1) {
+        for (const auto& list : lists)
+            for (int64_t i = 0; i < list.count; i++) {
+                if (counts_[size_t(list.ids[i])]++) continue;
+                const double value = exact_[size_t(list.ids[i])];
+                change(list.ids[i], value > 0 ? value / s.repetition : value * s.repetition);
+            }
+        for (const auto& list : lists)
+            for (int64_t i = 0; i < list.count; i++) counts_[size_t(list.ids[i])] = 0;
+    }
+    if (s.presence == 0 && s.frequency == 0) return;
+    for (int64_t i = 0; i < s.num_output; i++) counts_[size_t(s.output_ids[i])]++;
+    for (int64_t i = 0; i < s.num_output; i++) {
+        int32_t& count = counts_[size_t(s.output_ids[i])];
+        if (count) change(s.output_ids[i], exact_[size_t(s.output_ids[i])] - (s.presence + s.frequency * double(count)));
+        count = 0;
+    }
+}
+
+void Sampler::adjust() {
+    const MotetSample& s = *sample_;
+    penalise();
+    for (int64_t i = 0; i < s.num_bias; i++) change(s.bias_ids[i], exact_[size_t(s.bias_ids[i])] + s.bias_values[i]);
+    for (int64_t i = 0; i < s.num_forbidden; i++) change(s.forbidden_ids[i], -kInfinity);
+    if (!s.mask) return;
+    for (int64_t i = 0; i < size_; i++)
+        if (!(s.mask[i / 32] >> (i % 32) & 1)) exact_[size_t(i)] = -kInfinity;
+}
+
+// ---- truncation: every rule is a threshold ----
+
+void Sampler::collect_largest(int64_t count) {
+    const int64_t blocks = (size_ + kSampleBlock - 1) / kSampleBlock;
+    float least = -std::numeric_limits<float>::infinity();
+    if (count <= blocks) {  // so many blocks have a largest that reaches the count-th of the largest
+        scratch_.assign(maxima_.begin(), maxima_.begin() + blocks);
+        std::nth_element(scratch_.begin(), scratch_.begin() + (count - 1), scratch_.end(), std::greater<float>());
+        const double distance = double(scratch_[size_t(count - 1)] - row_.pivot);
+        // A margin for values that only rounding tells apart.
+        least = float(distance - 1e-6 * std::fabs(distance) - 1e-15 * std::fabs(top_) - 1e-12);
+    }
+    ids_.resize(size_t(size_));
+    ids_.resize(size_t(isa_->collect(row_, least, ids_.data())));
+}
+
+double Sampler::cut(double tempered_top) {
+    const MotetSample& s = *sample_;
+    double least = -kInfinity;
+    if (s.top_k > 0 && s.top_k < size_) least = top_k(tempered_top);
+    if (s.top_p < 1) least = std::max(least, top_p(tempered_top, least));
+    if (s.min_p > 0) least = std::max(least, tempered_top + std::log(s.min_p));
+    return least;
+}
+
+// Those of ids_ that reach `least`, with their probabilities (not normalised).
+void Sampler::gather(double least, double tempered_top) {
+    weighted_.clear();
+    for (const int32_t id : ids_) {
+        const double tempered = row_.value(id) / sample_->temperature;
+        if (tempered >= least && tempered > -kInfinity) weighted_.push_back({tempered, std::exp(tempered - tempered_top)});
+    }
+}
+
+double Sampler::top_k(double tempered_top) {
+    collect_largest(sample_->top_k);
+    weighted_.clear();
+    for (const int32_t id : ids_) weighted_.push_back({row_.value(id) / sample_->temperature, 0.0});
+    const auto last = weighted_.begin() + (sample_->top_k - 1);
+    std::nth_element(weighted_.begin(), last, weighted_.end(), [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
+    const double least = last->tempered;
+    if (sample_->top_p < 1) gather(least, tempered_top);
+    return least;
+}
+
+double Sampler::top_p(double tempered_top, double least) {
+    bool sure = false;
+    double result = 0.0;
+    if (sample_->top_k > 0 && sample_->top_k < size_) {  // weighted_ is what top-k left
+        if (int64_t(weighted_.size()) <= kSorted) return nucleus_sorted();
+        double total = 0.0;
+        for (const Weighted& one : weighted_) total += one.weight;
+        result = nucleus(total, &sure);
+    } else {
+        const double total = isa_->exp_sum(row_, top_, 1.0 / sample_->temperature);
+        ids_.resize(size_t(size_));
+        for (const double distance : {4.0, 8.0, 16.0, kInfinity}) {
+            ids_.resize(size_t(size_));
+            ids_.resize(size_t(isa_->collect(row_, float(-distance * sample_->temperature), ids_.data())));
+            gather(-kInfinity, tempered_top);
+            double mass = 0.0;
+            for (const Weighted& one : weighted_) mass += one.weight;
+            if (mass >= sample_->top_p * total * (1 + 2 * kSumError)) break;
+        }
+        result = nucleus(total, &sure);
+        if (sure) return result;
+        ids_.resize(size_t(size_));
+        ids_.resize(size_t(isa_->collect(row_, -std::numeric_limits<float>::infinity(), ids_.data())));
+    }
+    if (sure) return result;
+    gather(least, tempered_top);
+    return nucleus_sorted();
+}
+
+// The oracle's own arithmetic on all of weighted_.
+double Sampler::nucleus_sorted() {
+    std::sort(weighted_.begin(), weighted_.end(), [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
+    double sum = 0.0;
+    for (Weighted& one : weighted_) one.weight = sum += one.weight;
+    const double target = sample_->top_p * sum;
+    const auto last = std::lower_bound(weighted_.begin(), weighted_.end(), target, [](const Weighted& one, double t) { return one.weight < t; });
+    return last == weighted_.end() ? weighted_.back().tempered : last->tempered;
+}
+
+// The same by selection: of three parts around a pivot, the one in which the sum reaches p is looked at again. Sums are in
+// another order than the oracle's, so a result that this could change is not `sure`.
+double Sampler::nucleus(double total, bool* sure) {
+    const double target = sample_->top_p * total, margin = (kSumError + 1e-15 * std::fabs(top_ / sample_->temperature)) * total;
+    auto first = weighted_.begin(), end = weighted_.end();
+    double above = 0.0;
+    while (first != end) {
+        const double a = first->tempered, b = (first + (end - first) / 2)->tempered, c = (end - 1)->tempered;
+        const double pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+        const auto greater_end = std::partition(first, end, [&](const Weighted& one) { return one.tempered > pivot; });
+        const auto equal_end = std::partition(greater_end, end, [&](const Weighted& one) { return one.tempered == pivot; });
+        double greater = 0.0, equal = 0.0;
+        for (auto at = first; at != greater_end; ++at) greater += at->weight;
+        for (auto at = greater_end; at != equal_end; ++at) equal += at->weight;
+        if (above + greater >= target) {
+            end = greater_end;
+        } else if (above + greater + equal >= target) {
+            *sure = target - (above + greater) > margin && above + greater + equal - target > margin;
+            return pivot;
+        } else {
+            above += greater + equal;
+            first = equal_end;
+        }
+    }
+    *sure = false;
+    return -kInfinity;
+}
+
+// ---- log-probabilities ----
+
+void Sampler::report_top() {
+    mixed_top_ = top_;
+    log_sum_ = std::log(isa_->exp_sum(row_, top_, 1.0));
+    const int64_t count = std::min<int64_t>(sample_->logprobs, size_);
+    if (count == 0) return;
+    collect_largest(count);
+    std::vector<std::pair<double, int64_t>> best;
+    for (const int32_t id : ids_) best.emplace_back(-(row_.value(id) - mixed_top_ - log_sum_), id);
+    std::partial_sort(best.begin(), best.begin() + count, best.end());
+    for (int64_t i = 0; i < count; i++) {
+        all_->top_ids[index_ * all_->top_stride + i] = best[size_t(i)].second;
+        all_->top_logprobs[index_ * all_->top_stride + i] = -best[size_t(i)].first;
+    }
+}
+
+double Sampler::value_before(int64_t id) const {
+    for (const Change& one : changes_)
+        if (one.id == id) return one.before;
+    return row_.value(id);
+}
+
+void Sampler::report(int64_t token) {
+    all_->token_ids[index_] = token;
+    if (sample_->logprobs >= 0) all_->logprobs[index_] = value_before(token) - mixed_top_ - log_sum_;
+    if (!sample_->member_logprobs) return;
+    for (int64_t at = sample_->first_term; at < sample_->first_term + sample_->num_terms; at++) {
+        const float* row = all_->logits + all_->term_rows[at] * all_->stride;
+        float largest;
+        const double sum = log_sum(row, &largest);
+        all_->member_logprobs[at] = double(row[token]) - double(largest) - sum;
+    }
+}
+
+}  // namespace motet
