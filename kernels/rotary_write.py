@@ -70,8 +70,7 @@ def _rotary_write_kernel(
         first += tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
         second += tl.load(start + half + at, mask=inside, other=0.0).to(tl.float32)
     is_key = (head >= num_heads) & (head < num_heads + kv_heads)
-    is_value = head >= num_heads + kv_heads
-    if not is_value:
+    if head < num_heads + kv_heads:
         if NORM:
             weight = k_norm if is_key else q_norm
             scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=0) / size + eps)
@@ -90,8 +89,8 @@ def _rotary_write_kernel(
     offsets = tl.where(both < HALF, column, half + column)
     valid = column < half
     if head < num_heads:
-        start = query + (row * num_heads + head) * size
-        tl.store(start + offsets, x.to(query.dtype.element_ty), mask=valid)
+        target = query + (row * num_heads + head) * size
+        tl.store(target + offsets, x.to(query.dtype.element_ty), mask=valid)
     else:
         slot = tl.load(slots + row).to(tl.int64)
         if is_key:

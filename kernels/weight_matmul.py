@@ -44,24 +44,25 @@ def weight_tile(
     """W[n, k0 … k0 + BLOCK_K] widened [BLOCK_N, BLOCK_K]: float32 where it was quantised, as stored where dense."""
     rows = n.to(tl.int64)[:, None]
     real = (n < num_n)[:, None]
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
     if BITS == 0:
-        k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        return tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=0.0)
-    if BITS == 8:
-        k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        q = tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=128).to(tl.float32) - 128.0
+        w = tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=0.0)
     else:
-        k = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        pairs = tl.load(values + rows * (num_k // 2) + k, mask=real & (k < num_k // 2), other=0)
-        q = tl.reshape(tl.join(pairs & 15, pairs >> 4), (BLOCK_N, BLOCK_K)).to(tl.float32)
-    groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-    at = groups.to(tl.int64)[:, None] * num_n + n[None, :]
-    mask = (groups < num_k // GROUP)[:, None] & (n < num_n)[None, :]
-    grouped = tl.reshape(q, (BLOCK_N, BLOCK_K // GROUP, GROUP))
-    grouped *= tl.trans(tl.load(scales + at, mask=mask, other=0.0)).to(tl.float32)[:, :, None]
-    if BITS == 4:
-        grouped += tl.trans(tl.load(minima + at, mask=mask, other=0.0)).to(tl.float32)[:, :, None]
-    return tl.reshape(grouped, (BLOCK_N, BLOCK_K))
+        if BITS == 8:
+            q = tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=128).to(tl.float32) - 128.0
+        else:
+            pair = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            pairs = tl.load(values + rows * (num_k // 2) + pair, mask=real & (pair < num_k // 2), other=0)
+            q = tl.reshape(tl.join(pairs & 15, pairs >> 4), (BLOCK_N, BLOCK_K)).to(tl.float32)
+        groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        at = groups.to(tl.int64)[:, None] * num_n + n[None, :]
+        mask = (groups < num_k // GROUP)[:, None] & (n < num_n)[None, :]
+        grouped = tl.reshape(q, (BLOCK_N, BLOCK_K // GROUP, GROUP))
+        grouped *= tl.trans(tl.load(scales + at, mask=mask, other=0.0)).to(tl.float32)[:, :, None]
+        if BITS == 4:
+            grouped += tl.trans(tl.load(minima + at, mask=mask, other=0.0)).to(tl.float32)[:, :, None]
+        w = tl.reshape(grouped, (BLOCK_N, BLOCK_K))
+    return w
 
 
 @triton.jit
