@@ -37,7 +37,14 @@ def integers(values: Sequence[int]) -> torch.Tensor:
 
 
 def weight(
-    n: int, k: int, bits: int, *, group_size: int = 32, dtype: torch.dtype = torch.float32, bias: bool = False, seed: int = 0
+    n: int,
+    k: int,
+    bits: int,
+    *,
+    group_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    seed: int = 0,
 ) -> LinearWeight:
     """A random weight as a bundle would hold it; bits 0 is dense in `dtype`. Small sizes: quantised on the host."""
     values = normal(n, k, seed=seed, scale=k**-0.5)
@@ -62,7 +69,14 @@ def big_weight(n: int, k: int, bits: int, group_size: int = 32) -> LinearWeight:
 
 
 def cache(
-    num_blocks: int, kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype, *, fill: bool = True, seed: int = 0
+    num_blocks: int,
+    kv_heads: int,
+    block_size: int,
+    head_size: int,
+    dtype: torch.dtype,
+    *,
+    fill: bool = True,
+    seed: int = 0,
 ) -> LayerCache:
     """A cache [num_blocks, …] of random content; unfilled, of NaN where the dtype has it: what is not written is not read."""
     shape = (num_blocks, kv_heads, block_size, head_size)
@@ -113,7 +127,9 @@ def delta_tiles(deltas: Sequence[int]) -> DeltaTiles:
     return DeltaTiles(integers(order), integers(tiles))
 
 
-def delta_weight(count: int, rank: int, n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> DeltaWeight:
+def delta_weight(
+    count: int, rank: int, n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> DeltaWeight:
     a = normal(count, rank, k, seed=seed, scale=k**-0.5).to(dtype)
     return DeltaWeight(a, normal(count, n, rank, seed=seed + 1, scale=rank**-0.5).to(dtype))
 
@@ -128,7 +144,9 @@ def mixture(members: Sequence[int], *, probs: bool = False, seed: int = 0) -> Mi
     return Mixture(starts, rows, torch.from_numpy(coefficients).to(DEVICE), flags, any_probs=probs)
 
 
-def draw(count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> Draw:
+def draw(
+    count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
+) -> Draw:
     """The same parameters for every request, seeds and positions of their own."""
     rng = np.random.default_rng(seed)
 

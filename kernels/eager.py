@@ -7,6 +7,8 @@ up; a lower `dtype` rounds where the kernels round, at the end of an op.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,8 @@ def activate(parts: Tensor, gated: bool, dtype: torch.dtype) -> Tensor:
     if not gated:
         return F.gelu(x, approximate="tanh").to(dtype)
     gate, up = x.chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(dtype)
+    inner: Tensor = F.silu(gate) * up
+    return inner.to(dtype)
 
 
 def rotary_write(
@@ -60,8 +63,8 @@ def rotary_write(
 ) -> Tensor:
     """qkv [splits, rows, (heads + 2 kv_heads) · D] → queries [rows, heads, D]; keys and values into their slots."""
     kv_heads, block_size, size = cache.keys.shape[1:]
-    heads = qkv.float().sum(0).unflatten(-1, (-1, size))
-    query, key, value = heads.split([num_heads, kv_heads, kv_heads], dim=1)
+    heads = qkv.float().sum(0).reshape(qkv.shape[1], -1, size)
+    query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
         query, key = (F.rms_norm(x, (size,), w.float(), eps) for x, w in zip((query, key), norms, strict=True))
     if tables is not None:
@@ -81,7 +84,8 @@ def rotary_write(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned
 
 
 def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -99,13 +103,14 @@ def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Ten
 def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int) -> Tensor:
     """query [Q, heads, D], the last Q of `length` positions, causal → [Q, heads, D]."""
     keys, values = _context(cache, table, length)
-    count, num_heads, size = query.shape
-    q = query.float().transpose(0, 1).unflatten(0, (len(keys), -1))  # [kv_heads, group, Q, D]
+    count, _, size = query.shape
+    q = query.float().transpose(0, 1).reshape(len(keys), -1, count, size)  # [kv_heads, group, Q, D]
     scores = q @ keys[:, None].transpose(-1, -2) * size**-0.5
     place = torch.arange(length, device=query.device)
     unseen = place[None, :] > place[length - count :, None]
     p = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-    return (p @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    out: Tensor = (p @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    return out
 
 
 def decode_attention(query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor) -> None:
@@ -128,7 +133,7 @@ def dequantise(weight: LinearWeight) -> Tensor:
     q = weight.values
     if weight.bits == 4:
         q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
-    groups = q.float().unflatten(1, (len(weight.scales), -1))  # [N, groups, group_size]
+    groups = q.float().reshape(len(q), len(weight.scales), -1)  # [N, groups, group_size]
     scales = weight.scales.float().t()[..., None]
     if weight.minima is None:
         return ((groups - 128) * scales).flatten(1)
@@ -165,7 +170,7 @@ def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Te
     starts = mixture.starts.tolist()
     tokens = torch.full((len(starts) - 1,), -1, dtype=torch.int32, device=logits.device)
     logprobs = torch.full((len(starts) - 1,), float("nan"), device=logits.device)
-    for request, (start, end) in enumerate(zip(starts, starts[1:])):
+    for request, (start, end) in enumerate(pairwise(starts)):
         rows = logits[mixture.rows[start:end].long()].float().cpu().numpy()
         space = "probs" if mixture.is_probs[request] else "logits"
         with np.errstate(invalid="ignore"):

@@ -26,7 +26,7 @@ def wide(dtype: torch.dtype) -> bool:
 
 def power_of_two(size: int, least: int = 1) -> int:
     """The next power of two that holds `size`, `least` at least: Triton's tiles have no other sizes."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, int(triton.next_power_of_2(size)))
 
 
 def check(

@@ -20,7 +20,17 @@ BLOCK_N = 128
 
 @triton.jit
 def _shrink_kernel(
-    x, a, order, deltas, inner, num_k, rank, TILE: tl.constexpr, RANK: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr
+    x,
+    a,
+    order,
+    deltas,
+    inner,
+    num_k,
+    rank,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """inner[place, :] = A[d] x[row] for the rows of one tile."""
     tile = tl.program_id(0)
@@ -33,7 +43,9 @@ def _shrink_kernel(
     acc = tl.zeros((TILE, RANK), tl.float32)
     for k0 in range(0, num_k, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        rows = tl.load(x + row[:, None] * num_k + k[None, :], mask=(row >= 0)[:, None] & (k < num_k)[None, :], other=0.0)
+        rows = tl.load(
+            x + row[:, None] * num_k + k[None, :], mask=(row >= 0)[:, None] & (k < num_k)[None, :], other=0.0
+        )
         mask = (k < num_k)[:, None] & (r < rank)[None, :]
         w = tl.load(a + (delta * rank + r)[None, :] * num_k + k[:, None], mask=mask, other=0.0)
         acc = dot(rows, w.to(rows.dtype), acc, WIDE)
@@ -42,7 +54,17 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    inner, b, order, deltas, out, num_n, rank, TILE: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+    inner,
+    b,
+    order,
+    deltas,
+    out,
+    num_n,
+    rank,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """out[row, n] += B[d] inner[place] for the rows of one tile."""
     tile = tl.program_id(0)

@@ -318,9 +318,7 @@ def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torc
     # Where some requests need a pass and others do not, the latter skip it inside: nobody looks at values on the host.
     if mixture.any_probs and num_rows:
         maxima, sums = (torch.empty(num_rows, num_splits, dtype=torch.float32, device=device) for _ in range(2))
-        _split_lse_kernel[(num_rows, num_splits)](
-            logits, logits.stride(0), maxima, sums, vocab, num_splits, **splits
-        )
+        _split_lse_kernel[(num_rows, num_splits)](logits, logits.stride(0), maxima, sums, vocab, num_splits, **splits)
         _row_lse_kernel[(num_rows,)](maxima, sums, lse, num_splits, SPLITS=triton.next_power_of_2(num_splits))
     if draw.any_cut and num_requests:
         _cut_kernel[(num_requests,)](
@@ -328,7 +326,17 @@ def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torc
         )
     if num_requests:
         _partial_kernel[(num_requests, num_splits)](
-            *rows, *mix, draw.temperature, draw.seeds, draw.positions, cuts, *parts, part_tokens, vocab, num_splits, **splits
+            *rows,
+            *mix,
+            draw.temperature,
+            draw.seeds,
+            draw.positions,
+            cuts,
+            *parts,
+            part_tokens,
+            vocab,
+            num_splits,
+            **splits,
         )
     return join_parts(parts, part_tokens)
 

@@ -133,7 +133,7 @@ def _join_kernel(
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     result = tl.zeros((COLUMNS,), tl.float32)
-    for split in range(0, tl.cdiv(tl.load(lengths + item), SPLIT)):
+    for split in range(tl.cdiv(tl.load(lengths + item), SPLIT)):
         at = first + split
         part_max = tl.load(maxima + at)
         new = tl.maximum(largest, part_max)

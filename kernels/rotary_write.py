@@ -18,7 +18,9 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @triton.jit
-def _store_head(x, cache, scales, slot, head, kv_heads, size, at, inside, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr):
+def _store_head(
+    x, cache, scales, slot, head, kv_heads, size, at, inside, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr
+):
     """Write one head [size] of one position. LARGEST 0: as it is; else x / scale, scale = max|x| / LARGEST."""
     block = slot // BLOCK_SIZE
     place = (block * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE
@@ -94,7 +96,9 @@ def _rotary_write_kernel(
     else:
         slot = tl.load(slots + row).to(tl.int64)
         if is_key:
-            _store_head(x, keys, key_scales, slot, head - num_heads, kv_heads, size, offsets, valid, BLOCK_SIZE, LARGEST)
+            _store_head(
+                x, keys, key_scales, slot, head - num_heads, kv_heads, size, offsets, valid, BLOCK_SIZE, LARGEST
+            )
         else:
             kv_head = head - num_heads - kv_heads
             _store_head(x, values, value_scales, slot, kv_head, kv_heads, size, offsets, valid, BLOCK_SIZE, LARGEST)
@@ -117,7 +121,7 @@ def rotary_write(
     not pairs: Hugging Face's layout); norms: weights [D] of the RMS norms of query and key heads, or None; positions,
     slots [rows] int32, slot = block · block_size + offset. Raises `ValueError` for arguments that do not fit.
     """
-    splits, rows, width = qkv.shape
+    splits, rows, _ = qkv.shape
     kv_heads, block_size, size = cache.keys.shape[1:]
     _check(qkv, tables, norms, positions, slots, cache, num_heads)
     query = torch.empty(rows, num_heads, size, dtype=dtype, device=qkv.device)

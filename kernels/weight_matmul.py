@@ -96,9 +96,8 @@ def _small_kernel(
         rows = tl.load(x + m[None, :] * num_k + k[:, None], mask=mask, other=0.0)
         w = weight_tile(values, scales, minima, n, k0, num_n, num_k, BITS, GROUP, BLOCK_N, BLOCK_K)
         acc = dot(w.to(rows.dtype), rows, acc, WIDE)
-    if BIAS:
-        if split == 0:
-            acc += tl.load(bias + n, mask=n < num_n, other=0.0)[:, None]
+    if BIAS and split == 0:
+        acc += tl.load(bias + n, mask=n < num_n, other=0.0)[:, None]
     at = (split * num_m + m)[None, :].to(tl.int64) * num_n + n[:, None]
     tl.store(parts + at, acc, mask=(n < num_n)[:, None] & (m < num_m)[None, :])
 

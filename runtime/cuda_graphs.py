@@ -122,7 +122,7 @@ class DecodeGraphs:
             return
         # Once outside: kernels are compiled and libraries start up, which a capture must not see. What it writes to the
         # cache is what the step writes.
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._run(token_ids, rung.rows, tails)

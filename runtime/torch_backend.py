@@ -89,6 +89,8 @@ class _Hidden:
 class TorchBackend:
     """`Backend` over a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy one."""
 
+    can_verify = True  # several sampled rows a sequence are rows as any other
+
     def __init__(self, bundle: Bundle, config: EngineConfig, options: TorchOptions | None = None) -> None:
         options = options or TorchOptions.of_machine()
         placement = Placement(options.device, options.dtype, options.keep_quantised)
@@ -244,9 +246,7 @@ class TorchBackend:
         """What a graph captures: every tail over all rows."""
         return self._forward.run(token_ids, rows, [(tail, None, rows) for tail in tails])
 
-    def _terms(
-        self, batch: Batch, checked: _Checked, hidden: _Hidden
-    ) -> tuple[list[Terms], dict[int, str]]:
+    def _terms(self, batch: Batch, checked: _Checked, hidden: _Hidden) -> tuple[list[Terms], dict[int, str]]:
         """Each sample's (row of the hidden states, coefficient); none, and an error, where a sequence could not be run."""
         seq_of_row = np.repeat(np.arange(batch.num_seqs), np.diff(batch.cu_seqlens_q))
         terms: list[Terms] = []
@@ -306,5 +306,7 @@ class TorchBackend:
                 f"{self._max_blocks} blocks; shorten the prompt or raise max_model_len"
             )
         if len(blocks):
-            return f"block {int(blocks[0])} of its block table is not in 0…{self.num_blocks - 1}; send the request again"
+            return (
+                f"block {int(blocks[0])} of its block table is not in 0…{self.num_blocks - 1}; send the request again"
+            )
         return "a token id or slot is out of range; send the request again"

@@ -21,6 +21,8 @@ from .torch_weights import LayerWeights, Linear, ModelWeights, Norm
 
 Tensor = torch.Tensor
 
+HEAD_ROWS = 32  # hidden states a head call: with what their rounding left over, as many rows as the small matmul takes
+
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
@@ -42,13 +44,15 @@ class RowInputs:
             return device[prefix + name]
 
         decode = DecodeRows(get("rows"), get("row_seqs"), get("row_lengths"), tables, max_length)
-        fields = (get(f"chunk_{name}") for name in ("starts", "sizes", "lengths", "seqs"))
+        chunks = PrefillChunks(
+            get("chunk_starts"), get("chunk_sizes"), get("chunk_lengths"), get("chunk_seqs"), tables, max_chunk
+        )
         tiles = DeltaTiles(get("delta_order"), get("delta_tiles"))
         return cls(
             get("positions"),
             get("slots"),
             decode,
-            PrefillChunks(*fields, tables, max_chunk),
+            chunks,
             tiles if len(tiles.deltas) else None,
         )
 
@@ -86,7 +90,9 @@ class Forward:
             branch = None
         return torch.cat([self._tail(tail, residual, branch, index, inputs) for tail, index, inputs in tails])
 
-    def _tail(self, tail: int, residual: Tensor, branch: Tensor | None, index: Tensor | None, rows: RowInputs) -> Tensor:
+    def _tail(
+        self, tail: int, residual: Tensor, branch: Tensor | None, index: Tensor | None, rows: RowInputs
+    ) -> Tensor:
         if branch is None:  # others read the stream too
             residual = residual.clone() if index is None else residual.index_select(0, index)
         own = self._weights.tails[tail]
@@ -101,7 +107,7 @@ class Forward:
         that is how the logits of a row do not depend on how many others are asked for.
         """
         pieces = []
-        for part in hidden.split(32):
+        for part in torch.split(hidden, HEAD_ROWS):
             coarse = part.to(self._dtype)
             rows = [coarse] if self._dtype is torch.float32 else [coarse, (part - coarse.float()).to(self._dtype)]
             logits = self._ops.matmul(torch.cat(rows), self._weights.head).float().sum(0)
@@ -161,4 +167,4 @@ def _rows_of(table: LinearWeight, token_ids: Tensor) -> Tensor:
     if table.scales is None:
         return rows
     scales = table.scales.index_select(1, token_ids).t().float()  # [tokens, groups]
-    return ((rows - 128).unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+    return ((rows - 128).reshape(*scales.shape, -1) * scales[..., None]).flatten(1)

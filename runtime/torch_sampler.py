@@ -89,9 +89,7 @@ class TorchSampler:
         draw_terms = list(row_terms)
         for place, i in enumerate(written):  # these draw from a written row, which lies behind the head's
             draw_terms[i] = [(len(head_rows) + place, 1.0)]
-        is_probs = [
-            int(len(draw_terms[i]) > 1 and sample.space is Space.PROBS) for i, sample in enumerate(chosen)
-        ]
+        is_probs = [int(len(draw_terms[i]) > 1 and sample.space is Space.PROBS) for i, sample in enumerate(chosen)]
         device = Packed.of(
             {
                 **_mixture_arrays(head_rows, "head_"),
@@ -266,8 +264,15 @@ def _draw_arrays(samples: Sequence[SampleRow]) -> dict[str, npt.NDArray[np.gener
 
 
 def _draw(device: dict[str, Tensor], samples: Sequence[SampleRow]) -> Draw:
-    names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
-    return Draw(*(device[name] for name in names), any_cut=any(map(_is_cut, samples)))
+    return Draw(
+        device["temperature"],
+        device["top_k"],
+        device["top_p"],
+        device["min_p"],
+        device["seeds"],
+        device["positions"],
+        any_cut=any(map(_is_cut, samples)),
+    )
 
 
 def _edits(
@@ -288,9 +293,7 @@ def _edits(
     return ids.astype(np.int64), divisors, addends
 
 
-def _best(
-    values: npt.NDArray[np.generic], ids: npt.NDArray[np.generic], count: int
-) -> list[tuple[int, float]]:
+def _best(values: npt.NDArray[np.generic], ids: npt.NDArray[np.generic], count: int) -> list[tuple[int, float]]:
     """The `count` best, best first, the lower id first among equals."""
     pairs = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
     return [(int(token_id), float(value)) for token_id, value in pairs[:count]]

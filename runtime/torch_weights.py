@@ -134,8 +134,7 @@ def load_weights(bundle: Bundle, placement: Placement) -> ModelWeights:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"'{path}' is torn or damaged ({error}); copy or export the bundle again") from error
-    kinds = [entry.get("kind", "tail") for entry in bundle.manifest["members"]]
-    return ModelReader(tensors, bundle.config, placement, bundle.members, kinds).read(bundle.split_layer)
+    return ModelReader(tensors, bundle.config, placement, bundle.members, bundle.kinds).read(bundle.split_layer)
 
 
 class ModelReader:
@@ -157,7 +156,9 @@ class ModelReader:
 
     def read(self, split_layer: int) -> ModelWeights:
         config, placement = self._config, self._placement
-        has_own = [any(n.startswith(f"members.{m}.model.") and ".lora_" not in n for n in self._tensors) for m in self._members]
+        has_own = [
+            any(n.startswith(f"members.{m}.model.") and ".lora_" not in n for n in self._tensors) for m in self._members
+        ]
         own = [name for name, found in zip(self._members, has_own) if found]
         split = split_layer if own else config.num_layers  # nobody has layers of their own: all are the trunk
         prefixes = [f"members.{name}." for name in own]
@@ -192,7 +193,10 @@ class ModelReader:
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         heads = None
         if config.qk_norm:
-            heads = (self._exact(prefix, f"{attention}.q_norm.weight"), self._exact(prefix, f"{attention}.k_norm.weight"))
+            heads = (
+                self._exact(prefix, f"{attention}.q_norm.weight"),
+                self._exact(prefix, f"{attention}.k_norm.weight"),
+            )
         up = "gate_up_proj" if config.activation == "swiglu" else "up_proj"
         hidden = config.hidden_size
         return LayerWeights(

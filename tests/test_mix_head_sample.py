@@ -25,7 +25,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2e-5}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize(("bits", "dtype"), [(0, torch.float32), (8, torch.float32), (0, torch.bfloat16), (0, torch.float16)])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(0, torch.float32), (8, torch.float32), (0, torch.bfloat16), (0, torch.float16)]
+)
 @pytest.mark.parametrize("vocab", [1, 64, 333])
 def test_against_the_oracle(vocab, bits, dtype, temperature):
     given = problem([1, 3, 2], vocab, bits=bits, dtype=dtype, temperature=temperature)
@@ -56,11 +58,10 @@ def test_batch_invariance_and_more_requests_than_a_tile():
     hidden, head, mixture, draw = problem([1] * 66, vocab=70, size=32)
     tokens, logprobs = mix_head_sample(hidden, head, mixture, draw)
     assert tokens.tolist() == eager.mix_head_sample(hidden, head, mixture, draw)[0].tolist()
-    one = Mixture(
-        mixture.starts[:2], mixture.rows[:1], mixture.coefficients[:1], mixture.is_probs[:1], any_probs=False
-    )
+    one = Mixture(mixture.starts[:2], mixture.rows[:1], mixture.coefficients[:1], mixture.is_probs[:1], any_probs=False)
     single = type(draw)(
-        *(getattr(draw, name)[:1] for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")), any_cut=False
+        *(getattr(draw, name)[:1] for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")),
+        any_cut=False,
     )
     alone = mix_head_sample(hidden, head, one, single)
     assert torch.equal(alone[0], tokens[:1])

@@ -46,4 +46,6 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="weight must be"):
         residual_norm(None, make.normal(2, 8), make.normal(9), None, 1e-5, torch.float32)
     with pytest.raises(ValueError, match="branch must be"):
-        residual_norm(make.normal(1, 8, 2).transpose(1, 2), make.normal(2, 8), make.normal(8), None, 1e-5, torch.float32)
+        residual_norm(
+            make.normal(1, 8, 2).transpose(1, 2), make.normal(2, 8), make.normal(8), None, 1e-5, torch.float32
+        )

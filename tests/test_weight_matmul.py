@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch", reason="the kernels take torch tensors")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from motet.bench import problems as make  # noqa: E402
-from motet.kernels import eager  # noqa: E402
 from motet.export.quantise import dequantise, quantise  # noqa: E402
+from motet.kernels import eager  # noqa: E402
 from motet.kernels.operands import LinearWeight  # noqa: E402
 from motet.kernels.weight_matmul import BLOCK_N, PROGRAMS, matmul, num_splits  # noqa: E402
 
@@ -20,7 +20,8 @@ TOLERANCE = {torch.float32: (5e-6, 1e-5), torch.bfloat16: (3e-2, 2e-2), torch.fl
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group"), [(1, 1, 32, 32), (3, 100, 64, 16), (17, 70, 576, 64), (64, 65, 1024, 128), (70, 130, 96, 32)]
+    ("m", "n", "k", "group"),
+    [(1, 1, 32, 32), (3, 100, 64, 16), (17, 70, 576, 64), (64, 65, 1024, 128), (70, 130, 96, 32)],
 )
 def test_against_the_oracle(m, n, k, group, dtype, bits):
     weight = make.weight(n, k, bits, group_size=group, dtype=dtype, bias=n % 2 == 0)
