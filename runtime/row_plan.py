@@ -1,7 +1,7 @@
 """`RowPlan`: which rows of a batch go where, as flat int32 arrays: the host side of a forward pass.
 
-A sequence of few rows attends row by row (a decode step; several drafted tokens; a short end of a prompt), a longer one as a
-chunk. Which it is depends on its own length alone, so that a result does not depend on the batch.
+A sequence whose rows are sampled attends row by row, one row or several drafted ones; a prompt's rows attend as a chunk. So
+a token's result depends neither on the batch nor on whether it was drafted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from ..kernels.operands import DELTA_TILE
 from .batch import Batch
 
 I32 = npt.NDArray[np.int32]
-
-ROW_BY_ROW = 8  # rows of a sequence that attend one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +38,12 @@ def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32
     seq_of_row = np.repeat(np.arange(len(seqs)), counts)
     offset = np.arange(len(seq_of_row)) - firsts[seq_of_row]
     index = (starts[seq_of_row] + offset).astype(np.int32)
-    single = counts[seq_of_row] <= ROW_BY_ROW
-    rows = np.flatnonzero(single)
+    sampled = np.zeros(batch.num_seqs, bool)
+    flat = [row for sample in batch.samples for row, _, _ in sample.terms]
+    sampled[np.searchsorted(batch.cu_seqlens_q, flat, side="right") - 1] = True
+    rows = np.flatnonzero(sampled[seqs][seq_of_row])
     seen = lengths[seqs][seq_of_row] - counts[seq_of_row] + offset + 1  # positions that a row sees
-    chunk = np.flatnonzero(counts > ROW_BY_ROW)
+    chunk = np.flatnonzero(~sampled[seqs])
     arrays = {
         "positions": batch.positions[index],
         "slots": slots[index],

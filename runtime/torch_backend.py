@@ -30,6 +30,10 @@ from .torch_forward import Forward, RowInputs
 from .torch_sampler import Terms, TorchSampler
 from .torch_weights import ModelWeights, Placement, load_weights
 
+MAX_CAPTURED = (
+    256  # rows of the largest captured step: beyond, a step takes long enough to launch its kernels one by one
+)
+
 Tensor = torch.Tensor
 I32 = npt.NDArray[np.int32]
 
@@ -140,7 +144,7 @@ class TorchBackend:
         if options.graphs:
             self._graphs = DecodeGraphs(
                 self._run_all_rows,
-                largest=config.max_num_seqs,
+                largest=max(config.max_num_seqs, min(config.max_num_batched_tokens, MAX_CAPTURED)),
                 max_blocks=self._max_blocks,
                 block_size=config.block_size,
                 dummy_slot=self._cache.dummy_slot,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +13,9 @@ torch = pytest.importorskip("torch", reason="the torch backend runs on torch")
 
 from motet.export.bundle_writer import export_bundle  # noqa: E402
 from motet.export.quantise import dequantise, quantise  # noqa: E402
+from motet.finetune.lora import TARGETS, merge, random_adapter, read_adapter, write_adapter  # noqa: E402
 from motet.finetune.tail import write_tail  # noqa: E402
-from motet.runtime.bundle import MANIFEST, WEIGHTS, Bundle, file_digest  # noqa: E402
+from motet.runtime.bundle import Bundle  # noqa: E402
 from motet.runtime.checkpoint import checkpoint_digest, read_config, read_weights  # noqa: E402
 from motet.runtime.config import EngineConfig  # noqa: E402
 from motet.runtime.engine import Engine, ModelInfo  # noqa: E402
@@ -25,7 +24,6 @@ from motet.runtime.request import Ensemble, Member, Request, SamplingParams, Spa
 from motet.runtime.tokenizer import Tokenizer  # noqa: E402
 from motet.runtime.torch_backend import TorchBackend, TorchOptions  # noqa: E402
 from motet.runtime.torch_model import Decoder  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
 
 FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
 MIX = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -109,40 +107,19 @@ def bundles(tmp_path_factory, tiny_model_dir):
     for name, path in tails.items():
         export_bundle(model_dir, root / f"only-{name}", tails={name: path}, bits=32)
     export_bundle(model_dir, root / "base", bits=32)
-    add_deltas(root / "base", root / "deltas", {"d": 3, "e": 5})
+    loras = {
+        "d": make_adapter(model_dir, root / "d", TARGETS, 3, seed=1),
+        "e": make_adapter(model_dir, root / "e", ("q_proj", "o_proj"), 5, seed=2),
+    }
+    for bits in (32, 8):
+        export_bundle(model_dir, root / f"deltas-{bits}", tails={"base": None}, loras=loras, bits=bits)
     return root
 
 
-def add_deltas(source, target, ranks):
-    """A copy of a base bundle with low-rank members of these ranks, as `docs/bundle.md` describes them."""
-    shutil.copytree(source, target)
-    tensors, rng = load_file(source / WEIGHTS), np.random.default_rng(0)
-    for member, rank in ranks.items():
-        for name in [n for n in tensors if n.endswith("_proj.weight") and "members." not in n]:
-            if member == "e" and "mlp" in name:
-                continue  # this one adapts attention only
-            n, k = tensors[name].shape
-            module = f"members.{member}.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_a"] = (rng.standard_normal((rank, k)) * k**-0.5).astype(np.float32)
-            tensors[f"{module}.lora_b"] = (rng.standard_normal((n, rank)) * 0.2).astype(np.float32)
-    save_file(tensors, target / WEIGHTS, metadata={"format": "motet"})
-    manifest = json.loads((target / MANIFEST).read_text())
-    share = 1 / (1 + len(ranks))
-    manifest["members"][0]["mix"] = share
-    manifest["members"] += [{"name": m, "mix": share, "kind": "delta", "provenance": {}} for m in ranks]
-    manifest["files"][WEIGHTS] = file_digest(target / WEIGHTS)
-    (target / MANIFEST).write_text(json.dumps(manifest))
-
-
-def merged(path, member):
-    """A copy of the base bundle's tensors with one low-rank member's update added to the weights."""
-    tensors = load_file(path / WEIGHTS)
-    for name in [n for n in tensors if n.startswith(f"members.{member}.") and n.endswith(".lora_a")]:
-        module = name.removeprefix(f"members.{member}.").removesuffix(".lora_a")
-        tensors[f"{module}.weight"] = (
-            tensors[f"{module}.weight"] + tensors[name.replace("lora_a", "lora_b")] @ tensors[name]
-        )
-    return tensors
+def make_adapter(model_dir, out, targets, rank, seed):
+    adapter = random_adapter(Decoder.from_dir(model_dir), targets, rank, seed=seed, scale=0.05)
+    write_adapter(out, {"base": {"name": "x", "digest": checkpoint_digest(model_dir)}, "rank": rank}, adapter)
+    return out
 
 
 # ---- the eager step against independent models -----------------------------------------------------------------------
@@ -207,25 +184,14 @@ def test_mix_one_zero_is_the_plain_model_bit_for_bit(bundles):
     assert np.array_equal(logprobs, alone_logprobs)
 
 
-def test_low_rank_members_are_merged_models(bundles):
-    path = bundles / "deltas"
+@pytest.mark.parametrize("bits", [32, 8])
+def test_low_rank_members_are_merged_models(bundles, tiny_model_dir, bits):
+    """A delta beside the stored weights is the delta added to them; in a batch each row has its own."""
+    path, base = bundles / f"deltas-{bits}", stored_weights(tiny_model_dir("llama"), bits)
     backend = TorchBackend(Bundle.load(path), config(), options())
     for index, member in ((1, "d"), (2, "e")):
-        tensors = {n: torch.from_numpy(t) for n, t in merged(path, member).items() if "." in n}
-        split = {}
-        for name, tensor in tensors.items():
-            if name.startswith(("members.", "rotary.")):
-                continue
-            if "qkv_proj" in name:
-                sizes = [64, 32, 32]
-                split |= {
-                    name.replace("qkv", part): piece for part, piece in zip("qkv", tensor.split(sizes), strict=True)
-                }
-            elif "gate_up_proj" in name:
-                split |= {name.replace("gate_up", part): piece for part, piece in zip(("gate", "up"), tensor.chunk(2))}
-            else:
-                split[name] = tensor
-        decoder = Decoder.from_weights(backend._decoder, split)
+        update = merge(base, read_adapter(bundles / member)[1])
+        decoder = Decoder.from_weights(backend._decoder, {**base, **update})
         with torch.no_grad():
             expected = decoder(torch.tensor([PROMPTS[2]]))[0].numpy()
         np.testing.assert_allclose(backend.score(PROMPTS[2], index), expected, atol=2e-4, rtol=1e-4)
@@ -259,6 +225,23 @@ def test_solo_is_batched_chunked_and_prefix_cached(bundles):
     assert_same(together, alone)
 
 
+def test_drafted_is_undrafted(bundles):
+    """Several sampled rows a sequence: drafts that are verified change no token and no log-probability."""
+    prompt = (5, 9, 31, 7, 5, 9, 31, 7, 5, 9, 31, 7, 5, 9)
+    requests = ask([prompt, prompt[2:]], [ensemble(**MIX), ensemble(a=1.0)], 24, speculative_tokens=4)
+    plain = ask([prompt, prompt[2:]], [ensemble(**MIX), ensemble(a=1.0)], 24)
+    widest = 0
+
+    def look(_backend, batch):
+        nonlocal widest
+        if batch.samples:
+            widest = max(widest, int(np.diff(batch.cu_seqlens_q).max()))
+
+    ends = complete_with(bundles / "tails-32", look, requests)
+    assert widest > 1  # something was drafted
+    assert [ends[name][0] for name in "01"] == [tokens for tokens, _ in run(bundles / "tails-32", options(), plain)]
+
+
 def test_preempted_and_recomputed(bundles):
     """Blocks for little more than one sequence: groups are preempted and come back to the same tokens."""
     requests = ask([PROMPTS[2]] * 2 + [PROMPTS[0]], [ensemble(**MIX)] * 3, 24)
@@ -271,7 +254,7 @@ def test_preempted_and_recomputed(bundles):
 
 def test_padded_steps_are_plain_steps(bundles):
     """Every batch size padded to the ladder (what a GPU captures), with several tails and with deltas."""
-    for name, mixes in (("tails-8", [ensemble(**MIX)] * 3), ("deltas", [ensemble(base=0.5, d=0.5), ensemble(e=1.0)])):
+    for name, mixes in (("tails-8", [ensemble(**MIX)] * 3), ("deltas-8", [ensemble(base=0.5, d=0.5), ensemble(e=1.0)])):
         requests = ask(PROMPTS[: len(mixes)], mixes, 8)
         found = run(bundles / name, options(graphs=True), requests)
         assert_same(found, run(bundles / name, options(), requests))
@@ -289,7 +272,7 @@ def test_quantised_kv(bundles, kv_dtype, limit):
 def test_the_real_model(real_model_dir, tmp_path):
     """On real text: the exported 8-bit bundle predicts as the model in float32 does."""
     path = export_bundle(real_model_dir, tmp_path / "real", bits=8)
-    backend = TorchBackend(Bundle.load(path), config(max_model_len=128, threads=2), options(keep_quantised=False))
+    backend = TorchBackend(Bundle.load(path), config(max_model_len=128), options(keep_quantised=False))
     tokenizer = Tokenizer.from_dir(path)
     tokens = tokenizer.encode("The quick brown fox jumps over the lazy dog. Water boils at one hundred degrees.")
     with torch.no_grad():
@@ -303,10 +286,10 @@ def test_the_real_model(real_model_dir, tmp_path):
 # ---- Triton against eager --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tails-32", "tails-8", "tails-4", "deltas"])
+@pytest.mark.parametrize("name", ["tails-32", "tails-8", "tails-4", "deltas-8"])
 def test_triton_steps_are_eager_steps(bundles, name):
     """Prefill and decode, chunks and single rows, mixed spaces, greedy and drawn, through every kernel."""
-    if name == "deltas":
+    if name == "deltas-8":
         mixes = [ensemble(base=0.2, d=0.5, e=0.3), ensemble(d=1.0)]
     else:
         mixes = [ensemble(Space.PROBS, **MIX), ensemble(b=1.0)]
