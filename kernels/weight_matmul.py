@@ -22,7 +22,7 @@ from .launch import FLOATS, INTERPRETED, check, dot, power_of_two, wide
 from .operands import LinearWeight
 
 SMALL = 64
-PROGRAMS = 264  # wanted at least: two for each multiprocessor of a large GPU
+PROGRAMS = 256  # wanted at least: about two for each multiprocessor of a large GPU
 BLOCK_N = 64
 BLOCK_K = 128
 
@@ -190,7 +190,7 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 **flags,
                 BLOCK_M=power_of_two(num_m, 16),
                 BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K,
+                BLOCK_K=BLOCK_K if weight.bits else BLOCK_K // 2,  # 128 bytes of a row: more programs are resident
                 num_warps=4,
                 num_stages=4,
             )

@@ -65,11 +65,28 @@ def record(compiled: list) -> None:
     JITFunction.__getitem__ = getitem
 
 
+def launch_single(gpu, make) -> None:
+    """One of everything: Triton compiles an argument that is 1 as a constant, which is another kernel."""
+    bf16, one = torch.bfloat16, make.integers([1])
+    cache, table = make.cache(2, 1, 16, 64, bf16), make.tables(1, 1, 1)
+    tables = (torch.empty(64, 32), torch.empty(64, 32))
+    query = gpu.rotary_write(torch.empty(1, 1, 3 * 64), tables, None, 1e-5, one, one, cache, 1, bf16)
+    gpu.decode_attention(query, cache, make.decode_rows([1], table, 16), torch.empty_like(query))
+    gpu.prefill_attention(query, cache, make.chunks([1], [1], table), torch.empty_like(query))
+    x = gpu.residual_norm(None, torch.empty(1, 64), torch.empty(64), torch.empty(64), 1e-5, bf16)
+    parts = gpu.matmul(x, make.weight(64, 64, 8, bias=True))
+    gpu.add_delta(x, make.delta_weight(1, 1, 64, 64, bf16), make.delta_tiles([0]), parts)
+    gpu.activate(parts, False, bf16)
+    gpu.mix_head_sample(x, make.weight(64, 64, 8), make.mixture([1]), make.draw(1))
+    gpu.mix_sample(torch.empty(1, 100), make.mixture([1], probs=True), make.draw(1, min_p=0.1))
+
+
 def launch_all(quick: bool) -> None:
     from motet.bench import problems as make
     from motet.kernels import gpu
     from motet.kernels.operands import LayerCache, LinearWeight
 
+    launch_single(gpu, make)
     bf16 = torch.bfloat16
     hidden, heads, kv_heads, size, inner, vocab = 4096, 32, 8, 128, 14336, 128256
     for kv in (bf16,) if quick else (bf16, torch.int8, torch.float8_e4m3fn):
