@@ -23,6 +23,8 @@ from .mix_sample import best_of_tile, join_parts
 from .operands import Draw, LinearWeight, Mixture
 from .weight_matmul import BLOCK_K, BLOCK_N, SMALL, check_weight, operands, weight_tile
 
+KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 @triton.jit
 def _mix_rows_kernel(hidden, starts, rows, coefficients, mixed, size, BLOCK: tl.constexpr):
@@ -73,7 +75,7 @@ def _head_kernel(
     num_n,
     num_k,
     num_tiles,
-    NARROW: tl.constexpr,
+    KIND: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,13 +93,10 @@ def _head_kernel(
         mask = (k < num_k)[:, None] & (m < num_m)[None, :]
         rows = tl.load(mixed + m[None, :].to(tl.int64) * num_k + k[:, None], mask=mask, other=0.0)
         w = weight_tile(values, scales, minima, n, k0, num_n, num_k, BITS, GROUP, BLOCK_N, BLOCK_K)
-        if NARROW:
-            coarse = rows.to(tl.bfloat16)
-            fine = (rows - coarse.to(tl.float32)).to(tl.bfloat16)
-            acc = dot(w.to(tl.bfloat16), coarse, acc, WIDE)
-            acc = dot(w.to(tl.bfloat16), fine, acc, WIDE)
-        else:
-            acc = dot(w.to(tl.float32), rows, acc, WIDE)
+        coarse = rows.to(KIND)
+        acc = dot(w.to(KIND), coarse, acc, WIDE)
+        if KIND != tl.float32:
+            acc = dot(w.to(KIND), (rows - coarse.to(tl.float32)).to(KIND), acc, WIDE)
     largest, total, score, logit, token = best_of_tile(
         acc,
         n[:, None],
@@ -142,12 +141,12 @@ def mix_head_sample(
         _head_kernel[(num_tiles, triton.cdiv(count, rows))](
             *(mixed, *operands(head)[:3], draw.temperature, draw.seeds, draw.positions, *parts, part_tokens),
             *(count, vocab, size, num_tiles),
-            NARROW=hidden.dtype is torch.bfloat16,
+            KIND=KINDS[hidden.dtype],
             BITS=head.bits,
             GROUP=head.group_size,
             BLOCK_M=rows,
             BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
+            BLOCK_K=BLOCK_K if head.bits else BLOCK_K // 2,
             WIDE=wide(hidden.dtype),
             num_warps=4,
             num_stages=4,
