@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -214,9 +215,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import source_tree
-
-    root = source_tree.use()
+    root = importlib.import_module("source_tree").use()
     import torch
 
     if not torch.cuda.is_available():

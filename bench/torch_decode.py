@@ -58,10 +58,10 @@ def limits(device: torch.device) -> dict[str, float]:
 
 def _median_seconds(run: Any, repeats: int, device: torch.device) -> float:
     """Median time of `run`, by events on a GPU, warmed up."""
-    times = []
+    times: list[float] = []
     for index in range(repeats + 3):
         if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             run()
             end.record()
@@ -92,7 +92,7 @@ def run(
     """Measure, write `out/torch-decode.json` and `.html`, print a table and one JSON line."""
     options = TorchOptions.of_machine()
     config = shape(name)
-    result = {
+    result: dict[str, Any] = {
         "shape": name,
         "bits": bits,
         "context": context,

@@ -76,6 +76,7 @@ def _head_kernel(
     num_k,
     num_tiles,
     KIND: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,7 +96,7 @@ def _head_kernel(
         w = weight_tile(values, scales, minima, n, k0, num_n, num_k, BITS, GROUP, BLOCK_N, BLOCK_K)
         coarse = rows.to(KIND)
         acc = dot(w.to(KIND), coarse, acc, WIDE)
-        if KIND != tl.float32:
+        if ROUNDED:
             acc = dot(w.to(KIND), (rows - coarse.to(tl.float32)).to(KIND), acc, WIDE)
     largest, total, score, logit, token = best_of_tile(
         acc,
@@ -142,6 +143,7 @@ def mix_head_sample(
             *(mixed, *operands(head)[:3], draw.temperature, draw.seeds, draw.positions, *parts, part_tokens),
             *(count, vocab, size, num_tiles),
             KIND=KINDS[hidden.dtype],
+            ROUNDED=hidden.dtype is not torch.float32,
             BITS=head.bits,
             GROUP=head.group_size,
             BLOCK_M=rows,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -381,9 +382,10 @@ def bench_decode(
     if random:
         if backend != "torch" or bundle is not None:
             raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
-        _bench_random(
-            random, out, batch_sizes, ensemble_sizes, bits=bits, context=context, repeats=repeats, threads=threads
-        )
+        torch_decode = _gpu_bench("torch_decode")
+        sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
+        options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
+        torch_decode.run(random, out, batch_sizes=sizes[0], ensemble_sizes=sizes[1], **options)
         return
     if bundle is None or backend != "auto":
         raise ConfigError("give a bundle, or --backend torch with --random SHAPE")
@@ -402,32 +404,20 @@ def bench_decode(
     )
 
 
-def _bench_random(shape: str, out: Path, batch_sizes: str, ensemble_sizes: str, **options: int) -> None:
+def _gpu_bench(name: str) -> Any:
+    """A module of the benches that needs torch or Triton."""
     try:
-        from .bench import torch_decode
+        return import_module(f".bench.{name}", __package__)
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
+            f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"
         ) from error
-    torch_decode.run(
-        shape,
-        out,
-        batch_sizes=_numbers(batch_sizes),
-        ensemble_sizes=_numbers(ensemble_sizes) if ensemble_sizes else (1,),
-        **options,
-    )
 
 
 @bench.command("kernels")
 def bench_kernels(out: Results = Path("bench/results")) -> None:
     """Every GPU kernel: bytes moved and the share of the bandwidth. Needs an NVIDIA GPU."""
-    try:
-        from .bench import kernels
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"the GPU kernels need {error.name}; install it with `pip install 'motet[gpu]'`"
-        ) from error
-    kernels.run(out)
+    _gpu_bench("kernels").run(out)
 
 
 @bench.command("serve")
