@@ -60,9 +60,9 @@ class DecodeGraphs:
         """The size that `rows` rows are padded to; None if they are more than the largest."""
         return next((size for size in self._ladder if size >= rows), None)
 
-    def warm_up(self, tails: tuple[int, ...]) -> None:
-        """Capture every rung for these tails, the largest first: the others then fit its memory."""
-        for size in reversed(self._ladder):
+    def warm_up(self, tails: tuple[int, ...], rows: int) -> None:
+        """Capture the rungs up to `rows` rows for these tails, the largest first: the others then fit its memory."""
+        for size in reversed(ladder(rows)):
             self._find(size, tails, False)
 
     def step(self, arrays: Mapping[str, npt.NDArray[np.int32]], tails: tuple[int, ...]) -> tuple[Tensor, int] | None:
@@ -96,9 +96,10 @@ class DecodeGraphs:
         if rung is None:
             if len(self._rungs) >= MAX_GRAPHS:
                 return None
-            rung = self._rungs[key] = self._new_rung(size, with_deltas)
+            rung = self._new_rung(size, with_deltas)
             self._fill(rung.inputs, arrays or {})
             self._capture(rung, tails)
+            self._rungs[key] = rung  # only now: a capture that failed is tried again
         elif rung.graph is None:  # a CPU: nothing is captured, the padded step runs
             self._fill(rung.inputs, arrays or {})
             rung.output = self._run(rung.inputs.device["token_ids"], rung.rows, tails)
@@ -127,9 +128,10 @@ class DecodeGraphs:
         with torch.cuda.stream(stream):
             self._run(token_ids, rung.rows, tails)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        rung.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(rung.graph, pool=self._pool):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
             rung.output = self._run(token_ids, rung.rows, tails)
+        rung.graph = graph
 
     def _fill(self, inputs: Packed, arrays: Mapping[str, npt.NDArray[np.int32]]) -> None:
         host = inputs.host

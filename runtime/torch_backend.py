@@ -102,8 +102,9 @@ class TorchBackend:
         if self._graphs is not None and options.device.type == "cuda":
             index = {name: i for i, name in enumerate(bundle.members)}
             members = bundle.default_ensemble.members
+            tails = tuple(sorted({self._weights.tail_of[index[member.name]] for member in members}))
             with torch.inference_mode():
-                self._graphs.warm_up(tuple(sorted({self._weights.tail_of[index[member.name]] for member in members})))
+                self._graphs.warm_up(tails, config.max_num_seqs)
 
     @classmethod
     def from_weights(
