@@ -5,7 +5,7 @@ pass mixes a tile of the vocabulary in registers and reduces it.
 
     logits space, no truncation    1 pass over the logits
     probs space                    1 more, for each row's log-sum-exp
-    top-k, top-p                   up to 33 more each: the cut is found by bisecting the order of floats, exactly
+    top-k, top-p                   up to 9 more each: the cut is found digit by digit in the order of floats, exactly
     min-p                          1 more, for the largest mixed logit
 
 The vocabulary is cut into splits of a fixed size, so that a small batch fills a GPU and a result does not depend on the
@@ -17,40 +17,16 @@ Runs on an NVIDIA GPU, and on the CPU through Triton's interpreter (TRITON_INTER
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from .operands import Draw, Mixture
+
 SPLIT = 8192  # tokens of the vocabulary a program
 TILE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """A ragged mix of `B` requests in compressed rows: request b mixes rows `rows[starts[b]:starts[b + 1]]`.
-
-    starts [B + 1] int32; rows [terms] int32; coefficients [terms] float32; is_probs [B] int32 (0: logits space).
-    """
-
-    starts: torch.Tensor
-    rows: torch.Tensor
-    coefficients: torch.Tensor
-    is_probs: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """How to sample, one entry a request: temperature [B] float32 (0: greedy), top_k [B] int32 (0: off), top_p and min_p
-    [B] float32 (1 and 0: off), seeds [B] int64 (the bits of the unsigned seed), positions [B] int32."""
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    positions: torch.Tensor
+CUT_TILE = 512  # of the pass that counts under 16 thresholds at once
+LARGEST_GUMBEL = tl.constexpr(16.7)  # −log(−log(1 − 2⁻²⁴)), rounded up
 
 
 @triton.jit
@@ -71,27 +47,48 @@ def _mixed_tile(logits, stride, lse, rows, coefficients, start, end, is_probs, o
 
 
 @triton.jit
-def _row_lse_kernel(logits, stride, lse, vocab, TILE: tl.constexpr):
-    """Log-sum-exp of one row of the logits, online."""
+def _split_lse_kernel(logits, stride, part_max, part_sum, vocab, num_splits, SPLIT: tl.constexpr, TILE: tl.constexpr):
+    """Largest logit and sum of exponentials of one split of one row, online."""
     row = tl.program_id(0)
+    split = tl.program_id(1)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for first in range(0, vocab, TILE):
+    for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocab), TILE):
         offsets = first + tl.arange(0, TILE)
         z = tl.load(logits + row.to(tl.int64) * stride + offsets, mask=offsets < vocab, other=float("-inf")).to(
             tl.float32
         )
         new = tl.maximum(largest, tl.max(z, axis=0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), axis=0)
-        largest = new
-    tl.store(lse + row, largest + tl.log(total))
+        if new > float("-inf"):
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), axis=0)
+            largest = new
+    tl.store(part_max + row * num_splits + split, largest)
+    tl.store(part_sum + row * num_splits + split, total)
+
+
+@triton.jit
+def _row_lse_kernel(part_max, part_sum, lse, num_splits, SPLITS: tl.constexpr):
+    """The splits of one row → its log-sum-exp."""
+    row = tl.program_id(0)
+    splits = tl.arange(0, SPLITS)
+    at = row * num_splits + splits
+    maxima = tl.load(part_max + at, mask=splits < num_splits, other=float("-inf"))
+    sums = tl.load(part_sum + at, mask=splits < num_splits, other=0.0)
+    largest = tl.max(maxima, axis=0)
+    tl.store(lse + row, largest + tl.log(tl.sum(sums * tl.exp(maxima - largest), axis=0)))
 
 
 @triton.jit
 def _order(z):
-    """A float's place in the order of floats: int64 in 0…2³²−1, growing with z."""
-    bits = z.to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, -1 - bits, bits + 2147483648)
+    """A float's place in the order of floats: int32, growing with z."""
+    bits = z.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 2147483647, bits)
+
+
+@triton.jit
+def _thresholds(low, digit):
+    """The 16 thresholds of one digit [16], of which the first is `low`."""
+    return (low.to(tl.int64) + (tl.arange(0, 16).to(tl.int64) << (28 - 4 * digit))).to(tl.int32)
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def _cut_kernel(
     vocab,
     TILE: tl.constexpr,
 ):
-    """The place (see `_order`) of the least mixed logit that truncation keeps; 0 where nothing is cut."""
+    """The place (see `_order`) of the least mixed logit that truncation keeps; the lowest int32 where nothing is cut."""
     request = tl.program_id(0)
     start = tl.load(starts + request)
     end = tl.load(starts + request + 1)
@@ -120,7 +117,7 @@ def _cut_kernel(
     k = tl.load(top_k + request)
     p = tl.load(top_p + request)
     least = tl.load(min_p + request)
-    cut = tl.full((), 0, tl.int64)
+    cut = tl.full((), -2147483648, tl.int32)
     if t > 0.0 and (k > 0) | (p < 1.0) | (least > 0.0):
         largest = tl.full((), float("-inf"), tl.float32)
         for first in range(0, vocab, TILE):
@@ -128,42 +125,68 @@ def _cut_kernel(
             z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, offsets < vocab)
             largest = tl.maximum(largest, tl.max(z, axis=0))
         if (k > 0) & (k < vocab):
-            low = tl.full((), 0, tl.int64)  # keeps at least k
-            high = tl.full((), 4294967296, tl.int64)  # keeps fewer
-            for _ in range(32):
-                middle = (low + high) // 2
-                count = tl.full((), 0, tl.int32)
+            low = tl.full((), -2147483648, tl.int32)  # keeps at least k
+            for digit in range(8):
+                thresholds = _thresholds(low, digit)
+                counts = tl.zeros((16,), tl.int32)
                 for first in range(0, vocab, TILE):
                     offsets = first + tl.arange(0, TILE)
                     inside = offsets < vocab
                     z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                    count += tl.sum(tl.where(inside & (_order(z) >= middle), 1, 0), axis=0)
-                low = tl.where(count >= k, middle, low)
-                high = tl.where(count >= k, high, middle)
+                    above = inside[:, None] & (_order(z)[:, None] >= thresholds[None, :])
+                    counts += tl.sum(above.to(tl.int32), axis=0)
+                low = tl.max(tl.where(counts >= k, thresholds, low), axis=0)
             cut = low
         if p < 1.0:
-            total = tl.full((), 0.0, tl.float32)
-            for first in range(0, vocab, TILE):
-                offsets = first + tl.arange(0, TILE)
-                inside = offsets < vocab
-                z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                total += tl.sum(tl.where(_order(z) >= cut, tl.exp((z - largest) / t), 0.0), axis=0)
-            low = cut  # keeps at least the share p
-            high = tl.full((), 4294967296, tl.int64)
-            for _ in range(32):
-                middle = (low + high) // 2
-                mass = tl.full((), 0.0, tl.float32)
+            low = tl.full((), -2147483648, tl.int32)  # keeps at least the share p of what is above the cut
+            share = tl.full((), 0.0, tl.float32)
+            for digit in range(8):
+                thresholds = _thresholds(low, digit)
+                masses = tl.zeros((16,), tl.float32)
                 for first in range(0, vocab, TILE):
                     offsets = first + tl.arange(0, TILE)
                     inside = offsets < vocab
                     z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-                    mass += tl.sum(tl.where(_order(z) >= middle, tl.exp((z - largest) / t), 0.0), axis=0)
-                low = tl.where(mass >= p * total, middle, low)
-                high = tl.where(mass >= p * total, high, middle)
-            cut = low
+                    place = _order(z)
+                    mass = tl.where(place >= cut, tl.exp((z - largest) / t), 0.0)
+                    masses += tl.sum(tl.where(place[:, None] >= thresholds[None, :], mass[:, None], 0.0), axis=0)
+                if digit == 0:
+                    share = p * tl.max(masses, axis=0)
+                low = tl.max(tl.where(masses >= share, thresholds, low), axis=0)
+            cut = tl.maximum(cut, low)
         if least > 0.0:
             cut = tl.maximum(cut, _order(largest + t * tl.log(least)))
     tl.store(cuts + request, cut)
+
+
+@triton.jit
+def gumbel(token, position, seed):
+    """The noise of token ids under (seed, position): the first word of Philox4x32-10, see `kernels.reference`."""
+    shape = token + position
+    zero = (shape * 0).to(tl.uint32)
+    c0 = zero + token.to(tl.uint32)
+    c1 = zero + position.to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, c0, c1, zero, zero)
+    u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(u))
+
+
+@triton.jit
+def best_of_tile(z, token, inside, temperature, seed, position):
+    """Of mixed logits z [T, M], token ids [T, 1], for each of M requests (temperature, seed, position [M]): the largest
+    logit, the sum of exponentials (NaN if any logit is), and the best score with its logit and token."""
+    z = tl.where(inside, z, float("-inf"))
+    number = tl.where(z == z, z, float("-inf"))
+    largest = tl.max(number, axis=0)
+    total = tl.sum(tl.exp(z - tl.where(largest > float("-inf"), largest, 0.0)[None, :]), axis=0)
+    noisy = (temperature > 0.0)[None, :]
+    noise = gumbel(token, position[None, :], seed[None, :])
+    score = tl.where(noisy, number / tl.where(noisy, temperature[None, :], 1.0) + noise, number)
+    score = tl.where(inside, score, float("-inf"))
+    best = tl.max(score, axis=0)
+    winner = tl.min(tl.where(score == best[None, :], token, 2147483647), axis=0)
+    logit = tl.max(tl.where(token == winner[None, :], number, float("-inf")), axis=0)
+    return largest, total, best, logit, winner
 
 
 @triton.jit
@@ -203,30 +226,32 @@ def _partial_kernel(
     total = tl.full((), 0.0, tl.float32)
     best_score = tl.full((), float("-inf"), tl.float32)
     best_logit = tl.full((), float("-inf"), tl.float32)
-    best_token = tl.full((), 0, tl.int32)
-    for first in range(0, tl.minimum(SPLIT, vocab - split * SPLIT), TILE):
-        offsets = split * SPLIT + first + tl.arange(0, TILE)
+    best_token = tl.full((), 2147483647, tl.int32)
+    for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocab), TILE):
+        offsets = first + tl.arange(0, TILE)
         inside = offsets < vocab
         z = _mixed_tile(logits, stride, lse, rows, coefficients, start, end, probs, offsets, inside)
-        tile_max = tl.max(z, axis=0)
+        number = tl.where(z == z, z, float("-inf"))
+        tile_max = tl.max(number, axis=0)
         new = tl.maximum(largest, tile_max)
-        if new > float("-inf"):
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), axis=0)
-            largest = new
-        score = z
+        total = total * tl.where(new > float("-inf"), tl.exp(largest - new), 1.0)
+        total += tl.sum(tl.exp(z - tl.where(new > float("-inf"), new, 0.0)), axis=0)
+        largest = new
+        kept = inside & (_order(z) >= cut)
+        tile_best = tl.full((), float("-inf"), tl.float32)
+        score = tl.where(kept, number, float("-inf"))
         if t > 0.0:
-            c0 = offsets.to(tl.uint32)
-            c1 = (tl.zeros(offsets.shape, tl.int32) + position).to(tl.uint32)
-            zero = tl.zeros(offsets.shape, tl.uint32)
-            word, _, _, _ = tl.philox(seed, c0, c1, zero, zero)
-            u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            score = tl.where(inside & (_order(z) >= cut), z / t - tl.log(-tl.log(u)), float("-inf"))
-        tile_best = tl.max(score, axis=0)
+            # Noise is bounded: where even the largest could not make a tile's best win, none is drawn.
+            if tile_max / t + LARGEST_GUMBEL > best_score:
+                score = tl.where(kept, number / t + gumbel(offsets, position, seed), float("-inf"))
+                tile_best = tl.max(score, axis=0)
+        else:
+            tile_best = tl.max(score, axis=0)
         if tile_best > best_score:
             winner = tl.min(tl.where(score == tile_best, offsets, 2147483647), axis=0)
             best_score = tile_best
             best_token = winner
-            best_logit = tl.sum(tl.where(offsets == winner, z, 0.0), axis=0)
+            best_logit = tl.max(tl.where(offsets == winner, number, float("-inf")), axis=0)
     at = request * num_splits + split
     tl.store(part_max + at, largest)
     tl.store(part_sum + at, total)
@@ -239,66 +264,81 @@ def _partial_kernel(
 def _join_kernel(
     part_max, part_sum, part_score, part_logit, part_token, tokens, logprobs, num_splits, SPLITS: tl.constexpr
 ):
-    """The splits of one request → its token and log-probability. Ties take the lowest id: the lowest split's."""
+    """The splits of one request → its token and log-probability. Ties take the lowest id: the lowest split's. The token is
+    -1 where a logit is NaN or +inf, or where none is left."""
     request = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     inside = splits < num_splits
-    at = request * num_splits + splits
+    at = request.to(tl.int64) * num_splits + splits
     maxima = tl.load(part_max + at, mask=inside, other=float("-inf"))
     sums = tl.load(part_sum + at, mask=inside, other=0.0)
     scores = tl.load(part_score + at, mask=inside, other=float("-inf"))
-    logits = tl.load(part_logit + at, mask=inside, other=0.0)
+    logits = tl.load(part_logit + at, mask=inside, other=float("-inf"))
     candidates = tl.load(part_token + at, mask=inside, other=2147483647)
     largest = tl.max(maxima, axis=0)
-    weights = tl.where(maxima > float("-inf"), tl.exp(maxima - largest), 0.0)
-    lse = largest + tl.log(tl.sum(sums * weights, axis=0))
-    token = tl.min(tl.where(inside & (scores == tl.max(scores, axis=0)), candidates, 2147483647), axis=0)
-    chosen = tl.sum(tl.where(inside & (candidates == token), logits, 0.0), axis=0)
-    tl.store(tokens + request, token)
-    tl.store(logprobs + request, chosen - lse)
+    best = tl.max(scores, axis=0)
+    weights = tl.where(maxima > float("-inf"), tl.exp(maxima - largest), 1.0)  # 1: a sum that is NaN stays so
+    total = tl.sum(sums * weights, axis=0)
+    lse = largest + tl.log(total)
+    token = tl.min(tl.where(inside & (scores == best), candidates, 2147483647), axis=0)
+    chosen = tl.max(tl.where(inside & (candidates == token), logits, float("-inf")), axis=0)
+    found = (total == total) & (largest < float("inf")) & (best > float("-inf"))
+    tl.store(tokens + request, tl.where(found, token, -1))
+    tl.store(logprobs + request, tl.where(found, chosen - lse, float("nan")))
+
+
+def join_parts(parts: list[torch.Tensor], part_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four partial results [B, splits] (see `best_of_tile`) and tokens [B, splits] → tokens and log-probabilities [B]."""
+    count, num_splits = part_tokens.shape
+    tokens = torch.empty(count, dtype=torch.int32, device=part_tokens.device)
+    logprobs = torch.empty(count, dtype=torch.float32, device=part_tokens.device)
+    if count:
+        splits = triton.next_power_of_2(num_splits)
+        _join_kernel[(count,)](*parts, part_tokens, tokens, logprobs, num_splits, SPLITS=splits)
+    return tokens, logprobs
 
 
 def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a request.
 
-    logits [R, vocab] float32, bfloat16 or float16, rows contiguous. Returns token ids [B] int32 and the tokens'
-    log-probabilities under the mixed distribution (before temperature and truncation) [B] float32. Raises `ValueError`
-    for shapes, dtypes, devices or strides that do not fit.
+    logits [R, vocab] float32, bfloat16 or float16, rows contiguous. Returns token ids [B] int32 (-1: a logit is NaN or +inf,
+    or none is left to choose) and the tokens' log-probabilities under the mixed distribution (before temperature and
+    truncation) [B] float32. Raises `ValueError` for shapes, dtypes, devices or strides that do not fit.
     """
     num_requests = _check(logits, mixture, draw)
-    device, vocab = logits.device, logits.shape[1]
+    device, (num_rows, vocab) = logits.device, logits.shape
     num_splits = triton.cdiv(vocab, SPLIT)
-    lse = torch.zeros(len(logits), dtype=torch.float32, device=device)
-    cuts = torch.zeros(num_requests, dtype=torch.int64, device=device)
-    tokens = torch.empty(num_requests, dtype=torch.int32, device=device)
-    logprobs = torch.empty(num_requests, dtype=torch.float32, device=device)
+    splits = {"SPLIT": SPLIT, "TILE": TILE}
+    cuts = torch.full((num_requests,), -(2**31), dtype=torch.int32, device=device)
     parts = [torch.empty(num_requests, num_splits, dtype=torch.float32, device=device) for _ in range(4)]
     part_tokens = torch.empty(num_requests, num_splits, dtype=torch.int32, device=device)
+    lse = torch.empty(num_rows if mixture.any_probs else 0, dtype=torch.float32, device=device)
     rows = (logits, logits.stride(0), lse)
     mix = (mixture.starts, mixture.rows, mixture.coefficients, mixture.is_probs)
-    # The host does not look at the values (no synchronisation): requests that need no pass skip it inside.
-    _row_lse_kernel[(len(logits),)](*rows, vocab, TILE=TILE)
-    _cut_kernel[(num_requests,)](
-        *rows, *mix, draw.temperature, draw.top_k, draw.top_p, draw.min_p, cuts, vocab, TILE=TILE
-    )
-    _partial_kernel[(num_requests, num_splits)](
-        *rows,
-        *mix,
-        draw.temperature,
-        draw.seeds,
-        draw.positions,
-        cuts,
-        *parts,
-        part_tokens,
-        vocab,
-        num_splits,
-        SPLIT=SPLIT,
-        TILE=TILE,
-    )
-    _join_kernel[(num_requests,)](
-        *parts, part_tokens, tokens, logprobs, num_splits, SPLITS=triton.next_power_of_2(num_splits)
-    )
-    return tokens, logprobs
+    # Where some requests need a pass and others do not, the latter skip it inside: nobody looks at values on the host.
+    if mixture.any_probs and num_rows:
+        maxima, sums = (torch.empty(num_rows, num_splits, dtype=torch.float32, device=device) for _ in range(2))
+        _split_lse_kernel[(num_rows, num_splits)](logits, logits.stride(0), maxima, sums, vocab, num_splits, **splits)
+        _row_lse_kernel[(num_rows,)](maxima, sums, lse, num_splits, SPLITS=triton.next_power_of_2(num_splits))
+    if draw.any_cut and num_requests:
+        _cut_kernel[(num_requests,)](
+            *rows, *mix, draw.temperature, draw.top_k, draw.top_p, draw.min_p, cuts, vocab, TILE=CUT_TILE, num_warps=8
+        )
+    if num_requests:
+        _partial_kernel[(num_requests, num_splits)](
+            *rows,
+            *mix,
+            draw.temperature,
+            draw.seeds,
+            draw.positions,
+            cuts,
+            *parts,
+            part_tokens,
+            vocab,
+            num_splits,
+            **splits,
+        )
+    return join_parts(parts, part_tokens)
 
 
 def _check(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> int:

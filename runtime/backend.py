@@ -42,6 +42,14 @@ class Backend(Protocol):
 def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
     """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
     do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have."""
+    if config.backend == "torch":
+        try:
+            from .torch_backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
+            ) from error
+        return TorchBackend(bundle, config)
     if config.backend != "onnx" and (config.backend == "cpu" or cpu.is_available()):
         from .cpu_backend import CpuBackend
 

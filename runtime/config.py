@@ -65,20 +65,23 @@ class DecoderConfig:
 
 
 MAX_SPECULATIVE_TOKENS = 64
-_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
+_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "block_size")
+_CHOICES = {"backend": ("auto", "cpu", "onnx", "torch"), "kv_dtype": ("auto", "int8", "bf16", "fp8")}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How to serve a bundle. Unknown keys are refused, nothing is adjusted silently."""
 
-    backend: Literal["auto", "cpu", "onnx"] = "auto"  # auto: native kernels where they were built, else onnx
-    kv_dtype: Literal["int8", "bf16"] = "int8"  # of the cpu backend's KV cache; onnx has float32
+    backend: Literal["auto", "cpu", "onnx", "torch"] = "auto"  # auto: native kernels where they were built, else onnx
+    # Of a paged KV cache: auto is int8 on cpu and the activations' dtype on torch; fp8 is torch's; onnx has float32.
+    kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = "auto"
     max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
     max_model_len: int = 2048  # positions a sequence, prompt and answer together
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
+    block_size: int = 16  # positions a block of the torch backend's KV cache; the others have a size of their own
     prefix_cache: bool = True  # share the blocks of prompts that begin alike
     speculative_tokens: int = 0  # tokens a draft at most, where a request does not say; 0: no drafts
     threads: int = 0  # 0: as many as CPUs that this process may use
@@ -91,7 +94,7 @@ class EngineConfig:
 
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
-        for name, known in (("backend", ("auto", "cpu", "onnx")), ("kv_dtype", ("int8", "bf16"))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if not isinstance(self.speculative_tokens, int) or not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:

@@ -46,6 +46,8 @@ class CpuBackend:
     can_verify = True
 
     def __init__(self, bundle: Bundle, config: EngineConfig, *, isa: str | None = None) -> None:
+        if config.kv_dtype == "fp8":
+            raise ConfigError("kv_dtype fp8 is the torch backend's; the cpu backend has int8 and bf16")
         length = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
@@ -150,7 +152,7 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             tied_head=decoder.tied_head,
             split_layer=split,
             num_members=len(bundle.members),
-            kv_int8=config.kv_dtype == "int8",
+            kv_int8=config.kv_dtype != "bf16",
             num_blocks=num_blocks,
             threads=config.num_threads,
             norm_eps=decoder.norm_eps,

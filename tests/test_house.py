@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,35 @@ def test_stubs_are_generated_from_the_protos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["motet", "motet.cli", "motet.runtime.server", "motet.runtime.onnx_backend", "motet.runtime.summarise"]
+    "module",
+    [
+        "motet",
+        "motet.cli",
+        "motet.runtime.server",
+        "motet.runtime.onnx_backend",
+        "motet.runtime.summarise",
+        "motet.runtime.backend",
+    ],
 )
 def test_serving_needs_no_heavy_package(module):
     code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'onnx', 'triton') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+KERNEL_TESTS = ("test_mix_sample", "test_mix_head_sample", "test_attention", "test_weight_matmul", "test_rotary_write")
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_without_torch_or_triton_kernel_tests_say_so_and_nothing_is_imported(package, tmp_path):
+    """Where a package is missing, collecting the kernels' tests imports neither it nor fails."""
+    (tmp_path / f"{package}.py").write_text(
+        "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n"
+    )
+    code = "import sys, pytest; status = pytest.main(sys.argv[1:]); print('loaded', 'triton.language' in sys.modules, status)"
+    files = [str(ROOT / "tests" / f"{name}.py") for name in KERNEL_TESTS]
+    command = [sys.executable, "-c", code, "-rs", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert "loaded False" in result.stdout, result.stdout + result.stderr
+    assert result.stdout.count("SKIPPED") == len(KERNEL_TESTS)

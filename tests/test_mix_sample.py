@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the kernel takes torch tensors")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
-from motet.kernels import reference  # noqa: E402
-from motet.kernels.mix_sample import Draw, Mixture, mix_sample  # noqa: E402
+from motet.bench.problems import DEVICE  # noqa: E402
+from motet.kernels import eager, reference  # noqa: E402
+from motet.kernels.mix_sample import mix_sample  # noqa: E402
+from motet.kernels.operands import Draw, Mixture  # noqa: E402
 
 # Tolerances of log-probabilities: float32 sums over the vocabulary; the inputs are exact in every dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
@@ -135,6 +134,27 @@ def test_kernel_draws_follow_the_distribution():
     observed = np.bincount(tokens.cpu().numpy(), minlength=vocab)
     chi_square = ((observed - count * exact) ** 2 / (count * exact)).sum()
     assert chi_square < 20.5  # 99.9 % of the distribution with 5 degrees of freedom
+
+
+def test_nan_and_infinity_are_that_request_s_alone():
+    """NaN, +inf or nothing left to choose: token -1 there, the others as without it."""
+    logits, mixture, draw, _ = problem(1100, [1, 1, 2, 1, 1], 23, top_p=0.9)
+    tokens, _ = mix_sample(logits, mixture, draw)
+    spoilt = logits.clone()
+    rows = mixture.rows.tolist()
+    spoilt[rows[0], 1050] = float("nan")
+    spoilt[rows[3], 3] = float("inf")  # a member of request 2
+    spoilt[rows[5]] = float("-inf")
+    result, logprobs = mix_sample(spoilt, mixture, draw)
+    assert result.tolist() == [-1, int(tokens[1]), -1, int(tokens[3]), -1]
+    assert logprobs.isnan().tolist() == [True, False, True, False, True]
+    assert eager.mix_sample(spoilt, mixture, draw)[0].tolist() == result.tolist()
+
+
+def test_a_promise_saves_passes_and_changes_nothing():
+    logits, mixture, draw, _ = problem(3001, [2, 1], 29)
+    fast = (replace(mixture, any_probs=False), replace(draw, any_cut=False))
+    assert all(torch.equal(a, b) for a, b in zip(mix_sample(logits, mixture, draw), mix_sample(logits, *fast)))
 
 
 def test_wrong_arguments_are_refused():

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .runtime.config import EngineConfig
-from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
+from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError, UnavailableError
 from .runtime.output import Output
 from .runtime.prompt import Prompt
 from .runtime.request import Ensemble, Member, SamplingParams, Space
@@ -364,7 +365,7 @@ Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
 
 @bench.command("decode")
 def bench_decode(
-    bundle: BundleArgument,
+    bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; none with --random.")] = None,
     out: Results = Path("bench/results"),
     batch_sizes: str = "1,4,8,16",
     ensemble_sizes: Annotated[str, typer.Option(help="Members a request; default: 1 and all.")] = "",
@@ -373,8 +374,21 @@ def bench_decode(
     new_tokens: int = 32,
     repeats: int = 5,
     threads: Threads = 0,
+    backend: Annotated[str, typer.Option(help="With --random: torch.")] = "auto",
+    random: Annotated[str, typer.Option(help="Random weights of a shape: llama-8b, llama-1b, smollm2-135m.")] = "",
+    bits: Annotated[int, typer.Option(help="Of random weights: 16, 8 or 4.")] = 16,
 ) -> None:
     """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
+    if random:
+        if backend != "torch" or bundle is not None:
+            raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
+        torch_decode = _gpu_bench("torch_decode")
+        sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
+        options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
+        torch_decode.run(random, out, batch_sizes=sizes[0], ensemble_sizes=sizes[1], **options)
+        return
+    if bundle is None or backend != "auto":
+        raise ConfigError("give a bundle, or --backend torch with --random SHAPE")
     from .bench import decode
 
     decode.run(
@@ -388,6 +402,22 @@ def bench_decode(
         repeats=repeats,
         threads=threads,
     )
+
+
+def _gpu_bench(name: str) -> Any:
+    """A module of the benches that needs torch or Triton."""
+    try:
+        return import_module(f".bench.{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"
+        ) from error
+
+
+@bench.command("kernels")
+def bench_kernels(out: Results = Path("bench/results")) -> None:
+    """Every GPU kernel: bytes moved and the share of the bandwidth. Needs an NVIDIA GPU."""
+    _gpu_bench("kernels").run(out)
 
 
 @bench.command("serve")

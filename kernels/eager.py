@@ -1,0 +1,206 @@
+"""The plain oracle of the GPU ops, in eager torch: the same signatures as the Triton kernels, one readable page.
+
+It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `kernels.reference`, in
+numpy: `mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and
+up; a lower `dtype` rounds where the kernels round, at the end of an op.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .operands import (
+    DELTA_TILE,
+    DecodeRows,
+    DeltaTiles,
+    DeltaWeight,
+    Draw,
+    LayerCache,
+    LinearWeight,
+    Mixture,
+    PrefillChunks,
+)
+
+Tensor = torch.Tensor
+
+
+def residual_norm(
+    branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """residual [rows, H] float32 += Σ branch [splits, rows, H], in place; its RMS or layer (with a bias) norm in `dtype`."""
+    if branch is not None:
+        residual += branch.float().sum(0)
+    x = residual if bias is None else residual - residual.mean(-1, keepdim=True)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (normed if bias is None else normed + bias.float()).to(dtype)
+
+
+def activate(parts: Tensor, gated: bool, dtype: torch.dtype) -> Tensor:
+    """parts [splits, rows, 2 I] → silu(gate) · up, or [splits, rows, I] → gelu (tanh), in `dtype`."""
+    x = parts.float().sum(0)
+    if not gated:
+        return F.gelu(x, approximate="tanh").to(dtype)
+    gate, up = x.chunk(2, dim=-1)
+    inner: Tensor = F.silu(gate) * up
+    return inner.to(dtype)
+
+
+def rotary_write(
+    qkv: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    cache: LayerCache,
+    num_heads: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """qkv [splits, rows, (heads + 2 kv_heads) · D] → queries [rows, heads, D]; keys and values into their slots."""
+    kv_heads, block_size, size = cache.keys.shape[1:]
+    heads = qkv.float().sum(0).reshape(qkv.shape[1], -1, size)
+    query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        query, key = (F.rms_norm(x, (size,), w.float(), eps) for x, w in zip((query, key), norms, strict=True))
+    if tables is not None:
+        cos, sin = (table[positions.long()][:, None] for table in tables)  # [rows, 1, D / 2]
+        query, key = (_rotate(x, cos, sin) for x in (query, key))
+    block, offset = slots.long() // block_size, slots.long() % block_size
+    for x, target, scales in ((key, cache.keys, cache.key_scales), (value, cache.values, cache.value_scales)):
+        if scales is not None:
+            largest = 127.0 if target.dtype == torch.int8 else 448.0
+            scale = (x.abs().amax(-1) / largest).clamp_min(1e-30)
+            scales[block, :, offset] = scale
+            x = x / scale[..., None]
+            x = torch.floor(x + 0.5) if target.dtype == torch.int8 else x
+        target[block, :, offset] = x.to(target.dtype)
+    return query.to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned
+
+
+def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [kv_heads, length, D] float32 of one block table."""
+    blocks = table[: -(-length // cache.block_size)].long()
+    found = []
+    for stored, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+        x = stored[blocks].float()
+        if scales is not None:
+            x = x * scales[blocks][..., None]
+        found.append(x.transpose(0, 1).flatten(1, 2)[:, :length])
+    return found[0], found[1]
+
+
+def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int) -> Tensor:
+    """query [Q, heads, D], the last Q of `length` positions, causal → [Q, heads, D]."""
+    keys, values = _context(cache, table, length)
+    count, _, size = query.shape
+    q = query.float().transpose(0, 1).reshape(len(keys), -1, count, size)  # [kv_heads, group, Q, D]
+    scores = q @ keys[:, None].transpose(-1, -2) * size**-0.5
+    place = torch.arange(length, device=query.device)
+    unseen = place[None, :] > place[length - count :, None]
+    p = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    out: Tensor = (p @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    return out
+
+
+def decode_attention(query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor) -> None:
+    """out[r] [heads, D] for each row; a row of length 0 gives 0."""
+    for row, seq, length in zip(rows.rows.tolist(), rows.seqs.tolist(), rows.lengths.tolist(), strict=True):
+        out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length)[0] if length else 0
+
+
+def prefill_attention(query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor) -> None:
+    """out[r] [heads, D] for each row of the chunks."""
+    fields = (chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs)
+    for start, size, length, seq in zip(*(field.tolist() for field in fields), strict=True):
+        out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length)
+
+
+def dequantise(weight: LinearWeight) -> Tensor:
+    """W [N, K], in float32 where it was quantised."""
+    if weight.scales is None:
+        return weight.values
+    q = weight.values
+    if weight.bits == 4:
+        q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
+    groups = q.float().reshape(len(q), len(weight.scales), -1)  # [N, groups, group_size]
+    scales = weight.scales.float().t()[..., None]
+    if weight.minima is None:
+        return ((groups - 128) * scales).flatten(1)
+    return (groups * scales + weight.minima.float().t()[..., None]).flatten(1)
+
+
+def matmul(x: Tensor, weight: LinearWeight) -> Tensor:
+    """x Wᵀ + bias as one part [1, M, N]."""
+    product = F.linear(x.float(), dequantise(weight).float(), weight.bias)
+    return product[None] if len(x) <= 64 else product[None].to(x.dtype)
+
+
+def add_delta(x: Tensor, weight: DeltaWeight, tiles: DeltaTiles, parts: Tensor) -> None:
+    """parts[0, r] += B[d] (A[d] x[r]) for every row of the tiles, in place."""
+    for order, delta in zip(tiles.order.view(-1, DELTA_TILE), tiles.deltas.tolist(), strict=True):
+        rows = order[order >= 0].long()
+        if delta >= 0 and len(rows):
+            update = x[rows].float() @ weight.a[delta].float().t() @ weight.b[delta].float().t()
+            parts[0, rows] += update.to(parts.dtype)
+
+
+def mix_rows(hidden: Tensor, mixture: Mixture) -> Tensor:
+    """Σ coefficient · hidden[row] of each request, [B, H] float32, in the order of the terms."""
+    mixed = torch.zeros(len(mixture.starts) - 1, hidden.shape[1], device=hidden.device)
+    for request in range(len(mixed)):
+        for term in range(int(mixture.starts[request]), int(mixture.starts[request + 1])):
+            if mixture.coefficients[term] != 0:
+                mixed[request] += mixture.coefficients[term] * hidden[mixture.rows[term]].float()
+    return mixed
+
+
+def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Tokens [B] int32 and log-probabilities [B] float32 of member logits [R, vocab]; token -1 where there is none."""
+    starts = mixture.starts.tolist()
+    tokens = torch.full((len(starts) - 1,), -1, dtype=torch.int32, device=logits.device)
+    logprobs = torch.full((len(starts) - 1,), float("nan"), device=logits.device)
+    for request, (start, end) in enumerate(pairwise(starts)):
+        rows = logits[mixture.rows[start:end].long()].float().cpu().numpy()
+        space = "probs" if mixture.is_probs[request] else "logits"
+        with np.errstate(invalid="ignore"):
+            mixed = reference.mix(rows, mixture.coefficients[start:end].tolist(), space)
+        if np.isnan(mixed).any() or not -np.inf < mixed.max() < np.inf:
+            continue
+        token = reference.sample(
+            mixed,
+            temperature=float(draw.temperature[request]),
+            top_k=int(draw.top_k[request]),
+            top_p=float(draw.top_p[request]),
+            min_p=float(draw.min_p[request]),
+            seed=int(draw.seeds[request]) % 2**64,
+            position=int(draw.positions[request]),
+        )
+        tokens[request] = token
+        logprobs[request] = float(reference.log_softmax(mixed)[token])
+    return tokens, logprobs
+
+
+def mix_head_sample(hidden: Tensor, head: LinearWeight, mixture: Mixture, draw: Draw) -> tuple[Tensor, Tensor]:
+    """The members' hidden states mixed, one head, one draw: tokens [B] int32 and log-probabilities [B] float32."""
+    logits = mix_rows(hidden, mixture) @ dequantise(head).float().t()
+    count = len(logits)
+    device = hidden.device
+    single = Mixture(
+        torch.arange(count + 1, dtype=torch.int32, device=device),
+        torch.arange(count, dtype=torch.int32, device=device),
+        torch.ones(count, device=device),
+        torch.zeros(count, dtype=torch.int32, device=device),
+        any_probs=False,
+    )
+    return mix_sample(logits, single, draw)

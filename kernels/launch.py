@@ -1,0 +1,49 @@
+"""What every launcher needs: argument checks, and whether Triton interprets or compiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def dot(a, b, acc, WIDE: tl.constexpr):
+    """acc + a·b in float32. WIDE, for the interpreter alone: numpy has no bfloat16, and multiplies its bits as integers."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def wide(dtype: torch.dtype) -> bool:
+    return INTERPRETED and dtype is torch.bfloat16
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The next power of two that holds `size`, `least` at least: Triton's tiles have no other sizes."""
+    return max(least, int(triton.next_power_of_2(size)))
+
+
+def check(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: torch.Tensor
+) -> None:
+    """Raises `ValueError` unless `tensor` has this shape (-1: any size), one of the dtypes, the device of `like`, and is
+    contiguous."""
+    fits = tensor.ndim == len(shape) and all(want in (-1, found) for want, found in zip(shape, tensor.shape))
+    if fits and tensor.dtype in dtypes and tensor.device == like.device and tensor.is_contiguous():
+        return
+    wanted = " or ".join(str(dtype) for dtype in dtypes)
+    raise ValueError(
+        f"{name} must be {list(shape)} {wanted} on {like.device}, contiguous; got {list(tensor.shape)} {tensor.dtype} on "
+        f"{tensor.device}, strides {tensor.stride()}"
+    )
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+I32 = (torch.int32,)
+F32 = (torch.float32,)
