@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(or $(MOTET_HOME),$(CURDIR)/.motet)/peers/venv
 
 .PHONY: demo test lint bench peers proto clean
 
@@ -23,6 +24,14 @@ lint: $(READY)
 bench: $(READY)
 	MOTET_HOME=.motet $(BIN)/motet bench decode .motet/bundles/demo --out .motet/results
 	MOTET_HOME=.motet $(BIN)/motet bench serve .motet/bundles/demo --out .motet/results
+
+# The runtimes that `motet bench peers` compares with, in an environment of their own; llama.cpp is compiled for this machine.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: bench/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python -r bench/peers.txt
+	touch $@
 
 # Generated stubs import motet.proto; they are committed, and a test compares them.
 proto: $(READY)

@@ -1,9 +1,17 @@
 """One runtime in a process of its own, driven by JSON lines on stdin and stdout. Imports nothing of Motet but for the
 runtime `motet` itself, so that it also runs under an interpreter that has only the peers.
 
-First line in: {"runtime", "threads", "max_tokens", "max_sequences", "paths": {…}}; out: {"version"} or {"error"}.
-Then each line in: {"prompts": [[token id, …], …], "new_tokens"}; out: {"seconds", "tokens"}: the time to generate exactly
-`new_tokens` greedily for all prompts at once, and what the first sequence got.
+First line in: {"runtime", "variant", "threads", "lengths": {sequences: tokens at most}, "paths": {…}}; out: {"version"} or
+{"error"}. Then calls, each of which generates greedily for all its prompts at once:
+
+    in   {"prompts": [[token id, …], …], "steps", "chunks"}
+    out  {"seconds"}            until every sequence has its first token
+    in   {"go"}                 } `chunks` times: one step that is not measured (others ran meanwhile, and took the
+    out  {"seconds", "tokens", "cpu_seconds"}   } caches), then `steps` measured ones, within one and the same generation
+    out  {"sequence": [token id, …]}            the first tokens of the first sequence, when all has ended
+
+A generation waits between its chunks for the line that lets it go on, so that runtimes can take turns without computing
+their prompts again. That is `Pacer`'s doing: every runtime tells it of each token as it comes.
 """
 
 from __future__ import annotations
@@ -17,28 +25,93 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Generate = Callable[[list[list[int]], int], list[int]]
+Answer = Callable[[dict[str, Any]], None]
+Generate = Callable[[list[list[int]], "Pacer"], list[int]]
+UNMEASURED = 1  # steps at the start of a chunk
+
+
+class Pacer:
+    """Takes the times of a generation of `sequences`, and holds it up between chunks.
+
+    The sequence that started last sets the pace: once it has its first token all others run, and they go on running
+    until it has `last_token`. Others are ahead of it, so they ask for `new_tokens`, which is more.
+    """
+
+    def __init__(self, sequences: int, steps: int, chunks: int, answer: Answer, wait: Callable[[], object]) -> None:
+        self.last_token = 1 + chunks * (UNMEASURED + steps)
+        self.new_tokens = self.last_token + (2 * sequences if chunks and sequences > 1 else 0)
+        self._counts = [0] * sequences
+        self._missing = set(range(sequences))
+        self._pace = 0
+        self._steps = steps
+        self._answer = answer
+        self._wait = wait
+        self._noted = 0
+        self._start = time.perf_counter()
+        self._cpu_start = time.process_time()
+
+    @property
+    def sequences(self) -> int:
+        return len(self._counts)
+
+    def step(self) -> None:
+        """Every sequence has one token more."""
+        for sequence in range(self.sequences):
+            self.note(sequence)
+
+    def note(self, sequence: int) -> None:
+        """A token of a sequence has come."""
+        self._counts[sequence] += 1
+        self._noted += 1
+        if self._missing:
+            self._missing.discard(sequence)
+            if not self._missing:
+                self._pace = sequence
+                self._counts[sequence] = 1
+                self._answer({"seconds": time.perf_counter() - self._start})
+                self._hold()
+        elif sequence == self._pace and self._counts[sequence] <= self.last_token:
+            self._advance((self._counts[sequence] - 1) % (UNMEASURED + self._steps))
+
+    def _advance(self, place: int) -> None:
+        if place == UNMEASURED:
+            self._noted = 0
+            self._start, self._cpu_start = time.perf_counter(), time.process_time()
+        elif place == 0:
+            seconds, cpu = time.perf_counter() - self._start, time.process_time() - self._cpu_start
+            self._answer({"seconds": seconds, "tokens": self._noted, "cpu_seconds": cpu})
+            self._hold()
+
+    def _hold(self) -> None:
+        if self._counts[self._pace] < self.last_token:
+            self._wait()
 
 
 def load_motet(job: dict[str, Any]) -> tuple[str, Generate]:
     from motet.runtime.config import EngineConfig
     from motet.runtime.engine import Engine
+    from motet.runtime.output import Output
     from motet.runtime.request import Ensemble, Member, Request, SamplingParams
 
     config = EngineConfig(
         threads=job["threads"],
-        max_num_seqs=job["max_sequences"],
-        max_model_len=job["max_tokens"],
+        max_num_seqs=max(map(int, job["lengths"])),
+        max_model_len=max(job["lengths"].values()),
         prefill_chunk=512,
-        prefix_cache=False,  # a repetition has the same prompts, and is to compute them
+        prefix_cache=False,  # a repetition may have the same prompts, and is to compute them
     )
     engine = Engine.from_bundle(job["paths"]["bundle"], config)
     ensemble = Ensemble((Member(engine.model.members[0], 1.0),))
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
+        params = SamplingParams(max_tokens=pacer.new_tokens, temperature=0.0, ignore_eos=True)
         requests = [Request(str(i), (tuple(prompt),), ensemble, params) for i, prompt in enumerate(prompts)]
-        return list(engine.complete(requests)[0][0].token_ids)
+
+        def note(delta: Output) -> None:
+            for _ in delta.token_ids:
+                pacer.note(int(delta.request_id))
+
+        return list(engine.complete(requests, note)[0][0].token_ids)
 
     return importlib.metadata.version("motet"), generate
 
@@ -49,13 +122,13 @@ def load_onnxruntime_genai(job: dict[str, Any]) -> tuple[str, Generate]:
 
     # Unless told, it takes half of the machine's CPUs.
     options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": job["threads"]}}}}
-    config = genai.Config(job["paths"]["genai"])
+    config = genai.Config(job["paths"][f"genai-{job['variant']}"])
     config.overlay(json.dumps(options))
     model = genai.Model(config)
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
         params = genai.GeneratorParams(model)
-        length = len(prompts[0]) + new_tokens
+        length = len(prompts[0]) + pacer.last_token
         params.set_search_options(
             batch_size=len(prompts),
             max_length=length,
@@ -65,11 +138,30 @@ def load_onnxruntime_genai(job: dict[str, Any]) -> tuple[str, Generate]:
         )
         generator = genai.Generator(model, params)
         generator.append_tokens(np.array(prompts, np.int32))
-        for _ in range(new_tokens):
+        for _ in range(pacer.last_token):
             generator.generate_next_token()
+            pacer.step()
         return [int(token) for token in generator.get_sequence(0)[len(prompts[0]) :]]
 
     return importlib.metadata.version("onnxruntime-genai"), generate
+
+
+def gguf(job: dict[str, Any]) -> str:
+    """The GGUF file of a variant. Q8_0 is made of the pulled file where it is missing; that needs llama-cpp-python."""
+    source = Path(job["paths"]["gguf"])
+    if job["variant"] not in ("Q8_0", "int8"):
+        return str(source)
+    target = Path(job["paths"]["scratch"]) / f"{source.stem}-to-q8_0.gguf"
+    if not target.is_file():
+        import llama_cpp as api
+
+        params = api.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize = api.LLAMA_FTYPE_MOSTLY_Q8_0, True
+        work = target.with_suffix(f".{os.getpid()}")
+        if api.llama_model_quantize(str(source).encode(), str(work).encode(), params):
+            raise RuntimeError(f"llama.cpp cannot quantise {source.name} to Q8_0")
+        work.replace(target)
+    return str(target)
 
 
 def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Generate]:
@@ -77,17 +169,21 @@ def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Generate]:
     import numpy as np
 
     api.llama_backend_init()
-    model = api.llama_model_load_from_file(job["paths"]["gguf"].encode(), api.llama_model_default_params())
-    params = api.llama_context_default_params()
-    params.n_ctx = job["max_tokens"] * job["max_sequences"]
-    params.n_batch = params.n_ubatch = 512
-    params.n_seq_max = job["max_sequences"]
-    params.n_threads = params.n_threads_batch = job["threads"]
-    context = api.llama_init_from_model(model, params)
+    model = api.llama_model_load_from_file(gguf(job).encode(), api.llama_model_default_params())
+    if not model:
+        raise RuntimeError("llama.cpp cannot load the GGUF file")
+    contexts = {}
+    for sequences, length in job["lengths"].items():
+        params = api.llama_context_default_params()
+        params.n_ctx = length * int(sequences)
+        params.n_batch = params.n_ubatch = 512
+        params.n_seq_max = int(sequences)
+        params.n_threads = params.n_threads_batch = job["threads"]
+        contexts[int(sequences)] = api.llama_init_from_model(model, params)
     vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     batch = api.llama_batch_init(512, 0, 1)
 
-    def decode(rows: list[tuple[int, int, int, bool]]) -> None:
+    def decode(context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
         for index, (token, position, sequence, wanted) in enumerate(rows):
             batch.token[index], batch.pos[index] = token, position
             batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, sequence, wanted
@@ -95,23 +191,26 @@ def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Generate]:
         if api.llama_decode(context, batch):
             raise RuntimeError("llama_decode failed")
 
-    def best(index: int) -> int:
+    def best(context: Any, index: int) -> int:
         return int(np.argmax(np.ctypeslib.as_array(api.llama_get_logits_ith(context, index), (vocab_size,))))
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
+        context = contexts[len(prompts)]
         api.llama_memory_clear(api.llama_get_memory(context), True)
         tokens, first = [], []
         for sequence, prompt in enumerate(prompts):
             for start in range(0, len(prompt), 512):
                 part = prompt[start : start + 512]
                 last = start + len(part) == len(prompt)
-                decode([(t, start + i, sequence, last and i == len(part) - 1) for i, t in enumerate(part)])
-            tokens.append(best(len(part) - 1))
-        for step in range(new_tokens):
+                decode(context, [(t, start + i, sequence, last and i == len(part) - 1) for i, t in enumerate(part)])
+            tokens.append(best(context, len(part) - 1))
+        pacer.step()
+        first.append(tokens[0])
+        for step in range(pacer.last_token - 1):
+            decode(context, [(token, len(prompts[s]) + step, s, True) for s, token in enumerate(tokens)])
+            tokens = [best(context, s) for s in range(len(prompts))]
             first.append(tokens[0])
-            if step + 1 < new_tokens:
-                decode([(token, len(prompts[s]) + step, s, True) for s, token in enumerate(tokens)])
-                tokens = [best(s) for s in range(len(prompts))]
+            pacer.step()
         return first
 
     return importlib.metadata.version("llama-cpp-python"), generate
@@ -128,13 +227,14 @@ def load_ctranslate2(job: dict[str, Any]) -> tuple[str, Generate]:
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="int8", intra_threads=job["threads"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["paths"]["model"])
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
         results = generator.generate_batch(
             [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts],
-            max_length=new_tokens,
-            min_length=new_tokens,
+            max_length=pacer.last_token,
+            min_length=pacer.last_token,
             sampling_topk=1,
             include_prompt_in_result=False,
+            callback=lambda result: pacer.note(result.batch_id) or False,
         )
         return list(results[0].sequences_ids[0])
 
@@ -147,20 +247,31 @@ def load_openvino_genai(job: dict[str, Any]) -> tuple[str, Generate]:
     import openvino_genai
 
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.max_num_seqs = job["max_sequences"]
+    scheduler.max_num_seqs = max(map(int, job["lengths"]))
     scheduler.cache_size = 2
     pipeline = openvino_genai.ContinuousBatchingPipeline(
-        job["paths"]["gguf"], scheduler, "CPU", {"INFERENCE_NUM_THREADS": job["threads"]}, {}
+        gguf(job), scheduler, "CPU", {"INFERENCE_NUM_THREADS": job["threads"]}, {}
     )
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = config.min_new_tokens = new_tokens
+        config.max_new_tokens = config.min_new_tokens = pacer.new_tokens
         config.do_sample = False
         config.ignore_eos = True
-        inputs = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
-        results = pipeline.generate(inputs, [config] * len(prompts))
-        return list(results[0].m_generation_ids[0])
+        handles = [
+            pipeline.add_request(index, openvino.Tensor(np.array([prompt], np.int64)), config)
+            for index, prompt in enumerate(prompts)
+        ]
+        first: list[int] = []
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            for sequence, handle in enumerate(handles):
+                while handle.can_read():
+                    (output,) = handle.read().values()
+                    first += output.generated_ids if sequence == 0 else ()
+                    for _ in output.generated_ids:
+                        pacer.note(sequence)
+        return first
 
     return importlib.metadata.version("openvino-genai"), generate
 
@@ -172,16 +283,23 @@ def load_transformers(job: dict[str, Any]) -> tuple[str, Generate]:
     torch.set_num_threads(job["threads"])
     model = transformers.AutoModelForCausalLM.from_pretrained(job["paths"]["model"], torch_dtype=torch.bfloat16)
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
+    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
         ids = torch.tensor(prompts)
+
+        class Note(transformers.StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, _ids: Any, _scores: Any, **_kwargs: Any) -> Any:
+                pacer.step()
+                return torch.zeros(len(prompts), dtype=torch.bool)
+
         with torch.no_grad():
             result = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
+                max_new_tokens=pacer.last_token,
+                min_new_tokens=pacer.last_token,
                 do_sample=False,
                 pad_token_id=0,
+                stopping_criteria=[Note()],
             )
         return list(result[0, len(prompts[0]) :].tolist())
 
@@ -208,6 +326,7 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     os.environ["OMP_NUM_THREADS"] = str(job["threads"])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])  # nobody takes more than it was given
     try:
         version, generate = RUNTIMES[job["runtime"]](job)
     except ModuleNotFoundError as error:
@@ -217,12 +336,12 @@ def main() -> None:
         answer({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         return
     answer({"version": version})
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         call = json.loads(line)
         try:
-            start = time.perf_counter()
-            tokens = generate(call["prompts"], call["new_tokens"])
-            answer({"seconds": time.perf_counter() - start, "tokens": [int(token) for token in tokens]})
+            pacer = Pacer(len(call["prompts"]), call["steps"], call["chunks"], answer, sys.stdin.readline)
+            tokens = generate(call["prompts"], pacer)[: pacer.last_token]
+            answer({"sequence": [int(token) for token in tokens]})
         except Exception as error:  # as above
             answer({"error": f"{type(error).__name__}: {error}"})
 

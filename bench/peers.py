@@ -1,13 +1,13 @@
 """`motet bench peers`: the same prompts on Motet and on other runtimes, interleaved in one run, same thread count.
 
 Each runtime is a process of its own; all but the one being measured are stopped (SIGSTOP), so that nobody's spinning
-threads disturb. Everything is timed the same way, by whole calls that generate exactly n tokens for B prompts:
+threads disturb. Four columns: a prompt of 512 tokens to its first token; decoding one sequence and 16 sequences at a
+context of 256; decoding one sequence at a context of 4,096. A generation computes its prompt once and is then held up
+(`peer_worker.Pacer`), so that all runtimes take turns in decoding a few steps, as often as there are repeats.
 
-    prefill tok/s = prompt tokens / T(1)        decode tok/s = B · (n − 1) / (T(n) − T(1))
-
-onnxruntime-genai runs the very graph and weights of the bundle's first member (one standard decoder graph), so the
-comparison is of the runtimes at equal precision. llama.cpp and OpenVINO read the GGUF that the model was pulled from,
-CTranslate2 converts to int8, transformers runs bfloat16.
+onnxruntime-genai runs the very graph and weights of a bundle's first member (one standard decoder graph), so the
+comparison is of the runtimes at equal precision. llama.cpp and OpenVINO read the GGUF that the model was pulled from
+(Q4_1) and the same requantised to Q8_0, CTranslate2 converts to int8, transformers runs bfloat16.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,48 +31,84 @@ from ..export.pull import SMOLLM2, fetch_gguf, models_dir, resolve_model
 from ..runtime.bundle import Bundle
 from ..runtime.errors import ConfigError, MotetError
 from . import peer_worker, probes
-from .report import Plot, machine, table, write
+from .peers_report import add_ratios, plots, tables
+from .report import machine, write
 
 WORKER = Path(peer_worker.__file__)
-PEERS = tuple(peer_worker.RUNTIMES)
+OWN = "motet"
+# runtime → its variants; onnxruntime-genai has one for each bundle
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "onnxruntime-genai": ("int8", "int4"),
+    "llama.cpp": ("Q8_0", "Q4_1"),
+    "CTranslate2": ("int8",),
+    "OpenVINO GenAI": ("int8", "int4"),
+    "transformers": ("bf16",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A column: `sequences` prompts of `length` tokens; `chunks` times `steps` decode steps. Without steps, the prompt."""
+
+    name: str
+    title: str
+    sequences: int
+    length: int
+    steps: int
+    chunks: int
 
 
 class Worker:
-    """A runtime's process. `call` lets it run and stops it again."""
+    """A runtime's process. It runs between `_ask` and its answer, and is stopped otherwise."""
 
-    def __init__(self, name: str, python: str, job: dict[str, Any]) -> None:
-        self.name = name
-        self.error: str | None = None
-        self.version = ""
+    def __init__(self, runtime: str, variant: str, python: str, job: dict[str, Any]) -> None:
+        self.runtime, self.variant = runtime, variant
+        self.name = f"{runtime} {variant}"
+        self.errors: dict[str, str] = {}  # case → why it has no figure
         log = None if os.environ.get("MOTET_BENCH_VERBOSE") else subprocess.DEVNULL
         self._process = subprocess.Popen(
             [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
-        answer = self._ask({"runtime": name, **job})
-        self.error, self.version = answer.get("error"), answer.get("version", "")
-        if self.error is None:
-            self._process.send_signal(signal.SIGSTOP)
+        answer = self._ask({"runtime": runtime, "variant": variant, **job})
+        self.error: str | None = answer.get("error")
+        self.version: str = answer.get("version", "")
 
-    def call(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Seconds. Raises `MotetError` if the runtime fails."""
-        self._process.send_signal(signal.SIGCONT)
-        answer = self._ask({"prompts": prompts, "new_tokens": new_tokens})
-        self._process.send_signal(signal.SIGSTOP)
-        if "error" in answer or len(answer["tokens"]) != new_tokens:
-            raise MotetError(f"{self.name}: {answer.get('error', 'generated another number of tokens than asked for')}")
-        return float(answer["seconds"])
+    def begin(self, prompts: list[list[int]], steps: int, chunks: int) -> float:
+        """Seconds until every sequence has its first token. Raises `MotetError` if the runtime fails."""
+        return float(self._ask_for({"prompts": prompts, "steps": steps, "chunks": chunks}, "seconds")["seconds"])
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    def chunk(self) -> dict[str, float]:
+        """`seconds`, `tokens` and `cpu_seconds` of the next steps."""
+        sample: dict[str, float] = self._ask_for({"go": True}, "cpu_seconds")
+        return sample
+
+    def end(self, num_tokens: int) -> None:
+        """Wait until a generation has ended, which has to be of `num_tokens` tokens."""
+        found = self._ask_for(None, "sequence")["sequence"]
+        if len(found) != num_tokens:
+            raise MotetError(f"generated {len(found)} tokens, {num_tokens} were asked for")
+
+    def _ask_for(self, message: dict[str, Any] | None, field: str) -> dict[str, Any]:
+        answer = self._ask(message)
+        if field not in answer:
+            raise MotetError(answer.get("error", "the generation ended before it should"))
+        return answer
+
+    def _ask(self, message: dict[str, Any] | None) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            if message is not None:
+                self._process.stdin.write(json.dumps(message) + "\n")
+                self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        result: dict[str, Any] = (
-            json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}
-        )
+        if not line:
+            self.error = f"the process ended with {self._process.wait()}"
+            return {"error": self.error}
+        self._process.send_signal(signal.SIGSTOP)
+        result: dict[str, Any] = json.loads(line)
         return result
 
     def close(self) -> None:
@@ -80,7 +117,7 @@ class Worker:
 
 
 def run(
-    bundle_path: Path,
+    bundle_paths: Sequence[Path],
     model: str,
     out: Path,
     *,
@@ -88,154 +125,170 @@ def run(
     python: Path | None = None,
     prompt_tokens: int = 512,
     context: int = 256,
-    new_tokens: int = 64,
+    long_context: int = 4096,
+    steps: int = 16,
     concurrency: int = 16,
     repeats: int = 5,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure, write `out/peers.json` and `.html`, print the table and one JSON line. A runtime that is not installed
-    is listed as such. `python`: the interpreter that has the peers; Motet itself always runs in this one."""
-    unknown = sorted(set(names or ()) - set(PEERS))
-    if unknown:
-        raise ConfigError(f"unknown peers {unknown}; known are {list(PEERS)}")
-    bundle = Bundle.load(bundle_path)
+    """Measure, write `out/peers.json` and `.html`, print the tables and one JSON line. A runtime that is not installed
+    or fails is listed as such. `names`: runtimes, or runtimes with a variant ("llama.cpp Q4_1"). `python`: the
+    interpreter that has the peers (default: the one that `make peers` made, else this one). `long_context` 0: without."""
+    bundles = {f"int{b.quantisation['bits']}": b for b in map(Bundle.load, bundle_paths)}
+    if len(bundles) < len(bundle_paths):
+        raise ConfigError("two bundles have the same bits; give one of each")
+    chosen = _chosen(names, bundles)
     threads = threads or len(os.sched_getaffinity(0))
-    job = {
-        "threads": threads,
-        "max_tokens": max(prompt_tokens, context) + new_tokens + 8,
-        "max_sequences": concurrency,
-        "paths": _paths(bundle, model),
-    }
-    limits = probes.measure(threads)
-    cases = {
-        "prefill": (1, prompt_tokens, 1),
-        "one": (1, context, new_tokens),
-        "many": (concurrency, context, new_tokens),
-    }
-    with _workers(names or PEERS, str(python or sys.executable), job) as workers:
-        times = _measure([w for w in workers if w.error is None], bundle, cases, repeats)
-        rows = [_row(worker, times.get(worker.name), cases) for worker in workers]
+    cases = _cases(prompt_tokens, context, long_context, concurrency, steps, repeats)
+    lengths = {size: max(_room(c) for c in cases if c.sequences == size) for size in {c.sequences for c in cases}}
+    job = {"threads": threads, "lengths": lengths, "paths": _paths(bundles, model)}
+    before = probes.measure(threads)
+    with _workers(bundles, chosen, str(python or _peer_python()), job) as workers:
+        vocab_size = next(iter(bundles.values())).config.vocab_size
+        times = {case.name: _measure(case, workers, vocab_size, repeats) for case in cases}
+        rows = [_row(worker, times, cases) for worker in workers]
+    add_ratios(rows, [case.name for case in cases])
     result = {
-        "bundle": bundle.name,
-        "bits": bundle.quantisation["bits"],
-        "prompt_tokens": prompt_tokens,
-        "context": context,
-        "concurrency": concurrency,
+        "bundles": {bundle.name: bundle.quantisation for bundle in bundles.values()},
+        "columns": {case.name: case.title for case in cases},
+        "repeats": repeats,
+        "steps": steps,
         "machine": machine(),
-        "limits": limits,
-        "peers": rows,
+        "threads": threads,
+        "limits": before,
+        "limits_after": probes.measure(threads),
+        "runtimes": rows,
     }
-    _add_ratios(rows)
-    write("peers", result, [_table(result)], _plots(result), out)
+    write("peers", result, tables(result), plots(result), out)
     return result
 
 
-def _paths(bundle: Bundle, model: str) -> dict[str, str]:
+def _chosen(names: Sequence[str] | None, bundles: Mapping[str, Bundle]) -> list[tuple[str, str]]:
+    """(runtime, variant) of the peers to run."""
+    known = [(runtime, variant) for runtime, variants in VARIANTS.items() for variant in variants]
+    labels = {runtime for runtime, _ in known} | {f"{runtime} {variant}" for runtime, variant in known}
+    unknown = sorted(set(names or ()) - labels)
+    if unknown:
+        raise ConfigError(f"unknown peers {unknown}; known are {sorted(labels)}")
+    wanted = set(labels if names is None else names)
+    return [
+        (runtime, variant)
+        for runtime, variant in known
+        if wanted & {runtime, f"{runtime} {variant}"} and (runtime != "onnxruntime-genai" or variant in bundles)
+    ]
+
+
+def _cases(prompt: int, context: int, long_context: int, concurrency: int, steps: int, repeats: int) -> list[Case]:
+    chunks = repeats + 1  # the first warms up and does not count
+    cases = [
+        Case("prefill", f"prefill {prompt:,}", 1, prompt, 0, 0),
+        Case("one", f"1 at {context:,}", 1, context, steps, chunks),
+        Case("many", f"{concurrency} at {context:,}", concurrency, context, steps, chunks),
+    ]
+    if long_context:
+        cases.append(Case("long", f"1 at {long_context:,}", 1, long_context, steps, chunks))
+    return cases
+
+
+def _room(case: Case) -> int:
+    """Tokens that a sequence of a case may have; a fast runtime's first sequences run ahead of its last one."""
+    return case.length + case.chunks * (case.steps + peer_worker.UNMEASURED) + 2 * case.sequences + 8
+
+
+def _peer_python() -> Path:
+    found = models_dir().parent / "peers" / "venv" / "bin" / "python"
+    return found if found.exists() else Path(sys.executable)
+
+
+def _paths(bundles: Mapping[str, Bundle], model: str) -> dict[str, str]:
     scratch = models_dir().parent / "peers"
     scratch.mkdir(parents=True, exist_ok=True)
-    genai = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
-    write_standard_graph(bundle, 0, genai)
-    paths = {
-        "bundle": str(bundle.path),
-        "model": str(resolve_model(model)),
-        "scratch": str(scratch),
-        "genai": str(genai),
-    }
+    paths = {"model": str(resolve_model(model)), "scratch": str(scratch)}
+    for variant, bundle in bundles.items():
+        graph = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
+        write_standard_graph(bundle, 0, graph)
+        paths[f"genai-{variant}"] = str(graph)
     if model == SMOLLM2:
-        paths["gguf"] = str(fetch_gguf(scratch))
+        paths["gguf"] = str(fetch_gguf(scratch / "gguf"))
     return paths
 
 
 @contextmanager
-def _workers(names: Sequence[str], python: str, job: dict[str, Any]) -> Iterator[list[Worker]]:
+def _workers(
+    bundles: Mapping[str, Bundle], chosen: Sequence[tuple[str, str]], python: str, job: dict[str, Any]
+) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
-        for name in dict.fromkeys(["motet", *names]):
-            workers.append(Worker(name, sys.executable if name == "motet" else python, job))
+        for variant, bundle in bundles.items():
+            own = {**job, "paths": {**job["paths"], "bundle": str(bundle.path)}}
+            workers.append(Worker(OWN, variant, sys.executable, own))
+        for runtime, variant in chosen:
+            workers.append(Worker(runtime, variant, python, job))
         yield workers
     finally:
         for worker in workers:
             worker.close()
 
 
-def _measure(
-    workers: list[Worker], bundle: Bundle, cases: dict[str, tuple[int, int, int]], repeats: int
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """name → case → (T(1), T(n)) of every repeat. The first round warms up and does not count."""
-    times: dict[str, dict[str, list[tuple[float, float]]]] = {w.name: {case: [] for case in cases} for w in workers}
-    for repeat in range(repeats + 1):
-        for case, (sequences, length, new_tokens) in cases.items():
-            rng = np.random.default_rng((repeat, sequences, length))  # cases share no prefix
-            prompts = rng.integers(10, bundle.config.vocab_size - 10, (sequences, length)).tolist()
-            for worker in workers:
-                if worker.error is not None:
-                    continue
-                try:
-                    one = worker.call(prompts, 1)
-                    pair = (one, worker.call(prompts, new_tokens) if new_tokens > 1 else one)
-                except MotetError as error:
-                    worker.error = str(error)
-                    continue
-                if repeat:
-                    times[worker.name][case].append(pair)
-    return times
+Samples = dict[str, list[dict[str, float]]]  # worker → one a repeat
 
 
-def _row(
-    worker: Worker, times: dict[str, list[tuple[float, float]]] | None, cases: dict[str, tuple[int, int, int]]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": worker.name, "version": worker.version, "error": worker.error}
-    if worker.error is None and times is not None:
-        row["prefill_tok_s"] = cases["prefill"][1] / statistics.median(one for one, _ in times["prefill"])
-        for case in ("one", "many"):
-            sequences, _, new_tokens = cases[case]
-            row[f"{case}_tok_s"] = sequences * (new_tokens - 1) / statistics.median(t - one for one, t in times[case])
+def _measure(case: Case, workers: Sequence[Worker], vocab_size: int, repeats: int) -> Samples:
+    """Every runtime's measurements of a case, taken in turns. The first round warms up and does not count."""
+    rng = np.random.default_rng((case.sequences, case.length))  # cases share no prefix
+    samples: Samples = {worker.name: [] for worker in workers}
+
+    def prompts() -> list[list[int]]:
+        drawn: list[list[int]] = rng.integers(10, vocab_size - 10, (case.sequences, case.length)).tolist()
+        return drawn
+
+    def prefill(worker: Worker, drawn: list[list[int]]) -> None:
+        seconds = worker.begin(drawn, 0, 0)
+        worker.end(1)
+        samples[worker.name].append({"seconds": seconds, "tokens": case.sequences * case.length})
+
+    def decode(worker: Worker, _drawn: list[list[int]]) -> None:
+        samples[worker.name].append(worker.chunk())
+
+    if case.chunks:
+        drawn = prompts()
+        _each(case, workers, lambda worker: worker.begin(drawn, case.steps, case.chunks))
+    for _ in range(repeats + 1):
+        drawn = [] if case.chunks else prompts()
+        _each(case, workers, lambda worker, d=drawn: (decode if case.chunks else prefill)(worker, d))
+    if case.chunks:
+        last = 1 + case.chunks * (case.steps + peer_worker.UNMEASURED)
+        _each(case, workers, lambda worker: worker.end(last))
+    return {name: values[1:] for name, values in samples.items()}
+
+
+def _each(case: Case, workers: Sequence[Worker], act: Any) -> None:
+    """Let every runtime that has not failed act; one that fails has no figure of this case."""
+    for worker in workers:
+        if worker.error is None and case.name not in worker.errors:
+            try:
+                act(worker)
+            except MotetError as error:
+                worker.errors[case.name] = str(error)
+
+
+def _row(worker: Worker, times: Mapping[str, Samples], cases: Sequence[Case]) -> dict[str, Any]:
+    """Medians of tok/s and of CPUs in use, a column each."""
+    row: dict[str, Any] = {
+        "name": worker.name,
+        "version": worker.version,
+        "error": worker.error,
+        "errors": worker.errors,
+        "tok_s": {},
+        "all_tok_s": {},
+        "cpus": {},
+    }
+    for case in cases:
+        found = times[case.name][worker.name]
+        if found and worker.error is None and case.name not in worker.errors:
+            rates = [sample["tokens"] / sample["seconds"] for sample in found]
+            row["tok_s"][case.name] = statistics.median(rates)
+            row["all_tok_s"][case.name] = rates
+            cpus = [sample["cpu_seconds"] / sample["seconds"] for sample in found if "cpu_seconds" in sample]
+            row["cpus"][case.name] = statistics.median(cpus) if cpus else None
     return row
-
-
-FIGURES = ("prefill_tok_s", "one_tok_s", "many_tok_s")
-
-
-def _add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Motet's figure over the runtime's."""
-    own = rows[0]
-    for row in rows:
-        if row["error"] is None and own["error"] is None:
-            row["motet_ratio"] = {figure: own[figure] / row[figure] for figure in FIGURES}
-
-
-def _table(result: dict[str, Any]) -> Any:
-    header = [
-        "runtime",
-        "prefill tok/s",
-        "1 sequence",
-        f"{result['concurrency']} sequences",
-        "Motet ×: prefill",
-        "1",
-        "many",
-    ]
-    rows, errors = [], []
-    for row in result["peers"]:
-        label = f"{row['name']} {row['version']}".strip()
-        if row["error"] is not None:
-            rows.append([label, *["–"] * 6])
-            errors.append(f"{label}: {row['error']}")
-            continue
-        ratios = row.get("motet_ratio", {})
-        rows.append(
-            [label, *(f"{row[f]:,.0f}" for f in FIGURES), *(f"{ratios[f]:.2f}" for f in FIGURES if f in ratios)]
-        )
-    title = (
-        f"{result['bundle']}, {result['bits']} bits, {result['limits']['threads']} threads, context {result['context']}"
-    )
-    return table("\n".join([title, *errors]), header, rows)
-
-
-def _plots(result: dict[str, Any]) -> list[Plot]:
-    rows = [row for row in result["peers"] if row["error"] is None]
-    labels = [row["name"] for row in rows]
-    titles = ("Prefill", "Decode, 1 sequence", f"Decode, {result['concurrency']} sequences")
-    return [
-        Plot(title, "tok/s", labels, {"tok/s": [row[figure] for row in rows]})
-        for title, figure in zip(titles, FIGURES, strict=True)
-    ]

@@ -1,4 +1,7 @@
-"""What this machine can do at most, measured in the same run as the figures it is compared with."""
+"""What this machine can do at most, measured in the same run as the figures it is compared with.
+
+The native kernels' probes where they were built: threads that read memory with the widest loads, and the peak of the dot
+product instruction. Elsewhere numpy's reduction, and ONNX Runtime's integer matrix product."""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels import cpu
 from ..runtime.onnx_backend import open_session
 
 
 def measure(threads: int) -> dict[str, Any]:
-    """Read bandwidth (GB/s) and 8-bit multiply-accumulates (GMAC/s) with `threads` threads.
+    """Read bandwidth (GB/s), 8-bit multiply-accumulates (GMAC/s) with `threads` threads, and whose probes they are.
 
     In a process of its own: an engine's process has one ONNX Runtime thread pool, which no other session can leave.
     """
@@ -66,6 +70,13 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
     return size**3 / statistics.median(times[2:]) / 1e9
 
 
+def main(threads: int) -> None:
+    """Print what `measure` returns as JSON."""
+    native = cpu.is_available()
+    read, dot = (cpu.probe_read, cpu.probe_dot) if native else (read_bandwidth, int8_rate)
+    values = {"threads": threads, "probes": "native" if native else "numpy, onnxruntime"}
+    print(json.dumps({**values, "read_gb_s": read(threads), "int8_gmac_s": dot(threads)}))
+
+
 if __name__ == "__main__":
-    count = int(sys.argv[1])
-    print(json.dumps({"threads": count, "read_gb_s": read_bandwidth(count), "int8_gmac_s": int8_rate(count)}))
+    main(int(sys.argv[1]))

@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .bench_cli import bench
 from .runtime.config import EngineConfig
-from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError, UnavailableError
+from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
 from .runtime.output import Output
 from .runtime.prompt import Prompt
 from .runtime.request import Ensemble, Member, SamplingParams, Space
@@ -25,7 +25,6 @@ from .runtime.request import Ensemble, Member, SamplingParams, Space
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-bench = typer.Typer(no_args_is_help=True, help="Measure: decode, serve, peers. Each writes JSON and an HTML page.")
 app.add_typer(bench, name="bench")
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
@@ -355,140 +354,6 @@ def summarise(
         report = run(engine, source, out, ensemble=_ensemble(mix, space), params=params)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
-
-
-# ---- bench -----------------------------------------------------------------------------------------------------------
-
-BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
-Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
-
-
-@bench.command("decode")
-def bench_decode(
-    bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; none with --random.")] = None,
-    out: Results = Path("bench/results"),
-    batch_sizes: str = "1,4,8,16",
-    ensemble_sizes: Annotated[str, typer.Option(help="Members a request; default: 1 and all.")] = "",
-    prompt_tokens: int = 512,
-    context: int = 256,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    threads: Threads = 0,
-    backend: Annotated[str, typer.Option(help="With --random: torch.")] = "auto",
-    random: Annotated[str, typer.Option(help="Random weights of a shape: llama-8b, llama-1b, smollm2-135m.")] = "",
-    bits: Annotated[int, typer.Option(help="Of random weights: 16, 8 or 4.")] = 16,
-) -> None:
-    """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
-    if random:
-        if backend != "torch" or bundle is not None:
-            raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
-        torch_decode = _gpu_bench("torch_decode")
-        sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
-        options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
-        torch_decode.run(random, out, batch_sizes=sizes[0], ensemble_sizes=sizes[1], **options)
-        return
-    if bundle is None or backend != "auto":
-        raise ConfigError("give a bundle, or --backend torch with --random SHAPE")
-    from .bench import decode
-
-    decode.run(
-        bundle,
-        out,
-        batch_sizes=_numbers(batch_sizes),
-        ensemble_sizes=_numbers(ensemble_sizes) if ensemble_sizes else None,
-        prompt_tokens=prompt_tokens,
-        context=context,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        threads=threads,
-    )
-
-
-def _gpu_bench(name: str) -> Any:
-    """A module of the benches that needs torch or Triton."""
-    try:
-        return import_module(f".bench.{name}", __package__)
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"
-        ) from error
-
-
-@bench.command("kernels")
-def bench_kernels(out: Results = Path("bench/results")) -> None:
-    """Every GPU kernel: bytes moved and the share of the bandwidth. Needs an NVIDIA GPU."""
-    _gpu_bench("kernels").run(out)
-
-
-@bench.command("serve")
-def bench_serve(
-    bundle: BundleArgument,
-    out: Results = Path("bench/results"),
-    rates: Annotated[str, typer.Option(help="Open loop: requests a second.")] = "1,2",
-    clients: Annotated[str, typer.Option(help="Closed loop: clients at once.")] = "1,8",
-    duration_s: float = 15.0,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    ttft_ms: Annotated[float, typer.Option(help="Goodput: first token within this.")] = 1000.0,
-    tpot_ms: Annotated[float, typer.Option(help="Goodput: a token within this, on average.")] = 100.0,
-    seed: int = 0,
-    threads: Threads = 0,
-) -> None:
-    """Latency and throughput over gRPC, open-loop and closed-loop."""
-    from .bench import serve as load
-
-    load.run(
-        bundle,
-        out,
-        rates=[float(rate) for rate in rates.split(",") if rate],
-        clients=_numbers(clients),
-        duration_s=duration_s,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        ttft_ms=ttft_ms,
-        tpot_ms=tpot_ms,
-        seed=seed,
-        threads=threads,
-    )
-
-
-@bench.command("peers")
-def bench_peers(
-    bundle: BundleArgument,
-    model: Annotated[str, typer.Option(help="The model that the bundle was made from.")] = "smollm2-135m",
-    out: Results = Path("bench/results"),
-    peers: Annotated[str, typer.Option(help="Which; default: all that are installed.")] = "",
-    peer_python: Annotated[Path | None, typer.Option(help="Interpreter with the peers' packages.")] = None,
-    prompt_tokens: int = 512,
-    context: int = 256,
-    new_tokens: int = 64,
-    concurrency: int = 16,
-    repeats: int = 5,
-    threads: Threads = 0,
-) -> None:
-    """The same prompts on other runtimes, interleaved in one run."""
-    from .bench import peers as compare
-
-    compare.run(
-        bundle,
-        model,
-        out,
-        names=[name for name in peers.split(",") if name] or None,
-        python=peer_python,
-        prompt_tokens=prompt_tokens,
-        context=context,
-        new_tokens=new_tokens,
-        concurrency=concurrency,
-        repeats=repeats,
-        threads=threads,
-    )
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",") if item]
-    except ValueError:
-        raise ConfigError(f"'{text}' is not a list of whole numbers such as 1,4,16") from None
 
 
 if __name__ == "__main__":

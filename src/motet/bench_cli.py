@@ -1,0 +1,150 @@
+"""The `motet bench` commands. Each parses its options and calls one function of `motet.bench`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .runtime.errors import ConfigError, UnavailableError
+
+bench = typer.Typer(no_args_is_help=True, help="Measure. Each command writes JSON and an HTML page.")
+
+BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
+Bundles = Annotated[list[Path], typer.Argument(help="Directories of bundles of one model, one a number of bits.")]
+Model = Annotated[str, typer.Option(help="The model that the bundles were made from.")]
+PeerPython = Annotated[Path | None, typer.Option(help="Interpreter with the peers; default: what `make peers` made.")]
+Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
+
+
+@bench.command("decode")
+def bench_decode(
+    bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; none with --random.")] = None,
+    out: Results = Path("bench/results"),
+    batch_sizes: str = "1,4,8,16",
+    ensemble_sizes: Annotated[str, typer.Option(help="Members a request; default: 1 and all.")] = "",
+    prompt_tokens: int = 512,
+    context: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    threads: Threads = 0,
+    backend: Annotated[str, typer.Option(help="With --random: torch.")] = "auto",
+    random: Annotated[str, typer.Option(help="Random weights of a shape: llama-8b, llama-1b, smollm2-135m.")] = "",
+    bits: Annotated[int, typer.Option(help="Of random weights: 16, 8 or 4.")] = 16,
+) -> None:
+    """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
+    if random:
+        if backend != "torch" or bundle is not None:
+            raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
+        torch_decode = _gpu_bench("torch_decode")
+        sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
+        options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
+        torch_decode.run(random, out, batch_sizes=sizes[0], ensemble_sizes=sizes[1], **options)
+        return
+    if bundle is None or backend != "auto":
+        raise ConfigError("give a bundle, or --backend torch with --random SHAPE")
+    from .bench import decode
+
+    decode.run(
+        bundle,
+        out,
+        batch_sizes=_numbers(batch_sizes),
+        ensemble_sizes=_numbers(ensemble_sizes) if ensemble_sizes else None,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
+@bench.command("kernels")
+def bench_kernels(out: Results = Path("bench/results")) -> None:
+    """Every GPU kernel: bytes moved and the share of the bandwidth. Needs an NVIDIA GPU."""
+    _gpu_bench("kernels").run(out)
+
+
+@bench.command("serve")
+def bench_serve(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    rates: Annotated[str, typer.Option(help="Open loop: requests a second.")] = "1,2",
+    clients: Annotated[str, typer.Option(help="Closed loop: clients at once.")] = "1,8",
+    duration_s: float = 15.0,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    ttft_ms: Annotated[float, typer.Option(help="Goodput: first token within this.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="Goodput: a token within this, on average.")] = 100.0,
+    seed: int = 0,
+    threads: Threads = 0,
+) -> None:
+    """Latency and throughput over gRPC, open-loop and closed-loop."""
+    from .bench import serve as load
+
+    load.run(
+        bundle,
+        out,
+        rates=[float(rate) for rate in rates.split(",") if rate],
+        clients=_numbers(clients),
+        duration_s=duration_s,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        ttft_ms=ttft_ms,
+        tpot_ms=tpot_ms,
+        seed=seed,
+        threads=threads,
+    )
+
+
+@bench.command("peers")
+def bench_peers(
+    bundles: Bundles,
+    model: Model = "smollm2-135m",
+    out: Results = Path("bench/results"),
+    peers: Annotated[str, typer.Option(help="Which, such as 'llama.cpp Q4_1,CTranslate2'; default: all.")] = "",
+    peer_python: PeerPython = None,
+    prompt_tokens: int = 512,
+    context: int = 256,
+    long_context: Annotated[int, typer.Option(min=0, help="0: without this column.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps a measurement.")] = 16,
+    concurrency: int = 16,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Threads = 0,
+) -> None:
+    """The same prompts on other runtimes, interleaved in one run."""
+    from .bench import peers as compare
+
+    compare.run(
+        bundles,
+        model,
+        out,
+        names=[name for name in peers.split(",") if name] or None,
+        python=peer_python,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        long_context=long_context,
+        steps=steps,
+        concurrency=concurrency,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
+def _gpu_bench(name: str) -> Any:
+    """A module of the benches that needs torch or Triton."""
+    try:
+        return import_module(f".bench.{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"
+        ) from error
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",") if item]
+    except ValueError:
+        raise ConfigError(f"'{text}' is not a list of whole numbers such as 1,4,16") from None
