@@ -201,17 +201,25 @@ def serve(
     max_num_seqs: int = 16,
     max_model_len: int = 2048,
     max_num_batched_tokens: int = 512,
+    backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto, int8, bf16 or fp8.")] = "auto",
+    speculative_tokens: Annotated[int, typer.Option(help="Tokens a prompt-lookup draft at most; 0: none.")] = 0,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
 ) -> None:
     """Serve a bundle over gRPC."""
     from .runtime.server import serve as run
 
-    config = EngineConfig(
-        threads=threads,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
+    config = EngineConfig.from_dict(
+        {
+            "threads": threads,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "backend": backend,
+            "kv_dtype": kv_dtype,
+            "speculative_tokens": speculative_tokens,
+        }
     )
     run(bundle, host=host, port=port, config=config, metrics_port=metrics_port, with_reflection=reflection)
 
