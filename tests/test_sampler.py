@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.kernels import reference
+from motet.kernels import cpu, reference
+from motet.runtime import sampler
 from motet.runtime.batch import SampleRow
 from motet.runtime.request import SamplingParams, Space
 from motet.runtime.sampler import sample_rows
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True, scope="module")
+def kind(request):
+    """Both samplers behind `sample_rows`."""
+    if request.param == "native" and not cpu.is_available():
+        pytest.skip("the native kernels were not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_has_native", lambda: request.param == "native")
+        yield request.param
 
 
 def row(count=1, space=Space.LOGITS, seed=7, position=3, prompt=(), output=(), forbidden=(), members=False, **params):
@@ -114,11 +125,17 @@ def test_probs_space_is_the_mean_of_probabilities():
 
 
 def test_nan_and_nothing_left_are_errors_of_that_row():
-    logits = np.zeros((2, 4), np.float32)
-    logits[0, 2] = np.nan
-    samples = [row(temperature=0.0), row(temperature=0.0), row(temperature=0.0, forbidden=(0, 1, 2, 3))]
-    result = sample_rows(logits, [[(0, 1.0)], [(1, 1.0)], [(1, 1.0)]], samples)
-    assert sorted(result.errors) == [0, 2]
+    logits = np.zeros((3, 4), np.float32)
+    logits[0, 2], logits[2, 1] = np.nan, np.inf
+    samples = [
+        row(temperature=0.0, forbidden=(2,)),  # a forbidden NaN is one all the same
+        row(temperature=0.0),
+        row(temperature=0.0, forbidden=(0, 1, 2, 3)),
+        row(temperature=0.0),
+    ]
+    result = sample_rows(logits, [[(0, 1.0)], [(1, 1.0)], [(1, 1.0)], [(2, 1.0)]], samples)
+    assert sorted(result.errors) == [0, 2, 3]
+    assert "NaN" in result.errors[0] and "no token" in result.errors[2] and "infinity" in result.errors[3]
     assert result.token_ids[1] == 0
 
 

@@ -123,14 +123,18 @@ void Sampler::run(const SampleIsa& isa, const MotetSampling& all, int64_t index)
     std::fill_n(all.member_logprobs + sample_->first_term, sample_->num_terms, kNaN);
     changes_.clear();
 
-    State state = mix() ? view() : State::NotFinite;
-    if (state == State::Fine && sample_->logprobs >= 0) report_top();
+    State state = mix() ? measure() : State::NotFinite;
+    if (state == State::Fine && sample_->logprobs >= 0) {
+        view();
+        report_top();
+    }
     if (state == State::Fine && is_adjusted()) {
         adjust();
-        state = view();
+        state = measure();
     }
     all.codes[index] = state == State::Fine ? MOTET_SAMPLED : state == State::NotFinite ? MOTET_NOT_FINITE : MOTET_NOTHING_LEFT;
     if (state != State::Fine) return;
+    view();
     const double t = sample_->temperature, tempered_top = top_ / t;
     int64_t token = largest_id();
     if (t >= kLeastTemperature && std::isfinite(tempered_top))
@@ -154,48 +158,51 @@ bool Sampler::mix() {
     if (taking_part == 0) return false;
     if (alone && !is_adjusted()) return true;
     terms_.erase(std::remove_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient == 0; }), terms_.end());
-    const bool probs = sample_->probs && !alone;
-    for (MixTerm& term : terms_) {
-        if (!probs) break;
-        float largest;
-        term.log_sum = log_sum(term.row, &largest);
-        term.largest = largest;
-        if (!std::isfinite(term.log_sum)) return false;
-    }
     exact_.resize(size_t(size_));
-    isa_->mix(terms_.data(), int64_t(terms_.size()), probs, size_, exact_.data());
     plain_ = nullptr;
+    if (!sample_->probs || alone) {
+        isa_->mix_logits(terms_.data(), int64_t(terms_.size()), size_, exact_.data());
+        return true;
+    }
+    for (MixTerm& term : terms_) {
+        float largest;
+        if (!largest_of(term.row, &largest)) return false;
+        term.largest = largest;
+    }
+    exps_.resize(size_t(size_));
+    isa_->mix_probs(terms_.data(), int64_t(terms_.size()), size_, exps_.data(), exact_.data());
     return true;
 }
 
-// log Σ exp(x - largest) of a row; NaN where it holds NaN or has no finite largest.
-double Sampler::log_sum(const float* row, float* largest) {
+// The largest of a member's row; false where the row has no softmax.
+bool Sampler::largest_of(const float* row, float* largest) {
     scratch_.resize(size_t(size_ / kSampleBlock + 1));
-    if (!isa_->block_maxima(row, size_, scratch_.data(), largest) || !std::isfinite(*largest)) return kNaN;
-    return std::log(isa_->exp_sum({row, nullptr, size_, *largest, scratch_.data()}, *largest, 1.0));
+    return isa_->block_maxima(row, size_, scratch_.data(), largest) && std::isfinite(*largest);
 }
 
-Sampler::State Sampler::view() {
-    maxima_.resize(size_t(size_ / kSampleBlock + 1));
-    float largest = 0.0f;
+Sampler::State Sampler::measure() {
     bool numbers = true;
     if (plain_) {
+        float largest;
+        maxima_.resize(size_t(size_ / kSampleBlock + 1));
         numbers = isa_->block_maxima(plain_, size_, maxima_.data(), &largest);
+        row_ = {plain_, nullptr, size_, largest, maxima_.data()};
         top_ = double(largest);
     } else {
         numbers = isa_->largest(exact_.data(), size_, &top_);
     }
     if (!numbers || top_ == kInfinity) return State::NotFinite;
-    if (top_ == -kInfinity) return State::NothingLeft;
-    if (plain_) {
-        row_ = {plain_, nullptr, size_, largest, maxima_.data()};
-    } else {
-        narrow_.resize(size_t(size_));
-        isa_->narrow(exact_.data(), size_, top_, narrow_.data());
-        isa_->block_maxima(narrow_.data(), size_, maxima_.data(), &largest);
-        row_ = {narrow_.data(), exact_.data(), size_, 0.0f, maxima_.data()};
-    }
-    return State::Fine;
+    return top_ == -kInfinity ? State::NothingLeft : State::Fine;
+}
+
+void Sampler::view() {
+    if (plain_) return;
+    float largest;
+    narrow_.resize(size_t(size_));
+    maxima_.resize(size_t(size_ / kSampleBlock + 1));
+    isa_->narrow(exact_.data(), size_, top_, narrow_.data());
+    isa_->block_maxima(narrow_.data(), size_, maxima_.data(), &largest);
+    row_ = {narrow_.data(), exact_.data(), size_, 0.0f, maxima_.data()};
 }
 
 int64_t Sampler::largest_id() const {
@@ -267,8 +274,13 @@ void Sampler::collect_largest(int64_t count) {
         // A margin for values that only rounding tells apart.
         least = float(distance - 1e-6 * std::fabs(distance) - 1e-15 * std::fabs(top_) - 1e-12);
     }
-    ids_.resize(size_t(size_));
-    ids_.resize(size_t(isa_->collect(row_, least, ids_.data())));
+    collect(least);
+}
+
+// ids_[0…found_ - 1]: the tokens at this distance from the largest or nearer.
+void Sampler::collect(float distance) {
+    ids_.resize(size_t(std::max<int64_t>(size_, int64_t(ids_.size()))));
+    found_ = isa_->collect(row_, distance, ids_.data());
 }
 
 double Sampler::cut(double tempered_top) {
@@ -283,8 +295,8 @@ double Sampler::cut(double tempered_top) {
 // Those of ids_ that reach `least`, with their probabilities (not normalised).
 void Sampler::gather(double least, double tempered_top) {
     weighted_.clear();
-    for (const int32_t id : ids_) {
-        const double tempered = row_.value(id) / sample_->temperature;
+    for (int64_t i = 0; i < found_; i++) {
+        const double tempered = row_.value(ids_[size_t(i)]) / sample_->temperature;
         if (tempered >= least && tempered > -kInfinity) weighted_.push_back({tempered, std::exp(tempered - tempered_top)});
     }
 }
@@ -292,7 +304,7 @@ void Sampler::gather(double least, double tempered_top) {
 double Sampler::top_k(double tempered_top) {
     collect_largest(sample_->top_k);
     weighted_.clear();
-    for (const int32_t id : ids_) weighted_.push_back({row_.value(id) / sample_->temperature, 0.0});
+    for (int64_t i = 0; i < found_; i++) weighted_.push_back({row_.value(ids_[size_t(i)]) / sample_->temperature, 0.0});
     const auto last = weighted_.begin() + (sample_->top_k - 1);
     std::nth_element(weighted_.begin(), last, weighted_.end(), [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
     const double least = last->tempered;
@@ -310,19 +322,15 @@ double Sampler::top_p(double tempered_top, double least) {
         result = nucleus(total, &sure);
     } else {
         const double total = isa_->exp_sum(row_, top_, 1.0 / sample_->temperature);
-        ids_.resize(size_t(size_));
         for (const double distance : {4.0, 8.0, 16.0, kInfinity}) {
-            ids_.resize(size_t(size_));
-            ids_.resize(size_t(isa_->collect(row_, float(-distance * sample_->temperature), ids_.data())));
+            collect(float(-distance * sample_->temperature));
             gather(-kInfinity, tempered_top);
             double mass = 0.0;
             for (const Weighted& one : weighted_) mass += one.weight;
             if (mass >= sample_->top_p * total * (1 + 2 * kSumError)) break;
         }
         result = nucleus(total, &sure);
-        if (sure) return result;
-        ids_.resize(size_t(size_));
-        ids_.resize(size_t(isa_->collect(row_, -std::numeric_limits<float>::infinity(), ids_.data())));
+        if (!sure) collect(-std::numeric_limits<float>::infinity());
     }
     if (sure) return result;
     gather(least, tempered_top);
@@ -376,7 +384,7 @@ void Sampler::report_top() {
     if (count == 0) return;
     collect_largest(count);
     std::vector<std::pair<double, int64_t>> best;
-    for (const int32_t id : ids_) best.emplace_back(-(row_.value(id) - mixed_top_ - log_sum_), id);
+    for (int64_t i = 0; i < found_; i++) best.emplace_back(-(row_.value(ids_[size_t(i)]) - mixed_top_ - log_sum_), ids_[size_t(i)]);
     std::partial_sort(best.begin(), best.begin() + count, best.end());
     for (int64_t i = 0; i < count; i++) {
         all_->top_ids[index_ * all_->top_stride + i] = best[size_t(i)].second;
@@ -397,8 +405,9 @@ void Sampler::report(int64_t token) {
     for (int64_t at = sample_->first_term; at < sample_->first_term + sample_->num_terms; at++) {
         const float* row = all_->logits + all_->term_rows[at] * all_->stride;
         float largest;
-        const double sum = log_sum(row, &largest);
-        all_->member_logprobs[at] = double(row[token]) - double(largest) - sum;
+        if (!largest_of(row, &largest)) continue;
+        const double sum = isa_->exp_sum({row, nullptr, size_, largest, nullptr}, largest, 1.0);
+        all_->member_logprobs[at] = double(row[token]) - double(largest) - std::log(sum);
     }
 }
 

@@ -25,21 +25,23 @@ private:
         double tempered, weight;
     };
 
-    bool mix();                       // the mixed row; false: a row of a mix of probabilities has no softmax
-    State view();                     // row_, top_ and maxima_ of the mixed or adjusted row
+    bool mix();                       // the mixed row; false: nothing takes part, or a row has no softmax
+    State measure();                  // top_ of the mixed or adjusted row
+    void view();                      // row_: what the passes over it need
     bool is_adjusted() const;
     void adjust();                    // penalties, biases, forbidden tokens, mask, on exact_
     void change(int64_t id, double value);
     void penalise();
     int64_t largest_id() const;       // lowest id with the largest value
-    void collect_largest(int64_t count);  // ids_: at least the `count` largest
+    void collect(float distance);
+    void collect_largest(int64_t count);  // at least the `count` largest
     double cut(double tempered_top);  // the value / temperature that a token must reach
     double top_k(double tempered_top);
     double top_p(double tempered_top, double least);
     double nucleus(double total, bool* sure);
     double nucleus_sorted();
     void gather(double least, double tempered_top);
-    double log_sum(const float* row, float* largest);
+    bool largest_of(const float* row, float* largest);
     void report_top();
     void report(int64_t token);
     double value_before(int64_t id) const;
@@ -50,8 +52,9 @@ private:
     int64_t index_ = 0, size_ = 0;
 
     std::vector<MixTerm> terms_;
-    std::vector<double> exact_;
+    std::vector<double> exact_, exps_;
     std::vector<float> narrow_, maxima_, scratch_;
+    int64_t found_ = 0;
     std::vector<int32_t> ids_, counts_;  // counts_ [vocab] is all 0 between samples
     std::vector<Weighted> weighted_;
     struct Change {

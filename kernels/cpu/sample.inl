@@ -45,8 +45,6 @@ INLINE double log_one(double x) {
     return k * 6.93147180369123816490e-01 - ((half - (s * (half + poly) + k * 1.90821492927058770002e-10)) - f);
 }
 
-INLINE int part(int64_t size, int64_t at) { return size - at < kLanes ? int(size - at) : kLanes; }
-
 bool largest_double(const double* x, int64_t size, double* result) {
     double best[16];
     int64_t nan[16] = {};
@@ -94,46 +92,46 @@ double mix_small(const MixTerm* terms, int64_t count, int64_t i) {
     return __builtin_log(total);
 }
 
-void mix_probs(const MixTerm* terms, int64_t count, int64_t size, double* out) {
-    for (int64_t at = 0; at < size; at += kLanes) {
-        const int lanes = part(size, at);
-        double total[16] = {};
-        for (int64_t t = 0; t < count; t++) {
-            float row[16] = {};
-            memcpy(row, terms[t].row + at, sizeof(float) * size_t(lanes));
-            const double coefficient = terms[t].coefficient, largest = terms[t].largest, log_sum = terms[t].log_sum;
-            for (int j = 0; j < 16; j++) total[j] += coefficient * exp_one(double(row[j]) - largest - log_sum);
-        }
-        double logs[16];
-        for (int j = 0; j < 16; j++) logs[j] = log_one(total[j]);
-        for (int j = 0; j < lanes; j++) out[at + j] = total[j] > 1e-290 ? logs[j] : mix_small(terms, count, at + j);
-    }
-}
-
-void mix(const MixTerm* terms, int64_t count, bool probs, int64_t size, double* out) {
-    if (probs)
-        mix_probs(terms, count, size, out);
-    else
-        mix_logits(terms, count, size, out);
-}
-
-double exp_sum(const RowView& row, double top, double scale) {
-    double sums[16] = {};
-    for (int64_t at = 0; at < row.size; at += kLanes) {
-        const int lanes = part(row.size, at);
-        double values[16];
-        for (int j = 0; j < 16; j++) values[j] = -__builtin_inf();
-        if (row.exact)
-            memcpy(values, row.exact + at, sizeof(double) * size_t(lanes));
-        else if (lanes == kLanes)
-            for (int j = 0; j < 16; j++) values[j] = double(row.x[at + j]);
-        else
-            for (int j = 0; j < lanes; j++) values[j] = double(row.x[at + j]);
-        for (int j = 0; j < 16; j++) sums[j] += exp_one((values[j] - top) * scale);
-    }
+INLINE double sum_lanes(double* sums) {
     for (int n = 8; n; n /= 2)
         for (int j = 0; j < n; j++) sums[j] += sums[j + n];
     return sums[0];
+}
+
+// Σ exp((x - top) · scale), each also in `out` unless that is null.
+template <class T>
+INLINE double exp_row(const T* x, int64_t size, double top, double scale, double* out) {
+    double sums[16] = {}, exps[16];
+    int64_t at = 0;
+    for (; at + 16 <= size; at += 16) {
+        for (int j = 0; j < 16; j++) exps[j] = exp_one((double(x[at + j]) - top) * scale);
+        for (int j = 0; j < 16; j++) sums[j] += exps[j];
+        if (out) memcpy(out + at, exps, sizeof exps);
+    }
+    for (int j = 0; at + j < size; j++) {
+        const double one = exp_one((double(x[at + j]) - top) * scale);
+        sums[j] += one;
+        if (out) out[at + j] = one;
+    }
+    return sum_lanes(sums);
+}
+
+double exp_sum(const RowView& row, double top, double scale) {
+    return row.exact ? exp_row(row.exact, row.size, top, scale, nullptr) : exp_row(row.x, row.size, top, scale, nullptr);
+}
+
+void mix_probs(MixTerm* terms, int64_t count, int64_t size, double* exps, double* out) {
+    for (int64_t t = 0; t < count; t++) {
+        const double sum = exp_row(terms[t].row, size, terms[t].largest, 1.0, exps);
+        const double factor = terms[t].coefficient / sum;
+        terms[t].log_sum = __builtin_log(sum);
+        if (t == 0)
+            for (int64_t i = 0; i < size; i++) out[i] = factor * exps[i];
+        else
+            for (int64_t i = 0; i < size; i++) out[i] += factor * exps[i];
+    }
+    for (int64_t i = 0; i < size; i++) exps[i] = log_one(out[i]);
+    for (int64_t i = 0; i < size; i++) out[i] = out[i] > 1e-290 ? exps[i] : mix_small(terms, count, i);
 }
 
 // ---- floats ---------------------------------------------------------------------------------------------------------

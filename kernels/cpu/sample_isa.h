@@ -30,7 +30,7 @@ struct DrawArgs {
 struct MixTerm {
     const float* row;
     double coefficient;
-    double largest, log_sum;  // probs space: log-softmax of the row is (row - largest) - log_sum
+    double largest, log_sum;  // probs space, finite: log-softmax of the row is (row - largest) - log_sum
 };
 
 struct SampleIsa {
@@ -39,7 +39,9 @@ struct SampleIsa {
     // Largest of a row of doubles; false where there is NaN.
     bool (*largest)(const double* x, int64_t size, double* result);
     void (*narrow)(const double* x, int64_t size, double pivot, float* out);  // float(x - pivot)
-    void (*mix)(const MixTerm* terms, int64_t count, bool probs, int64_t size, double* out);
+    void (*mix_logits)(const MixTerm* terms, int64_t count, int64_t size, double* out);
+    // Sets each term's log_sum; `exps` [size] is work space.
+    void (*mix_probs)(MixTerm* terms, int64_t count, int64_t size, double* exps, double* out);
     // Σ exp((value - top) · scale), in an order that is the same on every path.
     double (*exp_sum)(const RowView&, double top, double scale);
     int64_t (*collect)(const RowView&, float distance, int32_t* ids);  // ids with x - pivot ≥ distance, ascending
