@@ -49,6 +49,8 @@ class Budget:
     max_length: int = 128
     trials: int = 16
     seeds: int = 3
+    layers: tuple[int, ...] = (1, 2, 4)
+    bag: float = 0.8
     random_trials: int = 12
     random_seeds: int = 5
     random_examples: int = 64
@@ -58,7 +60,7 @@ class Budget:
             examples=self.examples,
             validation_examples=self.validation,
             max_length=self.max_length,
-            bag=0.8,
+            bag=self.bag,
             evaluations=2,
         )
         return dataclasses.replace(base, **changes)
@@ -132,7 +134,12 @@ class Bench:
         return {"seeds": [self.part(f"search-{seed}", partial(self.one_search, seed)) for seed in seeds]}
 
     def one_search(self, seed: int) -> dict[str, Any]:
-        params = SearchParams(base=self.budget.params(), trials=self.budget.trials, seed=seed)
+        params = SearchParams(
+            base=self.budget.params(),
+            space=SearchSpace(layers=self.budget.layers),
+            trials=self.budget.trials,
+            seed=seed,
+        )
         started = time.monotonic()
         result = search(self.bench, self.work / f"seed-{seed}", params, tell=self._tell)
         wall = time.monotonic() - started
@@ -161,7 +168,7 @@ class Bench:
         )
 
     def against_random(self) -> dict[str, Any]:
-        base = self.budget.params(examples=self.budget.random_examples, epochs=1, evaluations=1, bag=1.0)
+        base = self.budget.params(examples=self.budget.random_examples, epochs=1, evaluations=1, bag=0.4)
         space = SearchSpace(layers=(1, 2))
         curves: dict[Literal["gp", "random"], list[list[float]]] = {"gp": [], "random": []}
         for seed in range(self.budget.random_seeds):

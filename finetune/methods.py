@@ -53,6 +53,16 @@ class Learner(nn.Module):
             self.decoder.lm_head.weight = nn.Parameter(base["lm_head.weight"].clone())
         self._trunk: list[Decoder] = []  # in a list: no part of this module's state
 
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        if (
+            self.params.method == "qlora"
+        ):  # in evaluation mode bitsandbytes repacks a CPU's weights for inference, for good
+            for module in self.decoder.modules():
+                if hasattr(module, "quant_state"):
+                    module.training = True
+        return self
+
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
 
