@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from .quantise import quantise
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
+HEAD = "lm_head.weight"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
 
@@ -65,6 +67,7 @@ def export_bundle(
     digest = checkpoint_digest(model_dir)
     weights = read_weights(model_dir)
     members = _read_members(config, digest, weights, tails or {}, loras or {}, merge)
+    config, weights = _own_head(config, weights, members)
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
     rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
@@ -118,6 +121,20 @@ def _read_members(
     members = [read_member(n, path, digest, config, base) for n, path in tails.items()]
     how: Literal["merge", "keep"] = "merge" if merge else "keep"
     return members + [read_member(n, path, digest, config, base, adapter=how) for n, path in loras.items()]
+
+
+def _own_head(
+    config: DecoderConfig, base: Mapping[str, torch.Tensor], members: list[MemberWeights]
+) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+    """A single member may have trained the head: it is then no longer the embedding. An ensemble shares one head."""
+    own = [member.name for member in members if HEAD in member.weights]
+    if own and len(members) > 1:
+        raise InvalidEnsembleError(
+            f"{own} have a head of its own; members share one: export it alone, or train without --head"
+        )
+    if not own or not config.tied_head:
+        return config, dict(base)
+    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base["model.embed_tokens.weight"]}
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
@@ -217,7 +234,7 @@ def _modules(name: str) -> set[str]:
 
 
 def _add_tensor(tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int) -> None:
-    is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
+    is_head = name in (HEAD, "model.embed_tokens.weight")
     if bits == 32 or not (is_head or name.endswith("_proj.weight")):
         tensors[prefix + name] = np.ascontiguousarray(weight)
         return

@@ -35,8 +35,17 @@ class CheckpointKind:
     def weights(self) -> str:
         return f"{self.name}.safetensors"
 
-    def write(self, out: Path, manifest: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-        """Write the directory `out`, as a whole or not at all. Raises `ConfigError` if `out` is something else."""
+    def write(
+        self,
+        out: Path,
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the directory `out`, as a whole or not at all, with `files` (name → text) beside the weights.
+
+        Raises `ConfigError` if `out` is something else already.
+        """
         if out.exists() and not (out / self.manifest).is_file():
             raise ConfigError(f"'{out}' exists and is not {self.article} {self.name}; choose another directory")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +54,8 @@ class CheckpointKind:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, work / self.weights)
             values = {"format": self.format, "kind": self.name, **manifest, "sha256": file_digest(work / self.weights)}
             (work / self.manifest).write_text(json.dumps(values, indent=1) + "\n")
+            for name, text in (files or {}).items():
+                (work / name).write_text(text)
             shutil.rmtree(out, ignore_errors=True)
             os.replace(work, out)
         finally:

@@ -26,9 +26,11 @@ ADAPTER = CheckpointKind("adapter", format=1, article="an")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def write_adapter(out: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    out: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor], files: Mapping[str, str] | None = None
+) -> None:
     """Write an adapter directory, as a whole or not at all. Raises `ConfigError` if `out` is something else already."""
-    ADAPTER.write(out, manifest, {name: tensor.float() for name, tensor in weights.items()})
+    ADAPTER.write(out, manifest, {name: tensor.float() for name, tensor in weights.items()}, files)
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -13,9 +13,14 @@ from .checkpoints import CheckpointKind
 TAIL = CheckpointKind("tail", format=1)
 
 
-def write_tail(out: Path, manifest: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+def write_tail(
+    out: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Write a tail directory, as a whole or not at all. Raises `ConfigError` if `out` is something else already."""
-    TAIL.write(out, manifest, weights)
+    TAIL.write(out, manifest, weights, files)
 
 
 def read_tail(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

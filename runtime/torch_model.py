@@ -23,7 +23,7 @@ def _norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, heads, S, head_size]; cos, sin [S, head_size / 2]. Halves, not pairs (Hugging Face's layout)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -48,7 +48,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size]
         if tables is not None:
-            q, k = _rotate(q, *tables), _rotate(k, *tables)
+            q, k = rotate(q, *tables), rotate(k, *tables)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result

@@ -18,6 +18,11 @@ from motet.runtime.errors import BundleError, ConfigError, DataError
 PARAMS = TuneParams(layers=2, examples=40, validation_examples=8, epochs=4, learning_rate=3e-3, max_length=100)
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOTET_HOME", str(tmp_path / "home"))  # the default trunk cache lies there
+
+
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "data.jsonl"

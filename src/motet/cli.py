@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from .bench_cli import bench
+from .finetune_cli import mount
 from .runtime.config import EngineConfig
 from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
 from .runtime.output import Output
@@ -26,6 +27,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
+mount(app, bench)
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
 Address = Annotated[str, typer.Option(help="A server's host:port.")]
@@ -48,6 +50,7 @@ def main() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         needed = {"torch": "export", "transformers": "export", "onnx": "export", "matplotlib": "bench"}
+        needed |= dict.fromkeys(("pytorch_lightning", "peft", "optuna", "scipy", "opacus", "pyarrow"), "finetune")
         extra = needed.get((error.name or "").split(".")[0])
         if extra is None:
             raise
@@ -70,32 +73,6 @@ def pull(
     from .export import pull as store
 
     print(store.pull(source, name=name, force=force))
-
-
-@app.command()
-def tune(
-    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
-    data: Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL file.")],
-    out: Annotated[Path, typer.Option(help="Directory of the tail.")],
-    name: Annotated[str | None, typer.Option(help="The member's name; default: the directory's.")] = None,
-    layers: Annotated[int, typer.Option(help="How many of the last layers are trained.")] = 2,
-    examples: Annotated[int, typer.Option(help="Training examples at most.")] = 400,
-    epochs: int = 2,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
-    max_length: Annotated[int, typer.Option(help="Tokens an example at most.")] = 320,
-    seed: int = 0,
-) -> None:
-    """Train the last layers and the final norm of a frozen model."""
-    from .export.pull import resolve_model
-    from .finetune.train import TuneParams
-    from .finetune.train import tune as train
-
-    params = TuneParams(
-        layers=layers, examples=examples, epochs=epochs, learning_rate=lr, max_length=max_length, seed=seed
-    )
-    metrics = train(resolve_model(model), data, out, name=name, params=params)["metrics"]
-    before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
-    print(f"{out}: validation loss {before:.3f} → {after:.3f} nats a token")
 
 
 @app.command()

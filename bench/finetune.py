@@ -1,0 +1,297 @@
+"""`motet bench finetune`: what the trunk cache saves, what search and fusion gain. Resumable: finished parts are kept.
+
+cache           one trial (n = 2) from the cache and without it: the time of each, the loss curves side by side
+search          searches by several seeds on one cached trunk, their time, each fused; base, best single and fused on the test set
+random          the GP sampler against random search at an equal budget
+regularisation  each regulariser's effect on the train/validation gap
+private         DP-SGD at ε = 8 beside the run that is not private
+
+What is computed: a trial without the cache runs all layers forward for every batch and the last n backward; with it only
+the last n, and of the last of them only the answers' positions (see `finetune.answers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..export.pull import resolve_model
+from ..finetune.fuse import FuseParams, change, fuse
+from ..finetune.params import TuneParams
+from ..finetune.search import SearchParams, SearchResult, search
+from ..finetune.space import SearchSpace, Trial
+from ..finetune.train import RunData, Workbench, run
+from ..finetune.trunk_cache import TrunkCache
+from ..runtime.request import Space
+from . import report
+
+PARTS = ("cache", "search", "random", "regularisation", "private")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Sizes: they decide how long it takes, and how much the figures mean."""
+
+    examples: int = 160
+    validation: int = 64
+    test: int = 160
+    max_length: int = 128
+    trials: int = 16
+    seeds: int = 3
+    layers: tuple[int, ...] = (1, 2, 4)
+    bag: float = 0.8
+    random_trials: int = 12
+    random_seeds: int = 5
+    random_examples: int = 64
+
+    def params(self, **changes: Any) -> TuneParams:
+        base = TuneParams(
+            examples=self.examples,
+            validation_examples=self.validation,
+            max_length=self.max_length,
+            bag=self.bag,
+            evaluations=2,
+        )
+        return dataclasses.replace(base, **changes)
+
+
+class Bench:
+    """The parts share a workbench; each writes its figures to `work/<part>.json` when it is done."""
+
+    def __init__(self, model: str, data: str, work: Path, budget: Budget) -> None:
+        self.work = work
+        self.budget = budget
+        self.console = Console()
+        work.mkdir(parents=True, exist_ok=True)
+        self.cache = TrunkCache(work / "trunk-cache")
+        self.bench = Workbench(resolve_model(model), data, self.cache)
+
+    def part(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.work / f"{name}.json"
+        if not path.is_file():
+            started = time.monotonic()
+            result = compute() | {"budget": dataclasses.asdict(self.budget)}
+            self.console.print(f"{name}: {time.monotonic() - started:.0f} s")
+            path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(path.with_suffix(".new"), path)
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+
+    def load(self, bench: Workbench, params: TuneParams) -> RunData:
+        return bench.load(params, {"train": params.examples, "validation": params.validation_examples})
+
+    def timed(self, bench: Workbench, params: TuneParams, name: str, data: RunData) -> tuple[dict[str, Any], float]:
+        """(metrics, seconds) of one run; its weights are thrown away."""
+        out = self.work / "runs" / name
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.with_name(f".{name}.run"), ignore_errors=True)
+        started = time.monotonic()
+        metrics = run(bench, out, params, name=name, loaded=data)["metrics"]
+        seconds = time.monotonic() - started
+        shutil.rmtree(out)
+        return metrics, seconds
+
+    # ---- the parts ---------------------------------------------------------------------------------------------------
+
+    def trunk_cache(self) -> dict[str, Any]:
+        params = self.budget.params(layers=2, bag=1.0)
+        shutil.rmtree(self.work / "fill-cache", ignore_errors=True)
+        filling = Workbench(self.bench.model_dir, self.bench.data, TrunkCache(self.work / "fill-cache"))
+        started = time.monotonic()
+        data = self.load(filling, params)
+        fill = time.monotonic() - started
+        bare = Workbench(self.bench.model_dir, self.bench.data, None)
+        cached, cached_s = self.timed(filling, params, "cached", data)
+        plain, plain_s = self.timed(bare, params, "uncached", self.load(bare, params))
+        again, again_s = self.timed(filling, params, "cached", data)
+        assert again["loss_curve"] == cached["loss_curve"]
+        shutil.rmtree(self.work / "fill-cache")
+        return {
+            "fill_s": fill,
+            "cached_s": [cached_s, again_s],
+            "uncached_s": plain_s,
+            "speedup": plain_s / statistics.mean([cached_s, again_s]),
+            "largest_difference": max(
+                abs(a - b) for a, b in zip(cached["loss_curve"], plain["loss_curve"], strict=True)
+            ),
+            "loss_cached": cached["loss_curve"],
+            "loss_uncached": plain["loss_curve"],
+        }
+
+    def searches(self) -> dict[str, Any]:
+        seeds = range(self.budget.seeds)
+        return {"seeds": [self.part(f"search-{seed}", partial(self.one_search, seed)) for seed in seeds]}
+
+    def one_search(self, seed: int) -> dict[str, Any]:
+        params = SearchParams(
+            base=self.budget.params(),
+            space=SearchSpace(layers=self.budget.layers),
+            trials=self.budget.trials,
+            seed=seed,
+        )
+        started = time.monotonic()
+        result = search(self.bench, self.work / f"seed-{seed}", params, tell=self._tell)
+        wall = time.monotonic() - started
+        members = {f"t{path.name}": path for path in result.members()}
+        fused = {}
+        for space in (Space.LOGITS, Space.PROBS):
+            settings = FuseParams(
+                space=space,
+                validation_examples=self.budget.validation,
+                test_examples=self.budget.test,
+                max_length=self.budget.max_length,
+            )
+            fused[str(space)] = fuse(self.bench, members, self.work / f"fused-{seed}-{space}", settings)
+        return {
+            "seed": seed,
+            "wall_s": wall,
+            "trials_s": [trial.seconds for trial in result.trials],
+            "states": [trial.state for trial in result.trials],
+            "values": [trial.value for trial in result.trials],
+            "fused": fused,
+        }
+
+    def _tell(self, trial: Trial, best: Trial) -> None:
+        self.console.print(
+            f"trial {trial.number}: {trial.value:.4f} ({trial.state}, {trial.seconds:.0f} s); best {best.value:.4f}"
+        )
+
+    def against_random(self) -> dict[str, Any]:
+        base = self.budget.params(examples=self.budget.random_examples, epochs=1, evaluations=1, bag=0.4)
+        space = SearchSpace(layers=(1, 2))
+        curves: dict[Literal["gp", "random"], list[list[float]]] = {"gp": [], "random": []}
+        for seed in range(self.budget.random_seeds):
+            for sampler, found in curves.items():
+                params = SearchParams(
+                    base=base, space=space, trials=self.budget.random_trials, seed=seed, sampler=sampler, prune=False
+                )
+                out = self.work / f"{sampler}-{seed}"
+                result = search(self.bench, out, params)
+                found.append(_best_so_far(result))
+                for path in result.members():
+                    for file in path.glob("*.safetensors"):
+                        file.unlink()  # only the figures are wanted
+        wins = sum(gp[-1] < other[-1] for gp, other in zip(curves["gp"], curves["random"]))
+        return {"best_so_far": curves, "wins": wins}
+
+    def regularisation(self) -> dict[str, Any]:
+        base = self.budget.params(layers=2, bag=1.0, epochs=4, weight_decay=0.0, learning_rate=1e-3)
+        data = self.load(self.bench, base)
+        changes: dict[str, dict[str, Any]] = {
+            "none": {},
+            "L2 (weight decay 0.3)": {"weight_decay": 0.3},
+            "L1 (1e-6)": {"l1": 1e-6},
+            "label smoothing 0.1": {"label_smoothing": 0.1},
+            "dropout 0.2": {"dropout": 0.2},
+            "early stopping (patience 1 of 8)": {"evaluations": 8, "patience": 1},
+        }
+        rows = {}
+        for number, (name, change_) in enumerate(changes.items()):
+            metrics, _ = self.timed(self.bench, dataclasses.replace(base, **change_), f"regularised-{number}", data)
+            rows[name] = {
+                "train": metrics["train_loss_after"],
+                "validation": metrics["validation_loss_after"],
+                "gap": metrics["gap"],
+            }
+        return {"rows": rows}
+
+    def private(self) -> dict[str, Any]:
+        base = self.budget.params(layers=2, bag=1.0)
+        data = self.load(self.bench, base)
+        private = dataclasses.replace(base, epsilon=8.0, clip=0.5, learning_rate=1e-3, batch_examples=32, epochs=4)
+        out = self.work / "runs" / "private"
+        shutil.rmtree(out, ignore_errors=True)
+        manifest = run(self.bench, out, private, name="private", loaded=data)
+        plain, _ = self.timed(self.bench, base, "not-private", data)
+        return {
+            "privacy": manifest["privacy"],
+            "before": plain["validation_loss_before"],
+            "private": manifest["metrics"]["validation_loss_after"],
+            "not_private": plain["validation_loss_after"],
+        }
+
+
+def _best_so_far(result: SearchResult) -> list[float]:
+    values = [trial.value for trial in result.trials]
+    return [min(values[: i + 1]) for i in range(len(values))]
+
+
+def run_bench(model: str, data: str, work: Path, out: Path, parts: list[str], budget: Budget) -> None:
+    """Run the parts that are not done and report all that are."""
+    bench = Bench(model, data, work, budget)
+    compute: Mapping[str, Callable[[], dict[str, Any]]] = {
+        "cache": bench.trunk_cache,
+        "search": bench.searches,
+        "random": bench.against_random,
+        "regularisation": bench.regularisation,
+        "private": bench.private,
+    }
+    results = {name: bench.part(name, compute[name]) for name in parts}
+    report.write("finetune", results, [table for name in results for table in _tables(name, results[name])], [], out)
+
+
+def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
+    if name == "cache":
+        rows = [
+            ["filling the cache, once", f"{result['fill_s']:.1f}", ""],
+            ["trial from the cache", f"{statistics.mean(result['cached_s']):.1f}", f"{result['speedup']:.2f} ×"],
+            ["the same trial without", f"{result['uncached_s']:.1f}", "1 ×"],
+        ]
+        title = f"One trial, n = 2; loss curves differ by at most {result['largest_difference']:.1e}"
+        return [report.table(title, ["", "seconds", "speed"], rows)]
+    if name == "search":
+        return [_search_table(seed) for seed in result["seeds"]]
+    if name == "random":
+        curves = result["best_so_far"]
+        rows = [
+            [str(i), f"{a[-1]:.4f}", f"{b[-1]:.4f}"] for i, (a, b) in enumerate(zip(curves["gp"], curves["random"]))
+        ]
+        title = (
+            f"Best validation loss of {len(curves['gp'][0])} trials: the GP wins {result['wins']} of {len(rows)} seeds"
+        )
+        return [report.table(title, ["seed", "GP", "random"], rows)]
+    if name == "regularisation":
+        rows = [[n, *(f"{r[k]:.4f}" for k in ("train", "validation", "gap"))] for n, r in result["rows"].items()]
+        return [report.table("Regularisation", ["", "train", "validation", "gap"], rows)]
+    spent = result["privacy"]
+    rows = [
+        ["base", f"{result['before']:.4f}"],
+        ["private", f"{result['private']:.4f}"],
+        ["not private", f"{result['not_private']:.4f}"],
+    ]
+    title = f"DP-SGD, ε = {spent['epsilon']:.2f}, δ = {spent['delta']:.1e}, noise {spent['noise_multiplier']:.2f}"
+    return [report.table(title, ["", "validation loss"], rows)]
+
+
+def _search_table(result: Mapping[str, Any]) -> Any:
+    rows: list[list[str]] = []
+    for space, fused in result["fused"].items():
+        figures = fused["report"]
+        base, single = figures["members"]["base"], figures["members"][figures["best_single"]]
+        if not rows:
+            rows += [["base", f"{base['validation']:.4f}", f"{base['test']:.4f}", ""]]
+            rows += [["best single", f"{single['validation']:.4f}", f"{single['test']:.4f}", ""]]
+        uniform, fitted = figures["uniform"], figures["fitted"]
+        rows.append([f"{space}: uniform", f"{uniform['validation']:.4f}", f"{uniform['test']:.4f}", ""])
+        gain = change(figures["against_best_single"]["examples"])
+        rows.append(
+            [
+                f"{space}: fitted, {len(fused['mix'])}",
+                f"{fitted['validation_nested']:.4f} (nested)",
+                f"{fitted['test']:.4f}",
+                gain,
+            ]
+        )
+    title = f"Search seed {result['seed']}: {len(result['values'])} trials in {result['wall_s']:.0f} s"
+    return report.table(title, ["", "validation NLL", "test NLL", "against best single"], rows)
