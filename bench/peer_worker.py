@@ -228,13 +228,17 @@ def load_ctranslate2(job: dict[str, Any]) -> tuple[str, Generate]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["paths"]["model"])
 
     def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
+        def note(result: Any) -> bool:
+            pacer.note(result.batch_id)
+            return False  # go on
+
         results = generator.generate_batch(
             [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts],
             max_length=pacer.last_token,
             min_length=pacer.last_token,
             sampling_topk=1,
             include_prompt_in_result=False,
-            callback=lambda result: pacer.note(result.batch_id) or False,
+            callback=note,
         )
         return list(results[0].sequences_ids[0])
 

@@ -274,7 +274,7 @@ class NativeModel:
     ) -> F32:
         """Run a packed batch (fields as in `runtime.batch.Batch`); `members[m]` are the sequences that member m's tail
         sees, None without tails; `outputs` are (member, row), ascending. Final hidden states [outputs, hidden]."""
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "token_ids": np.ascontiguousarray(token_ids, np.int64),
             "positions": np.ascontiguousarray(positions, np.int32),
             "slot_mapping": np.ascontiguousarray(slot_mapping, np.int64),

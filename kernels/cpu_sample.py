@@ -143,7 +143,7 @@ def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[
     """Fill a `_Sample`; its arrays go to `keep`."""
 
     def address(values: Any, dtype: type) -> int:
-        array = np.ascontiguousarray(values, dtype)
+        array: npt.NDArray[Any] = np.ascontiguousarray(values, dtype)
         keep.append(array)
         return int(array.ctypes.data)
 

@@ -166,9 +166,10 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         for index, member in enumerate(bundle.members if has_tails else ()):
             for layer in range(split, decoder.num_layers):
                 loader.layer(split + index * (decoder.num_layers - split) + layer - split, layer, member)
-        for index, member in enumerate(bundle.members if has_tails else (None,)):
-            loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", member)
-            loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", member)
+        owners: tuple[str | None, ...] = bundle.members if has_tails else (None,)
+        for index, owner in enumerate(owners):
+            loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", owner)
+            loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", owner)
         embedding = "model.embed_tokens.weight"
         head = embedding if decoder.tied_head else "lm_head.weight"
         loader.linear(Linear.HEAD, 0, head, None)
@@ -225,7 +226,7 @@ class _Loader:
         bias = self._tensor(bias_name) if bias_name in self._names and name.endswith("_proj.weight") else None
         if name in self._names:
             dense = self._tensor(name)
-            return Weight(*dense.shape, dense=dense, bias=bias)
+            return Weight(dense.shape[0], dense.shape[1], dense=dense, bias=bias)
         if f"{name}.values" not in self._names or f"{name}.scales" not in self._names:
             raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
         values, scales = self._tensor(f"{name}.values"), self._tensor(f"{name}.scales")
