@@ -20,7 +20,7 @@ from motet.runtime.onnx_backend import OnnxBackend
 from motet.runtime.request import Request, SamplingParams
 from motet.runtime.torch_model import Decoder
 
-CONFIG = EngineConfig(max_num_seqs=4, max_model_len=256, threads=2)
+CONFIG = EngineConfig(backend="onnx", max_num_seqs=4, max_model_len=256, threads=2)
 FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
 
 
@@ -178,7 +178,7 @@ def test_kinds_of_members(tiny_model_dir, tmp_path):
     (path / "motet.json").write_text(json.dumps(manifest))
     bundle = Bundle.load(path)
     assert (bundle.kinds, bundle.deltas) == (("base", "delta"), (1,))
-    with pytest.raises(ConfigError, match=r"low-rank members \['lora'\] of 'b'; serve it with another backend"):
+    with pytest.raises(ConfigError, match=r"low-rank members \['lora'\] of 'b'; serve it with the cpu backend"):
         OnnxBackend(bundle, CONFIG)
     manifest["members"][1]["kind"] = "adapter"
     (path / "motet.json").write_text(json.dumps(manifest))
