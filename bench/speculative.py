@@ -193,8 +193,8 @@ def _quoted(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) 
 def _table(result: dict[str, Any]) -> Any:
     limits = result["limits"]
     title = (
-        f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads, drafts of {result['speculative_tokens']} tokens "
-        f"at most; read {limits['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after"
+        f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads, drafts of {result['speculative_tokens']} "
+        f"tokens at most; read {limits['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after"
     )
     header = ["set", "T", "tokens", "quoted", "off tok/s", "on tok/s", "× decode", "× whole", "accepted", "identical"]
     rows = [
