@@ -11,57 +11,18 @@ state. What a step must do at least:
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..export.bundle_writer import stored_tensors
-from ..runtime.backend import Backend
-from ..runtime.batch import Batch, StepOutput
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.config import DecoderConfig, EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import ConfigError
-from ..runtime.request import Ensemble, Member, Request, SamplingParams
 from . import probes
 from .report import Plot, machine, table, write
-
-
-class TimedBackend:
-    """A backend that notes (sampled rows, seconds) of every step."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.steps: list[tuple[Batch, float]] = []
-        self.ready: Callable[[], bool] | None = None  # the next step waits for it, a second at most
-
-    @property
-    def num_blocks(self) -> int:
-        return self._backend.num_blocks
-
-    @property
-    def block_size(self) -> int:
-        return self._backend.block_size
-
-    @property
-    def can_verify(self) -> bool:
-        return self._backend.can_verify
-
-    def step(self, batch: Batch) -> StepOutput:
-        until = time.monotonic() + 1.0
-        while self.ready is not None and not self.ready() and time.monotonic() < until:
-            time.sleep(1e-4)
-        self.ready = None
-        start = time.perf_counter()
-        output = self._backend.step(batch)
-        self.steps.append((batch, time.perf_counter() - start))
-        return output
-
-    def close(self) -> None:
-        self._backend.close()
+from .timed import TimedBackend, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
 
 
 def run(
@@ -89,15 +50,13 @@ def run(
         prefix_cache=False,  # a repetition has the same prompts, and is to compute them
     )
     limits = probes.measure(config.num_threads)
-    engine = Engine.from_bundle(bundle_path, config, verify=False)
-    timed = TimedBackend(engine._backend)
-    engine._backend = timed
-    with engine:
+    with timed_engine(bundle_path, config) as (engine, timed):
+        kv_bytes = kv_position_bytes(bundle, config, native=timed.is_native)
         prefill = _prefill(engine, timed, bundle, prompt_tokens, repeats)
         decode = [
             row
             for batch_size in batch_sizes
-            for row in _decode(engine, timed, bundle, batch_size, sizes, context, new_tokens, repeats, limits)
+            for row in _decode(engine, timed, bundle, batch_size, sizes, context, new_tokens, repeats, limits, kv_bytes)
         ]
     result = {
         "bundle": bundle.name,
@@ -114,20 +73,12 @@ def run(
     return result
 
 
-def _request(bundle: Bundle, index: int, members: int, prompt_tokens: int, new_tokens: int) -> Request:
-    rng = np.random.default_rng(index)
-    prompt = tuple(int(t) for t in rng.integers(10, bundle.config.vocab_size - 10, prompt_tokens))
-    mix = tuple(Member(name, 1 / members) for name in bundle.members[:members])
-    sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    return Request(f"bench-{index}", (prompt,), Ensemble(mix), sampling)
-
-
 def _prefill(engine: Engine, timed: TimedBackend, bundle: Bundle, prompt_tokens: int, repeats: int) -> float:
     rates = []
     for index in range(repeats + 1):
         timed.steps.clear()
-        engine.complete([_request(bundle, index, 1, prompt_tokens, 1)])
-        rates.append(prompt_tokens / sum(seconds for _, seconds in timed.steps))
+        engine.complete([random_request(bundle, index, prompt_tokens, 1)])
+        rates.append(prompt_tokens / sum(step.seconds for step in timed.steps))
     return statistics.median(rates[1:])
 
 
@@ -141,28 +92,30 @@ def _decode(
     new_tokens: int,
     repeats: int,
     limits: dict[str, Any],
+    kv_bytes: int,
 ) -> list[dict[str, Any]]:
     """One row an ensemble size; the sizes take turns within each repeat."""
     times: dict[int, list[float]] = {size: [] for size in sizes}
+    parts: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    length = context - new_tokens // 2
     for _ in range(repeats):
         for size in sizes:
-            timed.steps.clear()
-            requests = [_request(bundle, i, size, context - new_tokens // 2, new_tokens) for i in range(batch_size)]
-            timed.ready = lambda: engine.stats().waiting + engine.stats().running >= batch_size  # all submitted
-            engine.complete(requests)
-            full = [t for batch, t in timed.steps if len(batch.samples) == batch_size == batch.num_rows]
+            requests = [random_request(bundle, i, length, new_tokens, members=size) for i in range(batch_size)]
+            full = run_together(engine, timed, requests)
             if not full:
                 raise ConfigError(f"no step decoded {batch_size} sequences at once; raise new_tokens ({new_tokens})")
-            times[size].append(statistics.median(full))
+            times[size].append(statistics.median(step.seconds for step in full))
+            parts[size] += [step.parts for step in full if step.parts]
     rows = []
     for size in sizes:
         seconds = statistics.median(times[size])
-        moved, macs = step_work(bundle, batch_size, size, context)
+        moved, macs = step_work(bundle, batch_size, size, context, kv_bytes)
         rows.append(
             {
                 "batch_size": batch_size,
                 "ensemble_size": size,
                 "step_ms": 1e3 * seconds,
+                "parts_ms": _parts_ms(parts[size], 1e3 * seconds),
                 "tok_s": batch_size / seconds,
                 "ratio_to_one_member": seconds / statistics.median(times[sizes[0]]),
                 "bytes": moved,
@@ -174,11 +127,18 @@ def _decode(
     return rows
 
 
-def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int) -> tuple[int, int]:
-    """(bytes, multiply-accumulates) that a decode step must move and compute at least."""
+def _parts_ms(parts: Sequence[dict[str, float]], step_ms: float) -> dict[str, float]:
+    """Medians of the native parts, and "outside": what of a step is in none of them."""
+    if not parts:
+        return {}
+    medians = {name: 1e3 * statistics.median(part[name] for part in parts) for name in parts[0]}
+    return {**medians, "outside": max(0.0, step_ms - sum(medians.values()))}
+
+
+def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int, kv_bytes: int) -> tuple[int, int]:
+    """(bytes, multiply-accumulates) that a decode step must move and compute at least. `kv_bytes`: of a position's keys
+    and values in one layer."""
     config = bundle.config
-    split = bundle.split_layer if bundle.graphs.tails else config.num_layers
-    tail_layers = config.num_layers - split
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
     gathered = ("rotary.", "model.embed_positions.", *(() if config.tied_head else ("model.embed_tokens.",)))
@@ -190,9 +150,9 @@ def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int)
         return needed and not name.startswith(gathered)
 
     moved = sum(tensor.length for name, tensor in tensors.items() if is_read(name))
-    cached_layers = split + tail_layers * ensemble_size
-    moved += batch_size * context * cached_layers * 2 * config.kv_size * 4
-    return moved, batch_size * (_layer_macs(config) * cached_layers + config.hidden_size * config.vocab_size)
+    layers = cached_layers(bundle, ensemble_size)
+    moved += batch_size * context * layers * kv_bytes
+    return moved, batch_size * (_layer_macs(config) * layers + config.hidden_size * config.vocab_size)
 
 
 def _layer_macs(config: DecoderConfig) -> int:
@@ -207,7 +167,8 @@ def _table(result: dict[str, Any]) -> Any:
         f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads; prefill {result['prefill_tok_s']:,.0f} tok/s; "
         f"context {result['context']}; read {limits['read_gb_s']:.0f} GB/s, int8 {limits['int8_gmac_s']:.0f} GMAC/s"
     )
-    header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8"]
+    names = list(result["decode"][0]["parts_ms"]) if result["decode"] else []
+    header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8", *names]
     rows = [
         [
             str(row["batch_size"]),
@@ -217,6 +178,7 @@ def _table(result: dict[str, Any]) -> Any:
             f"{row['ratio_to_one_member']:.2f}",
             f"{row['share_of_bandwidth']:.0%}",
             "–" if row["share_of_int8"] is None else f"{row['share_of_int8']:.0%}",
+            *(f"{row['parts_ms'][name]:.2f}" for name in names),
         ]
         for row in result["decode"]
     ]

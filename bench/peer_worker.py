@@ -10,6 +10,8 @@ First line in: {"runtime", "variant", "threads", "lengths": {sequences: tokens a
     out  {"seconds", "tokens", "cpu_seconds"}   } caches), then `steps` measured ones, within one and the same generation
     out  {"sequence": [token id, …]}            the first tokens of the first sequence, when all has ended
 
+With "score" in the first line: {"token_ids", "out"} in, {"scored"} out, logits [tokens, vocab] in the .npy file `out`.
+
 A generation waits between its chunks for the line that lets it go on, so that runtimes can take turns without computing
 their prompts again. That is `Pacer`'s doing: every runtime tells it of each token as it comes.
 """
@@ -27,6 +29,8 @@ from typing import Any
 
 Answer = Callable[[dict[str, Any]], None]
 Generate = Callable[[list[list[int]], "Pacer"], list[int]]
+Score = Callable[[list[int]], Any]
+LLAMA_BATCH = 512
 UNMEASURED = 1  # steps at the start of a chunk
 
 
@@ -164,56 +168,88 @@ def gguf(job: dict[str, Any]) -> str:
     return str(target)
 
 
-def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Generate]:
-    import llama_cpp as api
-    import numpy as np
+class LlamaCpp:
+    """llama.cpp through its C interface, with a context for each number of sequences."""
 
-    api.llama_backend_init()
-    model = api.llama_model_load_from_file(gguf(job).encode(), api.llama_model_default_params())
-    if not model:
-        raise RuntimeError("llama.cpp cannot load the GGUF file")
-    contexts = {}
-    for sequences, length in job["lengths"].items():
-        params = api.llama_context_default_params()
-        params.n_ctx = length * int(sequences)
-        params.n_batch = params.n_ubatch = 512
-        params.n_seq_max = int(sequences)
-        params.n_threads = params.n_threads_batch = job["threads"]
-        contexts[int(sequences)] = api.llama_init_from_model(model, params)
-    vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    batch = api.llama_batch_init(512, 0, 1)
+    def __init__(self, job: dict[str, Any]) -> None:
+        import llama_cpp as api
 
-    def decode(context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
-        for index, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[index], batch.pos[index] = token, position
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, sequence, wanted
-        batch.n_tokens = len(rows)
-        if api.llama_decode(context, batch):
-            raise RuntimeError("llama_decode failed")
+        self._api = api
+        api.llama_backend_init()
+        model = api.llama_model_load_from_file(gguf(job).encode(), api.llama_model_default_params())
+        if not model:
+            raise RuntimeError("llama.cpp cannot load the GGUF file")
+        self._contexts = {}
+        for sequences, length in job["lengths"].items():
+            params = api.llama_context_default_params()
+            params.n_ctx = length * int(sequences)
+            params.n_batch = params.n_ubatch = LLAMA_BATCH
+            params.n_seq_max = int(sequences)
+            params.n_threads = params.n_threads_batch = job["threads"]
+            self._contexts[int(sequences)] = api.llama_init_from_model(model, params)
+        self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        self._batch = api.llama_batch_init(LLAMA_BATCH, 0, 1)
 
-    def best(context: Any, index: int) -> int:
-        return int(np.argmax(np.ctypeslib.as_array(api.llama_get_logits_ith(context, index), (vocab_size,))))
-
-    def generate(prompts: list[list[int]], pacer: Pacer) -> list[int]:
-        context = contexts[len(prompts)]
-        api.llama_memory_clear(api.llama_get_memory(context), True)
-        tokens, first = [], []
+    def generate(self, prompts: list[list[int]], pacer: Pacer) -> list[int]:
+        context = self._empty(len(prompts))
+        tokens = []
         for sequence, prompt in enumerate(prompts):
-            for start in range(0, len(prompt), 512):
-                part = prompt[start : start + 512]
-                last = start + len(part) == len(prompt)
-                decode(context, [(t, start + i, sequence, last and i == len(part) - 1) for i, t in enumerate(part)])
-            tokens.append(best(context, len(part) - 1))
+            for start in range(0, len(prompt), LLAMA_BATCH):
+                part = prompt[start : start + LLAMA_BATCH]
+                last = len(prompt) - start - 1
+                self._decode(context, [(t, start + i, sequence, i == last) for i, t in enumerate(part)])
+            tokens.append(self._best(context, len(part) - 1))
         pacer.step()
-        first.append(tokens[0])
+        first = [tokens[0]]
         for step in range(pacer.last_token - 1):
-            decode(context, [(token, len(prompts[s]) + step, s, True) for s, token in enumerate(tokens)])
-            tokens = [best(context, s) for s in range(len(prompts))]
+            self._decode(context, [(token, len(prompts[s]) + step, s, True) for s, token in enumerate(tokens)])
+            tokens = [self._best(context, s) for s in range(len(prompts))]
             first.append(tokens[0])
             pacer.step()
         return first
 
-    return importlib.metadata.version("llama-cpp-python"), generate
+    def score(self, token_ids: list[int]) -> Any:
+        """Logits [tokens, vocab]."""
+        import numpy as np
+
+        context = self._empty(1)
+        rows = []
+        for start in range(0, len(token_ids), LLAMA_BATCH):
+            part = token_ids[start : start + LLAMA_BATCH]
+            self._decode(context, [(token, start + i, 0, True) for i, token in enumerate(part)])
+            rows += [self._logits(context, index).copy() for index in range(len(part))]
+        return np.stack(rows)
+
+    def _empty(self, sequences: int) -> Any:
+        context = self._contexts[sequences]
+        self._api.llama_memory_clear(self._api.llama_get_memory(context), True)
+        return context
+
+    def _decode(self, context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
+        """One call for rows of (token, position, sequence, whether its logits are wanted)."""
+        batch = self._batch
+        for index, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[index], batch.pos[index] = token, position
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, sequence, wanted
+        batch.n_tokens = len(rows)
+        if self._api.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+
+    def _logits(self, context: Any, index: int) -> Any:
+        import numpy as np
+
+        return np.ctypeslib.as_array(self._api.llama_get_logits_ith(context, index), (self._vocab_size,))
+
+    def _best(self, context: Any, index: int) -> int:
+        return int(self._logits(context, index).argmax())
+
+
+def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Generate]:
+    return importlib.metadata.version("llama-cpp-python"), LlamaCpp(job).generate
+
+
+def load_llama_cpp_scorer(job: dict[str, Any]) -> tuple[str, Score]:
+    return importlib.metadata.version("llama-cpp-python"), LlamaCpp(job).score
 
 
 def load_ctranslate2(job: dict[str, Any]) -> tuple[str, Generate]:
@@ -318,6 +354,7 @@ RUNTIMES: dict[str, Callable[[dict[str, Any]], tuple[str, Generate]]] = {
     "OpenVINO GenAI": load_openvino_genai,
     "transformers": load_transformers,
 }
+SCORERS: dict[str, Callable[[dict[str, Any]], tuple[str, Score]]] = {"llama.cpp": load_llama_cpp_scorer}
 
 
 def main() -> None:
@@ -332,22 +369,43 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(job["threads"])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])  # nobody takes more than it was given
     try:
-        version, generate = RUNTIMES[job["runtime"]](job)
+        serve = _scorer(job, answer) if job.get("score") else _generator(job, answer)
     except ModuleNotFoundError as error:
         answer({"error": f"not installed ({error.name})"})
         return
     except Exception as error:  # a peer that does not start is reported, the others go on
         answer({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         return
-    answer({"version": version})
     for line in iter(sys.stdin.readline, ""):
-        call = json.loads(line)
         try:
-            pacer = Pacer(len(call["prompts"]), call["steps"], call["chunks"], answer, sys.stdin.readline)
-            tokens = generate(call["prompts"], pacer)[: pacer.last_token]
-            answer({"sequence": [int(token) for token in tokens]})
+            serve(json.loads(line))
         except Exception as error:  # as above
             answer({"error": f"{type(error).__name__}: {error}"})
+
+
+def _generator(job: dict[str, Any], answer: Answer) -> Callable[[dict[str, Any]], None]:
+    version, generate = RUNTIMES[job["runtime"]](job)
+    answer({"version": version})
+
+    def serve(call: dict[str, Any]) -> None:
+        pacer = Pacer(len(call["prompts"]), call["steps"], call["chunks"], answer, sys.stdin.readline)
+        tokens = generate(call["prompts"], pacer)[: pacer.last_token]
+        answer({"sequence": [int(token) for token in tokens]})
+
+    return serve
+
+
+def _scorer(job: dict[str, Any], answer: Answer) -> Callable[[dict[str, Any]], None]:
+    import numpy as np
+
+    version, score = SCORERS[job["runtime"]](job)
+    answer({"version": version})
+
+    def serve(call: dict[str, Any]) -> None:
+        np.save(call["out"], score(call["token_ids"]))
+        answer({"scored": len(call["token_ids"])})
+
+    return serve
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ comparison is of the runtimes at equal precision. llama.cpp and OpenVINO read th
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from ..export.bundle_writer import write_standard_graph
-from ..export.pull import SMOLLM2, fetch_gguf, models_dir, resolve_model
 from ..runtime.bundle import Bundle
 from ..runtime.errors import ConfigError, MotetError
 from . import peer_worker, probes
 from .peers_report import add_ratios, plots, tables
 from .report import machine, write
+from .worker import Worker, peer_paths, peer_python
 
-WORKER = Path(peer_worker.__file__)
 OWN = "motet"
 # runtime → its variants; onnxruntime-genai has one for each bundle
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -56,64 +52,6 @@ class Case:
     length: int
     steps: int
     chunks: int
-
-
-class Worker:
-    """A runtime's process. It runs between `_ask` and its answer, and is stopped otherwise."""
-
-    def __init__(self, runtime: str, variant: str, python: str, job: dict[str, Any]) -> None:
-        self.runtime, self.variant = runtime, variant
-        self.name = f"{runtime} {variant}"
-        self.errors: dict[str, str] = {}  # case → why it has no figure
-        log = None if os.environ.get("MOTET_BENCH_VERBOSE") else subprocess.DEVNULL
-        self._process = subprocess.Popen(
-            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        answer = self._ask({"runtime": runtime, "variant": variant, **job})
-        self.error: str | None = answer.get("error")
-        self.version: str = answer.get("version", "")
-
-    def begin(self, prompts: list[list[int]], steps: int, chunks: int) -> float:
-        """Seconds until every sequence has its first token. Raises `MotetError` if the runtime fails."""
-        return float(self._ask_for({"prompts": prompts, "steps": steps, "chunks": chunks}, "seconds")["seconds"])
-
-    def chunk(self) -> dict[str, float]:
-        """`seconds`, `tokens` and `cpu_seconds` of the next steps."""
-        sample: dict[str, float] = self._ask_for({"go": True}, "cpu_seconds")
-        return sample
-
-    def end(self, num_tokens: int) -> None:
-        """Wait until a generation has ended, which has to be of `num_tokens` tokens."""
-        found = self._ask_for(None, "sequence")["sequence"]
-        if len(found) != num_tokens:
-            raise MotetError(f"generated {len(found)} tokens, {num_tokens} were asked for")
-
-    def _ask_for(self, message: dict[str, Any] | None, field: str) -> dict[str, Any]:
-        answer = self._ask(message)
-        if field not in answer:
-            raise MotetError(answer.get("error", "the generation ended before it should"))
-        return answer
-
-    def _ask(self, message: dict[str, Any] | None) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.send_signal(signal.SIGCONT)
-        try:
-            if message is not None:
-                self._process.stdin.write(json.dumps(message) + "\n")
-                self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.error = f"the process ended with {self._process.wait()}"
-            return {"error": self.error}
-        self._process.send_signal(signal.SIGSTOP)
-        result: dict[str, Any] = json.loads(line)
-        return result
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def run(
@@ -143,7 +81,7 @@ def run(
     lengths = {size: max(_room(c) for c in cases if c.sequences == size) for size in {c.sequences for c in cases}}
     job = {"threads": threads, "lengths": lengths, "paths": _paths(bundles, model)}
     before = probes.measure(threads)
-    with _workers(bundles, chosen, str(python or _peer_python()), job) as workers:
+    with _workers(bundles, chosen, str(python or peer_python()), job) as workers:
         vocab_size = next(iter(bundles.values())).config.vocab_size
         times = {case.name: _measure(case, workers, vocab_size, repeats) for case in cases}
         rows = [_row(worker, times, cases) for worker in workers]
@@ -195,21 +133,13 @@ def _room(case: Case) -> int:
     return case.length + case.chunks * (case.steps + peer_worker.UNMEASURED) + 2 * case.sequences + 8
 
 
-def _peer_python() -> Path:
-    found = models_dir().parent / "peers" / "venv" / "bin" / "python"
-    return found if found.exists() else Path(sys.executable)
-
-
 def _paths(bundles: Mapping[str, Bundle], model: str) -> dict[str, str]:
-    scratch = models_dir().parent / "peers"
-    scratch.mkdir(parents=True, exist_ok=True)
-    paths = {"model": str(resolve_model(model)), "scratch": str(scratch)}
+    paths = peer_paths(model)
+    scratch = Path(paths["scratch"])
     for variant, bundle in bundles.items():
         graph = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
         write_standard_graph(bundle, 0, graph)
         paths[f"genai-{variant}"] = str(graph)
-    if model == SMOLLM2:
-        paths["gguf"] = str(fetch_gguf(scratch / "gguf"))
     return paths
 
 

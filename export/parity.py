@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..finetune.lora import ADAPTER, merge, read_adapter
@@ -19,6 +20,8 @@ from ..runtime.config import EngineConfig
 from ..runtime.onnx_backend import OnnxBackend
 from ..runtime.torch_model import Decoder
 from .bundle_writer import stored_tensors
+
+F32 = npt.NDArray[np.float32]
 
 REPORT = "parity.json"
 
@@ -97,16 +100,44 @@ def _compare(
     chunks: Sequence[Sequence[int]],
     on_chunk: Callable[[], None],
 ) -> MemberParity:
-    count, nll, served_nll, kl, same = 0, 0.0, 0.0, 0.0, 0
+    agreement = Agreement()
     for chunk in chunks:
-        with torch.no_grad():
-            expected = torch.log_softmax(decoder(torch.tensor([list(chunk)]))[0, :-1], -1)  # [S - 1, vocab]
-        served = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(backend.score(chunk, member)[:-1])), -1)
-        targets = torch.tensor(list(chunk[1:]))[:, None]
-        count += len(chunk) - 1
-        nll -= float(expected.gather(1, targets).sum())
-        served_nll -= float(served.gather(1, targets).sum())
-        kl += float((expected.exp() * (expected - served)).sum())
-        same += int((expected.argmax(-1) == served.argmax(-1)).sum())
+        agreement.add(chunk, reference_logits(decoder, chunk), backend.score(chunk, member))
         on_chunk()
-    return MemberParity(name, count, nll / count, served_nll / nll - 1, kl / count, same / count)
+    return agreement.result(name)
+
+
+def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:
+    """Logits [S, vocab] of the fp32 model."""
+    with torch.no_grad():
+        logits: F32 = decoder(torch.tensor([list(token_ids)]))[0].numpy()
+    return logits
+
+
+class Agreement:
+    """Sums up how far served logits are from fp32 ones, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._count = self._same = 0
+        self._nll = self._served_nll = self._kl = 0.0
+
+    def add(self, token_ids: Sequence[int], reference: F32, served: F32) -> None:
+        """One chunk of S tokens, which makes S - 1 predictions; logits [S, vocab]."""
+        expected = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(reference[:-1])), -1)
+        found = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(served[:-1])), -1)
+        targets = torch.tensor(list(token_ids[1:]))[:, None]
+        self._count += len(token_ids) - 1
+        self._nll -= float(expected.gather(1, targets).sum())
+        self._served_nll -= float(found.gather(1, targets).sum())
+        self._kl += float((expected.exp() * (expected - found)).sum())
+        self._same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+
+    def result(self, name: str) -> MemberParity:
+        return MemberParity(
+            name,
+            self._count,
+            self._nll / self._count,
+            self._served_nll / self._nll - 1,
+            self._kl / self._count,
+            self._same / self._count,
+        )

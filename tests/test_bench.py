@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from motet.bench import decode, peers, serve
+from motet.bench import busy, context, decode, peers, quality, serve, speculative
 from motet.bench.report import Plot, table, write
+from motet.bench.timed import kv_position_bytes, random_request
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.bundle import Bundle
+from motet.runtime.config import EngineConfig
 from motet.runtime.errors import ConfigError
 
 
@@ -58,11 +62,74 @@ def test_decode_report(bundle, tmp_path, capsys):
 
 def test_step_work(bundle):
     loaded = Bundle.load(bundle)
-    one, macs = decode.step_work(loaded, 1, 1, 20)
+    one, macs = decode.step_work(loaded, 1, 1, 20, 72)
     layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 128
     assert macs == 4 * layer + 64 * 320
-    more, _ = decode.step_work(loaded, 2, 1, 20)
-    assert more - one == 20 * 4 * 2 * 32 * 4
+    more, _ = decode.step_work(loaded, 2, 1, 20, 72)
+    assert more - one == 20 * 4 * 72
+
+
+def test_bytes_of_a_position(bundle):
+    loaded = Bundle.load(bundle)
+    assert kv_position_bytes(loaded, EngineConfig(), native=True) == 2 * (32 + 2 * 4)  # two heads of 16, their scales
+    assert kv_position_bytes(loaded, EngineConfig(kv_dtype="bf16"), native=True) == 2 * 32 * 2
+    assert kv_position_bytes(loaded, EngineConfig(), native=False) == 2 * 32 * 4
+
+
+def test_a_shorter_prompt_is_the_beginning_of_a_longer_one(bundle):
+    loaded = Bundle.load(bundle)
+    long, short = (random_request(loaded, 3, size, 1).prompts[0] for size in (50, 23))
+    assert long[:23] == short
+
+
+def test_context_report(bundle, tmp_path, capsys):
+    result = context.run(bundle, tmp_path, contexts=[24, 48, 96], new_tokens=4, repeats=1, threads=2)
+    assert [row["context"] for row in result["contexts"]] == [24, 48, 96]
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bench"] == "context"
+    with pytest.raises(ConfigError, match="two contexts"):
+        context.run(bundle, tmp_path, contexts=[24])
+
+
+def test_a_line_is_found():
+    found = context.fit([100, 200, 400], [2.0, 3.0, 5.0], 10_000)
+    assert found["fixed_ms"] == pytest.approx(1.0)
+    assert found["slope_us"] == pytest.approx(10.0)
+    assert found["slope_gb_s"] == pytest.approx(1.0)  # 10 kB in 10 µs
+    assert found["r2"] == pytest.approx(1.0)
+    assert context.fit([100, 200, 300], [1.0, 3.0, 2.0], 1)["largest_deviation"] == pytest.approx(0.5)
+
+
+def test_busy_report(bundle, tmp_path):
+    result = busy.run(bundle, tmp_path, batch_sizes=[1, 2], context=20, new_tokens=8, repeats=1, threads=2)
+    assert [row["batch_size"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert row["share"] == pytest.approx(row["busy_tok_s"] / row["quiet_tok_s"])
+        assert row["busy_steps"] > 0
+
+
+def test_drafts_report(bundle, tmp_path):
+    result = speculative.run(
+        bundle, tmp_path, documents=2, source_tokens=40, max_tokens=12, repeats=1, temperatures=[0.0, 1.0], threads=2
+    )
+    assert [(row["set"], row["temperature"]) for row in result["sets"]] == [
+        *(("extract", 0.0), ("extract", 1.0), ("chat", 0.0), ("chat", 1.0))
+    ]
+    assert all(row["identical"] for row in result["sets"])
+
+
+def test_quoted_share():
+    assert speculative._quoted([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 9]]) == pytest.approx(2 / 3)
+    assert speculative._quoted([[1, 2, 3]], [[1, 2, 3]]) == 0.0
+
+
+def test_quality_report(bundle, tmp_path, tiny_model_dir):
+    model = str(tiny_model_dir("llama"))
+    result = quality.run([bundle], model, tmp_path, num_tokens=100, threads=2)
+    (row,) = result["rows"]
+    assert row["num_tokens"] == result["tokens"] >= 100
+    assert 0 <= row["kl"] < 0.1
+    assert 0.5 < row["top1"] <= 1
+    assert "GGUF" in result["failed"]["llama.cpp"]
 
 
 def test_serve_report(bundle, tmp_path):
@@ -76,22 +143,15 @@ def test_serve_report(bundle, tmp_path):
 
 def test_peers_that_are_unknown_or_absent(bundle, tmp_path, tiny_model_dir):
     with pytest.raises(ConfigError, match="unknown peers"):
-        peers.run(bundle, "x", tmp_path, names=["vllm"])
-    model = str(tiny_model_dir("llama"))
-    result = peers.run(
-        bundle,
-        model,
-        tmp_path,
-        names=["CTranslate2"],
-        prompt_tokens=12,
-        context=12,
-        new_tokens=4,
-        concurrency=2,
-        repeats=1,
-    )
-    motet, other = result["peers"]
-    assert motet["error"] is None
-    assert set(peers.FIGURES) <= set(motet)  # on a tiny model a difference of two times may be negative
+        peers.run([bundle], "x", tmp_path, names=["vllm"])
+    with pytest.raises(ConfigError, match="same bits"):
+        peers.run([bundle, bundle], "x", tmp_path)
+    lengths = {"prompt_tokens": 12, "context": 12, "long_context": 24, "steps": 2, "concurrency": 2, "repeats": 1}
+    model, python = str(tiny_model_dir("llama")), Path(sys.executable)
+    result = peers.run([bundle], model, tmp_path, names=["CTranslate2"], python=python, **lengths)
+    motet, other = result["runtimes"]
+    assert motet["error"] is None and motet["errors"] == {}
+    assert set(motet["tok_s"]) == {"prefill", "one", "many", "long"}
     assert other["error"].startswith("not installed")
 
 

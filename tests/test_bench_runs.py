@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from motet.bench import decode, peer_worker, peers, probes, report, serve
+from motet.bench import decode, peer_worker, peers, probes, report, serve, worker
 from motet.export.bundle_writer import export_bundle
 from motet.finetune.tail import write_tail
 from motet.runtime.bundle import Bundle
@@ -153,14 +153,14 @@ def test_step_work_counts_each_tail_once_and_every_sequences_cache(bundle_dir):
     bundle = Bundle.load(bundle_dir)
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128  # q, k, v, o; gate, up, down
     head = 64 * 320
-    assert decode.step_work(bundle, 5, 3, 16)[1] == 5 * ((2 + 3 * 2) * layer + head)
-    moved = {k: decode.step_work(bundle, 5, k, 0)[0] for k in (1, 2, 3, 4)}
+    assert decode.step_work(bundle, 5, 3, 16, 256)[1] == 5 * ((2 + 3 * 2) * layer + head)
+    moved = {k: decode.step_work(bundle, 5, k, 0, 256)[0] for k in (1, 2, 3, 4)}
     tail = moved[2] - moved[1]
     assert tail == moved[3] - moved[2] == moved[4] - moved[3]  # the base's own tail is stored with the shared weights
     scales = 4 / 32  # float32, a scale a group of 32
     assert tail == int(2 * layer * (1 + scales)) + (2 * 2 + 1) * 64 * 4  # two layers, five norms
     assert moved[1] == int((4 * layer + head) * (1 + scales)) + (4 * 2 + 1) * 64 * 4
-    assert decode.step_work(bundle, 5, 3, 16)[0] - moved[3] == 5 * 16 * (2 + 3 * 2) * 2 * 32 * 4
+    assert decode.step_work(bundle, 5, 3, 16, 256)[0] - moved[3] == 5 * 16 * (2 + 3 * 2) * 256
 
 
 def test_decode_refuses_more_members_than_there_are(bundle_dir, tmp_path):
@@ -172,74 +172,92 @@ def test_decode_refuses_more_members_than_there_are(bundle_dir, tmp_path):
 
 FAKE_WORKER = """
 import json, sys
+def answer(**values):
+    print(json.dumps(values), flush=True)
 job = json.loads(sys.stdin.readline())
-if job["runtime"] == "OpenVINO GenAI":
-    print(json.dumps({"error": "not installed (openvino)"}), flush=True)
+name = job["runtime"]
+if name == "OpenVINO GenAI":
+    answer(error="not installed (openvino)")
     sys.exit()
-factor = {"motet": 1, "llama.cpp": 2, "CTranslate2": 4, "transformers": 8}[job["runtime"]]
-print(json.dumps({"version": f"{job['threads']} threads"}), flush=True)
+factor = {"motet": 1, "llama.cpp": 2, "CTranslate2": 4, "transformers": 8}[name]
+answer(version=f"{job['threads']} threads")
 for line in sys.stdin:
     call = json.loads(line)
-    prompts, n = call["prompts"], call["new_tokens"]
-    if job["runtime"] == "transformers":
-        print(json.dumps({"seconds": 1.0, "tokens": [1] * (n - 1)}), flush=True)
+    prompts, steps, chunks = call["prompts"], call["steps"], call["chunks"]
+    if name == "CTranslate2" and len(prompts[0]) > 40:
+        answer(error="too long")
         continue
     # a prompt token takes 1 ms, a decode step 10 ms and 1 ms a sequence, all times the factor
-    seconds = factor * (len(prompts) * len(prompts[0]) * 1e-3 + (n - 1) * (1e-2 + len(prompts) * 1e-3))
-    print(json.dumps({"seconds": seconds, "tokens": [1] * n}), flush=True)
+    answer(seconds=factor * len(prompts) * len(prompts[0]) * 1e-3)
+    for _ in range(chunks):
+        sys.stdin.readline()
+        seconds = factor * steps * (1e-2 + len(prompts) * 1e-3)
+        answer(seconds=seconds, tokens=steps * len(prompts), cpu_seconds=2 * seconds)
+    answer(sequence=[1] * (1 + chunks * (1 + steps) - (name == "transformers")))
 """
 
 
 @pytest.fixture
 def run_fake_peers(bundle_dir, tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text(FAKE_WORKER)
-    monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
-    monkeypatch.setattr(peers, "_paths", lambda _bundle, _model: {})
+    monkeypatch.setattr(worker, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(peers, "_paths", lambda _bundles, _model: {})
     monkeypatch.setattr(probes, "measure", lambda _threads: LIMITS)
-    lengths = {"prompt_tokens": 32, "context": 16, "new_tokens": 5, "concurrency": 4, "repeats": 2, "threads": 3}
-    names = ["llama.cpp", "CTranslate2", "OpenVINO GenAI", "transformers"]
-    return lambda: peers.run(bundle_dir, "none", tmp_path, names=names, **lengths)
+    lengths = {"prompt_tokens": 32, "context": 16, "long_context": 64, "steps": 5, "concurrency": 4, "repeats": 2}
+    names = ["llama.cpp Q4_1", "CTranslate2", "OpenVINO GenAI int4", "transformers"]
+    return lambda: peers.run([bundle_dir], "none", tmp_path, names=names, threads=3, **lengths)
 
 
 def test_peers_figures_and_ratios(run_fake_peers, capsys):
-    rows = {row["name"]: row for row in run_fake_peers()["peers"]}
-    assert list(rows) == ["motet", "llama.cpp", "CTranslate2", "OpenVINO GenAI", "transformers"]
-    for name, factor in (("motet", 1), ("llama.cpp", 2), ("CTranslate2", 4)):
+    rows = {row["name"]: row for row in run_fake_peers()["runtimes"]}
+    assert list(rows) == [
+        "motet int8",
+        "llama.cpp Q4_1",
+        "CTranslate2 int8",
+        "OpenVINO GenAI int4",
+        "transformers bf16",
+    ]
+    for name, factor in (("motet int8", 1), ("llama.cpp Q4_1", 2), ("CTranslate2 int8", 4)):
         row = rows[name]
         assert row["error"] is None
         assert row["version"] == "3 threads"
-        assert row["prefill_tok_s"] == pytest.approx(1000 / factor)
-        assert row["one_tok_s"] == pytest.approx(1 / 0.011 / factor)
-        assert row["many_tok_s"] == pytest.approx(4 / 0.014 / factor)
-        assert row["motet_ratio"] == pytest.approx(dict.fromkeys(peers.FIGURES, factor))
-    assert rows["OpenVINO GenAI"]["error"] == "not installed (openvino)"
-    assert "another number of tokens" in rows["transformers"]["error"]  # a wrong answer has no figures
-    assert "one_tok_s" not in rows["transformers"]
+        expected = {"prefill": 1000 / factor, "one": 1 / 0.011 / factor, "many": 4 / 0.014 / factor}
+        if name != "CTranslate2 int8":
+            expected["long"] = 1 / 0.011 / factor
+        assert row["tok_s"] == pytest.approx(expected)
+        assert row["cpus"] == {case: None if case == "prefill" else pytest.approx(2) for case in expected}
+    assert rows["motet int8"]["ratio"] == pytest.approx(dict.fromkeys(("prefill", "one", "many", "long"), 2))
+    assert set(rows["motet int8"]["fastest_peer"].values()) == {"llama.cpp Q4_1"}
+    assert rows["CTranslate2 int8"]["errors"] == {"long": "too long"}  # what one cannot do is only its own loss
+    assert rows["OpenVINO GenAI int4"]["error"] == "not installed (openvino)"
+    assert rows["transformers bf16"]["tok_s"] == {}  # a wrong answer has no figures
+    assert "were asked for" in rows["transformers bf16"]["errors"]["prefill"]
     shown, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
     assert json.loads(last)["bench"] == "peers"
     assert "…" not in shown  # no figure is cut off
 
 
 def test_only_the_measured_runtime_runs(run_fake_peers, monkeypatch):
-    everyone: list[peers.Worker] = []
+    everyone: list[worker.Worker] = []
     calls: list[str] = []
-    original = peers.Worker._ask
+    original = worker.Worker._ask
 
-    def ask(worker, message):
-        if "prompts" in message:
-            calls.append(worker.name)
+    def ask(self, message):
+        if self in everyone:
+            calls.append(self.name)
             for other in everyone:
-                if other is not worker and other.error is None:
+                if other is not self and other.error is None:
                     wait_until_stopped(other._process.pid)
         else:
-            everyone.append(worker)
-        return original(worker, message)
+            everyone.append(self)
+        return original(self, message)
 
-    monkeypatch.setattr(peers.Worker, "_ask", ask)
+    monkeypatch.setattr(worker.Worker, "_ask", ask)
     run_fake_peers()
-    assert calls[:3] == ["motet", "llama.cpp", "CTranslate2"]  # they take turns within a case
-    assert calls.count("motet") == calls.count("CTranslate2") == (2 + 1) * (1 + 2 + 2)
-    assert all(worker._process.poll() is not None for worker in everyone)
+    # six calls a column of chunks (a prompt, a round that warms up, two that count, an end), two a prompt alone
+    assert calls.count("motet int8") == calls.count("llama.cpp Q4_1") == 3 * 2 + 3 * (1 + 3 + 1)
+    assert calls[:4] == ["motet int8", "motet int8", "llama.cpp Q4_1", "llama.cpp Q4_1"]  # they take turns
+    assert all(one._process.poll() is not None for one in everyone)
 
 
 def wait_until_stopped(pid):
@@ -260,21 +278,38 @@ def worker_answers(job, *calls, flags=()):
 
 
 def test_a_missing_peer_is_listed_as_not_installed():
-    job = {"runtime": "CTranslate2", "threads": 1, "max_tokens": 64, "max_sequences": 1, "paths": {}}
+    job = {"runtime": "CTranslate2", "variant": "int8", "threads": 1, "lengths": {"1": 64}, "paths": {}}
     assert worker_answers(job, flags=("-S",)) == [{"error": "not installed (ctranslate2)"}]  # -S: no site-packages
 
 
 def test_the_motet_worker_generates_what_the_engine_does(bundle_dir):
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
-    job = {"runtime": "motet", "threads": 2, "max_tokens": 64, "max_sequences": 2, "paths": {"bundle": str(bundle_dir)}}
-    ready, answer = worker_answers(job, {"prompts": prompts, "new_tokens": 6})
+    paths = {"bundle": str(bundle_dir)}
+    job = {"runtime": "motet", "variant": "int8", "threads": 2, "lengths": {"2": 64}, "paths": paths}
+    go = {"go": True}
+    ready, prompt, *chunks, ended = worker_answers(job, {"prompts": prompts, "steps": 2, "chunks": 2}, go, go)
     with Engine.from_bundle(bundle_dir, EngineConfig(threads=2, max_num_seqs=2, max_model_len=64)) as engine:
-        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=7, temperature=0.0, ignore_eos=True)
         request = Request("r", (tuple(prompts[0]),), Ensemble((Member("a", 1.0),)), params)
         expected = engine.complete([request])[0][0].token_ids
     assert ready == {"version": importlib.metadata.version("motet")}
-    assert answer["tokens"] == expected
-    assert answer["seconds"] > 0
+    assert ended == {"sequence": expected}
+    assert prompt["seconds"] > 0
+    assert [chunk["tokens"] for chunk in chunks] == [4, 4]
+
+
+def test_a_pacer_counts_the_steps_in_which_all_run():
+    answers, waits = [], []
+    pacer = peer_worker.Pacer(2, 3, 2, answers.append, lambda: waits.append(len(answers)))
+    for _ in range(2):
+        pacer.note(0)  # ahead of the other
+    while pacer._counts[1] < pacer.last_token:
+        pacer.note(1)
+        pacer.note(0)
+    assert [answer.get("tokens") for answer in answers] == [None, 6, 6]
+    assert waits == [1, 2]  # not after the last
+    assert pacer.last_token == 9
+    assert pacer.new_tokens > pacer.last_token
 
 
 def test_onnxruntime_genai_is_told_the_thread_count(monkeypatch):
@@ -291,7 +326,8 @@ def test_onnxruntime_genai_is_told_the_thread_count(monkeypatch):
     fake = types.SimpleNamespace(Config=Config, Model=lambda config: config)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", fake)
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: "1")
-    peer_worker.load_onnxruntime_genai({"threads": 3, "paths": {"genai": "somewhere"}})
+    job = {"threads": 3, "variant": "int4", "paths": {"genai-int4": "somewhere"}}
+    peer_worker.load_onnxruntime_genai(job)
     assert overlays == [{"model": {"decoder": {"session_options": {"intra_op_num_threads": 3}}}}]
 
 

@@ -87,7 +87,7 @@ def bench_serve(
     load.run(
         bundle,
         out,
-        rates=[float(rate) for rate in rates.split(",") if rate],
+        rates=_rates(rates),
         clients=_numbers(clients),
         duration_s=duration_s,
         prompt_tokens=prompt_tokens,
@@ -133,6 +133,101 @@ def bench_peers(
     )
 
 
+@bench.command("quality")
+def bench_quality(
+    bundles: Annotated[list[Path], typer.Argument(help="Directories of bundles of one model.")],
+    model: Model = "smollm2-135m",
+    out: Results = Path("bench/results"),
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens at least.")] = 4096,
+    backend: Annotated[str, typer.Option(help="auto, cpu or onnx.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Of the cpu backend's KV cache: auto, int8 or bf16.")] = "auto",
+    peers: Annotated[bool, typer.Option(help="llama.cpp's files of the same weights too.")] = True,
+    peer_python: PeerPython = None,
+    threads: Threads = 0,
+) -> None:
+    """What quantisation costs: bundles and llama.cpp against fp32 on held-out text."""
+    from .bench import quality
+
+    quality.run(
+        bundles,
+        model,
+        out,
+        num_tokens=tokens,
+        backend=backend,
+        kv_dtype=kv_dtype,
+        peers=peers,
+        python=peer_python,
+        threads=threads,
+    )
+
+
+@bench.command("context")
+def bench_context(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    contexts: str = "256,512,1024,2048,4096",
+    new_tokens: Annotated[int, typer.Option(min=2)] = 16,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Threads = 0,
+) -> None:
+    """How the time of a token grows with the context, against the bytes of the KV cache."""
+    from .bench import context
+
+    context.run(bundle, out, contexts=_numbers(contexts), new_tokens=new_tokens, repeats=repeats, threads=threads)
+
+
+@bench.command("busy")
+def bench_busy(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    batch_sizes: str = "1,16",
+    context: int = 256,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Threads = 0,
+) -> None:
+    """Decoding while another process burns one core."""
+    from .bench import busy
+
+    busy.run(
+        bundle,
+        out,
+        batch_sizes=_numbers(batch_sizes),
+        context=context,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
+@bench.command("speculative")
+def bench_speculative(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    documents: Annotated[int, typer.Option(min=1, help="Requests a set.")] = 12,
+    source_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a document.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    speculative_tokens: Annotated[int, typer.Option(min=1, help="Tokens a draft at most.")] = 8,
+    temperatures: Annotated[str, typer.Option(help="0 is greedy.")] = "0",
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Threads = 0,
+) -> None:
+    """Answers that quote their source and chat, with and without drafts."""
+    from .bench import speculative
+
+    speculative.run(
+        bundle,
+        out,
+        documents=documents,
+        source_tokens=source_tokens,
+        max_tokens=max_tokens,
+        speculative_tokens=speculative_tokens,
+        temperatures=_rates(temperatures),
+        repeats=repeats,
+        threads=threads,
+    )
+
+
 def _gpu_bench(name: str) -> Any:
     """A module of the benches that needs torch or Triton."""
     try:
@@ -148,3 +243,10 @@ def _numbers(text: str) -> list[int]:
         return [int(item) for item in text.split(",") if item]
     except ValueError:
         raise ConfigError(f"'{text}' is not a list of whole numbers such as 1,4,16") from None
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",") if item]
+    except ValueError:
+        raise ConfigError(f"'{text}' is not a list of numbers such as 0.5,2") from None

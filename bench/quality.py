@@ -1,0 +1,159 @@
+"""`motet bench quality`: bundles as they are served (KV cache included) and llama.cpp's files of the same weights, against fp32.
+
+On held-out text, token by token: how much likelier or less likely the text became (ΔNLL), the divergence of the
+distributions (KL), how often the best token is the same. Everybody scores the same chunks in one run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.progress import Progress
+
+from ..export.parity import F32, Agreement, reference_logits
+from ..export.pull import resolve_model
+from ..finetune.data import heldout_token_ids
+from ..runtime.backend import open_backend
+from ..runtime.bundle import Bundle
+from ..runtime.checkpoint import read_config, read_weights
+from ..runtime.config import EngineConfig
+from ..runtime.errors import ConfigError, MotetError
+from ..runtime.tokenizer import Tokenizer
+from ..runtime.torch_model import Decoder
+from .report import Plot, machine, table, write
+from .worker import Worker, peer_paths, peer_python
+
+LLAMA_VARIANTS = ("Q8_0", "Q4_1")
+Score = Callable[[Sequence[int]], F32]  # token ids [S] → logits [S, vocab]
+
+
+class Scorer(Protocol):
+    """A backend that gives the logits of a whole sequence."""
+
+    def score(self, token_ids: Sequence[int], member: int) -> F32: ...
+
+    def close(self) -> None: ...
+
+
+def run(
+    bundle_paths: Sequence[Path],
+    model: str,
+    out: Path,
+    *,
+    num_tokens: int = 4096,
+    backend: str = "auto",
+    kv_dtype: str = "auto",
+    peers: bool = True,
+    python: Path | None = None,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Measure each bundle's first member, write `out/quality.json` and `.html`, print the table and one JSON line."""
+    directory = resolve_model(model)
+    decoder = Decoder.from_weights(read_config(directory), read_weights(directory)).eval()
+    chunks = heldout_token_ids(Tokenizer.from_dir(directory), num_tokens)
+    config = EngineConfig.from_dict(
+        {
+            "backend": backend,
+            "kv_dtype": kv_dtype,
+            "max_num_seqs": 1,
+            "max_model_len": max(map(len, chunks)),
+            "threads": threads,
+        }
+    )
+    failed: dict[str, str] = {}
+    with ExitStack() as stack:
+        scores = {name: score for path in bundle_paths for name, score in [_bundle_score(path, config, stack)]}
+        if len(scores) < len(bundle_paths):
+            raise ConfigError("two bundles have the same name; give each another directory name")
+        if peers:
+            scores |= _llama_scores(model, python, config, failed, stack)
+        rows = _compare(decoder, scores, chunks, failed)
+    result = {
+        "model": model,
+        "tokens": sum(len(chunk) - 1 for chunk in chunks),
+        "kv_dtype": kv_dtype,
+        "machine": machine(),
+        "rows": rows,
+        "failed": failed,
+    }
+    write("quality", result, [_table(result)], _plots(result), out)
+    return result
+
+
+def _bundle_score(path: Path, config: EngineConfig, stack: ExitStack) -> tuple[str, Score]:
+    bundle = Bundle.load(path)
+    backend: Any = open_backend(bundle, config)
+    stack.callback(backend.close)
+    scorer: Scorer = backend
+    return f"motet {bundle.name}", lambda token_ids: scorer.score(token_ids, 0)
+
+
+def _llama_scores(
+    model: str, python: Path | None, config: EngineConfig, failed: dict[str, str], stack: ExitStack
+) -> dict[str, Score]:
+    paths = peer_paths(model)
+    if "gguf" not in paths:
+        failed["llama.cpp"] = f"'{model}' was not pulled from a GGUF file"
+        return {}
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    job = {"threads": config.num_threads, "lengths": {1: config.max_model_len}, "paths": paths, "score": True}
+    scores: dict[str, Score] = {}
+    for variant in LLAMA_VARIANTS:
+        worker = Worker("llama.cpp", variant, str(python or peer_python()), job)
+        stack.callback(worker.close)
+        if worker.error is None:
+            scores[worker.name] = _worker_score(worker, folder / f"{variant}.npy")
+        else:
+            failed[worker.name] = worker.error
+    return scores
+
+
+def _worker_score(worker: Worker, file: Path) -> Score:
+    def score(token_ids: Sequence[int]) -> F32:
+        worker.score(list(token_ids), file)
+        logits: F32 = np.load(file)
+        return logits
+
+    return score
+
+
+def _compare(
+    decoder: Decoder, scores: dict[str, Score], chunks: Sequence[Sequence[int]], failed: dict[str, str]
+) -> list[dict[str, Any]]:
+    sums = {name: Agreement() for name in scores}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("quality", total=len(chunks) * len(scores))
+        for chunk in chunks:
+            reference = reference_logits(decoder, chunk)
+            for name, score in scores.items():
+                progress.advance(task)
+                if name not in failed:
+                    try:
+                        sums[name].add(chunk, reference, score(chunk))
+                    except MotetError as error:  # a peer's; the others go on
+                        failed[name] = str(error)
+    return [asdict(total.result(name)) for name, total in sums.items() if name not in failed]
+
+
+def _table(result: dict[str, Any]) -> Any:
+    rows = [
+        [row["name"], f"{row['nll']:.3f}", f"{row['nll_change']:+.2%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
+        for row in result["rows"]
+    ]
+    title = f"{result['model']}, {result['tokens']:,} held-out tokens, against fp32; KV cache {result['kv_dtype']}"
+    notes = [f"{name}: {reason}" for name, reason in result["failed"].items()]
+    return table("\n".join([title, *notes]), ["", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
+
+
+def _plots(result: dict[str, Any]) -> list[Plot]:
+    return [
+        Plot(
+            "KL(fp32 ‖ served)", "nats", [r["name"] for r in result["rows"]], {"KL": [r["kl"] for r in result["rows"]]}
+        )
+    ]

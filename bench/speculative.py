@@ -1,0 +1,221 @@
+"""`motet bench speculative`: answers with and without drafts, in turns, and whether they are the same.
+
+Two sets. `extract`: the question is a document of the held-out standard library documentation and the answer repeats it, so
+that it can be read off the prompt; how much of the answers really stands in their prompts is reported (4 tokens in a row).
+`chat`: questions without a source, where drafts can only cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..finetune.data import load_dataset
+from ..runtime.bundle import Bundle
+from ..runtime.config import EngineConfig
+from ..runtime.engine import Engine
+from ..runtime.errors import ConfigError
+from ..runtime.request import Request, SamplingParams
+from ..runtime.tokenizer import Tokenizer
+from . import probes
+from .report import Plot, machine, table, write
+
+EXTRACT = "Repeat the following text word for word.\n\n"
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Give me three ideas for a birthday present for my grandmother.",
+    "Explain what a prime number is to a child.",
+    "Write a short story about a lighthouse keeper who is afraid of the sea.",
+    "How do I cook rice so that it does not stick?",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite e-mail that declines an invitation to a wedding.",
+    "What should I look at when I buy a used bicycle?",
+    "Describe how a steam engine works.",
+    "What are good habits for falling asleep early?",
+    "Tell me about the history of tea.",
+    "How can I become better at chess?",
+)
+_RUN = 4  # tokens in a row that count as quoted
+
+
+@dataclass(slots=True)
+class Pass:
+    """One pass over a set. Seconds are of all answers, `decode_s` from the first token of each."""
+
+    answers: list[tuple[int, ...]]
+    seconds: float = 0.0
+    decode_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def run(
+    bundle_path: Path,
+    out: Path,
+    *,
+    documents: int = 12,
+    source_tokens: int = 256,
+    max_tokens: int = 96,
+    speculative_tokens: int = 8,
+    temperatures: Sequence[float] = (0.0,),
+    repeats: int = 3,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Measure, write `out/speculative.json` and `.html`, print the table and one JSON line. One request at a time."""
+    bundle = Bundle.load(bundle_path)
+    tokenizer = Tokenizer.from_dir(bundle.path)
+    sets = {
+        "extract": _extract_prompts(tokenizer, documents, source_tokens),
+        "chat": [_chat(tokenizer, question) for question in QUESTIONS[:documents]],
+    }
+    longest = max(len(prompt) for prompts in sets.values() for prompt in prompts)
+    config = EngineConfig(
+        max_num_seqs=1,
+        max_model_len=min(longest + max_tokens, bundle.config.max_position_embeddings),
+        threads=threads,
+        prefix_cache=False,
+    )
+    if longest + max_tokens > config.max_model_len:
+        raise ConfigError(f"prompts of {longest} tokens and answers of {max_tokens} exceed {config.max_model_len}")
+    before = probes.measure(config.num_threads)
+    with Engine.from_bundle(bundle_path, config, verify=False) as engine:
+        rows = [
+            _compare(engine, name, prompts, max_tokens, speculative_tokens, temperature, repeats)
+            for name, prompts in sets.items()
+            for temperature in temperatures
+        ]
+    result = {
+        "bundle": bundle.name,
+        "bits": bundle.quantisation["bits"],
+        "speculative_tokens": speculative_tokens,
+        "max_tokens": max_tokens,
+        "repeats": repeats,
+        "machine": machine(),
+        "limits": before,
+        "limits_after": probes.measure(config.num_threads),
+        "sets": rows,
+    }
+    write("speculative", result, [_table(result)], _plots(result), out)
+    return result
+
+
+def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
+    return (
+        tokenizer.encode_chat([{"role": "user", "content": text}])
+        if tokenizer.has_chat_template
+        else tokenizer.encode(text)
+    )
+
+
+def _extract_prompts(tokenizer: Tokenizer, count: int, source_tokens: int) -> list[list[int]]:
+    """Documents of the test split that are long enough, cut to `source_tokens`."""
+    prompts = []
+    for example in load_dataset("stdlib-docs").splits["test"]:
+        token_ids = tokenizer.encode(example.completion + "\n\n" + example.messages[-1]["content"].partition("\n\n")[2])
+        if len(token_ids) >= source_tokens:
+            prompts.append(_chat(tokenizer, EXTRACT + tokenizer.decode(token_ids[:source_tokens])))
+        if len(prompts) == count:
+            break
+    return prompts
+
+
+def _compare(
+    engine: Engine,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    speculative_tokens: int,
+    temperature: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """Without and with drafts, request by request in turns; the first repeat warms up and does not count."""
+    passes: dict[int, list[Pass]] = {0: [], speculative_tokens: []}
+    for repeat in range(repeats + 1):
+        taken = {drafts: Pass([]) for drafts in passes}
+        for index, prompt in enumerate(prompts):
+            for drafts in sorted(passes, reverse=bool((index + repeat) % 2)):
+                params = SamplingParams(
+                    max_tokens=max_tokens, temperature=temperature, seed=index, speculative_tokens=drafts
+                )
+                _answer(engine, prompt, params, taken[drafts])
+        for drafts, found in taken.items():
+            passes[drafts] += [found] if repeat else []
+    off, on = passes[0], passes[speculative_tokens]
+    answers = [one.answers for one in (*off, *on)]
+    drafted, accepted = sum(one.drafted for one in on), sum(one.accepted for one in on)
+    return {
+        "set": name,
+        "temperature": temperature,
+        "requests": len(prompts),
+        "tokens": sum(map(len, off[0].answers)),
+        "quoted": _quoted(prompts, off[0].answers),
+        "identical": all(found == answers[0] for found in answers),
+        "off_tok_s": statistics.median(_rate(one) for one in off),
+        "on_tok_s": statistics.median(_rate(one) for one in on),
+        "ratio": statistics.median(o.seconds / w.seconds for o, w in zip(off, on, strict=True)),
+        "decode_ratio": statistics.median(o.decode_s / w.decode_s for o, w in zip(off, on, strict=True)),
+        "accepted": accepted / drafted if drafted else None,
+    }
+
+
+def _answer(engine: Engine, prompt: Sequence[int], params: SamplingParams, taken: Pass) -> None:
+    before, start = engine.stats(), time.perf_counter()
+    request = Request("bench", (tuple(prompt),), engine.model.default_ensemble, params)
+    completion = engine.complete([request])[0][0]
+    taken.seconds += time.perf_counter() - start
+    after = engine.stats()
+    taken.answers.append(tuple(completion.token_ids))
+    taken.decode_s += completion.timings.decode_s if completion.timings is not None else 0.0
+    taken.drafted += after.drafted_tokens - before.drafted_tokens
+    taken.accepted += after.accepted_tokens - before.accepted_tokens
+
+
+def _rate(taken: Pass) -> float:
+    """Tokens a second after the first of each answer."""
+    return sum(len(answer) - 1 for answer in taken.answers) / taken.decode_s if taken.decode_s else 0.0
+
+
+def _quoted(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> float:
+    """Share of the answers' runs of tokens that stand in their prompts."""
+    found = total = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        known = {tuple(prompt[i : i + _RUN]) for i in range(len(prompt) - _RUN + 1)}
+        runs = [tuple(answer[i : i + _RUN]) for i in range(len(answer) - _RUN + 1)]
+        found += sum(run in known for run in runs)
+        total += len(runs)
+    return found / total if total else 0.0
+
+
+def _table(result: dict[str, Any]) -> Any:
+    limits = result["limits"]
+    title = (
+        f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads, drafts of {result['speculative_tokens']} "
+        f"tokens at most; read {limits['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after"
+    )
+    header = ["set", "T", "tokens", "quoted", "off tok/s", "on tok/s", "× decode", "× whole", "accepted", "identical"]
+    rows = [
+        [
+            row["set"],
+            f"{row['temperature']:g}",
+            f"{row['tokens']:,}",
+            f"{row['quoted']:.0%}",
+            f"{row['off_tok_s']:,.0f}",
+            f"{row['on_tok_s']:,.0f}",
+            f"{row['decode_ratio']:.2f}",
+            f"{row['ratio']:.2f}",
+            "–" if row["accepted"] is None else f"{row['accepted']:.0%}",
+            "yes" if row["identical"] else "NO",
+        ]
+        for row in result["sets"]
+    ]
+    return table(title, header, rows)
+
+
+def _plots(result: dict[str, Any]) -> list[Plot]:
+    labels = [f"{row['set']}, T {row['temperature']:g}" for row in result["sets"]]
+    values = {name: [row[f"{name}_tok_s"] for row in result["sets"]] for name in ("off", "on")}
+    return [Plot("Decode, drafts", "tok/s", labels, values)]
