@@ -59,7 +59,7 @@ def run(
         "limits": before,
         "limits_after": after,
         "contexts": rows,
-        **fit([row["context"] for row in rows], [row["ms"] for row in rows], position_bytes),
+        **fit(list(times), [row["ms"] for row in rows], position_bytes),
     }
     result["share_of_bandwidth"] = result["slope_gb_s"] / max(before["read_gb_s"], after["read_gb_s"])
     write("context", result, [_table(result)], _plots(result), out)
