@@ -94,7 +94,7 @@ def test_sanitised(tmp_path):
         cpu.LIBRARY_VARIABLE: str(library),
         "MOTET_TEST_SCHEDULES": "8",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cpu_backend.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_cpu_backend.py"]
     command += ["-k", "depend or crash or refused or nan or fit or sizes"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

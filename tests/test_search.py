@@ -132,7 +132,7 @@ def make_pool(space, seed=0):
     rng = torch.Generator().manual_seed(seed)
     head = torch.randn(50, 16, generator=rng)
     truth = torch.randn(300, 16, generator=rng)
-    targets = torch.distributions.Categorical(logits=truth @ head.T).sample()
+    targets = torch.multinomial((truth @ head.T).softmax(-1), 1, generator=rng)[:, 0]
     noisy = [truth + 0.7 * torch.randn(300, 16, generator=rng) for _ in range(2)]
     return Pool(space, torch.stack([*noisy, torch.randn(300, 16, generator=rng), noisy[0]]), head, targets)
 
