@@ -45,12 +45,14 @@ class Budget:
 
     examples: int = 160
     validation: int = 64
-    test: int = 160
+    fusion_validation: int = 160  # the mix is fitted on more than the trials are compared by
+    test: int = 400
     max_length: int = 128
     trials: int = 16
     seeds: int = 3
     layers: tuple[int, ...] = (1, 2, 4)
     bag: float = 0.8
+    spaces: tuple[str, ...] = ("probs",)  # in which the members are fused
     random_trials: int = 12
     random_seeds: int = 5
     random_examples: int = 64
@@ -140,22 +142,20 @@ class Bench:
             trials=self.budget.trials,
             seed=seed,
         )
-        started = time.monotonic()
         result = search(self.bench, self.work / f"seed-{seed}", params, tell=self._tell)
-        wall = time.monotonic() - started
         members = {f"t{path.name}": path for path in result.members()}
         fused = {}
-        for space in (Space.LOGITS, Space.PROBS):
+        for space in map(Space, self.budget.spaces):
             settings = FuseParams(
                 space=space,
-                validation_examples=self.budget.validation,
+                validation_examples=self.budget.fusion_validation,
                 test_examples=self.budget.test,
                 max_length=self.budget.max_length,
             )
             fused[str(space)] = fuse(self.bench, members, self.work / f"fused-{seed}-{space}", settings)
         return {
             "seed": seed,
-            "wall_s": wall,
+            "training_s": sum(trial.seconds for trial in result.trials),
             "trials_s": [trial.seconds for trial in result.trials],
             "states": [trial.state for trial in result.trials],
             "values": [trial.value for trial in result.trials],
@@ -293,5 +293,5 @@ def _search_table(result: Mapping[str, Any]) -> Any:
                 gain,
             ]
         )
-    title = f"Search seed {result['seed']}: {len(result['values'])} trials in {result['wall_s']:.0f} s"
+    title = f"Search seed {result['seed']}: {len(result['values'])} trials in {result['training_s']:.0f} s"
     return report.table(title, ["", "validation NLL", "test NLL", "against best single"], rows)

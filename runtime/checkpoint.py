@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .bundle import file_digest
 from .config import DecoderConfig
 from .errors import BundleError, NotFoundError, UnsupportedModelError
 from .families import canonical_name, decoder_config
+from .quantised_checkpoint import is_quantised, owner, widen
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -30,7 +32,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_config(model_dir: Path) -> DecoderConfig:
     """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
-    return decoder_config(_read_json(Path(model_dir) / "config.json"))
+    values = _read_json(Path(model_dir) / "config.json")
+    is_quantised(values)  # refuses what was quantised by others
+    return decoder_config(values)
 
 
 def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
@@ -70,20 +74,49 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
     Raises `BundleError` if a weight is missing or of another shape than the configuration says; it lists all of them.
     """
     config = read_config(model_dir)
-    weights: dict[str, torch.Tensor] = {}
+    quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
+    stored: dict[str, torch.Tensor] = {}
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118
-                    name = canonical_name(config.family, stored)
-                    if name is not None:
-                        weights |= _unpack(config, name, file.get_tensor(stored).float())
+                stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in _widened(config, stored) if quantised else _emptied(stored):
+        canonical = canonical_name(config.family, name)
+        if canonical is not None:
+            weights |= _unpack(config, canonical, tensor.float())
     if config.tied_head:
         weights.pop("lm_head.weight", None)
     _check(model_dir, config, weights)
     return weights
+
+
+def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries, each removed as it is given: the whole is never held twice."""
+    for name in list(stored):
+        yield name, stored.pop(name)
+
+
+def _widened(config: DecoderConfig, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint of bitsandbytes in float, as a plain checkpoint stores them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name in list(stored):
+        weight = owner(name)
+        if weight is not None:
+            parts.setdefault(weight, {})[name] = stored.pop(name)
+    lost = sorted(set(parts) - set(stored))
+    if lost:
+        raise BundleError(
+            f"the checkpoint has the quantisation of {lost[:3]} without the weights; pull the model again"
+        )
+    for name, tensor in _emptied(stored):
+        if name in parts:
+            wide = widen(name, tensor, parts[name])
+            yield name, wide.t() if config.family == "gpt2" else wide  # bitsandbytes turns GPT-2's [in, out] round
+        else:
+            yield name, tensor
 
 
 def _unpack(config: DecoderConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

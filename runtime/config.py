@@ -66,7 +66,11 @@ class DecoderConfig:
 
 MAX_SPECULATIVE_TOKENS = 64
 _COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "block_size")
-_CHOICES = {"backend": ("auto", "cpu", "onnx", "torch"), "kv_dtype": ("auto", "int8", "bf16", "fp8")}
+_CHOICES = {
+    "backend": ("auto", "cpu", "onnx", "torch"),
+    "kv_dtype": ("auto", "int8", "bf16", "fp8"),
+    "onnx_provider": ("cpu", "cuda"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class EngineConfig:
     backend: Literal["auto", "cpu", "onnx", "torch"] = "auto"  # auto: native kernels where they were built, else onnx
     # Of a paged KV cache: auto is int8 on cpu and the activations' dtype on torch; fp8 is torch's; onnx has float32.
     kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = "auto"
+    onnx_provider: Literal["cpu", "cuda"] = "cpu"  # where the onnx backend runs its graphs; cuda needs onnxruntime-gpu
     max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
     max_model_len: int = 2048  # positions a sequence, prompt and answer together
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
@@ -100,6 +105,10 @@ class EngineConfig:
         if not isinstance(self.speculative_tokens, int) or not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
                 f"speculative_tokens must be an integer in 0…{MAX_SPECULATIVE_TOKENS}, got {self.speculative_tokens!r}"
+            )
+        if self.onnx_provider != "cpu" and self.backend != "onnx":
+            raise ConfigError(
+                f"onnx_provider {self.onnx_provider} is the onnx backend's, and backend is {self.backend}; add backend onnx"
             )
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")

@@ -1,4 +1,4 @@
-"""`OnnxBackend`: a bundle's graphs on ONNX Runtime's CPU provider.
+"""`OnnxBackend`: a bundle's graphs on ONNX Runtime, on its CPU provider or, if asked, on CUDA's.
 
 A step runs each prefill chunk at batch 1 and all decode rows as one batch: the trunk once, each tail over the rows that
 want it, then one head over the rows that are sampled. In `logits` space the members' hidden states are mixed before the
@@ -31,10 +31,16 @@ I64 = npt.NDArray[np.int64]
 _pool_threads: int | None = None
 
 
-def open_session(model: str | bytes, threads: int) -> ort.InferenceSession:
+def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort.InferenceSession:
     """A session on a graph (path or bytes). All graphs of a process share one thread pool: with a pool each, the
-    spinning threads of one graph take the cores from the next. Raises `UnavailableError` for a second pool size."""
+    spinning threads of one graph take the cores from the next. `provider`: cpu or cuda; what CUDA has no kernel for
+    (attention in float32) runs on the CPU. Raises `UnavailableError` for a second pool size, or without CUDA."""
     global _pool_threads
+    if provider == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no CUDA provider, only {ort.get_available_providers()}; install onnxruntime-gpu in "
+            "place of onnxruntime, or serve with onnx_provider cpu"
+        )
     if _pool_threads is None:
         ort.set_global_thread_pool_sizes(threads, 1)
         _pool_threads = threads
@@ -46,12 +52,13 @@ def open_session(model: str | bytes, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider"] if provider == "cuda" else []
+    return ort.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
 
 
-def _bundle_session(bundle: Bundle, file: str, threads: int) -> ort.InferenceSession:
+def _bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
     try:
-        return open_session(str(bundle.path / file), threads)
+        return open_session(str(bundle.path / file), config.num_threads, config.onnx_provider)
     except UnavailableError:
         raise
     except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
@@ -164,13 +171,11 @@ class OnnxBackend:
         self._num_members = len(bundle.members)
 
         def runner(file: str) -> GraphRunner:
-            return GraphRunner(
-                _bundle_session(bundle, file, config.num_threads), bundle, self._num_blocks, self._block_size
-            )
+            return GraphRunner(_bundle_session(bundle, file, config), bundle, self._num_blocks, self._block_size)
 
         self._trunk = runner(bundle.graphs.trunk)
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
-        self._head = _bundle_session(bundle, bundle.graphs.head, config.num_threads)
+        self._head = _bundle_session(bundle, bundle.graphs.head, config)
         self._head_group = head_group(bundle)
 
     @property

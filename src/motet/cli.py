@@ -180,6 +180,7 @@ def serve(
     max_num_batched_tokens: int = 512,
     backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto, int8, bf16 or fp8.")] = "auto",
+    onnx_provider: Annotated[str, typer.Option(help="Of the onnx backend: cpu or cuda.")] = "cpu",
     speculative_tokens: Annotated[int, typer.Option(help="Tokens a prompt-lookup draft at most; 0: none.")] = 0,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
@@ -195,6 +196,7 @@ def serve(
             "max_num_batched_tokens": max_num_batched_tokens,
             "backend": backend,
             "kv_dtype": kv_dtype,
+            "onnx_provider": onnx_provider,
             "speculative_tokens": speculative_tokens,
         }
     )

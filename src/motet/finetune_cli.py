@@ -211,6 +211,7 @@ def bench_finetune(
     examples: int = 160,
     trials: int = 16,
     seeds: int = 3,
+    spaces: Annotated[str, typer.Option(help="In which the members are fused: probs, logits or both.")] = "probs",
 ) -> None:
     """What the trunk cache saves, and what search and fusion gain."""
     from .bench.finetune import PARTS, Budget, run_bench
@@ -219,7 +220,8 @@ def bench_finetune(
     unknown = sorted(set(chosen) - set(PARTS))
     if unknown:
         raise ConfigError(f"parts are {', '.join(PARTS)}, got {unknown}")
-    run_bench(model, data, work, out, chosen, Budget(examples=examples, trials=trials, seeds=seeds))
+    budget = Budget(examples=examples, trials=trials, seeds=seeds, spaces=tuple(Space(word) for word in _words(spaces)))
+    run_bench(model, data, work, out, chosen, budget)
 
 
 def _words(text: str) -> list[str]:

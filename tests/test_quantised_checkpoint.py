@@ -1,0 +1,115 @@
+"""Checkpoints of bitsandbytes: what transformers saves is what we read; damage and other tools are said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from motet.export.bundle_writer import export_bundle
+from motet.runtime.bundle import Bundle
+from motet.runtime.checkpoint import read_config, read_weights
+from motet.runtime.errors import BundleError, UnavailableError, UnsupportedModelError
+from motet.runtime.torch_model import Decoder
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+KINDS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+}
+TOKENS = torch.arange(3, 35)[None]
+
+
+def quantised(source: Path, out: Path, kind: str) -> Any:
+    """Transformers' own quantised model of `source`, saved to `out`."""
+    config = transformers.BitsAndBytesConfig(**KINDS[kind], bnb_4bit_compute_dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(out)
+    shutil.copy(source / "tokenizer.json", out)
+    shutil.copy(source / "tokenizer_config.json", out)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_logits_are_transformers_own(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path, family: str, kind: str
+) -> None:
+    model = quantised(tiny_model_dir(family), tmp_path, kind)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(tensor.dtype in (torch.int8, torch.uint8) and tensor.numel() > 1000 for tensor in stored.values())
+    with torch.no_grad():
+        ours = Decoder.from_weights(read_config(tmp_path), read_weights(tmp_path))(TOKENS)
+        plain = Decoder.from_weights(read_config(tmp_path), read_weights(tiny_model_dir(family)))(TOKENS)
+        for (
+            module
+        ) in model.modules():  # in evaluation mode bitsandbytes repacks a CPU's weights and computes in bfloat16
+            module.training = hasattr(module, "quant_state")
+        theirs = model(TOKENS).logits
+    quantisation = (theirs - plain).abs().mean()
+    # LLM.int8 rounds the activations to 8 bits too; with 4-bit weights only the order of sums differs
+    assert (ours - theirs).abs().mean() < (0.9 if kind == "int8" else 1e-3) * quantisation
+
+
+def test_it_is_exported_like_a_plain_one(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    quantised(tiny_model_dir("llama"), tmp_path / "model", "nf4")
+    export_bundle(tmp_path / "model", tmp_path / "bundle", bits=8)
+    assert Bundle.load(tmp_path / "bundle").quantisation["bits"] == 8
+
+
+def test_damage_is_said(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    quantised(tiny_model_dir("llama"), tmp_path, "nf4")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    save_file({**tensors, name: tensors[name][:-8]}, path)
+    with pytest.raises(BundleError, match=r"up_proj\.weight' is damaged"):
+        read_weights(tmp_path)
+
+    save_file({key: value for key, value in tensors.items() if key != f"{name}.quant_map"}, path)
+    with pytest.raises(BundleError, match=r"up_proj\.weight' is damaged"):
+        read_weights(tmp_path)
+
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    with pytest.raises(BundleError, match="without the weights"):
+        read_weights(tmp_path)
+
+
+def test_damaged_scales_of_8_bits(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    quantised(tiny_model_dir("llama"), tmp_path, "int8")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    scales = "model.layers.0.mlp.up_proj.SCB"
+    save_file({**tensors, scales: tensors[scales][:-1].clone()}, path)
+    with pytest.raises(BundleError, match="scales"):
+        read_weights(tmp_path)
+
+
+def test_another_tools_checkpoint_is_refused(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_bytes())
+    path.write_text(json.dumps(values | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UnsupportedModelError, match="'gptq'"):
+        read_config(tmp_path / "model")
+
+
+def test_without_the_library(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised(tiny_model_dir("llama"), tmp_path, "nf4")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UnavailableError, match="pip install"):
+        read_weights(tmp_path)
