@@ -44,7 +44,7 @@ def run(
     if not 1 <= sizes[0] <= sizes[-1] <= len(bundle.members):
         raise ConfigError(f"ensemble sizes must be in 1…{len(bundle.members)} (the bundle's members), got {sizes}")
     config = EngineConfig(
-        max_num_seqs=max(batch_sizes),
+        max_num_seqs=max(batch_sizes) * (1 + len(bundle.deltas)),  # a low-rank member is a sequence of its own
         max_model_len=max(prompt_tokens, context) + new_tokens + 8,
         threads=threads,
         prefix_cache=False,  # a repetition has the same prompts, and is to compute them
@@ -66,6 +66,7 @@ def run(
         "context": context,
         "machine": machine(),
         "limits": limits,
+        "limits_after": probes.measure(config.num_threads),
         "prefill_tok_s": prefill,
         "decode": decode,
     }

@@ -1,6 +1,7 @@
 """`motet bench finetune`: what the trunk cache saves, what search and fusion gain. Resumable: finished parts are kept.
 
 cache           one trial (n = 2) from the cache and without it: the time of each, the loss curves side by side
+served          the first seed's ensemble exported and served: tokens, the cost of a step, ROUGE-L
 search          searches by several seeds on one cached trunk, their time, each fused; base, best single and fused on the test set
 random          the GP sampler against random search at an equal budget
 regularisation  each regulariser's effect on the train/validation gap
@@ -29,14 +30,15 @@ from rich.console import Console
 from ..export.pull import resolve_model
 from ..finetune.fuse import FuseParams, change, fuse
 from ..finetune.params import TuneParams
-from ..finetune.search import SearchParams, SearchResult, search
+from ..finetune.search import SearchParams, SearchResult, search, trial_dir
 from ..finetune.space import SearchSpace, Trial
 from ..finetune.train import RunData, Workbench, run
 from ..finetune.trunk_cache import TrunkCache
 from ..runtime.request import Space
 from . import report
+from .fused import served
 
-PARTS = ("cache", "search", "random", "regularisation", "private")
+PARTS = ("cache", "search", "served", "random", "regularisation", "private")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,14 @@ class Bench:
             "fused": fused,
         }
 
+    def served(self) -> dict[str, Any]:
+        found = self.part("search-0", partial(self.one_search, 0))
+        fused = found["fused"][self.budget.spaces[0]]
+        best = fused["report"]["best_single"]
+        path = trial_dir(self.work / "seed-0", int(best.removeprefix("t")))
+        length = self.budget.max_length
+        return served(self.bench, fused, (best, path), self.work / "served", examples=64, max_length=length)
+
     def _tell(self, trial: Trial, best: Trial) -> None:
         self.console.print(
             f"trial {trial.number}: {trial.value:.4f} ({trial.state}, {trial.seconds:.0f} s); best {best.value:.4f}"
@@ -233,6 +243,7 @@ def run_bench(model: str, data: str, work: Path, out: Path, parts: list[str], bu
     compute: Mapping[str, Callable[[], dict[str, Any]]] = {
         "cache": bench.trunk_cache,
         "search": bench.searches,
+        "served": bench.served,
         "random": bench.against_random,
         "regularisation": bench.regularisation,
         "private": bench.private,
@@ -252,6 +263,14 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
         return [report.table(title, ["", "seconds", "speed"], rows)]
     if name == "search":
         return [_search_table(seed) for seed in result["seeds"]]
+    if name == "served":
+        title = (
+            f"Fused in {result['space']} space, served in 8 bits: {result['tokens_same']} of {result['tokens_compared']} "
+            "tokens as mixed outside; a step × one member's: "
+            + ", ".join(f"{ratio:.2f} at {size}" for size, ratio in result["cost"].items())
+        )
+        rows = [[who, f"{value:.4f}"] for who, value in result["rouge_l"].items()]
+        return [report.table(title, ["", "ROUGE-L"], rows)]
     if name == "random":
         curves = result["best_so_far"]
         rows = [

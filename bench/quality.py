@@ -53,7 +53,7 @@ def run(
     python: Path | None = None,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure each bundle's first member, write `out/quality.json` and `.html`, print the table and one JSON line."""
+    """Measure each bundle's base member, write `out/quality.json` and `.html`, print the table and one JSON line."""
     directory = resolve_model(model)
     decoder = Decoder.from_weights(read_config(directory), read_weights(directory)).eval()
     chunks = heldout_token_ids(Tokenizer.from_dir(directory), num_tokens)
@@ -91,7 +91,12 @@ def _bundle_score(path: Path, config: EngineConfig, stack: ExitStack) -> tuple[s
     backend: Any = open_backend(bundle, config)
     stack.callback(backend.close)
     scorer: Scorer = backend
-    return f"motet {bundle.name}", lambda token_ids: scorer.score(token_ids, 0)
+    if "base" not in bundle.kinds:
+        raise ConfigError(
+            f"'{path}' has no member that is the base, which is what is compared; export one with --tail base"
+        )
+    member = bundle.kinds.index("base")
+    return f"motet {bundle.name}", lambda token_ids: scorer.score(token_ids, member)
 
 
 def _llama_scores(

@@ -29,7 +29,7 @@ class Step:
 
     def decodes(self, num_seqs: int) -> bool:
         """Whether it drew one token for each of so many sequences, and did nothing else."""
-        return len(self.batch.samples) == num_seqs == self.batch.num_rows
+        return len(self.batch.samples) == num_seqs and self.batch.num_seqs == self.batch.num_rows
 
 
 class TimedBackend:
@@ -106,9 +106,14 @@ def kv_position_bytes(bundle: Bundle, config: EngineConfig, *, native: bool) -> 
 
 
 def cached_layers(bundle: Bundle, members: int = 1) -> int:
-    """Layers that have keys and values for a sequence: the trunk's once, each tail's own."""
+    """Layers that have keys and values for a request of the first `members`: the trunk's once and each tail's own; a
+    low-rank member has all of them for itself."""
+    chosen = range(members)
+    deltas = sum(member in bundle.deltas for member in chosen)
+    others = members - deltas
     split = bundle.split_layer if bundle.graphs.tails else bundle.config.num_layers
-    return split + (bundle.config.num_layers - split) * members
+    shared = split + (bundle.config.num_layers - split) * others if others else 0
+    return deltas * bundle.config.num_layers + shared
 
 
 def run_together(engine: Engine, timed: TimedBackend, requests: Sequence[Request]) -> list[Step]:

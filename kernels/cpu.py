@@ -130,6 +130,17 @@ def library() -> ctypes.CDLL:
             "the native CPU kernels were not built; install Motet where a C++17 compiler is, or use backend 'onnx'"
         )
     lib = ctypes.CDLL(str(found[0]))
+    try:
+        _declare(lib)
+    except AttributeError as error:
+        raise UnavailableError(
+            f"'{found[0]}' is of another version of Motet ({error}); install it again, or use backend 'onnx'"
+        ) from error
+    return lib
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """The C interface of `motet.h`. Raises `AttributeError` if the library lacks a function."""
     lib.motet_error.restype = ctypes.c_char_p
     lib.motet_isa_name.restype = ctypes.c_char_p
     lib.motet_isa_name.argtypes = [ctypes.c_int]
@@ -159,7 +170,6 @@ def library() -> ctypes.CDLL:
     for probe in (lib.motet_probe_dot, lib.motet_probe_read):
         probe.argtypes = [ctypes.c_char_p, ctypes.c_int]
         probe.restype = ctypes.c_double
-    return lib
 
 
 def is_available() -> bool:

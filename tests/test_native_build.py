@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.kernels import cpu
+from motet.runtime.errors import UnavailableError
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +21,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from motet.kernels import cpu
+from motet.runtime.errors import UnavailableError
 from motet.runtime.config import EngineConfig
 from motet.runtime.engine import Engine
 from motet.runtime.errors import UnavailableError
@@ -99,3 +101,14 @@ def test_sanitised(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
+
+
+def test_a_library_of_another_version_is_no_library(monkeypatch):
+    monkeypatch.setenv(cpu.LIBRARY_VARIABLE, "libc.so.6")  # loads, and has none of our functions
+    cpu.library.cache_clear()
+    try:
+        with pytest.raises(UnavailableError, match="another version"):
+            cpu.library()
+        assert not cpu.is_available()
+    finally:
+        cpu.library.cache_clear()

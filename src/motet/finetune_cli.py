@@ -207,7 +207,9 @@ def bench_finetune(
         ".motet/bench-finetune"
     ),
     out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
-    parts: Annotated[str, typer.Option(help="Which, of cache,search,random,regularisation,private.")] = "cache,search",
+    parts: Annotated[
+        str, typer.Option(help="Which, of cache,search,served,random,regularisation,private.")
+    ] = "cache,search",
     examples: int = 160,
     trials: int = 16,
     seeds: int = 3,
