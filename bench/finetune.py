@@ -154,7 +154,9 @@ class Bench:
                 test_examples=self.budget.test,
                 max_length=self.budget.max_length,
             )
-            fused[str(space)] = fuse(self.bench, members, self.work / f"fused-{seed}-{space}", settings)
+            found = fuse(self.bench, members, self.work / f"fused-{seed}-{space}", settings)
+            inside = {name: path and str(Path(path).relative_to(self.work)) for name, path in found["members"].items()}
+            fused[str(space)] = {**found, "members": inside}
         return {
             "seed": seed,
             "training_s": sum(trial.seconds for trial in result.trials),
@@ -167,6 +169,7 @@ class Bench:
     def served(self) -> dict[str, Any]:
         found = self.part("search-0", partial(self.one_search, 0))
         fused = found["fused"][self.budget.spaces[0]]
+        fused = {**fused, "members": {n: path and str(self.work / path) for n, path in fused["members"].items()}}
         best = fused["report"]["best_single"]
         path = trial_dir(self.work / "seed-0", int(best.removeprefix("t")))
         length = self.budget.max_length

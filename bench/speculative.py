@@ -1,12 +1,14 @@
 """`motet bench speculative`: answers with and without drafts, in turns, and whether they are the same.
 
-Two sets. `extract`: the question is a document of the held-out standard library documentation and the answer repeats it, so
-that it can be read off the prompt; how much of the answers really stands in their prompts is reported (4 tokens in a row).
+Two sets. `extract`: a document of the held-out standard library documentation is to be summarised by its first sentences, and
+one document is shown with its summary first; what can be read off the prompt is drafted. How much of the answers really
+stands in their prompts is reported (4 tokens in a row).
 `chat`: questions without a source, where drafts can only cost.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from ..runtime.tokenizer import Tokenizer
 from . import probes
 from .report import Plot, machine, table, write
 
-EXTRACT = "Repeat the following text word for word.\n\n"
+EXTRACT = "Summarise the following text: copy its first three sentences, word for word.\n\n"
 QUESTIONS = (
     "Why is the sky blue?",
     "Give me three ideas for a birthday present for my grandmother.",
@@ -39,6 +41,7 @@ QUESTIONS = (
     "Tell me about the history of tea.",
     "How can I become better at chess?",
 )
+_BREAK = "\n\n"  # between the instruction and the document
 _RUN = 4  # tokens in a row that count as quoted
 
 
@@ -103,24 +106,25 @@ def run(
     return result
 
 
-def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
-    return (
-        tokenizer.encode_chat([{"role": "user", "content": text}])
-        if tokenizer.has_chat_template
-        else tokenizer.encode(text)
-    )
+def _chat(tokenizer: Tokenizer, *texts: str) -> list[int]:
+    """A conversation: the user's turn, the assistant's, the user's …"""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return tokenizer.encode_chat(messages) if tokenizer.has_chat_template else tokenizer.encode("\n\n".join(texts))
 
 
 def _extract_prompts(tokenizer: Tokenizer, count: int, source_tokens: int) -> list[list[int]]:
-    """Documents of the test split that are long enough, cut to `source_tokens`."""
-    prompts = []
+    """Documents of the test split that are long enough, cut to `source_tokens`, after the first of them with its summary."""
+    documents: list[str] = []
     for example in load_dataset("stdlib-docs").splits["test"]:
-        token_ids = tokenizer.encode(example.completion + "\n\n" + example.messages[-1]["content"].partition("\n\n")[2])
+        text = f"{example.completion} {example.messages[-1]['content'].partition(_BREAK)[2]}"
+        token_ids = tokenizer.encode(" ".join(text.split()))
         if len(token_ids) >= source_tokens:
-            prompts.append(_chat(tokenizer, EXTRACT + tokenizer.decode(token_ids[:source_tokens])))
-        if len(prompts) == count:
+            documents.append(tokenizer.decode(token_ids[:source_tokens]))
+        if len(documents) > count:
             break
-    return prompts
+    shown, *others = documents
+    summary = " ".join(re.split(r"(?<=\.) (?=[A-Z])", shown)[:3])
+    return [_chat(tokenizer, EXTRACT + shown, summary, EXTRACT + document) for document in others]
 
 
 def _compare(
