@@ -1,8 +1,8 @@
 """`motet bench finetune`: what the trunk cache saves, what search and fusion gain. Resumable: finished parts are kept.
 
 cache           one trial (n = 2) from the cache and without it: the time of each, the loss curves side by side
-served          the first seed's ensemble exported and served: tokens, the cost of a step, ROUGE-L
 search          searches by several seeds on one cached trunk, their time, each fused; base, best single and fused on the test set
+served          the first seed's ensemble exported and served: tokens, the cost of a step, ROUGE-L
 random          the GP sampler against random search at an equal budget
 regularisation  each regulariser's effect on the train/validation gap
 private         DP-SGD at ε = 8 beside the run that is not private
@@ -45,7 +45,7 @@ PARTS = ("cache", "search", "served", "random", "regularisation", "private")
 class Budget:
     """Sizes: they decide how long it takes, and how much the figures mean."""
 
-    examples: int = 160
+    examples: int = 200
     validation: int = 64
     fusion_validation: int = 160  # the mix is fitted on more than the trials are compared by
     test: int = 400

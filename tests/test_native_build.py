@@ -21,7 +21,6 @@ SERVE = """
 import sys
 from pathlib import Path
 from motet.kernels import cpu
-from motet.runtime.errors import UnavailableError
 from motet.runtime.config import EngineConfig
 from motet.runtime.engine import Engine
 from motet.runtime.errors import UnavailableError

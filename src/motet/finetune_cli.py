@@ -209,8 +209,8 @@ def bench_finetune(
     out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
     parts: Annotated[
         str, typer.Option(help="Which, of cache,search,served,random,regularisation,private.")
-    ] = "cache,search",
-    examples: int = 160,
+    ] = "cache,search,served,private",
+    examples: int = 200,
     trials: int = 16,
     seeds: int = 3,
     spaces: Annotated[str, typer.Option(help="In which the members are fused: probs, logits or both.")] = "probs",
