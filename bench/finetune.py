@@ -52,7 +52,7 @@ class Budget:
     max_length: int = 128
     trials: int = 16
     seeds: int = 3
-    layers: tuple[int, ...] = (1, 2, 4)
+    layers: tuple[int, ...] = (1, 2)  # an ensemble's step costs one member's and that of every further tail
     bag: float = 0.8
     spaces: tuple[str, ...] = ("probs",)  # in which the members are fused
     random_trials: int = 12

@@ -32,8 +32,9 @@ from ..runtime.errors import ConfigError, UnavailableError
 from ..runtime.torch_model import Decoder
 from .encode import Encoded, encoded_digest
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 8  # examples computed, written and checked together
+BLOCK = 32  # PyTorch's attention on a CPU works in blocks of queries: padded to whole ones, a row rounds as in any batch
 DEFAULT_BYTES = 8 << 30
 
 
@@ -200,18 +201,25 @@ def _compute(trunk: Decoder, items: Sequence[Encoded], start: int, split: int, k
 @torch.no_grad()
 def run_trunk(trunk: Decoder, items: Sequence[Encoded], split: int) -> Tensor:
     """[B, S, hidden]: the input of layer `split`, padded at the end (causal, so it does not matter)."""
-    longest = max(len(item.token_ids) for item in items) - 1
-    tokens = torch.zeros(len(items), longest, dtype=torch.long)
+    lengths = [len(item.token_ids) - 1 for item in items]
+    tokens = torch.zeros(len(items), _whole_blocks(trunk, max(lengths)), dtype=torch.long)
     for row, item in enumerate(items):
-        tokens[row, : len(item.token_ids) - 1] = torch.tensor(item.token_ids[:-1])
+        tokens[row, : lengths[row]] = torch.tensor(item.token_ids[:-1])
     tokens = tokens.to(trunk.model.embed_tokens.weight.device)
-    return trunk.run_layers(trunk.embed(tokens), 0, split)
+    return trunk.run_layers(trunk.embed(tokens), 0, split)[:, : max(lengths)]
 
 
 @torch.no_grad()
 def run_from(trunk: Decoder, known: Sequence[Tensor], start: int, split: int) -> Tensor:
+    """`run_trunk` of the items whose inputs of layer `start` are known."""
     hidden = torch.nn.utils.rnn.pad_sequence(list(known), batch_first=True)
-    return trunk.run_layers(hidden, start, split)
+    longest = hidden.shape[1]
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, _whole_blocks(trunk, longest) - longest))
+    return trunk.run_layers(hidden, start, split)[:, :longest]
+
+
+def _whole_blocks(trunk: Decoder, length: int) -> int:
+    return max(length, min(-(-length // BLOCK) * BLOCK, trunk.config.max_position_embeddings))
 
 
 def _read(path: Path, lengths: Sequence[int]) -> list[Tensor]:

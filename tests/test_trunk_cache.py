@@ -58,7 +58,7 @@ def test_a_hit_is_what_was_computed(trunk, tmp_path):
         expected = run_trunk(trunk, [item], 2)[0]
         assert torch.equal(a, b)
         assert a.shape == expected.shape
-        assert (a.float() - expected.float()).abs().mean() < 0.01 * expected.float().std()  # rounded by another batch
+        assert (a.float() - expected.float()).abs().mean() < 1e-4 * expected.float().std()  # in any batch
 
 
 def test_nothing_stale_is_hit(trunk, tmp_path):
@@ -169,6 +169,4 @@ def test_cached_and_uncached_train_alike(tiny_model_dir, tmp_path):
             use_cache=use_cache, show_progress=False,
         )  # fmt: skip
         curves.append(torch.tensor(manifest["metrics"]["loss_curve"]))
-    assert (
-        curves[0] - curves[1]
-    ).abs().max() < 1e-2  # bfloat16 rounds by the batch's shape; see the bench on a real model
+    assert (curves[0] - curves[1]).abs().max() < 1e-3
