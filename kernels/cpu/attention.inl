@@ -161,6 +161,17 @@ INLINE F combine(I high, I low, int32_t start, float step) {
     return mul(to_float(sub_int(add_int(shift_left_8(high), low), bcast_int(start))), bcast(step));
 }
 
+// What is attended to next is fetched meanwhile, keys and scales by the scores, values by the sums of values: spread over all
+// of the work, because a core waits once too many lines are on their way.
+INLINE void fetch(const uint8_t* from, int bytes) {
+    for (int at = 0; at < bytes; at += 64) prefetch_far(from + at);
+}
+
+INLINE void fetch_values(const AttendArgs& a, int quad) {
+    const int d = a.head_size, b = quad / (kBlock / 4);
+    if (a.ahead[b]) fetch(a.ahead[b] + d * kBlock + quad % (kBlock / 4) * d * 4, d * 4);
+}
+
 template <int Q>
 INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, const uint8_t* ahead, float (*scores)[kPartition]) {
     const int d = a.head_size;
@@ -170,12 +181,9 @@ INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, const uint8_t*
     for (int q = 0; q < Q; q++) high[q][0] = high[q][1] = low[q][0] = low[q][1] = bcast_int(0);
     for (int i = 0; i < d / 4; i++) {
         W k0 = load_weights(keys + i * 64), k1 = load_weights(keys + d * kLanes + i * 64);
-        if (ahead) {  // two parts of keys and two of values; the scales follow them
+        if (ahead) {
             prefetch_far(ahead + i * 64);
             prefetch_far(ahead + d * kLanes + i * 64);
-            prefetch_far(ahead + d * kBlock + i * 64);
-            prefetch_far(ahead + d * (kBlock + kLanes) + i * 64);
-            if (i < 4) prefetch_far(ahead + d * kBlock * 2 + i * 64);
         }
         MOTET_UNROLL
         for (int q = 0; q < Q; q++) {
@@ -235,6 +243,7 @@ INLINE void values_int8(const AttendArgs& a, int quads, const Weights16* weights
         for (int n = 0; n < N; n++) high[q][n][0] = high[q][n][1] = low[q][n][0] = low[q][n][1] = bcast_int(0);
     for (int p = 0; p < quads; p++) {
         const uint8_t* row = a.block(p / (kBlock / 4)) + d * kBlock + p % (kBlock / 4) * d * 4 + first * 4;
+        if (first == 0) fetch_values(a, p);
         MOTET_UNROLL
         for (int n = 0; n < N; n++) {
             W v0 = load_weights(row + 128 * n), v1 = load_weights(row + 128 * n + 64);
@@ -274,12 +283,18 @@ void attend_int8(const AttendArgs& a) {
     alignas(64) float scores[Q][kPartition];
     Weights16 weights[Q];
     for (int b = 0; b < blocks; b++) scores_int8<Q>(a, a.block(b), a.ahead[b], (float (*)[kPartition])(&scores[0][b * kBlock]));
+    for (int b = 0; b < kPartitionBlocks; b++) {
+        if (!a.ahead[b]) continue;
+        fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
+        if (b >= blocks) fetch(a.ahead[b], d * kBlock);  // what comes next is longer
+    }
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
     constexpr int kWide = Q <= 3 ? 2 : 1;  // what the registers hold
     int first = 0;
     for (; first + kWide * 2 * kLanes <= d; first += kWide * 2 * kLanes) values_int8<Q, kWide>(a, quads, weights, first);
     for (; first + 2 * kLanes <= d; first += 2 * kLanes) values_int8<Q, 1>(a, quads, weights, first);
     if (first < d) values_int8_single<Q>(a, quads, weights, first);
+    for (int p = quads; p < kPartition / 4; p++) fetch_values(a, p);
 }
 
 template <int Q>

@@ -120,6 +120,7 @@ struct Isa {
     void (*norm)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, float* out);
     // Normed and quantised, columns first…first + size - 1 (whole groups) of a row.
     void (*quantise)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, Activations&, int64_t row);
+    void (*round_groups)(const float* x, int64_t size, int group, float* out);  // as quantise rounds
     void (*reduce)(const float* x, const LowRank&, int64_t k, float* inner);  // inner = A x
     void (*rotate)(float* head, const float* cos, const float* sin, int head_size);
     void (*pack_query)(KV, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step, int32_t* start);

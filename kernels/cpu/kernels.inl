@@ -139,7 +139,7 @@ namespace motet {
 
 const Isa* MOTET_ISA() {
     static const Isa isa = {
-        MOTET_ISA_NAME, linear, norm_stats, norm, quantise, reduce, rotate, pack_query, write_kv, attend, merge, scale_to, dot_probe, read_probe,
+        MOTET_ISA_NAME, linear, norm_stats, norm, quantise, round_groups, reduce, rotate, pack_query, write_kv, attend, merge, scale_to, dot_probe, read_probe,
         {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
     };
     return &isa;

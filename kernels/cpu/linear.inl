@@ -47,6 +47,15 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
     }
 }
 
+// What quantise makes of a row, as floats.
+void round_groups(const float* x, int64_t size, int group, float* out) {
+    for (int64_t first = 0; first < size; first += group) {
+        const float peak = peak_of(x + first, group);
+        const F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f), step = bcast(peak / 127.0f);
+        for (int64_t i = first; i < first + group; i += kLanes) store(out + i, mul(to_float(to_int(mul(load(x + i), inverse))), step));
+    }
+}
+
 // ---- linear layers --------------------------------------------------------------------------------------------------
 
 struct BlockInputs {  // of one register block
@@ -91,7 +100,7 @@ INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInpu
         I acc[R][2];
         MOTET_UNROLL
         for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(x.starts[g * rows + r]);
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch(ahead.from);
+        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch_far(ahead.from);
         for (int s = 0; s < turns; s++, values += 512, quads += 4 * rows) {
             MOTET_UNROLL
             for (int t = 0; t < 4; t++) {
@@ -121,7 +130,7 @@ INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInpu
         I acc[R][2];
         MOTET_UNROLL
         for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(0);
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch(ahead.from);
+        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch_far(ahead.from);
         for (int s = 0; s < turns; s++, values += 256, quads += 4 * rows) {
             MOTET_UNROLL
             for (int t = 0; t < 2; t++) {

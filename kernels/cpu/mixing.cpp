@@ -14,15 +14,6 @@
 namespace motet {
 namespace {
 
-void round_groups(const float* x, int64_t size, int group, float* out) {
-    for (int64_t first = 0; first < size; first += group) {
-        float peak = 0.0f;
-        for (int i = 0; i < group; i++) peak = std::max(peak, std::fabs(x[first + i]));
-        const float step = std::max(peak / 127.0f, 1e-30f);
-        for (int i = 0; i < group; i++) out[first + i] = std::nearbyint(x[first + i] / step) * step;
-    }
-}
-
 float norm_of(const float* x, int64_t size) {
     float squares = 0.0f;
     for (int64_t i = 0; i < size; i++) squares += x[i] * x[i];
@@ -31,22 +22,25 @@ float norm_of(const float* x, int64_t size) {
 
 }  // namespace
 
-// The longest part of a column in each (panel, group) of the head.
+// The longest part of a column in each (group, block of columns) of the head.
 void Model::measure_head() {
     const PackedLinear& w = head_.packed;
     if (config_.num_members < 2 || w.bits == 32) return;
-    head_norms_.assign(size_t(w.panels * w.groups), 0.0f);
+    head_norms_.assign(size_t(w.groups * head_blocks()), 0.0f);
     pool_.reset(1);
     pool_.run(
         [](void* context, int thread) {
             Model& m = *static_cast<Model*>(context);
             const PackedLinear& w = m.head_.packed;
             std::vector<float> row(static_cast<size_t>(w.k));
-            m.pool_.share(0, thread, w.panels, [&](int64_t panel) {
-                for (int64_t n = panel * kPanel; n < std::min((panel + 1) * kPanel, w.n); n++) {
+            const int64_t blocks = m.head_blocks();
+            m.pool_.share(0, thread, blocks, [&](int64_t block) {
+                for (int64_t n = block * kSampleBlock; n < std::min((block + 1) * kSampleBlock, w.n); n++) {
                     unpack_row(w, n, row.data());
-                    for (int g = 0; g < w.groups; g++)
-                        m.head_norms_[size_t(panel * w.groups + g)] = std::max(m.head_norms_[size_t(panel * w.groups + g)], norm_of(row.data() + g * w.group, w.group));
+                    for (int g = 0; g < w.groups; g++) {
+                        float& longest = m.head_norms_[size_t(g * blocks + block)];
+                        longest = std::max(longest, norm_of(row.data() + g * w.group, w.group));
+                    }
                 }
             });
         },
@@ -69,12 +63,12 @@ void Model::logits(const Mixes& mixes, float* out) {
         }
         for (int64_t i = first; i < last; i++) {
             const float* from = mixes.hidden + int64_t(mixes.sources[i]) * size;
-            if (group) round_groups(from, size, group, rounded.data());
+            if (group) isa_->round_groups(from, size, group, rounded.data());
             const float* member = group ? rounded.data() : from;
             for (int64_t k = 0; k < size; k++) row[k] += mixes.coefficients[i] * member[k];
         }
         if (!group) continue;
-        round_groups(row, size, group, rounded.data());
+        isa_->round_groups(row, size, group, rounded.data());
         std::vector<float>& to = mixes.greedy[r] ? refined_fines : fines;
         for (int64_t k = 0; k < size; k++) to.push_back(row[k] - rounded[size_t(k)]);
         memcpy(row, rounded.data(), size_t(size) * sizeof(float));
@@ -117,28 +111,29 @@ void Model::logits(const Mixes& mixes, float* out) {
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Adds the fine row's logits where they can matter. In a panel no logit moves by more than Σ over groups of the fine row's
-// norm times the longest column's (Cauchy-Schwarz; 3 % are for the rounding of the fine row itself), so what lies further
-// below the largest than both can move stays below it.
+// Adds the fine row's logits where they can matter. In a block of columns no logit moves by more than Σ over groups of the
+// fine row's norm times the longest column's (Cauchy-Schwarz; 3 % are for the rounding of the fine row itself), so what lies
+// further below the largest than both can move stays below it.
 void Model::refine(float* logits, const float* fine, const Activations& x) {
     const PackedLinear& w = head_.packed;
-    const int64_t best = std::max_element(logits, logits + w.n) - logits;
-    std::vector<float> norms(size_t(w.groups));
-    for (int g = 0; g < w.groups; g++) norms[size_t(g)] = 1.03f * norm_of(fine + g * w.group, w.group);
-    auto reach = [&](int64_t panel) {
-        const float* columns = head_norms_.data() + panel * w.groups;
-        float total = 0.0f;
-        for (int g = 0; g < w.groups; g++) total += norms[size_t(g)] * columns[g];
-        return total;
-    };
-    const float floor = logits[best] - reach(best / kPanel);
+    const int64_t blocks = head_blocks();
+    std::vector<float> maxima(static_cast<size_t>(blocks)), reach(static_cast<size_t>(blocks), 0.0f);
+    float largest;
+    if (!isa_->sample.block_maxima(logits, w.n, maxima.data(), &largest)) return;  // NaN: there is nothing to choose
+    for (int g = 0; g < w.groups; g++) {
+        const float norm = 1.03f * norm_of(fine + g * w.group, w.group);
+        const float* columns = head_norms_.data() + g * blocks;
+        for (int64_t b = 0; b < blocks; b++) reach[size_t(b)] += norm * columns[b];
+    }
+    float floor = largest;
+    for (int64_t b = 0; b < blocks; b++)
+        if (maxima[size_t(b)] == largest) floor = std::min(floor, largest - reach[size_t(b)]);
     Activations quantised = x;
     isa_->quantise(fine, {}, {}, 0, w.k, quantised, 0);
-    for (int64_t panel = 0; panel < w.panels; panel++) {
-        const float* from = logits + panel * kPanel;
-        const float most = *std::max_element(from, from + std::min<int64_t>(kPanel, w.n - panel * kPanel));
-        if (!(most + reach(panel) < floor)) isa_->linear(w, quantised, 0, 1, panel, panel + 1, logits, logits_stride(), Epilogue::Add);
-    }
+    constexpr int64_t kPanels = kSampleBlock / kPanel;
+    for (int64_t b = 0; b < blocks; b++)
+        if (!(maxima[size_t(b)] + reach[size_t(b)] < floor))
+            isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits, logits_stride(), Epilogue::Add);
 }
 
 }  // namespace motet

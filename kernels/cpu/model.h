@@ -120,6 +120,7 @@ public:
 private:
     friend class Step;
     Layer& layer_at(int index);
+    int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
     CacheView cache(int layer, int kv_head) const;
 
@@ -134,7 +135,7 @@ private:
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
     int64_t widest_ = 0;     // columns of the widest matrix
-    std::vector<float> head_norms_;  // [panels][groups] see measure_head(); empty where nothing is mixed
+    std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty where nothing is mixed
     bool dense_ = false;     // some matrix is not quantised
     bool deltas_ = false;    // some member has low-rank updates
     double seconds_[kParts] = {};

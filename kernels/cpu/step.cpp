@@ -8,10 +8,15 @@ namespace motet {
 namespace {
 
 constexpr int64_t kFew = 6;            // rows that every thread prepares for itself: cheaper than a barrier
-constexpr int kSuperblock = 40;        // register blocks whose activations stay in the L2 cache
+constexpr int kSuperblock = 48;        // register blocks at most whose activations stay in the L2 cache
 constexpr int64_t kUnitRows = 16;      // prompt rows that share a widened partition
 constexpr int64_t kFewUnits = 4;       // a thread: with fewer, the partitions of a row are spread over the threads
 constexpr float kLog2e = 1.44269504f;
+
+constexpr int64_t kFetch = 16384;       // bytes of the next weights that are fetched before a barrier
+
+// Columns that are quantised together.
+int64_t unit_of(const PackedLinear& w) { return w.bits == 32 ? kLanes : w.group; }
 
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
@@ -108,6 +113,7 @@ void Step::take_scratch(Arena& arena) {
     attended_ = arena.take<float>(rows * q_size_);
     inner_ = arena.take<float>(rows * inner);
     many_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.deltas_);
+    many_inner_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.deltas_);
     partial_size_ = group_ * (d + 2);
     partials_ = arena.take<float>(partials * c_.num_kv_heads * partial_size_);
     arrived_ = std::make_unique<std::atomic<int>[]>(size_t(partials * c_.num_kv_heads + 1));
@@ -170,8 +176,9 @@ void Step::run_segment(const Segment& segment, int thread) {
         const bool last = segment.member >= 0 && index + 1 == segment.last_layer;
         const RowSet* set = &segment.all;
         const float* qkv = qkv_;
+        const PackedLinear &to_out = layer.packed(kOut), &up = layer.packed(kUp), &down = layer.packed(kDown);
         Activations normed = prepare(x, c_.hidden_size, *set, layer, kQKV, norm_, layer.attention_norm, layer.attention_norm_bias, thread);
-        linear(layer.packed(kQKV), normed, qkv_, qkv_ld_, Epilogue::Store, thread);
+        linear(layer.packed(kQKV), normed, {qkv_, qkv_ld_, Epilogue::Store}, &to_out, thread);
         meet(kLinears, thread);
         const bool everybody = !last || segment.needed.rows() == set->rows();
         const bool fused = everybody && int64_t(set->sequences.size()) == set->rows();
@@ -192,16 +199,22 @@ void Step::run_segment(const Segment& segment, int thread) {
                 gathered = true;
             }
         }
-        attend(*set, layer, index, qkv, fused, thread);
+        // Many rows are quantised by the thread that computed the columns, as soon as it has a group of them.
+        const bool onward = set->rows() > kFew;
+        Activations attended = many_.take(set->rows(), to_out), inner = many_inner_.take(set->rows(), down);
+        const bool attended_onward = onward && layer.deltas[kOut].empty() && group_ * c_.head_size % unit_of(to_out) == 0;
+        const bool inner_onward = onward && layer.deltas[kDown].empty();
+        attend(*set, layer, index, qkv, fused, attended_onward ? &attended : nullptr, thread);
         meet(kAttention, thread);
-        Activations attended = prepare(attended_, q_size_, *set, layer, kOut, Norm::None, none, none, thread);
-        linear(layer.packed(kOut), attended, x, c_.hidden_size, Epilogue::Add, thread);
+        if (!attended_onward) attended = prepare(attended_, q_size_, *set, layer, kOut, Norm::None, none, none, thread);
+        linear(to_out, attended, {x, c_.hidden_size, Epilogue::Add}, &up, thread);
         meet(kLinears, thread);
         Activations middle = prepare(x, c_.hidden_size, *set, layer, kUp, norm_, layer.mlp_norm, layer.mlp_norm_bias, thread);
-        linear(layer.packed(kUp), middle, inner_, c_.intermediate_size, c_.gelu ? Epilogue::Gelu : Epilogue::SwiGLU, thread);
+        linear(up, middle, {inner_, c_.intermediate_size, c_.gelu ? Epilogue::Gelu : Epilogue::SwiGLU, inner_onward ? &inner : nullptr}, &down, thread);
         meet(kLinears, thread);
-        Activations inner = prepare(inner_, c_.intermediate_size, *set, layer, kDown, Norm::None, none, none, thread);
-        linear(layer.packed(kDown), inner, x, c_.hidden_size, Epilogue::Add, thread);
+        if (!inner_onward) inner = prepare(inner_, c_.intermediate_size, *set, layer, kDown, Norm::None, none, none, thread);
+        const PackedLinear* next = index + 1 < segment.last_layer ? &m_.layers_[size_t(index) + 1].packed(kQKV) : nullptr;
+        linear(down, inner, {x, c_.hidden_size, Epilogue::Add}, next, thread);
         meet(kLinears, thread);
     }
     if (segment.member < 0) return;
@@ -267,14 +280,25 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
     return out;
 }
 
-void Step::linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread) {
-    const int64_t panels = w.panels;
+// Panels are shared among the threads; of rows that go onward, as many as give a whole group of columns.
+void Step::linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread) {
+    const int64_t columns = out.epilogue == Epilogue::SwiGLU ? kPanel / 2 : kPanel;
+    const int64_t together = out.onward ? std::max<int64_t>(1, (out.onward->dense ? kLanes : out.onward->group) / columns) : 1;
+    const int64_t items = (w.panels + together - 1) / together;
     const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;
-    pool_.share(next_phase(thread), thread, panels * superblocks, [&](int64_t item) {
-        const int64_t panel = item % panels;
-        const int first = int(item / panels) * kSuperblock, last = std::min(first + kSuperblock, x.blocks);
-        isa_.linear(w, x, first, last, panel, panel + 1, out, ld, epilogue);
+    pool_.share(next_phase(thread), thread, items * superblocks, [&](int64_t item) {
+        const int64_t panel = item % items * together, end = std::min(panel + together, w.panels);
+        const int64_t part = item / items;
+        const int first = int(x.blocks * part / superblocks), last = int(x.blocks * (part + 1) / superblocks);
+        isa_.linear(w, x, first, last, panel, end, out.to, out.ld, out.epilogue);
+        if (!out.onward) return;
+        const int64_t from = panel * columns, size = std::min(end * columns, out.onward->k) - from;
+        for (int64_t row = x.first_row(first); row < x.first_row(last); row++)
+            isa_.quantise(out.to + row * out.ld, {}, {}, from, size, *out.onward, row);
     });
+    if (!next || superblocks > 1) return;
+    const uint8_t* mine = next->data + next->panels * thread / pool_.threads() * next->panel_bytes;
+    for (int64_t at = 0; at < std::min(kFetch, next->panel_bytes); at += 64) __builtin_prefetch(mine + at, 0, 2);
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -296,13 +320,9 @@ void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t r
     isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key, from + kv_size_);
 }
 
-void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, int thread) {
+void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, Activations* onward, int thread) {
     pool_.share(next_phase(thread), thread, int64_t(set.units.size()) * c_.num_kv_heads, [&](int64_t item) {
-        const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
-        const int kv_head = int(item % c_.num_kv_heads);
-        if (write && (unit.partition < 0 || unit.partition + 1 == unit.partitions))
-            write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
-        attend_unit(set, item, layer, index, qkv, thread);
+        attend_unit(set, item, layer, index, qkv, write, onward, thread);
     });
 }
 
@@ -334,7 +354,9 @@ void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, const u
         ahead[b] = b < blocks ? kv.data + unit->table[p * kPartitionBlocks + b] * kv.block_bytes : nullptr;
 }
 
-void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, int thread) {
+// `write`: the unit is one row, whose own position is stored before the partition that holds it: it is in the cache by then.
+void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write, Activations* onward,
+                       int thread) {
     const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
     const int kv_head = int(item % c_.num_kv_heads);
     Scratch& s = scratch_[size_t(thread)];
@@ -346,6 +368,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
         args.kv = m_.cache(index, kv_head);
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
+        if (write && p + 1 == unit.partitions) write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
         look_ahead(set, item, p, index, args.ahead);
         for (int from = 0; from < queries; from += kMaxQueries) {
             int seen[kMaxQueries];
@@ -361,13 +384,14 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
             args.maxima = p == first ? s.maxima + from : s.later_maxima;
             args.sums = p == first ? s.sums + from : s.later_sums;
             isa_.attend(args);
+            std::fill_n(args.ahead, kPartitionBlocks, nullptr);  // once is enough
             for (int i = 0; p > first && i < args.queries; i++)
                 isa_.merge(&s.maxima[from + i], &s.sums[from + i], s.outs + int64_t(from + i) * d, s.later_maxima[i], s.later_sums[i],
                            s.later + int64_t(i) * d, d);
         }
     }
     if (unit.partition < 0) {
-        for (int i = 0; i < queries; i++) finish_head(s.outs + int64_t(i) * d, s.sums[i], unit.row0 + i / group_, kv_head * group_ + i % group_);
+        for (int64_t r = 0; r < unit.rows; r++) finish_row(s.outs + r * group_ * d, s.sums + r * group_, unit.row0 + r, kv_head, onward);
         return;
     }
     float* mine = partials_ + ((unit.partial0 + unit.partition) * c_.num_kv_heads + kv_head) * partial_size_;
@@ -377,27 +401,30 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     std::atomic<int>& arrived = arrived_[size_t(unit.partial0 * c_.num_kv_heads + kv_head)];
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partitions) {
         arrived.store(0, std::memory_order_relaxed);
-        merge_partials(unit, kv_head);
+        merge_partials(unit, kv_head, onward);
     }
 }
 
 // The same merges in the same order as when one thread does all partitions.
-void Step::merge_partials(const Unit& unit, int kv_head) {
+void Step::merge_partials(const Unit& unit, int kv_head, Activations* onward) {
     const int d = c_.head_size;
     auto partial = [&](int p) { return partials_ + ((unit.partial0 + p) * c_.num_kv_heads + kv_head) * partial_size_; };
     float* all = partial(0);
-    for (int i = 0; i < group_; i++) {
-        for (int p = 1; p < unit.partitions; p++) {
-            const float* later = partial(p);
+    for (int p = 1; p < unit.partitions; p++) {
+        const float* later = partial(p);
+        for (int i = 0; i < group_; i++)
             isa_.merge(&all[group_ * d + i], &all[group_ * (d + 1) + i], all + i * d, later[group_ * d + i], later[group_ * (d + 1) + i],
                        later + i * d, d);
-        }
-        finish_head(all + i * d, all[group_ * (d + 1) + i], unit.row0, kv_head * group_ + i);
     }
+    finish_row(all, all + group_ * (d + 1), unit.row0, kv_head, onward);
 }
 
-void Step::finish_head(const float* out, float sum, int64_t row, int head) {
-    isa_.scale_to(out, 1.0f / sum, c_.head_size, attended_ + row * q_size_ + int64_t(head) * c_.head_size);
+// The heads of a row that share a KV head: divided by their sums, and quantised if they go onward.
+void Step::finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* onward) {
+    const int d = c_.head_size, first = kv_head * group_ * d;
+    float* to = attended_ + row * q_size_;
+    for (int i = 0; i < group_; i++) isa_.scale_to(outs + i * d, 1.0f / sums[i], d, to + first + i * d);
+    if (onward) isa_.quantise(to, {}, {}, first, group_ * d, *onward, row);
 }
 
 void Step::meet(Part part, int thread) {

@@ -72,14 +72,22 @@ private:
 
     Activations prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
                         const std::vector<float>& weight, const std::vector<float>& bias, int thread);
-    void linear(const PackedLinear& w, const Activations& x, float* out, int64_t ld, Epilogue epilogue, int thread);
+    struct Output {  // of a linear layer: [rows][ld]; quantised as well if `onward` is set
+        float* to;
+        int64_t ld;
+        Epilogue epilogue;
+        Activations* onward = nullptr;
+    };
+    // `next`: the weights that are used after these.
+    void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
     void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread);
-    void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, int thread);
+    void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, Activations* onward, int thread);
     void look_ahead(const RowSet& set, int64_t item, int partition, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const;
-    void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, int thread);
+    void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write, Activations* onward,
+                     int thread);
     void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const;
-    void merge_partials(const Unit& unit, int kv_head);
-    void finish_head(const float* out, float sum, int64_t row, int head);
+    void merge_partials(const Unit& unit, int kv_head, Activations* onward);
+    void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* onward);
     void turn(float* head, const std::vector<float>& norm, int32_t position) const;
 
     void meet(Part part, int thread);
@@ -101,7 +109,7 @@ private:
         int next = 0;
     };
     std::vector<Phase> phases_;
-    ActivationStore many_;
+    ActivationStore many_, many_inner_;
     float *x_, *x_tail_, *x_needed_, *qkv_, *qkv_needed_, *attended_, *inner_, *partials_ = nullptr;
     std::unique_ptr<std::atomic<int>[]> arrived_;
     std::chrono::steady_clock::time_point lap_;
