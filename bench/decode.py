@@ -70,7 +70,7 @@ def run(
         "prefill_tok_s": prefill,
         "decode": decode,
     }
-    write(name, result, [_table(result)], _plots(result), out)
+    write(name, result, _tables(result), _plots(result), out)
     return result
 
 
@@ -162,28 +162,33 @@ def _layer_macs(config: DecoderConfig) -> int:
     return attention + mlp * config.hidden_size * config.intermediate_size
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _tables(result: dict[str, Any]) -> list[Any]:
     limits = result["limits"]
     title = (
         f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads; prefill {result['prefill_tok_s']:,.0f} tok/s; "
         f"context {result['context']}; read {limits['read_gb_s']:.0f} GB/s, int8 {limits['int8_gmac_s']:.0f} GMAC/s"
     )
-    names = list(result["decode"][0]["parts_ms"]) if result["decode"] else []
-    header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8", *names]
+    header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8"]
     rows = [
         [
-            str(row["batch_size"]),
-            str(row["ensemble_size"]),
+            *_who(row),
             f"{row['step_ms']:.2f}",
             f"{row['tok_s']:,.0f}",
             f"{row['ratio_to_one_member']:.2f}",
             f"{row['share_of_bandwidth']:.0%}",
             "–" if row["share_of_int8"] is None else f"{row['share_of_int8']:.0%}",
-            *(f"{row['parts_ms'][name]:.2f}" for name in names),
         ]
         for row in result["decode"]
     ]
-    return table(title, header, rows)
+    names = list(result["decode"][0]["parts_ms"]) if result["decode"] else []
+    if not names:
+        return [table(title, header, rows)]
+    parts = [[*_who(row), *(f"{row['parts_ms'][name]:.2f}" for name in names)] for row in result["decode"]]
+    return [table(title, header, rows), table("Parts of a step, ms", ["sequences", "members", *names], parts)]
+
+
+def _who(row: dict[str, Any]) -> list[str]:
+    return [str(row["batch_size"]), str(row["ensemble_size"])]
 
 
 def _plots(result: dict[str, Any]) -> list[Plot]:
