@@ -34,7 +34,8 @@ from .encode import Encoded, encoded_digest
 
 FORMAT = 2
 CHUNK = 8  # examples computed, written and checked together
-# PyTorch's attention on a CPU works in blocks of queries: padded to whole ones, a row rounds as in any batch.
+# PyTorch's attention on a CPU works in blocks of queries, of 32 up to a length of 192: padded to whole ones, a row rounds as in
+# any batch.
 BLOCK = 32
 DEFAULT_BYTES = 8 << 30
 

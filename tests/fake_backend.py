@@ -7,11 +7,17 @@ a model, keys and values depend on all that precedes, and a member that did not 
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable
 
 import numpy as np
+from motet.runtime.admission import ModelInfo
 from motet.runtime.batch import Batch, SampleRow, StepOutput
+from motet.runtime.config import EngineConfig
+from motet.runtime.engine import Engine
+from motet.runtime.output import Output
+from motet.runtime.request import Ensemble, Member, Request, SamplingParams
 from motet.runtime.sampler import sample_rows
 
 
@@ -121,3 +127,57 @@ class FakeBackend:
 
 def _sequence_of(batch: Batch, row: int) -> int:
     return int(np.searchsorted(batch.cu_seqlens_q, row, side="right")) - 1
+
+
+# ---- an engine over it ------------------------------------------------------------------------------------------------
+
+SOLO = Ensemble((Member("a", 1.0),))
+
+
+def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
+    values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
+    return Engine(FakeBackend(num_blocks, block_size), tokenizer, model, EngineConfig(**values))
+
+
+def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:
+    params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
+    return Request(name, (tuple(prompt), *views), ensemble, SamplingParams(**params), time_limit_s)
+
+
+def start(engine, batch):
+    """Submit requests; the result waits for their ends and gives (request id, choice) → all of its deltas in one."""
+    outputs, done = {}, threading.Semaphore(0)
+
+    def on_output(delta):
+        whole = outputs.setdefault((delta.request_id, delta.choice), Output(delta.request_id, delta.choice, delta.seed))
+        whole.extend(delta)
+        if delta.finish_reason is not None:
+            done.release()
+
+    with engine._wake:  # they arrive together
+        for request in batch:
+            engine.submit(request, on_output)
+
+    def wait():
+        for _ in range(sum(request.sampling.n for request in batch)):
+            assert done.acquire(timeout=30), "a choice has not ended"
+        return outputs
+
+    return wait
+
+
+def gather(engine, batch):
+    return start(engine, batch)()
+
+
+def hold_first_step(engine):
+    """(set when the backend is in its next step, set to let it go on)."""
+    held, go = threading.Event(), threading.Event()
+
+    def on_step(_batch):
+        held.set()
+        assert go.wait(timeout=30)
+
+    engine._backend.on_step = on_step
+    return held, go

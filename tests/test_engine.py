@@ -12,70 +12,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.runtime import errors
-from motet.runtime.admission import ModelInfo
-from motet.runtime.config import EngineConfig
-from motet.runtime.engine import Engine
-from motet.runtime.output import Output
 from motet.runtime.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
 
 _spec = importlib.util.spec_from_file_location("fake_backend", Path(__file__).parent / "fake_backend.py")
 fake_backend = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fake_backend)
+ask = fake_backend.ask
+gather = fake_backend.gather
+hold_first_step = fake_backend.hold_first_step
+make_engine = fake_backend.make_engine
+start = fake_backend.start
 
-SOLO = Ensemble((Member("a", 1.0),))
 BOTH_VIEWS = Ensemble((Member("a", 1.5), Member("a", -0.5, 1)))
 LETTERS = dict.fromkeys(range(64, 90), 50.0)  # token ids that are ASCII letters
-SECOND_VIEW = Ensemble((Member("a", 1.0, 1),))
-NINE_VIEWS = Ensemble(tuple(Member("a", 1 / 9, view) for view in range(9)))
-
-
-def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
-    values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
-    return Engine(fake_backend.FakeBackend(num_blocks, block_size), tokenizer, model, EngineConfig(**values))
-
-
-def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:
-    params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
-    return Request(name, (tuple(prompt), *views), ensemble, SamplingParams(**params), time_limit_s)
-
-
-def start(engine, batch):
-    """Submit requests; the result waits for their ends and gives (request id, choice) → all of its deltas in one."""
-    outputs, done = {}, threading.Semaphore(0)
-
-    def on_output(delta):
-        whole = outputs.setdefault((delta.request_id, delta.choice), Output(delta.request_id, delta.choice, delta.seed))
-        whole.extend(delta)
-        if delta.finish_reason is not None:
-            done.release()
-
-    with engine._wake:  # they arrive together
-        for request in batch:
-            engine.submit(request, on_output)
-
-    def wait():
-        for _ in range(sum(request.sampling.n for request in batch)):
-            assert done.acquire(timeout=30), "a choice has not ended"
-        return outputs
-
-    return wait
-
-
-def gather(engine, batch):
-    return start(engine, batch)()
-
-
-def hold_first_step(engine):
-    """(set when the backend is in its next step, set to let it go on)."""
-    held, go = threading.Event(), threading.Event()
-
-    def on_step(_batch):
-        held.set()
-        assert go.wait(timeout=30)
-
-    engine._backend.on_step = on_step
-    return held, go
 
 
 @st.composite
@@ -367,24 +316,6 @@ def test_deltas_belong_to_the_callback(tokenizer):
     assert [delta.finish_reason for delta in deltas] == [None] * 11 + [FinishReason.LENGTH]
 
 
-def test_complete_refuses_before_it_starts(tokenizer):
-    with make_engine(tokenizer) as engine:
-        with pytest.raises(errors.InvalidRequestError, match="token id 300"):
-            engine.complete([ask("good"), ask("bad", [300])])
-        assert engine.stats().steps == 0
-
-
-def test_complete_does_not_wait_for_room_there_can_never_be(tokenizer):
-    with make_engine(tokenizer, max_waiting=2) as engine, pytest.raises(errors.InvalidRequestError, match="n is 3"):
-        engine.complete([ask("x", n=3)])
-
-
-def test_more_requests_than_the_queue_takes(tokenizer):
-    with make_engine(tokenizer, max_waiting=3) as engine:
-        results = engine.complete([ask(f"r{index}", [index], n=2) for index in range(8)])
-    assert [[c.choice for c in choices] for choices in results] == [[0, 1]] * 8
-
-
 def test_an_abort_does_not_reach_a_later_request_of_the_same_name(tokenizer):
     """A client that cancels and asks again. All three come while the engine is in one step."""
     with make_engine(tokenizer) as engine:
@@ -414,60 +345,6 @@ def test_an_idle_engine_sleeps(tokenizer):
         time.sleep(0.1)
         assert engine.is_idle
         assert len(calls) <= 1  # the look after the abort
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        (lambda: ask("x", ensemble=Ensemble((Member("zz", 1.0),))), errors.InvalidEnsembleError, "its members are"),
-        (lambda: ask("x", [1] * 96), errors.ContextLengthError, "96 tokens; the context holds 96"),
-        (lambda: ask("x", [300]), errors.InvalidRequestError, "token id 300"),
-        (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
-        (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
-        (lambda: ask("x", stop_token_ids=(256,)), errors.InvalidRequestError, "256 in stop_token_ids"),
-        (lambda: ask("x", n=33), errors.InvalidRequestError, r"n is 33; .* max_waiting \(32\)"),
-        (lambda: ask("x", views=[(i,) for i in range(9)], ensemble=NINE_VIEWS), errors.InvalidRequestError, "9 views"),
-        (lambda: ask("x", views=[(1,) * 97], ensemble=SECOND_VIEW), errors.ContextLengthError, "97 tokens"),
-    ],
-)
-def test_bad_requests_are_refused(tokenizer, request_, error, message):
-    with make_engine(tokenizer, num_blocks=8, max_waiting=32) as engine, pytest.raises(error, match=message):
-        engine.submit(request_(), lambda output: None)
-
-
-def test_what_just_fits_is_taken(tokenizer):
-    """Views of 60 and 4 tokens leave 36 for the answer: 12 and 5 blocks, not 12 and 12."""
-    with make_engine(tokenizer, num_blocks=17) as engine:
-        result = engine.complete([ask("x", [1] * 60, views=[(2,) * 4], ensemble=BOTH_VIEWS, max_tokens=None)])[0][0]
-    assert len(result.token_ids) == 36
-    assert result.finish_reason is FinishReason.LENGTH
-
-
-def test_a_full_queue_is_overload(tokenizer):
-    with make_engine(tokenizer, max_waiting=2, max_num_seqs=1) as engine:
-        held, go = hold_first_step(engine)
-        wait = start(engine, [ask("running")])
-        assert held.wait(timeout=30)
-        wait_too = start(engine, [ask("waiting", n=2)])
-        assert (engine.stats().running, engine.stats().waiting) == (1, 2)
-        with pytest.raises(errors.OverloadedError, match="2 choices are waiting"):
-            engine.submit(ask("too many"), lambda output: None)
-        go.set()
-        wait()
-        assert {output.finish_reason for output in wait_too().values()} == {FinishReason.LENGTH}
-        assert engine.stats().waiting == 0
-
-
-def test_drain_ends_what_is_here_and_takes_no_more(tokenizer):
-    with make_engine(tokenizer) as engine:
-        held, go = hold_first_step(engine)
-        wait = start(engine, [ask("x")])
-        assert held.wait(timeout=30)
-        engine.drain()
-        with pytest.raises(errors.UnavailableError):
-            engine.submit(ask("y"), lambda output: None)
-        go.set()
-        assert len(wait()["x", 0].token_ids) == 12
 
 
 def test_close_cancels_with_what_there_is(tokenizer):

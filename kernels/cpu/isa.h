@@ -53,6 +53,7 @@ struct Activations {
     const LowRank* const* low_rank = nullptr;  // [rows] or null: whose update a row gets, null for none
     float* inner = nullptr;                    // [rows][kMaxRank]: A x
 
+    int64_t unit() const { return dense ? kLanes : group; }  // columns that are rounded together
     int64_t first_row(int block) const { return block * (rows / blocks) + (block < rows % blocks ? block : rows % blocks); }
     int block_of(int64_t row) const {
         const int64_t size = rows / blocks, larger = rows % blocks, edge = larger * (size + 1);

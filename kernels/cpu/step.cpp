@@ -15,9 +15,6 @@ constexpr float kLog2e = 1.44269504f;
 
 constexpr int64_t kFetch = 16384;       // bytes of the next weights that are fetched before a barrier
 
-// Columns that are quantised together.
-int64_t unit_of(const PackedLinear& w) { return w.bits == 32 ? kLanes : w.group; }
-
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
 }  // namespace
@@ -202,7 +199,7 @@ void Step::run_segment(const Segment& segment, int thread) {
         // Many rows are quantised by the thread that computed the columns, as soon as it has a group of them.
         const bool onward = set->rows() > kFew;
         Activations attended = many_.take(set->rows(), to_out), inner = many_inner_.take(set->rows(), down);
-        const bool attended_onward = onward && layer.deltas[kOut].empty() && group_ * c_.head_size % unit_of(to_out) == 0;
+        const bool attended_onward = onward && layer.deltas[kOut].empty() && group_ * c_.head_size % attended.unit() == 0;
         const bool inner_onward = onward && layer.deltas[kDown].empty();
         attend(*set, layer, index, qkv, fused, attended_onward ? &attended : nullptr, thread);
         meet(kAttention, thread);
@@ -269,7 +266,7 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
         return out;
     }
     // The rows of a register block lie interleaved: a thread takes some columns of all of them, not some of the rows.
-    const int64_t unit = w.bits == 32 ? kLanes : w.group, units = w.k / unit;
+    const int64_t unit = out.unit(), units = w.k / unit;
     const int64_t cuts = std::min<int64_t>(units, out.blocks >= 4 * pool_.threads() ? 1 : 2 * pool_.threads());
     pool_.share(next_phase(thread), thread, out.blocks * cuts, [&](int64_t item) {
         const int64_t cut = item % cuts, first = units * cut / cuts * unit, last = units * (cut + 1) / cuts * unit;
@@ -283,7 +280,7 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
 // Panels are shared among the threads; of rows that go onward, as many as give a whole group of columns.
 void Step::linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread) {
     const int64_t columns = out.epilogue == Epilogue::SwiGLU ? kPanel / 2 : kPanel;
-    const int64_t together = out.onward ? std::max<int64_t>(1, (out.onward->dense ? kLanes : out.onward->group) / columns) : 1;
+    const int64_t together = out.onward ? std::max<int64_t>(1, out.onward->unit() / columns) : 1;
     const int64_t items = (w.panels + together - 1) / together;
     const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;
     pool_.share(next_phase(thread), thread, items * superblocks, [&](int64_t item) {
@@ -296,7 +293,7 @@ void Step::linear(const PackedLinear& w, const Activations& x, const Output& out
         for (int64_t row = x.first_row(first); row < x.first_row(last); row++)
             isa_.quantise(out.to + row * out.ld, {}, {}, from, size, *out.onward, row);
     });
-    if (!next || superblocks > 1) return;
+    if (!next || superblocks > 1) return;  // the first of the next weights arrive while threads meet
     const uint8_t* mine = next->data + next->panels * thread / pool_.threads() * next->panel_bytes;
     for (int64_t at = 0; at < std::min(kFetch, next->panel_bytes); at += 64) __builtin_prefetch(mine + at, 0, 2);
 }
