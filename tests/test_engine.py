@@ -23,7 +23,6 @@ hold_first_step = fake_backend.hold_first_step
 make_engine = fake_backend.make_engine
 start = fake_backend.start
 
-BOTH_VIEWS = Ensemble((Member("a", 1.5), Member("a", -0.5, 1)))
 LETTERS = dict.fromkeys(range(64, 90), 50.0)  # token ids that are ASCII letters
 
 
