@@ -180,9 +180,8 @@ def decode_batch(config: DecoderConfig, backend: TorchBackend, size: int, contex
             params=SamplingParams(),
             seed=row,
             position=context,
-            prompt_ids=np.zeros(1, np.int64),
-            output_ids=np.zeros(0, np.int64),
-            forbidden_ids=(),
+            text=np.zeros(1, np.int64),
+            num_prompt=1,
         )
         for row in range(size)
     ]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Mixes(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("offsets", "sources", "coefficients", "greedy")),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A weight [rows, columns] as a bundle stores it: `values` (quantised) or `dense`; see docs/bundle.md."""
@@ -157,12 +165,9 @@ def _declare(lib: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_int64),
     ]
     lib.motet_ready.argtypes = [ctypes.c_void_p]
-    lib.motet_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Batch), ctypes.c_void_p]
+    lib.motet_step.argtypes = [ctypes.c_void_p] * 3
     lib.motet_head.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    lib.motet_logits.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-        *[ctypes.c_void_p] * 5,
-    ]
+    lib.motet_generate.argtypes = [ctypes.c_void_p] * 4
     lib.motet_sample.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     lib.motet_logits_stride.argtypes = [ctypes.c_void_p]
     lib.motet_logits_stride.restype = ctypes.c_int64
@@ -195,6 +200,51 @@ def probe_read(threads: int) -> float:
 def probe_dot(threads: int) -> float:
     """8-bit multiply-accumulates of `threads` threads, GMAC/s: the peak of the dot product instruction in use."""
     return float(library().motet_probe_dot(b"", threads))
+
+
+class PackedBatch:
+    """A packed batch as the library reads it (fields as in `runtime.batch.Batch`).
+
+    `members[m]` are the sequences that member m's tail sees, None without tails; `outputs` are (member, row), ascending.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_ids: I64,
+        positions: I32,
+        slot_mapping: I64,
+        cu_seqlens: I32,
+        context_lens: I32,
+        block_tables: I32,
+        deltas: I32,
+        members: Sequence[Sequence[int]] | None,
+        outputs: Sequence[tuple[int, int]],
+    ) -> None:
+        rows, seqs = len(token_ids), len(context_lens)
+        lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(deltas), len(block_tables))
+        if lengths != (rows, rows, seqs + 1, seqs, seqs):
+            raise MotetError("the batch's arrays have inconsistent lengths")
+        arrays = [
+            np.ascontiguousarray(token_ids, np.int64),
+            np.ascontiguousarray(positions, np.int32),
+            np.ascontiguousarray(slot_mapping, np.int64),
+            np.ascontiguousarray(cu_seqlens, np.int32),
+            np.ascontiguousarray(context_lens, np.int32),
+            np.ascontiguousarray(block_tables, np.int32),
+            np.ascontiguousarray(deltas, np.int32),
+        ]
+        if members is not None:
+            arrays.append(np.array([0, *accumulate(map(len, members))], np.int64))
+            arrays.append(np.array([s for sequences in members for s in sequences], np.int32))
+        tails = (None, None) if members is None else ()
+        asked = [np.array([member for member, _ in outputs], np.int32), np.array([row for _, row in outputs], np.int32)]
+        self._keep = (*arrays, *asked)
+        self.struct = _Batch(
+            *(rows, seqs, block_tables.shape[1]),
+            *(*map(address, arrays), *tails),
+            *(len(outputs), *map(address, asked)),
+        )
 
 
 class NativeModel:
@@ -243,7 +293,7 @@ class NativeModel:
                 raise BundleError(f"{name}: its {field} are {list(array.shape)}, they must be {list(shapes[field])}")
         tensor = _Tensor(weight.rows, weight.columns, weight.bits, weight.group_size, groups)
         for field, array in arrays.items():
-            setattr(tensor, field, _address(array))
+            setattr(tensor, field, None if array is None else address(array))
         self._check(self._library.motet_set_linear(self._handle, which, layer, ctypes.byref(tensor)), name)
 
     def share_linear(self, which: Linear, layer: int, source: int) -> None:
@@ -269,62 +319,32 @@ class NativeModel:
         """Raises `BundleError` when a weight is missing."""
         self._check(self._library.motet_ready(self._handle), "the model")
 
-    def step(
-        self,
-        *,
-        token_ids: I64,
-        positions: I32,
-        slot_mapping: I64,
-        cu_seqlens: I32,
-        context_lens: I32,
-        block_tables: I32,
-        deltas: I32,
-        members: Sequence[Sequence[int]] | None,
-        outputs: Sequence[tuple[int, int]],
-    ) -> F32:
-        """Run a packed batch (fields as in `runtime.batch.Batch`); `members[m]` are the sequences that member m's tail
-        sees, None without tails; `outputs` are (member, row), ascending. Final hidden states [outputs, hidden]."""
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "token_ids": np.ascontiguousarray(token_ids, np.int64),
-            "positions": np.ascontiguousarray(positions, np.int32),
-            "slot_mapping": np.ascontiguousarray(slot_mapping, np.int64),
-            "cu_seqlens": np.ascontiguousarray(cu_seqlens, np.int32),
-            "context_lens": np.ascontiguousarray(context_lens, np.int32),
-            "block_tables": np.ascontiguousarray(block_tables, np.int32),
-            "deltas": np.ascontiguousarray(deltas, np.int32),
-            "output_members": np.array([member for member, _ in outputs], np.int32),
-            "output_rows": np.array([row for _, row in outputs], np.int32),
-        }
-        if members is not None:
-            arrays["member_offsets"] = np.cumsum([0, *map(len, members)], dtype=np.int64)
-            arrays["member_seqs"] = np.array([s for seqs in members for s in seqs], np.int32)
-        num_rows, num_seqs = len(token_ids), len(context_lens)
-        expected = {"positions": num_rows, "slot_mapping": num_rows, "cu_seqlens": num_seqs + 1, "deltas": num_seqs}
-        if any(len(arrays[field]) != size for field, size in expected.items()) or block_tables.shape[:1] != (num_seqs,):
-            raise MotetError("the batch's arrays have inconsistent lengths")
-        batch = _Batch(num_rows, num_seqs, block_tables.shape[1], num_outputs=len(outputs))
-        for field, array in arrays.items():
-            setattr(batch, field, array.ctypes.data)
-        hidden = np.empty((len(outputs), self.hidden_size), np.float32)
-        self._check(self._library.motet_step(self._handle, ctypes.byref(batch), hidden.ctypes.data), "the batch")
+    def step(self, batch: PackedBatch) -> F32:
+        """Final hidden states [outputs, hidden]."""
+        hidden = np.empty((batch.struct.num_outputs, self.hidden_size), np.float32)
+        code = self._library.motet_step(self._handle, ctypes.byref(batch.struct), hidden.ctypes.data)
+        self._check(code, "the batch")
         return hidden
 
-    def logits(self, hidden: F32, terms: Sequence[Sequence[tuple[int, float]]], greedy: Sequence[bool]) -> F32:
-        """Logits [rows, vocab] of mixed hidden states: row r is Σ coefficient · hidden[index] over terms[r]. Where
-        `greedy[r]`, only the largest logit is meant to be used: what cannot become it may be off by the head's rounding."""
-        hidden = np.ascontiguousarray(hidden, np.float32)
-        offsets = np.cumsum([0, *map(len, terms)], dtype=np.int64)
+    def generate(
+        self,
+        batch: PackedBatch,
+        terms: Sequence[Sequence[tuple[int, float]]],
+        greedy: Sequence[bool],
+        sampling: ctypes.Structure,
+    ) -> None:
+        """Run a batch and fill in `sampling` (a `MotetSampling`), whose rows of logits are mixes of the batch's outputs:
+        row r is Σ coefficient · output[index] over terms[r], through the head. Where `greedy[r]`, only the largest logit is
+        meant to be used: what cannot become it may be off by the head's rounding."""
+        offsets = np.array([0, *accumulate(map(len, terms))], np.int64)
         sources = np.array([index for row in terms for index, _ in row], np.int32)
         coefficients = np.array([c for row in terms for _, c in row], np.float32)
         flags = np.array(greedy, np.uint8)
-        logits = np.empty((len(terms), self._stride), np.float32)
-        code = self._library.motet_logits(
-            self._handle,
-            *(hidden.ctypes.data, len(hidden), len(terms), offsets.ctypes.data, sources.ctypes.data),
-            *(coefficients.ctypes.data, flags.ctypes.data, logits.ctypes.data),
+        mixes = _Mixes(len(terms), *map(address, (offsets, sources, coefficients, flags)))
+        code = self._library.motet_generate(
+            self._handle, ctypes.byref(batch.struct), ctypes.byref(mixes), ctypes.byref(sampling)
         )
-        self._check(code, "the mix")
-        return logits[:, : self.vocab_size]
+        self._check(code, "the step")
 
     def head(self, hidden: F32) -> F32:
         """Logits [rows, vocab] (a view of padded rows) of hidden states [rows, hidden]."""
@@ -351,5 +371,8 @@ def _contiguous(array: npt.NDArray[Any] | None, dtype: type) -> npt.NDArray[Any]
     return None if array is None else np.ascontiguousarray(array, dtype)
 
 
-def _address(array: npt.NDArray[Any] | None) -> int | None:
-    return None if array is None else array.ctypes.data
+def address(array: npt.NDArray[Any]) -> int:
+    """Of a contiguous array's first element. `array.ctypes.data` takes four times as long, which a step feels."""
+    if array.size and array.flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    return array.ctypes.data

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import InvalidRequestError, MotetError, UnavailableError
-from .cpu import NativeModel, library
+from .cpu import NativeModel, address, library
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ NOT_FINITE, NOTHING_LEFT = 1, 2  # codes of samples without a token, as `motet.h
 _NO_IDS: I64 = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
     """How one token is chosen; the parameters are those of `kernels.reference`."""
 
@@ -95,10 +95,43 @@ class _Sampling(ctypes.Structure):
     ]
 
 
+class Sampling:
+    """Samples as the library reads them, and where it writes what it draws: `result`, once a call has had `struct`."""
+
+    def __init__(self, samples: Sequence[Sample], vocab: int) -> None:
+        """Raises `InvalidRequestError` for a parameter that the library cannot see to be wrong."""
+        terms = [term for one in samples for term in one.terms]
+        rows = np.array([row for row, _ in terms], np.int64)
+        coefficients = np.array([c for _, c in terms], np.float64)
+        count, top = len(samples), max((one.logprobs or 0 for one in samples), default=0)
+        self.result = result = Sampled(
+            token_ids=np.empty(count, np.int64),
+            codes=np.empty(count, np.int32),
+            logprobs=np.empty(count, np.float64),
+            top_ids=np.empty((count, top), np.int64),
+            top_logprobs=np.empty((count, top), np.float64),
+            member_logprobs=np.empty(len(terms), np.float64),
+        )
+        packed = (_Sample * count)()
+        self._keep: list[Any] = [packed, rows, coefficients]  # arrays that the library reads
+        first = 0
+        for target, one in zip(packed, samples, strict=True):
+            _pack(target, one, first, vocab, self._keep)
+            first += len(one.terms)
+        self.struct = _Sampling(
+            *(None, 0, 0, vocab),
+            *(len(terms), address(rows), address(coefficients)),
+            *(count, ctypes.addressof(packed), top),
+            *map(address, (result.token_ids, result.codes, result.logprobs)),
+            *map(address, (result.top_ids, result.top_logprobs, result.member_logprobs)),
+        )
+
+
 def sample(
     logits: F32, samples: Sequence[Sample], model: NativeModel | None = None, *, isa: str | None = None
 ) -> Sampled:
-    """Draw a token for each sample. logits [rows, vocab]; `isa` chooses an instruction set where there is no model.
+    """Draw a token for each sample. logits [rows, vocab]; on the threads of `model` if there is one; `isa` chooses an
+    instruction set where there is none.
 
     Raises `InvalidRequestError` for a parameter or id out of its range, `UnavailableError` without the native kernels.
     """
@@ -106,46 +139,25 @@ def sample(
         raise InvalidRequestError(f"logits must be [rows, vocab], got {list(logits.shape)}", field="logits")
     if logits.dtype != np.float32 or logits.strides[1] != 4 or logits.strides[0] < 4 * logits.shape[1]:
         logits = np.ascontiguousarray(logits, np.float32)
-    terms = [term for one in samples for term in one.terms]
-    rows = np.array([row for row, _ in terms], np.int64)
-    coefficients = np.array([c for _, c in terms], np.float64)
-    count, top = len(samples), max((one.logprobs or 0 for one in samples), default=0)
-    result = Sampled(
-        token_ids=np.empty(count, np.int64),
-        codes=np.empty(count, np.int32),
-        logprobs=np.empty(count, np.float64),
-        top_ids=np.empty((count, top), np.int64),
-        top_logprobs=np.empty((count, top), np.float64),
-        member_logprobs=np.empty(len(terms), np.float64),
-    )
-    keep: list[Any] = []  # arrays that the library reads
-    packed = (_Sample * count)()
-    first = 0
-    for target, one in zip(packed, samples, strict=True):
-        _pack(target, one, first, logits.shape[1], keep)
-        first += len(one.terms)
-    sampling = _Sampling(
-        logits.ctypes.data, len(logits), logits.strides[0] // 4, logits.shape[1], len(terms), rows.ctypes.data,
-        coefficients.ctypes.data, count, ctypes.addressof(packed), top, result.token_ids.ctypes.data,
-        result.codes.ctypes.data, result.logprobs.ctypes.data, result.top_ids.ctypes.data,
-        result.top_logprobs.ctypes.data, result.member_logprobs.ctypes.data,
-    )  # fmt: skip
+    sampling = Sampling(samples, logits.shape[1])
+    struct = sampling.struct
+    struct.logits, struct.num_rows, struct.stride = logits.ctypes.data, len(logits), logits.strides[0] // 4
     lib = library()
     handle = model.handle if model is not None else None
-    code = lib.motet_sample(handle, (isa or "").encode(), ctypes.byref(sampling))
+    code = lib.motet_sample(handle, (isa or "").encode(), ctypes.byref(struct))
     if code:
         message = lib.motet_error().decode()
         raise {1: InvalidRequestError, 2: UnavailableError}.get(code, MotetError)(message)
-    return result
+    return sampling.result
 
 
 def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[Any]) -> None:
     """Fill a `_Sample`; its arrays go to `keep`."""
 
-    def address(values: Any, dtype: type) -> int:
+    def kept(values: Any, dtype: type) -> int:
         array: npt.NDArray[Any] = np.ascontiguousarray(values, dtype)
         keep.append(array)
-        return int(array.ctypes.data)
+        return address(array)
 
     _check(one, vocab)
     target.first_term, target.num_terms = first_term, len(one.terms)
@@ -155,15 +167,15 @@ def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[
     target.repetition, target.presence, target.frequency = one.repetition, one.presence, one.frequency
     target.seed, target.position = one.seed, one.position & 0xFFFFFFFF
     if (one.repetition, one.presence, one.frequency) != (1.0, 0.0, 0.0):
-        target.prompt_ids, target.num_prompt = address(one.prompt_ids, np.int64), len(one.prompt_ids)
-        target.output_ids, target.num_output = address(one.output_ids, np.int64), len(one.output_ids)
+        target.prompt_ids, target.num_prompt = kept(one.prompt_ids, np.int64), len(one.prompt_ids)
+        target.output_ids, target.num_output = kept(one.output_ids, np.int64), len(one.output_ids)
     if one.bias:
-        target.bias_ids, target.num_bias = address(list(one.bias), np.int64), len(one.bias)
-        target.bias_values = address(list(one.bias.values()), np.float64)
+        target.bias_ids, target.num_bias = kept(list(one.bias), np.int64), len(one.bias)
+        target.bias_values = kept(list(one.bias.values()), np.float64)
     if one.forbidden:
-        target.forbidden_ids, target.num_forbidden = address(one.forbidden, np.int64), len(one.forbidden)
+        target.forbidden_ids, target.num_forbidden = kept(one.forbidden, np.int64), len(one.forbidden)
     if one.mask is not None:
-        target.mask = address(one.mask, np.uint32)
+        target.mask = kept(one.mask, np.uint32)
 
 
 def _check(one: Sample, vocab: int) -> None:

@@ -14,7 +14,7 @@ from .request import SamplingParams, Space
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -27,10 +27,18 @@ class SampleRow:
     params: SamplingParams
     seed: int  # with position, the key of the counter-based draw
     position: int  # index of the token to draw in its sequence (view 0): prompt length + tokens already drawn
-    prompt_ids: I64  # [prompt] of view 0; for the repetition penalty
-    output_ids: I64  # [drawn so far]; for the penalties
-    forbidden_ids: tuple[int, ...]  # end-of-sequence and stop ids while min_tokens is not reached
+    text: I64  # view 0 as far as it goes, prompt and drawn tokens; for the penalties
+    num_prompt: int  # of them, the prompt's
+    forbidden_ids: tuple[int, ...] = ()  # end-of-sequence and stop ids while min_tokens is not reached
     return_member_logprobs: bool = False
+
+    @property
+    def prompt_ids(self) -> I64:
+        return self.text[: self.num_prompt]
+
+    @property
+    def output_ids(self) -> I64:
+        return self.text[self.num_prompt :]
 
 
 @dataclass(slots=True)
@@ -65,7 +73,7 @@ class StepOutput:
     """One entry per `Batch.samples`, in order. A row whose logits hold NaN has its message in `errors`."""
 
     token_ids: I64  # [samples]
-    logprobs: F32  # [samples] log-probability under the mixed distribution; NaN where params.logprobs is None
+    logprobs: F64  # [samples] log-probability under the mixed distribution; NaN where params.logprobs is None
     top_logprobs: list[list[tuple[int, float]]]  # [samples] the n best (token id, log-probability), best first
     member_logprobs: list[list[float]]  # [samples] the chosen token under each term alone; empty where not asked
     errors: dict[int, str] = field(default_factory=dict)  # sample index → why it has no token

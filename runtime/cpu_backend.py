@@ -1,7 +1,7 @@
 """`CpuBackend`: a bundle on the native kernels of `kernels/cpu`, the default on x86-64.
 
-A step is one native call for the whole packed batch (trunk once, each tail over its rows, low-rank deltas per row), one for
-the head over the rows that are sampled, and one for mix and sample. The KV cache is paged. A row's result has the same bits
+A step is one native call: the whole packed batch (trunk once, each tail over its rows, low-rank deltas per row), the head
+over the mixes that are sampled, and a token for each sample. The KV cache is paged. A row's result has the same bits
 whatever else is in the batch, however its prompt was cut, and with any number of threads.
 """
 
@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from ..kernels.cpu import BLOCK_SIZE, Linear, ModelConfig, NativeModel, Vector, Weight
+from ..kernels.cpu import BLOCK_SIZE, Linear, ModelConfig, NativeModel, PackedBatch, Vector, Weight
+from ..kernels.cpu_sample import Sampling
 from .batch import Batch, StepOutput
 from .bundle import WEIGHTS, Bundle
 from .config import EngineConfig
 from .errors import BundleError, ConfigError
 from .request import Space
-from .sampler import sample_rows
+from .sampler import native_samples, step_output
 
 F32 = npt.NDArray[np.float32]
 
@@ -72,50 +73,26 @@ class CpuBackend:
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""
-        outputs, hidden = self._forward(batch)
+        tails = self._has_tails
+        outputs = sorted({(m if tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
         at = {output: index for index, output in enumerate(outputs)}
         rows: list[list[tuple[int, float]]] = []  # terms of each row of logits
         greedy: list[bool] = []
-        samples: list[list[tuple[int, float]]] = []  # of each sample: (row of logits, coefficient)
+        mixes: list[list[tuple[int, float]]] = []  # of each sample: (row of logits, coefficient)
         for sample in batch.samples:
-            terms = [(at[member if self._has_tails else 0, row], c) for row, member, c in sample.terms if c != 0]
+            terms = [(at[member if tails else 0, row], c) for row, member, c in sample.terms if c != 0]
             if sample.space is Space.LOGITS and not sample.return_member_logprobs:
-                samples.append([(len(rows), 1.0)])
+                mixes.append([(len(rows), 1.0)])
                 rows.append(terms)
                 greedy.append(sample.params.is_plain_greedy and not sample.forbidden_ids)
             else:
-                samples.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
+                mixes.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
                 rows += [[(index, 1.0)] for index, _ in terms]
                 greedy += [False] * len(terms)
-        return sample_rows(self._model.logits(hidden, rows, greedy), samples, batch.samples, self._model)
-
-    def score(self, token_ids: Sequence[int], member: int) -> F32:
-        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing
-        runs."""
-        count = len(token_ids)
-        blocks = -(-count // BLOCK_SIZE)
-        if blocks > self._num_blocks:
-            raise ConfigError(f"{count} tokens need {blocks} blocks of KV cache, there are {self._num_blocks}")
-        hidden = self._model.step(
-            token_ids=np.asarray(token_ids, np.int64),
-            positions=np.arange(count, dtype=np.int32),
-            slot_mapping=np.arange(count, dtype=np.int64),
-            cu_seqlens=np.array([0, count], np.int32),
-            context_lens=np.array([count], np.int32),
-            block_tables=np.arange(blocks, dtype=np.int32)[None],
-            deltas=np.array([member], np.int32),
-            members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
-            outputs=[(member if self._has_tails else 0, row) for row in range(count)],
-        )
-        return self._model.head(hidden)
-
-    def _forward(self, batch: Batch) -> tuple[list[tuple[int, int]], F32]:
-        """((member, row), …) and their final hidden states [outputs, hidden]: all that the samples mix."""
-        outputs = sorted({(m if self._has_tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
-        seqs: list[list[int]] | None = None
-        if self._has_tails:
-            seqs = [[s for s in range(batch.num_seqs) if m in batch.members[s]] for m in range(self._num_members)]
-        hidden = self._model.step(
+        seqs = None
+        if tails:
+            seqs = [[s for s, own in enumerate(batch.members) if m in own] for m in range(self._num_members)]
+        packed = PackedBatch(
             token_ids=batch.token_ids,
             positions=batch.positions,
             slot_mapping=batch.slot_mapping,
@@ -126,7 +103,30 @@ class CpuBackend:
             members=seqs,
             outputs=outputs,
         )
-        return outputs, hidden
+        natives = native_samples(mixes, batch.samples)
+        sampling = Sampling(natives, self._model.vocab_size)
+        self._model.generate(packed, rows, greedy, sampling.struct)
+        return step_output(natives, sampling.result)
+
+    def score(self, token_ids: Sequence[int], member: int) -> F32:
+        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing
+        runs."""
+        count = len(token_ids)
+        blocks = -(-count // BLOCK_SIZE)
+        if blocks > self._num_blocks:
+            raise ConfigError(f"{count} tokens need {blocks} blocks of KV cache, there are {self._num_blocks}")
+        packed = PackedBatch(
+            token_ids=np.asarray(token_ids, np.int64),
+            positions=np.arange(count, dtype=np.int32),
+            slot_mapping=np.arange(count, dtype=np.int64),
+            cu_seqlens=np.array([0, count], np.int32),
+            context_lens=np.array([count], np.int32),
+            block_tables=np.arange(blocks, dtype=np.int32)[None],
+            deltas=np.array([member], np.int32),
+            members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
+            outputs=[(member if self._has_tails else 0, row) for row in range(count)],
+        )
+        return self._model.head(self._model.step(packed))
 
 
 def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None) -> NativeModel:

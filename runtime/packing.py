@@ -39,24 +39,31 @@ class PrefillRows:
 
 def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
     """The batch of at least one row: sequences of `decodes` first, then those of `prefills`."""
-    parts = [(s, np.append(s.tokens.view()[s.num_computed :], d.draft)) for d in decodes for s in d.group.sequences]
-    parts += [(p.sequence, p.sequence.tokens.view()[p.sequence.num_computed :][: p.count]) for p in prefills]
-    tables = np.full((len(parts), max(len(sequence.block_table) for sequence, _ in parts)), -1, np.int32)
-    positions, slots = [], []
-    for table, (sequence, token_ids) in zip(tables, parts, strict=True):
-        table[: len(sequence.block_table)] = sequence.block_table
-        at = np.arange(sequence.num_computed, sequence.num_computed + len(token_ids))
-        positions.append(at)
-        slots.append(table[at // block_size].astype(np.int64) * block_size + at % block_size)
-    starts = np.cumsum([0, *(len(token_ids) for _, token_ids in parts)], dtype=np.int32)
-    first_row = {id(sequence): int(start) for (sequence, _), start in zip(parts, starts[:-1], strict=True)}
+    parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
+    parts += [(p.sequence, p.sequence.tokens.tail(p.sequence.num_computed, p.count)) for p in prefills]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    first_row: dict[int, int] = {}
+    width = max(len(sequence.block_table) for sequence, _ in parts)
+    tables = []
+    for sequence, ids in parts:
+        table, first = sequence.block_table, sequence.num_computed
+        first_row[id(sequence)] = len(token_ids)
+        token_ids += ids
+        own = range(first, first + len(ids))
+        positions += own
+        slots += [table[position // block_size] * block_size + position % block_size for position in own]
+        starts.append(len(token_ids))
+        tables.append(table + [-1] * (width - len(table)))
     return Batch(
-        token_ids=np.concatenate([token_ids for _, token_ids in parts]),
-        positions=np.concatenate(positions).astype(np.int32),
-        slot_mapping=np.concatenate(slots),
-        cu_seqlens_q=starts,
-        context_lens=np.array([at[-1] + 1 for at in positions], np.int32),
-        block_tables=tables,
+        token_ids=np.array(token_ids, np.int64),
+        positions=np.array(positions, np.int32),
+        slot_mapping=np.array(slots, np.int64),
+        cu_seqlens_q=np.array(starts, np.int32),
+        context_lens=np.array([sequence.num_computed + len(ids) for sequence, ids in parts], np.int32),
+        block_tables=np.array(tables, np.int32),
         members=[sequence.members for sequence, _ in parts],
         deltas=np.array([sequence.delta for sequence, _ in parts], np.int32),
         samples=[row for decode in decodes for row in _sample_rows(decode, first_row)],
@@ -67,18 +74,20 @@ def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int
 def _sample_rows(decode: DecodeRows, first_row: dict[int, int]) -> list[SampleRow]:
     """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
     group, first = decode.group, decode.group.sequences[0]
-    tokens = group.output.view() if not len(decode.draft) else np.append(group.output.view(), decode.draft)
-    forbidden = tuple(sorted(group.stop_ids))
+    text = first.tokens.view()
+    num_tokens, num_drawn = len(text), len(group.output)
+    if len(decode.draft):
+        text = np.append(text, decode.draft)
     return [
         SampleRow(
             terms=tuple((first_row[id(group.sequences[s])] + ahead, member, c) for s, member, c in group.terms),
             space=group.space,
             params=group.params,
             seed=group.seed,
-            position=len(first.tokens) + ahead,
-            prompt_ids=first.tokens.view()[: first.num_prompt],
-            output_ids=tokens[: len(group.output) + ahead],
-            forbidden_ids=forbidden if len(group.output) + ahead < group.params.min_tokens else (),
+            position=num_tokens + ahead,
+            text=text[: num_tokens + ahead],
+            num_prompt=first.num_prompt,
+            forbidden_ids=tuple(sorted(group.stop_ids)) if num_drawn + ahead < group.params.min_tokens else (),
             return_member_logprobs=group.return_member_logprobs,
         )
         for ahead in range(1 + len(decode.draft))

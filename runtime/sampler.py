@@ -31,25 +31,17 @@ _NOTHING_LEFT = "no token is left to choose"
 
 
 def sample_rows(
-    logits: F32,
-    row_terms: Sequence[Sequence[tuple[int, float]]],
-    samples: Sequence[SampleRow],
-    model: cpu.NativeModel | None = None,
+    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
 ) -> StepOutput:
-    """Draw one token for each sample, on the threads of `model` if there is one.
+    """Draw one token for each sample.
 
     logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Rows are independent: a result
     does not depend on what else is in the batch. A row with NaN or +inf, or with no token left, has an entry in `errors`.
     """
-    output = StepOutput(
-        token_ids=np.zeros(len(samples), np.int64),
-        logprobs=np.full(len(samples), np.nan, np.float32),
-        top_logprobs=[[] for _ in samples],
-        member_logprobs=[[] for _ in samples],
-    )
-    if not samples:
-        return output
-    return (_sample_native if _has_native() else _sample_numpy)(output, logits, row_terms, samples, model)
+    if samples and _has_native():
+        natives = native_samples(row_terms, samples)
+        return step_output(natives, cpu_sample.sample(logits, natives))
+    return _sample_numpy(logits, row_terms, samples)
 
 
 @functools.cache
@@ -57,28 +49,27 @@ def _has_native() -> bool:
     return cpu.is_available()
 
 
-def _sample_native(
-    output: StepOutput,
-    logits: F32,
-    row_terms: Sequence[Sequence[tuple[int, float]]],
-    samples: Sequence[SampleRow],
-    model: cpu.NativeModel | None,
-) -> StepOutput:
-    natives = [_native(terms, sample) for terms, sample in zip(row_terms, samples, strict=True)]
-    result = cpu_sample.sample(logits, natives, model)
+def native_samples(
+    row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
+) -> list[cpu_sample.Sample]:
+    """As the native kernels take them."""
+    return [_native(terms, sample) for terms, sample in zip(row_terms, samples, strict=True)]
+
+
+def step_output(natives: Sequence[cpu_sample.Sample], result: cpu_sample.Sampled) -> StepOutput:
+    """What the native kernels have drawn."""
+    output = StepOutput(result.token_ids, result.logprobs, [[] for _ in natives], [[] for _ in natives])
+    for index, code in enumerate(result.codes.tolist()):
+        if code:
+            output.errors[index] = _NOT_FINITE if code == cpu_sample.NOT_FINITE else _NOTHING_LEFT
     first = 0
     for index, native in enumerate(natives):
         end = first + len(native.terms)
-        if result.codes[index]:
-            output.errors[index] = _NOT_FINITE if result.codes[index] == cpu_sample.NOT_FINITE else _NOTHING_LEFT
-        else:
-            output.token_ids[index] = result.token_ids[index]
-            output.logprobs[index] = result.logprobs[index]
-            if native.logprobs:
-                best = zip(result.top_ids[index].tolist(), result.top_logprobs[index].tolist(), strict=True)
-                output.top_logprobs[index] = [one for one in best if one[0] >= 0][: native.logprobs]
-            if native.member_logprobs:
-                output.member_logprobs[index] = result.member_logprobs[first:end].tolist()
+        if native.logprobs and index not in output.errors:
+            best = zip(result.top_ids[index].tolist(), result.top_logprobs[index].tolist(), strict=True)
+            output.top_logprobs[index] = [one for one in best if one[0] >= 0][: native.logprobs]
+        if native.member_logprobs and index not in output.errors:
+            output.member_logprobs[index] = result.member_logprobs[first:end].tolist()
         first = end
     return output
 
@@ -107,12 +98,14 @@ def _native(terms: Sequence[tuple[int, float]], sample: SampleRow) -> cpu_sample
 
 
 def _sample_numpy(
-    output: StepOutput,
-    logits: F32,
-    row_terms: Sequence[Sequence[tuple[int, float]]],
-    samples: Sequence[SampleRow],
-    _: cpu.NativeModel | None,
+    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
 ) -> StepOutput:
+    output = StepOutput(
+        token_ids=np.zeros(len(samples), np.int64),
+        logprobs=np.full(len(samples), np.nan),
+        top_logprobs=[[] for _ in samples],
+        member_logprobs=[[] for _ in samples],
+    )
     for index, (terms, sample) in enumerate(zip(row_terms, samples, strict=True)):
         if len(terms) == 1 and terms[0][1] == 1:
             mixed: Row = logits[terms[0][0]]

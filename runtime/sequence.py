@@ -39,6 +39,12 @@ class TokenBuffer:
     def view(self) -> I64:
         return self._array[: self._size]
 
+    def tail(self, first: int, count: int | None = None) -> list[int]:
+        """Tokens from `first` on, at most `count` of them."""
+        end = self._size if count is None else min(first + count, self._size)
+        ids: list[int] = self._array[first:end].tolist()
+        return ids
+
 
 class Sequence:
     """One (view, delta) of a group: prompt and answer, how much of it the KV cache holds, and where."""

@@ -184,7 +184,7 @@ class TorchSampler:
         arrays = iter(_to_host(tensors, self._device))
         output = StepOutput(
             token_ids=np.zeros(len(samples), np.int64),
-            logprobs=np.full(len(samples), np.nan, np.float32),
+            logprobs=np.full(len(samples), np.nan),
             top_logprobs=[[] for _ in samples],
             member_logprobs=[[] for _ in samples],
         )

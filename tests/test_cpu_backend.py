@@ -148,7 +148,7 @@ class Driver:
         positions = [np.arange(first, last) for _, _, first, last in work]
         slots = [table[at // BLOCK].astype(np.int64) * BLOCK + at % BLOCK for table, at in zip(tables, positions)]
         outputs = sorted((member, int(starts[i] + row)) for (i, row), members in wanted.items() for member in members)
-        hidden = self.models[model].step(
+        batch = cpu.PackedBatch(
             token_ids=np.concatenate([self.texts[t][first:last] for t, _, first, last in work]),
             positions=np.concatenate(positions).astype(np.int32),
             slot_mapping=np.concatenate(slots),
@@ -161,6 +161,7 @@ class Driver:
             members=[list(range(len(work))) for _ in range(self.num_members)] if self.num_members > 1 else None,
             outputs=outputs,
         )
+        hidden = self.models[model].step(batch)
         return outputs, starts, hidden
 
     def reference(self, text, delta):
@@ -274,15 +275,15 @@ def valid_step():
 )
 def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index, value, message):
     model = backend(bundle_of("llama"))._model
-    expected = model.step(**valid_step())
+    expected = model.step(cpu.PackedBatch(**valid_step()))
     bad = valid_step()
     bad[field][index] = value
     with pytest.raises(MotetError, match=message):
-        model.step(**bad)
+        model.step(cpu.PackedBatch(**bad))
     for outputs in ([(0, 21)], [(0, -1)], [(1, 0)], [(-1, 0)], [(0, 5), (0, 5)], [(0, 6), (0, 5)]):
         with pytest.raises(MotetError, match="output"):
-            model.step(**{**valid_step(), "outputs": outputs})
-    assert (model.step(**valid_step()) == expected).all()
+            model.step(cpu.PackedBatch(**{**valid_step(), "outputs": outputs}))
+    assert (model.step(cpu.PackedBatch(**valid_step())) == expected).all()
 
 
 @settings(max_examples=300, deadline=None)
@@ -299,7 +300,7 @@ def test_random_batches_do_not_crash(bundle_of, data):
         flat[data.draw(st.integers(0, flat.size - 1))] = value
     batch["outputs"] = data.draw(st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 25)), max_size=4))
     try:
-        hidden = model.step(**batch)
+        hidden = model.step(cpu.PackedBatch(**batch))
     except MotetError:
         return
     assert hidden.shape == (len(batch["outputs"]), 64)

@@ -1,4 +1,5 @@
-"""Builds of the native kernels other than the usual one: none at all, and one that watches addresses and undefined behaviour."""
+"""Builds of the native kernels other than the usual one: none at all, one that watches addresses and undefined behaviour, and
+the thread pool alone."""
 
 from __future__ import annotations
 
@@ -64,15 +65,18 @@ def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
     assert count == "4"
 
 
+def _compiler_file(name):
+    """Where the compiler has a library; the name alone where it has none."""
+    command = ["c++", f"-print-file-name={name}"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
 @pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built (no C++ compiler)")
 def test_sanitised(tmp_path):
     """The tests of the kernels, on a build that stops at the first wrong address or undefined operation."""
-    names = ["libasan.so", "libstdc++.so"]  # the second too: exceptions are thrown through the first
-    paths = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in names
-    ]
-    if not all(Path(path).is_absolute() for path in paths):
+    # The second too: exceptions are thrown through the first.
+    paths = [_compiler_file(name) for name in ("libasan.so", "libstdc++.so")]
+    if not all(path.is_absolute() for path in paths):
         pytest.skip("the compiler has no address sanitiser")
     extension = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
     flags = [flag for flag in extension["extra-compile-args"] if flag != "-O3"]
@@ -90,7 +94,7 @@ def test_sanitised(tmp_path):
         ["c++", "-shared", "-pthread", "-fsanitize=address,undefined", *objects, "-o", str(library)], check=True
     )
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(paths),
+        "LD_PRELOAD": " ".join(map(str, paths)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         cpu.LIBRARY_VARIABLE: str(library),
         "MOTET_TEST_SCHEDULES": "8",
@@ -100,6 +104,19 @@ def test_sanitised(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_threads(tmp_path):
+    """The thread pool alone: who is late is left out for a while, and all items are done once (see pool_test.cpp)."""
+    program = tmp_path / "pool_test"
+    sources = [str(ROOT / "tests" / "pool_test.cpp"), str(ROOT / "kernels" / "cpu" / "pool.cpp")]
+    command = ["c++", "-std=c++17", "-O2", "-g1", "-pthread", *sources, "-o", str(program)]
+    if _compiler_file("libtsan.so").is_absolute():  # stops at the first data race
+        command.append("-fsanitize=thread")
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_library_of_another_version_is_no_library(monkeypatch):

@@ -16,7 +16,7 @@ from motet.runtime.row_plan import plan_rows  # noqa: E402
 
 def sample(row):
     nothing = np.empty(0, np.int64)
-    return SampleRow(((row, 0, 1.0),), Space.LOGITS, SamplingParams(), 1, 1, nothing, nothing, ())
+    return SampleRow(((row, 0, 1.0),), Space.LOGITS, SamplingParams(), 1, 1, nothing, 0)
 
 
 def batch(counts, lengths, deltas, sampled):

@@ -27,8 +27,8 @@ def row(space=Space.LOGITS, *, seed=7, position=3, prompt=(), output=(), forbidd
         params=SamplingParams(**params),
         seed=seed,
         position=position,
-        prompt_ids=np.array(prompt, np.int64),
-        output_ids=np.array(output, np.int64),
+        text=np.array([*prompt, *output], np.int64),
+        num_prompt=len(prompt),
         forbidden_ids=forbidden,
         return_member_logprobs=members,
     )

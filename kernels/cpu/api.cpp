@@ -182,22 +182,6 @@ int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logi
     });
 }
 
-int motet_logits(MotetModel* model, const float* hidden, int64_t num_hidden, int64_t rows, const int64_t* offsets, const int32_t* sources,
-                 const float* coefficients, const uint8_t* greedy, float* logits) {
-    return guarded([&] {
-        if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
-        for (int64_t r = 0; r < rows; r++) {
-            if (offsets[0] != 0 || offsets[r + 1] <= offsets[r])
-                return fail(MOTET_INVALID, "row " + std::to_string(r) + " has no terms");
-            for (int64_t i = offsets[r]; i < offsets[r + 1]; i++)
-                if (sources[i] < 0 || sources[i] >= num_hidden)
-                    return fail(MOTET_INVALID, "row " + std::to_string(r) + " mixes a hidden state that is not there");
-        }
-        if (rows) model->model.logits({hidden, rows, offsets, sources, coefficients, greedy}, logits);
-        return int(MOTET_OK);
-    });
-}
-
 int motet_sample(MotetModel* model, const char* isa, const MotetSampling* sampling) {
     return guarded([&] {
         const Isa* chosen = model ? model->model.isa() : path(isa);
@@ -205,6 +189,26 @@ int motet_sample(MotetModel* model, const char* isa, const MotetSampling* sampli
         const std::string problem = check(*sampling);
         if (!problem.empty()) return fail(MOTET_INVALID, problem);
         sample(chosen->sample, model ? &model->model.pool() : nullptr, *sampling);
+        return int(MOTET_OK);
+    });
+}
+
+int motet_generate(MotetModel* model, const MotetBatch* batch, const MotetMixes* mixes, const MotetSampling* sampling) {
+    return guarded([&] {
+        if (!model->ready) return fail(MOTET_INVALID, "the model is not ready");
+        Model& m = model->model;
+        for (const std::string& problem : {m.check(*batch), m.check(*mixes, batch->num_outputs)})
+            if (!problem.empty()) return fail(MOTET_INVALID, problem);
+        MotetSampling drawn = *sampling;
+        drawn.num_rows = mixes->rows;
+        drawn.stride = m.logits_stride();
+        drawn.vocab_size = m.config().vocab_size;
+        const std::string problem = check(drawn);
+        if (!problem.empty()) return fail(MOTET_INVALID, problem);
+        float* hidden = m.hidden_room(batch->num_outputs);
+        m.step(*batch, hidden);
+        drawn.logits = m.logits(*mixes, hidden);
+        sample(m.isa()->sample, &m.pool(), drawn);
         return int(MOTET_OK);
     });
 }
@@ -223,7 +227,13 @@ double motet_probe_dot(const char* isa, int threads) {
     Probe probe{chosen, pool, nullptr, 0, 20'000'000};
     if (!strcmp(chosen->name, "portable")) probe.iterations /= 50;
     auto once = [&] {
-        pool.run([](void* p, int) { static_cast<Probe*>(p)->isa->dot_probe(static_cast<Probe*>(p)->iterations); }, &probe);
+        pool.reset(1);
+        pool.run(
+            [](void* context, int thread) {
+                Probe& p = *static_cast<Probe*>(context);
+                p.pool.share(0, thread, p.pool.threads(), [&](int64_t) { p.isa->dot_probe(p.iterations); });
+            },
+            &probe);
     };
     return double(probe.iterations) * 16 * 64 * threads / best_seconds(once) / 1e9;
 }
@@ -237,11 +247,12 @@ double motet_probe_read(const char* isa, int threads) {
     memset(pages.data(), 1, size_t(size));
     Probe probe{chosen, pool, pages.data(), size, 0};
     auto once = [&] {
+        pool.reset(1);
         pool.run(
             [](void* context, int thread) {
                 Probe& p = *static_cast<Probe*>(context);
                 const int64_t each = p.size / p.pool.threads();
-                p.isa->read_probe(p.data + thread * each, each);
+                p.pool.share(0, thread, p.pool.threads(), [&](int64_t part) { p.isa->read_probe(p.data + part * each, each); });
             },
             &probe);
     };

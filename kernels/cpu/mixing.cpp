@@ -47,7 +47,18 @@ void Model::measure_head() {
         this);
 }
 
-void Model::logits(const Mixes& mixes, float* out) {
+std::string Model::check(const MotetMixes& mixes, int64_t num_hidden) const {
+    if (mixes.rows < 0) return "there is a negative number of rows";
+    for (int64_t r = 0; r < mixes.rows; r++) {
+        if (mixes.offsets[0] != 0 || mixes.offsets[r + 1] <= mixes.offsets[r]) return "row " + std::to_string(r) + " has no terms";
+        for (int64_t i = mixes.offsets[r]; i < mixes.offsets[r + 1]; i++)
+            if (mixes.sources[i] < 0 || mixes.sources[i] >= num_hidden)
+                return "row " + std::to_string(r) + " mixes a hidden state that is not there";
+    }
+    return "";
+}
+
+const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     const int64_t size = config_.hidden_size, stride = logits_stride();
     const int group = head_.packed.bits == 32 ? 0 : head_.packed.group;
     std::vector<float> rows(size_t(mixes.rows * size)), fines, rounded(static_cast<size_t>(size));
@@ -56,13 +67,13 @@ void Model::logits(const Mixes& mixes, float* out) {
     for (int64_t r = 0; r < mixes.rows; r++) {
         const int64_t first = mixes.offsets[r], last = mixes.offsets[r + 1];
         float* row = rows.data() + r * size;
-        const float* only = mixes.hidden + int64_t(mixes.sources[first]) * size;
+        const float* only = hidden + int64_t(mixes.sources[first]) * size;
         if (last - first == 1 && mixes.coefficients[first] == 1.0f) {
             memcpy(row, only, size_t(size) * sizeof(float));
             continue;
         }
         for (int64_t i = first; i < last; i++) {
-            const float* from = mixes.hidden + int64_t(mixes.sources[i]) * size;
+            const float* from = hidden + int64_t(mixes.sources[i]) * size;
             if (group) isa_->round_groups(from, size, group, rounded.data());
             const float* member = group ? rounded.data() : from;
             for (int64_t k = 0; k < size; k++) row[k] += mixes.coefficients[i] * member[k];
@@ -74,20 +85,15 @@ void Model::logits(const Mixes& mixes, float* out) {
         memcpy(row, rounded.data(), size_t(size) * sizeof(float));
         (mixes.greedy[r] ? refined : added).push_back(r);
     }
-    if (added.empty()) {
-        head(rows.data(), mixes.rows, out);
-    } else {
-        rows.insert(rows.end(), fines.begin(), fines.end());
-        const int64_t all = mixes.rows + int64_t(added.size());
-        std::vector<float> together(size_t(all * stride));
-        head(rows.data(), all, together.data());
-        memcpy(out, together.data(), size_t(mixes.rows * stride) * sizeof(float));
-        for (size_t i = 0; i < added.size(); i++) {
-            const float* extra = together.data() + (mixes.rows + int64_t(i)) * stride;
-            for (int64_t n = 0; n < stride; n++) out[added[i] * stride + n] += extra[n];
-        }
+    rows.insert(rows.end(), fines.begin(), fines.end());
+    const int64_t all = mixes.rows + int64_t(added.size());
+    float* out = room(logits_, all * stride);
+    if (all) head(rows.data(), all, out);
+    for (size_t i = 0; i < added.size(); i++) {
+        const float* extra = out + (mixes.rows + int64_t(i)) * stride;
+        for (int64_t n = 0; n < stride; n++) out[added[i] * stride + n] += extra[n];
     }
-    if (refined.empty()) return;
+    if (refined.empty()) return out;
     const auto start = std::chrono::steady_clock::now();
     struct Job {
         Model& m;
@@ -109,6 +115,7 @@ void Model::logits(const Mixes& mixes, float* out) {
         },
         &job);
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return out;
 }
 
 // Adds the fine row's logits where they can matter. In a block of columns no logit moves by more than Σ over groups of the

@@ -312,6 +312,12 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+float* Model::room(Pages& pages, int64_t count) {
+    const size_t bytes = size_t(count) * sizeof(float);
+    if (bytes > pages.size()) pages = Pages(bytes);
+    return reinterpret_cast<float*>(pages.data());
+}
+
 void Model::reset_seconds() { std::fill(seconds_, seconds_ + kParts, 0.0); }
 
 }  // namespace motet

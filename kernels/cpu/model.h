@@ -82,16 +82,6 @@ struct Layer {
 
 enum Part { kLinears, kAttention, kHead, kOther, kParts };
 
-// What rows of the head's input are made of.
-struct Mixes {
-    const float* hidden;  // [states, hidden]
-    int64_t rows;
-    const int64_t* offsets;     // [rows + 1] into the next two
-    const int32_t* sources;     // index of a hidden state
-    const float* coefficients;
-    const uint8_t* greedy;      // [rows]
-};
-
 class Model {
 public:
     Model(const MotetConfig& config, const Isa* isa);
@@ -105,7 +95,10 @@ public:
     std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty when it can
     void step(const MotetBatch& batch, float* hidden);
     void head(const float* hidden, int64_t rows, float* logits);  // logits [rows, logits_stride()]
-    void logits(const Mixes& mixes, float* out);                  // mixing.cpp
+    std::string check(const MotetMixes& mixes, int64_t num_hidden) const;
+    // Logits [rows, logits_stride()] of mixes of the states `hidden`; valid until the next call.
+    const float* logits(const MotetMixes& mixes, const float* hidden);  // mixing.cpp
+    float* hidden_room(int64_t rows) { return room(hidden_, rows * config_.hidden_size); }
     void measure_head();
 
     const MotetConfig& config() const { return config_; }
@@ -123,6 +116,7 @@ private:
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
     CacheView cache(int layer, int kv_head) const;
+    static float* room(Pages& pages, int64_t count);  // kept from step to step
 
     const MotetConfig config_;
     const Isa* isa_;
@@ -131,7 +125,7 @@ private:
     std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one without tails
     Linear head_, embedding_;  // embedding_ only where the head is untied
     std::vector<float> positions_, cos_, sin_;
-    Pages cache_;
+    Pages cache_, hidden_, logits_;
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
     int64_t widest_ = 0;     // columns of the widest matrix

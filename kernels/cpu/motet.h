@@ -77,10 +77,6 @@ MOTET_API int motet_ready(MotetModel*);
 
 /* Hidden states [num_outputs, hidden], after the final norm, of the (row, member) pairs asked for. */
 MOTET_API int motet_step(MotetModel*, const MotetBatch*, float* hidden);
-/* Logits [rows, motet_logits_stride]: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · hidden
-   state. `greedy` [rows]: only the largest logit has to be right to the last bit. */
-MOTET_API int motet_logits(MotetModel*, const float* hidden, int64_t num_hidden, int64_t rows, const int64_t* offsets,
-                           const int32_t* sources, const float* coefficients, const uint8_t* greedy, float* logits);
 /* Logits [rows, motet_logits_stride] of hidden states [rows, hidden]. */
 MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
 MOTET_API int64_t motet_logits_stride(const MotetModel*);
@@ -126,11 +122,24 @@ typedef struct {
     double* member_logprobs;        /* [num_terms] NaN: not asked */
 } MotetSampling;
 
+/* Rows of logits to sample from: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · the hidden
+   state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. */
+typedef struct {
+    int64_t rows;
+    const int64_t* offsets;         /* [rows + 1] */
+    const int32_t* sources;
+    const float* coefficients;
+    const uint8_t* greedy;
+} MotetMixes;
+
 typedef enum { MOTET_SAMPLED, MOTET_NOT_FINITE, MOTET_NOTHING_LEFT } MotetSampleCode;
 
 /* Mix and sample as kernels/reference.py does, token for token. With a model: on its threads and its path, and `isa` is not
    read; model null: on this thread. A bad argument fails the call; bad logits end in the sample's code. */
 MOTET_API int motet_sample(MotetModel*, const char* isa, const MotetSampling*);
+/* A step whole: the batch's outputs, the logits of their mixes, a token for each sample. Of the sampling, the logits and their
+   sizes are not read: they are those of the mixes. A bad argument fails the call before anything is computed. */
+MOTET_API int motet_generate(MotetModel*, const MotetBatch*, const MotetMixes*, const MotetSampling*);
 
 /* Seconds of thread 0 since the last call, [linears, attention, head, other]. */
 MOTET_API void motet_seconds(MotetModel*, double* out);

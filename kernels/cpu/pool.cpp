@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -12,9 +14,13 @@
 namespace motet {
 namespace {
 
-constexpr int kSpins = 2000;          // some tens of microseconds
-constexpr int kBarrierYields = 4000;  // a barrier is short unless somebody else has the core
-constexpr int kIdleYields = 400;      // between two steps
+constexpr int kSpins = 2000;                                // some tens of microseconds
+constexpr Signal::Patience kAtBarrier = {kSpins, 4000};     // short unless somebody else has the core
+constexpr Signal::Patience kBetweenRuns = {kSpins, 400};
+constexpr Signal::Patience kLeftOut = {0, 0};
+constexpr uint32_t kActiveBits = 10;                        // of the start signal: how many threads take part
+constexpr int kSlowRuns = 2;                                // in a row, before a thread is left out
+constexpr auto kShortPause = std::chrono::milliseconds(30), kLongPause = std::chrono::milliseconds(250);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -34,40 +40,49 @@ void wake_all(std::atomic<uint32_t>&) {}
 
 }  // namespace
 
-void Signal::wait_while(uint32_t seen, int yields) {
-    for (int i = 0; i < kSpins; i++) {
-        if (value() != seen) return;
+Clock::duration Signal::wait_while(uint32_t seen, Patience patience) {
+    for (int i = 0; i < patience.spins; i++) {
+        if (value() != seen) return {};
         relax();
     }
-    for (int i = 0; i < yields; i++) {
-        if (value() != seen) return;
+    const Clock::time_point begin = Clock::now();
+    for (int i = 0; i < patience.yields; i++) {
+        if (value() != seen) return Clock::now() - begin;
         std::this_thread::yield();
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (value_.load(std::memory_order_seq_cst) == seen) sleep_while(value_, seen);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    return Clock::now() - begin;
 }
 
-void Signal::advance() {
-    value_.fetch_add(1, std::memory_order_seq_cst);
+void Signal::set(uint32_t value) {
+    value_.store(value, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst)) wake_all(value_);
 }
 
-Pool::Pool(int threads) : threads_(threads) {
+Pool::Pool(int threads) : threads_(threads), active_(threads), pause_(kShortPause) {
     for (int t = 1; t < threads; t++) workers_.emplace_back(&Pool::work, this, t);
 }
 
 Pool::~Pool() {
     stop_ = true;
-    start_.advance();
+    active_ = threads_;
+    start();
     for (std::thread& worker : workers_) worker.join();
 }
 
+// The number of threads is in the signal: one that was left out and wakes late must not take the next run for this one.
+void Pool::start() { start_.set(((start_.value() >> kActiveBits) + 1) << kActiveBits | uint32_t(active_)); }
+
 void Pool::work(int thread) {
     uint32_t seen = 0;
+    bool takes_part = true;
     for (;;) {
-        start_.wait_while(seen, kIdleYields);
-        seen++;
+        start_.wait_while(seen, takes_part ? kBetweenRuns : kLeftOut);
+        seen = start_.value();
+        takes_part = uint32_t(thread) < (seen & ((1u << kActiveBits) - 1));
+        if (!takes_part) continue;
         if (stop_) return;
         function_(context_, thread);
         barrier();
@@ -75,21 +90,44 @@ void Pool::work(int thread) {
 }
 
 void Pool::run(Function function, void* context) {
+    const Clock::time_point begin = Clock::now();
+    if (active_ < threads_ && begin >= retry_) active_ = threads_;
+    lost_.store(0, std::memory_order_relaxed);
     function_ = function;
     context_ = context;
-    start_.advance();
+    start();
     function(context, 0);
     barrier();
+    if (active_ > 1) judge(begin, Clock::now());
+}
+
+// While somebody else has a core, the thread that shares it makes all others wait at every barrier: runs are faster with a
+// thread fewer once waiting costs more than that thread gives. All are tried again after a pause, which doubles while that
+// stays slow.
+void Pool::judge(Clock::time_point begin, Clock::time_point end) {
+    const Clock::rep lost = lost_.load(std::memory_order_relaxed) / (active_ - 1);  // by each of those that waited
+    if (lost * (active_ + 1) < (end - begin).count()) {
+        slow_runs_ = 0;
+        pause_ = kShortPause;
+        return;
+    }
+    if (++slow_runs_ < kSlowRuns && pause_ == kShortPause) return;
+    active_--;
+    slow_runs_ = 0;
+    retry_ = end + pause_;
+    pause_ = std::min<Clock::duration>(2 * pause_, kLongPause);
 }
 
 void Pool::barrier() {
-    if (threads_ == 1) return;
+    const int active = active_;  // once all have arrived, the next run may have another number
+    if (active == 1) return;
     const uint32_t seen = passed_.value();
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active) {
         arrived_.store(0, std::memory_order_relaxed);
-        passed_.advance();
+        passed_.set(seen + 1);
     } else {
-        passed_.wait_while(seen, kBarrierYields);
+        const Clock::duration waited = passed_.wait_while(seen, kAtBarrier);
+        if (waited > Clock::duration::zero()) lost_.fetch_add(waited.count(), std::memory_order_relaxed);
     }
 }
 

@@ -1,6 +1,7 @@
 // A small thread pool: all threads run one function, meet at barriers and share the items of a phase.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -8,13 +9,19 @@
 
 namespace motet {
 
+using Clock = std::chrono::steady_clock;
+
 // Waiting spins for a moment, then gives the core away between looks, then sleeps in the kernel: so a quiet machine has
 // short barriers, a busy one loses little, and an idle one burns nothing.
 class Signal {
 public:
+    struct Patience {
+        int spins, yields;
+    };
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
-    void wait_while(uint32_t seen, int yields);
-    void advance();
+    // Returns how long it took after the spins: 0 where others are on time.
+    Clock::duration wait_while(uint32_t seen, Patience patience);
+    void set(uint32_t value);  // by one thread at a time
 
 private:
     std::atomic<uint32_t> value_{0};
@@ -27,9 +34,11 @@ public:
 
     explicit Pool(int threads);
     ~Pool();
-    int threads() const { return threads_; }
+    int threads() const { return threads_; }  // at most: thread numbers are below
+    int active() const { return active_; }    // that take part in this run
 
-    // Run `function` on every thread, the caller being thread 0; returns when all have.
+
+    // Run `function` on every active thread, the caller being thread 0; returns when all have.
     void run(Function function, void* context);
     void barrier();
 
@@ -38,9 +47,9 @@ public:
     void reset(int phases);
     template <class Body>
     void share(int phase, int thread, int64_t count, Body body) {
-        for (int i = 0; i < threads_; i++) {
-            const int owner = (thread + i) % threads_;
-            const int64_t first = count * owner / threads_, size = count * (owner + 1) / threads_ - first;
+        for (int i = 0; i < active_; i++) {
+            const int owner = (thread + i) % active_;
+            const int64_t first = count * owner / active_, size = count * (owner + 1) / active_ - first;
             std::atomic<int64_t>& taken = cursors_[size_t(phase) * threads_ + owner].taken;
             if (i && taken.load(std::memory_order_relaxed) >= size) continue;
             for (int64_t at = taken.fetch_add(1, std::memory_order_relaxed); at < size;
@@ -54,8 +63,11 @@ private:
         std::atomic<int64_t> taken{0};
     };
     void work(int thread);
+    void start();
+    void judge(Clock::time_point begin, Clock::time_point end);
 
     const int threads_;
+    int active_;
     std::vector<std::thread> workers_;
     std::vector<Cursor> cursors_;
     Function function_ = nullptr;
@@ -63,6 +75,10 @@ private:
     bool stop_ = false;
     Signal start_, passed_;
     std::atomic<int> arrived_{0};
+    std::atomic<Clock::rep> lost_{0};  // waited for late threads in this run
+    int slow_runs_ = 0;                // in a row
+    Clock::duration pause_;            // with a thread fewer
+    Clock::time_point retry_;          // when all threads are tried again
 };
 
 }  // namespace motet

@@ -294,7 +294,7 @@ void Step::linear(const PackedLinear& w, const Activations& x, const Output& out
             isa_.quantise(out.to + row * out.ld, {}, {}, from, size, *out.onward, row);
     });
     if (!next || superblocks > 1) return;  // the first of the next weights arrive while threads meet
-    const uint8_t* mine = next->data + next->panels * thread / pool_.threads() * next->panel_bytes;
+    const uint8_t* mine = next->data + next->panels * thread / pool_.active() * next->panel_bytes;
     for (int64_t at = 0; at < std::min(kFetch, next->panel_bytes); at += 64) __builtin_prefetch(mine + at, 0, 2);
 }
 
