@@ -27,7 +27,7 @@ from ..runtime.torch_model import Decoder
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
 from .members import BASE, FUSED, MemberWeights, fuse_deltas, read_member
-from .quantise import quantise
+from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -46,7 +46,7 @@ def export_bundle(
     mix: Mapping[str, float] | None = None,
     space: Space = Space.LOGITS,
     bits: int = 8,
-    group_size: int = 32,
+    group_size: int | None = None,
     num_tail_layers: int | None = None,
     name: str | None = None,
     calibration: Sequence[Sequence[int]] = (),
@@ -56,7 +56,8 @@ def export_bundle(
     `tails`: member name → tail directory, None for the base itself. `loras`: member name → adapter directory; its deltas
     are stored beside the base's weights, or with `merge` added to them (a member then has all layers from the first
     that it changes). Without any member, the base is the only one. `mix`: member → coefficient, uniform by default.
-    `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `num_tail_layers`: how many layers every member has
+    `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `group_size`: columns of a group of the layers' weights
+    (default: see `layer_group`). `num_tail_layers`: how many layers every member has
     of its own; by default what the tails need. `calibration`: chunks of token ids by which an 8-bit bundle is equalised
     (see `calibrate`); none, no equalisation. Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of
     another base), `NotFoundError`.
@@ -77,7 +78,7 @@ def export_bundle(
     try:
         tensors = _bundle_tensors(config, base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
-        graphs = _write_graphs(config, members, split_layer, group_size, work)
+        graphs = _write_graphs(config, members, split_layer, work)
         for file in COPIED:
             if (model_dir / file).is_file():
                 shutil.copyfile(model_dir / file, work / file)
@@ -86,7 +87,12 @@ def export_bundle(
             "format": FORMAT,
             "name": name or out.name,
             "config": config.to_dict(),
-            "quantisation": {"bits": bits, "group_size": group_size, "head_bits": max(bits, 8)},
+            "quantisation": {
+                "bits": bits,
+                "group_size": layer_group(bits, config.hidden_size, group_size),
+                "head_bits": max(bits, 8),
+                "head_group_size": HEAD_GROUP,
+            },
             "split_layer": split_layer,
             "members": [
                 {"name": m.name, "kind": m.kind, "mix": by_name[m.name], "provenance": dict(m.provenance)}
@@ -178,7 +184,7 @@ def _bundle_tensors(
     members: list[MemberWeights],
     rms: Mapping[str, F32],
     bits: int,
-    group_size: int,
+    group_size: int | None,
 ) -> dict[str, Array]:
     """All stored tensors. A single member is folded into the base; several, and deltas, have `members.<name>.` tensors.
 
@@ -233,12 +239,17 @@ def _modules(name: str) -> set[str]:
     return {f"{prefix}.{part}" for part in FUSED[last]} if last in FUSED else {module}
 
 
-def _add_tensor(tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int) -> None:
+def _add_tensor(
+    tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int | None
+) -> None:
     is_head = name in (HEAD, "model.embed_tokens.weight")
     if bits == 32 or not (is_head or name.endswith("_proj.weight")):
         tensors[prefix + name] = np.ascontiguousarray(weight)
         return
-    quantised = quantise(weight, 8 if is_head else bits, group_size, name=name)
+    if is_head:
+        quantised = quantise(weight, 8, HEAD_GROUP, name=name)
+    else:
+        quantised = quantise(weight, bits, layer_group(bits, weight.shape[1], group_size), name=name)
     tensors[f"{prefix}{name}.values"] = quantised.values
     tensors[f"{prefix}{name}.scales"] = quantised.scales
     if quantised.zero_points is not None:
@@ -266,12 +277,10 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _write_graphs(
-    config: DecoderConfig, members: list[MemberWeights], split_layer: int, group_size: int, work: Path
-) -> dict[str, Any]:
+def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_layer: int, work: Path) -> dict[str, Any]:
     tensors = stored_tensors(work / WEIGHTS)
     last = config.num_layers
-    shared = GraphWriter(config, tensors, WEIGHTS, group_size)
+    shared = GraphWriter(config, tensors, WEIGHTS)
     shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
     if not _has_tails(members):
         shared.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
@@ -282,7 +291,7 @@ def _write_graphs(
         if member.kind == "delta":
             continue  # no graph of its own: a backend that knows deltas runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
-        writer = GraphWriter(config, tensors, WEIGHTS, group_size, _resolver(tensors, member.name))
+        writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, member.name))
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
         writer.write(part, work / tails[member.name])
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
@@ -298,7 +307,7 @@ def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
         if (bundle.path / file).is_file():
             _link(bundle.path / file, out / file)
     tensors = stored_tensors(bundle.path / WEIGHTS)
-    writer = GraphWriter(config, tensors, WEIGHTS, bundle.quantisation["group_size"], _resolver(tensors, name))
+    writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, name))
     whole = Slice(embedding=True, start=0, stop=config.num_layers, norm=True, head=True)
     writer.write(whole, out / "model.onnx", standard=True)
     (out / "genai_config.json").write_text(json.dumps(_genai_config(config, bundle.eos_token_ids), indent=1))

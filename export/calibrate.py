@@ -19,6 +19,7 @@ import torch
 
 from ..runtime.config import DecoderConfig
 from ..runtime.torch_model import Decoder
+from .quantise import layer_group
 
 F32 = npt.NDArray[np.float32]
 
@@ -48,9 +49,10 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
 
 
 def equalise(
-    config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int
+    config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int | None
 ) -> dict[str, F32]:
-    """The same function with other weights. The same `rms` must be used for all members of a bundle.
+    """The same function with other weights. The same `rms` must be used for all members of a bundle; `group_size`: see
+    `layer_group`.
 
     `weights` may hold an adapter's `<module>.lora_a` and `.lora_b`: A has the columns of the weight, B its rows.
     """
@@ -83,6 +85,7 @@ def equalise(
     return result
 
 
-def _scales(rms: F32, group_size: int) -> F32:
-    logs = 0.5 * np.log(np.maximum(rms.astype(np.float64), 1e-5)).reshape(-1, group_size)
+def _scales(rms: F32, group_size: int | None) -> F32:
+    groups = rms.astype(np.float64).reshape(-1, layer_group(8, len(rms), group_size))
+    logs = 0.5 * np.log(np.maximum(groups, 1e-5))
     return np.asarray(np.exp(logs - logs.mean(axis=1, keepdims=True)).reshape(-1), dtype=np.float32)

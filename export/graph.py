@@ -65,13 +65,11 @@ class GraphWriter:
         config: DecoderConfig,
         tensors: Mapping[str, StoredTensor],
         weights_file: str,
-        group_size: int,
         resolve: Callable[[str], str] = lambda name: name,
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.weights_file = weights_file
-        self.group_size = group_size
         self.resolve = resolve
 
     def write(self, part: Slice, path: Path, *, standard: bool = False) -> None:
@@ -116,7 +114,7 @@ class GraphWriter:
                 [values, ids, self._stored(f"{name}.scales")],
                 domain=MICROSOFT,
                 bits=8,
-                block_size=self.group_size,
+                block_size=self._group(name),
                 gather_axis=0,
                 quantize_axis=1,
             )
@@ -238,7 +236,7 @@ class GraphWriter:
         if f"{weight}.values" not in self.tensors:
             output = self._matmul(weight, hidden)
         elif self._bits(weight) == 4:
-            output = self._matmul_quantised(weight, *self._with_group_sums(hidden, columns))
+            output = self._matmul_quantised(weight, *self._with_group_sums(hidden, columns, self._group(weight)))
         else:
             output = self._matmul_quantised(weight, hidden, columns)
         return self._node("Add", [output, self._stored(bias)]) if bias in self.tensors else output
@@ -247,7 +245,10 @@ class GraphWriter:
         return self._node("FusedMatMul", [hidden, self._stored(weight)], domain=MICROSOFT, transB=1)
 
     def _bits(self, weight: str) -> int:
-        return 8 * self.tensors[f"{weight}.values"].shape[2] // self.group_size
+        return 4 if f"{weight}.zero_points" in self.tensors else 8
+
+    def _group(self, weight: str) -> int:
+        return self.tensors[f"{weight}.values"].shape[2] * 8 // self._bits(weight)
 
     def _matmul_quantised(self, weight: str, hidden: str, columns: int) -> str:
         """`MatMulNBits` with activations quantised per row and group to 8 bits (accuracy level 4)."""
@@ -261,14 +262,14 @@ class GraphWriter:
             K=columns,
             N=self.tensors[f"{weight}.values"].shape[0],
             bits=self._bits(weight),
-            block_size=self.group_size,
+            block_size=self._group(weight),
             accuracy_level=4,
         )
 
-    def _with_group_sums(self, hidden: str, columns: int) -> tuple[str, int]:
+    def _with_group_sums(self, hidden: str, columns: int, group_size: int) -> tuple[str, int]:
         """The activations with the sum of each group as further columns (see `quantise`), and how many they are."""
-        groups = columns // self.group_size
-        shape = self._constant(f"groups_{columns}", np.array([0, 0, groups, self.group_size], np.int64))
+        groups = columns // group_size
+        shape = self._constant(f"groups_{columns}", np.array([0, 0, groups, group_size], np.int64))
         last = self._constant("axis_last", np.array([-1], np.int64))
         sums = self._node("ReduceSum", [self._node("Reshape", [hidden, shape]), last], keepdims=0)
         return self._node("Concat", [hidden, sums], axis=-1), columns + groups

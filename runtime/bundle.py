@@ -13,7 +13,7 @@ from .config import DecoderConfig
 from .errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .request import Ensemble, Member, Space
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "motet.json"
 MemberKind = Literal["base", "tail", "delta"]
 WEIGHTS = "model.safetensors"

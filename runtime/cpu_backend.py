@@ -231,9 +231,8 @@ class _Loader:
             raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
         values, scales = self._tensor(f"{name}.values"), self._tensor(f"{name}.scales")
         zero_points = self._tensor(f"{name}.zero_points") if f"{name}.zero_points" in self._names else None
-        group = int(self._bundle.quantisation["group_size"])
-        bits = 8 if values.shape[2] == group else 4
-        groups = values.shape[1]
+        bits = 8 if zero_points is None else 4
+        groups, group = values.shape[1], values.shape[2] * 8 // bits
         if bits == 4:  # groups of columns, then those of the group-sum columns: one value a group of columns
             groups = groups * group // (group + 1)
         columns = groups * group

@@ -18,7 +18,7 @@ Terms = list[list[tuple[int, float]]]
 
 def head_group(bundle: Bundle) -> int | None:
     """Columns of a group by which the bundle's head rounds its input to 8 bits; None if it does not."""
-    return bundle.quantisation["group_size"] if bundle.quantisation["head_bits"] < 32 else None
+    return bundle.quantisation["head_group_size"] if bundle.quantisation["head_bits"] < 32 else None
 
 
 def head_rows(

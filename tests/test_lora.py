@@ -34,7 +34,7 @@ def logits(config, weights):
         return Decoder.from_weights(config, weights)(ROWS)
 
 
-def stored_weights(path, member, group_size=32):
+def stored_weights(path, member):
     """A member's weights as a bundle holds them, deltas added, q/k/v and gate/up apart again: for the torch page."""
     bundle = Bundle.load(path)
     tensors = load_file(path / "model.safetensors")
@@ -44,7 +44,7 @@ def stored_weights(path, member, group_size=32):
         weight = tensors.get(name)
         if weight is None:
             stored = Quantised(8, 0, tensors[f"{name}.values"], tensors[f"{name}.scales"], None)
-            weight = dequantise(stored, group_size)
+            weight = dequantise(stored)
         module = f"members.{member}.{name.removesuffix('.weight')}"
         if f"{module}.lora_a" in tensors:
             weight = weight + tensors[f"{module}.lora_b"] @ tensors[f"{module}.lora_a"]

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend runs on torch")
 
 from motet.export.bundle_writer import export_bundle  # noqa: E402
-from motet.export.quantise import dequantise, quantise  # noqa: E402
+from motet.export.quantise import HEAD_GROUP, dequantise, layer_group, quantise  # noqa: E402
 from motet.finetune.lora import TARGETS, merge, random_adapter, read_adapter, write_adapter  # noqa: E402
 from motet.finetune.tail import write_tail  # noqa: E402
 from motet.runtime.bundle import Bundle  # noqa: E402
@@ -131,7 +131,8 @@ def stored_weights(model_dir, bits):
     for name, tensor in read_weights(model_dir).items():
         is_head = name in ("lm_head.weight", "model.embed_tokens.weight")
         if bits < 32 and (is_head or name.endswith("_proj.weight")):
-            tensor = torch.from_numpy(dequantise(quantise(tensor.numpy(), 8 if is_head else bits, 32), 32))
+            group = HEAD_GROUP if is_head else layer_group(bits, tensor.shape[1], None)
+            tensor = torch.from_numpy(dequantise(quantise(tensor.numpy(), 8 if is_head else bits, group)))
         weights[name] = tensor
     return weights
 

@@ -85,7 +85,12 @@ def export(
     mix: MixOption = None,
     space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
     bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
-    group: Annotated[int, typer.Option(help="Columns a quantisation group.")] = 32,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns a quantisation group of the layers; default: 64 for 8 bits, 32 for 4. The head has 32."
+        ),
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers a tail; default: what the tails need.")] = None,
     parity: Annotated[bool, typer.Option(help="Measure every member against fp32.")] = True,
 ) -> None:
