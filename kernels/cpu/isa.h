@@ -113,10 +113,17 @@ struct AttendArgs {
     }
 };
 
+// Blocks of the KV cache that a thread fetches while it multiplies.
+struct Trail {
+    const int64_t *next = nullptr, *end = nullptr;  // offsets of blocks that are still to come
+    const uint8_t* base = nullptr;
+    int bytes = 0;  // of a block
+};
+
 struct Isa {
     const char* name;
     void (*linear)(const PackedLinear&, const Activations&, int block0, int block1, int64_t panel0, int64_t panel1,
-                   float* out, int64_t ld, Epilogue);
+                   float* out, int64_t ld, Epilogue, Trail*);
     NormStats (*norm_stats)(const float* x, float eps, Norm, int64_t size);
     void (*norm)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, float* out);
     // Normed and quantised, columns first…first + size - 1 (whole groups) of a row.

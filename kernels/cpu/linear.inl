@@ -82,9 +82,16 @@ INLINE T* at(T* array, int64_t index) {
     return array ? array + index : nullptr;
 }
 
-struct Prefetch {  // `lines` cache lines for each group of this panel
-    const uint8_t* from;
-    int lines;
+struct Prefetch {  // for each group of this panel: some cache lines of the next panel, and of a block of the KV cache
+    const uint8_t* panel;
+    int panel_lines;
+    const uint8_t* block = nullptr;
+    int block_lines = 0;
+
+    inline __attribute__((always_inline)) void step() {
+        for (int i = 0; i < panel_lines; i++, panel += 64) prefetch_far(panel);
+        for (int i = 0; i < block_lines; i++, block += 64) prefetch_far(block);
+    }
 };
 
 // The sums of R rows of a register block of `rows` rows over one panel, two vectors a row. Accumulators stay in registers:
@@ -100,7 +107,7 @@ INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInpu
         I acc[R][2];
         MOTET_UNROLL
         for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(x.starts[g * rows + r]);
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch_far(ahead.from);
+        ahead.step();
         for (int s = 0; s < turns; s++, values += 512, quads += 4 * rows) {
             MOTET_UNROLL
             for (int t = 0; t < 4; t++) {
@@ -130,7 +137,7 @@ INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInpu
         I acc[R][2];
         MOTET_UNROLL
         for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = bcast_int(0);
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) prefetch_far(ahead.from);
+        ahead.step();
         for (int s = 0; s < turns; s++, values += 256, quads += 4 * rows) {
             MOTET_UNROLL
             for (int t = 0; t < 2; t++) {
@@ -234,9 +241,9 @@ void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, P
 }
 
 // Panels panel0…panel1 over the register blocks block0…block1. While a panel is used the next one is fetched, a part with
-// every block.
+// every register block, and with each of those a block of the trail.
 void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1, float* out,
-            int64_t ld, Epilogue epilogue) {
+            int64_t ld, Epilogue epilogue, Trail* trail) {
     const int visits = block1 - block0, steps = w.bits == 32 ? 1 : w.groups;
     const int lines = w.bits == 32 ? 0 : int((w.panel_bytes / 64 + visits * steps - 1) / (visits * steps));
     for (int64_t panel = panel0; panel < panel1; panel++) {
@@ -248,6 +255,10 @@ void linear(const PackedLinear& w, const Activations& x, int block0, int block1,
                 at(x.dense, first * x.k),       at(x.low_rank, first),          at(x.inner, first * kMaxRank),
             };
             Prefetch ahead = {next, lines};
+            if (trail && trail->next < trail->end) {
+                ahead.block = trail->base + *trail->next++;
+                ahead.block_lines = (trail->bytes / 64 + steps - 1) / steps;
+            }
             block_of_rows(w, inputs, panel, ahead, x.rows_of(b), out + first * ld, ld, epilogue);
             next += int64_t(lines) * 64 * steps;
         }

@@ -140,7 +140,7 @@ void Model::refine(float* logits, const float* fine, const Activations& x) {
     constexpr int64_t kPanels = kSampleBlock / kPanel;
     for (int64_t b = 0; b < blocks; b++)
         if (!(maxima[size_t(b)] + reach[size_t(b)] < floor))
-            isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits, logits_stride(), Epilogue::Add);
+            isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits, logits_stride(), Epilogue::Add, nullptr);
 }
 
 }  // namespace motet

@@ -305,7 +305,7 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
             constexpr int64_t kGrain = 4;
             m.pool_.share(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
                 m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits, j.stride,
-                               Epilogue::Store);
+                               Epilogue::Store, nullptr);
             });
         },
         &job);

@@ -60,6 +60,8 @@ private:
         int32_t* starts;
         float *outs, *later;  // [queries][head size]
         float *maxima, *sums, *later_maxima, *later_sums;
+        std::vector<int64_t> blocks;  // offsets in a layer's cache of what the thread will attend to
+        Trail trail;                  // those of the next layer that it has not fetched yet
     };
 
     void add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences);
@@ -80,6 +82,8 @@ private:
     };
     // `next`: the weights that are used after these.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
+    void collect_blocks(const RowSet& set, int thread);
+    void follow(int layer, int thread);
     void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread);
     void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, Activations* onward, int thread);
     void look_ahead(const RowSet& set, int64_t item, int partition, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const;
