@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .prefix import PrefixIndex
@@ -18,7 +18,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._empty: deque[int] = deque(range(num_blocks))
+        self._empty = list(range(num_blocks))[::-1]  # the last one freed is taken first: its memory is at hand
         self._idle: dict[int, None] = {}  # in the order in which they became idle
         self._owners: dict[int, int] = {}  # used block → reference count
         self._prefixes = PrefixIndex()
@@ -38,7 +38,7 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int]:
         assert self.can_allocate(count), f"{count} blocks wanted, {self.num_free} free"
-        blocks = [self._empty.popleft() if self._empty else self._evict() for _ in range(count)]
+        blocks = [self._empty.pop() if self._empty else self._evict() for _ in range(count)]
         self._owners.update(dict.fromkeys(blocks, 1))
         return blocks
 

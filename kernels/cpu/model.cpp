@@ -96,9 +96,9 @@ Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(
     final_norm_biases_.resize(final_norms_.size());
     const int64_t d = config.head_size;
     head_bytes_ = config.kv_int8 ? d * kBlock * 2 + 2 * kBlock * int64_t(sizeof(float)) : d * kBlock * 4;
-    block_bytes_ = head_bytes_ * config.num_kv_heads;
-    layer_bytes_ = block_bytes_ * config.num_blocks;
-    cache_ = Pages(size_t(layer_bytes_) * layers_.size());
+    layer_bytes_ = head_bytes_ * config.num_kv_heads;
+    block_bytes_ = layer_bytes_ * int64_t(layers_.size());  // all layers side by side: memory is taken as blocks are used
+    cache_ = Pages(size_t(block_bytes_) * size_t(config.num_blocks));
 }
 
 CacheView Model::cache(int layer, int kv_head) const {

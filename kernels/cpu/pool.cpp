@@ -19,6 +19,7 @@ constexpr Signal::Patience kAtBarrier = {kSpins, 4000};     // short unless some
 constexpr Signal::Patience kBetweenRuns = {kSpins, 400};
 constexpr Signal::Patience kLeftOut = {0, 0};
 constexpr uint32_t kActiveBits = 10;                        // of the start signal: how many threads take part
+constexpr auto kTurn = std::chrono::milliseconds(1);        // a wait that is no accident
 constexpr int kSlowRuns = 2;                                // in a row, before a thread is left out
 constexpr auto kShortPause = std::chrono::milliseconds(30), kLongPause = std::chrono::milliseconds(250);
 
@@ -103,10 +104,11 @@ void Pool::run(Function function, void* context) {
 
 // While somebody else has a core, the thread that shares it makes all others wait at every barrier: runs are faster with a
 // thread fewer once waiting costs more than that thread gives. All are tried again after a pause, which doubles while that
-// stays slow.
+// stays slow. The kernel's turns are milliseconds, so a run that was shorter says nothing.
 void Pool::judge(Clock::time_point begin, Clock::time_point end) {
-    const Clock::rep lost = lost_.load(std::memory_order_relaxed) / (active_ - 1);  // by each of those that waited
-    if (lost * (active_ + 1) < (end - begin).count()) {
+    if (end - begin < kTurn) return;
+    const Clock::duration lost(lost_.load(std::memory_order_relaxed) / (active_ - 1));  // by each of those that waited
+    if (lost < kTurn || lost * (active_ + 1) < end - begin) {
         slow_runs_ = 0;
         pause_ = kShortPause;
         return;
