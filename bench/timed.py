@@ -53,6 +53,10 @@ class TimedBackend:
         return self._backend.can_verify
 
     @property
+    def can_sample_prefill(self) -> bool:
+        return self._backend.can_sample_prefill
+
+    @property
     def is_native(self) -> bool:
         return isinstance(self._backend, CpuBackend)
 

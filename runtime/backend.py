@@ -32,6 +32,11 @@ class Backend(Protocol):
         """May a sequence have several sampled rows in a step? Only if each is what it would be alone, bit for bit."""
         ...
 
+    @property
+    def can_sample_prefill(self) -> bool:
+        """May a sequence's last row be sampled in the step that computes rows before it?"""
+        ...
+
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
         ...

@@ -45,7 +45,8 @@ class SampleRow:
 class Batch:
     """The rows of one step. A row is one position of one sequence; sequence s owns rows cu_seqlens_q[s]…[s+1]-1.
 
-    Decode sequences (all rows sampled, context already filled) come first, then prefill chunks.
+    Sequences that are sampled come first, then prefill chunks. Of a sequence that is sampled all rows are; where the backend
+    can sample prefill, they may follow rows of its prompt.
     """
 
     token_ids: I64  # [rows]

@@ -45,6 +45,7 @@ class CpuBackend:
     """`Backend` over native kernels. `num_blocks`: as many as `max_num_seqs` sequences of `max_model_len` need."""
 
     can_verify = True
+    can_sample_prefill = True
 
     def __init__(self, bundle: Bundle, config: EngineConfig, *, isa: str | None = None) -> None:
         if config.kv_dtype == "fp8":

@@ -83,6 +83,7 @@ class Engine:
             config.max_num_batched_tokens,
             config.prefill_chunk,
             prefix_cache=config.prefix_cache,
+            sample_prefill=backend.can_sample_prefill,
         )
         self._streams: dict[Group, _Stream] = {}
         self._wake = threading.Condition()

@@ -186,6 +186,8 @@ class OnnxBackend:
     def block_size(self) -> int:
         return self._block_size
 
+    can_sample_prefill = False  # a chunk goes through the graphs alone, without the head
+
     @property
     def can_verify(self) -> bool:
         """No: several rows of a sequence run other kernels of ONNX Runtime than one, which round differently."""

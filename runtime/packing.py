@@ -19,14 +19,16 @@ def _no_draft() -> I64:
 
 @dataclass(slots=True, eq=False)
 class DecodeRows:
-    """A group that is sampled: in each of its sequences a row for the last token and one for each token of the draft."""
+    """A group that is sampled: in each of its sequences rows for what is left of the prompt, if anything, one for the last
+    token and one for each token of the draft. The last two are sampled."""
 
     group: Group
     draft: I64 = field(default_factory=_no_draft)  # [drafted], the same for all sequences of the group
 
     @property
     def num_rows(self) -> int:
-        return len(self.group.sequences) * (1 + len(self.draft))
+        prompts = sum(sequence.num_prefill for sequence in self.group.sequences)
+        return prompts + len(self.group.sequences) * (1 + len(self.draft))
 
 
 @dataclass(slots=True, eq=False)
@@ -45,12 +47,12 @@ def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
-    first_row: dict[int, int] = {}
+    first_sampled: dict[int, int] = {}  # row of the last token
     width = max(len(sequence.block_table) for sequence, _ in parts)
     tables = []
     for sequence, ids in parts:
         table, first = sequence.block_table, sequence.num_computed
-        first_row[id(sequence)] = len(token_ids)
+        first_sampled[id(sequence)] = len(token_ids) + sequence.num_prefill
         token_ids += ids
         own = range(first, first + len(ids))
         positions += own
@@ -66,12 +68,12 @@ def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int
         block_tables=np.array(tables, np.int32),
         members=[sequence.members for sequence, _ in parts],
         deltas=np.array([sequence.delta for sequence, _ in parts], np.int32),
-        samples=[row for decode in decodes for row in _sample_rows(decode, first_row)],
+        samples=[row for decode in decodes for row in _sample_rows(decode, first_sampled)],
         freed_blocks=np.array(freed_blocks, np.int32),
     )
 
 
-def _sample_rows(decode: DecodeRows, first_row: dict[int, int]) -> list[SampleRow]:
+def _sample_rows(decode: DecodeRows, first_sampled: dict[int, int]) -> list[SampleRow]:
     """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
     group, first = decode.group, decode.group.sequences[0]
     text = first.tokens.view()
@@ -80,7 +82,7 @@ def _sample_rows(decode: DecodeRows, first_row: dict[int, int]) -> list[SampleRo
         text = np.append(text, decode.draft)
     return [
         SampleRow(
-            terms=tuple((first_row[id(group.sequences[s])] + ahead, member, c) for s, member, c in group.terms),
+            terms=tuple((first_sampled[id(group.sequences[s])] + ahead, member, c) for s, member, c in group.terms),
             space=group.space,
             params=group.params,
             seed=group.seed,

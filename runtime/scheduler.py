@@ -2,7 +2,8 @@
 
 A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`; the last token is a
 decode row, as is every sampled token after it. So the rows that are sampled are always decode rows, views of different
-lengths meet in one step, and how a prompt is cut does not depend on who else is in the batch.
+lengths meet in one step, and how a prompt is cut does not depend on who else is in the batch. Where the backend can sample
+prefill, the step that ends the prompts of a group computes their last tokens too.
 
 Where there is room, a draft of what may come next has rows too, all of them sampled: what was drawn in a row holds if all
 of the draft before it is what was drawn in the rows before it. Draws depend on seed, position and the tokens before
@@ -50,6 +51,7 @@ class Scheduler:
         prefill_chunk: int,
         *,
         prefix_cache: bool = True,
+        sample_prefill: bool = False,
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Group] = deque()
@@ -58,6 +60,7 @@ class Scheduler:
         self._max_rows = max_num_batched_tokens
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
+        self._sample_prefill = sample_prefill
         self._decodes: list[DecodeRows] = []  # of the batch under way
         self._prefills: list[PrefillRows] = []
         self.num_drafted = 0  # tokens of drafts since the start
@@ -90,6 +93,8 @@ class Scheduler:
         self._adopt()
         self._schedule_decode()
         self._schedule_prefill()
+        if self._sample_prefill:
+            self._sample_ended_prompts()
         if not self._decodes and not self._prefills:
             return None
         self._schedule_drafts()
@@ -108,6 +113,7 @@ class Scheduler:
     def _commit_decode(self, decode: DecodeRows, first: int, output: StepOutput) -> Drawn:
         """Tokens are taken up to the first that the draft does not have, or that ends the group."""
         group, count, error = decode.group, 0, None
+        prompts = [sequence.num_prefill for sequence in group.sequences]
         for ahead in range(1 + len(decode.draft)):
             error = output.errors.get(first + ahead)
             if error is not None:
@@ -119,9 +125,9 @@ class Scheduler:
                 break
         self.num_drafted += len(decode.draft)
         self.num_accepted += count - (error is None)
-        for sequence in group.sequences:
+        for sequence, num_prefill in zip(group.sequences, prompts, strict=True):
             if error is None:
-                self._advance(sequence, count)
+                self._advance(sequence, num_prefill + count)
             else:
                 self.blocks.forget(sequence.block_table)  # nobody else shall read what may hold NaN
         return Drawn(group, first, count, error)
@@ -250,6 +256,20 @@ class Scheduler:
             self._prefills.append(PrefillRows(sequence, count))
             under_way.update(blocks)
             rows += count
+
+    def _sample_ended_prompts(self) -> None:
+        """Groups whose prompts end in this step, and whose last tokens find room in it too."""
+        rows = sum(decode.num_rows for decode in self._decodes) + sum(prefill.count for prefill in self._prefills)
+        ends = {id(p.sequence) for p in self._prefills if p.count == p.sequence.num_prefill}
+        for group in self.running:
+            prompts = {id(sequence) for sequence in group.sequences if sequence.num_prefill}
+            rows_more = len(group.sequences)
+            if not prompts or not prompts <= ends or rows + rows_more > self._max_rows:
+                continue
+            if not any(self._missing(sequence, 0) for sequence in group.sequences):
+                self._prefills = [prefill for prefill in self._prefills if id(prefill.sequence) not in prompts]
+                self._decodes.append(DecodeRows(group))
+                rows += rows_more
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""

@@ -93,6 +93,7 @@ class _Hidden:
 class TorchBackend:
     """`Backend` over a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy one."""
 
+    can_sample_prefill = False  # chunks and decode rows go through different kernels
     can_verify = True  # several sampled rows a sequence are rows as any other
 
     def __init__(self, bundle: Bundle, config: EngineConfig, options: TorchOptions | None = None) -> None:

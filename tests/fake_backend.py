@@ -30,7 +30,9 @@ class FakeBackend:
         *,
         num_members: int = 3,
         order: int | None = None,
+        can_sample_prefill: bool = False,
     ) -> None:
+        self.can_sample_prefill = can_sample_prefill
         self.order = (
             order  # logits depend on the last so many tokens only, so that the text repeats itself; None: on all
         )
@@ -134,10 +136,11 @@ def _sequence_of(batch: Batch, row: int) -> int:
 SOLO = Ensemble((Member("a", 1.0),))
 
 
-def make_engine(tokenizer, *, num_blocks=32, block_size=8, **config) -> Engine:
+def make_engine(tokenizer, *, num_blocks=32, block_size=8, sample_prefill=False, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
     model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
-    return Engine(FakeBackend(num_blocks, block_size), tokenizer, model, EngineConfig(**values))
+    backend = FakeBackend(num_blocks, block_size, can_sample_prefill=sample_prefill)
+    return Engine(backend, tokenizer, model, EngineConfig(**values))
 
 
 def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:

@@ -62,16 +62,17 @@ def test_a_delta_has_a_sequence_of_its_own(tokenizer):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests(), st.integers(14, 40))
-def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks):
+@given(requests(), st.integers(14, 40), st.booleans())
+def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks, sample_prefill):
     """The same tokens alone with ample blocks, together without sharing, and together with so few blocks that groups are
-    preempted and recomputed; and once more, when their prefixes are cached."""
+    preempted and recomputed; and once more, when their prefixes are cached. Whether or not the step that ends a prompt
+    draws its first token."""
     with make_engine(tokenizer, num_blocks=200) as engine:
         alone = [engine.complete([request])[0] for request in batch]
-    with make_engine(tokenizer, num_blocks=200, prefix_cache=False) as engine:
+    with make_engine(tokenizer, num_blocks=200, prefix_cache=False, sample_prefill=sample_prefill) as engine:
         unshared = engine.complete(batch)
         assert engine.stats().cached_tokens == 0
-    with make_engine(tokenizer, num_blocks=num_blocks) as engine:
+    with make_engine(tokenizer, num_blocks=num_blocks, sample_prefill=sample_prefill) as engine:
         together = engine.complete(batch)
         again = engine.complete(batch)
         engine._scheduler.check_integrity()

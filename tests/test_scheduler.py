@@ -62,6 +62,30 @@ def test_a_prompt_is_cut_at_multiples_of_the_chunk_and_its_last_token_decodes():
     assert [chunks_of(run(scheduler)) for _ in range(5)] == [[(0, 8)], [(8, 8)], [(16, 3)], [(19, 1)], [(20, 1)]]
 
 
+def test_the_step_that_ends_a_prompt_draws_if_the_backend_can():
+    scheduler = make_scheduler(sample_prefill=True)
+    scheduler.add(make_group("a", 20))
+    assert [chunks_of(run(scheduler)) for _ in range(4)] == [[(0, 8)], [(8, 8)], [(16, 4)], [(20, 1)]]
+    scheduler.add(group := make_group("b", 3, 13))
+    batch = run(scheduler)
+    assert chunks_of(batch) == [(21, 1), (0, 2), (0, 8)]
+    batch = run(scheduler)  # the shorter view has waited for the longer one
+    assert chunks_of(batch) == [(22, 1), (2, 1), (8, 5)]
+    assert [sample.terms for sample in batch.samples] == [((0, 0, 1.0),), ((1, 0, 0.5), (6, 0, 0.5))]
+    assert group.output.view().tolist() == [103]
+    assert [sequence.num_computed for sequence in group.sequences] == [3, 13]
+    assert chunks_of(run(scheduler)) == [(23, 1), (3, 1), (13, 1)]
+
+
+def test_a_prompt_whose_last_token_finds_no_room_is_drawn_a_step_later():
+    scheduler = make_scheduler(max_rows=8, sample_prefill=True)
+    scheduler.add(make_group("a", 9))
+    assert [chunks_of(run(scheduler)) for _ in range(2)] == [[(0, 8)], [(8, 1)]]
+    scheduler = make_scheduler(num_blocks=4, sample_prefill=True)
+    scheduler.add(make_group("b", 15))
+    assert [chunks_of(run(scheduler)) for _ in range(3)] == [[(0, 8)], [(8, 7)], [(15, 1)]]
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 4))
 def test_chunks_do_not_depend_on_the_batch(lengths, start):
     """The same cuts for a prompt alone and in company that arrives before and after it."""
