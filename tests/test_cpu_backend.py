@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from motet.export.bundle_writer import export_bundle
 from motet.finetune.lora import TARGETS, random_adapter, write_adapter
 from motet.kernels import cpu
+from motet.kernels.cpu_sample import Sample, Sampling
 from motet.runtime.bundle import Bundle
 from motet.runtime.checkpoint import checkpoint_digest
 from motet.runtime.config import EngineConfig
@@ -284,6 +285,29 @@ def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index
         with pytest.raises(MotetError, match="output"):
             model.step(cpu.PackedBatch(**{**valid_step(), "outputs": outputs}))
     assert (model.step(cpu.PackedBatch(**valid_step())) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("terms", "sample_terms", "message"),
+    [
+        ([[(1, 1.0)]], [(0, 1.0)], "a hidden state that is not there"),
+        ([[(-1, 1.0)]], [(0, 1.0)], "a hidden state that is not there"),
+        ([[]], [(0, 1.0)], "row 0 has no terms"),
+        ([[(0, 1.0)]], [(1, 1.0)], "term 0 has row 1 of 1"),
+        ([[(0, 1.0)]], [(0, float("nan"))], "not finite"),
+    ],
+)
+def test_a_bad_mix_is_refused_before_anything_is_computed(bundle_of, terms, sample_terms, message):
+    model = cached_model(bundle_of("llama"))
+    batch = cpu.PackedBatch(**{**valid_step(), "outputs": [(0, 5)]})
+    sampling = Sampling([Sample(sample_terms, temperature=0.0)], model.vocab_size)
+    sampling.result.token_ids[:] = 7
+    with pytest.raises(MotetError, match=message):
+        model.generate(batch, terms, [True], sampling.struct)
+    assert sampling.result.token_ids.tolist() == [7]
+    sampling = Sampling([Sample([(0, 1.0)], temperature=0.0)], model.vocab_size)
+    model.generate(batch, [[(0, 1.0)]], [True], sampling.struct)
+    assert sampling.result.token_ids.tolist() == [model.head(model.step(batch))[0].argmax()]
 
 
 @settings(max_examples=300, deadline=None)
