@@ -225,7 +225,7 @@ class PackedBatch:
         lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(deltas), len(block_tables))
         if lengths != (rows, rows, seqs + 1, seqs, seqs):
             raise MotetError("the batch's arrays have inconsistent lengths")
-        arrays = [
+        arrays: list[npt.NDArray[Any]] = [
             np.ascontiguousarray(token_ids, np.int64),
             np.ascontiguousarray(positions, np.int32),
             np.ascontiguousarray(slot_mapping, np.int64),
@@ -242,8 +242,8 @@ class PackedBatch:
         self._keep = (*arrays, *asked)
         self.struct = _Batch(
             *(rows, seqs, block_tables.shape[1]),
-            *(*map(address, arrays), *tails),
-            *(len(outputs), *map(address, asked)),
+            *(*addresses(*arrays), *tails),
+            *(len(outputs), *addresses(*asked)),
         )
 
 
@@ -340,7 +340,7 @@ class NativeModel:
         sources = np.array([index for row in terms for index, _ in row], np.int32)
         coefficients = np.array([c for row in terms for _, c in row], np.float32)
         flags = np.array(greedy, np.uint8)
-        mixes = _Mixes(len(terms), *map(address, (offsets, sources, coefficients, flags)))
+        mixes = _Mixes(len(terms), *addresses(offsets, sources, coefficients, flags))
         code = self._library.motet_generate(
             self._handle, ctypes.byref(batch.struct), ctypes.byref(mixes), ctypes.byref(sampling)
         )
@@ -374,5 +374,9 @@ def _contiguous(array: npt.NDArray[Any] | None, dtype: type) -> npt.NDArray[Any]
 def address(array: npt.NDArray[Any]) -> int:
     """Of a contiguous array's first element. `array.ctypes.data` takes four times as long, which a step feels."""
     if array.size and array.flags.writeable:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     return array.ctypes.data
+
+
+def addresses(*arrays: npt.NDArray[Any]) -> list[int]:
+    return [address(array) for array in arrays]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import InvalidRequestError, MotetError, UnavailableError
-from .cpu import NativeModel, address, library
+from .cpu import NativeModel, address, addresses, library
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -120,10 +120,10 @@ class Sampling:
             first += len(one.terms)
         self.struct = _Sampling(
             *(None, 0, 0, vocab),
-            *(len(terms), address(rows), address(coefficients)),
+            *(len(terms), *addresses(rows, coefficients)),
             *(count, ctypes.addressof(packed), top),
-            *map(address, (result.token_ids, result.codes, result.logprobs)),
-            *map(address, (result.top_ids, result.top_logprobs, result.member_logprobs)),
+            *addresses(result.token_ids, result.codes, result.logprobs),
+            *addresses(result.top_ids, result.top_logprobs, result.member_logprobs),
         )
 
 

@@ -263,13 +263,13 @@ class Scheduler:
         ends = {id(p.sequence) for p in self._prefills if p.count == p.sequence.num_prefill}
         for group in self.running:
             prompts = {id(sequence) for sequence in group.sequences if sequence.num_prefill}
-            rows_more = len(group.sequences)
-            if not prompts or not prompts <= ends or rows + rows_more > self._max_rows:
+            last_tokens = len(group.sequences)
+            if not prompts or not prompts <= ends or rows + last_tokens > self._max_rows:
                 continue
             if not any(self._missing(sequence, 0) for sequence in group.sequences):
                 self._prefills = [prefill for prefill in self._prefills if id(prefill.sequence) not in prompts]
                 self._decodes.append(DecodeRows(group))
-                rows += rows_more
+                rows += last_tokens
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""
