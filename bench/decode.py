@@ -11,11 +11,12 @@ state. What a step must do at least:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..export.bundle_writer import stored_tensors
+from ..export.graph import StoredTensor
 from ..runtime.bundle import WEIGHTS, Bundle
 from ..runtime.config import DecoderConfig, EngineConfig
 from ..runtime.engine import Engine
@@ -110,7 +111,7 @@ def _decode(
     rows = []
     for size in sizes:
         seconds = statistics.median(times[size])
-        moved, macs = step_work(bundle, batch_size, size, context, kv_bytes)
+        moved, macs = step_work(bundle, batch_size, size, context, kv_bytes, native=timed.is_native)
         rows.append(
             {
                 "batch_size": batch_size,
@@ -136,9 +137,11 @@ def _parts_ms(parts: Sequence[dict[str, float]], step_ms: float) -> dict[str, fl
     return {**medians, "outside": max(0.0, step_ms - sum(medians.values()))}
 
 
-def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int, kv_bytes: int) -> tuple[int, int]:
+def step_work(
+    bundle: Bundle, batch_size: int, ensemble_size: int, context: int, kv_bytes: int, *, native: bool
+) -> tuple[int, int]:
     """(bytes, multiply-accumulates) that a decode step must move and compute at least. `kv_bytes`: of a position's keys
-    and values in one layer."""
+    and values in one layer. `native`: weights as the native kernels pack them, else as they are stored."""
     config = bundle.config
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
@@ -150,10 +153,27 @@ def step_work(bundle: Bundle, batch_size: int, ensemble_size: int, context: int,
         needed = any(f"members.{member}.{name}" not in tensors for member in chosen)  # not by members with their own
         return needed and not name.startswith(gathered)
 
-    moved = sum(tensor.length for name, tensor in tensors.items() if is_read(name))
+    size = _packed_bytes if native else _stored_bytes
+    moved = sum(size(name, tensors) for name in tensors if is_read(name))
     layers = cached_layers(bundle, ensemble_size)
     moved += batch_size * context * layers * kv_bytes
     return moved, batch_size * (_layer_macs(config) * layers + config.hidden_size * config.vocab_size)
+
+
+def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
+    return tensors[name].length
+
+
+def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
+    """Scales, and minima instead of zero points and group-sum columns, have 2 bytes."""
+    weight, _, part = name.rpartition(".")
+    if part == "zero_points" or f"{weight}.values" not in tensors:
+        return 0 if part == "zero_points" else tensors[name].length
+    bits = 4 if f"{weight}.zero_points" in tensors else 8
+    rows, groups, group_bytes = tensors[f"{weight}.values"].shape
+    group = group_bytes * 8 // bits
+    own = groups if bits == 8 else groups * group // (group + 1)
+    return rows * own * (group_bytes if part == "values" else 2 if bits == 8 else 4)
 
 
 def _layer_macs(config: DecoderConfig) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,18 +150,19 @@ def test_decode_rows_agree_with_themselves(bundle_dir, tmp_path, monkeypatch):
         assert row["share_of_int8"] == pytest.approx(row["macs"] / seconds / 100e9)
 
 
-def test_step_work_counts_each_tail_once_and_every_sequences_cache(bundle_dir):
-    bundle = Bundle.load(bundle_dir)
+@pytest.mark.parametrize(("native", "scale_bytes"), [(False, 4), (True, 2)])
+def test_step_work_counts_each_tail_once_and_every_sequences_cache(bundle_dir, native, scale_bytes):
+    bundle, step_work = Bundle.load(bundle_dir), partial(decode.step_work, native=native)
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128  # q, k, v, o; gate, up, down
     head = 64 * 320
-    assert decode.step_work(bundle, 5, 3, 16, 256)[1] == 5 * ((2 + 3 * 2) * layer + head)
-    moved = {k: decode.step_work(bundle, 5, k, 0, 256)[0] for k in (1, 2, 3, 4)}
+    assert step_work(bundle, 5, 3, 16, 256)[1] == 5 * ((2 + 3 * 2) * layer + head)
+    moved = {k: step_work(bundle, 5, k, 0, 256)[0] for k in (1, 2, 3, 4)}
     tail = moved[2] - moved[1]
     assert tail == moved[3] - moved[2] == moved[4] - moved[3]  # the base's own tail is stored with the shared weights
-    scales = 4 / 32  # float32, a scale a group of 32
-    assert tail == int(2 * layer * (1 + scales)) + (2 * 2 + 1) * 64 * 4  # two layers, five norms
-    assert moved[1] == int((4 * layer + head) * (1 + scales)) + (4 * 2 + 1) * 64 * 4
-    assert decode.step_work(bundle, 5, 3, 16, 256)[0] - moved[3] == 5 * 16 * (2 + 3 * 2) * 256
+    layer, head = layer + layer // 64 * scale_bytes, head + head // 32 * scale_bytes
+    assert tail == 2 * layer + (2 * 2 + 1) * 64 * 4  # two layers, five norms
+    assert moved[1] == 4 * layer + head + (4 * 2 + 1) * 64 * 4
+    assert step_work(bundle, 5, 3, 16, 256)[0] - moved[3] == 5 * 16 * (2 + 3 * 2) * 256
 
 
 def test_decode_refuses_more_members_than_there_are(bundle_dir, tmp_path):
