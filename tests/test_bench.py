@@ -62,10 +62,10 @@ def test_decode_report(bundle, tmp_path, capsys):
 
 def test_step_work(bundle):
     loaded = Bundle.load(bundle)
-    one, macs = decode.step_work(loaded, 1, 1, 20, 72)
+    one, macs = decode.step_work(loaded, 1, 1, 20, 72, native=True)
     layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 128
     assert macs == 4 * layer + 64 * 320
-    more, _ = decode.step_work(loaded, 2, 1, 20, 72)
+    more, _ = decode.step_work(loaded, 2, 1, 20, 72, native=True)
     assert more - one == 20 * 4 * 72
 
 
