@@ -167,8 +167,10 @@ def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
 def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
     """Scales, and minima instead of zero points and group-sum columns, have 2 bytes."""
     weight, _, part = name.rpartition(".")
-    if part == "zero_points" or f"{weight}.values" not in tensors:
-        return 0 if part == "zero_points" else tensors[name].length
+    if part == "zero_points":
+        return 0
+    if f"{weight}.values" not in tensors:
+        return tensors[name].length
     bits = 4 if f"{weight}.zero_points" in tensors else 8
     rows, groups, group_bytes = tensors[f"{weight}.values"].shape
     group = group_bytes * 8 // bits

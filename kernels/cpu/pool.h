@@ -37,7 +37,6 @@ public:
     int threads() const { return threads_; }  // at most: thread numbers are below
     int active() const { return active_; }    // that take part in this run
 
-
     // Run `function` on every active thread, the caller being thread 0; returns when all have.
     void run(Function function, void* context);
     void barrier();
