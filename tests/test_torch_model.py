@@ -13,24 +13,30 @@ from motet.runtime.errors import BundleError, NotFoundError, UnsupportedModelErr
 from motet.runtime.families import decoder_config
 from motet.runtime.torch_model import Decoder
 
+# What is left is transformers' rotary angles, which are float32: 1.1e-5 for the real model.
+LIMIT = 3e-5
 FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
 
 
-def largest_difference(model_dir, token_ids) -> float:
-    expected = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+def relative_error(model_dir, token_ids) -> float:
+    """The largest difference from transformers' logits, in units of their standard deviation. Both sides compute in
+    float64: in float32 the difference is rounding, and how much of it depends on the CPU."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
     with torch.no_grad():
-        return float((Decoder.from_dir(model_dir)(token_ids) - expected(token_ids).logits).abs().max())
+        expected = reference(token_ids).logits
+        found = Decoder.from_dir(model_dir).double()(token_ids)
+    return float((found - expected).abs().max() / expected.std())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity_with_transformers(tiny_model_dir, family):
     token_ids = torch.randint(0, 320, (2, 65), generator=torch.Generator().manual_seed(1))
-    assert largest_difference(tiny_model_dir(family), token_ids) <= 1e-4
+    assert relative_error(tiny_model_dir(family), token_ids) <= LIMIT
 
 
 def test_parity_on_the_real_model(real_model_dir):
     token_ids = torch.randint(0, 49152, (1, 96), generator=torch.Generator().manual_seed(1))
-    assert largest_difference(real_model_dir, token_ids) <= 1e-4
+    assert relative_error(real_model_dir, token_ids) <= LIMIT
 
 
 def test_llama3_rope_scaling(tiny_model_dir, tmp_path):
@@ -46,7 +52,7 @@ def test_llama3_rope_scaling(tiny_model_dir, tmp_path):
         "original_max_position_embeddings": 64,
     }
     path.write_text(json.dumps(values))
-    assert largest_difference(tmp_path / "m", torch.arange(100)[None]) <= 1e-4
+    assert relative_error(tmp_path / "m", torch.arange(100)[None]) <= LIMIT
 
 
 def test_trunk_and_tail_are_the_whole(tiny_model_dir):
