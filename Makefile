@@ -28,9 +28,9 @@ bench: $(READY)
 # The runtimes that `motet bench peers` compares with, in an environment of their own; llama.cpp is compiled for this machine.
 peers: $(PEERS)/.ready
 
-$(PEERS)/.ready: bench/peers.txt
+$(PEERS)/.ready: bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python -r bench/peers.txt
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python -r bench/peers/requirements.txt
 	touch $@
 
 # Generated stubs import motet.proto; they are committed, and a test compares them.

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle
-from ..runtime.config import EngineConfig
+from ..runtime.api.config import EngineConfig
 from ..runtime.errors import ConfigError
-from . import probes
-from .report import Plot, machine, table, write
-from .timed import Step, random_request, run_together, timed_engine
+from ..runtime.model.bundle import Bundle
+from .lib import probes
+from .lib.report import Plot, machine, table, write
+from .lib.timed import Step, random_request, run_together, timed_engine
 
 
 def run(

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.bundle import Bundle
-from ..runtime.config import EngineConfig
+from ..runtime.api.config import EngineConfig
 from ..runtime.errors import ConfigError
-from . import probes
-from .report import Plot, machine, table, write
-from .timed import cached_layers, kv_position_bytes, random_request, run_together, timed_engine
+from ..runtime.model.bundle import Bundle
+from .lib import probes
+from .lib.report import Plot, machine, table, write
+from .lib.timed import cached_layers, kv_position_bytes, random_request, run_together, timed_engine
 
 
 def run(

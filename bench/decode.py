@@ -17,13 +17,14 @@ from typing import Any
 
 from ..export.bundle_writer import stored_tensors
 from ..export.graph import StoredTensor
-from ..runtime.bundle import WEIGHTS, Bundle
-from ..runtime.config import DecoderConfig, EngineConfig
-from ..runtime.engine import Engine
+from ..runtime.api.config import EngineConfig
+from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
-from . import probes
-from .report import Plot, machine, table, write
-from .timed import TimedBackend, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
+from ..runtime.model.bundle import WEIGHTS, Bundle
+from ..runtime.model.config import DecoderConfig
+from .lib import probes
+from .lib.report import Plot, machine, table, write
+from .lib.timed import TimedBackend, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
 
 
 def run(

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..finetune.data import load_dataset
-from ..finetune.tail import read_tail
-from ..runtime.bundle import Bundle
-from ..runtime.client import Client
+from ..finetune.data.dataset import load_dataset
+from ..runtime.checkpoints.members.tail import read_tail
+from ..runtime.client.client import Client
 from ..runtime.errors import MotetError
-from .report import table
+from ..runtime.model.bundle import Bundle
+from .lib.report import table
 from .serve import server_process
 
 MODEL = "smollm2-135m"

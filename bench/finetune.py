@@ -27,16 +27,16 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..export.pull import resolve_model
-from ..finetune.fuse import FuseParams, change, fuse
 from ..finetune.params import TuneParams
-from ..finetune.search import SearchParams, SearchResult, search, trial_dir
-from ..finetune.space import SearchSpace, Trial
-from ..finetune.train import RunData, Workbench, run
-from ..finetune.trunk_cache import TrunkCache
-from ..runtime.request import Space
-from . import report
+from ..finetune.search.fuse import FuseParams, change, fuse
+from ..finetune.search.search import SearchParams, SearchResult, search, trial_dir
+from ..finetune.search.space import SearchSpace, Trial
+from ..finetune.training.train import RunData, Workbench, run
+from ..finetune.training.trunk_cache import TrunkCache
+from ..runtime.api.request import Space
+from ..runtime.checkpoints.store import resolve_model
 from .fused import served
+from .lib import report
 
 PARTS = ("cache", "search", "served", "random", "regularisation", "private")
 

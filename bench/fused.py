@@ -14,14 +14,14 @@ import numpy.typing as npt
 from rouge_score import rouge_scorer
 
 from ..export.bundle_writer import export_bundle
-from ..finetune.data import encode_prompt, heldout_token_ids
-from ..finetune.example import Example
-from ..finetune.train import Workbench
-from ..runtime.bundle import Bundle
-from ..runtime.config import EngineConfig
-from ..runtime.cpu_backend import CpuBackend
-from ..runtime.engine import Engine
-from ..runtime.request import Ensemble, Member, Request, SamplingParams, Space
+from ..finetune.data.dataset import encode_prompt, heldout_token_ids
+from ..finetune.data.example import Example
+from ..finetune.training.train import Workbench
+from ..runtime.api.config import EngineConfig
+from ..runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from ..runtime.backends.cpu.backend import CpuBackend
+from ..runtime.engine.engine import Engine
+from ..runtime.model.bundle import Bundle
 from . import decode
 
 Tokens = list[tuple[int, ...]]

@@ -17,17 +17,17 @@ import numpy as np
 from rich.progress import Progress
 
 from ..export.parity import F32, Agreement, reference_logits
-from ..export.pull import resolve_model
-from ..finetune.data import heldout_token_ids
-from ..runtime.backend import open_backend
-from ..runtime.bundle import Bundle
-from ..runtime.checkpoint import read_config, read_weights
-from ..runtime.config import EngineConfig
+from ..finetune.data.dataset import heldout_token_ids
+from ..runtime.api.config import EngineConfig
+from ..runtime.backends.open import open_backend
+from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.checkpoints.huggingface import read_config, read_weights
+from ..runtime.checkpoints.store import resolve_model
 from ..runtime.errors import ConfigError, MotetError
-from ..runtime.tokenizer import Tokenizer
-from ..runtime.torch_model import Decoder
-from .report import Plot, machine, table, write
-from .worker import Worker, peer_paths, peer_python
+from ..runtime.model.bundle import Bundle
+from ..runtime.text.tokenizer import Tokenizer
+from .lib.report import Plot, machine, table, write
+from .peers.worker import Worker, peer_paths, peer_python
 
 LLAMA_VARIANTS = ("Q8_0", "Q4_1")
 Score = Callable[[Sequence[int]], F32]  # token ids [S] → logits [S, vocab]

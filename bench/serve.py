@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runtime.client import AsyncClient, Client
+from ..runtime.client.client import AsyncClient, Client
 from ..runtime.errors import MotetError, UnavailableError
-from .report import Plot, machine, table, write
+from .lib.report import Plot, machine, table, write
 
 
 @dataclass(slots=True)

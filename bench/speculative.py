@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..finetune.data import load_dataset
-from ..runtime.bundle import Bundle
-from ..runtime.config import EngineConfig
-from ..runtime.engine import Engine
+from ..finetune.data.dataset import load_dataset
+from ..runtime.api.config import EngineConfig
+from ..runtime.api.request import Request, SamplingParams
+from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
-from ..runtime.request import Request, SamplingParams
-from ..runtime.tokenizer import Tokenizer
-from . import probes
-from .report import Plot, machine, table, write
+from ..runtime.model.bundle import Bundle
+from ..runtime.text.tokenizer import Tokenizer
+from .lib import probes
+from .lib.report import Plot, machine, table, write
 
 EXTRACT = "Summarise the following text: copy its first three sentences, word for word.\n\n"
 QUESTIONS = (

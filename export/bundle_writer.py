@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from ..runtime.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
-from ..runtime.checkpoint import checkpoint_digest, eos_token_ids, read_config, read_weights
-from ..runtime.config import DecoderConfig
+from ..runtime.api.request import Ensemble, Member, Space
+from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
 from ..runtime.errors import ConfigError, InvalidEnsembleError
-from ..runtime.request import Ensemble, Member, Space
-from ..runtime.rotary import rotary_tables
-from ..runtime.torch_model import Decoder
+from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
+from ..runtime.model.config import DecoderConfig
+from ..runtime.model.rotary import rotary_tables
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
 from .members import BASE, FUSED, MemberWeights, fuse_deltas, read_member

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..runtime.config import DecoderConfig
-from ..runtime.torch_model import Decoder
+from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.model.config import DecoderConfig
 from .quantise import layer_group
 
 F32 = npt.NDArray[np.float32]

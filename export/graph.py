@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ..runtime.config import DecoderConfig
+from ..runtime.model.config import DecoderConfig
 
 MICROSOFT = "com.microsoft"
 HIDDEN = "hidden_states"

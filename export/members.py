@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..finetune.lora import adapted_modules, check_shapes, merge, read_adapter
-from ..finetune.tail import read_tail
-from ..runtime.config import DecoderConfig
+from ..runtime.checkpoints.members.adapter import adapted_modules, check_shapes, merge, read_adapter
+from ..runtime.checkpoints.members.tail import read_tail
 from ..runtime.errors import BundleError, InvalidEnsembleError
+from ..runtime.model.config import DecoderConfig
 
 F32 = npt.NDArray[np.float32]
 Kind = Literal["base", "tail", "delta"]

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..finetune.lora import ADAPTER, merge, read_adapter
-from ..finetune.tail import read_tail
-from ..runtime.bundle import WEIGHTS, Bundle
-from ..runtime.checkpoint import read_config, read_weights
-from ..runtime.config import EngineConfig
-from ..runtime.onnx_backend import OnnxBackend
-from ..runtime.torch_model import Decoder
+from ..runtime.api.config import EngineConfig
+from ..runtime.backends.onnx.backend import OnnxBackend
+from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.checkpoints.huggingface import read_config, read_weights
+from ..runtime.checkpoints.members.adapter import ADAPTER, merge, read_adapter
+from ..runtime.checkpoints.members.tail import read_tail
+from ..runtime.model.bundle import WEIGHTS, Bundle
 from .bundle_writer import stored_tensors
 
 F32 = npt.NDArray[np.float32]

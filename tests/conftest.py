@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,39 +11,17 @@ from pathlib import Path
 import pytest
 
 if importlib.util.find_spec("motet") is None:  # a machine without an installer: the tree itself
-    sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "gpu"))
     import source_tree
 
     source_tree.use()
 
-from motet.runtime.tokenizer import Tokenizer
+from helpers.models import write_model, write_tokenizer
+from motet.runtime.text.tokenizer import Tokenizer
 
 # Triton's kernels are compiled where there is an NVIDIA GPU and interpreted elsewhere; it looks when it is imported.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-VOCAB_SIZE = 320
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
-
-
-def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer: ids 0…255 are bytes, then the special tokens."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
 
 
 @pytest.fixture(scope="session")
@@ -52,52 +29,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(path)
     return Tokenizer.from_dir(path)
-
-
-def tiny_config(family: str) -> object:
-    """A transformers configuration: 4 layers, hidden 64, vocabulary 320."""
-    import transformers
-
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=VOCAB_SIZE, n_embd=64, n_layer=4, n_head=4, n_positions=512, eos_token_id=258, bos_token_id=256
-        )
-    name, _, untied = family.partition("-")
-    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
-        name
-    ]
-    return cls(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=not untied,
-        eos_token_id=258,
-        bos_token_id=256,
-    )
-
-
-def write_model(path: Path, family: str, seed: int = 0) -> Path:
-    """A tiny random model directory. Norms and biases are random too: their usual 1 and 0 would hide mistakes."""
-    import torch
-    import transformers
-
-    path.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + (0 if name.endswith("bias") else 1))
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(path)
-    write_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +41,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture(scope="session")
 def real_model_dir() -> Path:
     """SmolLM2-135M-Instruct; pulled if it is not here yet."""
-    from motet.export.pull import pull
+    from motet.runtime.checkpoints.store import pull
 
     return pull("smollm2-135m", show_progress=False)

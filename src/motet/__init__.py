@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
-from .runtime.admission import ModelInfo
-from .runtime.client import AsyncClient, Client
-from .runtime.config import DecoderConfig, EngineConfig
-from .runtime.engine import Engine
+from .runtime.api.config import EngineConfig
+from .runtime.api.model_info import ModelInfo
+from .runtime.api.output import Completion, Output
+from .runtime.api.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
+from .runtime.client.client import AsyncClient, Client
+from .runtime.engine.engine import Engine
 from .runtime.errors import MotetError
-from .runtime.output import Completion, Output
-from .runtime.prompt import build_prompt
-from .runtime.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
+from .runtime.model.config import DecoderConfig
+from .runtime.text.prompt import build_prompt
 
 __version__ = "0.1.0"
 __all__ = [

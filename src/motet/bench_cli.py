@@ -115,7 +115,7 @@ def bench_peers(
     threads: Threads = 0,
 ) -> None:
     """The same prompts on other runtimes, interleaved in one run."""
-    from .bench import peers as compare
+    from .bench.peers import compare
 
     compare.run(
         bundles,
@@ -231,7 +231,7 @@ def bench_speculative(
 def _gpu_bench(name: str) -> Any:
     """A module of the benches that needs torch or Triton."""
     try:
-        return import_module(f".bench.{name}", __package__)
+        return import_module(f".bench.gpu.{name}", __package__)
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"

@@ -16,11 +16,11 @@ import typer
 
 from .bench_cli import bench
 from .finetune_cli import mount
-from .runtime.config import EngineConfig
+from .runtime.api.config import EngineConfig
+from .runtime.api.output import Output
+from .runtime.api.request import Ensemble, Member, SamplingParams, Space
 from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
-from .runtime.output import Output
-from .runtime.prompt import Prompt
-from .runtime.request import Ensemble, Member, SamplingParams, Space
+from .runtime.text.prompt import Prompt
 
 # Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
 _UsageError: Any = typer.BadParameter.__base__
@@ -70,7 +70,7 @@ def pull(
     force: Annotated[bool, typer.Option(help="Fetch again even if it is intact.")] = False,
 ) -> None:
     """Bring a model into the local store."""
-    from .export import pull as store
+    from .runtime.checkpoints import store
 
     print(store.pull(source, name=name, force=force))
 
@@ -96,10 +96,10 @@ def export(
 ) -> None:
     """Quantise a model and its tails into one bundle, and measure it against fp32."""
     from .export.bundle_writer import export_bundle
-    from .export.pull import resolve_model
-    from .finetune.data import heldout_token_ids
-    from .runtime.checkpoint import read_config
-    from .runtime.tokenizer import Tokenizer
+    from .finetune.data.dataset import heldout_token_ids
+    from .runtime.checkpoints.huggingface import read_config
+    from .runtime.checkpoints.store import resolve_model
+    from .runtime.text.tokenizer import Tokenizer
 
     directory = resolve_model(model)
     read_config(directory)  # an unknown family is said before anything else
@@ -130,9 +130,9 @@ def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], ch
     from rich.console import Console
     from rich.progress import Progress
 
-    from .bench.report import table
+    from .bench.lib.report import table
     from .export.parity import measure_parity
-    from .runtime.bundle import Bundle
+    from .runtime.model.bundle import Bundle
 
     with Progress(transient=True) as progress:
         task = progress.add_task("parity", total=len(chunks) * max(1, len(tails)))
@@ -191,7 +191,7 @@ def serve(
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
 ) -> None:
     """Serve a bundle over gRPC."""
-    from .runtime.server import serve as run
+    from .runtime.serve.grpc.server import serve as run
 
     config = EngineConfig.from_dict(
         {
@@ -211,8 +211,8 @@ def serve(
 @contextmanager
 def _client(bundle: Path | None, address: str) -> Iterator[Any]:
     """A client of the server at `address`, or of an engine in this process behind a port of its own."""
-    from .runtime.client import Client
-    from .runtime.local import local_server
+    from .runtime.client.client import Client
+    from .runtime.serve.local import local_server
 
     if bundle is None:
         with Client(address) as client:
@@ -335,9 +335,9 @@ def summarise(
     threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline."""
-    from .runtime.engine import Engine
-    from .runtime.summarise import INSTRUCTION, SummariseParams
-    from .runtime.summarise import summarise as run
+    from .runtime.engine.engine import Engine
+    from .runtime.jobs.summarise import INSTRUCTION, SummariseParams
+    from .runtime.jobs.summarise import summarise as run
 
     params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
     if not source.exists():

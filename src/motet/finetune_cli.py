@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .runtime.api.request import Space
 from .runtime.errors import ConfigError, NotFoundError
-from .runtime.request import Space
 
 Model = Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")]
 Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, Parquet or text file.")]
@@ -26,7 +26,7 @@ def mount(app: typer.Typer, bench: typer.Typer) -> None:
 
 
 def _cache(root: Path | None, gigabytes: float) -> Any:
-    from .finetune.trunk_cache import TrunkCache
+    from .finetune.training.trunk_cache import TrunkCache
 
     return TrunkCache(root, int(gigabytes * 1e9))
 
@@ -69,9 +69,9 @@ def tune(
     no_cache: Annotated[bool, typer.Option(help="Run the trunk anew for every batch.")] = False,
 ) -> None:
     """Fine-tune: a tail, an adapter, or all layers of a frozen model."""
-    from .export.pull import resolve_model
     from .finetune.params import TuneParams
-    from .finetune.train import tune as train
+    from .finetune.training.train import tune as train
+    from .runtime.checkpoints.store import resolve_model
 
     values = {
         "method": method, "layers": layers, "head": head, "rank": rank, "alpha": alpha, "examples": examples,
@@ -112,12 +112,12 @@ def search(
     cache_gb: CacheSize = 8.0,
 ) -> None:
     """Search hyper-parameters by Bayesian optimisation over one cached trunk; every trial is a member to be."""
-    from .export.pull import resolve_model
     from .finetune.params import TuneParams
-    from .finetune.search import REPORT, SearchParams, private_epsilon
-    from .finetune.search import search as run
-    from .finetune.space import SearchSpace
-    from .finetune.train import Workbench
+    from .finetune.search.search import REPORT, SearchParams, private_epsilon
+    from .finetune.search.search import search as run
+    from .finetune.search.space import SearchSpace
+    from .finetune.training.train import Workbench
+    from .runtime.checkpoints.store import resolve_model
 
     base = TuneParams.from_dict(
         {
@@ -164,10 +164,10 @@ def fuse(
     cache_gb: CacheSize = 8.0,
 ) -> None:
     """Choose members, fit their mix, and measure it on a test set that decided nothing."""
-    from .export.pull import resolve_model
-    from .finetune.fuse import FuseParams, fusion_card
-    from .finetune.fuse import fuse as run
-    from .finetune.train import Workbench
+    from .finetune.search.fuse import FuseParams, fusion_card
+    from .finetune.search.fuse import fuse as run
+    from .finetune.training.train import Workbench
+    from .runtime.checkpoints.store import resolve_model
 
     members = {name: path for item in member or [] for name, path in [_pair(item)]}
     for directory in search or []:
@@ -188,8 +188,8 @@ def repro(
     cache_gb: CacheSize = 8.0,
 ) -> int:
     """Run a member's training again and compare the figures; ends with 1 if they differ."""
-    from .export.pull import resolve_model
-    from .finetune.repro import repro as again
+    from .finetune.search.repro import repro as again
+    from .runtime.checkpoints.store import resolve_model
 
     found = again(run, resolve_model(model), _cache(cache, cache_gb))
     for name, old, new in found.rows:
@@ -252,7 +252,7 @@ def _pair(text: str) -> tuple[str, Path]:
 
 def _trials(directory: Path) -> dict[str, Path]:
     """The members that a search left, by name."""
-    from .finetune.search import read_trials, trial_dir
+    from .finetune.search.search import read_trials, trial_dir
 
     trials = [trial for trial in read_trials(directory) if trial.state == "complete"]
     if not trials:

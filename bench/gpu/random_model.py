@@ -1,0 +1,97 @@
+"""Models of known shapes with random weights, made on the device: a step's speed does not depend on the values."""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.oracle.operands import LinearWeight
+from ...runtime.backends.torch.weights import LayerWeights, Linear, ModelWeights, Norm, TailWeights
+from ...runtime.errors import ConfigError
+from ...runtime.model.config import DecoderConfig
+from ...runtime.model.rotary import rotary_tables
+
+
+def _llama(
+    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, size: int, **more: object
+) -> DecoderConfig:
+    values = {
+        "family": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_size": size,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    }
+    return DecoderConfig.from_dict(values | more)
+
+
+SHAPES = {
+    "llama-8b": _llama(128256, 4096, 14336, 32, 32, 8, 128, tied_head=False),
+    "llama-1b": _llama(128256, 2048, 8192, 16, 32, 8, 64),
+    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0),
+}
+
+
+def shape(name: str) -> DecoderConfig:
+    """Raises `ConfigError` for an unknown name."""
+    if name not in SHAPES:
+        raise ConfigError(f"'{name}' is no known shape; known are {sorted(SHAPES)}")
+    return SHAPES[name]
+
+
+class RandomModel:
+    """Makes `ModelWeights` of a shape. bits 16: dense in `dtype`; 8 and 4: group-wise (head and embedding in 8)."""
+
+    def __init__(
+        self, config: DecoderConfig, bits: int, device: torch.device, dtype: torch.dtype, group_size: int = 32
+    ) -> None:
+        if bits not in (16, 8, 4):
+            raise ConfigError(f"bits must be 16, 8 or 4, got {bits}")
+        self._config, self._bits, self._device, self._dtype, self._group = config, bits, device, dtype, group_size
+
+    def weights(self, num_tails: int = 1, tail_layers: int = 0) -> ModelWeights:
+        """One trunk and `num_tails` tails of `tail_layers` layers each."""
+        config = self._config
+        tied = self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8))
+        tables = tuple(torch.from_numpy(table).to(self._device) for table in rotary_tables(config))
+        return ModelWeights(
+            embedding=tied,
+            position_embedding=None,
+            rotary=(tables[0], tables[1]),
+            trunk=[self._layer() for _ in range(config.num_layers - tail_layers)],
+            tails=[TailWeights([self._layer() for _ in range(tail_layers)], self._norm()) for _ in range(num_tails)],
+            tail_of=tuple(range(num_tails)),
+            delta_of=(-1,) * num_tails,
+            head=tied if config.tied_head else self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8)),
+        )
+
+    def _layer(self) -> LayerWeights:
+        config, bits = self._config, self._bits
+        hidden, inner = config.hidden_size, config.intermediate_size
+        return LayerWeights(
+            attention_norm=self._norm(),
+            qkv=Linear(self._linear(config.q_size + 2 * config.kv_size, hidden, bits), None),
+            head_norms=None,
+            out=Linear(self._linear(hidden, config.q_size, bits), None),
+            mlp_norm=self._norm(),
+            up=Linear(self._linear(2 * inner, hidden, bits), None),
+            down=Linear(self._linear(hidden, inner, bits), None),
+        )
+
+    def _norm(self) -> Norm:
+        return Norm(torch.ones(self._config.hidden_size, device=self._device), None)
+
+    def _linear(self, n: int, k: int, bits: int) -> LinearWeight:
+        device = self._device
+        if bits == 16:
+            return LinearWeight((torch.randn(n, k, device=device, dtype=self._dtype) * k**-0.5).contiguous())
+        values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device)
+        kind = torch.float32 if self._dtype is torch.float32 else torch.float16
+        # uniform values of a step s have a deviation of s · 2^bits / √12: as a dense weight's, k^-0.5
+        step = (12.0 / k) ** 0.5 / 2**bits
+        scales = torch.full((k // self._group, n), step, dtype=kind, device=device)
+        return LinearWeight(values, scales, None if bits == 8 else -7.5 * scales)

@@ -1,0 +1,285 @@
+"""`motet bench decode --backend torch`: decode speed of the torch backend on random weights of a known shape.
+
+A figure is the median wall time of `step()` for B sequences at a context of C positions, each drawing one token: checking
+the batch, the upload, the replayed graph, mix and draw, and the read of the tokens. `replay_ms` is the graph alone: the
+difference is what the host and the sampling cost. What a step must move at least:
+
+    bytes = every weight once (the tails of the ensemble, the head) + keys and values of B sequences
+
+Outputs are checked on a slice of two layers: the same weights through the eager oracle in float32.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...runtime.api.config import EngineConfig
+from ...runtime.api.request import SamplingParams, Space
+from ...runtime.backends.torch.backend import TorchBackend, TorchOptions
+from ...runtime.errors import MotetError
+from ...runtime.model.config import DecoderConfig
+from ...runtime.schedule.batch import Batch, SampleRow
+from ..lib.report import table, write
+from .random_model import RandomModel, shape
+
+SLICE_ERROR = 0.03  # ‖kernels in bfloat16 − oracle in float32‖ / ‖oracle‖ of a slice's logits, at most
+
+
+def machine(options: TorchOptions) -> dict[str, Any]:
+    """What the figures were measured on."""
+    found: dict[str, Any] = {"torch": torch.__version__, "device": str(options.device), "kernels": options.kernels}
+    if options.device.type == "cuda":
+        import triton
+
+        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+    return found
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """Copy bandwidth (GB/s, read + written) and matmul rate (TFLOP/s) of the device, measured now."""
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    source = torch.randn(2**30 if cuda else 2**25, device=device, dtype=dtype)
+    target, size = torch.empty_like(source), 8192 if cuda else 1024
+    x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    copy = _median_seconds(lambda: target.copy_(source), 10, device)
+    product = _median_seconds(lambda: torch.mm(x, y), 10, device)
+    moved = 2 * source.numel() * source.element_size()
+    return {"copy_gb_s": moved / copy / 1e9, "matmul_tflop_s": 2 * size**3 / product / 1e12}
+
+
+def _median_seconds(run: Any, repeats: int, device: torch.device) -> float:
+    """Median time of `run`, by events on a GPU, warmed up."""
+    times: list[float] = []
+    for index in range(repeats + 3):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+        if index >= 3:
+            times.append(seconds)
+    return statistics.median(times)
+
+
+def run(
+    name: str,
+    out: Path,
+    *,
+    bits: int = 16,
+    batch_sizes: Sequence[int] = (1, 64),
+    ensemble_sizes: Sequence[int] = (1,),
+    tail_layers: int = 2,
+    context: int = 1024,
+    repeats: int = 30,
+    kv_dtype: str = "auto",
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Measure, write `out/torch-decode.json` and `.html`, print a table and one JSON line."""
+    options = TorchOptions.of_machine()
+    config = shape(name)
+    result: dict[str, Any] = {
+        "shape": name,
+        "bits": bits,
+        "context": context,
+        "tail_layers": tail_layers,
+        "kv_dtype": kv_dtype,
+        "machine": machine(options),
+        "limits": limits(options.device),
+        "slice_error": check_slice(config, bits, options),
+        "decode": [],
+    }
+    for size in sorted(set(ensemble_sizes)):
+        result["decode"] += measure(
+            config,
+            options,
+            result["limits"]["copy_gb_s"],
+            bits=bits,
+            batch_sizes=batch_sizes,
+            members=size,
+            tail_layers=tail_layers if max(ensemble_sizes) > 1 else 0,
+            context=context,
+            repeats=repeats,
+            kv_dtype=kv_dtype,
+            threads=threads,
+        )
+    write("torch-decode", result, [_table(result)], [], out)
+    return result
+
+
+def measure(
+    config: DecoderConfig,
+    options: TorchOptions,
+    copy_gb_s: float,
+    *,
+    bits: int,
+    batch_sizes: Sequence[int],
+    members: int,
+    tail_layers: int,
+    context: int,
+    repeats: int,
+    kv_dtype: str = "auto",
+    threads: int = 0,
+) -> list[dict[str, Any]]:
+    """One row a batch size, of one model."""
+    weights = RandomModel(config, bits, options.device, options.dtype).weights(members, tail_layers)
+    values = {"max_num_seqs": max(batch_sizes), "max_model_len": context + 16, "threads": threads, "kv_dtype": kv_dtype}
+    backend = TorchBackend.from_weights(
+        config, weights, EngineConfig.from_dict({"backend": "torch", **values}), options
+    )
+    rows = []
+    for size in batch_sizes:
+        batch = decode_batch(config, backend, size, context, members)
+        seconds = _step_seconds(backend, batch, repeats)
+        layers = len(weights.trunk) + members * tail_layers
+        cached = size * context * layers * 2 * config.kv_size * backend._cache.trunk[0].keys.element_size()
+        moved = weights.num_bytes + cached
+        rows.append(
+            {
+                "batch_size": size,
+                "ensemble_size": members,
+                "step_ms": 1e3 * seconds,
+                "replay_ms": _replay_ms(backend, size, options, repeats),
+                "tok_s": size / seconds,
+                "bytes": moved,
+                "share_of_copy_bandwidth": moved / seconds / 1e9 / copy_gb_s,
+                "profile_us": _profile(backend, batch, options),
+            }
+        )
+    del backend, weights
+    gc.collect()
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def decode_batch(config: DecoderConfig, backend: TorchBackend, size: int, context: int, members: int) -> Batch:
+    """A step of `size` sequences that hold `context` positions after it, each drawing at temperature 1 from a uniform mix."""
+    rng = np.random.default_rng(0)
+    width = -(-context // backend.block_size)
+    tables = (np.arange(size * width, dtype=np.int32) % backend.num_blocks).reshape(size, width)
+    last = context - 1
+    samples = [
+        SampleRow(
+            terms=tuple((row, member, 1 / members) for member in range(members)),
+            space=Space.LOGITS,
+            params=SamplingParams(),
+            seed=row,
+            position=context,
+            text=np.zeros(1, np.int64),
+            num_prompt=1,
+        )
+        for row in range(size)
+    ]
+    return Batch(
+        token_ids=rng.integers(0, config.vocab_size, size),
+        positions=np.full(size, last, np.int32),
+        slot_mapping=tables[:, last // backend.block_size].astype(np.int64) * backend.block_size
+        + last % backend.block_size,
+        cu_seqlens_q=np.arange(size + 1, dtype=np.int32),
+        context_lens=np.full(size, context, np.int32),
+        block_tables=tables,
+        members=[tuple(range(members))] * size,
+        deltas=np.full(size, -1, np.int32),
+        samples=samples,
+        freed_blocks=np.empty(0, np.int32),
+    )
+
+
+def _step_seconds(backend: TorchBackend, batch: Batch, repeats: int) -> float:
+    times = []
+    for index in range(repeats + 3):
+        start = time.perf_counter()
+        output = backend.step(batch)  # ends with the read of the tokens: nothing is left under way
+        if index >= 3:
+            times.append(time.perf_counter() - start)
+    if output.errors:
+        raise MotetError(f"the measured step has errors: {output.errors}")
+    return statistics.median(times)
+
+
+def _replay_ms(backend: TorchBackend, size: int, options: TorchOptions, repeats: int) -> float | None:
+    if backend._graphs is None or options.device.type != "cuda":
+        return None
+    rung = backend._graphs.rung(size)
+    found = next((r for key, r in backend._graphs._rungs.items() if key[0] == rung), None)
+    return None if found is None else 1e3 * _median_seconds(found.graph.replay, repeats, options.device)
+
+
+def _profile(backend: TorchBackend, batch: Batch, options: TorchOptions) -> dict[str, float]:
+    """Microseconds a step of the kernels that take most of it: where to look when a figure falls short."""
+    if options.device.type != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    steps = 5
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(steps):
+                backend.step(batch)
+        events = sorted(found.key_averages(), key=lambda event: -event.device_time_total)
+    except Exception as error:  # the figure stands without its profile
+        return {f"no profile: {error}": 0.0}
+    return {event.key[:80]: event.device_time_total / steps for event in events[:12]}
+
+
+@torch.inference_mode()
+def check_slice(config: DecoderConfig, bits: int, options: TorchOptions) -> float:
+    """Relative error of the logits of 20 positions through two layers and two tails against the eager oracle in float32.
+
+    Raises `MotetError` if it is more than rounding explains.
+    """
+    part = replace(config, num_layers=3)
+    weights = RandomModel(part, bits, options.device, options.dtype).weights(2, 1)
+    settings = EngineConfig.from_dict({"backend": "torch", "max_num_seqs": 2, "max_model_len": 64})
+    oracle = TorchOptions(options.device, torch.float32, "eager", keep_quantised=True, graphs=False)
+    tokens = np.random.default_rng(0).integers(0, part.vocab_size, 20).tolist()
+    scores = []
+    for how in (options, oracle):
+        backend = TorchBackend.from_weights(part, weights, settings, replace(how, graphs=False))
+        scores.append(backend.score(tokens, 1))
+        del backend
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+    error = float(np.linalg.norm(scores[0] - scores[1]) / np.linalg.norm(scores[1]))
+    if not error <= SLICE_ERROR:
+        raise MotetError(
+            f"the kernels are off the oracle by {error:.3g} of its norm; at most {SLICE_ERROR} is rounding"
+        )
+    return error
+
+
+def _table(result: dict[str, Any]) -> Any:
+    limits = result["limits"]
+    title = (
+        f"{result['shape']}, random, {result['bits']} bits on {result['machine']['device']}; context {result['context']}; copy "
+        f"{limits['copy_gb_s']:,.0f} GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s"
+    )
+    header = ["sequences", "members", "step ms", "graph ms", "tok/s", "of bandwidth"]
+    rows = [
+        [
+            str(row["batch_size"]),
+            str(row["ensemble_size"]),
+            f"{row['step_ms']:.3f}",
+            "–" if row["replay_ms"] is None else f"{row['replay_ms']:.3f}",
+            f"{row['tok_s']:,.0f}",
+            f"{row['share_of_copy_bandwidth']:.0%}",
+        ]
+        for row in result["decode"]
+    ]
+    return table(title, header, rows)

@@ -1,0 +1,1 @@
+"""What the measurements share: probes of the machine, a timed engine, reports."""

@@ -1,0 +1,1 @@
+"""Data sets: records, augmentation, near-duplicates, encoding, batches."""

@@ -1,0 +1,125 @@
+"""Data sets: files and two built-in sets, split by document into train, validation and test, without leakage.
+
+Examples are split by the document that they come from: one document is never on two sides. A training example that
+nearly repeats a held-out one is left out of a built-in set and refused in a user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.errors import DataError
+from ...runtime.text.tokenizer import Tokenizer
+from .built_in import BUILT_IN, CODE_INSTRUCTION, DOCS_INSTRUCTION, built_in_examples
+from .example import Example, Split
+from .formats import read_examples
+from .leakage import near_duplicates
+
+__all__ = ["BUILT_IN", "CODE_INSTRUCTION", "DOCS_INSTRUCTION", "Dataset", "Example", "Split", "load_dataset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    name: str
+    spec: str  # what load_dataset was given
+    digest: str  # SHA-256 over all examples
+    splits: dict[Split, list[Example]]
+    num_duplicates: int  # training examples left out because a held-out one is nearly the same
+
+
+def load_dataset(spec: str) -> Dataset:
+    """`spec`: a built-in set's name or a path (see `formats`). Examples of a split are in an order that is fixed but random.
+
+    Raises `NotFoundError`, `DataError` (names the record and what is expected there; or the leak).
+    """
+    built_in = spec in BUILT_IN
+    examples = list(built_in_examples(spec) if built_in else read_examples(Path(spec)))
+    if not examples:
+        raise DataError(f"'{spec}' holds no examples")
+    digest = hashlib.sha256()
+    splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+    for example in examples:
+        digest.update(repr((example.messages, example.completion)).encode())
+        splits[_split_of(example.source)].append(example)
+    if not built_in and not (splits["validation"] and splits["train"]):
+        splits = _split_small(examples)
+    num_duplicates = _remove_leaks(spec, splits, refuse=not built_in)
+    for part in splits.values():
+        random.Random(0).shuffle(part)
+    return Dataset(Path(spec).name, spec, digest.hexdigest(), splits, num_duplicates)
+
+
+def _split_of(source: str) -> Split:
+    """80 % train, 10 % validation, 10 % test, by a hash of the document's name."""
+    bucket = int(hashlib.sha256(source.encode()).hexdigest(), 16) % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def _split_small(examples: list[Example]) -> dict[Split, list[Example]]:
+    """A file of a few documents may leave a split empty by chance: cut it in order instead, between documents."""
+    documents = list(dict.fromkeys(example.source for example in examples))
+    count = len(documents) // 5
+    if not count:
+        raise DataError(
+            f"{len(examples)} examples from {len(documents)} documents are too few to keep some for validation and "
+            "test; give at least 5 documents (records without a source are one each)"
+        )
+    side: dict[str, Split] = {
+        name: "validation" if i < count else "test" if i < 2 * count else "train" for i, name in enumerate(documents)
+    }
+    splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+    for example in examples:
+        splits[side[example.source]].append(example)
+    return splits
+
+
+def _remove_leaks(spec: str, splits: dict[Split, list[Example]], *, refuse: bool) -> int:
+    """Take training examples away that nearly repeat a held-out one, and validation examples that repeat a test one."""
+    removed = 0
+    pairs_of: tuple[tuple[Split, list[Example]], ...] = (
+        ("train", splits["validation"] + splits["test"]),
+        ("validation", splits["test"]),
+    )
+    for part, held_out in pairs_of:
+        pairs = near_duplicates(splits[part], held_out)
+        if pairs and refuse:
+            first, other = splits[part][pairs[0][0]], held_out[pairs[0][1]]
+            raise DataError(
+                f"'{spec}': {len(pairs)} {part} examples nearly repeat a held-out one, the first from '{first.source}' "
+                f"that from '{other.source}'; remove them, or give both the same source to keep them on one side"
+            )
+        leaked = {index for index, _ in pairs}
+        splits[part] = [example for index, example in enumerate(splits[part]) if index not in leaked]
+        removed += len(leaked)
+    return removed
+
+
+def heldout_token_ids(
+    tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512
+) -> list[list[int]]:
+    """At least `num_tokens` tokens of text from a split of the built-in sets, for measuring quality (test) or for
+    calibration (train): conversations with their answers, as the model sees them, in chunks of `chunk` tokens."""
+    parts = [load_dataset(name).splits[split] for name in BUILT_IN]
+    token_ids: list[int] = []
+    for code, docs in zip(*parts, strict=False):
+        for example in (code, docs):
+            token_ids += encode_prompt(tokenizer, example) + tokenizer.encode(
+                example.completion, add_special_tokens=False
+            )
+        if len(token_ids) >= num_tokens + chunk:
+            break
+    count = -(-num_tokens // (chunk - 1))  # a chunk of S tokens makes S - 1 predictions
+    chunks = [token_ids[i * chunk : (i + 1) * chunk] for i in range(count)]
+    return [part for part in chunks if len(part) > 1]
+
+
+def encode_prompt(tokenizer: Tokenizer, example: Example) -> list[int]:
+    """The conversation up to the answer; without a chat template, the messages' texts; nothing for plain text."""
+    if not example.messages:
+        return []
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_chat(example.messages)
+    return tokenizer.encode(example.prompt + "\n\n")

@@ -1,0 +1,1 @@
+"""Many runs: Bayesian search, and fusing the best trials into an ensemble."""

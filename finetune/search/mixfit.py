@@ -1,0 +1,191 @@
+"""Choosing members and fitting their mix.
+
+Greedy selection with replacement (Caruana et al. 2004): again and again the member is added that improves the mix most, so
+what counts is what a member adds and not how good it is alone. How often each was taken is a first mix; it is then fitted:
+EM on the simplex for `probs` (the classic mixture-weight update), a convex program for `logits`, whose loss is convex in
+the coefficients (log-sum-exp of an affine function, less a linear one).
+
+Everything is measured per token, so folds and bootstraps are sums over tokens that are already known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ...runtime.api.request import Space
+
+F64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+_ROWS = 512  # rows of the head at once: 512 × vocabulary
+
+
+@dataclass(slots=True)
+class Pool:
+    """Members' hidden states on one set of answers. T answer tokens, K members.
+
+    `states` [K, T, hidden] normed; `head` [vocab, hidden]; `targets` [T]. `nll(mix)` is remembered by mix.
+    """
+
+    space: Space
+    states: Tensor
+    head: Tensor
+    targets: Tensor
+    single: F64 = field(init=False)  # [K, T] each member alone
+    _known: dict[tuple[float, ...], F64] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.single = np.stack([self._logits_nll(states) for states in self.states])
+
+    def nll(self, mix: F64) -> F64:
+        """[T] negative log-likelihood of each token under the mix, nats."""
+        key = tuple(round(float(m), 9) for m in mix)
+        if key not in self._known:
+            self._known[key] = self._nll(np.asarray(mix, np.float64))
+        return self._known[key]
+
+    def _nll(self, mix: F64) -> F64:
+        used = np.flatnonzero(mix)
+        if len(used) == 1 and mix[used[0]] == 1:
+            return np.asarray(self.single[used[0]])
+        if self.space is Space.PROBS:
+            with np.errstate(divide="ignore"):
+                return np.asarray(-np.logaddexp.reduce(np.log(mix[used])[:, None] - self.single[used], axis=0))
+        return self._logits_nll(
+            torch.einsum("k,kth->th", torch.tensor(mix[used], dtype=torch.float32), self.states[used])
+        )
+
+    @torch.no_grad()
+    def _logits_nll(self, states: Tensor) -> F64:
+        parts = [
+            F.cross_entropy(rows @ self.head.T, targets, reduction="none")
+            for rows, targets in zip(torch.split(states, _ROWS), torch.split(self.targets, _ROWS))
+        ]
+        return np.asarray(torch.cat(parts).double().numpy())
+
+    def gradient(self, mix: F64, used: Sequence[int], mask: Mask) -> tuple[float, F64]:
+        """(mean loss over the masked tokens, its gradient by the coefficients of `used`), `logits` space."""
+        rows = torch.from_numpy(np.flatnonzero(mask))
+        coefficients = torch.tensor(mix, dtype=torch.float32, requires_grad=True)
+        total = 0.0
+        for part in torch.split(rows, _ROWS):
+            mixed = torch.einsum("k,kth->th", coefficients, self.states[list(used)][:, part])
+            loss = F.cross_entropy(mixed @ self.head.T, self.targets[part], reduction="sum")
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        assert coefficients.grad is not None
+        return total / len(rows), np.asarray(coefficients.grad.double().numpy() / len(rows))
+
+
+def greedy(
+    num_members: int, loss: Callable[[F64], float], *, max_members: int, rounds: int, candidates: Sequence[int]
+) -> F64:
+    """The mix [K] that greedy selection ends with: the best of its rounds. At most `max_members` distinct members."""
+    counts = np.zeros(num_members)
+    best, best_loss = counts, np.inf
+    for _ in range(rounds):
+        allowed = [k for k in candidates if counts[k] or np.count_nonzero(counts) < max_members]
+        losses = [loss((counts + np.eye(num_members)[k]) / (counts.sum() + 1)) for k in allowed]
+        counts = counts + np.eye(num_members)[allowed[int(np.argmin(losses))]]
+        if min(losses) < best_loss:
+            best, best_loss = counts / counts.sum(), min(losses)
+    return best
+
+
+def em(nll: F64, start: F64, *, steps: int = 500, tolerance: float = 1e-10) -> F64:
+    """Mixture weights of fixed components: `nll` [K, T], `start` [K] on the simplex. Each step raises the likelihood."""
+    mix = start / start.sum()
+    likelihood = np.exp(-(nll - nll.min(axis=0)))  # scaled by each token's best: the responsibilities stay the same
+    for _ in range(steps):
+        joint = mix[:, None] * likelihood
+        update = (joint / joint.sum(axis=0)).mean(axis=1)
+        if np.abs(update - mix).max() < tolerance:
+            break
+        mix = update
+    return np.asarray(update / update.sum())
+
+
+def convex(pool: Pool, start: F64, mask: Mask) -> F64:
+    """The coefficients ≥ 0 with sum 1 that minimise the mean loss in `logits` space, over `start`'s members."""
+    used = np.flatnonzero(start)
+    if len(used) == 1:
+        return start
+    result = minimize(
+        lambda x: pool.gradient(x, list(used), mask),
+        start[used],
+        jac=True,
+        method="SLSQP",
+        bounds=[(0.0, 1.0)] * len(used),
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": lambda x: np.ones_like(x)},
+        options={"maxiter": 25, "ftol": 1e-6},
+    )
+    values = np.clip(result.x, 0, None)
+    values[values < 1e-3] = 0.0  # a member that adds nothing costs a tail at every step
+    mix = np.zeros_like(start)
+    mix[used] = values / values.sum()
+    return mix
+
+
+def select_and_fit(pool: Pool, mask: Mask, *, max_members: int, rounds: int = 12, shortlist: int = 8) -> F64:
+    """The mix [K] chosen on the masked tokens alone. `logits` space evaluates the head for every candidate, so only the
+    `shortlist` best members alone are candidates there."""
+    order = list(np.argsort(pool.single[:, mask].mean(axis=1)))
+    candidates = order[:shortlist] if pool.space is Space.LOGITS else order
+    mix = greedy(
+        len(pool.single),
+        lambda m: float(pool.nll(m)[mask].mean()),
+        max_members=max_members,
+        rounds=rounds,
+        candidates=candidates,
+    )
+    if pool.space is Space.LOGITS:
+        fitted = convex(pool, mix, mask)
+    else:
+        used = np.flatnonzero(mix)
+        fitted = np.zeros_like(mix)
+        fitted[used] = em(pool.single[used][:, mask], mix[used])
+    return fitted if pool.nll(fitted)[mask].mean() <= pool.nll(mix)[mask].mean() else mix
+
+
+def cross_validated(pool: Pool, groups: npt.NDArray[np.int64], *, folds: int, max_members: int) -> float:
+    """Mean loss of mixes on documents that neither selected nor fitted them: the outer loop of nested cross-validation.
+
+    `groups` [T]: the document of each token. A document is never on both sides.
+    """
+    rng = np.random.default_rng(0)
+    documents = rng.permutation(np.unique(groups))
+    total = 0.0
+    for fold in np.array_split(documents, min(folds, len(documents))):
+        held = np.isin(groups, fold)
+        total += float(pool.nll(select_and_fit(pool, ~held, max_members=max_members))[held].sum())
+    return total / len(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Relative change of the mean loss, with its 95 % interval; negative is better."""
+
+    change: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(before: F64, after: F64, groups: npt.NDArray[np.int64], *, draws: int = 10_000) -> Interval:
+    """`after` against `before`, both [T]; whole groups (examples, or documents) are drawn again together."""
+    names, index = np.unique(groups, return_inverse=True)
+    old = np.bincount(index, before)
+    new = np.bincount(index, after)
+    rng = np.random.default_rng(0)
+    changes = []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(names), len(names))
+        changes.append(new[drawn].sum() / old[drawn].sum() - 1)
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return Interval(float(new.sum() / old.sum() - 1), float(low), float(high))

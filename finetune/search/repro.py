@@ -1,0 +1,69 @@
+"""`repro`: run a member's training again from its manifest, and compare the figures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.checkpoints.members.adapter import ADAPTER
+from ...runtime.checkpoints.members.files import CheckpointKind
+from ...runtime.checkpoints.members.tail import TAIL
+from ...runtime.errors import BundleError, ConfigError, NotFoundError
+from ..params import TuneParams
+from ..training.provenance import environment
+from ..training.train import Workbench, run
+from ..training.trunk_cache import TrunkCache
+
+TOLERANCE = 1e-6  # nats: what another order of threads may change
+_COMPARED = ("validation_loss_before", "validation_loss_after", "train_loss_after", "steps", "best_step")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`rows`: (figure, recorded, again). `changed`: what of the environment is not what it was."""
+
+    rows: tuple[tuple[str, float, float], ...]
+    changed: tuple[str, ...]
+    same_weights: bool
+
+    @property
+    def is_same(self) -> bool:
+        return all(abs(old - new) <= TOLERANCE for _, old, new in self.rows)
+
+
+def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> Comparison:
+    """Rerun the run whose tail or adapter is in `directory`, on the base in `model_dir`; nothing is kept.
+
+    Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run: its noise is gone).
+    """
+    kind: CheckpointKind = next((k for k in (TAIL, ADAPTER) if (directory / k.manifest).is_file()), TAIL)
+    manifest, _ = kind.read(directory)
+    if "hyper_parameters" not in manifest or "environment" not in manifest:
+        raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be run again")
+    params = TuneParams.from_dict(manifest["hyper_parameters"])
+    if params.epsilon is not None:
+        raise ConfigError("a private run's noise is destroyed with it, so that it cannot be run again")
+    bench = Workbench(model_dir, manifest["data"]["spec"], (cache or TrunkCache()) if manifest["cached"] else None)
+    for what, old, new in (
+        ("base", manifest["base"]["digest"], bench.digest),
+        ("data set", manifest["data"]["digest"], bench.dataset.digest),
+    ):
+        if old != new:
+            raise BundleError(f"the {what} has the digest {new[:12]}…, the run's had {old[:12]}…; use the same {what}")
+    with tempfile.TemporaryDirectory(prefix="motet-repro-") as work:
+        again = run(bench, Path(work) / "again", params, name=manifest["name"])
+        weights = kind.read(Path(work) / "again")[0]["sha256"]
+    rows = tuple((name, float(manifest["metrics"][name]), float(again["metrics"][name])) for name in _COMPARED)
+    return Comparison(rows, _changes(manifest["environment"]), weights == manifest["sha256"])
+
+
+def _changes(recorded: Mapping[str, Any]) -> tuple[str, ...]:
+    now = environment()
+    changed = [f"{n}: {recorded[n]} → {now[n]}" for n in ("threads", "device") if recorded[n] != now[n]]
+    if recorded["code"] != now["code"]:
+        changed.append(f"code: {recorded['code'][:12]}… → {now['code'][:12]}…")
+    old, new = recorded["versions"], now["versions"]
+    return (*changed, *(f"{n}: {old.get(n)} → {new.get(n)}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)))

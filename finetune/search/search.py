@@ -1,0 +1,209 @@
+"""`search`: Bayesian optimisation of a fine-tune's hyper-parameters over one cached trunk. Its trials become members.
+
+    search.json         what the search is (a different one is refused)
+    trials.jsonl        finished trials, one a line, appended and flushed
+    trials/NNN/         each trial's tail or adapter
+    report.html         history, importance, parallel coordinates
+
+A search that was killed is resumed by the same call: finished trials are read back, the one that was running goes on from its
+last segment (`loop`), and the suggestions are those that an uninterrupted search would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...runtime.errors import BundleError, ConfigError, MotetError, NumericalError
+from ..params import TuneParams
+from ..training.loop import Watch
+from ..training.provenance import environment
+from ..training.train import RunData, Workbench, run
+from .report import write_report
+from .space import SearchSpace, Trial, as_params, is_hopeless, suggest
+
+SETTINGS, TRIALS, REPORT = "search.json", "trials.jsonl", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParams:
+    """How to search. `base`: what all trials have in common (method, examples, epochs, bag …)."""
+
+    base: TuneParams = field(default_factory=lambda: TuneParams(bag=0.8, evaluations=3))
+    space: SearchSpace = field(default_factory=SearchSpace)
+    trials: int = 16
+    seed: int = 0
+    sampler: Literal["gp", "random"] = "gp"
+    startup: int = 5
+    prune: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ConfigError(f"trials must be at least 1, got {self.trials}")
+        if self.sampler not in ("gp", "random"):
+            raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
+        if self.base.epsilon is not None and self.base.augmentation != "none":
+            raise ConfigError("a private search goes without augmentation")
+
+
+class _Pruned(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    trials: tuple[Trial, ...]
+    best: Trial
+    directory: Path
+
+    def members(self) -> list[Path]:
+        """The directories of the trials that ran to their end, best first."""
+        done = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: t.value)
+        return [trial_dir(self.directory, trial.number) for trial in done]
+
+
+def trial_dir(directory: Path, number: int) -> Path:
+    return directory / "trials" / f"{number:03d}"
+
+
+def search(
+    bench: Workbench,
+    out: Path,
+    params: SearchParams,
+    *,
+    tell: Callable[[Trial, Trial], None] = lambda _trial, _best: None,
+    tick: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+) -> SearchResult:
+    """Run or resume a search. `tell(trial, the best so far)` after each trial; `tick` as in `Workbench.load`.
+
+    Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), and what `tune` raises.
+    """
+    _open(bench, out, params)
+    space = params.space.distributions(params.base.method, bench.config.num_layers)
+    if params.base.epsilon is not None:  # augmentation, L1 and smoothing are not for private runs
+        space = {name: d for name, d in space.items() if name not in ("l1", "label_smoothing", "augmentation")}
+    trials = read_trials(out)
+    data = _Data(bench, params, tick)
+    while len(trials) < params.trials:
+        trial = _one(bench, out, params, trials, space, data)
+        with (out / TRIALS).open("a") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        trials.append(trial)
+        tell(trial, min(trials, key=lambda t: t.value))
+        write_report(out / REPORT, out.name, trials, space)
+    best = min(trials, key=lambda t: t.value)
+    return SearchResult(tuple(trials), best, out)
+
+
+def _open(bench: Workbench, out: Path, params: SearchParams) -> None:
+    values = asdict(params)
+    del values["trials"]  # a finished search may be made longer
+    settings = {
+        "search": {**values, "base": params.base.to_dict(), "space": params.space.to_dict()},
+        "model": bench.model_dir.name,
+        "model_digest": bench.digest,
+        "data": bench.data,
+        "data_digest": bench.dataset.digest,
+    }
+    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    path = out / SETTINGS
+    if path.is_file() and path.read_text() != text:
+        raise ConfigError(
+            f"'{out}' holds a search with other settings, model or data ({SETTINGS}); choose another directory"
+        )
+    if out.exists() and not path.is_file() and any(out.iterdir()):
+        raise ConfigError(f"'{out}' exists and is not a search; choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    (out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def read_trials(out: Path) -> list[Trial]:
+    """The finished trials of a search; the line that a killed one died in is cut off. Raises `BundleError`."""
+    path = out / TRIALS
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1]:
+        os.truncate(path, path.stat().st_size - len(lines[-1]))
+    try:
+        return [Trial.from_dict(json.loads(line)) for line in lines[:-1]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
+
+
+class _Data:
+    """The items of each (layers, augmentation), loaded when a trial first needs them: the deepest split first, because
+    the others' caches go on from it."""
+
+    def __init__(self, bench: Workbench, params: SearchParams, tick: Callable[[str, int, int], None]) -> None:
+        self._bench, self._params, self._tick = bench, params, tick
+        self._loaded: dict[tuple[int, str], RunData] = {}
+
+    def get(self, params: TuneParams) -> RunData:
+        deepest = max(n for n in (*self._params.space.layers, 0) if n <= self._bench.config.num_layers)
+        if params.method == "tail" and deepest:
+            self._load(as_params(params, {"layers": deepest}, params.seed))
+        return self._load(params)
+
+    def _load(self, params: TuneParams) -> RunData:
+        key = params.num_layers(self._bench.config.num_layers), params.augmentation
+        if key not in self._loaded:
+            counts: Any = {"train": params.examples, "validation": params.validation_examples}
+            self._loaded[key] = self._bench.load(params, counts, self._tick)
+        return self._loaded[key]
+
+
+def _one(
+    bench: Workbench, out: Path, params: SearchParams, trials: list[Trial], space: dict[str, Any], data: _Data
+) -> Trial:
+    number = len(trials)
+    values = suggest(trials, space, sampler=params.sampler, seed=params.seed, startup=params.startup)
+    fixed = params.space.fixed(params.base.method)
+    if params.base.epsilon is not None:
+        fixed.pop("augmentation", None)
+    settings = as_params(params.base, {**fixed, **values}, params.seed * 1000 + number)
+    curve: list[tuple[int, float]] = []
+
+    def validated(_step: int, loss: float) -> None:
+        curve.append((len(curve), loss))
+        last = len(curve) == params.base.evaluations
+        if params.prune and not last and is_hopeless(trials, len(curve) - 1, loss):
+            raise _Pruned
+
+    loaded = data.get(settings)
+    started = time.monotonic()
+    state: Literal["complete", "pruned", "diverged"] = "complete"
+    path = trial_dir(out, number)
+    try:
+        metrics = run(
+            bench, path, settings, name=f"{out.name}-{number:03d}", watch=Watch(validated=validated), loaded=loaded
+        )["metrics"]
+        value = float(metrics["validation_loss_after"])
+        curve = [(i, float(loss)) for i, (_, loss) in enumerate(metrics["validation_curve"])]
+    except _Pruned:
+        state, value = "pruned", curve[-1][1]
+    except NumericalError:
+        worst = max((trial.value for trial in trials), default=10.0)
+        state, value = "diverged", max([worst, *(loss for _, loss in curve)])
+    return Trial(number, values, value, tuple(curve), state, time.monotonic() - started)
+
+
+def private_epsilon(result: SearchResult, num_examples: int, params: SearchParams) -> tuple[float, float]:
+    """(ε, δ) of a whole private search: every trial's mechanism ran on the data, so all of them compose.
+
+    Raises `MotetError` if the search is not private.
+    """
+    from ..training.privacy import budget, epsilon_of
+
+    if params.base.epsilon is None:
+        raise MotetError("this search is not private; its trials have no privacy budget")
+    spent = budget(params.base, num_examples)
+    return epsilon_of([*spent.history] * len(result.trials), spent.delta), spent.delta

@@ -1,0 +1,1 @@
+"""One training run: methods, loop, trunk cache, privacy, provenance."""

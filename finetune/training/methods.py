@@ -1,0 +1,213 @@
+"""The methods: what of the decoder is trained, and how the result is written.
+
+tail    the last n layers and the final norm            → a tail
+lora    low-rank adapters beside chosen projections     → an adapter (PEFT, Mangrulkar et al. 2022; Hu et al. 2021)
+qlora   the same over a base in NF4                     → an adapter (bitsandbytes; Dettmers et al. 2023)
+full    all layers and the final norm                   → a tail of all layers
+
+The embedding stays. The head is trained only if asked: members of an ensemble share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...runtime.checkpoints.decoder import Decoder
+from ...runtime.checkpoints.members.adapter import TARGETS, write_adapter
+from ...runtime.checkpoints.members.tail import write_tail
+from ...runtime.errors import ConfigError, UnavailableError
+from ...runtime.model.config import DecoderConfig
+from ..data.batches import Batch
+from ..params import TuneParams
+from .answers import answer_states
+from .trunk_cache import run_trunk
+
+Base = Mapping[str, Tensor]
+
+
+class Learner(nn.Module):
+    """A decoder of which a part is trained. `split`: the first layer that is trained or adapted."""
+
+    def __init__(self, config: DecoderConfig, base: Base, params: TuneParams) -> None:
+        super().__init__()
+        self.params = params
+        self.split = config.num_layers - params.num_layers(config.num_layers)
+        self.adapts = params.method in ("lora", "qlora")
+        self.base = base
+        self.config = config
+        torch.manual_seed(params.seed)
+        if params.head and config.tied_head:  # a head that is trained cannot be the embedding as well
+            config = dataclasses.replace(config, tied_head=False)
+            base = {**base, "lm_head.weight": base["model.embed_tokens.weight"]}
+        self.decoder = (
+            _adapted(config, base, params, self.split) if self.adapts else _unfrozen(config, base, self.split)
+        )
+        if params.head:
+            self.decoder.lm_head.weight = nn.Parameter(base["lm_head.weight"].clone())
+        self._trunk: list[Decoder] = []  # in a list: no part of this module's state
+
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        if (
+            self.params.method == "qlora"
+        ):  # in evaluation mode bitsandbytes repacks a CPU's weights for inference, for good
+            for module in self.decoder.modules():
+                if hasattr(module, "quant_state"):
+                    module.training = True
+        return self
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
+
+    def trunk(self) -> Decoder:
+        """The base in bfloat16, for the layers below the split; the first use makes it."""
+        if not self._trunk:
+            self._trunk.append(make_trunk(self.config, self.base).to(self.device))
+        return self._trunk[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.model.embed_tokens.weight.device
+
+    def loss(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
+        """Mean negative log-likelihood of the answers' tokens, nats (with label smoothing, if any)."""
+        targets = batch.targets.to(self.device)
+        states = self._states(batch)
+        wanted = targets >= 0
+        return F.cross_entropy(self.decoder.head(states[wanted]).float(), targets[wanted], label_smoothing=smoothing)
+
+    def example_losses(self, batch: Batch) -> Tensor:
+        """[B] mean negative log-likelihood of each example's answer: what DP-SGD clips the gradient of."""
+        targets = batch.targets.to(self.device)
+        losses = F.cross_entropy(
+            self.decoder.head(self._states(batch)).float().transpose(1, 2), targets, ignore_index=-1, reduction="none"
+        )
+        return losses.sum(1) / (targets >= 0).sum(1)
+
+    def _states(self, batch: Batch) -> Tensor:
+        share = 0.0 if self.adapts else self.params.dropout  # an adapter has its own dropout
+
+        def dropout(x: Tensor) -> Tensor:
+            return F.dropout(x, share, self.training) if share else x
+
+        hidden = self._inputs(batch)
+        return answer_states(self.decoder, hidden, self.split, batch.positions.to(hidden.device), dropout)
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        """[B, S, hidden] float32: the input of the first trained layer."""
+        if self.split == 0:
+            tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]
+            return self.decoder.embed(nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device))
+        known = [item.hidden for item in batch.items if item.hidden is not None]
+        if len(known) == len(batch.items):
+            return nn.utils.rnn.pad_sequence(known, batch_first=True).to(self.device, torch.float32)
+        return run_trunk(self.trunk(), [item.encoded for item in batch.items], self.split).float()
+
+    def change(self) -> Tensor:
+        """Summed absolute change of the trained weights (of an adapter: its own), for L1."""
+        total = torch.zeros((), device=self.device)
+        for name, parameter in self.trained().items():
+            origin = None if self.adapts else self.base.get(name)
+            total = total + (parameter if origin is None else parameter - origin.to(parameter)).abs().sum()
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the trained tensors."""
+        return {name: p.detach().cpu().clone() for name, p in self.trained().items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trained().items():
+            parameter.copy_(state[name])
+
+    def write(self, out: Path, manifest: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        """The result as a tail or an adapter, with `files` (name → text) beside it."""
+        if self.adapts:
+            extra = {"rank": self.params.rank, "alpha": self.params.alpha, "targets": list(self.params.targets)}
+            write_adapter(out, {**manifest, **extra}, _adapter_tensors(self.decoder), files)
+        else:
+            write_tail(out, {**manifest, "split_layer": self.split}, self.state(), files)
+
+
+def make_trunk(config: DecoderConfig, base: Base) -> Decoder:
+    """The base in bfloat16. The cache and an uncached run use the same, so that they train on the same numbers."""
+    return Decoder.from_weights(config, {name: tensor.to(torch.bfloat16) for name, tensor in base.items()}).eval()
+
+
+def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
+    prefixes = (*(f"model.layers.{i}." for i in range(split, config.num_layers)), "model.norm.")
+    weights = {n: t.clone() if n.startswith(prefixes) else t for n, t in base.items()}  # the base is shared by trials
+    decoder = Decoder.from_weights(config, weights)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+    return decoder
+
+
+def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    known = [target for target in TARGETS if config.activation == "swiglu" or target != "gate_proj"]
+    unknown = sorted(set(params.targets) - set(known))
+    if unknown or not params.targets:
+        raise ConfigError(f"targets must be some of {known}, got {list(params.targets)}")
+    decoder = Decoder.from_weights(config, base)
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(False)
+    if params.method == "qlora":
+        _to_nf4(decoder)
+    names = [f"model.layers.{i}.{_part(t)}.{t}" for i in range(split, config.num_layers) for t in params.targets]
+    lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
+    inject_adapter_in_model(lora, decoder)
+    return decoder
+
+
+def _part(target: str) -> str:
+    return "self_attn" if target[0] in "qkvo" else "mlp"
+
+
+def _to_nf4(decoder: Decoder) -> None:
+    """The layers' weights in 4-bit NormalFloat, in place. Raises `UnavailableError` where bitsandbytes cannot."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UnavailableError(
+            f"method qlora needs bitsandbytes ({error}); install it with `pip install 'motet[qlora]'`, or use lora"
+        ) from error
+    for name, module in list(decoder.named_modules()):
+        if not (isinstance(module, nn.Linear) and name.endswith("_proj")):
+            continue
+        linear = bitsandbytes.nn.Linear4bit(
+            module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4"
+        )
+        linear.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        linear.bias = module.bias
+        try:
+            linear = linear.to(module.weight.device if module.weight.is_cuda else _device())  # quantises
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            raise UnavailableError(
+                f"bitsandbytes has no NF4 for this machine ({error}); use method lora, or a GPU"
+            ) from error
+        parent, _, last = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), last, linear)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """PEFT's tensors under canonical names, alpha / rank folded into B."""
+    tensors = {}
+    for name, module in decoder.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
+            scaling: float = module.scaling["default"]
+            tensors[f"{name}.lora_a"] = module.lora_A["default"].weight.detach().float().cpu()
+            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu() * scaling
+    return tensors

@@ -1,0 +1,150 @@
+"""DP-SGD (Abadi et al. 2016) with Opacus: Poisson sampling, per-example clipping, Gaussian noise, the RDP accountant.
+
+The unit of privacy is a training example (its conversation and answer). What ε does not cover: the validation set, by
+which the best checkpoint is chosen, and the test set. Take them from data that may be known.
+
+The noise and the sampling come from a secret that is drawn for each run, kept in the working directory while the run
+may have to be resumed, and destroyed with it: a private run cannot be reproduced exactly, by anyone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from opacus import GradSampleModule
+from opacus.accountants import RDPAccountant
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+
+from ...runtime.errors import ConfigError
+from ..data.batches import Item, make_batch, poisson_plan
+from ..params import TuneParams
+from .loop import Loader, TuneModule
+from .methods import Learner
+
+SECRET = "secret"
+CHUNK = 4  # examples whose gradients are held at once
+History = Sequence[tuple[float, float, int]]  # (noise multiplier, sampling rate, steps)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyBudget:
+    """What a run spends, decided before it starts."""
+
+    epsilon: float  # the accountant's, at most the target
+    target: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    clip: float
+    accountant: str = "RDP, Poisson-subsampled Gaussian"
+
+    @property
+    def history(self) -> History:
+        return [(self.noise_multiplier, self.sample_rate, self.steps)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def epsilon_of(history: History, delta: float) -> float:
+    """ε of a sequence of mechanisms at `delta`: their RDP adds up (Mironov 2017)."""
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    return float(accountant.get_epsilon(delta=delta))
+
+
+def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
+    """The noise that keeps the run within `params.epsilon`. Raises `ConfigError` for a δ that protects nobody."""
+    assert params.epsilon is not None
+    delta = params.delta if params.delta is not None else 0.1 / num_examples
+    if not 0 < delta < 1 / num_examples:
+        raise ConfigError(f"delta must be above 0 and below 1 / N = {1 / num_examples:.3g}, got {delta}")
+    if params.batch_examples > num_examples:
+        raise ConfigError(
+            f"batch_examples must be at most the {num_examples} training examples, got {params.batch_examples}"
+        )
+    if not params.clip:
+        raise ConfigError("DP-SGD clips each example's gradient; clip must be above 0")
+    rate = params.batch_examples / num_examples
+    steps = max(1, math.ceil(params.epochs / rate))
+    noise = float(
+        get_noise_multiplier(
+            target_epsilon=params.epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp"
+        )
+    )
+    spent = epsilon_of([(noise, rate, steps)], delta)
+    return PrivacyBudget(spent, params.epsilon, delta, noise, rate, steps, params.clip)
+
+
+def secret_of(work: Path) -> bytes:
+    """The run's secret; drawn if there is none yet."""
+    path = work / SECRET
+    if not path.is_file():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(os.urandom(32))
+    return path.read_bytes()
+
+
+class PrivateModule(TuneModule):
+    """The loop with DP-SGD's step. `segments` hold the Poisson batches, which may be empty."""
+
+    def __init__(
+        self, learner: Learner, segments: list[list[list[int]]], train: Sequence[Item], work: Path, spent: PrivacyBudget
+    ) -> None:
+        super().__init__(learner, segments, train, work)
+        self.automatic_optimization = False
+        self.budget = spent
+        self.secret = secret_of(work)
+        self._hooks = [GradSampleModule(learner.decoder, loss_reduction="sum", strict=False)]  # in a list: no submodule
+        self._private: DPOptimizer | None = None
+
+    def train_dataloader(self) -> Loader:
+        segment = self.segments[min(self.current_epoch, len(self.segments) - 1)]
+        return Loader([tuple(self.train_items[i] for i in batch) for batch in segment])
+
+    def training_step(self, batch: Any, _index: int) -> Any:
+        optimiser = self._optimiser()
+        torch.manual_seed(random.Random(self.secret + len(self.losses).to_bytes(8)).getrandbits(63))
+        chunks = [batch[i : i + CHUNK] for i in range(0, len(batch), CHUNK)]
+        total = 0.0
+        for number, chunk in enumerate(chunks):
+            losses: Tensor = self.learner.example_losses(make_batch(chunk))
+            self.check(float(losses.detach().sum()), "loss")
+            total += float(losses.detach().sum())
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            optimiser.signal_skip_step(number < len(chunks) - 1)
+            optimiser.step()
+            optimiser.zero_grad()
+        if not chunks:  # an empty batch takes its noise all the same: that it was empty must not be seen
+            for parameter in optimiser.params:
+                parameter.grad_sample = torch.zeros(0, *parameter.shape, device=parameter.device)
+            optimiser.step()
+            optimiser.zero_grad()
+        self.losses.append(total / max(1, len(batch)))
+        self.lr_schedulers().step()
+
+    def _optimiser(self) -> DPOptimizer:
+        if self._private is None:
+            self._private = DPOptimizer(
+                self.optimizers(use_pl_optimizer=False),
+                noise_multiplier=self.budget.noise_multiplier,
+                max_grad_norm=self.budget.clip,
+                expected_batch_size=self.params.batch_examples,
+            )
+        return self._private
+
+
+def private_segments(params: TuneParams, spent: PrivacyBudget, num_examples: int, work: Path) -> list[list[int]]:
+    """The Poisson batches of a run, from its secret."""
+    seed = random.Random(secret_of(work) + b"sampling").getrandbits(63)
+    return poisson_plan(num_examples, params.batch_examples, spent.steps, seed)

@@ -1,0 +1,125 @@
+"""Where a member comes from: the manifest of its run, its model card, and running it again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__, finetune, runtime
+
+CARD = "README.md"
+_PACKAGES = ("torch", "pytorch-lightning", "peft", "optuna", "opacus", "tokenizers", "numpy", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the libraries' versions, as far as they are installed."""
+    found = {"motet": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_digest() -> str:
+    """SHA-256 over the source of this package's fine-tuning and model code: the code version, whatever its tag."""
+    digest = hashlib.sha256()
+    for package in (finetune, runtime):
+        root = Path(next(iter(package.__path__)))
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "code": code_digest(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine(),
+    }
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The card in Markdown: what it is, how well it does, how it was made, what it must not be taken for."""
+    metrics, settings, data = manifest["metrics"], manifest["hyper_parameters"], manifest["data"]
+    lines = [
+        f"# {manifest['name']}",
+        "",
+        f"A {settings['method']} fine-tune of `{manifest['base']['name']}` on `{data['name']}`, made by Motet.",
+        "",
+        *_table(("nats a token", "before", "after"), _losses(metrics)),
+        "",
+        f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples). "
+        f"Best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of {metrics['steps']}"
+        + (", stopped early." if metrics["stopped_early"] else "."),
+        "",
+        "## Data",
+        "",
+        *_table(
+            ("split", "examples", "documents", "tokens", "answer tokens", "longest", "left out, too long"),
+            [
+                (n, p["examples"], p["documents"], p["tokens"], p["answer_tokens"], p["longest"], p["too_long"])
+                for n, p in data["parts"].items()
+            ],
+        ),
+        "",
+        f"Near-duplicates of held-out examples left out of training: {data['near_duplicates']}.",
+        "",
+        "## Regularisation",
+        "",
+        *_table(
+            ("what", "strength"),
+            [
+                (n, settings[n])
+                for n in ("weight_decay", "l1", "label_smoothing", "dropout", "patience", "augmentation", "bag")
+            ],
+        ),
+        "",
+        *_privacy_lines(manifest),
+        "## How it was made",
+        "",
+        *_table(("setting", "value"), sorted(settings.items())),
+        "",
+        f"Base {manifest['base']['digest'][:16]}…, data {data['digest'][:16]}…, code {manifest['environment']['code'][:16]}…; "
+        + ", ".join(f"{n} {v}" for n, v in manifest["environment"]["versions"].items())
+        + ".",
+        "",
+        "`motet repro DIR` runs it again and compares the figures.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _losses(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    rows = [("validation", metrics["validation_loss_before"], metrics["validation_loss_after"])]
+    if "train_loss_after" in metrics:
+        rows.append(("train", "", metrics["train_loss_after"]))
+    return [tuple(f"{v:.4f}" if isinstance(v, float) else v for v in row) for row in rows]
+
+
+def _privacy_lines(manifest: Mapping[str, Any]) -> list[str]:
+    spent = manifest.get("privacy")
+    if spent is None:
+        return []
+    return [
+        "## Privacy",
+        "",
+        f"(ε = {spent['epsilon']:.3f}, δ = {spent['delta']:.3g}) for each training example: noise multiplier "
+        f"{spent['noise_multiplier']:.3f}, sampling rate {spent['sample_rate']:.4f}, {spent['steps']} steps, gradients "
+        f"clipped at {spent['clip']:g}; {spent['accountant']}. The validation set is not covered. Other runs on the "
+        "same data add to ε.",
+        "",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]

@@ -1,0 +1,249 @@
+"""`tune`: train a tail or an adapter of a frozen base on a data set. The loop is `loop`'s, the methods are `methods`'.
+
+A `Workbench` holds what runs on one model and data set share: the base's weights, the data, the trunk cache.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ...runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
+from ...runtime.errors import ConfigError, DataError
+from ...runtime.text.tokenizer import Tokenizer
+from ..data.batches import Item, make_batch, plan, training_plan
+from ..data.dataset import load_dataset
+from ..data.encode import DataReport, Encoded, encode_parts
+from ..data.example import Split
+from ..params import TuneParams
+from .loop import Outcome, TuneModule, Watch, cut, fit, open_work
+from .methods import Learner, make_trunk
+from .provenance import CARD, environment, model_card
+from .trunk_cache import TrunkCache
+
+__all__ = ["TuneParams", "Workbench", "tune"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The items of a run, and what the report says of them."""
+
+    parts: dict[Split, list[Item]]
+    report: DataReport
+
+
+class Workbench:
+    """A base model and a data set. `cache` None: the trunk is run anew for every batch."""
+
+    def __init__(self, model_dir: Path, data: str, cache: TrunkCache | None) -> None:
+        self.model_dir = model_dir
+        self.data = data
+        self.cache = cache
+        self.config = read_config(model_dir)
+        self.digest = checkpoint_digest(model_dir)
+        self.dataset = load_dataset(data)
+        self.tokenizer = Tokenizer.from_dir(model_dir)
+        self._base: dict[str, Tensor] = {}
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """The base's weights in float32, read once; runs copy what they change."""
+        if not self._base:
+            self._base = read_weights(self.model_dir)
+        return self._base
+
+    def load(
+        self,
+        params: TuneParams,
+        counts: dict[Split, int],
+        tick: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+    ) -> RunData:
+        """Encoded examples, with the trunk's hidden states if there is a cache and a trunk. Raises `DataError`, and what
+        the cache raises. `tick(what, how many more, of)`."""
+        end = eos_token_ids(self.model_dir)[:1]
+        encoded, report = encode_parts(self.tokenizer, self.dataset, counts, params, end)
+        split = self.config.num_layers - params.num_layers(self.config.num_layers)
+        return RunData({part: self._items(part, items, split, tick) for part, items in encoded.items()}, report)
+
+    def _items(
+        self, part: str, encoded: list[Encoded], split: int, tick: Callable[[str, int, int], None]
+    ) -> list[Item]:
+        if self.cache is None or split == 0:
+            return [Item(item) for item in encoded]
+
+        def trunk() -> Any:
+            return make_trunk(self.config, self.base)
+
+        def tell(count: int) -> None:
+            tick(f"trunk, {part}", count, len(encoded))
+
+        hidden = self.cache.hidden(trunk, self.digest, split, encoded, tell)
+        return [Item(item, rows) for item, rows in zip(encoded, hidden)]
+
+
+def tune(
+    model_dir: Path,
+    data: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    params: TuneParams | None = None,
+    cache: TrunkCache | None = None,
+    use_cache: bool = True,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train on `data` (see `load_dataset`), write a tail or an adapter to `out` and return its manifest.
+
+    A run that was killed is resumed by the same call. `manifest["metrics"]` has the validation loss before and after (nats
+    a token). Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (the loss is NaN),
+    `UnavailableError` (a full disk, a missing package).
+    """
+    params = params or TuneParams()
+    params.num_layers(read_config(model_dir).num_layers)  # said before anything is read
+    bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None)
+    with progress_bar(show_progress) as progress:
+        return run(bench, out, params, name=name or out.name, progress=progress)
+
+
+def progress_bar(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not show, transient=True)
+
+
+def run(
+    bench: Workbench,
+    out: Path,
+    params: TuneParams,
+    *,
+    name: str,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+    loaded: RunData | None = None,
+) -> dict[str, Any]:
+    """One run on a workbench: see `tune`. `loaded`: data loaded before, of which the run takes its bag."""
+    from ...runtime.checkpoints.members.files import CheckpointKind
+
+    progress = progress or progress_bar(False)
+    counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
+    loaded = loaded or bench.load(params, counts, _ticker(progress))
+    train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
+    work = out.parent / f".{out.name}.run"
+    kind: CheckpointKind = _kind(params)
+    if out.exists() and not (out / kind.manifest).is_file():
+        raise ConfigError(f"'{out}' exists and is not {kind.article} {kind.name}; choose another directory")
+    key = {
+        "params": params.to_dict(),
+        "base": bench.digest,
+        "data": bench.dataset.digest,
+        "cached": bench.cache is not None,
+    }
+    open_work(work, key)
+
+    learner = Learner(bench.config, bench.base, params)
+    before = evaluate(learner, validation, params)
+    module, every, privacy = _module(learner, params, train, work)
+    watch = watch or _bar(progress, sum(map(len, module.segments)))
+    outcome = fit(module, validation, every, watch, automatic=privacy is None)
+    sample = train[: len(validation)]
+    metrics = _metrics(before, evaluate(learner, validation, params), evaluate(learner, sample, params), outcome)
+    manifest = {
+        "name": name,
+        "base": {"name": bench.model_dir.name, "digest": bench.digest},
+        "data": {**loaded.report.to_dict(), "spec": bench.data, "trained_on": len(train)},
+        "hyper_parameters": params.to_dict(),
+        "metrics": metrics,
+        "cached": bench.cache is not None,
+        "environment": environment(),
+        "privacy": privacy,
+    }
+    learner.write(out, manifest, {CARD: model_card(manifest)})
+    shutil.rmtree(work)
+    return manifest
+
+
+def _kind(params: TuneParams) -> Any:
+    from ...runtime.checkpoints.members.adapter import ADAPTER
+    from ...runtime.checkpoints.members.tail import TAIL
+
+    return ADAPTER if params.method in ("lora", "qlora") else TAIL
+
+
+def _bag(items: list[Item], params: TuneParams) -> list[Item]:
+    """The run's share of the training examples, drawn by its seed."""
+    count = round(params.bag * len(items))
+    if count < 2:
+        raise DataError(f"a run needs at least 2 training examples, it has {count}; give more data or a larger bag")
+    if count == len(items):
+        return items
+    chosen = sorted(random.Random(f"bag {params.seed}").sample(range(len(items)), count))
+    return [items[i] for i in chosen]
+
+
+def _module(
+    learner: Learner, params: TuneParams, train: list[Item], work: Path
+) -> tuple[TuneModule, int, dict[str, Any] | None]:
+    """(module, a validation every so many segments, the privacy budget)."""
+    if params.epsilon is None:
+        lengths = [len(item.encoded.token_ids) for item in train]
+        segments, every = cut(training_plan(lengths, params.batch_tokens, params.epochs, params.seed), params)
+        return TuneModule(learner, segments, train, work), every, None
+    from .privacy import PrivateModule, budget, private_segments
+
+    spent = budget(params, len(train))
+    segments, every = cut(private_segments(params, spent, len(train), work), params)
+    return PrivateModule(learner, segments, train, work, spent), every, spent.to_dict()
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, items: list[Item], params: TuneParams) -> float:
+    """Mean negative log-likelihood of the answers' tokens, nats, in evaluation mode."""
+    learner.eval()
+    total, count = 0.0, 0
+    for chosen in plan([len(item.encoded.token_ids) for item in items], params.batch_tokens, None):
+        batch = make_batch([items[i] for i in chosen])
+        total += float(learner.loss(batch)) * batch.num_targets
+        count += batch.num_targets
+    learner.train()
+    return total / count
+
+
+def _metrics(before: float, after: float, train: float, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "validation_loss_before": before,
+        "validation_loss_after": after,
+        "train_loss_after": train,
+        "gap": after - train,
+        "best_step": outcome.best_step,
+        "steps": outcome.steps,
+        "stopped_early": outcome.stopped_early,
+        "loss_curve": outcome.losses,
+        "validation_curve": [list(entry) for entry in outcome.validation],
+    }
+
+
+def _ticker(progress: Progress) -> Callable[[str, int, int], None]:
+    tasks: dict[str, Any] = {}
+
+    def tick(what: str, count: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.advance(tasks[what], count)
+
+    return tick
+
+
+def _bar(progress: Progress, steps: int) -> Watch:
+    task = progress.add_task("training", total=steps)
+
+    def stepped(loss: float) -> None:
+        progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
+
+    return Watch(stepped)

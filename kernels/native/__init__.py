@@ -1,0 +1,1 @@
+"""The native CPU kernels: C++ in `cpp/`, and their binding."""

@@ -1,0 +1,193 @@
+"""Mix and sample on the native CPU kernels (`kernels/native/cpp/sample.cpp`): the same tokens as `kernels.reference`.
+
+One call for a packed batch of samples over rows of logits. It needs no model; with one it runs on the model's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.errors import InvalidRequestError, MotetError, UnavailableError
+from .binding import NativeModel, address, addresses, library
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U32 = npt.NDArray[np.uint32]
+
+NOT_FINITE, NOTHING_LEFT = 1, 2  # codes of samples without a token, as `motet.h` numbers them
+
+_NO_IDS: I64 = np.zeros(0, np.int64)
+
+
+@dataclass(slots=True)
+class Sample:
+    """How one token is chosen; the parameters are those of `kernels.reference`."""
+
+    terms: Sequence[tuple[int, float]]  # (row of the logits, coefficient), at least one
+    probs: bool = False  # the space of the mix
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    prompt_ids: I64 = field(default_factory=lambda: _NO_IDS)
+    output_ids: I64 = field(default_factory=lambda: _NO_IDS)
+    bias: Mapping[int, float] = field(default_factory=dict)
+    forbidden: Sequence[int] = ()
+    mask: U32 | None = None  # [ceil(vocab / 32)] bit id % 32 of word id // 32: the token is allowed
+    seed: int = 0
+    position: int = 0
+    logprobs: int | None = None  # how many of the best tokens are reported; None: no log-probabilities at all
+    member_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What became of a batch. Log-probabilities are those of the mix before penalties, temperature and truncation."""
+
+    token_ids: I64  # [samples], -1 where there is none
+    codes: I32  # [samples] 0, `NOT_FINITE` (the logits hold NaN or +inf) or `NOTHING_LEFT`
+    logprobs: F64  # [samples] of the chosen token, NaN where not asked
+    top_ids: I64  # [samples, n] best first, -1 beyond what was asked
+    top_logprobs: F64  # [samples, n]
+    member_logprobs: F64  # [terms of all samples] of the chosen token under each term alone, NaN where not asked
+
+
+class _Sample(ctypes.Structure):
+    """`MotetSample`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("first_term", "num_terms")),
+        *((name, ctypes.c_int32) for name in ("probs", "logprobs", "member_logprobs")),
+        ("top_k", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("top_p", "min_p", "temperature", "repetition", "presence", "frequency")),
+        *(("prompt_ids", ctypes.c_void_p), ("num_prompt", ctypes.c_int64)),
+        *(("output_ids", ctypes.c_void_p), ("num_output", ctypes.c_int64)),
+        *(("bias_ids", ctypes.c_void_p), ("bias_values", ctypes.c_void_p), ("num_bias", ctypes.c_int64)),
+        *(("forbidden_ids", ctypes.c_void_p), ("num_forbidden", ctypes.c_int64)),
+        ("mask", ctypes.c_void_p),
+        *(("seed", ctypes.c_uint64), ("position", ctypes.c_uint32)),
+    ]
+
+
+class _Sampling(ctypes.Structure):
+    """`MotetSampling`."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "stride", "vocab_size", "num_terms")),
+        *((name, ctypes.c_void_p) for name in ("term_rows", "coefficients")),
+        ("num_samples", ctypes.c_int64),
+        ("samples", ctypes.c_void_p),
+        ("top_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "codes", "logprobs", "top_ids", "top_logprobs")),
+        ("member_logprobs", ctypes.c_void_p),
+    ]
+
+
+class Sampling:
+    """Samples as the library reads them, and where it writes what it draws: `result`, once a call has had `struct`."""
+
+    def __init__(self, samples: Sequence[Sample], vocab: int) -> None:
+        """Raises `InvalidRequestError` for a parameter that the library cannot see to be wrong."""
+        terms = [term for one in samples for term in one.terms]
+        rows = np.array([row for row, _ in terms], np.int64)
+        coefficients = np.array([c for _, c in terms], np.float64)
+        count, top = len(samples), max((one.logprobs or 0 for one in samples), default=0)
+        self.result = result = Sampled(
+            token_ids=np.empty(count, np.int64),
+            codes=np.empty(count, np.int32),
+            logprobs=np.empty(count, np.float64),
+            top_ids=np.empty((count, top), np.int64),
+            top_logprobs=np.empty((count, top), np.float64),
+            member_logprobs=np.empty(len(terms), np.float64),
+        )
+        packed = (_Sample * count)()
+        self._keep: list[Any] = [packed, rows, coefficients]  # arrays that the library reads
+        first = 0
+        for target, one in zip(packed, samples, strict=True):
+            _pack(target, one, first, vocab, self._keep)
+            first += len(one.terms)
+        self.struct = _Sampling(
+            *(None, 0, 0, vocab),
+            *(len(terms), *addresses(rows, coefficients)),
+            *(count, ctypes.addressof(packed), top),
+            *addresses(result.token_ids, result.codes, result.logprobs),
+            *addresses(result.top_ids, result.top_logprobs, result.member_logprobs),
+        )
+
+
+def sample(
+    logits: F32, samples: Sequence[Sample], model: NativeModel | None = None, *, isa: str | None = None
+) -> Sampled:
+    """Draw a token for each sample. logits [rows, vocab]; on the threads of `model` if there is one; `isa` chooses an
+    instruction set where there is none.
+
+    Raises `InvalidRequestError` for a parameter or id out of its range, `UnavailableError` without the native kernels.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise InvalidRequestError(f"logits must be [rows, vocab], got {list(logits.shape)}", field="logits")
+    if logits.dtype != np.float32 or logits.strides[1] != 4 or logits.strides[0] < 4 * logits.shape[1]:
+        logits = np.ascontiguousarray(logits, np.float32)
+    sampling = Sampling(samples, logits.shape[1])
+    struct = sampling.struct
+    struct.logits, struct.num_rows, struct.stride = logits.ctypes.data, len(logits), logits.strides[0] // 4
+    lib = library()
+    handle = model.handle if model is not None else None
+    code = lib.motet_sample(handle, (isa or "").encode(), ctypes.byref(struct))
+    if code:
+        message = lib.motet_error().decode()
+        raise {1: InvalidRequestError, 2: UnavailableError}.get(code, MotetError)(message)
+    return sampling.result
+
+
+def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[Any]) -> None:
+    """Fill a `_Sample`; its arrays go to `keep`."""
+
+    def kept(values: Any, dtype: type) -> int:
+        array: npt.NDArray[Any] = np.ascontiguousarray(values, dtype)
+        keep.append(array)
+        return address(array)
+
+    _check(one, vocab)
+    target.first_term, target.num_terms = first_term, len(one.terms)
+    target.probs, target.member_logprobs = one.probs, one.member_logprobs
+    target.logprobs = -1 if one.logprobs is None else one.logprobs
+    target.temperature, target.top_k, target.top_p, target.min_p = one.temperature, one.top_k, one.top_p, one.min_p
+    target.repetition, target.presence, target.frequency = one.repetition, one.presence, one.frequency
+    target.seed, target.position = one.seed, one.position & 0xFFFFFFFF
+    if (one.repetition, one.presence, one.frequency) != (1.0, 0.0, 0.0):
+        target.prompt_ids, target.num_prompt = kept(one.prompt_ids, np.int64), len(one.prompt_ids)
+        target.output_ids, target.num_output = kept(one.output_ids, np.int64), len(one.output_ids)
+    if one.bias:
+        target.bias_ids, target.num_bias = kept(list(one.bias), np.int64), len(one.bias)
+        target.bias_values = kept(list(one.bias.values()), np.float64)
+    if one.forbidden:
+        target.forbidden_ids, target.num_forbidden = kept(one.forbidden, np.int64), len(one.forbidden)
+    if one.mask is not None:
+        target.mask = kept(one.mask, np.uint32)
+
+
+def _check(one: Sample, vocab: int) -> None:
+    """What the library cannot see because the numbers would not fit, or the array's length does not reach it."""
+    if not 0 <= one.seed < 2**64:
+        raise InvalidRequestError(f"seed must be in 0…2^64-1, got {one.seed}", field="seed")
+    if not -(2**63) <= one.top_k < 2**63:
+        raise InvalidRequestError(f"top_k must be below 2^63, got {one.top_k}", field="top_k")
+    if one.logprobs is not None and not 0 <= one.logprobs < 2**31:
+        raise InvalidRequestError(f"logprobs must be in 0…2^31-1, got {one.logprobs}", field="logprobs")
+    if one.mask is not None and one.mask.shape != (-(-vocab // 32),):
+        raise InvalidRequestError(
+            f"a mask over {vocab} tokens has {-(-vocab // 32)} words of 32 bits, got the shape {list(one.mask.shape)}",
+            field="mask",
+        )

@@ -1,0 +1,28 @@
+"""The Triton kernels under one name, with the signatures of `kernels.eager`. Importing it imports Triton."""
+
+from __future__ import annotations
+
+from ..oracle.eager import dequantise
+from .activate import activate
+from .lora_delta import add_delta
+from .mix_head_sample import mix_head_sample, mix_rows
+from .mix_sample import mix_sample
+from .paged_attention import decode_attention
+from .prefill_attention import prefill_attention
+from .residual_norm import residual_norm
+from .rotary_write import rotary_write
+from .weight_matmul import matmul
+
+__all__ = [
+    "activate",
+    "add_delta",
+    "decode_attention",
+    "dequantise",
+    "matmul",
+    "mix_head_sample",
+    "mix_rows",
+    "mix_sample",
+    "prefill_attention",
+    "residual_norm",
+    "rotary_write",
+]

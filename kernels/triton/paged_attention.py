@@ -1,0 +1,203 @@
+"""Decode attention over a paged KV cache, in Triton: one query row a program row, the heads of a KV head packed together.
+
+The context is cut into splits of a fixed number of positions, so that a small batch fills a GPU and a result does not
+depend on the batch (flash decoding, Dao et al. 2023); a second kernel joins the splits, always in order. A launch covers
+`max_length`, and splits behind a row's length end at once, so one captured launch serves every length. Several rows of one
+sequence are rows as any other: their answer is what each alone would get.
+
+Bytes a row: 2 · length · kv_heads · D of the cache's dtype. Oracle: `kernels.eager`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..oracle.operands import DecodeRows, LayerCache
+from .launch import FLOATS, I32, check, dot, power_of_two, wide
+from .rotary_write import CACHE_DTYPES
+
+SPLIT = 128  # positions a program
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def load_cache(
+    cache, scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr
+):
+    """(tile [positions, columns] as stored, 0 outside; its scales [positions]) of positions `place` of a block table.
+
+    Outside, memory may hold anything, NaN too: it must not be read, because 0 · NaN is NaN.
+    """
+    block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    line = (block * kv_heads + head) * BLOCK_SIZE + place % BLOCK_SIZE
+    mask = inside[:, None] & (column < size)[None, :]
+    tile = tl.load(cache + line[:, None] * size + column[None, :], mask=mask, other=0.0)
+    scale = tl.full(place.shape, 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(scales + line, mask=inside, other=0.0)
+    return tile, scale
+
+
+@triton.jit
+def _decode_kernel(
+    query,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    rows,
+    seqs,
+    lengths,
+    tables,
+    table_width,
+    sums,
+    maxima,
+    totals,
+    scale,
+    num_heads,
+    kv_heads,
+    num_splits,
+    size,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One split of one row and KV head: the unnormalised output, the largest score, the sum of exponentials."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + item)
+    start = split * SPLIT
+    if start >= length:
+        return
+    row = tl.load(rows + item).to(tl.int64)
+    table = tables + tl.load(seqs + item).to(tl.int64) * table_width
+    member = tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    heads = head * GROUP + member
+    mask = (member < GROUP)[:, None] & (column < size)[None, :]
+    q = tl.load(query + (row * num_heads + heads)[:, None] * size + column[None, :], mask=mask, other=0.0)
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    out = tl.zeros((HEADS, COLUMNS), tl.float32)
+    for first in range(start, tl.minimum(start + SPLIT, length), TILE):
+        place = first + tl.arange(0, TILE)
+        inside = place < length
+        k, k_scale = load_cache(
+            keys, key_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
+        )
+        scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((HEADS, TILE), tl.float32), WIDE)
+        scores = tl.where(inside[None, :], scores * (k_scale * scale)[None, :], float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new[:, None])
+        shrink = tl.exp2(largest - new)
+        total = total * shrink + tl.sum(p, axis=1)
+        v, v_scale = load_cache(
+            values, value_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
+        )
+        out = dot((p * v_scale[None, :]).to(q.dtype), v.to(q.dtype), out * shrink[:, None], WIDE)
+        largest = new
+    at = (item * num_heads + heads).to(tl.int64) * num_splits + split
+    tl.store(sums + at[:, None] * size + column[None, :], out, mask=mask)
+    tl.store(maxima + at, largest, mask=member < GROUP)
+    tl.store(totals + at, total, mask=member < GROUP)
+
+
+@triton.jit
+def _join_kernel(
+    sums,
+    maxima,
+    totals,
+    rows,
+    lengths,
+    out,
+    num_heads,
+    num_splits,
+    size,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The splits of one row and head, in order → its output."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    column = tl.arange(0, COLUMNS)
+    inside = column < size
+    first = (item * num_heads + head).to(tl.int64) * num_splits
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    result = tl.zeros((COLUMNS,), tl.float32)
+    for split in range(tl.cdiv(tl.load(lengths + item), SPLIT)):
+        at = first + split
+        part_max = tl.load(maxima + at)
+        new = tl.maximum(largest, part_max)
+        shrink = tl.exp2(largest - new)
+        weight = tl.exp2(part_max - new)
+        total = total * shrink + tl.load(totals + at) * weight
+        result = result * shrink + tl.load(sums + at * size + column, mask=inside, other=0.0) * weight
+        largest = new
+    result = tl.where(total > 0.0, result / total, 0.0)
+    result = tl.where(total == total, result, total)  # what is not a number stays so
+    row = tl.load(rows + item).to(tl.int64)
+    tl.store(out + (row * num_heads + head) * size + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor, out: torch.Tensor) -> int:
+    """Raises `ValueError` for what does not fit; returns the query heads a KV head."""
+    kv_heads, _, size = cache.keys.shape[1:]
+    check("query", query, (-1, -1, size), FLOATS, query)
+    check("keys", cache.keys, (-1, kv_heads, -1, size), CACHE_DTYPES, query)
+    check("values", cache.values, cache.keys.shape, (cache.keys.dtype,), query)
+    check("tables", tables, (-1, -1), I32, query)
+    check("out", out, query.shape, (query.dtype,), query)
+    if query.shape[1] % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide {query.shape[1]} query heads")
+    return query.shape[1] // kv_heads
+
+
+def decode_attention(query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor) -> None:
+    """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`; others are left.
+
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. Raises `ValueError` for arguments that do not fit; what the
+    block tables hold is the caller's to check (a look at it would be a synchronisation).
+    """
+    group = check_attention(query, cache, rows.tables, out)
+    count = len(rows.rows)
+    for name, tensor in (("rows", rows.rows), ("seqs", rows.seqs), ("lengths", rows.lengths)):
+        check(name, tensor, (count,), I32, query)
+    if not count:
+        return
+    num_heads, size = query.shape[1:]
+    kv_heads, num_splits = num_heads // group, triton.cdiv(rows.max_length, SPLIT)
+    shape = (count, num_heads, num_splits)
+    sums = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
+    maxima, totals = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    scaled = cache.key_scales is not None
+    _decode_kernel[(count, kv_heads, num_splits)](
+        *(query, cache.keys, cache.values),
+        *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
+        *(rows.rows, rows.seqs, rows.lengths, rows.tables, rows.tables.shape[1]),
+        *(sums, maxima, totals, size**-0.5 * LOG2E, num_heads, kv_heads, num_splits, size),
+        GROUP=group,
+        BLOCK_SIZE=cache.block_size,
+        SCALED=scaled,
+        SPLIT=SPLIT,
+        TILE=64,
+        HEADS=power_of_two(group, 16),
+        COLUMNS=power_of_two(size, 16),
+        WIDE=wide(query.dtype),
+        num_warps=4,
+        num_stages=3,
+    )
+    _join_kernel[(count, num_heads)](
+        *(sums, maxima, totals, rows.rows, rows.lengths, out, num_heads, num_splits, size),
+        SPLIT=SPLIT,
+        COLUMNS=power_of_two(size),
+        num_warps=1,
+    )

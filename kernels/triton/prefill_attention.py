@@ -1,0 +1,124 @@
+"""Prefill attention over a paged KV cache, in Triton: chunks of rows, causal within the chunk, full over what came before.
+
+The chunk's own keys and values are in the cache already. A tile holds some rows of the chunk for all query heads of one KV
+head, so that keys and values are read once for them; softmax is online (FlashAttention-2, Dao 2023). A tile's arithmetic
+depends on its chunk alone. Multiply-accumulates: 2 · heads · D · Σ positions seen. Oracle: `kernels.eager`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..oracle.operands import LayerCache, PrefillChunks
+from .launch import I32, INTERPRETED, check, dot, power_of_two, wide
+from .paged_attention import LOG2E, check_attention, load_cache
+
+
+@triton.jit
+def _prefill_kernel(
+    query,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    starts,
+    sizes,
+    lengths,
+    seqs,
+    tables,
+    table_width,
+    out,
+    scale,
+    num_heads,
+    kv_heads,
+    size,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    first_row = tl.program_id(2) * ROWS
+    count = tl.load(sizes + chunk)
+    if first_row >= count:
+        return
+    length = tl.load(lengths + chunk)
+    table = tables + tl.load(seqs + chunk).to(tl.int64) * table_width
+    lane = tl.arange(0, ROWS * HEADS)  # a row's heads lie side by side
+    row = first_row + lane // HEADS
+    member = lane % HEADS
+    column = tl.arange(0, COLUMNS)
+    here = (row < count) & (member < GROUP)
+    flat = (tl.load(starts + chunk) + row).to(tl.int64) * num_heads + head * GROUP + member
+    mask = here[:, None] & (column < size)[None, :]
+    q = tl.load(query + flat[:, None] * size + column[None, :], mask=mask, other=0.0)
+    position = length - count + row
+    largest = tl.full((ROWS * HEADS,), -1.0e30, tl.float32)  # finite: a lane that sees nothing yet must not make NaN
+    total = tl.zeros((ROWS * HEADS,), tl.float32)
+    result = tl.zeros((ROWS * HEADS, COLUMNS), tl.float32)
+    end = tl.minimum(length, length - count + first_row + ROWS)
+    for first in range(0, end, TILE):
+        place = first + tl.arange(0, TILE)
+        inside = place < end
+        k, k_scale = load_cache(
+            keys, key_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
+        )
+        scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((ROWS * HEADS, TILE), tl.float32), WIDE)
+        seen = inside[None, :] & (place[None, :] <= position[:, None])
+        scores = tl.where(seen, scores * (k_scale * scale)[None, :], float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new[:, None])
+        shrink = tl.exp2(largest - new)
+        total = total * shrink + tl.sum(p, axis=1)
+        v, v_scale = load_cache(
+            values, value_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
+        )
+        result = dot((p * v_scale[None, :]).to(q.dtype), v.to(q.dtype), result * shrink[:, None], WIDE)
+        largest = new
+    result = result / total[:, None]
+    tl.store(out + flat[:, None] * size + column[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def prefill_attention(query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor) -> None:
+    """out[r] = causal attention of query[r] over its sequence, for every row r of the chunks; others are left.
+
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. Raises `ValueError` for arguments that do not fit.
+    """
+    group = check_attention(query, cache, chunks.tables, out)
+    count = len(chunks.starts)
+    for name, tensor in (
+        ("starts", chunks.starts),
+        ("sizes", chunks.sizes),
+        ("lengths", chunks.lengths),
+        ("seqs", chunks.seqs),
+    ):
+        check(name, tensor, (count,), I32, query)
+    if not count:
+        return
+    num_heads, size = query.shape[1:]
+    heads = power_of_two(group)
+    rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter's time goes by tiles that are mostly empty
+    scaled = cache.key_scales is not None
+    _prefill_kernel[(count, num_heads // group, triton.cdiv(chunks.max_size, rows))](
+        *(query, cache.keys, cache.values),
+        *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
+        *(chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs, chunks.tables, chunks.tables.shape[1]),
+        *(out, size**-0.5 * LOG2E, num_heads, num_heads // group, size),
+        GROUP=group,
+        BLOCK_SIZE=cache.block_size,
+        SCALED=scaled,
+        ROWS=rows,
+        TILE=64,
+        HEADS=heads,
+        COLUMNS=power_of_two(size, 16),
+        WIDE=wide(query.dtype),
+        num_warps=8,
+        num_stages=3,
+    )

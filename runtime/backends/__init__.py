@@ -1,0 +1,1 @@
+"""What runs a batch: native kernels, ONNX Runtime, torch and Triton."""

@@ -1,0 +1,37 @@
+"""`Backend`: what runs a `Batch`. It knows nothing of requests, queues or text."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..schedule.batch import Batch, StepOutput
+
+
+class Backend(Protocol):
+    """forward (trunk once, tails over their rows) → mix → sample. Not thread-safe: one engine loop owns it."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Positions a block. A backend with contiguous slots has blocks as long as the context."""
+        ...
+
+    @property
+    def can_verify(self) -> bool:
+        """May a sequence have several sampled rows in a step? Only if each is what it would be alone, bit for bit."""
+        ...
+
+    @property
+    def can_sample_prefill(self) -> bool:
+        """May a sequence's last row be sampled in the step that computes rows before it?"""
+        ...
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
+        ...
+
+    def close(self) -> None: ...

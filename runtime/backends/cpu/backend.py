@@ -1,0 +1,247 @@
+"""`CpuBackend`: a bundle on the native kernels of `kernels/cpu`, the default on x86-64.
+
+A step is one native call: the whole packed batch (trunk once, each tail over its rows, low-rank deltas per row), the head
+over the mixes that are sampled, and a token for each sample. The KV cache is paged. A row's result has the same bits
+whatever else is in the batch, however its prompt was cut, and with any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from ....kernels.native.binding import BLOCK_SIZE, Linear, ModelConfig, NativeModel, PackedBatch, Vector, Weight
+from ....kernels.native.sampling import Sampling
+from ...api.config import EngineConfig
+from ...api.request import Space
+from ...errors import BundleError, ConfigError
+from ...model.bundle import WEIGHTS, Bundle
+from ...sampling.host import native_samples, step_output
+from ...schedule.batch import Batch, StepOutput
+
+F32 = npt.NDArray[np.float32]
+
+_LINEARS = {
+    Linear.QKV: "self_attn.qkv_proj",
+    Linear.OUT: "self_attn.o_proj",
+    Linear.UP: "mlp.gate_up_proj",
+    Linear.DOWN: "mlp.down_proj",
+}
+_NORMS = {
+    Vector.ATTENTION_NORM: "input_layernorm.weight",
+    Vector.ATTENTION_NORM_BIAS: "input_layernorm.bias",
+    Vector.MLP_NORM: "post_attention_layernorm.weight",
+    Vector.MLP_NORM_BIAS: "post_attention_layernorm.bias",
+    Vector.Q_NORM: "self_attn.q_norm.weight",
+    Vector.K_NORM: "self_attn.k_norm.weight",
+}
+
+
+class CpuBackend:
+    """`Backend` over native kernels. `num_blocks`: as many as `max_num_seqs` sequences of `max_model_len` need."""
+
+    can_verify = True
+    can_sample_prefill = True
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, *, isa: str | None = None) -> None:
+        if config.kv_dtype == "fp8":
+            raise ConfigError("kv_dtype fp8 is the torch backend's; the cpu backend has int8 and bf16")
+        length = min(config.max_model_len, bundle.config.max_position_embeddings)
+        self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
+        self._num_members = len(bundle.members)
+        self._has_tails = bool(bundle.graphs.tails) or self._num_members > 1
+        self._model = _load(bundle, self._num_blocks, config, isa)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return BLOCK_SIZE
+
+    def close(self) -> None:
+        """Give the native memory back."""
+        self._model.close()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the native parts since the last call: linears, attention, head, other."""
+        return self._model.seconds()
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Run one batch (see `Backend.step`)."""
+        tails = self._has_tails
+        outputs = sorted({(m if tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
+        at = {output: index for index, output in enumerate(outputs)}
+        rows: list[list[tuple[int, float]]] = []  # terms of each row of logits
+        greedy: list[bool] = []
+        mixes: list[list[tuple[int, float]]] = []  # of each sample: (row of logits, coefficient)
+        for sample in batch.samples:
+            terms = [(at[member if tails else 0, row], c) for row, member, c in sample.terms if c != 0]
+            if sample.space is Space.LOGITS and not sample.return_member_logprobs:
+                mixes.append([(len(rows), 1.0)])
+                rows.append(terms)
+                greedy.append(sample.params.is_plain_greedy and not sample.forbidden_ids)
+            else:
+                mixes.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
+                rows += [[(index, 1.0)] for index, _ in terms]
+                greedy += [False] * len(terms)
+        seqs = None
+        if tails:
+            seqs = [[s for s, own in enumerate(batch.members) if m in own] for m in range(self._num_members)]
+        packed = PackedBatch(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            slot_mapping=batch.slot_mapping,
+            cu_seqlens=batch.cu_seqlens_q,
+            context_lens=batch.context_lens,
+            block_tables=batch.block_tables,
+            deltas=batch.deltas,
+            members=seqs,
+            outputs=outputs,
+        )
+        natives = native_samples(mixes, batch.samples)
+        sampling = Sampling(natives, self._model.vocab_size)
+        self._model.generate(packed, rows, greedy, sampling.struct)
+        return step_output(natives, sampling.result)
+
+    def score(self, token_ids: Sequence[int], member: int) -> F32:
+        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing
+        runs."""
+        count = len(token_ids)
+        blocks = -(-count // BLOCK_SIZE)
+        if blocks > self._num_blocks:
+            raise ConfigError(f"{count} tokens need {blocks} blocks of KV cache, there are {self._num_blocks}")
+        packed = PackedBatch(
+            token_ids=np.asarray(token_ids, np.int64),
+            positions=np.arange(count, dtype=np.int32),
+            slot_mapping=np.arange(count, dtype=np.int64),
+            cu_seqlens=np.array([0, count], np.int32),
+            context_lens=np.array([count], np.int32),
+            block_tables=np.arange(blocks, dtype=np.int32)[None],
+            deltas=np.array([member], np.int32),
+            members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
+            outputs=[(member if self._has_tails else 0, row) for row in range(count)],
+        )
+        return self._model.head(self._model.step(packed))
+
+
+def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None) -> NativeModel:
+    """Pack a bundle's tensors. Raises `BundleError` for a missing or misshapen tensor,
+    `UnavailableError` for sizes that the kernels do not have."""
+    decoder = bundle.config
+    has_tails = bool(bundle.graphs.tails) or len(bundle.members) > 1
+    split = bundle.split_layer if bundle.graphs.tails else decoder.num_layers
+    model = NativeModel(
+        ModelConfig(
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden_size,
+            intermediate_size=decoder.intermediate_size,
+            num_layers=decoder.num_layers,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_size=decoder.head_size,
+            max_positions=decoder.max_position_embeddings,
+            layer_norm=decoder.norm == "layer",
+            gelu=decoder.activation == "gelu",
+            learned=decoder.positions == "learned",
+            qk_norm=decoder.qk_norm,
+            tied_head=decoder.tied_head,
+            split_layer=split,
+            num_members=len(bundle.members),
+            kv_int8=config.kv_dtype != "bf16",
+            num_blocks=num_blocks,
+            threads=config.num_threads,
+            norm_eps=decoder.norm_eps,
+        ),
+        isa,
+    )
+    with safe_open(bundle.path / WEIGHTS, framework="numpy") as file:
+        loader = _Loader(model, file, bundle)
+        for layer in range(split):
+            loader.layer(layer, layer, None)
+        for index, member in enumerate(bundle.members if has_tails else ()):
+            for layer in range(split, decoder.num_layers):
+                loader.layer(split + index * (decoder.num_layers - split) + layer - split, layer, member)
+        owners: tuple[str | None, ...] = bundle.members if has_tails else (None,)
+        for index, owner in enumerate(owners):
+            loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", owner)
+            loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", owner)
+        embedding = "model.embed_tokens.weight"
+        head = embedding if decoder.tied_head else "lm_head.weight"
+        loader.linear(Linear.HEAD, 0, head, None)
+        if not decoder.tied_head:
+            loader.linear(Linear.EMBEDDING, 0, embedding, None)
+        if decoder.positions == "learned":
+            loader.vector(Vector.POSITIONS, 0, "model.embed_positions.weight", None)
+        else:
+            loader.vector(Vector.COS, 0, "rotary.cos", None)
+            loader.vector(Vector.SIN, 0, "rotary.sin", None)
+    model.ready()
+    return model
+
+
+class _Loader:
+    """Moves tensors from the weights file into a native model. A member's own tensor goes before the base's."""
+
+    def __init__(self, model: NativeModel, file: Any, bundle: Bundle) -> None:
+        self._model = model
+        self._file = file
+        self._bundle = bundle
+        self._names = set(file.keys())
+        self._places: dict[tuple[Linear, str], int] = {}  # stored weight → layer that holds it already
+
+    def layer(self, target: int, layer: int, member: str | None) -> None:
+        """Layer `layer` of the decoder, as `member` has it, becomes the model's layer `target`."""
+        prefix = f"model.layers.{layer}"
+        gelu = self._bundle.config.activation == "gelu"
+        for which, module in _LINEARS.items():
+            name = f"{prefix}.{'mlp.up_proj' if which is Linear.UP and gelu else module}"
+            self.linear(which, target, f"{name}.weight", member)
+            for index, own in enumerate(self._bundle.members):
+                a, b = f"members.{own}.{name}.lora_a", f"members.{own}.{name}.lora_b"
+                if a in self._names and member in (None, own):
+                    self._model.set_delta(which, target, index, self._tensor(a), self._tensor(b), a)
+        for vector, suffix in _NORMS.items():
+            self.vector(vector, target, f"{prefix}.{suffix}", member)
+
+    def linear(self, which: Linear, target: int, name: str, member: str | None) -> None:
+        stored = self._resolve(name, member)
+        if (which, stored) in self._places:
+            self._model.share_linear(which, target, self._places[which, stored])
+            return
+        self._model.set_linear(which, target, self._weight(stored), stored)
+        self._places[which, stored] = target
+
+    def vector(self, which: Vector, index: int, name: str, member: str | None) -> None:
+        stored = self._resolve(name, member)
+        if stored in self._names:
+            self._model.set_vector(which, index, self._tensor(stored), stored)
+
+    def _weight(self, name: str) -> Weight:
+        bias_name = name.removesuffix("weight") + "bias"
+        bias = self._tensor(bias_name) if bias_name in self._names and name.endswith("_proj.weight") else None
+        if name in self._names:
+            dense = self._tensor(name)
+            return Weight(dense.shape[0], dense.shape[1], dense=dense, bias=bias)
+        if f"{name}.values" not in self._names or f"{name}.scales" not in self._names:
+            raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
+        values, scales = self._tensor(f"{name}.values"), self._tensor(f"{name}.scales")
+        zero_points = self._tensor(f"{name}.zero_points") if f"{name}.zero_points" in self._names else None
+        bits = 8 if zero_points is None else 4
+        groups, group = values.shape[1], values.shape[2] * 8 // bits
+        if bits == 4:  # groups of columns, then those of the group-sum columns: one value a group of columns
+            groups = groups * group // (group + 1)
+        columns = groups * group
+        return Weight(len(values), columns, bits, group, values, scales, zero_points, bias=bias)
+
+    def _resolve(self, name: str, member: str | None) -> str:
+        own = f"members.{member}.{name}"
+        return own if own in self._names or f"{own}.values" in self._names else name
+
+    def _tensor(self, name: str) -> npt.NDArray[Any]:
+        return np.asarray(self._file.get_tensor(name))

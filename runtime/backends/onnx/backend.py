@@ -1,0 +1,258 @@
+"""`OnnxBackend`: a bundle's graphs on ONNX Runtime, on its CPU provider or, if asked, on CUDA's.
+
+A step runs each prefill chunk at batch 1 and all decode rows as one batch: the trunk once, each tail over the rows that
+want it, then one head over the rows that are sampled. In `logits` space the members' hidden states are mixed before the
+head (the head is shared and linear), in `probs` space every member has its own head row.
+
+Past and present keys and values are one bound buffer, so nothing is copied from step to step; a decode batch of the same
+size as the last one binds nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from ...api.config import EngineConfig
+from ...errors import BundleError, ConfigError, UnavailableError
+from ...model.bundle import Bundle
+from ...sampling.host import sample_rows
+from ...sampling.mixing import head_group, head_rows
+from ...schedule.batch import Batch, StepOutput
+from .slot_cache import SlotCache
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+_pool_threads: int | None = None
+
+
+def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort.InferenceSession:
+    """A session on a graph (path or bytes). All graphs of a process share one thread pool: with a pool each, the
+    spinning threads of one graph take the cores from the next. `provider`: cpu or cuda; what CUDA has no kernel for
+    (attention in float32) runs on the CPU. Raises `UnavailableError` for a second pool size, or without CUDA."""
+    global _pool_threads
+    if provider == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no CUDA provider, only {ort.get_available_providers()}; install onnxruntime-gpu in "
+            "place of onnxruntime, or serve with onnx_provider cpu"
+        )
+    if _pool_threads is None:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _pool_threads = threads
+    if threads != _pool_threads:
+        raise UnavailableError(
+            f"this process runs ONNX Runtime with {_pool_threads} threads, {threads} were asked for; "
+            "use the same number or another process"
+        )
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    providers = ["CUDAExecutionProvider"] if provider == "cuda" else []
+    return ort.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
+
+
+def _bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
+    try:
+        return open_session(str(bundle.path / file), config.num_threads, config.onnx_provider)
+    except UnavailableError:
+        raise
+    except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
+        raise BundleError(f"ONNX Runtime cannot load '{bundle.path / file}': {str(error).splitlines()[0]}") from error
+
+
+class GraphRunner:
+    """One graph with its slots. Rows in: token ids or hidden states; rows out: hidden states [B, S, hidden]."""
+
+    def __init__(self, session: ort.InferenceSession, bundle: Bundle, num_slots: int, slot_size: int) -> None:
+        config = bundle.config
+        inputs = {value.name for value in session.get_inputs()}
+        layers = sorted(int(name.split(".")[1]) for name in inputs if name.endswith(".key"))
+        self.cache = SlotCache(layers, num_slots, config.num_kv_heads, slot_size, config.head_size)
+        self._session = session
+        self._hidden_size = config.hidden_size
+        self._takes_tokens = "input_ids" in inputs
+        self._takes_positions = "position_ids" in inputs
+        self._output = session.get_outputs()[0].name
+        self._decode_inputs = self._new_inputs(num_slots, 1)
+        self._decode_output = np.empty((num_slots, 1, config.hidden_size), np.float32)
+        self._decode_bindings: dict[int, ort.IOBinding] = {}
+
+    def prefill(self, block: int, rows: npt.NDArray[Any], start: int) -> F32:
+        """Run rows [S] or [S, hidden] of one sequence at positions start…; hidden states [S, hidden]."""
+        size = len(rows)
+        inputs = self._new_inputs(1, size)
+        self._fill(inputs, rows[None], np.array([start + size], np.int32), np.arange(start, start + size)[None])
+        output = np.empty((1, size, self._hidden_size), np.float32)
+        binding = self._bind(inputs, output, self.cache.slot(block), 1)
+        self._session.run_with_iobinding(binding)
+        self.cache.set_length(block, start + size)
+        return np.asarray(output[0])
+
+    def decode(self, blocks: Sequence[int], rows: npt.NDArray[Any], context_lens: npt.NDArray[np.int32]) -> F32:
+        """Run one row a sequence, [B] or [B, hidden]; `context_lens` [B] count it. Hidden states [B, hidden]."""
+        slots = self.cache.compact(blocks)
+        size = len(blocks)
+        in_slot_order = np.argsort(slots)
+        lens = context_lens[in_slot_order]
+        self._fill(
+            {name: array[:size] if array.ndim else array for name, array in self._decode_inputs.items()},
+            rows[in_slot_order][:, None],
+            lens,
+            (lens - 1)[:, None],
+        )
+        if size not in self._decode_bindings:
+            self._decode_bindings[size] = self._bind(self._decode_inputs, self._decode_output, 0, size)
+        self._session.run_with_iobinding(self._decode_bindings[size])
+        for block, length in zip(blocks, context_lens, strict=True):
+            self.cache.set_length(block, int(length))
+        return np.asarray(self._decode_output[slots, 0])
+
+    def _new_inputs(self, batch: int, size: int) -> dict[str, npt.NDArray[Any]]:
+        inputs: dict[str, npt.NDArray[Any]] = {}
+        if self._takes_tokens:
+            inputs["input_ids"] = np.empty((batch, size), np.int64)
+        else:
+            inputs["hidden_states"] = np.empty((batch, size, self._hidden_size), np.float32)
+        if self._takes_positions:
+            inputs["position_ids"] = np.empty((batch, size), np.int64)
+        if self.cache.arrays:
+            inputs["seqlens_k"] = np.empty(batch, np.int32)
+            inputs["total_sequence_length"] = np.empty((), np.int32)
+        return inputs
+
+    def _fill(
+        self,
+        inputs: dict[str, npt.NDArray[Any]],
+        rows: npt.NDArray[Any],
+        lens: npt.NDArray[np.int32],
+        positions: npt.NDArray[Any],
+    ) -> None:
+        inputs["input_ids" if self._takes_tokens else "hidden_states"][...] = rows
+        if self._takes_positions:
+            inputs["position_ids"][...] = positions
+        if self.cache.arrays:
+            inputs["seqlens_k"][...] = lens - 1
+            inputs["total_sequence_length"][...] = lens.max()
+
+    def _bind(self, inputs: dict[str, npt.NDArray[Any]], output: F32, slot: int, batch: int) -> ort.IOBinding:
+        """Bind the first `batch` rows of the inputs and of the output, and the slots `slot`…`slot + batch - 1`."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            shape = (batch, *array.shape[1:]) if array.ndim else ()
+            binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+        binding.bind_output(self._output, "cpu", 0, np.float32, (batch, *output.shape[1:]), output.ctypes.data)
+        for name, array in self.cache.arrays.items():
+            shape, address = (batch, *array.shape[1:]), array[slot:].ctypes.data
+            binding.bind_input(f"past_key_values.{name}", "cpu", 0, np.float32, shape, address)
+            binding.bind_output(f"present.{name}", "cpu", 0, np.float32, shape, address)
+        return binding
+
+
+class OnnxBackend:
+    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph.
+
+    Raises `ConfigError` for a bundle with low-rank members: a graph has one set of weights for all of its rows.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        if bundle.deltas:
+            names = [bundle.members[member] for member in bundle.deltas]
+            raise ConfigError(
+                f"the onnx backend has no graphs for the low-rank members {names} of '{bundle.name}'; serve it with the "
+                "cpu backend, or export them with --merge"
+            )
+        self._num_blocks = config.max_num_seqs
+        self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
+        self._num_members = len(bundle.members)
+
+        def runner(file: str) -> GraphRunner:
+            return GraphRunner(_bundle_session(bundle, file, config), bundle, self._num_blocks, self._block_size)
+
+        self._trunk = runner(bundle.graphs.trunk)
+        self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
+        self._head = _bundle_session(bundle, bundle.graphs.head, config)
+        self._head_group = head_group(bundle)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    can_sample_prefill = False  # a chunk goes through the graphs alone, without the head
+
+    @property
+    def can_verify(self) -> bool:
+        """No: several rows of a sequence run other kernels of ONNX Runtime than one, which round differently."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to give back: sessions and arrays end with the object."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Run one batch (see `Backend.step`)."""
+        for graph in (self._trunk, *self._tails):
+            graph.cache.free(batch.freed_blocks.tolist())
+        last_hidden = self._forward(batch)
+        rows, row_terms, fine_rows = head_rows(batch.samples, last_hidden, self._head_group)
+        logits = self._logits(rows)
+        for row, fine in fine_rows:
+            logits[row] += logits[fine]
+        return sample_rows(logits, row_terms, batch.samples)
+
+    def score(self, token_ids: Sequence[int], member: int) -> F32:
+        """Logits [S, vocab] of `member` at every position of one sequence. Takes block 0: only while nothing runs."""
+        tokens = np.asarray(token_ids, np.int64)
+        hidden = self._trunk.prefill(0, tokens, 0)
+        tails = self._tails[member : member + 1]
+        for tail in tails:
+            hidden = tail.prefill(0, hidden, 0)
+        for graph in (self._trunk, *tails):
+            graph.cache.free([0])
+        return self._logits(hidden)
+
+    def _forward(self, batch: Batch) -> dict[tuple[int, int], F32]:
+        """(row, member) → normed hidden state [hidden], for the last row of each sequence and each of its members."""
+        hidden: dict[tuple[int, int], F32] = {}
+        starts, blocks = batch.cu_seqlens_q, batch.block_tables[:, 0].tolist()
+        lengths = np.diff(starts)
+        decoding = [s for s in range(batch.num_seqs) if lengths[s] == 1 and batch.context_lens[s] > 1]
+        row_of = starts[1:] - 1  # only last rows are sampled here
+        for s in sorted(set(range(batch.num_seqs)) - set(decoding)):
+            tokens = batch.token_ids[starts[s] : starts[s + 1]]
+            start = int(batch.context_lens[s] - lengths[s])
+            rows = self._trunk.prefill(blocks[s], tokens, start)
+            for member in batch.members[s]:
+                final = self._tails[member].prefill(blocks[s], rows, start) if self._tails else rows
+                hidden[int(row_of[s]), member] = final[-1]
+        if decoding:
+            self._decode(batch, decoding, blocks, hidden)
+        return hidden
+
+    def _decode(self, batch: Batch, decoding: list[int], blocks: list[int], hidden: dict[tuple[int, int], F32]) -> None:
+        index = np.array(decoding)
+        tokens = batch.token_ids[batch.cu_seqlens_q[index]]
+        rows = self._trunk.decode([blocks[s] for s in decoding], tokens, batch.context_lens[index])
+        for member in range(self._num_members):
+            chosen = [i for i, s in enumerate(decoding) if member in batch.members[s]]
+            if not chosen:
+                continue
+            final = rows[chosen]
+            if self._tails:
+                block_ids = [blocks[decoding[i]] for i in chosen]
+                final = self._tails[member].decode(block_ids, final, batch.context_lens[index[chosen]])
+            for i, row in zip(chosen, final, strict=True):
+                hidden[int(batch.cu_seqlens_q[decoding[i]]), member] = row
+
+    def _logits(self, hidden: F32) -> F32:
+        """[R, vocab] of hidden states [R, hidden]."""
+        if not len(hidden):
+            return np.empty((0, 0), np.float32)
+        return np.asarray(self._head.run(None, {"hidden_states": hidden})[0])

@@ -1,0 +1,38 @@
+"""`open_backend`: the backend that an `EngineConfig` names."""
+
+from __future__ import annotations
+
+import logging
+
+from ...kernels.native import binding as cpu
+from ..api.config import EngineConfig
+from ..errors import UnavailableError
+from ..model.bundle import Bundle
+from .base import Backend
+
+log = logging.getLogger("motet.backend")
+
+
+def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+    """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
+    do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have."""
+    if config.backend == "torch":
+        try:
+            from .torch.backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
+            ) from error
+        return TorchBackend(bundle, config)
+    if config.backend != "onnx" and (config.backend == "cpu" or cpu.is_available()):
+        from .cpu.backend import CpuBackend
+
+        try:
+            return CpuBackend(bundle, config)
+        except UnavailableError as error:
+            if config.backend == "cpu":
+                raise
+            log.warning("the onnx backend serves '%s': %s", bundle.name, error)
+    from .onnx.backend import OnnxBackend
+
+    return OnnxBackend(bundle, config)

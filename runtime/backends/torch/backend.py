@@ -1,0 +1,320 @@
+"""`TorchBackend`: a bundle on an NVIDIA GPU, paged, captured and fused; on a CPU the readable oracle of a whole step.
+
+A step is: check the batch and lay its rows out (host) → the trunk over all rows, each tail over its rows (`torch_forward`) →
+mix, head and draw (`torch_sampler`) → one read of the tokens. Steps of decode rows alone are replayed from captured graphs
+(`cuda_graphs`). While the device runs the model, the host prepares the sampling; it waits for nothing but the tokens.
+
+A sequence that cannot be run (a block table out of range) runs in the dummy block instead, and only its request has an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...api.config import EngineConfig
+from ...errors import UnavailableError
+from ...model.bundle import Bundle
+from ...model.config import DecoderConfig
+from ...schedule.batch import Batch, SampleRow, StepOutput
+from .cuda_graphs import DecodeGraphs
+from .forward import Forward, RowInputs
+from .packed import Packed
+from .paged_cache import PagedCache, block_bytes, blocks_that_fit
+from .row_plan import RowPlan, plan_rows
+from .sampler import Terms, TorchSampler
+from .weights import ModelWeights, Placement, load_weights
+
+MAX_CAPTURED = (
+    256  # rows of the largest captured step: beyond, a step takes long enough to launch its kernels one by one
+)
+
+Tensor = torch.Tensor
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchOptions:
+    """How a `TorchBackend` runs. The default is what the machine is best at: `TorchOptions.of_machine()`."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations, and of what is not quantised
+    kernels: Literal["triton", "eager"]
+    keep_quantised: bool  # run quantised weights as they are stored; else they are widened once
+    graphs: bool  # pad decode steps to a ladder of sizes, and on a GPU replay them
+
+    @classmethod
+    def of_machine(cls) -> TorchOptions:
+        """A GPU with compiled kernels and graphs, or the CPU with the eager oracle in float32."""
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda"), torch.bfloat16, "triton", keep_quantised=True, graphs=True)
+        return cls(torch.device("cpu"), torch.float32, "eager", keep_quantised=False, graphs=False)
+
+
+def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
+    """The module of the ops. Raises `UnavailableError` without Triton."""
+    if kernels == "eager":
+        from ....kernels.oracle import eager
+
+        return eager
+    try:
+        from ....kernels.triton import ops as gpu
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"the torch backend needs {error.name} on a GPU; install it with `pip install 'motet[gpu]'`"
+        ) from error
+    return gpu
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A batch's per-sequence and per-row arrays, with what cannot be run pointed at the dummy block."""
+
+    token_ids: I32  # [rows]
+    slots: I32  # [rows]
+    lengths: I32  # [num_seqs]
+    tables: I32  # [num_seqs, width]
+    errors: dict[int, str]  # sequence → what is wrong with it
+
+
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """Hidden states [R, H] of a step, and where the row of (flat row, tail) is."""
+
+    states: Tensor
+    places: dict[int, I32]  # tail → [rows of the batch] row of `states`, -1 where the tail did not run
+
+
+class TorchBackend:
+    """`Backend` over a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy one."""
+
+    can_sample_prefill = False  # chunks and decode rows go through different kernels
+    can_verify = True  # several sampled rows a sequence are rows as any other
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, options: TorchOptions | None = None) -> None:
+        options = options or TorchOptions.of_machine()
+        placement = Placement(options.device, options.dtype, options.keep_quantised)
+        self._start(bundle.config, load_weights(bundle, placement), config, options)
+        if self._graphs is not None and options.device.type == "cuda":
+            index = {name: i for i, name in enumerate(bundle.members)}
+            members = bundle.default_ensemble.members
+            tails = tuple(sorted({self._weights.tail_of[index[member.name]] for member in members}))
+            with torch.inference_mode():
+                self._graphs.warm_up(tails, config.max_num_seqs)
+
+    @classmethod
+    def from_weights(
+        cls, decoder: DecoderConfig, weights: ModelWeights, config: EngineConfig, options: TorchOptions
+    ) -> TorchBackend:
+        """A backend on weights that lie on the device already (benches: random ones)."""
+        backend = cls.__new__(cls)
+        backend._start(decoder, weights, config, options)
+        return backend
+
+    @torch.inference_mode()
+    def _start(
+        self, decoder: DecoderConfig, weights: ModelWeights, config: EngineConfig, options: TorchOptions
+    ) -> None:
+        if options.device.type == "cpu":
+            torch.set_num_threads(config.num_threads)
+        self._decoder, self._weights, self._options = decoder, weights, options
+        self._max_length = min(config.max_model_len, decoder.max_position_embeddings)
+        self._max_blocks = -(-self._max_length // config.block_size)
+        kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+        kv_dtype = kv_dtypes[config.kv_dtype]
+        tail_layers = [len(tail.layers) for tail in weights.tails]
+        heads = (decoder.num_kv_heads, config.block_size, decoder.head_size)
+        size = block_bytes(len(weights.trunk) + sum(tail_layers), *heads, kv_dtype)
+        self._cache = PagedCache(
+            num_blocks=blocks_that_fit(size, config.max_num_seqs * self._max_blocks, options.device),
+            block_size=config.block_size,
+            trunk_layers=len(weights.trunk),
+            tail_layers=tail_layers,
+            kv_heads=decoder.num_kv_heads,
+            head_size=decoder.head_size,
+            dtype=kv_dtype,
+            device=options.device,
+        )
+        ops = load_ops(options.kernels)
+        self._forward = Forward(decoder, weights, self._cache, ops, options.dtype)
+        self._sampler = TorchSampler(ops, weights.head, self._forward.head, options.device)
+        self._graphs = None
+        if options.graphs:
+            self._graphs = DecodeGraphs(
+                self._run_all_rows,
+                largest=max(config.max_num_seqs, min(config.max_num_batched_tokens, MAX_CAPTURED)),
+                max_blocks=self._max_blocks,
+                block_size=config.block_size,
+                dummy_slot=self._cache.dummy_slot,
+                device=options.device,
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._cache.block_size
+
+    def close(self) -> None:
+        """Nothing to give back: device memory ends with the object."""
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepOutput:
+        """Run one batch (see `Backend.step`)."""
+        checked = self._check(batch)
+        hidden = self._run(batch, checked)
+        if not batch.samples:
+            return self._sampler.sample(hidden.states, [], [])
+        terms, errors = self._terms(batch, checked, hidden)
+        output = self._sampler.sample(hidden.states, terms, batch.samples)
+        output.errors |= errors
+        return output
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
+        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing runs."""
+        size = len(token_ids)
+        delta = member if self._weights.delta_of[member] >= 0 else -1
+        batch = Batch(
+            token_ids=np.asarray(token_ids, np.int64),
+            positions=np.arange(size, dtype=np.int32),
+            slot_mapping=np.arange(size, dtype=np.int64),
+            cu_seqlens_q=np.array([0, size], np.int32),
+            context_lens=np.array([size], np.int32),
+            block_tables=np.arange(-(-size // self.block_size), dtype=np.int32)[None],
+            members=[(member,)],
+            deltas=np.array([delta], np.int32),
+            samples=[],
+            freed_blocks=np.empty(0, np.int32),
+        )
+        logits = self._forward.head(self._run(batch, self._check(batch)).states.float())
+        return np.asarray(logits.cpu().numpy())
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch, checked: _Checked) -> _Hidden:
+        weights = self._weights
+        wanted = [frozenset(weights.tail_of[member] for member in members) for members in batch.members]
+        deltas = np.array([weights.delta_of[d] if d >= 0 else -1 for d in batch.deltas.tolist()], np.int32)
+        every = np.arange(batch.num_seqs)
+        plan = plan_rows(batch, every, checked.slots, checked.lengths, deltas)
+        tails = tuple(sorted(frozenset().union(*wanted)))
+        # A captured step runs every tail over every row: worth it unless most rows of a tail would be for nothing.
+        common = all(2 * sum(tail in own for own in wanted) >= len(wanted) for tail in tails)
+        if self._graphs is not None and plan.max_chunk == 0 and common:
+            arrays = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
+            found = self._graphs.step(arrays, tails)
+            if found is not None:
+                states, rung = found
+                rows = np.arange(batch.num_rows, dtype=np.int32)
+                return _Hidden(states, {tail: i * rung + rows for i, tail in enumerate(tails)})
+        seqs_of = {tail: np.array([s for s, own in enumerate(wanted) if tail in own]) for tail in tails}
+        plans = {
+            tail: plan
+            if len(seqs) == batch.num_seqs
+            else plan_rows(batch, seqs, checked.slots, checked.lengths, deltas)
+            for tail, seqs in seqs_of.items()
+        }
+        return self._run_plans(checked, plan, plans)
+
+    def _run_plans(self, checked: _Checked, plan: RowPlan, plans: dict[int, RowPlan]) -> _Hidden:
+        """The trunk over `plan`, each tail over its own rows, without a graph."""
+        own = {tail: f"{tail}." for tail, tail_plan in plans.items() if tail_plan is not plan}
+        arrays: dict[str, I32] = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
+        for tail, prefix in own.items():
+            arrays |= {prefix + name: array for name, array in plans[tail].arrays.items()}
+            arrays[f"{prefix}index"] = plans[tail].index
+        device = Packed.of(arrays, self._options.device).device
+        tables, max_length = device["tables"], int(checked.lengths.max())
+
+        def inputs(rows: RowPlan, prefix: str) -> RowInputs:
+            return RowInputs.of(device, tables, max_length=max_length, max_chunk=rows.max_chunk, prefix=prefix)
+
+        trunk = inputs(plan, "")
+        tails = [
+            (tail, device[f"{own[tail]}index"], inputs(tail_plan, own[tail])) if tail in own else (tail, None, trunk)
+            for tail, tail_plan in plans.items()
+        ]
+        places, at = {}, 0
+        for tail, tail_plan in plans.items():
+            places[tail] = np.full(plan.num_rows, -1, np.int32)
+            places[tail][tail_plan.index] = at + np.arange(tail_plan.num_rows, dtype=np.int32)
+            at += tail_plan.num_rows
+        return _Hidden(self._forward.run(device["token_ids"], trunk, tails), places)
+
+    def _run_all_rows(self, token_ids: Tensor, rows: RowInputs, tails: tuple[int, ...]) -> Tensor:
+        """What a graph captures: every tail over all rows."""
+        return self._forward.run(token_ids, rows, [(tail, None, rows) for tail in tails])
+
+    def _terms(self, batch: Batch, checked: _Checked, hidden: _Hidden) -> tuple[list[Terms], dict[int, str]]:
+        """Each sample's (row of the hidden states, coefficient); none, and an error, where a sequence could not be run."""
+        seq_of_row = np.repeat(np.arange(batch.num_seqs), np.diff(batch.cu_seqlens_q))
+        terms: list[Terms] = []
+        errors: dict[int, str] = {}
+        for index, sample in enumerate(batch.samples):
+            wrong = next((s for row, _, _ in sample.terms if (s := int(seq_of_row[row])) in checked.errors), None)
+            if wrong is not None:
+                errors[index] = checked.errors[wrong]
+                terms.append([])
+            else:
+                terms.append(self._sample_terms(sample, hidden))
+        return terms, errors
+
+    def _sample_terms(self, sample: SampleRow, hidden: _Hidden) -> list[tuple[int, float]]:
+        found = [
+            (int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in sample.terms if c != 0
+        ]
+        assert all(place >= 0 for place, _ in found), f"a member's tail did not run over its row: {sample.terms}"
+        return found
+
+    # ---- what a batch may get wrong ----------------------------------------------------------------------------------
+
+    def _check(self, batch: Batch) -> _Checked:
+        """Find sequences that would read or write outside the cache or the tables; the device could not tell."""
+        counts = np.diff(batch.cu_seqlens_q)
+        lengths = batch.context_lens.astype(np.int32)
+        width = batch.block_tables.shape[1]
+        needed = -(-lengths // self.block_size)
+        blocks = batch.block_tables
+        used = np.arange(width)[None] < needed[:, None]
+        bad_block = used & ((blocks < 0) | (blocks >= self.num_blocks))
+        slots = batch.slot_mapping
+        bad_row = (slots < 0) | (slots >= self.num_blocks * self.block_size)
+        bad_row |= (batch.token_ids < 0) | (batch.token_ids >= self._decoder.vocab_size)
+        seq_of_row = np.repeat(np.arange(batch.num_seqs), counts)
+        bad_rows = np.zeros(batch.num_seqs, bool)
+        bad_rows[seq_of_row[bad_row]] = True
+        too_long = (lengths > self._max_length) | (needed > min(width, self._max_blocks))
+        wrong = bad_block.any(1) | bad_rows | too_long
+        errors = {
+            int(s): self._explain(batch, int(s), bool(too_long[s]), blocks[s][bad_block[s]])
+            for s in np.flatnonzero(wrong)
+        }
+        tables = np.where(used, blocks, 0).astype(np.int32)[:, : self._max_blocks]
+        token_ids, safe_slots = batch.token_ids.astype(np.int32), slots.astype(np.int32)
+        if errors:
+            tables[wrong] = self._cache.dummy_block
+            lengths = np.where(wrong, np.minimum(counts, tables.shape[1] * self.block_size), lengths).astype(np.int32)
+            rows = wrong[seq_of_row]
+            token_ids[rows], safe_slots[rows] = 0, self._cache.dummy_slot
+        return _Checked(token_ids, safe_slots, lengths, np.ascontiguousarray(tables), errors)
+
+    def _explain(self, batch: Batch, seq: int, too_long: bool, blocks: I32) -> str:
+        if too_long:
+            return (
+                f"the sequence has {int(batch.context_lens[seq])} positions; the cache holds {self._max_length} a sequence in "
+                f"{self._max_blocks} blocks; shorten the prompt or raise max_model_len"
+            )
+        if len(blocks):
+            return (
+                f"block {int(blocks[0])} of its block table is not in 0…{self.num_blocks - 1}; send the request again"
+            )
+        return "a token id or slot is out of range; send the request again"

@@ -1,0 +1,145 @@
+"""`DecodeGraphs`: decode steps captured once a batch size, padded up to it, and replayed.
+
+A decode step of a small model is hundreds of launches of a few microseconds; replaying a captured graph is one. The sizes are
+a ladder; a batch takes the next rung, and its padded rows have length 0 and write to the dummy block. What runs is exactly
+what runs without a graph. A rung also depends on the tails that run (each over all rows) and on whether any row has a delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ....kernels.oracle.operands import DELTA_TILE
+from .forward import RowInputs
+from .packed import Packed
+
+Tensor = torch.Tensor
+Run = Callable[[Tensor, RowInputs, tuple[int, ...]], Tensor]  # token_ids, rows, tails → hidden [tails · rows, H]
+
+MAX_GRAPHS = 64
+
+
+def ladder(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then steps of 8 up to 64, of 16 up to 128, of 32 above; the last rung holds `largest`."""
+    rungs = [1, 2, 4, 8]
+    while rungs[-1] < largest:
+        rungs.append(rungs[-1] + (8 if rungs[-1] < 64 else 16 if rungs[-1] < 128 else 32))
+    return tuple(rung for index, rung in enumerate(rungs) if index == 0 or rungs[index - 1] < largest)
+
+
+@dataclass(slots=True)
+class _Rung:
+    inputs: Packed
+    rows: RowInputs
+    output: Tensor
+    graph: Any  # torch.cuda.CUDAGraph; None on a CPU, where the padded step runs as it is
+
+
+class DecodeGraphs:
+    """capture, pad, replay. `run` is what is captured; `max_blocks` the width of a block table."""
+
+    def __init__(
+        self, run: Run, *, largest: int, max_blocks: int, block_size: int, dummy_slot: int, device: torch.device
+    ) -> None:
+        self._run = run
+        self._ladder = ladder(largest)
+        self._max_blocks = max_blocks
+        self._max_length = max_blocks * block_size
+        self._dummy_slot = dummy_slot
+        self._device = device
+        self._rungs: dict[tuple[int, tuple[int, ...], bool], _Rung] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def rung(self, rows: int) -> int | None:
+        """The size that `rows` rows are padded to; None if they are more than the largest."""
+        return next((size for size in self._ladder if size >= rows), None)
+
+    def warm_up(self, tails: tuple[int, ...], rows: int) -> None:
+        """Capture the rungs up to `rows` rows for these tails, the largest first: the others then fit its memory."""
+        for size in reversed(ladder(rows)):
+            self._find(size, tails, False)
+
+    def step(self, arrays: Mapping[str, npt.NDArray[np.int32]], tails: tuple[int, ...]) -> tuple[Tensor, int] | None:
+        """Run one decode step, padded. arrays: `RowPlan.arrays`, and token_ids [rows], tables [seqs, width].
+
+        Returns (hidden states [tails · rung, H], rung): those of tail i and row r are row i · rung + r, valid until the next
+        step. None if there is no graph for it: too many rows, or too many kinds of steps.
+        """
+        size = self.rung(len(arrays["token_ids"]))
+        if size is None:
+            return None
+        rung = self._find(size, tails, len(arrays["delta_tiles"]) > 0, arrays)
+        if rung is None:
+            return None
+        if rung.graph is not None:
+            self._fill(rung.inputs, arrays)
+            rung.graph.replay()
+        return rung.output, size
+
+    # ---- capture -----------------------------------------------------------------------------------------------------
+
+    def _find(
+        self,
+        size: int,
+        tails: tuple[int, ...],
+        with_deltas: bool,
+        arrays: Mapping[str, npt.NDArray[np.int32]] | None = None,
+    ) -> _Rung | None:
+        key = (size, tails, with_deltas)
+        rung = self._rungs.get(key)
+        if rung is None:
+            if len(self._rungs) >= MAX_GRAPHS:
+                return None
+            rung = self._new_rung(size, with_deltas)
+            self._fill(rung.inputs, arrays or {})
+            self._capture(rung, tails)
+            self._rungs[key] = rung  # only now: a capture that failed is tried again
+        elif rung.graph is None:  # a CPU: nothing is captured, the padded step runs
+            self._fill(rung.inputs, arrays or {})
+            rung.output = self._run(rung.inputs.device["token_ids"], rung.rows, tails)
+        return rung
+
+    def _new_rung(self, size: int, with_deltas: bool) -> _Rung:
+        tiles = size if with_deltas else 0
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("token_ids", "positions", "slots", "rows", "row_seqs", "row_lengths"), (size,)
+        )
+        shapes |= dict.fromkeys(("chunk_starts", "chunk_sizes", "chunk_lengths", "chunk_seqs"), (0,))
+        shapes |= {"tables": (size, self._max_blocks), "delta_order": (tiles * DELTA_TILE,), "delta_tiles": (tiles,)}
+        inputs = Packed({name: (shape, "int32") for name, shape in shapes.items()}, self._device)
+        rows = RowInputs.of(inputs.device, inputs.device["tables"], max_length=self._max_length, max_chunk=0)
+        return _Rung(inputs, rows, torch.empty(0), None)
+
+    def _capture(self, rung: _Rung, tails: tuple[int, ...]) -> None:
+        token_ids = rung.inputs.device["token_ids"]
+        if self._pool is None:
+            rung.output = self._run(token_ids, rung.rows, tails)
+            return
+        # Once outside: kernels are compiled and libraries start up, which a capture must not see. What it writes to the
+        # cache is what the step writes.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._run(token_ids, rung.rows, tails)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            rung.output = self._run(token_ids, rung.rows, tails)
+        rung.graph = graph
+
+    def _fill(self, inputs: Packed, arrays: Mapping[str, npt.NDArray[np.int32]]) -> None:
+        host = inputs.host
+        for name in ("token_ids", "positions", "row_seqs", "row_lengths"):
+            host[name].fill(0)
+        host["slots"].fill(self._dummy_slot)
+        host["rows"][:] = np.arange(len(host["rows"]))
+        host["delta_order"].fill(-1)
+        host["delta_tiles"].fill(-1)
+        inputs.fill(arrays)
+        inputs.upload()

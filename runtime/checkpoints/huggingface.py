@@ -1,0 +1,146 @@
+"""Reading a Hugging Face model directory: configuration, weights under canonical names, digest. Needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import BundleError, NotFoundError, UnsupportedModelError
+from ..model.bundle import file_digest
+from ..model.config import DecoderConfig
+from ..model.families import canonical_name, decoder_config
+from .bitsandbytes import is_quantised, owner, widen
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise NotFoundError(f"'{path}' does not exist; a model directory has config.json and model.safetensors")
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"'{path}' is not JSON ({error}); pull the model again") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}")
+    return values
+
+
+def read_config(model_dir: Path) -> DecoderConfig:
+    """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
+    values = _read_json(Path(model_dir) / "config.json")
+    is_quantised(values)  # refuses what was quantised by others
+    return decoder_config(values)
+
+
+def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, else config.json's; there may be none."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_dir) / name
+        value = _read_json(path).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """model.safetensors, or the shards of its index, sorted by name. Raises `NotFoundError`."""
+    model_dir = Path(model_dir)
+    index = model_dir / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if not (model_dir / name).is_file():
+            raise NotFoundError(
+                f"'{model_dir / name}' does not exist; pull the model again (only safetensors are read)"
+            )
+    return [model_dir / name for name in names]
+
+
+def checkpoint_digest(model_dir: Path) -> str:
+    """SHA-256 over the configuration and the weight files: two directories with one digest are one model."""
+    digest = hashlib.sha256()
+    for path in (Path(model_dir) / "config.json", *weight_files(model_dir)):
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
+    """All weights in float32 under canonical names (those of `torch_model.Decoder`), shapes as `nn.Linear` [out, in].
+
+    Raises `BundleError` if a weight is missing or of another shape than the configuration says; it lists all of them.
+    """
+    config = read_config(model_dir)
+    quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
+    stored: dict[str, torch.Tensor] = {}
+    for path in weight_files(model_dir):
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in _widened(config, stored) if quantised else _emptied(stored):
+        canonical = canonical_name(config.family, name)
+        if canonical is not None:
+            weights |= _unpack(config, canonical, tensor.float())
+    if config.tied_head:
+        weights.pop("lm_head.weight", None)
+    _check(model_dir, config, weights)
+    return weights
+
+
+def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries, each removed as it is given: the whole is never held twice."""
+    for name in list(stored):
+        yield name, stored.pop(name)
+
+
+def _widened(config: DecoderConfig, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint of bitsandbytes in float, as a plain checkpoint stores them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name in list(stored):
+        weight = owner(name)
+        if weight is not None:
+            parts.setdefault(weight, {})[name] = stored.pop(name)
+    lost = sorted(set(parts) - set(stored))
+    if lost:
+        raise BundleError(
+            f"the checkpoint has the quantisation of {lost[:3]} without the weights; pull the model again"
+        )
+    for name, tensor in _emptied(stored):
+        if name in parts:
+            wide = widen(name, tensor, parts[name])
+            yield name, wide.t() if config.family == "gpt2" else wide  # bitsandbytes turns GPT-2's [in, out] round
+        else:
+            yield name, tensor
+
+
+def _unpack(config: DecoderConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """GPT-2 stores linear layers as [in, out] and q, k, v as one."""
+    if config.family != "gpt2" or "_proj." not in name:
+        return {name: tensor}
+    tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+    if "qkv_proj" not in name:
+        return {name: tensor}
+    return {name.replace("qkv_proj", f"{part}_proj"): piece.contiguous() for part, piece in zip("qkv", tensor.chunk(3))}
+
+
+def _check(model_dir: Path, config: DecoderConfig, weights: dict[str, torch.Tensor]) -> None:
+    from .decoder import Decoder
+
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    wrong = sorted(f"{n} {found[n]}≠{expected[n]}" for n in expected if n in found and found[n] != expected[n])
+    if unknown and not missing and not wrong:
+        raise UnsupportedModelError(f"'{model_dir}' holds weights that its family does not use: {unknown[:5]}")
+    if missing or wrong:
+        raise BundleError(
+            f"the weights of '{model_dir}' do not fit its config.json: missing {missing[:5]}, shapes {wrong[:5]}"
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints of members: a tail, a low-rank adapter."""

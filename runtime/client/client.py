@@ -1,0 +1,160 @@
+"""`Client` and `AsyncClient`: a Motet server as a Python object. Errors arrive as the classes the server raised."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ..api.model_info import ModelInfo
+from ..api.output import Completion, Output
+from ..api.request import Ensemble, Member, SamplingParams, Space
+from ..serve.grpc.wire import (
+    MAX_MESSAGE_BYTES,
+    error_of,
+    model_from_proto,
+    output_from_response,
+    prompt_to_proto,
+    request_to_proto,
+)
+from ..text.prompt import Prompt
+
+Mix = Ensemble | Mapping[str, float] | None
+_OPTIONS = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+
+
+def _message(
+    prompt: Prompt,
+    *,
+    mix: Mix = None,
+    space: Space = Space.LOGITS,
+    views: Sequence[Prompt] = (),
+    time_limit_s: float | None = None,
+    return_member_logprobs: bool = False,
+    sampling: SamplingParams | None = None,
+    **fields: Any,
+) -> inference_pb2.GenerateRequest:
+    """The options of a request, which all calls share. `mix`: member → coefficient, or an `Ensemble`, whose members with
+    view i see `views[i - 1]`; None is the bundle's own. `time_limit_s` ends the answer with what there is. `sampling`, or
+    its fields as keywords. All is checked here, before anything is sent."""
+    if isinstance(mix, Mapping):
+        mix = Ensemble(tuple(Member(name, coefficient) for name, coefficient in mix.items()), space)
+    return request_to_proto(
+        prompt,
+        ensemble=mix,
+        views=views,
+        sampling=sampling if sampling is not None else SamplingParams(**fields),
+        time_limit_s=time_limit_s,
+        return_member_logprobs=return_member_logprobs,
+    )
+
+
+class Client:
+    """Synchronous client.
+
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     for delta in client.generate("Once upon a time", mix={"code": 0.3, "docs": 0.7}, max_tokens=40):
+    ...         print(delta.text, end="", flush=True)
+
+    `prompt`: text, token ids, or messages ({"role", "content"}). Options: see `_message` (mix, space, views,
+    time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the call's
+    deadline, past which it fails; `time_limit_s` ends the answer with what there is.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051") -> None:
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[Output]:
+        """Deltas as they come. Leaving the loop early cancels the request."""
+        message = _message(prompt, **options)
+        return self._deltas(self._inference.Generate(message, timeout=timeout_s))
+
+    def _deltas(self, call: Any) -> Iterator[Output]:
+        try:
+            for response in call:
+                yield output_from_response(response)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()
+
+    def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> list[Completion]:
+        """The whole answer: one completion for each of `n`."""
+        message = _message(prompt, **options)
+        try:
+            response = self._inference.Complete(message, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return [output_from_response(choice) for choice in response.choices]
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        try:
+            response = self._inference.Tokenize(inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt)))
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return list(response.token_ids)
+
+    def models(self) -> list[ModelInfo]:
+        try:
+            response = self._admin.ListModels(admin_pb2.ListModelsRequest())
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return [model_from_proto(model) for model in response.models]
+
+    def drain(self) -> None:
+        """Tell the server to finish what it has and end."""
+        try:
+            self._admin.Drain(admin_pb2.DrainRequest())
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+
+    def is_serving(self, timeout_s: float = 5.0) -> bool:
+        """The health service's answer; False if there is none."""
+        try:
+            response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class AsyncClient:
+    """The streaming call for asyncio programs; arguments as `Client.generate`."""
+
+    def __init__(self, address: str = "127.0.0.1:50051") -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._channel.close(None)
+
+    async def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
+    ) -> AsyncIterator[Output]:
+        message = _message(prompt, **options)
+        call = self._inference.Generate(message, timeout=timeout_s)
+        try:
+            async for response in call:
+                yield output_from_response(response)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()

@@ -1,0 +1,1 @@
+"""What a model is: its configuration, families, rotary tables, and the bundle that holds it."""

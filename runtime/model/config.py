@@ -1,0 +1,56 @@
+"""`DecoderConfig`: a model's sizes and arithmetic, which the backends and the exporter are derived from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..api.config import check_keys
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A decoder-only transformer, said once. The torch model, the ONNX graphs and the native kernels derive from it.
+
+    Sizes are counts of elements. `family` names the checkpoint layout (weight names); everything that changes the
+    arithmetic has a field of its own, so a new family is a row in `decoder_families` and not a branch elsewhere.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3", "gpt2"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position_embeddings: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # only "llama3" and "linear" are known; None is plain rotary
+    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, one up and one down projection
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
+    tied_head: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+        """Raises `ConfigError` for unknown keys."""
+        check_keys(cls, values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_size

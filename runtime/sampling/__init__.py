@@ -1,0 +1,1 @@
+"""From hidden states and logits to a token, on the host."""

@@ -1,0 +1,135 @@
+"""`Admission`: a request is checked against the model and the engine's limits, and becomes groups."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+
+from ..api.config import EngineConfig
+from ..api.model_info import ModelInfo
+from ..api.request import Member, Request, SamplingParams
+from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
+from .blocks import BlockManager
+from .drafts import Drafter
+from .sequence import Group, Sequence
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Seed of a choice: the request's own for choice 0, else splitmix64 of it (Steele et al. 2014)."""
+    if choice == 0:
+        return seed
+    z = (seed + choice * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ (z >> 31)
+
+
+class Admission:
+    """Thread-safe: it reads constants only."""
+
+    def __init__(self, model: ModelInfo, config: EngineConfig, blocks: BlockManager, *, can_verify: bool) -> None:
+        self._model = model
+        self._config = config
+        self._blocks = blocks
+        self._can_verify = can_verify
+        self._index_of = {name: index for index, name in enumerate(model.members)}
+
+    def groups_of(self, request: Request) -> list[Group]:
+        """One group a choice, with one sequence a (view, delta). Raises what `check` raises."""
+        self.check(request)
+        members_of: dict[tuple[int, int], set[int]] = {}  # (view, delta) → members
+        for member in request.ensemble.members:
+            members_of.setdefault(self._sequence_key(member), set()).add(self._index_of[member.name])
+        keys = sorted(members_of)
+        terms = tuple(
+            (keys.index(self._sequence_key(m)), self._index_of[m.name], m.mix) for m in request.ensemble.members
+        )
+        params = request.sampling
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        eos = () if params.ignore_eos else self._model.eos_token_ids
+        return [
+            Group(
+                request_id=request.request_id,
+                choice=choice,
+                sequences=[
+                    Sequence(request.prompts[view], tuple(sorted(members_of[view, delta])), delta)
+                    for view, delta in keys
+                ],
+                terms=terms,
+                space=request.ensemble.space,
+                params=params,
+                seed=choice_seed(seed, choice),
+                max_tokens=self._answer_room(request),
+                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                return_member_logprobs=request.return_member_logprobs,
+                drafter=self._drafter(params),
+            )
+            for choice in range(params.n)
+        ]
+
+    def check(self, request: Request) -> None:
+        """Raises `InvalidEnsembleError` (unknown members), `InvalidRequestError`, `ContextLengthError`."""
+        for member in request.ensemble.members:
+            if member.name not in self._index_of:
+                raise InvalidEnsembleError(
+                    f"'{member.name}' is not a member of '{self._model.name}'; "
+                    f"its members are {list(self._model.members)}",
+                    field="ensemble.members.name",
+                )
+        params = request.sampling
+        if params.n > self._config.max_waiting:
+            raise InvalidRequestError(
+                f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
+                field="n",
+            )
+        _check_ids("logit_bias", params.logit_bias, self._model.vocab_size)
+        _check_ids("stop_token_ids", params.stop_token_ids, self._model.vocab_size)
+        self._check_size(request)
+
+    def _check_size(self, request: Request) -> None:
+        """Can the group run when it is alone? Then it can always run in the end."""
+        limit = self._model.max_model_len
+        prompts = [request.prompts[view] for view, _ in {self._sequence_key(m) for m in request.ensemble.members}]
+        if len(prompts) > self._config.max_num_seqs:
+            raise InvalidRequestError(
+                f"the request has {len(prompts)} views and deltas; at most max_num_seqs ({self._config.max_num_seqs}) "
+                "can run at once; use fewer",
+                field="ensemble.members.view",
+            )
+        for prompt in prompts:
+            if len(prompt) >= limit:
+                raise ContextLengthError(
+                    f"the prompt has {len(prompt)} tokens; the context holds {limit} with at least one for "
+                    "the answer; shorten it",
+                    field="prompt",
+                )
+            _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
+        answer = self._answer_room(request)
+        needed = sum(self._blocks.blocks_for(len(prompt) + answer) for prompt in prompts)
+        if needed > self._blocks.num_blocks:
+            raise ContextLengthError(
+                f"the request may need {needed} blocks of KV cache, there are {self._blocks.num_blocks}; "
+                "lower max_tokens",
+                field="max_tokens",
+            )
+
+    def _answer_room(self, request: Request) -> int:
+        """Tokens that the answer may have."""
+        longest = max(len(request.prompts[member.view]) for member in request.ensemble.members)
+        room = self._model.max_model_len - longest
+        return room if request.sampling.max_tokens is None else min(room, request.sampling.max_tokens)
+
+    def _sequence_key(self, member: Member) -> tuple[int, int]:
+        """(view, delta): members with equal ones share a sequence. A low-rank update changes keys and values from the
+        first layer on, so it has a sequence of its own."""
+        return member.view, self._index_of[member.name] if member.name in self._model.deltas else -1
+
+    def _drafter(self, params: SamplingParams) -> Drafter | None:
+        tokens = self._config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens
+        return Drafter(tokens) if tokens and self._can_verify else None
+
+
+def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(f"token id {token_id} in {field} is not in 0…{vocab_size - 1}", field=field)

@@ -1,0 +1,94 @@
+"""`Sequence`, the token ids of one (view, delta), and `Group`, all sequences of one choice of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+import numpy.typing as npt
+
+from ..api.request import SamplingParams, Space
+from .drafts import Drafter
+
+I64 = npt.NDArray[np.int64]
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class TokenBuffer:
+    """Token ids that grow at the end; `view()` costs nothing."""
+
+    def __init__(self, token_ids: tuple[int, ...] = ()) -> None:
+        self._array = np.array(token_ids or (0,), np.int64)
+        self._size = len(token_ids)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, token_id: int) -> None:
+        if self._size == len(self._array):
+            self._array = np.concatenate([self._array, np.empty_like(self._array)])
+        self._array[self._size] = token_id
+        self._size += 1
+
+    def view(self) -> I64:
+        return self._array[: self._size]
+
+    def tail(self, first: int, count: int | None = None) -> list[int]:
+        """Tokens from `first` on, at most `count` of them."""
+        end = self._size if count is None else min(first + count, self._size)
+        ids: list[int] = self._array[first:end].tolist()
+        return ids
+
+
+class Sequence:
+    """One (view, delta) of a group: prompt and answer, how much of it the KV cache holds, and where."""
+
+    __slots__ = ("block_table", "delta", "digests", "members", "num_cached", "num_computed", "num_prompt", "tokens")
+
+    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], delta: int = -1) -> None:
+        self.tokens = TokenBuffer(prompt)
+        self.num_prompt = len(prompt)
+        self.members = members  # indices of the bundle's members that run over its rows, ascending
+        self.delta = delta  # the one of them whose low-rank update changes its keys and values, -1 for none
+        self.num_computed = 0  # positions in the KV cache
+        self.num_cached = 0  # of them, those that were there for other sequences when this one came first
+        self.block_table: list[int] = []
+        self.digests: list[bytes] = []  # of its full blocks, as far as they were asked for
+
+    @property
+    def num_prefill(self) -> int:
+        """Rows to compute before the last token's, which is always a decode row."""
+        return len(self.tokens) - 1 - self.num_computed
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Admitted, preempted, cancelled and freed as one; every token is appended to all of its sequences."""
+
+    request_id: str
+    choice: int
+    sequences: list[Sequence]
+    terms: tuple[tuple[int, int, float], ...]  # (index into sequences, member index, coefficient)
+    space: Space
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]  # end-of-sequence and stop token ids
+    return_member_logprobs: bool = False
+    drafter: Drafter | None = None  # None: no speculation
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_preemptions: int = 0
+    output: TokenBuffer = field(default_factory=TokenBuffer)
+
+    def append(self, token_id: int) -> None:
+        self.output.append(token_id)
+        for sequence in self.sequences:
+            sequence.tokens.append(token_id)
+        if self.drafter is not None:
+            self.drafter.observe(self.sequences[0].tokens.view())

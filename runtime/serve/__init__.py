@@ -1,0 +1,1 @@
+"""Servers around one engine."""

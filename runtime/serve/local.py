@@ -1,0 +1,44 @@
+"""`local_server`: an engine and its gRPC server inside this process, so that there is one way to ask: the client's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..api.config import EngineConfig
+from ..engine.engine import Engine
+from .grpc.server import Server
+
+
+@contextmanager
+def local_server(bundle: Path, config: EngineConfig | None = None) -> Iterator[str]:
+    """Load a bundle and serve it on a free port of 127.0.0.1 until the end of the block; yields the address."""
+    with Engine.from_bundle(bundle, config) as engine, serve_engine(engine) as address:
+        yield address
+
+
+@contextmanager
+def serve_engine(engine: Engine) -> Iterator[str]:
+    """Serve a running engine on a free port of 127.0.0.1, from a thread of its own; yields the address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="motet-server", daemon=True)
+    thread.start()
+
+    async def start() -> Server:
+        server = Server(engine)  # its events belong to this loop
+        await server.start()
+        return server
+
+    try:
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        try:
+            yield f"127.0.0.1:{server.port}"
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(grace_s=1.0), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

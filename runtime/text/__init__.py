@@ -1,0 +1,1 @@
+"""Text ↔ token ids: tokenizer, prompts, streamed text, long documents."""

@@ -1,0 +1,29 @@
+"""A prompt as a person gives it (text, token ids, or a conversation) → token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import InvalidRequestError
+from .tokenizer import Message, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def build_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a text, a list of token ids, or a list of chat messages ({"role", "content"}).
+
+    Raises `InvalidRequestError` if it is empty or mixed.
+    """
+    if isinstance(prompt, str):
+        token_ids = tokenizer.encode(prompt)
+    elif all(isinstance(item, int) for item in prompt):
+        token_ids = [int(item) for item in prompt if isinstance(item, int)]
+    else:
+        messages = [item for item in prompt if not isinstance(item, int)]
+        if len(messages) != len(prompt):
+            raise InvalidRequestError("a prompt is text, token ids or messages, not a mixture", field="prompt")
+        token_ids = tokenizer.encode_chat(messages)
+    if not token_ids:
+        raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
+    return tuple(token_ids)

@@ -1,0 +1,73 @@
+"""Requests are checked when they are made: what, the limit, the value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from motet.runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
+from motet.runtime.model.config import DecoderConfig
+
+
+@pytest.mark.parametrize(
+    ("members", "space", "message"),
+    [
+        ([("a", 0.5), ("b", 0.6)], Space.LOGITS, "sums to 1.1"),
+        ([("a", 1.5), ("b", -0.5)], Space.PROBS, "need space LOGITS"),
+        ([("a", math.nan)], Space.LOGITS, "must be finite"),
+        ([("a", 0.5), ("a", 0.5)], Space.LOGITS, "named twice"),
+        ([], Space.LOGITS, "1 to 64 members, got 0"),
+    ],
+)
+def test_bad_ensembles(members, space, message):
+    with pytest.raises(InvalidEnsembleError, match=message):
+        Ensemble(tuple(Member(*member) for member in members), space)
+
+
+def test_negative_coefficients_in_logits_space():
+    assert len(Ensemble((Member("a", 1.5), Member("a", -0.5, view=1))).members) == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": math.nan},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"repetition_penalty": 0},
+        {"n": 0},
+        {"n": 65},
+        {"logprobs": 65},
+        {"seed": 2**64},
+        {"stop": ("x",) * 65},
+        {"stop": ("",)},
+        {"logit_bias": {1: math.inf}},
+    ],
+    ids=str,
+)
+def test_bad_sampling(values):
+    with pytest.raises(InvalidRequestError):
+        SamplingParams(**values)
+
+
+def test_empty_prompt_and_unknown_view():
+    with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+        Request("x", ((),), Ensemble((Member("a", 1.0),)))
+    with pytest.raises(InvalidEnsembleError, match="view 2"):
+        Request("x", ((1,),), Ensemble((Member("a", 1.0, view=2),)))
+
+
+def test_unknown_configuration_keys_are_refused():
+    with pytest.raises(ConfigError, match="max_seqs"):
+        EngineConfig.from_dict({"max_seqs": 3})
+    with pytest.raises(ConfigError, match="unknown DecoderConfig"):
+        DecoderConfig.from_dict({"hidden": 3})
+    with pytest.raises(ConfigError, match="max_num_seqs must be"):
+        EngineConfig(max_num_seqs=0)

@@ -1,0 +1,51 @@
+"""The onnx backend's provider: refused where it cannot be, the same tokens where a GPU is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+from motet.export.bundle_writer import export_bundle
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
+from motet.runtime.backends.onnx.backend import open_session
+from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import ConfigError, UnavailableError
+
+HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def tokens(bundle: Path, provider: str) -> tuple[int, ...]:
+    config = EngineConfig.from_dict({"backend": "onnx", "onnx_provider": provider, "threads": 2})
+    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    with Engine.from_bundle(bundle, config) as engine:
+        ((output,),) = engine.complete(
+            [Request("r", ((5, 9, 40, 77, 3),), Ensemble((Member(engine.model.members[0], 1.0),)), sampling)]
+        )
+    return tuple(output.token_ids)
+
+
+def test_a_provider_is_one_of_the_onnx_backend() -> None:
+    with pytest.raises(ConfigError, match="add backend onnx"):
+        EngineConfig(onnx_provider="cuda")
+    with pytest.raises(ConfigError, match="onnx_provider must be one of"):
+        EngineConfig.from_dict({"backend": "onnx", "onnx_provider": "tpu"})
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_without_cuda_it_says_what_to_install() -> None:
+    with pytest.raises(UnavailableError, match="install onnxruntime-gpu"):
+        open_session(b"", 2, "cuda")
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs onnxruntime-gpu and an NVIDIA GPU")
+def test_cuda_yields_the_cpus_tokens(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    export_bundle(tiny_model_dir("llama"), tmp_path / "bundle", bits=8)
+    assert tokens(tmp_path / "bundle", "cuda") == tokens(tmp_path / "bundle", "cpu")
+
+
+def test_the_cpu_provider_serves(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    export_bundle(tiny_model_dir("llama"), tmp_path / "bundle", bits=8)
+    assert len(tokens(tmp_path / "bundle", "cpu")) == 24

@@ -1,0 +1,120 @@
+"""The GPU benches where there is no GPU: the same code at tiny sizes, and what they say when they cannot measure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the benches make torch tensors")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from motet.bench.gpu import h200, kernels, torch_decode  # noqa: E402
+from motet.bench.gpu.problems import DEVICE  # noqa: E402
+from motet.bench.gpu.random_model import RandomModel, shape  # noqa: E402
+from motet.runtime.backends.torch.backend import TorchOptions  # noqa: E402
+from motet.runtime.errors import ConfigError, UnavailableError  # noqa: E402
+from motet.runtime.model.config import DecoderConfig  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TINY = DecoderConfig.from_dict(
+    {
+        "family": "llama",
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 16,
+        "max_position_embeddings": 128,
+        "tied_head": False,
+    }
+)
+EAGER = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=True)
+
+
+def test_every_kernel_case_runs():
+    """Each case of the kernel bench, once, through the interpreter (or compiled, on a GPU)."""
+    tiny = kernels.Sizes(
+        hidden=64, inner=128, heads=4, kv_heads=2, head_size=16, vocab=300, batch=2, context=32, chunk=66, sampled=4
+    )
+    names = []
+    for case in kernels.cases(tiny):
+        case.run()
+        assert case.bytes > 0
+        names.append(case.name)
+    assert len(names) == len(set(names)) > 30
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_decode_is_measured_on_random_weights(bits):
+    rows = torch_decode.measure(
+        TINY, EAGER, 10.0, bits=bits, batch_sizes=(1, 3), members=2, tail_layers=1, context=20, repeats=2
+    )
+    assert [row["batch_size"] for row in rows] == [1, 3]
+    assert all(row["tok_s"] > 0 and row["bytes"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_random_weights_keep_the_scale_of_activations(bits):
+    weights = RandomModel(TINY, bits, torch.device("cpu"), torch.float32).weights(2, 1)
+    from motet.kernels.oracle.eager import dequantise
+
+    assert dequantise(weights.trunk[0].up.weight).std() == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_the_slice_is_checked_against_the_oracle():
+    assert torch_decode.check_slice(TINY, 8, EAGER) < 1e-5
+
+
+def test_unknown_shapes_and_bits_are_said():
+    with pytest.raises(ConfigError, match="known are"):
+        shape("llama-9t")
+    with pytest.raises(ConfigError, match="bits must be"):
+        RandomModel(TINY, 5, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU: the bench runs")
+def test_without_a_gpu_it_says_so(tmp_path):
+    with pytest.raises(UnavailableError, match="needs an NVIDIA GPU"):
+        kernels.run(tmp_path)
+    result = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu" / "h200.py")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no GPU" in result.stderr
+
+
+def test_goals_are_judged_by_what_was_measured():
+    result = {
+        "decode": {
+            "8B bf16": [
+                {"batch_size": 1, "tok_s": 260.0, "share_of_copy_bandwidth": 0.85, "step_ms": 4.0},
+                {"batch_size": 64, "tok_s": 7000.0, "share_of_copy_bandwidth": 0.5, "step_ms": 9.0},
+            ],
+            "8B bf16, 4 members": [{"batch_size": 1, "tok_s": 220.0, "share_of_copy_bandwidth": 0.8, "step_ms": 4.7}],
+            "8B 4 bits": {"error": "…"},
+        },
+        "transformers": {"1": 30.0},
+    }
+    met = {row["goal"]: row["met"] for row in h200.verdicts(h200.figures(result))}
+    assert met["8B bf16, batch 1, tok/s"] is True
+    assert met["8B bf16, batch 64, tok/s"] is False
+    assert met["8B 4 bits, batch 1, tok/s"] is None
+    assert met["4 members × 2-layer tails, batch 1, times one model"] is True
+    assert met["times transformers, batch 1"] is True
+
+
+def test_the_tree_runs_without_an_installation():
+    """What a GPU machine does: motet is not installed, the folders are found where they lie."""
+    code = "import sys; sys.path.insert(0, 'bench/gpu'); import source_tree; source_tree.use()\n"
+    code += "import motet.bench.gpu.torch_decode as found; print(found.__file__)"
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    environment = {**os.environ, "PYTHONPATH": packages}
+    # -S: no .pth files, which is how an editable installation is found
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == str(ROOT / "bench" / "gpu" / "torch_decode.py"), result.stderr

@@ -1,0 +1,96 @@
+"""The torch page against transformers, for every family; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from helpers.models import FAMILIES
+from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
+from motet.runtime.errors import BundleError, NotFoundError, UnsupportedModelError
+from motet.runtime.model.families import decoder_config
+
+# What is left is transformers' rotary angles, which are float32: 1.1e-5 for the real model.
+LIMIT = 3e-5
+
+
+def relative_error(model_dir, token_ids) -> float:
+    """The largest difference from transformers' logits, in units of their standard deviation. Both sides compute in
+    float64: in float32 the difference is rounding, and how much of it depends on the CPU."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
+    with torch.no_grad():
+        expected = reference(token_ids).logits
+        found = Decoder.from_dir(model_dir).double()(token_ids)
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_with_transformers(tiny_model_dir, family):
+    token_ids = torch.randint(0, 320, (2, 65), generator=torch.Generator().manual_seed(1))
+    assert relative_error(tiny_model_dir(family), token_ids) <= LIMIT
+
+
+def test_parity_on_the_real_model(real_model_dir):
+    token_ids = torch.randint(0, 49152, (1, 96), generator=torch.Generator().manual_seed(1))
+    assert relative_error(real_model_dir, token_ids) <= LIMIT
+
+
+def test_llama3_rope_scaling(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    values = json.loads(path.read_text())
+    values["rope_parameters"] = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    path.write_text(json.dumps(values))
+    assert relative_error(tmp_path / "m", torch.arange(100)[None]) <= LIMIT
+
+
+def test_trunk_and_tail_are_the_whole(tiny_model_dir):
+    decoder = Decoder.from_dir(tiny_model_dir("qwen3"))
+    token_ids = torch.arange(30)[None]
+    with torch.no_grad():
+        hidden = decoder.run_layers(decoder.embed(token_ids), 0, 3)
+        logits = decoder.head(decoder.norm(decoder.run_layers(hidden, 3, 4)))
+        assert torch.equal(logits, decoder(token_ids))
+
+
+def test_configuration(tiny_model_dir):
+    config = read_config(tiny_model_dir("qwen3"))
+    assert (config.family, config.qk_norm, config.num_kv_heads, config.head_size) == ("qwen3", True, 2, 16)
+    assert read_config(tiny_model_dir("qwen2")).qkv_bias
+    assert eos_token_ids(tiny_model_dir("llama")) == (258,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model family 'mamba' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"model_type": "mistral", "sliding_window": 128}, "sliding_window"),
+    ],
+)
+def test_unsupported_models(tiny_model_dir, change, message):
+    values = json.loads((tiny_model_dir("llama") / "config.json").read_text())
+    with pytest.raises(UnsupportedModelError, match=message):
+        decoder_config(values | change)
+
+
+def test_damaged_and_missing_weights(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="torn"):
+        read_weights(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(NotFoundError):
+        read_weights(tmp_path / "m")

@@ -1,0 +1,187 @@
+"""Search and fusion: resumed after kill -9 with the same trials, a mix that is what it should be, honest reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from motet.finetune.params import TuneParams
+from motet.finetune.search.fuse import FuseParams, fuse
+from motet.finetune.search.mixfit import Pool, convex, cross_validated, em, greedy, paired_bootstrap, select_and_fit
+from motet.finetune.search.search import SearchParams, private_epsilon, read_trials, search
+from motet.finetune.search.space import SearchSpace, Trial, is_hopeless, suggest
+from motet.finetune.training.train import Workbench
+from motet.finetune.training.trunk_cache import TrunkCache
+from motet.runtime.api.request import Space
+from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
+from motet.runtime.errors import BundleError, ConfigError, DataError
+
+BASE = TuneParams(examples=24, validation_examples=8, max_length=100, batch_tokens=256, bag=0.7, epochs=1)
+SPACE = SearchSpace(layers=(1, 2), batch_tokens=(256,), schedule=("cosine",), learning_rate=(1e-4, 3e-2))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "completion": f"the answer is {i % 3}"}) + "\n" for i in range(60))
+    )
+    return str(path)
+
+
+@pytest.fixture
+def bench(tiny_model_dir, data, tmp_path):
+    return Workbench(tiny_model_dir("llama"), data, TrunkCache(tmp_path / "cache"))
+
+
+def outcome(trials):
+    return [(t.number, t.params, t.value, t.curve, t.state) for t in trials]
+
+
+def test_search_and_fuse(bench, tmp_path):
+    params = SearchParams(BASE, SPACE, trials=7, startup=3, prune=False)
+    result = search(bench, tmp_path / "s", params)
+    assert [trial.number for trial in result.trials] == list(range(7))
+    assert result.best.value == min(trial.value for trial in result.trials)
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert all(heading in page for heading in ("History", "Importance", "Parallel coordinates"))
+    assert outcome(search(bench, tmp_path / "s", params).trials) == outcome(result.trials)  # done: nothing is run again
+    with pytest.raises(ConfigError, match="other settings"):
+        search(bench, tmp_path / "s", SearchParams(BASE, SPACE, trials=7, seed=1))
+    members = {path.name: path for path in result.members()}
+    for space in Space:
+        fused = fuse(bench, members, tmp_path / f"f-{space}", FuseParams(space, test_examples=8, validation_examples=8))
+        assert sum(fused["mix"].values()) == pytest.approx(1, abs=1e-9)
+        assert 1 <= len(fused["mix"]) <= 4
+        report = fused["report"]
+        assert report["fitted"]["validation"] <= min(f["validation"] for f in report["members"].values()) + 1e-9
+        assert "nested CV" in (tmp_path / f"f-{space}" / "README.md").read_text()
+
+
+def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom motet.finetune.params import TuneParams\n"
+        "from motet.finetune.search.search import SearchParams, search\nfrom motet.finetune.search.space import SearchSpace\n"
+        "from motet.finetune.training.train import Workbench\nfrom motet.finetune.training.trunk_cache import TrunkCache\n"
+        f"params = SearchParams({BASE!r}, {SPACE!r}, trials=5, startup=2)\n"
+        "bench = Workbench(Path(sys.argv[1]), sys.argv[2], TrunkCache(Path(sys.argv[3])))\n"
+        "search(bench, Path(sys.argv[4]), params, tell=lambda trial, best: print(trial.number, flush=True))\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model_dir("llama")), data, str(tmp_path / "cache")]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    victim = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    assert victim.stdout is not None
+    while victim.stdout.readline() != "2\n":
+        pass
+    time.sleep(0.2)  # into the next trial
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    with (tmp_path / "killed" / "trials.jsonl").open("a") as file:
+        file.write('{"number": 3, "par')  # and it died in a line
+    again = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
+    assert "0" not in again.stdout.split()
+    assert outcome(read_trials(tmp_path / "killed")) == outcome(read_trials(tmp_path / "whole"))
+
+
+def test_the_gaussian_process_looks_where_it_is_good():
+    """On a smooth function the posterior's suggestions are better than chance: closer to the optimum, on average."""
+    space = SPACE.distributions("tail", 4)
+
+    def closeness(sampler, seed):
+        trials = []
+        for number in range(14):
+            values = suggest(trials, space, sampler=sampler, seed=seed, startup=5)
+            value = (np.log(values["learning_rate"] / 3e-3)) ** 2 + values["dropout"]
+            trials.append(Trial(number, values, float(value), (), "complete", 0.0))
+        return np.mean([trial.value for trial in trials[5:]])
+
+    assert sum(closeness("gp", seed) < closeness("random", seed) for seed in range(3)) == 3
+
+
+def test_hopeless_trials():
+    trials = [Trial(i, {}, v, ((0, v),), "complete", 0.0) for i, v in enumerate((1.0, 2.0, 3.0, 4.0))]
+    assert is_hopeless(trials, 0, 3.5)
+    assert not is_hopeless(trials, 0, 2.5)
+    assert not is_hopeless(trials[:3], 0, 9.0)  # too few to tell
+    assert not is_hopeless(trials, 1, 9.0)
+
+
+def test_a_private_search_composes(bench, tmp_path):
+    base = TuneParams(
+        examples=24, validation_examples=8, max_length=100, bag=1.0, epochs=1, epsilon=2.0, batch_examples=6
+    )
+    params = SearchParams(base, SPACE, trials=2)
+    epsilon, delta = private_epsilon(search(bench, tmp_path / "s", params), 24, params)
+    assert 2.0 < epsilon < 4.0  # more than one trial's, less than their sum
+    assert delta < 1 / 24
+
+
+# ---- fitting a mix ---------------------------------------------------------------------------------------------------
+
+
+def make_pool(space, seed=0):
+    """Four members: two noisy views of a good state, one bad, one copy of the first."""
+    rng = torch.Generator().manual_seed(seed)
+    head = torch.randn(50, 16, generator=rng)
+    truth = torch.randn(300, 16, generator=rng)
+    targets = torch.multinomial((truth @ head.T).softmax(-1), 1, generator=rng)[:, 0]
+    noisy = [truth + 0.7 * torch.randn(300, 16, generator=rng) for _ in range(2)]
+    return Pool(space, torch.stack([*noisy, torch.randn(300, 16, generator=rng), noisy[0]]), head, targets)
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_fitting(space):
+    pool = make_pool(space)
+    mask = np.ones(300, bool)
+    mix = select_and_fit(pool, mask, max_members=3)
+    assert mix.sum() == pytest.approx(1)
+    assert (mix >= 0).all() and mix[1] > 0.2 and mix[2] < 0.05
+    assert pool.nll(mix).mean() < pool.single[:2].mean(axis=1).min()
+    if space is Space.LOGITS:  # the convex fit is the best point of a grid
+        grid = [np.array([a, 1 - a, 0, 0]) for a in np.linspace(0, 1, 41)]
+        fitted = convex(pool, np.array([0.5, 0.5, 0, 0]), mask)
+        assert pool.nll(fitted).mean() <= min(pool.nll(m).mean() for m in grid) + 1e-5
+
+
+def test_em_is_the_best_point_of_the_simplex():
+    pool = make_pool(Space.PROBS)
+    fitted = em(pool.single[:2], np.array([0.9, 0.1]))
+    best = min(pool.nll(np.array([a, 1 - a, 0, 0])).mean() for a in np.linspace(0, 1, 101))
+    assert pool.nll(np.array([*fitted, 0, 0])).mean() <= best + 1e-6
+
+
+def test_greedy_wants_what_a_member_adds():
+    """Members 0 and 1 are good and alike, 2 is worse alone and different: the mix takes 0 and 2."""
+    errors = np.array([[1.0, 0.0], [1.05, 0.0], [0.0, 1.4]])
+    mix = greedy(3, lambda m: float(np.square(m @ errors).sum()), max_members=2, rounds=8, candidates=range(3))
+    assert mix[0] > 0 and mix[2] > 0 and mix[1] == 0
+
+
+def test_nested_cross_validation_and_bootstrap_are_honest():
+    pool = make_pool(Space.PROBS)
+    groups = np.arange(300) // 10
+    mix = select_and_fit(pool, np.ones(300, bool), max_members=3)
+    assert cross_validated(pool, groups, folds=4, max_members=3) >= pool.nll(mix).mean() - 1e-9
+    interval = paired_bootstrap(pool.single[2], pool.single[0], groups)
+    assert interval.low < interval.change < interval.high < 0
+    same = paired_bootstrap(pool.single[0], pool.single[3], groups)
+    assert (same.low, same.change, same.high) == (0, 0, 0)
+
+
+def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
+    with pytest.raises(DataError, match="nothing to fuse"):
+        fuse(bench, {}, tmp_path / "f")
+    with pytest.raises(ConfigError, match="untuned model"):
+        fuse(bench, {"base": tmp_path}, tmp_path / "f")
+    adapter = random_adapter(Decoder.from_dir(tiny_model_dir("llama")), ("q_proj",), 2, seed=0, scale=0.1)
+    write_adapter(tmp_path / "a", {"base": {"digest": "other"}}, adapter)
+    with pytest.raises(BundleError, match="another base"):
+        fuse(bench, {"a": tmp_path / "a"}, tmp_path / "f")

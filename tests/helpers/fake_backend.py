@@ -1,0 +1,186 @@
+"""A deterministic backend for tests of the engine. Its "logits" are a hash of what its KV cache really holds, so a wrong
+slot, block or position changes the tokens; it also asserts the invariants of every batch.
+
+A slot holds, for each member that ran over it, a value chained from the value before it, the token and the delta: as in
+a model, keys and values depend on all that precedes, and a member that did not run has none.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.model_info import ModelInfo
+from motet.runtime.api.output import Output
+from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
+from motet.runtime.engine.engine import Engine
+from motet.runtime.sampling.host import sample_rows
+from motet.runtime.schedule.batch import Batch, SampleRow, StepOutput
+
+
+class FakeBackend:
+    def __init__(
+        self,
+        num_blocks: int = 32,
+        block_size: int = 8,
+        vocab_size: int = 256,
+        *,
+        num_members: int = 3,
+        order: int | None = None,
+        can_sample_prefill: bool = False,
+    ) -> None:
+        self.can_sample_prefill = can_sample_prefill
+        self.order = (
+            order  # logits depend on the last so many tokens only, so that the text repeats itself; None: on all
+        )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.tokens = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
+        self.values = np.full((num_members, num_blocks * block_size), -1, np.int64)  # [members, slots]
+        self.batches: list[tuple[int, int]] = []  # (rows, samples)
+        self.fail_next = False
+        self.nan_seeds: set[int] = set()
+        self.on_step: Callable[[Batch], None] = lambda batch: None  # called before anything is written
+        self.closed = 0
+
+    @property
+    def can_verify(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def step(self, batch: Batch) -> StepOutput:
+        self.on_step(batch)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the fake backend was told to fail")
+        self._check(batch)
+        self.batches.append((batch.num_rows, len(batch.samples)))
+        rows, terms = [], []
+        for sample in batch.samples:
+            self._check_sample(batch, sample)
+            terms.append([(len(rows) + i, c) for i, (_, _, c) in enumerate(sample.terms)])
+            for row, member, _ in sample.terms:
+                logits = self._logits(batch, row, member)
+                rows.append(np.full_like(logits, np.nan) if sample.seed in self.nan_seeds else logits)
+        return sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
+
+    def _logits(self, batch: Batch, row: int, member: int) -> np.ndarray:
+        slots = self._slots(batch, row)
+        held = self.values[member, slots]
+        assert (held >= 0).all(), "a row attends to a slot that was never written"
+        if self.order is not None:
+            held = self.tokens[slots[-self.order :]]
+        seed = zlib.crc32(held.tobytes())
+        return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32) * 2
+
+    def _slots(self, batch: Batch, row: int) -> np.ndarray:
+        """Slots that a row attends to: its own and those before it."""
+        table = batch.block_tables[_sequence_of(batch, row)]
+        at = np.arange(batch.positions[row] + 1)
+        return table[at // self.block_size] * self.block_size + at % self.block_size
+
+    def _check(self, batch: Batch) -> None:
+        for block in batch.freed_blocks:
+            dead = slice(block * self.block_size, (block + 1) * self.block_size)
+            self.tokens[dead] = self.values[:, dead] = -1
+        starts = batch.cu_seqlens_q
+        assert starts[0] == 0
+        assert starts[-1] == batch.num_rows
+        assert len(set(batch.slot_mapping.tolist())) == batch.num_rows, "two rows write one slot"
+        used = [b for table in batch.block_tables for b in table.tolist() if b >= 0]
+        written = set((batch.slot_mapping // self.block_size).tolist())
+        assert all(used.count(block) == 1 for block in written), "a shared block is written"
+        for sequence in range(batch.num_seqs):
+            self._write(batch, sequence)
+
+    def _write(self, batch: Batch, sequence: int) -> None:
+        rows = slice(batch.cu_seqlens_q[sequence], batch.cu_seqlens_q[sequence + 1])
+        first, end = batch.context_lens[sequence] - (rows.stop - rows.start), batch.context_lens[sequence]
+        assert batch.positions[rows].tolist() == list(range(first, end))
+        slots = self._slots(batch, rows.stop - 1)
+        assert (slots[first:] == batch.slot_mapping[rows]).all()
+        self.tokens[slots[first:]] = batch.token_ids[rows]
+        delta = int(batch.deltas[sequence])
+        assert delta < 0 or batch.members[sequence] == (delta,), "a delta shares its sequence"
+        for member in batch.members[sequence]:
+            held = self.values[member]
+            assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
+            for position in range(first, end):
+                before = int(held[slots[position - 1]]) if position else 0
+                token = int(self.tokens[slots[position]])
+                held[slots[position]] = zlib.crc32(f"{before} {token} {delta}".encode())
+
+    def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
+        """The cache holds the tokens that the sample was drawn after: prompt and answer of its first view, and the same
+        answer at the end of every view."""
+        assert all(member in batch.members[_sequence_of(batch, row)] for row, member, _ in sample.terms)
+        held = {row: self.tokens[self._slots(batch, row)].tolist() for row, _, _ in sample.terms}
+        answer = sample.output_ids.tolist()
+        assert [*sample.prompt_ids.tolist(), *answer] == held[min(held)]
+        assert sample.position == len(held[min(held)])
+        assert all(tokens[len(tokens) - len(answer) :] == answer for tokens in held.values())
+
+
+def _sequence_of(batch: Batch, row: int) -> int:
+    return int(np.searchsorted(batch.cu_seqlens_q, row, side="right")) - 1
+
+
+# ---- an engine over it ------------------------------------------------------------------------------------------------
+
+SOLO = Ensemble((Member("a", 1.0),))
+
+
+def make_engine(tokenizer, *, num_blocks=32, block_size=8, sample_prefill=False, **config) -> Engine:
+    values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
+    backend = FakeBackend(num_blocks, block_size, can_sample_prefill=sample_prefill)
+    return Engine(backend, tokenizer, model, EngineConfig(**values))
+
+
+def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:
+    params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
+    return Request(name, (tuple(prompt), *views), ensemble, SamplingParams(**params), time_limit_s)
+
+
+def start(engine, batch):
+    """Submit requests; the result waits for their ends and gives (request id, choice) → all of its deltas in one."""
+    outputs, done = {}, threading.Semaphore(0)
+
+    def on_output(delta):
+        whole = outputs.setdefault((delta.request_id, delta.choice), Output(delta.request_id, delta.choice, delta.seed))
+        whole.extend(delta)
+        if delta.finish_reason is not None:
+            done.release()
+
+    with engine._wake:  # they arrive together
+        for request in batch:
+            engine.submit(request, on_output)
+
+    def wait():
+        for _ in range(sum(request.sampling.n for request in batch)):
+            assert done.acquire(timeout=30), "a choice has not ended"
+        return outputs
+
+    return wait
+
+
+def gather(engine, batch):
+    return start(engine, batch)()
+
+
+def hold_first_step(engine):
+    """(set when the backend is in its next step, set to let it go on)."""
+    held, go = threading.Event(), threading.Event()
+
+    def on_step(_batch):
+        held.set()
+        assert go.wait(timeout=30)
+
+    engine._backend.on_step = on_step
+    return held, go

@@ -1,0 +1,96 @@
+"""Tiny random models of every family, a byte-level tokenizer, and tails for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+VOCAB_SIZE = 320
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer: ids 0…255 are bytes, then the special tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+
+def tiny_config(family: str) -> object:
+    """A transformers configuration: 4 layers, hidden 64, vocabulary 320."""
+    import transformers
+
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=VOCAB_SIZE, n_embd=64, n_layer=4, n_head=4, n_positions=512, eos_token_id=258, bos_token_id=256
+        )
+    name, _, untied = family.partition("-")
+    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
+        name
+    ]
+    return cls(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=not untied,
+        eos_token_id=258,
+        bos_token_id=256,
+    )
+
+
+def write_model(path: Path, family: str, seed: int = 0) -> Path:
+    """A tiny random model directory. Norms and biases are random too: their usual 1 and 0 would hide mistakes."""
+    import torch
+    import transformers
+
+    path.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + (0 if name.endswith("bias") else 1))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path
+
+
+def make_tail(model_dir, out, name, seed, scale):
+    """A tail of two layers: the base's, perturbed, so that members disagree as fine-tuned ones do."""
+    import torch
+    from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
+    from motet.runtime.checkpoints.members.tail import write_tail
+
+    config = read_config(model_dir)
+    split = config.num_layers - 2
+    generator = torch.Generator().manual_seed(seed)
+    names = tuple(f"model.layers.{i}." for i in range(split, config.num_layers)) + ("model.norm.",)
+    weights = {}
+    for key, tensor in read_weights(model_dir).items():
+        if key.startswith(names):
+            weights[key] = tensor + scale * tensor.std().nan_to_num(0.1) * torch.randn(
+                tensor.shape, generator=generator
+            )
+    base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
+    write_tail(out, {"name": name, "split_layer": split, "base": base}, weights)
+    return out

@@ -1,0 +1,85 @@
+"""The repository itself: the wheel holds the tree, the stubs are the protos', serving needs no heavy package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("runtime", "kernels", "export", "finetune", "proto", "bench")
+
+
+def test_the_wheel_is_the_tree(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info" not in name}
+    expected = {f"motet/{path.name}" for path in (ROOT / "src" / "motet").iterdir() if path.suffix in (".py", ".typed")}
+    for folder in FOLDERS:
+        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".pyi", ".proto")]
+        expected |= {f"motet/{path.relative_to(ROOT).as_posix()}" for path in files}
+    library = {name for name in packed if name.startswith("motet/kernels/native/_cpu") and name.endswith(".so")}
+    assert len(library) == (shutil.which("c++") is not None)
+    assert packed - library == expected
+
+
+def test_stubs_are_generated_from_the_protos(tmp_path):
+    names = [f"motet/proto/{path.name}" for path in sorted((ROOT / "proto").glob("*.proto"))]
+    outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Imotet/proto=proto", *outs, *names]
+    subprocess.run(command, check=True, cwd=ROOT)
+    generated = {path.name: path.read_text() for path in (tmp_path / "motet" / "proto").iterdir()}
+    committed = {path.name: path.read_text() for path in (ROOT / "proto").glob("*_pb2*")}
+    assert generated == committed
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "motet",
+        "motet.cli",
+        "motet.runtime.serve.grpc.server",
+        "motet.runtime.backends.onnx.backend",
+        "motet.runtime.jobs.summarise",
+        "motet.runtime.backends.open",
+    ],
+)
+def test_serving_needs_no_heavy_package(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'onnx', 'triton') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+KERNEL_TESTS = ("test_mix_sample", "test_mix_head_sample", "test_attention", "test_weight_matmul", "test_rotary_write")
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_without_torch_or_triton_kernel_tests_say_so_and_nothing_is_imported(package, tmp_path):
+    """Where a package is missing, collecting the kernels' tests imports neither it nor fails."""
+    (tmp_path / f"{package}.py").write_text(
+        "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n"
+    )
+    code = "import sys, pytest; status = pytest.main(sys.argv[1:]); print('loaded', 'triton.language' in sys.modules, status)"
+    files = [str(ROOT / "tests" / "kernels" / f"{name}.py") for name in KERNEL_TESTS]
+    command = [sys.executable, "-c", code, "-rs", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert "loaded False" in result.stdout, result.stdout + result.stderr
+    assert result.stdout.count("SKIPPED") == len(KERNEL_TESTS)

@@ -1,0 +1,135 @@
+"""Compile every launch of the GPU path for an sm_90 device, with no device: run as a script, prints one JSON line.
+
+The launchers run as they are, on CPU tensors of a real model's shapes; only the last step, the launch, stops after the
+compiler. What the compiler says of each kernel (shared memory, registers, spilled bytes) is in the line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = 227 * 1024
+
+
+class SM90:
+    """What `triton.runtime.driver` asks a driver before a launch."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def resources(kernel) -> dict:
+    tools = list(Path(triton.__file__).parent.rglob("cuobjdump"))
+    found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    if tools:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tools[0], "-res-usage", file.name], capture_output=True, text=True).stdout
+        found |= {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    found["wgmma"] = "wgmma" in kernel.asm["ptx"]
+    return found
+
+
+def record(compiled: list) -> None:
+    triton.runtime.driver.set_active(SM90())
+
+    def getitem(self, grid):
+        def compile_only(*args, **kwargs):
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            if hasattr(kernel, "result"):
+                kernel = kernel.result()
+            compiled.append((self.__name__, kernel))
+
+        return compile_only
+
+    JITFunction.__getitem__ = getitem
+
+
+def launch_single(gpu, make) -> None:
+    """One of everything: Triton compiles an argument that is 1 as a constant, which is another kernel."""
+    bf16, one = torch.bfloat16, make.integers([1])
+    cache, table = make.cache(2, 1, 16, 64, bf16), make.tables(1, 1, 1)
+    tables = (torch.empty(64, 32), torch.empty(64, 32))
+    query = gpu.rotary_write(torch.empty(1, 1, 3 * 64), tables, None, 1e-5, one, one, cache, 1, bf16)
+    gpu.decode_attention(query, cache, make.decode_rows([1], table, 16), torch.empty_like(query))
+    gpu.prefill_attention(query, cache, make.chunks([1], [1], table), torch.empty_like(query))
+    x = gpu.residual_norm(None, torch.empty(1, 64), torch.empty(64), torch.empty(64), 1e-5, bf16)
+    parts = gpu.matmul(x, make.weight(64, 64, 8, bias=True))
+    gpu.add_delta(x, make.delta_weight(1, 1, 64, 64, bf16), make.delta_tiles([0]), parts)
+    gpu.activate(parts, False, bf16)
+    gpu.mix_head_sample(x, make.weight(64, 64, 8), make.mixture([1]), make.draw(1))
+    gpu.mix_sample(torch.empty(1, 100), make.mixture([1], probs=True), make.draw(1, min_p=0.1))
+
+
+def launch_all(quick: bool) -> None:
+    from motet.bench.gpu import problems as make
+    from motet.kernels.oracle.operands import LayerCache, LinearWeight
+    from motet.kernels.triton import ops as gpu
+
+    launch_single(gpu, make)
+    bf16 = torch.bfloat16
+    hidden, heads, kv_heads, size, inner, vocab = 4096, 32, 8, 128, 14336, 128256
+    for kv in (bf16,) if quick else (bf16, torch.int8, torch.float8_e4m3fn):
+        cache = make.cache(8, kv_heads, 16, size, kv)
+        tables = make.tables(2, 4, 8)
+        table = (torch.empty(64, size // 2), torch.empty(64, size // 2))
+        norms = (torch.empty(size), torch.empty(size))
+        qkv = torch.empty(2, 3, (heads + 2 * kv_heads) * size)
+        index = make.integers([0, 1, 2])
+        query = gpu.rotary_write(qkv, table, norms, 1e-5, index, index, cache, heads, bf16)
+        gpu.decode_attention(query, cache, make.decode_rows([5, 6], tables, 2048), torch.empty_like(query))
+        gpu.prefill_attention(query, cache, make.chunks([3], [9], tables), torch.empty_like(query))
+    for bits in (0, 4) if quick else (0, 8, 4):
+        for rows in (1,) if quick else (1, 32, 64, 256):
+            if bits == 0 and rows > 64:
+                continue  # the vendor's matmul
+            x = torch.empty(rows, hidden, dtype=bf16)
+            values = torch.empty(hidden, hidden, dtype=bf16)
+            weight = LinearWeight(values)
+            if bits:
+                scales = torch.empty(hidden // 32, hidden, dtype=torch.float16)
+                values = torch.empty(hidden, hidden * bits // 8, dtype=torch.uint8)
+                weight = LinearWeight(values, scales, scales if bits == 4 else None)
+            gpu.matmul(x, weight)
+    x = torch.empty(4, hidden, dtype=bf16)
+    gpu.residual_norm(torch.empty(4, 4, hidden), torch.empty(4, hidden), torch.empty(hidden), None, 1e-5, bf16)
+    gpu.activate(torch.empty(1, 4, 2 * inner), True, bf16)
+    delta = make.delta_weight(2, 8, hidden, hidden, bf16)
+    gpu.add_delta(x, delta, make.delta_tiles([0, 1, -1, 0]), torch.empty(2, 4, hidden))
+    mixture, draw = make.mixture([2, 2]), make.draw(2)
+    for bits in (8,) if quick else (0, 8):
+        values = torch.empty(vocab, hidden, dtype=torch.uint8 if bits else bf16)
+        scales = torch.empty(hidden // 32, vocab, dtype=torch.float16) if bits else None
+        gpu.mix_head_sample(x, LinearWeight(values, scales), mixture, draw)
+    gpu.mix_sample(torch.empty(4, vocab), make.mixture([2, 2], probs=True), make.draw(2, top_k=5, top_p=0.9))
+    assert isinstance(cache, LayerCache)
+
+
+if __name__ == "__main__":
+    found: list = []
+    record(found)
+    launch_all(quick="--quick" in sys.argv)
+    lines = [{"kernel": name, **resources(kernel)} for name, kernel in found if kernel is not None]
+    print(json.dumps(lines))
+    assert lines
+    assert all(line["shared"] <= SHARED_LIMIT for line in lines)

@@ -1,0 +1,128 @@
+"""Paged decode and prefill attention against their oracle: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the kernels take torch tensors")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from motet.bench.gpu import problems as make  # noqa: E402
+from motet.kernels.oracle import eager  # noqa: E402
+from motet.kernels.oracle.operands import DecodeRows  # noqa: E402
+from motet.kernels.triton.paged_attention import SPLIT, decode_attention  # noqa: E402
+from motet.kernels.triton.prefill_attention import prefill_attention  # noqa: E402
+
+# By the dtype of queries and probabilities: the kernel rounds probabilities to it, the oracle does not.
+TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (8e-3, 2e-2), torch.float16: (1e-3, 2e-3)}
+CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+SHAPES = [(4, 2, 16, 4), (3, 3, 20, 1), (9, 3, 64, 16), (16, 1, 8, 32)]  # heads, kv_heads, head size, block size
+
+
+def poisoned(cache, tables, lengths):
+    """NaN wherever no sequence has content: what lies behind a length must not be read."""
+    keep = torch.zeros(cache.keys.shape[:3], dtype=torch.bool, device=cache.keys.device)
+    size = cache.block_size
+    for table, length in zip(tables.tolist(), lengths):
+        for place in range(length):
+            keep[table[place // size], :, place % size] = True
+    for tensor in (cache.keys, cache.values):
+        tensor[~keep] = float("nan")
+    return cache
+
+
+def test_tolerances_cover_the_dtypes():
+    assert set(TOLERANCE) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "block"), SHAPES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_decode(heads, kv_heads, size, block, dtype):
+    lengths = [1, SPLIT, SPLIT + 1, 2 * SPLIT + 37]
+    width = -(-max(lengths) // block)
+    tables = make.tables(4, width, 4 * width)
+    cache = poisoned(make.cache(4 * width, kv_heads, block, size, dtype), tables, lengths)
+    query = make.normal(4, heads, size, seed=9, dtype=dtype)
+    rows = make.decode_rows(lengths, tables, width * block)
+    expected, found = (torch.full_like(query, 7.0) for _ in range(2))
+    eager.decode_attention(query, cache, rows, expected)
+    decode_attention(query, cache, rows, found)
+    atol, rtol = TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("kind", CACHES, ids=str)
+def test_quantised_caches(kind):
+    lengths = [9, 40]
+    tables = make.tables(2, 10, 20)
+    cache = make.cache(20, 2, 4, 16, kind)
+    query = make.normal(12, 4, 16, seed=3)
+    found, expected = torch.zeros_like(query), torch.zeros_like(query)
+    for function, out in ((eager, expected), (None, found)):
+        decode = eager.decode_attention if function else decode_attention
+        prefill = eager.prefill_attention if function else prefill_attention
+        decode(query, cache, make.decode_rows(lengths, tables, 40), out)
+        chunks = make.chunks([2, 10], lengths, tables)
+        prefill(query, cache, chunks, out)
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "block"), SHAPES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_prefill(heads, kv_heads, size, block, dtype):
+    sizes, lengths = [11, 1, 37], [11, 30, 70]  # a whole prompt, one row, a chunk after a prefix
+    width = -(-max(lengths) // block)
+    tables = make.tables(3, width, 3 * width)
+    cache = poisoned(make.cache(3 * width, kv_heads, block, size, dtype), tables, lengths)
+    query = make.normal(sum(sizes) + 2, heads, size, seed=4, dtype=dtype)
+    chunks = make.chunks(sizes, lengths, tables)
+    expected, found = (torch.full_like(query, 7.0) for _ in range(2))
+    eager.prefill_attention(query, cache, chunks, expected)
+    prefill_attention(query, cache, chunks, found)
+    atol, rtol = TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+    assert (found[-2:] == 7).all()  # rows of no chunk are left
+
+
+def test_padded_rows_are_zero_and_others_are_left():
+    cache, tables = make.cache(4, 1, 4, 16, torch.float32), make.tables(1, 4, 4)
+    query, out = make.normal(3, 2, 16), torch.full((3, 2, 16), 7.0, device=make.DEVICE)
+    rows = DecodeRows(make.integers([2, 0]), make.integers([0, 0]), make.integers([5, 0]), tables, 16)
+    decode_attention(query, cache, rows, out)
+    assert (out[0] == 0).all()
+    assert (out[1] == 7).all()
+    assert (out[2] != 7).all()
+
+
+def test_decode_batch_invariance():
+    """A row alone, in a batch, under another longest length, and as one of several rows of its sequence: the same bits."""
+    cache, tables = make.cache(200, 2, 4, 16, torch.float32), make.tables(3, 60, 200)
+    query = make.normal(3, 4, 16)
+    together, alone, drafted = (torch.zeros_like(query) for _ in range(3))
+    decode_attention(query, cache, make.decode_rows([150, 20, 230], tables, 240), together)
+    one = DecodeRows(make.integers([0]), make.integers([0]), make.integers([150]), tables, 152)
+    decode_attention(query, cache, one, alone)
+    rows = DecodeRows(make.integers([0, 1, 2]), make.integers([0, 0, 0]), make.integers([150, 151, 152]), tables, 240)
+    decode_attention(query, cache, rows, drafted)
+    assert torch.equal(alone[0], together[0])
+    assert torch.equal(drafted[0], together[0])
+
+
+def test_prefill_batch_invariance():
+    cache, tables = make.cache(40, 2, 4, 16, torch.float32), make.tables(2, 20, 40)
+    query = make.normal(50, 4, 16)
+    together, alone = torch.zeros_like(query), torch.zeros_like(query)
+    prefill_attention(query, cache, make.chunks([20, 30], [40, 70], tables), together)
+    prefill_attention(query, cache, make.chunks([20], [40], tables), alone)
+    assert torch.equal(alone[:20], together[:20])
+
+
+def test_wrong_arguments_are_refused():
+    cache, tables = make.cache(4, 2, 4, 16, torch.float32), make.tables(1, 4, 4)
+    rows = make.decode_rows([3], tables, 16)
+    query = make.normal(1, 3, 16)
+    with pytest.raises(ValueError, match="do not divide"):
+        decode_attention(query, cache, rows, torch.empty_like(query))
+    query = make.normal(1, 4, 16)
+    with pytest.raises(ValueError, match="out must be"):
+        decode_attention(query, cache, rows, torch.empty_like(query).half())

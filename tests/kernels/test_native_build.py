@@ -1,0 +1,130 @@
+"""Builds of the native kernels other than the usual one: none at all, one that watches addresses and undefined behaviour, and
+the thread pool alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from motet.export.bundle_writer import export_bundle
+from motet.kernels.native import binding as cpu
+from motet.runtime.errors import UnavailableError
+
+ROOT = Path(__file__).parents[2]
+
+SERVE = """
+import sys
+from pathlib import Path
+from motet.kernels.native import binding as cpu
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import UnavailableError
+from motet.runtime.api.request import Request, SamplingParams
+
+assert not cpu.is_available()
+try:
+    Engine.from_bundle(Path(sys.argv[1]), EngineConfig(backend="cpu"))
+except UnavailableError as error:
+    print(error)
+with Engine.from_bundle(Path(sys.argv[1]), EngineConfig(threads=1, max_model_len=64)) as engine:
+    request = Request("x", ((1, 2, 3),), engine.model.default_ensemble, SamplingParams(max_tokens=4, ignore_eos=True))
+    print(len(engine.complete([request])[0][0].token_ids))
+"""
+
+
+def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
+    bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "bundle")
+    source = tmp_path / "source"  # a copy: a build in the tree would find objects that are there already
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        "site",
+        str(source),
+    ]
+    missing = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    subprocess.run(install, check=True, cwd=tmp_path, env=missing)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", SERVE, str(bundle)]
+    result = subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    error, count = result.stdout.splitlines()
+    assert "install Motet where a C++17 compiler is" in error
+    assert count == "4"
+
+
+def _compiler_file(name):
+    """Where the compiler has a library; the name alone where it has none."""
+    command = ["c++", f"-print-file-name={name}"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built (no C++ compiler)")
+def test_sanitised(tmp_path):
+    """The tests of the kernels, on a build that stops at the first wrong address or undefined operation."""
+    # The second too: exceptions are thrown through the first.
+    paths = [_compiler_file(name) for name in ("libasan.so", "libstdc++.so")]
+    if not all(path.is_absolute() for path in paths):
+        pytest.skip("the compiler has no address sanitiser")
+    extension = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+    flags = [flag for flag in extension["extra-compile-args"] if flag != "-O3"]
+    flags += ["-O1", "-g1", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+    def build(source):
+        target = tmp_path / f"{Path(source).stem}.o"
+        subprocess.run(["c++", *flags, "-c", str(ROOT / source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, extension["sources"]))
+    library = tmp_path / "sanitised.so"
+    subprocess.run(
+        ["c++", "-shared", "-pthread", "-fsanitize=address,undefined", *objects, "-o", str(library)], check=True
+    )
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(map(str, paths)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        cpu.LIBRARY_VARIABLE: str(library),
+        "MOTET_TEST_SCHEDULES": "8",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_cpu_backend.py"]
+    command += ["-k", "depend or crash or refused or nan or fit or sizes"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_threads(tmp_path):
+    """The thread pool alone: who is late is left out for a while, and all items are done once (see pool_test.cpp)."""
+    program = tmp_path / "pool_test"
+    sources = [str(ROOT / "tests" / "kernels" / "pool_test.cpp"), str(ROOT / "kernels" / "native" / "cpp" / "pool.cpp")]
+    command = ["c++", "-std=c++17", "-O2", "-g1", "-pthread", *sources, "-o", str(program)]
+    if _compiler_file("libtsan.so").is_absolute():  # stops at the first data race
+        command.append("-fsanitize=thread")
+    subprocess.run(command, check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_library_of_another_version_is_no_library(monkeypatch):
+    monkeypatch.setenv(cpu.LIBRARY_VARIABLE, "libc.so.6")  # loads, and has none of our functions
+    cpu.library.cache_clear()
+    try:
+        with pytest.raises(UnavailableError, match="another version"):
+            cpu.library()
+        assert not cpu.is_available()
+    finally:
+        cpu.library.cache_clear()

@@ -1,0 +1,372 @@
+"""Drafts: what is guessed and when it pays, rows and blocks of a draft, and that no answer depends on them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import fake_backend
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from motet.export.bundle_writer import export_bundle
+from motet.kernels.native import binding as cpu
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.model_info import ModelInfo
+from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
+from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import ConfigError, InvalidRequestError
+from motet.runtime.schedule.batch import StepOutput
+from motet.runtime.schedule.blocks import BlockManager
+from motet.runtime.schedule.drafts import MARGIN, ROW_COST, Drafter, StepLoad
+from motet.runtime.schedule.scheduler import Scheduler
+from motet.runtime.schedule.sequence import Group, Sequence
+
+ALONE = StepLoad(1, 1.0)
+
+
+# ---- guesses ---------------------------------------------------------------------------------------------------------
+
+
+def shown(text, prompt=1, max_tokens=8) -> Drafter:
+    """A drafter that was shown the text token by token, from the end of the prompt on."""
+    drafter = Drafter(max_tokens)
+    for end in range(prompt + 1, len(text) + 1):
+        drafter.observe(np.array(text[:end]))
+    return drafter
+
+
+def propose(text, limit=8, load=ALONE, num_sequences=1, **kwargs):
+    load = StepLoad(load.rows, load.tokens)
+    return shown(text, **kwargs).propose(np.array(text), limit, load, num_sequences).tolist()
+
+
+def test_a_draft_is_what_followed_before():
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+    assert propose(text, 2) == [4, 5]
+    assert propose(text[:-2]) == []
+    assert propose([1, 2], 2) == []
+    assert propose([1, 2, 1], 2) == []
+
+
+def test_the_latest_occurrence_counts():
+    assert propose([1, 2, 3, 4, 9, 1, 2, 3, 5, 9, 1, 2, 3], 1) == [5]
+
+
+def test_a_guess_moves_along():
+    """Once found, the place is followed: 5 goes on with 6 as in the place that was found, though 4 5 6 is not newest."""
+    text = [1, 2, 3, 4, 5, 6, 8, 8, 1, 2, 3, 4, 5]
+    assert propose(text, 1) == [6]
+    assert propose([*text, 7], 1) == []  # it did not go on as guessed, and 4 5 7 is new
+
+
+def test_what_repeats_itself_goes_on():
+    assert propose([9, *[1, 2, 3] * 4, 1], 5) == [2, 3, 1, 2, 3]
+    assert set(propose([7] * 20, 8)) == {7}
+
+
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=40), st.integers(1, 40))
+def test_a_prompt_at_once_or_token_by_token(text, prompt):
+    """The index of a prompt, made at once, holds what showing each token would have put there."""
+    prompt = min(prompt, len(text) - 1)
+    assert shown(text, prompt)._ends == shown(text)._ends
+    assert shown(text)._ends == {(a << 32) | b: index + 2 for index, (a, b) in enumerate(itertools.pairwise(text))}
+
+
+def test_the_longer_it_was_right_the_longer_the_draft():
+    source = list(range(100, 140))
+    sizes = [len(propose([*source, 1, *source[:copied]], 16)) for copied in (3, 5, 9, 20)]
+    assert sizes == sorted(sizes)
+    assert 1 <= sizes[0] < sizes[-1]
+
+
+def test_wrong_guesses_end_drafting_and_right_ones_begin_it_again():
+    """A guess is compared with what was drawn whether or not it was drafted, so nothing has to be tried."""
+    text, sizes = list(range(10)), []
+    for turn in range(30):
+        text += [0, 1, 2]
+        sizes.append(len(propose(text, 4, prompt=9)))
+        text.append(50 + turn)
+    assert sizes[0] > 0
+    assert sizes[-10:] == [0] * 10
+    assert propose([*text, *range(8), *range(8), *range(8), *range(8)], 4, prompt=9)
+
+
+def test_the_price_of_a_row():
+    """Alone, a row costs a share of the step; among sixteen it costs nearly what it yields."""
+    assert ALONE.price(1) == MARGIN * ROW_COST
+    assert ALONE.price(2) == 2 * ALONE.price(1)
+    assert StepLoad(16, 16.0).price(1) > 0.75
+    assert StepLoad(4, 4.0).price(1) < StepLoad(16, 16.0).price(1)
+
+
+def test_what_is_drafted_loads_the_step():
+    text = [*range(20), *range(12)]
+    load = StepLoad(2, 1.0)
+    size = len(shown(text).propose(np.array(text), 4, load, 2))
+    assert load.rows == 2 + 2 * size
+    assert 1 < load.tokens < 1 + size
+
+
+# ---- rows of the scheduler -------------------------------------------------------------------------------------------
+
+SOURCE = tuple(range(100, 130))
+PROMPT = (*SOURCE, 1, *SOURCE[:12])  # its last tokens stand in it before: what follows can be guessed
+
+
+def make_group(*prompts, max_tokens=99, stop_id=0, confident=True, **params) -> Group:
+    sequences = [Sequence(tuple(prompt), (0,)) for prompt in prompts]
+    terms = tuple((index, 0, 1 / len(prompts)) for index in range(len(prompts)))
+    drafter = Drafter(4)
+    if confident:
+        drafter._chances = [0.99] * 3
+    return Group(
+        "x",
+        0,
+        sequences,
+        terms,
+        Space.LOGITS,
+        SamplingParams(**params),
+        7,
+        max_tokens,
+        frozenset({stop_id}),
+        drafter=drafter,
+    )
+
+
+def make_scheduler(num_blocks=64, block_size=4, max_rows=64) -> Scheduler:
+    return Scheduler(BlockManager(num_blocks, block_size), 8, max_rows, 64)
+
+
+def answer(batch, tokens, errors=None) -> StepOutput:
+    token_ids = np.array(tokens, np.int64)
+    assert len(token_ids) == len(batch.samples)
+    return StepOutput(token_ids, np.zeros(len(tokens), np.float32), [], [], errors or {})
+
+
+def drafted(*prompts, scheduler=None, **params):
+    """(scheduler, group, batch with its first draft): 112 was drawn after the prompt, as guessed."""
+    scheduler, group = scheduler or make_scheduler(), make_group(*prompts or [PROMPT], **params)
+    scheduler.add(group)
+    while not (batch := scheduler.schedule()).samples:
+        scheduler.commit(answer(batch, []))
+    scheduler.commit(answer(batch, [112]))
+    return scheduler, group, scheduler.schedule()
+
+
+def test_rows_of_a_draft():
+    _, group, batch = drafted((5, 6), PROMPT, min_tokens=3)
+    # The text of the first sequence is the one that is looked up; here it has nothing to find.
+    assert batch.num_rows == 2
+    _, group, batch = drafted(PROMPT, (5, 6), min_tokens=3)
+    size = len(batch.samples) - 1
+    assert size == 4
+    assert batch.num_rows == 2 * (size + 1)
+    assert batch.token_ids.tolist() == list(range(112, 113 + size)) * 2
+    assert batch.positions.tolist() == [*range(43, 44 + size), *range(2, 3 + size)]
+    assert batch.context_lens.tolist() == [44 + size, 3 + size]
+    for ahead, sample in enumerate(batch.samples):
+        assert sample.terms == ((ahead, 0, 0.5), (size + 1 + ahead, 0, 0.5))
+        assert sample.position == 44 + ahead
+        assert sample.output_ids.tolist() == list(range(112, 113 + ahead))
+        assert sample.prompt_ids.tolist() == list(PROMPT)
+        assert sample.forbidden_ids == ((0,) if ahead < 2 else ())
+    assert all(len(s.block_table) * 4 >= len(s.tokens) + size for s in group.sequences)
+
+
+@pytest.mark.parametrize("right", range(5))
+def test_what_is_right_is_kept_and_the_rest_dropped(right):
+    scheduler, group, batch = drafted()
+    size = len(batch.samples) - 1
+    right = min(right, size)
+    tokens = [113 + i for i in range(right)] + [55] * (size + 1 - right)
+    (run,) = scheduler.commit(answer(batch, tokens))
+    assert (run.count, run.error) == (right + 1, None)
+    assert group.output.view().tolist() == [112, *range(113, 113 + right), 55]
+    assert group.sequences[0].num_computed == len(group.sequences[0].tokens) - 1
+    assert (scheduler.num_drafted, scheduler.num_accepted) == (size, right)
+    scheduler.check_integrity()
+    following = scheduler.schedule()
+    assert following.positions[0] == 44 + right
+    assert following.token_ids[0] == 55
+    scheduler.abort(group)
+    scheduler.check_integrity()
+    assert scheduler.blocks.num_free == 64
+
+
+def test_a_run_ends_at_a_stop_token_and_at_an_error():
+    scheduler, group, batch = drafted(stop_id=114)  # it is in the draft, which is right to its end
+    size = len(batch.samples) - 1
+    (run,) = scheduler.commit(answer(batch, range(113, 114 + size)))
+    assert (run.count, group.output.view().tolist()) == (2, [112, 113, 114])
+    scheduler, group, batch = drafted()
+    (run,) = scheduler.commit(answer(batch, [113, 9, *[9] * (size - 1)], {1: "NaN"}))
+    assert (run.count, run.error) == (1, "NaN")
+    scheduler, group, batch = drafted()  # an error in a row that is not reached is none
+    (run,) = scheduler.commit(answer(batch, [8, 9, *[9] * (size - 1)], {1: "NaN"}))
+    assert (run.count, run.error) == (1, None)
+
+
+def test_a_draft_takes_what_others_leave():
+    """Rows, blocks and the rest of max_tokens bound it."""
+    assert len(drafted(scheduler=make_scheduler(max_rows=3))[2].samples) == 3
+    assert len(drafted(scheduler=make_scheduler(max_rows=1))[2].samples) == 1
+    assert len(drafted(max_tokens=2)[2].samples) == 1
+    assert len(drafted(max_tokens=3)[2].samples) == 2
+    _, group, batch = drafted(scheduler=make_scheduler(num_blocks=11))  # 44 positions: the last token's is the last
+    assert (len(batch.samples), group.num_preemptions) == (1, 0)
+
+
+def test_in_a_full_step_only_what_is_nearly_sure_is_drafted():
+    scheduler = Scheduler(BlockManager(400, 4), 16, 512, 64)
+    for _ in range(16):
+        scheduler.add(make_group(PROMPT, confident=False))
+    while not (batch := scheduler.schedule()).samples:
+        scheduler.commit(answer(batch, []))
+    while len(batch.samples) < 16:
+        scheduler.commit(answer(batch, [112] * len(batch.samples)))
+        batch = scheduler.schedule()
+    scheduler.commit(answer(batch, [112] * len(batch.samples)))
+    assert len(scheduler.schedule().samples) == 16
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def make_engine(tokenizer, *, num_blocks=60, order=1, **config) -> Engine:
+    values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 24, "prefill_chunk": 8} | config
+    ensemble = Ensemble((Member("a", 1.0),))
+    model = ModelInfo("fake", ("a", "b", "c"), ensemble, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
+    return Engine(fake_backend.FakeBackend(num_blocks, 4, order=order), tokenizer, model, EngineConfig(**values))
+
+
+@st.composite
+def requests(draw):
+    """Texts that repeat themselves (a Markov chain of order 1), ended by everything that can end them."""
+    result = []
+    for index in range(draw(st.integers(1, 4))):
+        text = np.random.default_rng(draw(st.integers(0, 3))).integers(0, 9, draw(st.integers(1, 12)))
+        prompts = [tuple(text.tolist()) * draw(st.integers(1, 3)), *([(7, 8)] if draw(st.booleans()) else [])]
+        members = [Member("a", 0.6), Member(draw(st.sampled_from("bc")), 0.4, len(prompts) - 1)]
+        params = SamplingParams(
+            max_tokens=draw(st.integers(1, 50)),
+            min_tokens=draw(st.integers(0, 1)) * draw(st.integers(0, 1)),
+            temperature=draw(st.sampled_from([0.0, 0.3, 0.7])),
+            seed=draw(st.integers(0, 2**64 - 1)),
+            ignore_eos=draw(st.booleans()),
+            stop=draw(st.sampled_from([(), ("e", "th"), ("1",)])),
+            stop_token_ids=draw(st.sampled_from([(), (3, 100, 200)])),
+            n=draw(st.integers(1, 2)),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.2])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.3])),
+            logit_bias=draw(st.sampled_from([{}, dict.fromkeys(range(9), 4.0)])),
+            logprobs=draw(st.sampled_from([None, 2])),
+            speculative_tokens=draw(st.sampled_from([None, 0, 3, 16])),
+        )
+        ensemble = Ensemble(tuple(members), draw(st.sampled_from(list(Space))))
+        member_logprobs = draw(st.booleans())
+        result.append(Request(f"r{index}", tuple(prompts), ensemble, params, return_member_logprobs=member_logprobs))
+    return result
+
+
+def told(choices):
+    """Everything that a client is told, but for times."""
+    return [
+        (c.token_ids, c.text, c.finish_reason, c.stop_matched, c.top_logprobs, c.member_logprobs, c.usage)
+        for c in choices
+    ]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests(), st.sampled_from([1, 2, None]), st.integers(40, 80), st.integers(1, 24))
+def test_no_answer_depends_on_drafts(tokenizer, batch, order, num_blocks, max_rows):
+    """Greedy and sampled, with penalties, stops and several views, while blocks and rows are short."""
+    with make_engine(tokenizer, order=order, num_blocks=300, prefix_cache=False) as engine:
+        plain = [engine.complete([request])[0] for request in batch]
+    config = {"speculative_tokens": 6, "prefix_cache": False, "max_num_batched_tokens": max_rows}
+    with make_engine(tokenizer, order=order, num_blocks=num_blocks, **config) as engine:
+        speculative = engine.complete(batch)
+        engine._scheduler.check_integrity()
+        assert engine.stats().free_blocks == num_blocks
+    assert [told(choices) for choices in speculative] == [told(choices) for choices in plain]
+    with make_engine(tokenizer, order=order, num_blocks=num_blocks, **config | {"prefix_cache": True}) as engine:
+        for _ in range(2):
+            shared = engine.complete(batch)
+            assert [[c.token_ids for c in choices] for choices in shared] == [
+                [c.token_ids for c in choices] for choices in plain
+            ]
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(tokenizer):
+    request = Request(
+        "x", ((1, 2),), Ensemble((Member("a", 1.0),)), SamplingParams(80, temperature=0.0, ignore_eos=True)
+    )
+    found = []
+    for tokens in (0, 8):
+        deltas = []
+        with make_engine(tokenizer, speculative_tokens=tokens) as engine:
+            whole = engine.complete([request], on_output=deltas.append)[0][0]
+            stats = engine.stats()
+        assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
+        assert len(whole.token_ids) == 80 == stats.tokens
+        found.append((stats.steps, stats.accepted_tokens, whole.token_ids, max(len(d.token_ids) for d in deltas)))
+    assert found[0][:2] == (81, 0)
+    assert found[1][0] == 81 - found[1][1] < 60
+    assert found[0][2] == found[1][2]
+    assert found[1][3] > 1
+
+
+def test_a_stop_string_inside_a_draft(tokenizer):
+    """The text ends where it does without drafts, and usage counts the tokens up to there."""
+    bias = dict.fromkeys(range(64, 90), 50.0)
+    plain = Request("x", ((65,),), Ensemble((Member("a", 1.0),)), SamplingParams(80, temperature=0.0, logit_bias=bias))
+    with make_engine(tokenizer) as engine:
+        text = engine.complete([plain])[0][0].text
+    for at in range(30, 60):
+        params = SamplingParams(80, min_tokens=at, temperature=0.0, logit_bias=bias, stop=(text[at : at + 2],))
+        with make_engine(tokenizer, speculative_tokens=16) as engine:
+            found = engine.complete([Request("y", plain.prompts, plain.ensemble, params)])[0][0]
+            assert engine.stats().accepted_tokens > 10
+        assert found.finish_reason is FinishReason.STOP
+        assert found.usage.completion_tokens == len(found.token_ids) == len(found.text) + 2
+
+
+def test_only_where_the_backend_can_verify(tokenizer, monkeypatch):
+    monkeypatch.setattr(fake_backend.FakeBackend, "can_verify", False)
+    with make_engine(tokenizer, speculative_tokens=8) as engine:
+        request = Request("x", ((1, 2),), Ensemble((Member("a", 1.0),)), SamplingParams(60, temperature=0.0))
+        engine.complete([request])
+        assert engine.stats().drafted_tokens == 0
+
+
+@pytest.mark.parametrize("value", [-1, 65])
+def test_bad_sizes_are_refused(value):
+    with pytest.raises(ConfigError, match="speculative_tokens"):
+        EngineConfig(speculative_tokens=value)
+    with pytest.raises(InvalidRequestError, match="speculative_tokens"):
+        SamplingParams(speculative_tokens=value)
+
+
+def test_native_answers_do_not_depend_on_drafts_or_cached_prefixes(tiny_model_dir, tmp_path):
+    """A mix of two tails and two views on the native kernels: their rows have the same bits alone and together."""
+    if not cpu.is_available():
+        pytest.skip("the native kernels were not built")
+    export_bundle(tiny_model_dir("llama"), tmp_path / "b", tails={"a": None, "b": None}, num_tail_layers=2)
+    ensemble = Ensemble((Member("a", 0.9), Member("b", 0.4), Member("a", -0.3, 1)))
+    prompts = ((*range(60), 5, 6, 7) * 2, (5, 6, 7))
+    few = dict.fromkeys(range(3), 30.0)  # a text of three tokens repeats itself
+    batch = [
+        Request(
+            f"{i}", prompts, ensemble, SamplingParams(60, temperature=t, seed=i, repetition_penalty=p, logit_bias=few)
+        )
+        for i, (t, p) in enumerate([(0.0, 1.0), (0.5, 1.0), (0.2, 1.1), (0.0, 1.1)])
+    ]
+    found = []
+    for config in ({"prefix_cache": False}, {}, {"speculative_tokens": 8}):
+        config = EngineConfig(backend="cpu", max_model_len=256, threads=2, **config)
+        with Engine.from_bundle(tmp_path / "b", config) as engine:
+            found += [[told(choices)[0][:4] for choices in engine.complete(batch)] for _ in range(2)]
+            stats = engine.stats()
+    assert all(answers == found[0] for answers in found)
+    assert stats.cached_tokens > 0
+    assert stats.accepted_tokens > 20
