@@ -14,11 +14,11 @@ demo: $(READY)
 test: lint
 	MOTET_HOME=$(or $(MOTET_HOME),$(CURDIR)/.motet) $(BIN)/python -m pytest
 
-# Types and imports are checked on the package as it is installed, not on the tree.
+# Types and imports are checked on the package as it is installed, not on the tree. It needs no native kernels: no compiler.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
+	rm -rf build/lint && CC=no-compiler CXX=no-compiler $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p motet
 	cd build/lint && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 

@@ -26,7 +26,7 @@ from ..runtime.model.config import DecoderConfig
 from ..runtime.model.rotary import rotary_tables
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
-from .members import BASE, FUSED, MemberWeights, fuse_deltas, read_member
+from .members import BASE, FUSED, MemberWeights, fuse_adapters, read_member
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,7 @@ def export_bundle(
 ) -> Path:
     """Write a bundle to the directory `out` (replaced as a whole, only when complete).
 
-    `tails`: member name → tail directory, None for the base itself. `loras`: member name → adapter directory; its deltas
+    `tails`: member name → tail directory, None for the base itself. `loras`: member name → adapter directory; its adapters
     are stored beside the base's weights, or with `merge` added to them (a member then has all layers from the first
     that it changes). Without any member, the base is the only one. `mix`: member → coefficient, uniform by default.
     `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `group_size`: columns of a group of the layers' weights
@@ -159,7 +159,7 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
     if not 0 <= num_tail_layers <= config.num_layers:
         raise ConfigError(f"tails may have 0 to {config.num_layers} layers, got {num_tail_layers}")
     split_layer = config.num_layers - num_tail_layers
-    if num_tail_layers and any(m.kind == "delta" for m in members) and not _has_tails(members):
+    if num_tail_layers and any(m.kind == "adapter" for m in members) and not _has_tails(members):
         raise ConfigError(f"no member has a tail (adapters use the base's layers), got {num_tail_layers} tail layers")
     if split_layer > needed:
         raise ConfigError(
@@ -170,9 +170,9 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 
 def _has_tails(members: list[MemberWeights]) -> bool:
-    """Base and delta members use one body. Without deltas, several members have tails, be they all the base."""
+    """Base and adapter members use one body. Without adapters, several members have tails, be they all the base."""
     kinds = {member.kind for member in members}
-    return len(members) > 1 and ("tail" in kinds or "delta" not in kinds)
+    return len(members) > 1 and ("tail" in kinds or "adapter" not in kinds)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _bundle_tensors(
     bits: int,
     group_size: int | None,
 ) -> dict[str, Array]:
-    """All stored tensors. A single member is folded into the base; several, and deltas, have `members.<name>.` tensors.
+    """All stored tensors. A single member is folded into the base; several, and adapters, have `members.<name>.` tensors.
 
     What fine-tuning changed has 8 bits at least: its changes are smaller than a step of a 4-bit grid, and rounding them
     away would give the base back.
@@ -211,8 +211,8 @@ def _bundle_tensors(
             add("", own, max(bits, 8))
         else:
             add(f"members.{member.name}.", own, max(bits, 8))
-        deltas = equalise(config, member.deltas, rms, group_size) if rms else member.deltas
-        add(f"members.{member.name}.", fuse_deltas(config, deltas, base), 32)
+        adapters = equalise(config, member.adapters, rms, group_size) if rms else member.adapters
+        add(f"members.{member.name}.", fuse_adapters(config, adapters, base), 32)
     add("", shared, bits)
     return tensors
 
@@ -288,8 +288,8 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
     shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
     tails = {}
     for member in members:
-        if member.kind == "delta":
-            continue  # no graph of its own: a backend that knows deltas runs the base's layers
+        if member.kind == "adapter":
+            continue  # no graph of its own: a backend that knows adapters runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
         writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, member.name))
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)

@@ -1,4 +1,4 @@
-"""What a bundle's members have of their own: a tail's weights, an adapter's (merged, or kept as deltas), or nothing."""
+"""What a bundle's members have of their own: a tail's weights, an adapter's (merged, or kept apart), or nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..runtime.errors import BundleError, InvalidEnsembleError
 from ..runtime.model.config import DecoderConfig
 
 F32 = npt.NDArray[np.float32]
-Kind = Literal["base", "tail", "delta"]
+Kind = Literal["base", "tail", "adapter"]
 BASE = "base"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -26,7 +26,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 class MemberWeights:
     """What a member has of its own, under canonical names; everything else is the base's.
 
-    `weights`: whole tensors. `deltas`: `<module>.lora_a` and `.lora_b`, for a member kept as a delta.
+    `weights`: whole tensors. `adapters`: `<module>.lora_a` and `.lora_b`, for a member kept as an adapter.
     """
 
     name: str
@@ -34,7 +34,7 @@ class MemberWeights:
     split_layer: int
     weights: Mapping[str, F32]
     provenance: Mapping[str, Any]
-    deltas: Mapping[str, F32] = field(default_factory=dict)
+    adapters: Mapping[str, F32] = field(default_factory=dict)
 
 
 def read_member(
@@ -60,7 +60,7 @@ def read_member(
         )
     if adapter == "keep":
         check_shapes(weights, base)
-        return MemberWeights(name, "delta", config.num_layers, {}, manifest, _arrays(weights))
+        return MemberWeights(name, "adapter", config.num_layers, {}, manifest, _arrays(weights))
     if adapter == "merge":
         weights = merge(base, weights)
         first = min((int(n.split(".")[2]) for n in weights), default=config.num_layers)
@@ -72,12 +72,12 @@ def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     return {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
 
 
-def fuse_deltas(config: DecoderConfig, deltas: Mapping[str, F32], base: Mapping[str, F32]) -> dict[str, F32]:
-    """Deltas of the layers as they are stored: A of q, k, v (gate, up) stacked, B in blocks; a part without a delta has
+def fuse_adapters(config: DecoderConfig, adapters: Mapping[str, F32], base: Mapping[str, F32]) -> dict[str, F32]:
+    """Adapters of the layers as they are stored: A of q, k, v (gate, up) stacked, B in blocks; a part without an adapter has
     rows of zeros. `base` gives the parts' numbers of rows."""
     fused: dict[str, F32] = {}
     parents: dict[str, list[str]] = {}
-    for module in adapted_modules(deltas):
+    for module in adapted_modules(adapters):
         prefix, _, last = module.rpartition(".")
         names = (name for name, parts in FUSED.items() if last in parts)
         target = next(names, last)
@@ -88,15 +88,15 @@ def fuse_deltas(config: DecoderConfig, deltas: Mapping[str, F32], base: Mapping[
         prefix, _, last = target.rpartition(".")
         parts = [f"{prefix}.{part}" for part in FUSED.get(last, (last,))]
         present = [part for part in parts if part in modules]
-        ranks = {part: deltas[f"{part}.lora_a"].shape[0] for part in present}
+        ranks = {part: adapters[f"{part}.lora_a"].shape[0] for part in present}
         b = np.zeros((sum(len(base[f"{part}.weight"]) for part in parts), sum(ranks.values())), np.float32)
         row = column = 0
         for part in parts:
             rows = len(base[f"{part}.weight"])
             if part in ranks:
-                b[row : row + rows, column : column + ranks[part]] = deltas[f"{part}.lora_b"]
+                b[row : row + rows, column : column + ranks[part]] = adapters[f"{part}.lora_b"]
                 column += ranks[part]
             row += rows
-        fused[f"{target}.lora_a"] = np.concatenate([deltas[f"{part}.lora_a"] for part in present])
+        fused[f"{target}.lora_a"] = np.concatenate([adapters[f"{part}.lora_a"] for part in present])
         fused[f"{target}.lora_b"] = b
     return fused

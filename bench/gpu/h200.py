@@ -27,7 +27,7 @@ TESTS = (
     "kernels/test_rotary_write",
     "kernels/test_attention",
     "kernels/test_weight_matmul",
-    "kernels/test_lora_delta",
+    "kernels/test_lora_adapter",
     "kernels/test_mix_sample",
     "kernels/test_mix_head_sample",
     "backends/test_row_plan",

@@ -76,12 +76,12 @@ def _elementwise(s: Sizes) -> Iterator[Case]:
     )
     parts = torch.randn(1, rows, 2 * s.inner, device=make.DEVICE)
     yield Case(f"activate, {rows} rows", partial(gpu.activate, parts, True, torch.bfloat16), rows * s.inner * (8 + 2))
-    delta = make.delta_weight(4, 8, s.hidden, s.hidden, torch.bfloat16)
+    adapter = make.adapter_weight(4, 8, s.hidden, s.hidden, torch.bfloat16)
     x, out = _bf16(rows, s.hidden), torch.zeros(1, rows, s.hidden, device=make.DEVICE)
-    tiles = make.delta_tiles([row % 4 for row in range(rows)])
+    tiles = make.adapter_tiles([row % 4 for row in range(rows)])
     yield Case(
-        f"add_delta, {rows} rows, 4 deltas of rank 8",
-        partial(gpu.add_delta, x, delta, tiles, out),
+        f"add_adapter, {rows} rows, 4 adapters of rank 8",
+        partial(gpu.add_adapter, x, adapter, tiles, out),
         4 * 8 * 2 * s.hidden * 2 + rows * s.hidden * (2 + 8),
     )
 

@@ -10,10 +10,10 @@ import torch
 
 from ...export.quantise import quantise
 from ...kernels.oracle.operands import (
-    DELTA_TILE,
+    ADAPTER_TILE,
+    AdapterTiles,
+    AdapterWeight,
     DecodeRows,
-    DeltaTiles,
-    DeltaWeight,
     Draw,
     LayerCache,
     LinearWeight,
@@ -114,24 +114,24 @@ def chunks(sizes: Sequence[int], lengths: Sequence[int], block_tables: torch.Ten
     )
 
 
-def delta_tiles(deltas: Sequence[int]) -> DeltaTiles:
-    """Tiles over rows 0, 1, … with these deltas, -1 for none."""
+def adapter_tiles(adapters: Sequence[int]) -> AdapterTiles:
+    """Tiles over rows 0, 1, … with these adapters, -1 for none."""
     order: list[int] = []
     tiles: list[int] = []
-    for delta in sorted(set(deltas) - {-1}):
-        rows = [row for row, found in enumerate(deltas) if found == delta]
-        for start in range(0, len(rows), DELTA_TILE):
-            part = rows[start : start + DELTA_TILE]
-            order += part + [-1] * (DELTA_TILE - len(part))
-            tiles.append(delta)
-    return DeltaTiles(integers(order), integers(tiles))
+    for adapter in sorted(set(adapters) - {-1}):
+        rows = [row for row, found in enumerate(adapters) if found == adapter]
+        for start in range(0, len(rows), ADAPTER_TILE):
+            part = rows[start : start + ADAPTER_TILE]
+            order += part + [-1] * (ADAPTER_TILE - len(part))
+            tiles.append(adapter)
+    return AdapterTiles(integers(order), integers(tiles))
 
 
-def delta_weight(
+def adapter_weight(
     count: int, rank: int, n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> DeltaWeight:
+) -> AdapterWeight:
     a = normal(count, rank, k, seed=seed, scale=k**-0.5).to(dtype)
-    return DeltaWeight(a, normal(count, n, rank, seed=seed + 1, scale=rank**-0.5).to(dtype))
+    return AdapterWeight(a, normal(count, n, rank, seed=seed + 1, scale=rank**-0.5).to(dtype))
 
 
 def mixture(members: Sequence[int], *, probs: bool = False, seed: int = 0) -> Mixture:

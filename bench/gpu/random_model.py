@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.oracle.operands import LinearWeight
-from ...runtime.backends.torch.weights import LayerWeights, Linear, ModelWeights, Norm, TailWeights
+from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, ModelWeights, Norm, TailWeights
 from ...runtime.errors import ConfigError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.rotary import rotary_tables
@@ -65,7 +65,7 @@ class RandomModel:
             trunk=[self._layer() for _ in range(config.num_layers - tail_layers)],
             tails=[TailWeights([self._layer() for _ in range(tail_layers)], self._norm()) for _ in range(num_tails)],
             tail_of=tuple(range(num_tails)),
-            delta_of=(-1,) * num_tails,
+            adapter_of=(-1,) * num_tails,
             head=tied if config.tied_head else self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8)),
         )
 
@@ -74,12 +74,12 @@ class RandomModel:
         hidden, inner = config.hidden_size, config.intermediate_size
         return LayerWeights(
             attention_norm=self._norm(),
-            qkv=Linear(self._linear(config.q_size + 2 * config.kv_size, hidden, bits), None),
+            qkv=LinearLayer(self._linear(config.q_size + 2 * config.kv_size, hidden, bits), None),
             head_norms=None,
-            out=Linear(self._linear(hidden, config.q_size, bits), None),
+            out=LinearLayer(self._linear(hidden, config.q_size, bits), None),
             mlp_norm=self._norm(),
-            up=Linear(self._linear(2 * inner, hidden, bits), None),
-            down=Linear(self._linear(hidden, inner, bits), None),
+            up=LinearLayer(self._linear(2 * inner, hidden, bits), None),
+            down=LinearLayer(self._linear(hidden, inner, bits), None),
         )
 
     def _norm(self) -> Norm:

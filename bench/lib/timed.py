@@ -113,11 +113,11 @@ def cached_layers(bundle: Bundle, members: int = 1) -> int:
     """Layers that have keys and values for a request of the first `members`: the trunk's once and each tail's own; a
     low-rank member has all of them for itself."""
     chosen = range(members)
-    deltas = sum(member in bundle.deltas for member in chosen)
-    others = members - deltas
+    adapters = sum(member in bundle.adapters for member in chosen)
+    others = members - adapters
     split = bundle.split_layer if bundle.graphs.tails else bundle.config.num_layers
     shared = split + (bundle.config.num_layers - split) * others if others else 0
-    return deltas * bundle.config.num_layers + shared
+    return adapters * bundle.config.num_layers + shared
 
 
 def run_together(engine: Engine, timed: TimedBackend, requests: Sequence[Request]) -> list[Step]:

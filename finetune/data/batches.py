@@ -21,7 +21,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainBatch:
     """Items padded at the end. A = the most answer tokens of an item."""
 
     items: tuple[Item, ...]
@@ -33,7 +33,7 @@ class Batch:
         return sum(item.encoded.num_targets for item in self.items)
 
 
-def make_batch(items: Sequence[Item]) -> Batch:
+def make_batch(items: Sequence[Item]) -> TrainBatch:
     width = max(item.encoded.num_targets for item in items)
     positions = torch.zeros(len(items), width, dtype=torch.long)
     targets = torch.full((len(items), width), -1)
@@ -41,7 +41,7 @@ def make_batch(items: Sequence[Item]) -> Batch:
         answer, count = item.encoded.answer, item.encoded.num_targets
         positions[row, :count] = torch.arange(answer - 1, answer - 1 + count)
         targets[row, :count] = torch.tensor(item.encoded.token_ids[answer:])
-    return Batch(tuple(items), positions, targets)
+    return TrainBatch(tuple(items), positions, targets)
 
 
 def plan(lengths: Sequence[int], batch_tokens: int, rng: random.Random | None) -> list[list[int]]:

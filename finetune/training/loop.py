@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...runtime.errors import NumericalError
-from ..data.batches import Batch, Item, make_batch, plan
+from ..data.batches import Item, TrainBatch, make_batch, plan
 from ..params import TuneParams
 from .methods import Learner
 
@@ -86,7 +86,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
     def transfer_batch_to_device(self, batch: Any, _device: torch.device, _index: int) -> Any:
         return batch  # the learner moves what it needs
 
-    def training_step(self, batch: Batch, _index: int) -> Tensor:
+    def training_step(self, batch: TrainBatch, _index: int) -> Tensor:
         torch.manual_seed(self.params.seed * 1_000_003 + len(self.losses))  # dropout: the same in a resumed run
         loss = self.learner.loss(batch, self.params.label_smoothing)
         self.check(float(loss.detach()), "loss")
@@ -110,7 +110,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
                 f"lower learning_rate (now {self.params.learning_rate:g})"
             )
 
-    def validation_step(self, batch: Batch, _index: int) -> None:
+    def validation_step(self, batch: TrainBatch, _index: int) -> None:
         loss = float(self.learner.loss(batch))
         total, count = self._sums
         self._sums = total + loss * batch.num_targets, count + batch.num_targets

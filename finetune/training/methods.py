@@ -24,7 +24,7 @@ from ...runtime.checkpoints.members.adapter import TARGETS, write_adapter
 from ...runtime.checkpoints.members.tail import write_tail
 from ...runtime.errors import ConfigError, UnavailableError
 from ...runtime.model.config import DecoderConfig
-from ..data.batches import Batch
+from ..data.batches import TrainBatch
 from ..params import TuneParams
 from .answers import answer_states
 from .trunk_cache import run_trunk
@@ -76,14 +76,14 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.model.embed_tokens.weight.device
 
-    def loss(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    def loss(self, batch: TrainBatch, smoothing: float = 0.0) -> Tensor:
         """Mean negative log-likelihood of the answers' tokens, nats (with label smoothing, if any)."""
         targets = batch.targets.to(self.device)
         states = self._states(batch)
         wanted = targets >= 0
         return F.cross_entropy(self.decoder.head(states[wanted]).float(), targets[wanted], label_smoothing=smoothing)
 
-    def example_losses(self, batch: Batch) -> Tensor:
+    def example_losses(self, batch: TrainBatch) -> Tensor:
         """[B] mean negative log-likelihood of each example's answer: what DP-SGD clips the gradient of."""
         targets = batch.targets.to(self.device)
         losses = F.cross_entropy(
@@ -91,7 +91,7 @@ class Learner(nn.Module):
         )
         return losses.sum(1) / (targets >= 0).sum(1)
 
-    def _states(self, batch: Batch) -> Tensor:
+    def _states(self, batch: TrainBatch) -> Tensor:
         share = 0.0 if self.adapts else self.params.dropout  # an adapter has its own dropout
 
         def dropout(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Learner(nn.Module):
         hidden = self._inputs(batch)
         return answer_states(self.decoder, hidden, self.split, batch.positions.to(hidden.device), dropout)
 
-    def _inputs(self, batch: Batch) -> Tensor:
+    def _inputs(self, batch: TrainBatch) -> Tensor:
         """[B, S, hidden] float32: the input of the first trained layer."""
         if self.split == 0:
             tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]

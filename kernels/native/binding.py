@@ -32,7 +32,7 @@ ISA_VARIABLE = "MOTET_CPU_ISA"  # overrides which instruction set is used
 LIBRARY_VARIABLE = "MOTET_CPU_LIBRARY"  # overrides which shared library is loaded
 
 
-class Linear(IntEnum):
+class LinearKind(IntEnum):
     """Linear layers, as `motet.h` numbers them. `UP` is gate and up stacked where the activation is SwiGLU."""
 
     QKV = 0
@@ -96,7 +96,7 @@ class _Batch(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                *("token_ids", "positions", "slot_mapping", "cu_seqlens", "context_lens", "block_tables", "deltas"),
+                *("token_ids", "positions", "slot_mapping", "cu_seqlens", "context_lens", "block_tables", "adapters"),
                 *("member_offsets", "member_seqs"),
             )
         ],
@@ -156,7 +156,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.motet_destroy.argtypes = [ctypes.c_void_p]
     lib.motet_set_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Tensor)]
     lib.motet_share_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    lib.motet_set_delta.argtypes = [
+    lib.motet_set_adapter.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int),
         *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
     ]
@@ -217,12 +217,12 @@ class PackedBatch:
         cu_seqlens: I32,
         context_lens: I32,
         block_tables: I32,
-        deltas: I32,
+        adapters: I32,
         members: Sequence[Sequence[int]] | None,
         outputs: Sequence[tuple[int, int]],
     ) -> None:
         rows, seqs = len(token_ids), len(context_lens)
-        lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(deltas), len(block_tables))
+        lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(adapters), len(block_tables))
         if lengths != (rows, rows, seqs + 1, seqs, seqs):
             raise MotetError("the batch's arrays have inconsistent lengths")
         arrays: list[npt.NDArray[Any]] = [
@@ -232,7 +232,7 @@ class PackedBatch:
             np.ascontiguousarray(cu_seqlens, np.int32),
             np.ascontiguousarray(context_lens, np.int32),
             np.ascontiguousarray(block_tables, np.int32),
-            np.ascontiguousarray(deltas, np.int32),
+            np.ascontiguousarray(adapters, np.int32),
         ]
         if members is not None:
             arrays.append(np.array([0, *accumulate(map(len, members))], np.int64))
@@ -273,7 +273,7 @@ class NativeModel:
         if hasattr(self, "_handle"):
             self.close()
 
-    def set_linear(self, which: Linear, layer: int, weight: Weight, name: str) -> None:
+    def set_linear(self, which: LinearKind, layer: int, weight: Weight, name: str) -> None:
         """Pack a weight; the arrays are not kept. `name` is for the error message."""
         arrays = {
             field: _contiguous(getattr(weight, field), np.uint8 if field in ("values", "zero_points") else np.float32)
@@ -296,16 +296,16 @@ class NativeModel:
             setattr(tensor, field, None if array is None else address(array))
         self._check(self._library.motet_set_linear(self._handle, which, layer, ctypes.byref(tensor)), name)
 
-    def share_linear(self, which: Linear, layer: int, source: int) -> None:
+    def share_linear(self, which: LinearKind, layer: int, source: int) -> None:
         """Layer `layer` uses the weight of layer `source`."""
         self._check(self._library.motet_share_linear(self._handle, which, layer, source), f"layer {layer}")
 
-    def set_delta(self, which: Linear, layer: int, member: int, a: F32, b: F32, name: str) -> None:
+    def set_adapter(self, which: LinearKind, layer: int, member: int, a: F32, b: F32, name: str) -> None:
         """y += b (a x) for the rows of `member`; a [rank, columns], b [rows, rank]."""
         a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise BundleError(f"{name}: the shapes {a.shape} and {b.shape} of a low-rank delta do not fit together")
-        code = self._library.motet_set_delta(
+            raise BundleError(f"{name}: the shapes {a.shape} and {b.shape} of a low-rank adapter do not fit together")
+        code = self._library.motet_set_adapter(
             self._handle, which, layer, member, len(a), a.ctypes.data, a.shape[1], b.ctypes.data, b.shape[0]
         )
         self._check(code, name)

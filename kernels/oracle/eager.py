@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from . import reference
 from .operands import (
-    DELTA_TILE,
+    ADAPTER_TILE,
+    AdapterTiles,
+    AdapterWeight,
     DecodeRows,
-    DeltaTiles,
-    DeltaWeight,
     Draw,
     LayerCache,
     LinearWeight,
@@ -146,12 +146,12 @@ def matmul(x: Tensor, weight: LinearWeight) -> Tensor:
     return product[None] if len(x) <= 64 else product[None].to(x.dtype)
 
 
-def add_delta(x: Tensor, weight: DeltaWeight, tiles: DeltaTiles, parts: Tensor) -> None:
+def add_adapter(x: Tensor, weight: AdapterWeight, tiles: AdapterTiles, parts: Tensor) -> None:
     """parts[0, r] += B[d] (A[d] x[r]) for every row of the tiles, in place."""
-    for order, delta in zip(tiles.order.view(-1, DELTA_TILE), tiles.deltas.tolist(), strict=True):
+    for order, adapter in zip(tiles.order.view(-1, ADAPTER_TILE), tiles.adapters.tolist(), strict=True):
         rows = order[order >= 0].long()
-        if delta >= 0 and len(rows):
-            update = x[rows].float() @ weight.a[delta].float().t() @ weight.b[delta].float().t()
+        if adapter >= 0 and len(rows):
+            update = x[rows].float() @ weight.a[adapter].float().t() @ weight.b[adapter].float().t()
             parts[0, rows] += update.to(parts.dtype)
 
 

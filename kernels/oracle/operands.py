@@ -93,26 +93,26 @@ class PrefillChunks:
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaWeight:
-    """The low-rank updates of one linear layer, stacked and padded to one rank: a [deltas, rank, K], b [deltas, N, rank].
+class AdapterWeight:
+    """The low-rank updates of one linear layer, stacked and padded to one rank: a [adapters, rank, K], b [adapters, N, rank].
     y += b (a x); the scale lies in b, a padded rank is zeros."""
 
     a: torch.Tensor
     b: torch.Tensor
 
 
-DELTA_TILE = 16  # rows a tile
+ADAPTER_TILE = 16  # rows a tile
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaTiles:
-    """Rows grouped by their delta: tile t is rows `order[16 t]` … `order[16 t + 15]`, all with delta `deltas[t]`.
+class AdapterTiles:
+    """Rows grouped by their adapter: tile t is rows `order[16 t]` … `order[16 t + 15]`, all with adapter `adapters[t]`.
 
-    order [16 T] int32, -1 for an empty place; deltas [T] int32, -1 for an empty tile.
+    order [16 T] int32, -1 for an empty place; adapters [T] int32, -1 for an empty tile.
     """
 
     order: torch.Tensor
-    deltas: torch.Tensor
+    adapters: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

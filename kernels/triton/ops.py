@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..oracle.eager import dequantise
 from .activate import activate
-from .lora_delta import add_delta
+from .lora_adapter import add_adapter
 from .mix_head_sample import mix_head_sample, mix_rows
 from .mix_sample import mix_sample
 from .paged_attention import decode_attention
@@ -15,7 +15,7 @@ from .weight_matmul import matmul
 
 __all__ = [
     "activate",
-    "add_delta",
+    "add_adapter",
     "decode_attention",
     "dequantise",
     "matmul",

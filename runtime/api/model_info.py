@@ -17,4 +17,4 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
-    deltas: frozenset[str] = frozenset()  # the members that are low-rank updates
+    adapters: frozenset[str] = frozenset()  # the members that are low-rank updates

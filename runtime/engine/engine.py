@@ -22,7 +22,7 @@ from ..model.bundle import Bundle
 from ..schedule.admission import Admission
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
-from ..schedule.scheduler import Drawn, Scheduler
+from ..schedule.scheduler import GroupTokens, Scheduler
 from ..schedule.sequence import Group
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class EngineStats:
     num_blocks: int
     steps: int
     tokens: int  # sampled since the start
-    prompt_tokens: int  # of all views and deltas whose answer has begun
+    prompt_tokens: int  # of all views and adapters whose answer has begun
     cached_tokens: int  # of them, found in the prefix cache
     drafted_tokens: int  # rows of drafts that were verified, a group's once
     accepted_tokens: int  # of them, right
@@ -114,7 +114,7 @@ class Engine:
             eos_token_ids=bundle.eos_token_ids,
             vocab_size=bundle.config.vocab_size,
             max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
-            deltas=frozenset(bundle.members[member] for member in bundle.deltas),
+            adapters=frozenset(bundle.members[member] for member in bundle.adapters),
         )
         return cls(backend, Tokenizer.from_dir(bundle.path), model, config)
 
@@ -305,7 +305,7 @@ class Engine:
         for group in self._scheduler.fail():
             self._finish(self._streams[group], FinishReason.ERROR, error=MotetError(f"the backend failed: {error}"))
 
-    def _emit(self, drawn: list[Drawn], output: StepOutput) -> None:
+    def _emit(self, drawn: list[GroupTokens], output: StepOutput) -> None:
         now = time.monotonic()
         for run in drawn:
             stream = self._streams[run.group]
@@ -315,7 +315,7 @@ class Engine:
                 self._cached_tokens += sum(sequence.num_cached for sequence in run.group.sequences)
             self._extend(stream, run, output)
 
-    def _extend(self, stream: _Stream, run: Drawn, output: StepOutput) -> None:
+    def _extend(self, stream: _Stream, run: GroupTokens, output: StepOutput) -> None:
         """One delta of all tokens that a step gave the group, up to the one that ends it."""
         group = run.group
         delta = Output(group.request_id, group.choice, group.seed)

@@ -15,7 +15,7 @@ from .config import DecoderConfig
 
 FORMAT = 3
 MANIFEST = "motet.json"
-MemberKind = Literal["base", "tail", "delta"]
+MemberKind = Literal["base", "tail", "adapter"]
 WEIGHTS = "model.safetensors"
 
 
@@ -27,7 +27,7 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """File names of the ONNX graphs. Without tails the trunk holds all layers: one member, or a base and its deltas."""
+    """File names of the ONNX graphs. Without tails the trunk holds all layers: one member, or a base and its adapters."""
 
     trunk: str
     tails: Mapping[str, str]  # member → graph
@@ -51,9 +51,9 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @property
-    def deltas(self) -> tuple[int, ...]:
+    def adapters(self) -> tuple[int, ...]:
         """Indices of the members that are low-rank updates of the base."""
-        return tuple(index for index, kind in enumerate(self.kinds) if kind == "delta")
+        return tuple(index for index, kind in enumerate(self.kinds) if kind == "adapter")
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -88,7 +88,7 @@ class Bundle:
             raise BundleError(f"a member's kind is one of {get_args(MemberKind)}, the manifest has {kinds}")
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
         graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
-        whole = {name for name, kind in zip(members, kinds, strict=True) if kind != "delta"}
+        whole = {name for name, kind in zip(members, kinds, strict=True) if kind != "adapter"}
         if graphs.tails and set(graphs.tails) != whole:
             raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(whole)}")
         listed = set(manifest["files"])

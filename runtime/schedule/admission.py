@@ -35,9 +35,9 @@ class Admission:
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
     def groups_of(self, request: Request) -> list[Group]:
-        """One group a choice, with one sequence a (view, delta). Raises what `check` raises."""
+        """One group a choice, with one sequence a (view, adapter). Raises what `check` raises."""
         self.check(request)
-        members_of: dict[tuple[int, int], set[int]] = {}  # (view, delta) → members
+        members_of: dict[tuple[int, int], set[int]] = {}  # (view, adapter) → members
         for member in request.ensemble.members:
             members_of.setdefault(self._sequence_key(member), set()).add(self._index_of[member.name])
         keys = sorted(members_of)
@@ -52,8 +52,8 @@ class Admission:
                 request_id=request.request_id,
                 choice=choice,
                 sequences=[
-                    Sequence(request.prompts[view], tuple(sorted(members_of[view, delta])), delta)
-                    for view, delta in keys
+                    Sequence(request.prompts[view], tuple(sorted(members_of[view, adapter])), adapter)
+                    for view, adapter in keys
                 ],
                 terms=terms,
                 space=request.ensemble.space,
@@ -92,7 +92,7 @@ class Admission:
         prompts = [request.prompts[view] for view, _ in {self._sequence_key(m) for m in request.ensemble.members}]
         if len(prompts) > self._config.max_num_seqs:
             raise InvalidRequestError(
-                f"the request has {len(prompts)} views and deltas; at most max_num_seqs ({self._config.max_num_seqs}) "
+                f"the request has {len(prompts)} views and adapters; at most max_num_seqs ({self._config.max_num_seqs}) "
                 "can run at once; use fewer",
                 field="ensemble.members.view",
             )
@@ -120,9 +120,9 @@ class Admission:
         return room if request.sampling.max_tokens is None else min(room, request.sampling.max_tokens)
 
     def _sequence_key(self, member: Member) -> tuple[int, int]:
-        """(view, delta): members with equal ones share a sequence. A low-rank update changes keys and values from the
+        """(view, adapter): members with equal ones share a sequence. A low-rank update changes keys and values from the
         first layer on, so it has a sequence of its own."""
-        return member.view, self._index_of[member.name] if member.name in self._model.deltas else -1
+        return member.view, self._index_of[member.name] if member.name in self._model.adapters else -1
 
     def _drafter(self, params: SamplingParams) -> Drafter | None:
         tokens = self._config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens

@@ -56,7 +56,7 @@ class Batch:
     context_lens: I32  # [num_seqs] positions in the KV cache after this step
     block_tables: I32  # [num_seqs, max_blocks] block ids, -1 padded
     members: list[tuple[int, ...]]  # [num_seqs] member indices whose tails run over the sequence's rows, ascending
-    deltas: I32  # [num_seqs] member whose low-rank update applies to all rows of the sequence, -1 for none
+    adapters: I32  # [num_seqs] member whose low-rank update applies to all rows of the sequence, -1 for none
     samples: list[SampleRow]  # tokens to draw; prefill chunks have none
     freed_blocks: I32  # blocks freed since the previous step: their content is dead
 

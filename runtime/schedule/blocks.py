@@ -42,7 +42,7 @@ class BlockManager:
         self._owners.update(dict.fromkeys(blocks, 1))
         return blocks
 
-    def share(self, blocks: Iterable[int]) -> None:
+    def retain(self, blocks: Iterable[int]) -> None:
         """One owner more for blocks that are used or idle; a block is free again when its last owner has freed it."""
         for block in blocks:
             if block in self._idle:

@@ -18,7 +18,7 @@ def _no_draft() -> I64:
 
 
 @dataclass(slots=True, eq=False)
-class DecodeRows:
+class GroupRows:
     """A group that is sampled: in each of its sequences rows for what is left of the prompt, if anything, one for the last
     token and one for each token of the draft. The last two are sampled."""
 
@@ -39,7 +39,7 @@ class PrefillRows:
     count: int
 
 
-def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
+def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
     """The batch of at least one row: sequences of `decodes` first, then those of `prefills`."""
     parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
     parts += [(p.sequence, p.sequence.tokens.tail(p.sequence.num_computed, p.count)) for p in prefills]
@@ -67,16 +67,16 @@ def pack(decodes: list[DecodeRows], prefills: list[PrefillRows], block_size: int
         context_lens=np.array([sequence.num_computed + len(ids) for sequence, ids in parts], np.int32),
         block_tables=np.array(tables, np.int32),
         members=[sequence.members for sequence, _ in parts],
-        deltas=np.array([sequence.delta for sequence, _ in parts], np.int32),
+        adapters=np.array([sequence.adapter for sequence, _ in parts], np.int32),
         samples=[row for decode in decodes for row in _sample_rows(decode, first_sampled)],
         freed_blocks=np.array(freed_blocks, np.int32),
     )
 
 
-def _sample_rows(decode: DecodeRows, first_sampled: dict[int, int]) -> list[SampleRow]:
+def _sample_rows(decode: GroupRows, first_sampled: dict[int, int]) -> list[SampleRow]:
     """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
     group, first = decode.group, decode.group.sequences[0]
-    text = first.tokens.view()
+    text = first.tokens.array()
     num_tokens, num_drawn = len(text), len(group.output)
     if len(decode.draft):
         text = np.append(text, decode.draft)

@@ -20,13 +20,13 @@ from itertools import chain
 from .batch import Batch, StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
-from .packing import DecodeRows, PrefillRows, pack
+from .packing import GroupRows, PrefillRows, pack
 from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class GroupTokens:
     """What a step gave a group: the tokens of samples `first`…`first + count - 1` of the output, and perhaps an error."""
 
     group: Group
@@ -61,7 +61,7 @@ class Scheduler:
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
         self._sample_prefill = sample_prefill
-        self._decodes: list[DecodeRows] = []  # of the batch under way
+        self._decodes: list[GroupRows] = []  # of the batch under way
         self._prefills: list[PrefillRows] = []
         self.num_drafted = 0  # tokens of drafts since the start
         self.num_accepted = 0  # of them, those that were drawn
@@ -100,7 +100,7 @@ class Scheduler:
         self._schedule_drafts()
         return pack(self._decodes, self._prefills, self.blocks.block_size, self.blocks.take_freed())
 
-    def commit(self, output: StepOutput) -> list[Drawn]:
+    def commit(self, output: StepOutput) -> list[GroupTokens]:
         """Append the drawn tokens to their groups, in the order of the output."""
         for prefill in self._prefills:
             self._advance(prefill.sequence, prefill.count)
@@ -110,7 +110,7 @@ class Scheduler:
             first += 1 + len(decode.draft)
         return drawn
 
-    def _commit_decode(self, decode: DecodeRows, first: int, output: StepOutput) -> Drawn:
+    def _commit_decode(self, decode: GroupRows, first: int, output: StepOutput) -> GroupTokens:
         """Tokens are taken up to the first that the draft does not have, or that ends the group."""
         group, count, error = decode.group, 0, None
         prompts = [sequence.num_prefill for sequence in group.sequences]
@@ -130,7 +130,7 @@ class Scheduler:
                 self._advance(sequence, num_prefill + count)
             else:
                 self.blocks.forget(sequence.block_table)  # nobody else shall read what may hold NaN
-        return Drawn(group, first, count, error)
+        return GroupTokens(group, first, count, error)
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         """The cache holds so many positions more; the blocks that they fill may be shared. What rejected rows of a draft
@@ -176,7 +176,7 @@ class Scheduler:
             if not self.blocks.can_allocate(needed, chain.from_iterable(shared)):
                 return
             self.waiting.popleft()
-            self.blocks.share(chain.from_iterable(shared))
+            self.blocks.retain(chain.from_iterable(shared))
             for sequence, found in zip(group.sequences, shared, strict=True):
                 rest = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
                 sequence.block_table = found + self.blocks.allocate(rest)
@@ -192,7 +192,7 @@ class Scheduler:
                 if sequence.num_prefill and (found := self._shareable(sequence)):
                     at = sequence.num_computed // self.blocks.block_size
                     own = sequence.block_table[at : at + len(found)]
-                    self.blocks.share(found)
+                    self.blocks.retain(found)
                     self.blocks.free(own)
                     sequence.block_table[at : at + len(found)] = found
                     self._take_over(group, sequence, len(found))
@@ -212,7 +212,7 @@ class Scheduler:
 
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
         """Digests of the first `count` blocks, which must be full."""
-        extend_digests(sequence.digests, sequence.delta, sequence.tokens.view(), count, self.blocks.block_size)
+        extend_digests(sequence.digests, sequence.adapter, sequence.tokens.array(), count, self.blocks.block_size)
         return sequence.digests[:count]
 
     def _schedule_decode(self) -> None:
@@ -226,7 +226,7 @@ class Scheduler:
             if not self._grow(group):
                 continue
             rows += len(group.sequences)
-            self._decodes.append(DecodeRows(group))
+            self._decodes.append(GroupRows(group))
 
     def _grow(self, group: Group) -> bool:
         """Blocks for the row to be written; preempts the latest groups until there are, at last the group itself."""
@@ -268,7 +268,7 @@ class Scheduler:
                 continue
             if not any(self._missing(sequence, 0) for sequence in group.sequences):
                 self._prefills = [prefill for prefill in self._prefills if id(prefill.sequence) not in prompts]
-                self._decodes.append(DecodeRows(group))
+                self._decodes.append(GroupRows(group))
                 rows += last_tokens
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
@@ -293,7 +293,7 @@ class Scheduler:
                 room = (self._max_rows - load.rows) // len(group.sequences)
                 left = group.max_tokens - len(group.output) - 1
                 limit = self._fitting(group, min(room, left, group.drafter.max_tokens))
-                text = group.sequences[0].tokens.view()
+                text = group.sequences[0].tokens.array()
                 decode.draft = group.drafter.propose(text, limit, load, len(group.sequences))
                 for sequence in group.sequences:
                     sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))

@@ -1,4 +1,4 @@
-"""`Sequence`, the token ids of one (view, delta), and `Group`, all sequences of one choice of a request."""
+"""`Sequence`, the token ids of one (view, adapter), and `Group`, all sequences of one choice of a request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SequenceStatus(Enum):
 
 
 class TokenBuffer:
-    """Token ids that grow at the end; `view()` costs nothing."""
+    """Token ids that grow at the end; `array()` costs nothing."""
 
     def __init__(self, token_ids: tuple[int, ...] = ()) -> None:
         self._array = np.array(token_ids or (0,), np.int64)
@@ -36,7 +36,7 @@ class TokenBuffer:
         self._array[self._size] = token_id
         self._size += 1
 
-    def view(self) -> I64:
+    def array(self) -> I64:
         return self._array[: self._size]
 
     def tail(self, first: int, count: int | None = None) -> list[int]:
@@ -47,15 +47,15 @@ class TokenBuffer:
 
 
 class Sequence:
-    """One (view, delta) of a group: prompt and answer, how much of it the KV cache holds, and where."""
+    """One (view, adapter) of a group: prompt and answer, how much of it the KV cache holds, and where."""
 
-    __slots__ = ("block_table", "delta", "digests", "members", "num_cached", "num_computed", "num_prompt", "tokens")
+    __slots__ = ("adapter", "block_table", "digests", "members", "num_cached", "num_computed", "num_prompt", "tokens")
 
-    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], delta: int = -1) -> None:
+    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], adapter: int = -1) -> None:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
         self.members = members  # indices of the bundle's members that run over its rows, ascending
-        self.delta = delta  # the one of them whose low-rank update changes its keys and values, -1 for none
+        self.adapter = adapter  # the one of them whose low-rank update changes its keys and values, -1 for none
         self.num_computed = 0  # positions in the KV cache
         self.num_cached = 0  # of them, those that were there for other sequences when this one came first
         self.block_table: list[int] = []
@@ -91,4 +91,4 @@ class Group:
         for sequence in self.sequences:
             sequence.tokens.append(token_id)
         if self.drafter is not None:
-            self.drafter.observe(self.sequences[0].tokens.view())
+            self.drafter.observe(self.sequences[0].tokens.array())

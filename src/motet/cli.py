@@ -81,7 +81,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     tail: Annotated[list[str] | None, typer.Option(help="name=DIR of a tail, or name for the base itself.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="name=DIR of an adapter.")] = None,
-    merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping deltas.")] = False,
+    merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping them apart.")] = False,
     mix: MixOption = None,
     space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
     bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
@@ -121,7 +121,7 @@ def export(
     )
     print(out)
     if parity and loras and not merge:
-        print("adapters kept as deltas have no graph to measure; with --merge they have", file=sys.stderr)
+        print("adapters kept apart have no graph to measure; with --merge they have", file=sys.stderr)
     elif parity:
         _report_parity(directory, out, {**tails, **loras}, heldout_token_ids(tokenizer, 4096))
 

@@ -141,7 +141,7 @@ class Driver:
         self.expected = {}
 
     def run(self, model, work, tables, wanted):
-        """`work`: (text, delta, first, last); wanted: {(index into work, row): members}. Hidden states in the order asked."""
+        """`work`: (text, adapter, first, last); wanted: {(index into work, row): members}. Hidden states in the order asked."""
         width = max(map(len, tables))
         starts = np.cumsum([0, *(last - first for _, _, first, last in work)])
         positions = [np.arange(first, last) for _, _, first, last in work]
@@ -156,35 +156,37 @@ class Driver:
             block_tables=np.array(
                 [np.pad(table, (0, width - len(table)), constant_values=-1) for table in tables], np.int32
             ),
-            deltas=np.array([delta for _, delta, *_ in work], np.int32),
+            adapters=np.array([adapter for _, adapter, *_ in work], np.int32),
             members=[list(range(len(work))) for _ in range(self.num_members)] if self.num_members > 1 else None,
             outputs=outputs,
         )
         hidden = self.models[model].step(batch)
         return outputs, starts, hidden
 
-    def reference(self, text, delta):
+    def reference(self, text, adapter):
         """Hidden states [positions, members] of a text alone, a row at a time, on one thread."""
-        if (text, delta) not in self.expected:
+        if (text, adapter) not in self.expected:
             table, rows = np.arange(512 // BLOCK), []
             for at in range(len(self.texts[text])):
                 members = range(self.num_members)
-                rows.append(self.run(0, [(text, delta, at, at + 1)], [table], {(0, 0): members})[2])
-            self.expected[text, delta] = np.stack(rows)
-        return self.expected[text, delta]
+                rows.append(self.run(0, [(text, adapter, at, at + 1)], [table], {(0, 0): members})[2])
+            self.expected[text, adapter] = np.stack(rows)
+        return self.expected[text, adapter]
 
     def schedule(self, rng):
         """Random sequences in random blocks, cut at random, in random company, on one or two threads; some begin after a
         prefix that another one computed, some lose their blocks and are computed again."""
         model, free, live, done = int(rng.integers(2)), rng.permutation(self.num_blocks), [], {}
         for _ in range(rng.integers(1, 6)):
-            text, delta = int(rng.integers(len(self.texts))), int(rng.choice([-1, *self.bundle.deltas]))
+            text, adapter = int(rng.integers(len(self.texts))), int(rng.choice([-1, *self.bundle.adapters]))
             own, free = np.split(free, [-(-len(self.texts[text]) // BLOCK)])
-            live.append(SimpleNamespace(text=text, delta=delta, at=0, own=own, table=own, size=len(self.texts[text])))
+            live.append(
+                SimpleNamespace(text=text, adapter=adapter, at=0, own=own, table=own, size=len(self.texts[text]))
+            )
         while live:
             chosen = [s for s in live if rng.random() < 0.8] or live[:1]
             for s in chosen:
-                twin = done.get((s.text, s.delta))
+                twin = done.get((s.text, s.adapter))
                 if s.at == 0 and twin is not None and rng.random() < 0.7:  # a cached prefix
                     shared = int(rng.integers(0, (s.size - 1) // BLOCK + 1))
                     s.table, s.at = np.concatenate([twin[:shared], s.own[shared:]]), shared * BLOCK
@@ -196,12 +198,12 @@ class Driver:
             for s, last in zip(chosen, lasts):
                 s.at = last
                 if last == s.size:
-                    done[s.text, s.delta] = s.table
+                    done[s.text, s.adapter] = s.table
             live = [s for s in live if s.at < s.size]
 
     def step(self, rng, model, chosen, lasts):
         """One packed batch; every state that it asks for must be the reference's, bit for bit."""
-        work = [(s.text, s.delta, s.at, last) for s, last in zip(chosen, lasts)]
+        work = [(s.text, s.adapter, s.at, last) for s, last in zip(chosen, lasts)]
         wanted = {}
         for i, (_, _, first, last) in enumerate(work):
             for row in {last - first - 1, int(rng.integers(last - first))}:
@@ -209,9 +211,14 @@ class Driver:
         outputs, starts, hidden = self.run(model, work, [s.table for s in chosen], wanted)
         for (member, row), state in zip(outputs, hidden, strict=True):
             i = int(np.searchsorted(starts, row, side="right")) - 1
-            text, delta, first, _ = work[i]
+            text, adapter, first, _ = work[i]
             position = int(first + row - starts[i])
-            assert np.array_equal(state, self.reference(text, delta)[position, member]), (text, delta, position, member)
+            assert np.array_equal(state, self.reference(text, adapter)[position, member]), (
+                text,
+                adapter,
+                position,
+                member,
+            )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -220,8 +227,8 @@ def test_bits_do_not_depend_on_the_batch(mixed_bundle, isa, bits, kv):
     """Every hidden state has the same bits alone, one row at a time on one thread, and in any schedule: other sequences
     beside it, other chunks, other blocks, shared prefixes, recomputed, one or two threads."""
     driver = Driver(mixed_bundle(bits), isa, kv)
-    for text, delta in [(t, d) for t in range(len(driver.texts)) for d in (-1, *driver.bundle.deltas)]:
-        driver.reference(text, delta)
+    for text, adapter in [(t, d) for t in range(len(driver.texts)) for d in (-1, *driver.bundle.adapters)]:
+        driver.reference(text, adapter)
     count = SCHEDULES if isa != "portable" else SCHEDULES // 8  # plain C++ is slower by an order of magnitude
     for seed in range(count):
         driver.schedule(np.random.default_rng(seed))
@@ -248,7 +255,7 @@ def valid_step():
         "cu_seqlens": np.array([0, 20, 21], np.int32),
         "context_lens": np.array([20, 1], np.int32),
         "block_tables": tables,
-        "deltas": np.array([-1, -1], np.int32),
+        "adapters": np.array([-1, -1], np.int32),
         "members": None,
         "outputs": [(0, 19), (0, 20)],
     }
@@ -269,7 +276,7 @@ def valid_step():
         ("context_lens", 0, 2**30, "allowed are 20 to"),
         ("block_tables", (0, 0), -1, "block -1"),
         ("block_tables", (0, 0), 2**30, "is not in the cache"),
-        ("deltas", 0, 1, "delta of no member"),
+        ("adapters", 0, 1, "adapter of no member"),
     ],
 )
 def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index, value, message):
@@ -406,22 +413,22 @@ def test_weights_that_do_not_fit():
     }
     for message, tensor in bad.items():
         with pytest.raises(BundleError, match=f"qkv.*{message}"):
-            model.set_linear(cpu.Linear.QKV, 0, tensor, "qkv")
+            model.set_linear(cpu.LinearKind.QKV, 0, tensor, "qkv")
     for layer in (-1, 1):
         with pytest.raises(BundleError, match="no layer"):
-            model.set_linear(cpu.Linear.QKV, layer, weight(), "qkv")
+            model.set_linear(cpu.LinearKind.QKV, layer, weight(), "qkv")
     with pytest.raises(BundleError, match="needs 64"):
         model.set_vector(cpu.Vector.ATTENTION_NORM, 0, np.ones(63, np.float32), "norm")
-    with pytest.raises(BundleError, match="a delta comes after"):
-        model.set_delta(cpu.Linear.QKV, 0, 0, np.ones((2, 64)), np.ones((128, 2)), "delta")
-    model.set_linear(cpu.Linear.QKV, 0, weight(), "qkv")
+    with pytest.raises(BundleError, match="an adapter comes after"):
+        model.set_adapter(cpu.LinearKind.QKV, 0, 0, np.ones((2, 64)), np.ones((128, 2)), "adapter")
+    model.set_linear(cpu.LinearKind.QKV, 0, weight(), "qkv")
     for a, b in (
         (np.ones((2, 63)), np.ones((128, 2))),
         (np.ones((2, 64)), np.ones((127, 2))),
         (np.ones((2, 64)), np.ones((128, 3))),
     ):
-        with pytest.raises(BundleError, match="delta"):
-            model.set_delta(cpu.Linear.QKV, 0, 0, a, b, "delta")
+        with pytest.raises(BundleError, match="adapter"):
+            model.set_adapter(cpu.LinearKind.QKV, 0, 0, a, b, "adapter")
     with pytest.raises(BundleError, match="is missing"):
         model.ready()
     with pytest.raises(MotetError, match="not ready"):
@@ -433,7 +440,7 @@ def test_scales_that_do_not_match_their_values(bundle_of):
     scales = np.ones((128, 1), np.float32)
     weight = cpu.Weight(128, 64, 8, 32, values=np.zeros((128, 2, 32), np.uint8), scales=scales)
     with pytest.raises(BundleError, match="scales"):
-        cpu.NativeModel(model_config()).set_linear(cpu.Linear.QKV, 0, weight, "qkv")
+        cpu.NativeModel(model_config()).set_linear(cpu.LinearKind.QKV, 0, weight, "qkv")
 
 
 def test_a_score_longer_than_the_cache(bundle_of):

@@ -19,7 +19,7 @@ def sample(row):
     return SampleRow(((row, 0, 1.0),), Space.LOGITS, SamplingParams(), 1, 1, nothing, 0)
 
 
-def batch(counts, lengths, deltas, sampled):
+def batch(counts, lengths, adapters, sampled):
     """Sequences of these rows; those of `sampled` have all of theirs sampled."""
     rows = sum(counts)
     ends = np.cumsum(counts)
@@ -32,7 +32,7 @@ def batch(counts, lengths, deltas, sampled):
         context_lens=np.array(lengths, np.int32),
         block_tables=np.zeros((len(counts), 4), np.int32),
         members=[(0,)] * len(counts),
-        deltas=np.array(deltas, np.int32),
+        adapters=np.array(adapters, np.int32),
         samples=[sample(int(row)) for row in drawn],
         freed_blocks=np.empty(0, np.int32),
     )
@@ -40,7 +40,7 @@ def batch(counts, lengths, deltas, sampled):
 
 def plan(given, seqs):
     slots = given.slot_mapping.astype(np.int32)
-    return plan_rows(given, np.array(seqs), slots, given.context_lens, given.deltas)
+    return plan_rows(given, np.array(seqs), slots, given.context_lens, given.adapters)
 
 
 def test_decode_rows_drafts_and_chunks():
@@ -72,11 +72,11 @@ def test_a_subset_is_renumbered_but_keeps_its_block_tables():
     assert found.arrays["chunk_seqs"].tolist() == [2]
 
 
-def test_tiles_hold_rows_of_one_delta():
+def test_tiles_hold_rows_of_one_adapter():
     given = batch([20, 1, 1], [20, 4, 4], [1, -1, 1], sampled=[1, 2])
     found = plan(given, [0, 1, 2])
-    assert found.arrays["delta_tiles"].tolist() == [1, 1]
-    order = found.arrays["delta_order"]
+    assert found.arrays["adapter_tiles"].tolist() == [1, 1]
+    order = found.arrays["adapter_order"]
     assert order[order >= 0].tolist() == [*range(20), 21]
 
 

@@ -58,7 +58,7 @@ def engine(path, how, **changes):
         bundle.eos_token_ids,
         bundle.config.vocab_size,
         settings.max_model_len,
-        deltas=frozenset(bundle.members[i] for i in bundle.deltas),
+        adapters=frozenset(bundle.members[i] for i in bundle.adapters),
     )
     return Engine(TorchBackend(bundle, settings, how), Tokenizer.from_dir(path), model, settings)
 
@@ -112,7 +112,7 @@ def bundles(tmp_path_factory, tiny_model_dir):
         "e": make_adapter(model_dir, root / "e", ("q_proj", "o_proj"), 5, seed=2),
     }
     for bits in (32, 8):
-        export_bundle(model_dir, root / f"deltas-{bits}", tails={"base": None}, loras=loras, bits=bits)
+        export_bundle(model_dir, root / f"adapters-{bits}", tails={"base": None}, loras=loras, bits=bits)
     return root
 
 
@@ -187,8 +187,8 @@ def test_mix_one_zero_is_the_plain_model_bit_for_bit(bundles):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_low_rank_members_are_merged_models(bundles, tiny_model_dir, bits):
-    """A delta beside the stored weights is the delta added to them; in a batch each row has its own."""
-    path, base = bundles / f"deltas-{bits}", stored_weights(tiny_model_dir("llama"), bits)
+    """An adapter beside the stored weights is the adapter added to them; in a batch each row has its own."""
+    path, base = bundles / f"adapters-{bits}", stored_weights(tiny_model_dir("llama"), bits)
     backend = TorchBackend(Bundle.load(path), config(), options())
     for index, member in ((1, "d"), (2, "e")):
         update = merge(base, read_adapter(bundles / member)[1])
@@ -254,8 +254,11 @@ def test_preempted_and_recomputed(bundles):
 
 
 def test_padded_steps_are_plain_steps(bundles):
-    """Every batch size padded to the ladder (what a GPU captures), with several tails and with deltas."""
-    for name, mixes in (("tails-8", [ensemble(**MIX)] * 3), ("deltas-8", [ensemble(base=0.5, d=0.5), ensemble(e=1.0)])):
+    """Every batch size padded to the ladder (what a GPU captures), with several tails and with adapters."""
+    for name, mixes in (
+        ("tails-8", [ensemble(**MIX)] * 3),
+        ("adapters-8", [ensemble(base=0.5, d=0.5), ensemble(e=1.0)]),
+    ):
         requests = ask(PROMPTS[: len(mixes)], mixes, 8)
         found = run(bundles / name, options(graphs=True), requests)
         assert_same(found, run(bundles / name, options(), requests))
@@ -287,10 +290,10 @@ def test_the_real_model(real_model_dir, tmp_path):
 # ---- Triton against eager --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tails-32", "tails-8", "tails-4", "deltas-8"])
+@pytest.mark.parametrize("name", ["tails-32", "tails-8", "tails-4", "adapters-8"])
 def test_triton_steps_are_eager_steps(bundles, name):
     """Prefill and decode, chunks and single rows, mixed spaces, greedy and drawn, through every kernel."""
-    if name == "deltas-8":
+    if name == "adapters-8":
         mixes = [ensemble(base=0.2, d=0.5, e=0.3), ensemble(d=1.0)]
     else:
         mixes = [ensemble(Space.PROBS, **MIX), ensemble(b=1.0)]

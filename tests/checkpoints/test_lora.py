@@ -1,4 +1,4 @@
-"""Adapters: the checkpoint, merging, and bundles that hold them merged or as deltas; on tiny random models."""
+"""Adapters: the checkpoint, merging, and bundles that hold them merged or apart; on tiny random models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(config, weights):
 
 
 def stored_weights(path, member):
-    """A member's weights as a bundle holds them, deltas added, q/k/v and gate/up apart again: for the torch page."""
+    """A member's weights as a bundle holds them, adapters added, q/k/v and gate/up apart again: for the torch page."""
     bundle = Bundle.load(path)
     tensors = load_file(path / "model.safetensors")
     config, result = bundle.config, {}
@@ -78,8 +78,8 @@ def test_merged_is_unmerged(tiny_model_dir, tmp_path, family):
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj"), ("k_proj", "up_proj")])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_deltas_in_a_bundle_are_the_merged_weights(tiny_model_dir, tmp_path, family, targets):
-    """A bundle's deltas give the merged model's logits: exactly in 32 bits; in 8, equalised, as near as the merged bundle."""
+def test_adapters_in_a_bundle_are_the_merged_weights(tiny_model_dir, tmp_path, family, targets):
+    """A bundle's adapters give the merged model's logits: exactly in 32 bits; in 8, equalised, as near as the merged bundle."""
     model_dir = tiny_model_dir(family)
     loras = {"x": make_adapter(model_dir, tmp_path / "x", targets)}
     base = read_weights(model_dir)
@@ -94,13 +94,13 @@ def test_deltas_in_a_bundle_are_the_merged_weights(tiny_model_dir, tmp_path, fam
     assert difference < 1.3 * rounded + 1e-3  # the base's rounding, which the merged bundle has as well
 
 
-def test_the_layout_of_a_bundle_with_deltas(tiny_model_dir, tmp_path):
+def test_the_layout_of_a_bundle_with_adapters(tiny_model_dir, tmp_path):
     model_dir = tiny_model_dir("llama")
     loras = {
         n: make_adapter(model_dir, tmp_path / n, ("q_proj", "v_proj", "down_proj"), seed=i) for i, n in enumerate("ab")
     }
     bundle = Bundle.load(export_bundle(model_dir, tmp_path / "bundle", tails={"base": None}, loras=loras, bits=32))
-    assert (bundle.members, bundle.kinds) == (("base", "a", "b"), ("base", "delta", "delta"))
+    assert (bundle.members, bundle.kinds) == (("base", "a", "b"), ("base", "adapter", "adapter"))
     assert (bundle.split_layer, bundle.graphs.tails) == (4, {})
     tensors = load_file(bundle.path / "model.safetensors")
     shapes = {n.split("layers.3.")[1]: t.shape for n, t in tensors.items() if n.startswith("members.a.model.layers.3.")}
@@ -111,7 +111,7 @@ def test_the_layout_of_a_bundle_with_deltas(tiny_model_dir, tmp_path):
         "mlp.down_proj.lora_b": (64, 4),
     }
     b = tensors["members.a.model.layers.3.self_attn.qkv_proj.lora_b"]
-    assert not b[:64, 4:].any() and not b[64:96].any() and not b[96:, :4].any()  # blocks; no delta for k
+    assert not b[:64, 4:].any() and not b[64:96].any() and not b[96:, :4].any()  # blocks; no adapter for k
     assert all(t.dtype == np.float32 for n, t in tensors.items() if n.startswith("members."))
     with pytest.raises(ConfigError, match="--merge"):
         OnnxBackend(bundle, EngineConfig(max_num_seqs=1, max_model_len=64, threads=2))
@@ -126,7 +126,7 @@ def test_merged_adapters_are_served(tiny_model_dir, tmp_path, tokenizer):
     assert all(abs(member.kl) < 1e-5 and member.top1 == 1.0 for member in parity.members)
 
 
-def test_tails_and_deltas_in_one_bundle(tiny_model_dir, tmp_path):
+def test_tails_and_adapters_in_one_bundle(tiny_model_dir, tmp_path):
     from motet.runtime.checkpoints.members.tail import write_tail
 
     model_dir = tiny_model_dir("llama")
@@ -135,7 +135,7 @@ def test_tails_and_deltas_in_one_bundle(tiny_model_dir, tmp_path):
     write_tail(tmp_path / "t", {"base": digest, "split_layer": 3}, weights)
     loras = {"x": make_adapter(model_dir, tmp_path / "x")}
     bundle = Bundle.load(export_bundle(model_dir, tmp_path / "b", tails={"t": tmp_path / "t"}, loras=loras))
-    assert bundle.kinds == ("tail", "delta")
+    assert bundle.kinds == ("tail", "adapter")
     assert (bundle.split_layer, set(bundle.graphs.tails)) == (3, {"t"})
 
 

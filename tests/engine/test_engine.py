@@ -38,7 +38,7 @@ def requests(draw):
     return result
 
 
-def test_a_delta_has_a_sequence_of_its_own(tokenizer):
+def test_a_adapter_has_a_sequence_of_its_own(tokenizer):
     """Tails and the base share the sequence of a view, a low-rank update does not."""
     seen = []
     members = (Member("a", 0.5), Member("b", 0.2), Member("c", 0.2), Member("c", 0.1, 1))
@@ -47,7 +47,7 @@ def test_a_delta_has_a_sequence_of_its_own(tokenizer):
         engine.complete([ask("x", views=[(4, 5, 6)], ensemble=Ensemble(members))])
     batch = seen[-1]
     assert batch.members == [(0, 1), (2,), (2,)]
-    assert batch.deltas.tolist() == [-1, 2, 2]
+    assert batch.adapters.tolist() == [-1, 2, 2]
     assert batch.samples[0].terms == ((0, 0, 0.5), (0, 1, 0.2), (1, 2, 0.2), (2, 2, 0.1))
 
 

@@ -174,10 +174,10 @@ def test_kinds_of_members(tiny_model_dir, tmp_path):
     path = export_bundle(tiny_model_dir("llama"), tmp_path / "b", name="b")
     manifest = json.loads((path / "motet.json").read_text())
     assert Bundle.load(path).kinds == ("base",)
-    manifest["members"].append({"name": "lora", "kind": "delta", "mix": 0.0, "provenance": {}})
+    manifest["members"].append({"name": "lora", "kind": "adapter", "mix": 0.0, "provenance": {}})
     (path / "motet.json").write_text(json.dumps(manifest))
     bundle = Bundle.load(path)
-    assert (bundle.kinds, bundle.deltas) == (("base", "delta"), (1,))
+    assert (bundle.kinds, bundle.adapters) == (("base", "adapter"), (1,))
     with pytest.raises(ConfigError, match=r"low-rank members \['lora'\] of 'b'; serve it with the cpu backend"):
         OnnxBackend(bundle, CONFIG)
     manifest["members"][1]["kind"] = "adapter"

@@ -1,7 +1,7 @@
 """A deterministic backend for tests of the engine. Its "logits" are a hash of what its KV cache really holds, so a wrong
 slot, block or position changes the tokens; it also asserts the invariants of every batch.
 
-A slot holds, for each member that ran over it, a value chained from the value before it, the token and the delta: as in
+A slot holds, for each member that ran over it, a value chained from the value before it, the token and the adapter: as in
 a model, keys and values depend on all that precedes, and a member that did not run has none.
 """
 
@@ -106,15 +106,15 @@ class FakeBackend:
         slots = self._slots(batch, rows.stop - 1)
         assert (slots[first:] == batch.slot_mapping[rows]).all()
         self.tokens[slots[first:]] = batch.token_ids[rows]
-        delta = int(batch.deltas[sequence])
-        assert delta < 0 or batch.members[sequence] == (delta,), "a delta shares its sequence"
+        adapter = int(batch.adapters[sequence])
+        assert adapter < 0 or batch.members[sequence] == (adapter,), "an adapter shares its sequence"
         for member in batch.members[sequence]:
             held = self.values[member]
             assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
             for position in range(first, end):
                 before = int(held[slots[position - 1]]) if position else 0
                 token = int(self.tokens[slots[position]])
-                held[slots[position]] = zlib.crc32(f"{before} {token} {delta}".encode())
+                held[slots[position]] = zlib.crc32(f"{before} {token} {adapter}".encode())
 
     def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
         """The cache holds the tokens that the sample was drawn after: prompt and answer of its first view, and the same
@@ -138,7 +138,7 @@ SOLO = Ensemble((Member("a", 1.0),))
 
 def make_engine(tokenizer, *, num_blocks=32, block_size=8, sample_prefill=False, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], adapters=frozenset("c"))
     backend = FakeBackend(num_blocks, block_size, can_sample_prefill=sample_prefill)
     return Engine(backend, tokenizer, model, EngineConfig(**values))
 

@@ -1,4 +1,5 @@
-// A thread that is always late is left out and taken in again; every item of every phase is done once, whoever takes part.
+// A thread that is always late is left out and taken in again; every item of every phase is done once, whoever takes
+// part.
 #include "../kernels/cpu/pool.h"
 
 #include <chrono>
@@ -19,14 +20,14 @@ struct Job {
 
     void run(int thread) {
         for (int phase = 0; phase < kPhases; phase++) {
-            pool.share(phase, thread, kItems, [&](int64_t item) {
+            pool.distribute(phase, thread, kItems, [&](int64_t item) {
                 taken[phase][item]++;
                 if (phase && before[(item + 7) % kItems] != phase - 1) wrong++;
                 if (phase == 0) before[item] = 0;
             });
             if (late && thread == kThreads - 1) std::this_thread::sleep_for(5ms);
             pool.barrier();
-            if (phase) pool.share(kPhases + phase, thread, kItems, [&](int64_t item) { before[item] = phase; });
+            if (phase) pool.distribute(kPhases + phase, thread, kItems, [&](int64_t item) { before[item] = phase; });
             if (phase) pool.barrier();
         }
     }

@@ -29,7 +29,7 @@ def test_allocate_and_free():
 def test_a_shared_block_is_freed_by_its_last_owner():
     blocks = BlockManager(2, 8)
     table = blocks.allocate(1)
-    blocks.share(table)
+    blocks.retain(table)
     blocks.check_integrity([table, table])
     blocks.free(table)
     assert blocks.num_free == 1
@@ -48,7 +48,7 @@ def test_misuse_is_noticed():
     with pytest.raises(KeyError):
         blocks.free(table)
     with pytest.raises(KeyError):
-        blocks.share(table)
+        blocks.retain(table)
 
 
 @pytest.mark.parametrize("tables", [[], [[0]], [[0, 1], [1]], [[0, 1, 2]]])
@@ -71,7 +71,7 @@ def test_full_blocks_stay_until_they_are_needed():
     assert blocks.find([b"1", b"2", b"3", b"4"], {0}) == table
     assert blocks.find([b"2", b"4", b"3"], {0}) == table[1:2]
     assert blocks.find([b"1"], {0, 1}) == []
-    blocks.share(table[:1])
+    blocks.retain(table[:1])
     assert blocks.can_allocate(3)
     assert not blocks.can_allocate(3, table[1:2])
     taken = blocks.allocate(2)
@@ -111,7 +111,7 @@ def test_any_order_of_calls_keeps_the_count(calls):
                 held.pop(block, None)
         elif name == "share" and tables:
             tables.append(list(tables[number % len(tables)]))
-            blocks.share(tables[-1])
+            blocks.retain(tables[-1])
         elif name == "free" and tables:
             blocks.free(tables.pop(number % len(tables)))
         elif name == "publish" and (new := [b for table in tables for b in table if b not in held]):
@@ -121,7 +121,7 @@ def test_any_order_of_calls_keeps_the_count(calls):
             found = blocks.find([digest], {0})
             assert all(held[block] == digest for block in found)
             if found and blocks.can_allocate(0, found):
-                blocks.share(found)
+                blocks.retain(found)
                 tables.append(found)
         elif name == "forget":
             blocks.forget([number])

@@ -182,7 +182,7 @@ def test_what_is_right_is_kept_and_the_rest_dropped(right):
     tokens = [113 + i for i in range(right)] + [55] * (size + 1 - right)
     (run,) = scheduler.commit(answer(batch, tokens))
     assert (run.count, run.error) == (right + 1, None)
-    assert group.output.view().tolist() == [112, *range(113, 113 + right), 55]
+    assert group.output.array().tolist() == [112, *range(113, 113 + right), 55]
     assert group.sequences[0].num_computed == len(group.sequences[0].tokens) - 1
     assert (scheduler.num_drafted, scheduler.num_accepted) == (size, right)
     scheduler.check_integrity()
@@ -198,7 +198,7 @@ def test_a_run_ends_at_a_stop_token_and_at_an_error():
     scheduler, group, batch = drafted(stop_id=114)  # it is in the draft, which is right to its end
     size = len(batch.samples) - 1
     (run,) = scheduler.commit(answer(batch, range(113, 114 + size)))
-    assert (run.count, group.output.view().tolist()) == (2, [112, 113, 114])
+    assert (run.count, group.output.array().tolist()) == (2, [112, 113, 114])
     scheduler, group, batch = drafted()
     (run,) = scheduler.commit(answer(batch, [113, 9, *[9] * (size - 1)], {1: "NaN"}))
     assert (run.count, run.error) == (1, "NaN")
@@ -236,7 +236,7 @@ def test_in_a_full_step_only_what_is_nearly_sure_is_drafted():
 def make_engine(tokenizer, *, num_blocks=60, order=1, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 24, "prefill_chunk": 8} | config
     ensemble = Ensemble((Member("a", 1.0),))
-    model = ModelInfo("fake", ("a", "b", "c"), ensemble, (255,), 256, values["max_model_len"], deltas=frozenset("c"))
+    model = ModelInfo("fake", ("a", "b", "c"), ensemble, (255,), 256, values["max_model_len"], adapters=frozenset("c"))
     return Engine(fake_backend.FakeBackend(num_blocks, 4, order=order), tokenizer, model, EngineConfig(**values))
 
 

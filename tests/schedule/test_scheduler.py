@@ -72,7 +72,7 @@ def test_the_step_that_ends_a_prompt_draws_if_the_backend_can():
     batch = run(scheduler)  # the shorter view has waited for the longer one
     assert chunks_of(batch) == [(22, 1), (2, 1), (8, 5)]
     assert [sample.terms for sample in batch.samples] == [((0, 0, 1.0),), ((1, 0, 0.5), (6, 0, 0.5))]
-    assert group.output.view().tolist() == [103]
+    assert group.output.array().tolist() == [103]
     assert [sequence.num_computed for sequence in group.sequences] == [3, 13]
     assert chunks_of(run(scheduler)) == [(23, 1), (3, 1), (13, 1)]
 
@@ -144,7 +144,7 @@ def test_views_of_different_lengths_are_sampled_in_one_step():
     assert [chunks_of(batch) for batch in sampled] == [[(2, 1), (29, 1)], [(3, 1), (30, 1)]]
     assert sampled[0].samples[0].terms == ((0, 0, 0.5), (1, 0, 0.5))
     assert all(batch is not sampled[0] for batch in batches[:4])
-    assert [sequence.tokens.view()[-2:].tolist() for sequence in group.sequences] == [[103, 104]] * 2
+    assert [sequence.tokens.array()[-2:].tolist() for sequence in group.sequences] == [[103, 104]] * 2
 
 
 def test_slots_follow_the_block_table():
@@ -184,7 +184,7 @@ def test_the_latest_group_gives_way_and_is_recomputed(prefix_cache):
     scheduler.add(first)
     scheduler.add(second)
     run(scheduler, 3)  # prefill, then two tokens: 9 positions need a third block
-    kept = second.output.view().tolist()
+    kept = second.output.array().tolist()
     assert len(kept) == 2
     held = list(second.sequences[0].block_table)
     batch = run(scheduler)
@@ -194,7 +194,7 @@ def test_the_latest_group_gives_way_and_is_recomputed(prefix_cache):
     scheduler.abort(first)
     cached = 4 * prefix_cache
     assert chunks_of(run(scheduler)) == [(cached, 8 - cached)]  # its prompt and its answer, but for the last token
-    assert second.output.view().tolist() == kept
+    assert second.output.array().tolist() == kept
     assert run(scheduler).samples[0].position == 9
 
 
@@ -326,7 +326,7 @@ def test_an_answer_is_shared_too():
     scheduler.add(first := make_group("a", 3))
     run(scheduler, 8)
     scheduler.abort(first)
-    tokens = tuple(first.sequences[0].tokens.view().tolist())
+    tokens = tuple(first.sequences[0].tokens.array().tolist())
     assert len(tokens) == 10
     second = make_group("b", 1)
     second.sequences[0] = Sequence((*tokens, 5, 6), (0,))
@@ -346,12 +346,12 @@ def test_only_what_holds_all_members_is_shared():
     scheduler.check_integrity()
 
 
-def test_a_delta_shares_with_itself_only():
+def test_a_adapter_shares_with_itself_only():
     scheduler = make_scheduler(block_size=4)
     cached = []
-    for delta in (-1, 1, 2, 1, -1):
+    for adapter in (-1, 1, 2, 1, -1):
         group = make_group("a", 1)
-        group.sequences[0] = Sequence(tuple(range(9)), (0,), delta)
+        group.sequences[0] = Sequence(tuple(range(9)), (0,), adapter)
         scheduler.add(group)
         run(scheduler, 3)
         cached.append(group.sequences[0].num_cached)
@@ -405,12 +405,12 @@ def test_what_has_nan_is_not_shared():
 
 def test_token_buffer_grows_without_copying_each_time():
     buffer = TokenBuffer((1, 2))
-    copies, last = 0, buffer.view().base
+    copies, last = 0, buffer.array().base
     for token_id in range(1000):
         buffer.append(token_id)
-        copies += buffer.view().base is not last
-        last = buffer.view().base
-    assert buffer.view().tolist() == [1, 2, *range(1000)]
+        copies += buffer.array().base is not last
+        last = buffer.array().base
+    assert buffer.array().tolist() == [1, 2, *range(1000)]
     assert len(TokenBuffer()) == 0
     assert copies <= 10
 

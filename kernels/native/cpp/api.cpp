@@ -40,11 +40,13 @@ int guarded(Body body) {
 bool runs(const char* isa) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
     if (!strcmp(isa, "avx512")) return avx512;
     if (!strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
-    if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(isa, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
     return !strcmp(isa, "portable");
 }
@@ -72,17 +74,23 @@ std::string check(const MotetConfig& c) {
     const struct {
         const char* name;
         int32_t value;
-    } counts[] = {{"vocab_size", c.vocab_size},     {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
-                  {"num_layers", c.num_layers},     {"num_heads", c.num_heads},     {"num_kv_heads", c.num_kv_heads},
-                  {"head_size", c.head_size},       {"num_blocks", c.num_blocks},   {"max_positions", c.max_positions},
-                  {"num_members", c.num_members},   {"threads", c.threads}};
+    } counts[] = {
+        {"vocab_size", c.vocab_size},   {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
+        {"num_layers", c.num_layers},   {"num_heads", c.num_heads},     {"num_kv_heads", c.num_kv_heads},
+        {"head_size", c.head_size},     {"num_blocks", c.num_blocks},   {"max_positions", c.max_positions},
+        {"num_members", c.num_members}, {"threads", c.threads}};
     for (const auto& count : counts)
-        if (count.value < 1 || count.value > 1 << 28) return std::string(count.name) + " is " + text(count.value) + ", it must be at least 1";
-    if (c.hidden_size % kLanes) return "hidden_size is " + text(c.hidden_size) + ", these kernels need a multiple of 16";
-    if (c.intermediate_size % kLanes) return "intermediate_size is " + text(c.intermediate_size) + ", these kernels need a multiple of 16";
+        if (count.value < 1 || count.value > 1 << 28)
+            return std::string(count.name) + " is " + text(count.value) + ", it must be at least 1";
+    if (c.hidden_size % kLanes)
+        return "hidden_size is " + text(c.hidden_size) + ", these kernels need a multiple of 16";
+    if (c.intermediate_size % kLanes)
+        return "intermediate_size is " + text(c.intermediate_size) + ", these kernels need a multiple of 16";
     if (c.head_size % kLanes || c.head_size > kMaxHeadSize)
-        return "head_size is " + text(c.head_size) + ", these kernels need a multiple of 16 up to " + text(kMaxHeadSize);
-    if (c.num_heads % c.num_kv_heads) return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
+        return "head_size is " + text(c.head_size) + ", these kernels need a multiple of 16 up to " +
+               text(kMaxHeadSize);
+    if (c.num_heads % c.num_kv_heads)
+        return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
     if (c.split_layer < 0 || c.split_layer > c.num_layers) return "split_layer is not in 0…" + text(c.num_layers);
     if (c.threads > 256) return "threads is " + text(c.threads) + ", the limit is 256";
     return "";
@@ -110,7 +118,9 @@ double best_seconds(Body body) {
 
 const char* motet_error(void) { return last_error.c_str(); }
 int motet_isa_count(void) { return int(paths().size()); }
-const char* motet_isa_name(int index) { return index >= 0 && index < motet_isa_count() ? paths()[size_t(index)]->name : nullptr; }
+const char* motet_isa_name(int index) {
+    return index >= 0 && index < motet_isa_count() ? paths()[size_t(index)]->name : nullptr;
+}
 
 int motet_create(const MotetConfig* config, const char* isa, MotetModel** out) {
     return guarded([&] {
@@ -139,10 +149,10 @@ int motet_share_linear(MotetModel* model, int which, int layer, int source) {
     });
 }
 
-int motet_set_delta(MotetModel* model, int which, int layer, int member, int64_t rank, const float* a, int64_t columns,
-                    const float* b, int64_t rows) {
+int motet_set_adapter(MotetModel* model, int which, int layer, int member, int64_t rank, const float* a,
+                      int64_t columns, const float* b, int64_t rows) {
     return guarded([&] {
-        model->model.set_delta(MotetLinear(which), layer, member, rank, a, columns, b, rows);
+        model->model.set_adapter(MotetLinear(which), layer, member, rank, a, columns, b, rows);
         return int(MOTET_OK);
     });
 }
@@ -176,7 +186,8 @@ int motet_step(MotetModel* model, const MotetBatch* batch, float* hidden) {
 
 int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logits) {
     return guarded([&] {
-        if (!model->ready || rows < 0) return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
+        if (!model->ready || rows < 0)
+            return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
         if (rows) model->model.head(hidden, rows, logits);
         return int(MOTET_OK);
     });
@@ -231,7 +242,7 @@ double motet_probe_dot(const char* isa, int threads) {
         pool.run(
             [](void* context, int thread) {
                 Probe& p = *static_cast<Probe*>(context);
-                p.pool.share(0, thread, p.pool.threads(), [&](int64_t) { p.isa->dot_probe(p.iterations); });
+                p.pool.distribute(0, thread, p.pool.threads(), [&](int64_t) { p.isa->dot_probe(p.iterations); });
             },
             &probe);
     };
@@ -252,7 +263,8 @@ double motet_probe_read(const char* isa, int threads) {
             [](void* context, int thread) {
                 Probe& p = *static_cast<Probe*>(context);
                 const int64_t each = p.size / p.pool.threads();
-                p.pool.share(0, thread, p.pool.threads(), [&](int64_t part) { p.isa->read_probe(p.data + part * each, each); });
+                p.pool.distribute(0, thread, p.pool.threads(),
+                                  [&](int64_t part) { p.isa->read_probe(p.data + part * each, each); });
             },
             &probe);
     };

@@ -13,8 +13,8 @@ constexpr float kLog2e = 1.44269504f;
 
 }  // namespace
 
-// Where many rows are decoded, multiplying leaves the memory idle and attention waits for it: so the cache's blocks that a
-// thread will attend to in the next layer are fetched while it multiplies.
+// Where many rows are decoded, multiplying leaves the memory idle and attention waits for it: so the cache's blocks
+// that a thread will attend to in the next layer are fetched while it multiplies.
 void Step::collect_blocks(const RowSet& set, int thread) {
     std::vector<int64_t>& blocks = scratch_[size_t(thread)].blocks;
     blocks.clear();
@@ -30,55 +30,61 @@ void Step::collect_blocks(const RowSet& set, int thread) {
 }
 
 // From here on the thread fetches the blocks of `layer`; -1: none.
-void Step::follow(int layer, int thread) {
+void Step::start_prefetch(int layer, int thread) {
     Scratch& s = scratch_[size_t(thread)];
     if (layer < 0 || s.blocks.empty()) {
-        s.trail = {};
+        s.prefetch_list = {};
         return;
     }
     const CacheView kv = m_.cache(layer, 0);
-    s.trail = {s.blocks.data(), s.blocks.data() + s.blocks.size(), kv.data, int(m_.head_bytes_)};
+    s.prefetch_list = {s.blocks.data(), s.blocks.data() + s.blocks.size(), kv.data, int(m_.head_bytes_)};
 }
 
-void Step::turn(float* head, const std::vector<float>& norm, int32_t position) const {
+void Step::norm_and_rotate(float* head, const std::vector<float>& norm, int32_t position) const {
     const int d = c_.head_size;
-    if (c_.qk_norm) isa_.norm(head, {Norm::RMS, c_.norm_eps, norm.data(), nullptr}, isa_.norm_stats(head, c_.norm_eps, Norm::RMS, d), 0, d, head);
+    if (c_.qk_norm)
+        isa_.norm(head, {Norm::RMS, c_.norm_eps, norm.data(), nullptr},
+                  isa_.norm_stats(head, c_.norm_eps, Norm::RMS, d), 0, d, head);
     if (c_.learned) return;
     isa_.rotate(head, m_.cos_.data() + int64_t(position) * (d / 2), m_.sin_.data() + int64_t(position) * (d / 2), d);
 }
 
-void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread) {
+void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv,
+                     int thread) {
     const int d = c_.head_size;
     float* key = scratch_[size_t(thread)].head;
     const float* from = qkv + row * qkv_ld_ + q_size_ + int64_t(kv_head) * d;
     memcpy(key, from, size_t(d) * sizeof(float));
-    turn(key, layer.k_norm, set.contexts[size_t(row)] - 1);
+    norm_and_rotate(key, layer.k_norm, set.contexts[size_t(row)] - 1);
     const int64_t slot = set.slots[size_t(row)];
     isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key, from + kv_size_);
 }
 
-void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, Activations* onward, int thread) {
-    pool_.share(next_phase(thread), thread, int64_t(set.units.size()) * c_.num_kv_heads, [&](int64_t item) {
-        attend_unit(set, item, layer, index, qkv, write, onward, thread);
-    });
+void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write,
+                  Activations* quantise_to, int thread) {
+    pool_.distribute(next_phase(thread), thread, int64_t(set.units.size()) * c_.num_kv_heads,
+                     [&](int64_t item) { attend_unit(set, item, layer, index, qkv, write, quantise_to, thread); });
 }
 
 // Chunks of kMaxQueries; query i is row i / group, head i % group.
-void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const {
+void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
+                        Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
     const float scale = kLog2e / std::sqrt(float(d));
     for (int i = 0; i < queries; i++) {
         const int64_t row = unit.row0 + i / group_;
         memcpy(s.head, qkv + row * qkv_ld_ + int64_t(kv_head * group_ + i % group_) * d, size_t(d) * sizeof(float));
-        turn(s.head, layer.q_norm, set.contexts[size_t(row)] - 1);
+        norm_and_rotate(s.head, layer.q_norm, set.contexts[size_t(row)] - 1);
         const int first = i / kMaxQueries * kMaxQueries;
-        isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d, s.packed + int64_t(first) * (d / 2) + i % kMaxQueries,
-                        std::min(kMaxQueries, queries - first), s.steps + i, s.starts + i);
+        isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d,
+                        s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first),
+                        s.steps + i, s.starts + i);
     }
 }
 
 // The blocks that are attended to after partition `p` of an item: the unit's next partition or the next item's first.
-void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const {
+void Step::look_ahead(const RowSet& set, int64_t item, int p, int index,
+                      const uint8_t* (&ahead)[kPartitionBlocks]) const {
     const Unit* unit = &set.units[size_t(item / c_.num_kv_heads)];
     if (unit->partition >= 0 || ++p == unit->partitions) {
         if (++item == int64_t(set.units.size()) * c_.num_kv_heads) item--;
@@ -91,9 +97,10 @@ void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, const u
         ahead[b] = b < blocks ? kv.data + unit->table[p * kPartitionBlocks + b] * kv.block_bytes : nullptr;
 }
 
-// `write`: the unit is one row, whose own position is stored before the partition that holds it: it is in the cache by then.
-void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write, Activations* onward,
-                       int thread) {
+// `write`: the unit is one row, whose own position is stored before the partition that holds it: it is in the cache by
+// then.
+void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write,
+                       Activations* quantise_to, int thread) {
     const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
     const int kv_head = int(item % c_.num_kv_heads);
     Scratch& s = scratch_[size_t(thread)];
@@ -123,12 +130,13 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
             isa_.attend(args);
             std::fill_n(args.ahead, kPartitionBlocks, nullptr);  // once is enough
             for (int i = 0; p > first && i < args.queries; i++)
-                isa_.merge(&s.maxima[from + i], &s.sums[from + i], s.outs + int64_t(from + i) * d, s.later_maxima[i], s.later_sums[i],
-                           s.later + int64_t(i) * d, d);
+                isa_.merge(&s.maxima[from + i], &s.sums[from + i], s.outs + int64_t(from + i) * d, s.later_maxima[i],
+                           s.later_sums[i], s.later + int64_t(i) * d, d);
         }
     }
     if (unit.partition < 0) {
-        for (int64_t r = 0; r < unit.rows; r++) finish_row(s.outs + r * group_ * d, s.sums + r * group_, unit.row0 + r, kv_head, onward);
+        for (int64_t r = 0; r < unit.rows; r++)
+            finish_row(s.outs + r * group_ * d, s.sums + r * group_, unit.row0 + r, kv_head, quantise_to);
         return;
     }
     float* mine = partials_ + ((unit.partial0 + unit.partition) * c_.num_kv_heads + kv_head) * partial_size_;
@@ -138,30 +146,31 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     std::atomic<int>& arrived = arrived_[size_t(unit.partial0 * c_.num_kv_heads + kv_head)];
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partitions) {
         arrived.store(0, std::memory_order_relaxed);
-        merge_partials(unit, kv_head, onward);
+        merge_partials(unit, kv_head, quantise_to);
     }
 }
 
 // The same merges in the same order as when one thread does all partitions.
-void Step::merge_partials(const Unit& unit, int kv_head, Activations* onward) {
+void Step::merge_partials(const Unit& unit, int kv_head, Activations* quantise_to) {
     const int d = c_.head_size;
     auto partial = [&](int p) { return partials_ + ((unit.partial0 + p) * c_.num_kv_heads + kv_head) * partial_size_; };
     float* all = partial(0);
     for (int p = 1; p < unit.partitions; p++) {
         const float* later = partial(p);
         for (int i = 0; i < group_; i++)
-            isa_.merge(&all[group_ * d + i], &all[group_ * (d + 1) + i], all + i * d, later[group_ * d + i], later[group_ * (d + 1) + i],
-                       later + i * d, d);
+            isa_.merge(&all[group_ * d + i], &all[group_ * (d + 1) + i], all + i * d, later[group_ * d + i],
+                       later[group_ * (d + 1) + i], later + i * d, d);
     }
-    finish_row(all, all + group_ * (d + 1), unit.row0, kv_head, onward);
+    finish_row(all, all + group_ * (d + 1), unit.row0, kv_head, quantise_to);
 }
 
-// The heads of a row that share a KV head: divided by their sums, and quantised if they go onward.
-void Step::finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* onward) {
+// The heads of a row that share a KV head: divided by their sums, and quantised if they are quantised for the next
+// layer.
+void Step::finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to) {
     const int d = c_.head_size, first = kv_head * group_ * d;
     float* to = attended_ + row * q_size_;
     for (int i = 0; i < group_; i++) isa_.scale_to(outs + i * d, 1.0f / sums[i], d, to + first + i * d);
-    if (onward) isa_.quantise(to, {}, {}, first, group_ * d, *onward, row);
+    if (quantise_to) isa_.quantise(to, {}, {}, first, group_ * d, *quantise_to, row);
 }
 
 }  // namespace motet

@@ -1,6 +1,7 @@
 // Attention over the paged cache. Included by kernels.inl.
 //
-// A partition of 128 positions is one softmax; partitions are merged in order. A query's result depends on what it sees alone.
+// A partition of 128 positions is one softmax; partitions are merged in order. A query's result depends on what it sees
+// alone.
 
 INLINE uint16_t to_bf16(float x) {
     uint32_t bits;
@@ -33,8 +34,8 @@ INLINE void write_int8(uint8_t* data, int d, int offset, const float* k, const f
     for (int i = 0; i < d; i++) values[i * 4] = uint8_t(q[i] ^ -128);
 }
 
-// One position of the bf16 cache. The odd partner of an even position's values is cleared: it may hold anything, and 0 · NaN
-// is not 0.
+// One position of the bf16 cache. The odd partner of an even position's values is cleared: it may hold anything, and 0
+// · NaN is not 0.
 INLINE void write_bf16(uint8_t* data, int d, int offset, const float* k, const float* v) {
     const int odd = offset & 1;
     uint16_t* keys = (uint16_t*)data + offset / kLanes * d * kLanes + offset % kLanes * 2;
@@ -48,11 +49,14 @@ INLINE void write_bf16(uint8_t* data, int d, int offset, const float* k, const f
 
 void write_kv(const CacheView& cache, int block, int offset, const float* k, const float* v) {
     uint8_t* data = cache.data + block * cache.block_bytes;
-    if (cache.kind == KV::BF16) write_bf16(data, cache.head_size, offset, k, v);
-    else write_int8(data, cache.head_size, offset, k, v);
+    if (cache.kind == KV::BF16)
+        write_bf16(data, cache.head_size, offset, k, v);
+    else
+        write_int8(data, cache.head_size, offset, k, v);
 }
 
-// ---- bf16 ---------------------------------------------------------------------------------------------------------------
+// ---- bf16
+// ---------------------------------------------------------------------------------------------------------------
 
 template <int Q>
 INLINE void scores_bf16(const AttendArgs& a, const uint8_t* keys, float (*scores)[kPartition]) {
@@ -81,30 +85,28 @@ INLINE void values_bf16(const AttendArgs& a, int pairs, const uint32_t (*probs)[
     const int d = a.head_size;
     F acc[Q][N];
     MOTET_UNROLL
-    for (int q = 0; q < Q; q++)
-        MOTET_UNROLL
-        for (int n = 0; n < N; n++) acc[q][n] = zero();
+    for (int q = 0; q < Q; q++) MOTET_UNROLL
+    for (int n = 0; n < N; n++) acc[q][n] = zero();
     for (int p = 0; p < pairs; p++) {
         const uint8_t* row = a.block(p / (kBlock / 2)) + d * kBlock * 2 + (p % (kBlock / 2)) * d * 4 + first * 4;
         P v[N];
         MOTET_UNROLL
         for (int n = 0; n < N; n++) v[n] = load_pairs(row + 64 * n);
         MOTET_UNROLL
-        for (int q = 0; q < Q; q++)
-            MOTET_UNROLL
-            for (int n = 0; n < N; n++) acc[q][n] = dot_pairs(acc[q][n], v[n], probs[q][p]);
+        for (int q = 0; q < Q; q++) MOTET_UNROLL
+        for (int n = 0; n < N; n++) acc[q][n] = dot_pairs(acc[q][n], v[n], probs[q][p]);
     }
     MOTET_UNROLL
-    for (int q = 0; q < Q; q++)
-        MOTET_UNROLL
-        for (int n = 0; n < N; n++) store(a.out + q * d + first + n * kLanes, acc[q][n]);
+    for (int q = 0; q < Q; q++) MOTET_UNROLL
+    for (int n = 0; n < N; n++) store(a.out + q * d + first + n * kLanes, acc[q][n]);
 }
 
 // The largest score of a query; scores past what it sees do not count.
 INLINE float peak_score(const float* scores, int seen, int tiles) {
     const F nothing = bcast(-__builtin_inff());
     F largest = nothing;
-    for (int t = 0; t < tiles; t++) largest = vmax(largest, keep_first(load(scores + t * kLanes), seen - t * kLanes, nothing));
+    for (int t = 0; t < tiles; t++)
+        largest = vmax(largest, keep_first(load(scores + t * kLanes), seen - t * kLanes, nothing));
     return reduce_max(largest);
 }
 
@@ -131,7 +133,8 @@ void attend_bf16(const AttendArgs& a) {
     for (; first < d; first += kLanes) values_bf16<Q, 1>(a, pairs, probs, first);
 }
 
-// ---- int8: queries and probabilities in 16 bits, as a high and a low byte, so that all sums are exact ---------------------
+// ---- int8: queries and probabilities in 16 bits, as a high and a low byte, so that all sums are exact
+// ---------------------
 
 constexpr float kSteps = 32512.0f;  // 127 · 256: the largest magnitude whose high byte fits
 
@@ -161,8 +164,8 @@ INLINE F combine(I high, I low, int32_t start, float step) {
     return mul(to_float(sub_int(add_int(shift_left_8(high), low), bcast_int(start))), bcast(step));
 }
 
-// What is attended to next is fetched meanwhile, keys and scales by the scores, values by the sums of values: spread over all
-// of the work, because a core waits once too many lines are on their way.
+// What is attended to next is fetched meanwhile, keys and scales by the scores, values by the sums of values: spread
+// over all of the work, because a core waits once too many lines are on their way.
 INLINE void fetch(const uint8_t* from, int bytes) {
     for (int at = 0; at < bytes; at += 64) prefetch_far(from + at);
 }
@@ -238,9 +241,8 @@ INLINE void values_int8(const AttendArgs& a, int quads, const Weights16* weights
     const int d = a.head_size;
     I high[Q][N][2], low[Q][N][2];
     MOTET_UNROLL
-    for (int q = 0; q < Q; q++)
-        MOTET_UNROLL
-        for (int n = 0; n < N; n++) high[q][n][0] = high[q][n][1] = low[q][n][0] = low[q][n][1] = bcast_int(0);
+    for (int q = 0; q < Q; q++) MOTET_UNROLL
+    for (int n = 0; n < N; n++) high[q][n][0] = high[q][n][1] = low[q][n][0] = low[q][n][1] = bcast_int(0);
     for (int p = 0; p < quads; p++) {
         const uint8_t* row = a.block(p / (kBlock / 4)) + d * kBlock + p % (kBlock / 4) * d * 4 + first * 4;
         if (first == 0) fetch_values(a, p);
@@ -255,11 +257,11 @@ INLINE void values_int8(const AttendArgs& a, int quads, const Weights16* weights
         }
     }
     MOTET_UNROLL
-    for (int q = 0; q < Q; q++)
-        MOTET_UNROLL
-        for (int n = 0; n < N; n++)
-            for (int half = 0; half < 2; half++)
-                store(a.out + q * d + first + (2 * n + half) * kLanes, combine(high[q][n][half], low[q][n][half], weights[q].start, weights[q].step));
+    for (int q = 0; q < Q; q++) MOTET_UNROLL
+    for (int n = 0; n < N; n++)
+        for (int half = 0; half < 2; half++)
+            store(a.out + q * d + first + (2 * n + half) * kLanes,
+                  combine(high[q][n][half], low[q][n][half], weights[q].start, weights[q].step));
 }
 
 // The last 16 of a head whose size is an odd multiple of 16.
@@ -279,10 +281,12 @@ INLINE void values_int8_single(const AttendArgs& a, int quads, const Weights16* 
 
 template <int Q>
 void attend_int8(const AttendArgs& a) {
-    const int d = a.head_size, longest = a.longest(), blocks = (longest + kBlock - 1) / kBlock, quads = (longest + 3) / 4;
+    const int d = a.head_size, longest = a.longest(), blocks = (longest + kBlock - 1) / kBlock,
+              quads = (longest + 3) / 4;
     alignas(64) float scores[Q][kPartition];
     Weights16 weights[Q];
-    for (int b = 0; b < blocks; b++) scores_int8<Q>(a, a.block(b), a.ahead[b], (float (*)[kPartition])(&scores[0][b * kBlock]));
+    for (int b = 0; b < blocks; b++)
+        scores_int8<Q>(a, a.block(b), a.ahead[b], (float (*)[kPartition])(&scores[0][b * kBlock]));
     for (int b = 0; b < kPartitionBlocks; b++) {
         if (!a.ahead[b]) continue;
         fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
@@ -291,7 +295,8 @@ void attend_int8(const AttendArgs& a) {
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
     constexpr int kWide = Q <= 3 ? 2 : 1;  // what the registers hold
     int first = 0;
-    for (; first + kWide * 2 * kLanes <= d; first += kWide * 2 * kLanes) values_int8<Q, kWide>(a, quads, weights, first);
+    for (; first + kWide * 2 * kLanes <= d; first += kWide * 2 * kLanes)
+        values_int8<Q, kWide>(a, quads, weights, first);
     for (; first + 2 * kLanes <= d; first += 2 * kLanes) values_int8<Q, 1>(a, quads, weights, first);
     if (first < d) values_int8_single<Q>(a, quads, weights, first);
     for (int p = quads; p < kPartition / 4; p++) fetch_values(a, p);
@@ -299,15 +304,20 @@ void attend_int8(const AttendArgs& a) {
 
 template <int Q>
 void attend_queries(const AttendArgs& a) {
-    if (a.queries == Q) a.kv.kind == KV::BF16 ? attend_bf16<Q>(a) : attend_int8<Q>(a);
-    else if constexpr (Q > 1) attend_queries<Q - 1>(a);
+    if (a.queries == Q)
+        a.kv.kind == KV::BF16 ? attend_bf16<Q>(a) : attend_int8<Q>(a);
+    else if constexpr (Q > 1)
+        attend_queries<Q - 1>(a);
 }
 
 void attend(const AttendArgs& a) { attend_queries<kMaxQueries>(a); }
 
-void pack_query(KV kind, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step, int32_t* start) {
-    if (kind == KV::BF16) pack_query_bf16(head, scale, head_size, packed, stride);
-    else pack_query_int8(head, scale, head_size, packed, stride, step, start);
+void pack_query(KV kind, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step,
+                int32_t* start) {
+    if (kind == KV::BF16)
+        pack_query_bf16(head, scale, head_size, packed, stride);
+    else
+        pack_query_int8(head, scale, head_size, packed, stride, step, start);
 }
 
 void merge(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size) {
@@ -316,5 +326,6 @@ void merge(float* max, float* sum, float* out, float max2, float sum2, const flo
     const float a = exp2_one(*max - larger), b = exp2_one(max2 - larger);
     *max = larger;
     *sum = *sum * a + sum2 * b;
-    for (int i = 0; i < head_size; i += kLanes) store(out + i, fma(load(out + i), bcast(a), mul(load(out2 + i), bcast(b))));
+    for (int i = 0; i < head_size; i += kLanes)
+        store(out + i, fma(load(out + i), bcast(a), mul(load(out2 + i), bcast(b))));
 }

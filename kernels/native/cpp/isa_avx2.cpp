@@ -7,5 +7,7 @@ MOTET_TARGET("avx2,fma,f16c")
 #include "kernels.inl"
 #else
 #include "isa.h"
-namespace motet { const Isa* isa_avx2() { return nullptr; } }
+namespace motet {
+const Isa* isa_avx2() { return nullptr; }
+}  // namespace motet
 #endif

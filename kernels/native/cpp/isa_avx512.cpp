@@ -7,5 +7,7 @@ MOTET_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "kernels.inl"
 #else
 #include "isa.h"
-namespace motet { const Isa* isa_avx512() { return nullptr; } }
+namespace motet {
+const Isa* isa_avx512() { return nullptr; }
+}  // namespace motet
 #endif

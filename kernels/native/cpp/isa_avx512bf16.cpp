@@ -8,5 +8,7 @@ MOTET_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c"
 #include "kernels.inl"
 #else
 #include "isa.h"
-namespace motet { const Isa* isa_avx512bf16() { return nullptr; } }
+namespace motet {
+const Isa* isa_avx512bf16() { return nullptr; }
+}  // namespace motet
 #endif

@@ -1,7 +1,7 @@
 // The kernels, written once over the vectors of vec_*.h. Included by each isa_*.cpp, which sets MOTET_ISA.
 //
-// Every sum of floats runs in an order that depends on the row alone (its groups, its positions), never on the other rows
-// of the batch, the split over threads or the size of a register block: so a row has the same bits in any batch.
+// Every sum of floats runs in an order that depends on the row alone (its groups, its positions), never on the other
+// rows of the batch, the split over threads or the size of a register block: so a row has the same bits in any batch.
 #include <string.h>
 
 #include "isa.h"
@@ -12,7 +12,8 @@ using namespace motet;
 
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
-// 2^x for x ≤ 127; below -126 it stays at 2^-126. Relative error < 3e-7 (minimax polynomial of degree 6 on [-0.5, 0.5]).
+// 2^x for x ≤ 127; below -126 it stays at 2^-126. Relative error < 3e-7 (minimax polynomial of degree 6 on [-0.5,
+// 0.5]).
 INLINE F exp2_vec(F x) {
     x = vmax(vmin(x, bcast(127.0f)), bcast(-126.0f));
     F whole = round_near(x);
@@ -139,8 +140,14 @@ namespace motet {
 
 const Isa* MOTET_ISA() {
     static const Isa isa = {
-        MOTET_ISA_NAME, linear, norm_stats, norm, quantise, round_groups, reduce, rotate, pack_query, write_kv, attend, merge, scale_to, dot_probe, read_probe,
-        {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
+        MOTET_ISA_NAME, linear,
+        norm_stats,     norm,
+        quantise,       round_groups,
+        reduce,         rotate,
+        pack_query,     write_kv,
+        attend,         merge,
+        scale_to,       dot_probe,
+        read_probe,     {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
     };
     return &isa;
 }

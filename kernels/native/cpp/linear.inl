@@ -13,7 +13,8 @@ INLINE float peak_of(const float* x, int size) {
     return reduce_max(largest) + reduce_add(bad);
 }
 
-void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first, int64_t size, Activations& out, int64_t row) {
+void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first, int64_t size, Activations& out,
+              int64_t row) {
     const int block = out.block_of(row), rows = out.rows_of(block);
     const int64_t base = out.first_row(block), r = row - base;
     if (out.dense) {
@@ -52,7 +53,8 @@ void round_groups(const float* x, int64_t size, int group, float* out) {
     for (int64_t first = 0; first < size; first += group) {
         const float peak = peak_of(x + first, group);
         const F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f), step = bcast(peak / 127.0f);
-        for (int64_t i = first; i < first + group; i += kLanes) store(out + i, mul(to_float(to_int(mul(load(x + i), inverse))), step));
+        for (int64_t i = first; i < first + group; i += kLanes)
+            store(out + i, mul(to_float(to_int(mul(load(x + i), inverse))), step));
     }
 }
 
@@ -94,11 +96,12 @@ struct Prefetch {  // for each group of this panel: some cache lines of the next
     }
 };
 
-// The sums of R rows of a register block of `rows` rows over one panel, two vectors a row. Accumulators stay in registers:
-// compilers spill loops of intrinsics that are not unrolled, and only those over rows are (a group is a loop of 16 values of
-// k a turn).
+// The sums of R rows of a register block of `rows` rows over one panel, two vectors a row. Accumulators stay in
+// registers: compilers spill loops of intrinsics that are not unrolled, and only those over rows are (a group is a loop
+// of 16 values of k a turn).
 template <int R>
-INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows, F (&sum)[R][2]) {
+INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows,
+                    F (&sum)[R][2]) {
     const uint16_t* scales = (const uint16_t*)panel;
     const uint8_t* values = panel + w.values_offset;
     const int32_t* quads = x.quads;
@@ -127,7 +130,8 @@ INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInpu
 }
 
 template <int R>
-INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows, F (&sum)[R][2]) {
+INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows,
+                    F (&sum)[R][2]) {
     const uint16_t* scales = (const uint16_t*)panel;
     const uint16_t* minima = scales + w.groups * kPanel;
     const uint8_t* values = panel + w.values_offset;
@@ -147,7 +151,8 @@ INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInpu
                 for (int r = 0; r < R; r++) dot_both_small(acc[r][0], acc[r][1], low0, low1, quads + 2 * t * rows + r);
                 W high0 = high_nibbles(both0), high1 = high_nibbles(both1);
                 MOTET_UNROLL
-                for (int r = 0; r < R; r++) dot_both_small(acc[r][0], acc[r][1], high0, high1, quads + (2 * t + 1) * rows + r);
+                for (int r = 0; r < R; r++)
+                    dot_both_small(acc[r][0], acc[r][1], high0, high1, quads + (2 * t + 1) * rows + r);
             }
         }
         F scale0 = load_half(scales + g * kPanel), scale1 = load_half(scales + g * kPanel + kLanes);
@@ -176,15 +181,18 @@ INLINE void panel_32(const PackedLinear& w, const uint8_t* panel, const BlockInp
 }
 
 template <int R>
-__attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows,
-                                          float (*out)[kPanel]) {
+__attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x,
+                                          Prefetch ahead, int rows, float (*out)[kPanel]) {
     F sum[R][2];
     MOTET_UNROLL
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = zero();
     const int stride = kRegisterRows >= kTile ? R : rows;  // known to the compiler where blocks fit the registers
-    if (w.bits == 8) panel_8<R>(w, panel, x, ahead, stride, sum);
-    else if (w.bits == 4) panel_4<R>(w, panel, x, ahead, stride, sum);
-    else panel_32<R>(w, panel, x, stride, sum);
+    if (w.bits == 8)
+        panel_8<R>(w, panel, x, ahead, stride, sum);
+    else if (w.bits == 4)
+        panel_4<R>(w, panel, x, ahead, stride, sum);
+    else
+        panel_32<R>(w, panel, x, stride, sum);
     MOTET_UNROLL
     for (int r = 0; r < R; r++) {
         store(out[r], sum[r][0]);
@@ -194,16 +202,22 @@ __attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* 
 
 // The widest register block of this path: kRegisterRows rows.
 template <int R>
-void panel_of_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int count, int rows, float (*out)[kPanel]) {
-    if (count == R) panel_rows<R>(w, panel, x, ahead, rows, out);
-    else if constexpr (R > 1) panel_of_rows<R - 1>(w, panel, x, ahead, count, rows, out);
+void panel_of_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int count,
+                   int rows, float (*out)[kPanel]) {
+    if (count == R)
+        panel_rows<R>(w, panel, x, ahead, rows, out);
+    else if constexpr (R > 1)
+        panel_of_rows<R - 1>(w, panel, x, ahead, count, rows, out);
 }
 
-void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, Prefetch ahead, int rows, float (*out)[kPanel]) {
+void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, Prefetch ahead, int rows,
+                    float (*out)[kPanel]) {
     const uint8_t* data = w.data + panel * w.panel_bytes;
     for (int r = 0; r < rows; r += kRegisterRows) {
-        const BlockInputs some = {at(x.quads, r), at(x.scales, r), at(x.sums, r), at(x.starts, r), at(x.dense, r), nullptr, nullptr};
-        panel_of_rows<kRegisterRows>(w, data, some, ahead, rows - r < kRegisterRows ? rows - r : kRegisterRows, rows, out + r);
+        const BlockInputs some = {at(x.quads, r), at(x.scales, r), at(x.sums, r), at(x.starts, r),
+                                  at(x.dense, r), nullptr,         nullptr};
+        panel_of_rows<kRegisterRows>(w, data, some, ahead, rows - r < kRegisterRows ? rows - r : kRegisterRows, rows,
+                                     out + r);
     }
     const F factor = bcast(w.factor);
     for (int half = 0; half < kPanel; half += kLanes) {
@@ -212,7 +226,8 @@ void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, 
             F y = fma(load(out[r] + half), factor, bias);
             const LowRank* update = x.low_rank ? x.low_rank[r] : nullptr;
             if (update) {
-                const float *b = update->b + panel * update->rank * kPanel + half, *inner = x.inner + int64_t(r) * kMaxRank;
+                const float *b = update->b + panel * update->rank * kPanel + half,
+                            *inner = x.inner + int64_t(r) * kMaxRank;
                 F sum = zero();
                 for (int j = 0; j < update->rank; j++) sum = fma(load(b + j * kPanel), bcast(inner[j]), sum);
                 y = add(y, sum);
@@ -222,11 +237,13 @@ void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, 
     }
 }
 
-void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, Prefetch ahead, int rows, float* out, int64_t ld, Epilogue epilogue) {
+void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, Prefetch ahead, int rows, float* out,
+                   int64_t ld, Epilogue epilogue) {
     alignas(64) float sum[kTile][kPanel];
     panel_of_block(w, panel, x, ahead, rows, sum);
     if (epilogue == Epilogue::SwiGLU) {
-        for (int r = 0; r < rows; r++) store(out + r * ld + panel * kLanes, mul(silu(load(sum[r])), load(sum[r] + kLanes)));
+        for (int r = 0; r < rows; r++)
+            store(out + r * ld + panel * kLanes, mul(silu(load(sum[r])), load(sum[r] + kLanes)));
         return;
     }
     const int64_t column = panel * kPanel;
@@ -240,10 +257,10 @@ void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, P
         }
 }
 
-// Panels panel0…panel1 over the register blocks block0…block1. While a panel is used the next one is fetched, a part with
-// every register block, and with each of those a block of the trail.
-void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1, float* out,
-            int64_t ld, Epilogue epilogue, Trail* trail) {
+// Panels panel0…panel1 over the register blocks block0…block1. While a panel is used the next one is fetched, a part
+// with every register block, and with each of those a block of the prefetch_list.
+void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1,
+            float* out, int64_t ld, Epilogue epilogue, PrefetchList* prefetch_list) {
     const int visits = block1 - block0, steps = w.bits == 32 ? 1 : w.groups;
     const int lines = w.bits == 32 ? 0 : int((w.panel_bytes / 64 + visits * steps - 1) / (visits * steps));
     for (int64_t panel = panel0; panel < panel1; panel++) {
@@ -251,13 +268,14 @@ void linear(const PackedLinear& w, const Activations& x, int block0, int block1,
         for (int b = block0; b < block1; b++) {
             int64_t first = x.first_row(b);
             BlockInputs inputs = {
-                at(x.quads, first * (x.k / 4)), at(x.scales, first * x.groups), at(x.sums, first * x.groups), at(x.starts, first * x.groups),
-                at(x.dense, first * x.k),       at(x.low_rank, first),          at(x.inner, first * kMaxRank),
+                at(x.quads, first * (x.k / 4)), at(x.scales, first * x.groups), at(x.sums, first * x.groups),
+                at(x.starts, first * x.groups), at(x.dense, first * x.k),       at(x.low_rank, first),
+                at(x.inner, first * kMaxRank),
             };
             Prefetch ahead = {next, lines};
-            if (trail && trail->next < trail->end) {
-                ahead.block = trail->base + *trail->next++;
-                ahead.block_lines = (trail->bytes / 64 + steps - 1) / steps;
+            if (prefetch_list && prefetch_list->next < prefetch_list->end) {
+                ahead.block = prefetch_list->base + *prefetch_list->next++;
+                ahead.block_lines = (prefetch_list->bytes / 64 + steps - 1) / steps;
             }
             block_of_rows(w, inputs, panel, ahead, x.rows_of(b), out + first * ld, ld, epilogue);
             next += int64_t(lines) * 64 * steps;

@@ -1,9 +1,9 @@
 // Members are mixed before the one shared head.
 //
-// A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members would choose
-// other tokens at near ties. So the members are rounded as the head would round them, then mixed, and the mix goes in as its
-// own rounding (the coarse row) and the rest (the fine row): exact to the square of the 8-bit step. For a greedy choice the
-// fine row is computed only for columns that can still become the largest.
+// A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members would
+// choose other tokens at near ties. So the members are rounded as the head would round them, then mixed, and the mix
+// goes in as its own rounding (the coarse row) and the rest (the fine row): exact to the square of the 8-bit step. For
+// a greedy choice the fine row is computed only for columns that can still become the largest.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -34,7 +34,7 @@ void Model::measure_head() {
             const PackedLinear& w = m.head_.packed;
             std::vector<float> row(static_cast<size_t>(w.k));
             const int64_t blocks = m.head_blocks();
-            m.pool_.share(0, thread, blocks, [&](int64_t block) {
+            m.pool_.distribute(0, thread, blocks, [&](int64_t block) {
                 for (int64_t n = block * kSampleBlock; n < std::min((block + 1) * kSampleBlock, w.n); n++) {
                     unpack_row(w, n, row.data());
                     for (int g = 0; g < w.groups; g++) {
@@ -50,7 +50,8 @@ void Model::measure_head() {
 std::string Model::check(const MotetMixes& mixes, int64_t num_hidden) const {
     if (mixes.rows < 0) return "there is a negative number of rows";
     for (int64_t r = 0; r < mixes.rows; r++) {
-        if (mixes.offsets[0] != 0 || mixes.offsets[r + 1] <= mixes.offsets[r]) return "row " + std::to_string(r) + " has no terms";
+        if (mixes.offsets[0] != 0 || mixes.offsets[r + 1] <= mixes.offsets[r])
+            return "row " + std::to_string(r) + " has no terms";
         for (int64_t i = mixes.offsets[r]; i < mixes.offsets[r + 1]; i++)
             if (mixes.sources[i] < 0 || mixes.sources[i] >= num_hidden)
                 return "row " + std::to_string(r) + " mixes a hidden state that is not there";
@@ -103,14 +104,16 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
         std::vector<ActivationStore> stores;
     } job{*this, refined, refined_fines, out, {}};
     arena_.reset();
-    for (int t = 0; t < pool_.threads(); t++) job.stores.push_back(ActivationStore::make(arena_, 1, size, false, false));
+    for (int t = 0; t < pool_.threads(); t++)
+        job.stores.push_back(ActivationStore::make(arena_, 1, size, false, false));
     pool_.reset(1);
     pool_.run(
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
-            j.m.pool_.share(0, thread, int64_t(j.rows.size()), [&](int64_t i) {
+            j.m.pool_.distribute(0, thread, int64_t(j.rows.size()), [&](int64_t i) {
                 const Activations x = j.stores[size_t(thread)].take(1, j.m.head_.packed);
-                j.m.refine(j.out + j.rows[size_t(i)] * j.m.logits_stride(), j.fines.data() + i * j.m.config_.hidden_size, x);
+                j.m.refine(j.out + j.rows[size_t(i)] * j.m.logits_stride(),
+                           j.fines.data() + i * j.m.config_.hidden_size, x);
             });
         },
         &job);
@@ -118,9 +121,9 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     return out;
 }
 
-// Adds the fine row's logits where they can matter. In a block of columns no logit moves by more than Σ over groups of the
-// fine row's norm times the longest column's (Cauchy-Schwarz; 3 % are for the rounding of the fine row itself), so what lies
-// further below the largest than both can move stays below it.
+// Adds the fine row's logits where they can matter. In a block of columns no logit moves by more than Σ over groups of
+// the fine row's norm times the longest column's (Cauchy-Schwarz; 3 % are for the rounding of the fine row itself), so
+// what lies further below the largest than both can move stays below it.
 void Model::refine(float* logits, const float* fine, const Activations& x) {
     const PackedLinear& w = head_.packed;
     const int64_t blocks = head_blocks();
@@ -140,7 +143,8 @@ void Model::refine(float* logits, const float* fine, const Activations& x) {
     constexpr int64_t kPanels = kSampleBlock / kPanel;
     for (int64_t b = 0; b < blocks; b++)
         if (!(maxima[size_t(b)] + reach[size_t(b)] < floor))
-            isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits, logits_stride(), Epilogue::Add, nullptr);
+            isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits,
+                         logits_stride(), Epilogue::Add, nullptr);
 }
 
 }  // namespace motet

@@ -19,7 +19,8 @@ constexpr size_t kSlack = 1 << 16;  // prefetches and whole vectors may run past
 }  // namespace
 
 Pages::Pages(size_t bytes) : size_((bytes + kSlack + kHugePage - 1) / kHugePage * kHugePage) {
-    void* memory = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t start = uintptr_t(memory), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
     if (aligned != start) munmap(memory, aligned - start);
@@ -59,7 +60,7 @@ uint8_t* Arena::take_bytes(size_t bytes) {
     return result;
 }
 
-ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, bool dense, bool deltas) {
+ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, bool dense, bool adapters) {
     const int64_t groups = k / 16;  // the smallest
     ActivationStore store;
     store.quads = arena.take<int32_t>(rows * k / 4);
@@ -67,8 +68,8 @@ ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, boo
     store.scales = arena.take<float>(rows * groups);
     store.sums = arena.take<float>(rows * groups);
     store.dense = dense ? arena.take<float>(rows * k) : nullptr;
-    store.inner = deltas ? arena.take<float>(rows * kMaxRank) : nullptr;
-    store.low_rank = deltas ? arena.take<const LowRank*>(rows) : nullptr;
+    store.inner = adapters ? arena.take<float>(rows * kMaxRank) : nullptr;
+    store.low_rank = adapters ? arena.take<const LowRank*>(rows) : nullptr;
     return store;
 }
 
@@ -97,7 +98,8 @@ Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(
     const int64_t d = config.head_size;
     head_bytes_ = config.kv_int8 ? d * kBlock * 2 + 2 * kBlock * int64_t(sizeof(float)) : d * kBlock * 4;
     layer_bytes_ = head_bytes_ * config.num_kv_heads;
-    block_bytes_ = layer_bytes_ * int64_t(layers_.size());  // all layers side by side: memory is taken as blocks are used
+    block_bytes_ =
+        layer_bytes_ * int64_t(layers_.size());  // all layers side by side: memory is taken as blocks are used
     cache_ = Pages(size_t(block_bytes_) * size_t(config.num_blocks));
 }
 
@@ -111,24 +113,33 @@ void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
     const int64_t kv = int64_t(config_.num_kv_heads) * config_.head_size, inner = config_.intermediate_size;
     struct Shape {
         int64_t rows, columns;
-    } expected[] = {{q + 2 * kv, hidden}, {hidden, q}, {config_.gelu ? inner : 2 * inner, hidden},
-                    {hidden, inner},      {config_.vocab_size, hidden}, {config_.vocab_size, hidden}};
+    } expected[] = {{q + 2 * kv, hidden},
+                    {hidden, q},
+                    {config_.gelu ? inner : 2 * inner, hidden},
+                    {hidden, inner},
+                    {config_.vocab_size, hidden},
+                    {config_.vocab_size, hidden}};
     if (which < MOTET_QKV || which > MOTET_EMBEDDING) throw std::invalid_argument("no such linear layer");
     const bool own_layer = which <= MOTET_DOWN;
     if (own_layer) layer_at(layer);
     if (t.rows != expected[which].rows || t.columns != expected[which].columns)
-        throw std::invalid_argument("it is [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) + "], the model needs [" +
-                                    std::to_string(expected[which].rows) + ", " + std::to_string(expected[which].columns) + "]");
-    if ((t.values == nullptr) == (t.dense == nullptr)) throw std::invalid_argument("it needs values or dense weights, one of them");
+        throw std::invalid_argument("it is [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) +
+                                    "], the model needs [" + std::to_string(expected[which].rows) + ", " +
+                                    std::to_string(expected[which].columns) + "]");
+    if ((t.values == nullptr) == (t.dense == nullptr))
+        throw std::invalid_argument("it needs values or dense weights, one of them");
     if (t.values) {
-        if (t.bits != 4 && t.bits != 8) throw std::invalid_argument("bits must be 4 or 8, got " + std::to_string(t.bits));
+        if (t.bits != 4 && t.bits != 8)
+            throw std::invalid_argument("bits must be 4 or 8, got " + std::to_string(t.bits));
         if (t.group_size != 16 && t.group_size != 32 && t.group_size != 64 && t.group_size != 128)
             throw std::invalid_argument("group_size must be 16, 32, 64 or 128, got " + std::to_string(t.group_size));
         if (t.columns % t.group_size) throw std::invalid_argument("group_size does not divide its columns");
         const int64_t groups = t.columns / t.group_size;
         const int64_t stored = t.bits == 8 ? groups : groups + (groups + t.group_size - 1) / t.group_size;
-        if (t.stored_groups != stored) throw std::invalid_argument("it has another number of groups than its columns need");
-        if (!t.scales || (t.bits == 4 && !t.zero_points)) throw std::invalid_argument("scales or zero points are missing");
+        if (t.stored_groups != stored)
+            throw std::invalid_argument("it has another number of groups than its columns need");
+        if (!t.scales || (t.bits == 4 && !t.zero_points))
+            throw std::invalid_argument("scales or zero points are missing");
         if (t.bits == 4 && which >= MOTET_HEAD) throw std::invalid_argument("head and embedding need 8 bits at least");
     }
     auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && !config_.gelu, pool_));
@@ -142,7 +153,8 @@ void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
 }
 
 Layer& Model::layer_at(int index) {
-    if (index < 0 || size_t(index) >= layers_.size()) throw std::invalid_argument("there is no layer " + std::to_string(index));
+    if (index < 0 || size_t(index) >= layers_.size())
+        throw std::invalid_argument("there is no layer " + std::to_string(index));
     return layers_[size_t(index)];
 }
 
@@ -151,32 +163,37 @@ void Model::share_linear(MotetLinear which, int layer, int source) {
     layer_at(layer).linears[which] = layer_at(source).linears[which];
 }
 
-void Model::set_delta(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns, const float* b, int64_t rows) {
+void Model::set_adapter(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns,
+                        const float* b, int64_t rows) {
     if (which < MOTET_QKV || which > MOTET_DOWN) throw std::invalid_argument("no such linear layer");
-    if (member < 0 || member >= config_.num_members) throw std::invalid_argument("there is no member " + std::to_string(member));
+    if (member < 0 || member >= config_.num_members)
+        throw std::invalid_argument("there is no member " + std::to_string(member));
     Layer& to = layer_at(layer);
-    if (!to.linears[which]) throw std::invalid_argument("a delta comes after the weight that it changes");
+    if (!to.linears[which]) throw std::invalid_argument("an adapter comes after the weight that it changes");
     const PackedLinear& w = to.linears[which]->packed;
     if (columns != w.k || rows != w.n)
-        throw std::invalid_argument("the delta is for a weight of [" + std::to_string(rows) + ", " + std::to_string(columns) + "], this one is [" +
-                                    std::to_string(w.n) + ", " + std::to_string(w.k) + "]");
+        throw std::invalid_argument("the adapter is for a weight of [" + std::to_string(rows) + ", " +
+                                    std::to_string(columns) + "], this one is [" + std::to_string(w.n) + ", " +
+                                    std::to_string(w.k) + "]");
     if (rank < 1 || rank > kMaxRank)
-        throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " + std::to_string(kMaxRank));
-    Delta delta;
-    delta.a.assign(a, a + rank * columns);
-    delta.b = Pages(size_t(w.panels * rank * kPanel) * sizeof(float));
-    float* packed = (float*)delta.b.data();
+        throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " +
+                                    std::to_string(kMaxRank));
+    Adapter adapter;
+    adapter.a.assign(a, a + rank * columns);
+    adapter.b = Pages(size_t(w.panels * rank * kPanel) * sizeof(float));
+    float* packed = (float*)adapter.b.data();
     const bool pairs = which == MOTET_UP && !config_.gelu;
     for (int64_t panel = 0; panel < w.panels; panel++)
         for (int lane = 0; lane < kPanel; lane++) {
             const int64_t row = source_row(rows, panel, lane, pairs);
-            for (int64_t j = 0; row >= 0 && j < rank; j++) packed[(panel * rank + j) * kPanel + lane] = b[row * rank + j];
+            for (int64_t j = 0; row >= 0 && j < rank; j++)
+                packed[(panel * rank + j) * kPanel + lane] = b[row * rank + j];
         }
-    to.deltas[which].resize(size_t(config_.num_members));
-    Delta& place = to.deltas[which][size_t(member)];
-    place = std::move(delta);
+    to.adapters[which].resize(size_t(config_.num_members));
+    Adapter& place = to.adapters[which][size_t(member)];
+    place = std::move(adapter);
     place.view = {int(rank), place.a.data(), (const float*)place.b.data()};
-    deltas_ = true;
+    adapters_ = true;
 }
 
 void Model::set_vector(MotetVector which, int index, const float* values, int64_t count) {
@@ -185,8 +202,9 @@ void Model::set_vector(MotetVector which, int index, const float* values, int64_
     int64_t expected = hidden;
     if (which >= MOTET_ATTENTION_NORM && which <= MOTET_K_NORM) {
         Layer& layer = layer_at(index);
-        std::vector<float>* parts[] = {&layer.attention_norm, &layer.attention_norm_bias, &layer.mlp_norm,
-                                       &layer.mlp_norm_bias,  &layer.q_norm,              &layer.k_norm};
+        std::vector<float>* parts[] = {&layer.attention_norm, &layer.attention_norm_bias,
+                                       &layer.mlp_norm,       &layer.mlp_norm_bias,
+                                       &layer.q_norm,         &layer.k_norm};
         to = parts[which];
         if (which >= MOTET_Q_NORM) expected = config_.head_size;
     } else if (which == MOTET_FINAL_NORM || which == MOTET_FINAL_NORM_BIAS) {
@@ -202,7 +220,8 @@ void Model::set_vector(MotetVector which, int index, const float* values, int64_
         throw std::invalid_argument("no such vector");
     }
     if (count != expected)
-        throw std::invalid_argument("it has " + std::to_string(count) + " values, the model needs " + std::to_string(expected));
+        throw std::invalid_argument("it has " + std::to_string(count) + " values, the model needs " +
+                                    std::to_string(expected));
     to->assign(values, values + count);
 }
 
@@ -212,7 +231,8 @@ std::string Model::missing() const {
     if (config_.learned ? positions_.empty() : cos_.empty() || sin_.empty()) return "the position tables";
     for (size_t i = 0; i < layers_.size(); i++) {
         const Layer& layer = layers_[i];
-        if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] || layer.attention_norm.empty() || layer.mlp_norm.empty() ||
+        if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] ||
+            layer.attention_norm.empty() || layer.mlp_norm.empty() ||
             (config_.qk_norm && (layer.q_norm.empty() || layer.k_norm.empty())))
             return "a weight of layer " + std::to_string(i);
     }
@@ -229,17 +249,20 @@ std::string Model::check(const MotetBatch& b) const {
         const int64_t first = b.cu_seqlens[s], rows = b.cu_seqlens[s + 1] - first, context = b.context_lens[s];
         if (rows < 1 || first < 0 || first + rows > b.num_rows) return "sequence " + text(s) + " has no rows";
         if (context < rows || context > config_.max_positions)
-            return "sequence " + text(s) + " has a context of " + text(context) + ", allowed are " + text(rows) + " to " +
-                   text(config_.max_positions);
-        if (b.deltas && b.deltas[s] >= config_.num_members) return "sequence " + text(s) + " has the delta of no member";
+            return "sequence " + text(s) + " has a context of " + text(context) + ", allowed are " + text(rows) +
+                   " to " + text(config_.max_positions);
+        if (b.adapters && b.adapters[s] >= config_.num_members)
+            return "sequence " + text(s) + " has the adapter of no member";
         const int64_t blocks = (context + kBlock - 1) / kBlock;
         if (blocks > b.max_blocks) return "the block table of sequence " + text(s) + " is too short";
         const int32_t* table = b.block_tables + s * b.max_blocks;
         for (int64_t i = 0; i < blocks; i++)
-            if (table[i] < 0 || table[i] >= config_.num_blocks) return "block " + text(table[i]) + " is not in the cache";
+            if (table[i] < 0 || table[i] >= config_.num_blocks)
+                return "block " + text(table[i]) + " is not in the cache";
         for (int64_t r = 0; r < rows; r++) {
             const int64_t position = context - rows + r;
-            if (b.positions[first + r] != position) return "row " + text(first + r) + " is not at position " + text(position);
+            if (b.positions[first + r] != position)
+                return "row " + text(first + r) + " is not at position " + text(position);
             if (b.slot_mapping[first + r] != int64_t(table[position / kBlock]) * kBlock + position % kBlock)
                 return "row " + text(first + r) + " has a slot outside of its block table";
             const int64_t token = b.token_ids[first + r];
@@ -253,11 +276,13 @@ std::string Model::check(const MotetBatch& b) const {
     if (tails) {
         if (!b.member_offsets || b.member_offsets[0] != 0) return "the members' sequences are missing";
         for (int64_t m = 0; m < members; m++) {
-            if (b.member_offsets[m + 1] < b.member_offsets[m] || b.member_offsets[m + 1] - b.member_offsets[m] > b.num_seqs)
+            if (b.member_offsets[m + 1] < b.member_offsets[m] ||
+                b.member_offsets[m + 1] - b.member_offsets[m] > b.num_seqs)
                 return "the members' sequences are inconsistent";
             int64_t last = -1;
             for (int64_t i = b.member_offsets[m]; i < b.member_offsets[m + 1]; i++) {
-                if (b.member_seqs[i] <= last || b.member_seqs[i] >= b.num_seqs) return "the members' sequences are not ascending";
+                if (b.member_seqs[i] <= last || b.member_seqs[i] >= b.num_seqs)
+                    return "the members' sequences are not ascending";
                 last = b.member_seqs[i];
                 seen[size_t(m * b.num_seqs + last)] = 1;
             }
@@ -267,7 +292,8 @@ std::string Model::check(const MotetBatch& b) const {
         const int64_t m = b.output_members[i], row = b.output_rows[i];
         if (m < 0 || m >= members || row < 0 || row >= b.num_rows) return "an output is outside of the batch";
         const bool same = i > 0 && b.output_members[i - 1] == m;
-        if (i > 0 && (b.output_members[i - 1] > m || (same && b.output_rows[i - 1] >= row))) return "the outputs are not ascending";
+        if (i > 0 && (b.output_members[i - 1] > m || (same && b.output_rows[i - 1] >= row)))
+            return "the outputs are not ascending";
         if (!same) s = 0;
         while (b.cu_seqlens[s + 1] <= row) s++;
         if (!seen[size_t(m * b.num_seqs + s)]) return "an output asks for a member that does not see its row";
@@ -289,23 +315,25 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
         float* logits;
         Activations x;
         int64_t stride;
-    } job{*this, hidden, logits, ActivationStore::make(arena_, rows, config_.hidden_size, dense_, false).take(rows, head_.packed),
+    } job{*this, hidden, logits,
+          ActivationStore::make(arena_, rows, config_.hidden_size, dense_, false).take(rows, head_.packed),
           logits_stride()};
     pool_.reset(2);
     pool_.run(
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
             Model& m = j.m;
-            m.pool_.share(0, thread, j.x.blocks, [&](int64_t block) {
+            m.pool_.distribute(0, thread, j.x.blocks, [&](int64_t block) {
                 for (int64_t row = j.x.first_row(int(block)); row < j.x.first_row(int(block) + 1); row++)
-                    m.isa_->quantise(j.hidden + row * m.config_.hidden_size, {}, {}, 0, m.config_.hidden_size, j.x, row);
+                    m.isa_->quantise(j.hidden + row * m.config_.hidden_size, {}, {}, 0, m.config_.hidden_size, j.x,
+                                     row);
             });
             m.pool_.barrier();
             const PackedLinear& w = m.head_.packed;
             constexpr int64_t kGrain = 4;
-            m.pool_.share(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
-                m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits, j.stride,
-                               Epilogue::Store, nullptr);
+            m.pool_.distribute(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
+                m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits,
+                               j.stride, Epilogue::Store, nullptr);
             });
         },
         &job);

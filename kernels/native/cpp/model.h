@@ -44,7 +44,7 @@ private:
 // Storage for activations of any layer.
 struct ActivationStore {
     Activations take(int64_t rows, const PackedLinear& w) const;
-    static ActivationStore make(Arena& arena, int64_t rows, int64_t k, bool dense, bool deltas);
+    static ActivationStore make(Arena& arena, int64_t rows, int64_t k, bool dense, bool adapters);
     int32_t *quads, *starts;
     float *scales, *sums, *dense, *inner;
     const LowRank** low_rank;
@@ -59,7 +59,8 @@ struct Linear {
 
 // Where column `lane` of a panel comes from; -1 for padding.
 int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs);
-// Repack a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i are neighbours, panel by panel (gate and up).
+// Repack a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i are neighbours, panel by panel (gate and
+// up).
 Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool);
 // Row `row` of a packed matrix as f32: the embedding of a token whose head shares the matrix.
 void unpack_row(const PackedLinear& w, int64_t row, float* out);
@@ -67,7 +68,7 @@ void unpack_row(const PackedLinear& w, int64_t row, float* out);
 enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a layer, as MotetLinear numbers them
 
 // A member's low-rank update of one linear layer.
-struct Delta {
+struct Adapter {
     LowRank view;
     std::vector<float> a;
     Pages b;
@@ -75,7 +76,7 @@ struct Delta {
 
 struct Layer {
     std::shared_ptr<const Linear> linears[kModules];  // members share what they do not have of their own
-    std::vector<Delta> deltas[kModules];              // [members], or empty when no member has one
+    std::vector<Adapter> adapters[kModules];          // [members], or empty when no member has one
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
 };
@@ -88,7 +89,8 @@ public:
 
     void set_linear(MotetLinear which, int layer, const MotetTensor& tensor);
     void share_linear(MotetLinear which, int layer, int source);
-    void set_delta(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns, const float* b, int64_t rows);
+    void set_adapter(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns,
+                     const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
     std::string missing() const;  // what has not been set; empty when the model is whole
 
@@ -121,17 +123,17 @@ private:
     const MotetConfig config_;
     const Isa* isa_;
     Pool pool_;
-    std::vector<Layer> layers_;  // trunk, then each member's tail
+    std::vector<Layer> layers_;                                        // trunk, then each member's tail
     std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one without tails
-    Linear head_, embedding_;  // embedding_ only where the head is untied
+    Linear head_, embedding_;                                          // embedding_ only where the head is untied
     std::vector<float> positions_, cos_, sin_;
     Pages cache_, hidden_, logits_;
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
-    int64_t widest_ = 0;     // columns of the widest matrix
+    int64_t widest_ = 0;             // columns of the widest matrix
     std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty where nothing is mixed
-    bool dense_ = false;     // some matrix is not quantised
-    bool deltas_ = false;    // some member has low-rank updates
+    bool dense_ = false;             // some matrix is not quantised
+    bool adapters_ = false;          // some member has low-rank updates
     double seconds_[kParts] = {};
 };
 

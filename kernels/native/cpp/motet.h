@@ -1,5 +1,5 @@
-/* The C interface of the native CPU kernels: what kernels/native/binding.py calls through ctypes. Nothing throws across it; a function
-   that fails returns a code and leaves a message for motet_error(). */
+/* The C interface of the native CPU kernels: what kernels/native/binding.py calls through ctypes. Nothing throws across
+   it; a function that fails returns a code and leaves a message for motet_error(). */
 #pragma once
 #include <stdint.h>
 
@@ -13,17 +13,26 @@ enum { MOTET_OK = 0, MOTET_INVALID = 1, MOTET_UNSUPPORTED = 2, MOTET_FAILED = 3 
 
 typedef enum { MOTET_QKV, MOTET_OUT, MOTET_UP, MOTET_DOWN, MOTET_HEAD, MOTET_EMBEDDING } MotetLinear;
 typedef enum {
-    MOTET_ATTENTION_NORM, MOTET_ATTENTION_NORM_BIAS, MOTET_MLP_NORM, MOTET_MLP_NORM_BIAS, MOTET_Q_NORM, MOTET_K_NORM,
-    MOTET_FINAL_NORM, MOTET_FINAL_NORM_BIAS, MOTET_POSITIONS, MOTET_COS, MOTET_SIN
+    MOTET_ATTENTION_NORM,
+    MOTET_ATTENTION_NORM_BIAS,
+    MOTET_MLP_NORM,
+    MOTET_MLP_NORM_BIAS,
+    MOTET_Q_NORM,
+    MOTET_K_NORM,
+    MOTET_FINAL_NORM,
+    MOTET_FINAL_NORM_BIAS,
+    MOTET_POSITIONS,
+    MOTET_COS,
+    MOTET_SIN
 } MotetVector;
 
 typedef struct {
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, max_positions;
-    int32_t layer_norm;   /* 0: RMS */
-    int32_t gelu;         /* 0: SwiGLU */
-    int32_t learned;      /* positions; 0: rotary */
+    int32_t layer_norm; /* 0: RMS */
+    int32_t gelu;       /* 0: SwiGLU */
+    int32_t learned;    /* positions; 0: rotary */
     int32_t qk_norm, tied_head;
-    int32_t split_layer;  /* first layer of the tails; num_layers without tails */
+    int32_t split_layer; /* first layer of the tails; num_layers without tails */
     int32_t num_members;
     int32_t kv_int8;
     int32_t num_blocks, threads;
@@ -51,7 +60,7 @@ typedef struct {
     const int32_t* cu_seqlens;     /* [num_seqs + 1] */
     const int32_t* context_lens;   /* [num_seqs] */
     const int32_t* block_tables;   /* [num_seqs, max_blocks] */
-    const int32_t* deltas;         /* [num_seqs] member whose low-rank delta applies, -1 for none */
+    const int32_t* adapters;       /* [num_seqs] member whose low-rank adapter applies, -1 for none */
     const int64_t* member_offsets; /* [num_members + 1] into member_seqs; null without tails */
     const int32_t* member_seqs;    /* sequences whose rows the member's tail runs over, ascending */
     int64_t num_outputs;
@@ -69,9 +78,9 @@ MOTET_API int motet_create(const MotetConfig*, const char* isa, MotetModel** out
 MOTET_API void motet_destroy(MotetModel*);
 MOTET_API int motet_set_linear(MotetModel*, int which, int layer, const MotetTensor*);
 MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
-/* y += b (a x) for the rows of sequences with this member's delta: a [rank, columns], b [rows, rank]. */
-MOTET_API int motet_set_delta(MotetModel*, int which, int layer, int member, int64_t rank, const float* a, int64_t columns,
-                              const float* b, int64_t rows);
+/* y += b (a x) for the rows of sequences with this member's adapter: a [rank, columns], b [rows, rank]. */
+MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
+                                int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
 MOTET_API int motet_ready(MotetModel*);
 
@@ -83,50 +92,50 @@ MOTET_API int64_t motet_logits_stride(const MotetModel*);
 
 /* How the token of one sample is chosen. Null lists have count 0. */
 typedef struct {
-    int64_t first_term, num_terms;  /* into the terms of MotetSampling, at least one */
-    int32_t probs;                  /* space of the mix; 0: logits */
-    int32_t logprobs;               /* -1: none, else how many of the best tokens are reported */
-    int32_t member_logprobs;        /* 1: the chosen token's under every term alone */
-    int64_t top_k;                  /* 0: off */
-    double top_p, min_p, temperature; /* 1, 0: off; 0: greedy */
+    int64_t first_term, num_terms;          /* into the terms of MotetSampling, at least one */
+    int32_t probs;                          /* space of the mix; 0: logits */
+    int32_t logprobs;                       /* -1: none, else how many of the best tokens are reported */
+    int32_t member_logprobs;                /* 1: the chosen token's under every term alone */
+    int64_t top_k;                          /* 0: off */
+    double top_p, min_p, temperature;       /* 1, 0: off; 0: greedy */
     double repetition, presence, frequency; /* 1, 0, 0: off */
-    const int64_t* prompt_ids;      /* [num_prompt] */
+    const int64_t* prompt_ids;              /* [num_prompt] */
     int64_t num_prompt;
-    const int64_t* output_ids;      /* [num_output] */
+    const int64_t* output_ids; /* [num_output] */
     int64_t num_output;
-    const int64_t* bias_ids;        /* [num_bias] with bias_values: added to the logits */
+    const int64_t* bias_ids; /* [num_bias] with bias_values: added to the logits */
     const double* bias_values;
     int64_t num_bias;
-    const int64_t* forbidden_ids;   /* [num_forbidden] */
+    const int64_t* forbidden_ids; /* [num_forbidden] */
     int64_t num_forbidden;
-    const uint32_t* mask;           /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: allowed; null: all are */
+    const uint32_t* mask; /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: allowed; null: all are */
     uint64_t seed;
     uint32_t position;
 } MotetSample;
 
 /* A packed batch of samples over rows of logits, and what becomes of it. */
 typedef struct {
-    const float* logits;            /* [num_rows, stride] */
+    const float* logits; /* [num_rows, stride] */
     int64_t num_rows, stride, vocab_size;
     int64_t num_terms;
-    const int64_t* term_rows;       /* [num_terms] */
-    const double* coefficients;     /* [num_terms]; a term of 0 takes no part in the mix */
+    const int64_t* term_rows;   /* [num_terms] */
+    const double* coefficients; /* [num_terms]; a term of 0 takes no part in the mix */
     int64_t num_samples;
     const MotetSample* samples;
-    int64_t top_stride;             /* entries of a sample in the two tables; no sample reports more */
-    int64_t* token_ids;             /* [num_samples] -1 where there is none */
-    int32_t* codes;                 /* [num_samples] MotetSampleCode */
-    double* logprobs;               /* [num_samples] of the mix before penalties, temperature and truncation; NaN: not asked */
-    int64_t* top_ids;               /* [num_samples, top_stride] best first, -1 where there are fewer */
-    double* top_logprobs;           /* [num_samples, top_stride] */
-    double* member_logprobs;        /* [num_terms] NaN: not asked */
+    int64_t top_stride;      /* entries of a sample in the two tables; no sample reports more */
+    int64_t* token_ids;      /* [num_samples] -1 where there is none */
+    int32_t* codes;          /* [num_samples] MotetSampleCode */
+    double* logprobs;        /* [num_samples] of the mix before penalties, temperature and truncation; NaN: not asked */
+    int64_t* top_ids;        /* [num_samples, top_stride] best first, -1 where there are fewer */
+    double* top_logprobs;    /* [num_samples, top_stride] */
+    double* member_logprobs; /* [num_terms] NaN: not asked */
 } MotetSampling;
 
-/* Rows of logits to sample from: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · the hidden
-   state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. */
+/* Rows of logits to sample from: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · the
+   hidden state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. */
 typedef struct {
     int64_t rows;
-    const int64_t* offsets;         /* [rows + 1] */
+    const int64_t* offsets; /* [rows + 1] */
     const int32_t* sources;
     const float* coefficients;
     const uint8_t* greedy;
@@ -134,11 +143,12 @@ typedef struct {
 
 typedef enum { MOTET_SAMPLED, MOTET_NOT_FINITE, MOTET_NOTHING_LEFT } MotetSampleCode;
 
-/* Mix and sample as kernels/oracle/reference.py does, token for token. With a model: on its threads and its path, and `isa` is not
-   read; model null: on this thread. A bad argument fails the call; bad logits end in the sample's code. */
+/* Mix and sample as kernels/oracle/reference.py does, token for token. With a model: on its threads and its path, and
+   `isa` is not read; model null: on this thread. A bad argument fails the call; bad logits end in the sample's code. */
 MOTET_API int motet_sample(MotetModel*, const char* isa, const MotetSampling*);
-/* A step whole: the batch's outputs, the logits of their mixes, a token for each sample. Of the sampling, the logits and their
-   sizes are not read: they are those of the mixes. A bad argument fails the call before anything is computed. */
+/* A step whole: the batch's outputs, the logits of their mixes, a token for each sample. Of the sampling, the logits
+   and their sizes are not read: they are those of the mixes. A bad argument fails the call before anything is computed.
+ */
 MOTET_API int motet_generate(MotetModel*, const MotetBatch*, const MotetMixes*, const MotetSampling*);
 
 /* Seconds of thread 0 since the last call, [linears, attention, head, other]. */

@@ -26,7 +26,8 @@ uint16_t to_half(float x) {
 
 float from_half(uint16_t h) {
     const int exponent = h >> 10 & 31;
-    const float value = exponent ? std::ldexp(float(1024 + (h & 1023)), exponent - 25) : std::ldexp(float(h & 1023), -24);
+    const float value =
+        exponent ? std::ldexp(float(1024 + (h & 1023)), exponent - 25) : std::ldexp(float(h & 1023), -24);
     return h & 0x8000 ? -value : value;
 }
 
@@ -123,8 +124,9 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
     pool.run(
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
-            j.pool.share(0, thread, j.linear.packed.panels, [&](int64_t panel) {
-                pack_panel(j.tensor, j.linear.packed, panel, j.pairs, j.linear.pages.data() + panel * j.linear.packed.panel_bytes);
+            j.pool.distribute(0, thread, j.linear.packed.panels, [&](int64_t panel) {
+                pack_panel(j.tensor, j.linear.packed, panel, j.pairs,
+                           j.linear.pages.data() + panel * j.linear.packed.panel_bytes);
             });
         },
         &job);

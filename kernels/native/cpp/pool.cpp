@@ -14,13 +14,13 @@
 namespace motet {
 namespace {
 
-constexpr int kSpins = 2000;                                // some tens of microseconds
-constexpr Signal::Patience kAtBarrier = {kSpins, 4000};     // short unless somebody else has the core
+constexpr int kSpins = 2000;                             // some tens of microseconds
+constexpr Signal::Patience kAtBarrier = {kSpins, 4000};  // short unless somebody else has the core
 constexpr Signal::Patience kBetweenRuns = {kSpins, 400};
 constexpr Signal::Patience kLeftOut = {0, 0};
-constexpr uint32_t kActiveBits = 10;                        // of the start signal: how many threads take part
-constexpr auto kTurn = std::chrono::milliseconds(1);        // a wait that is no accident
-constexpr int kSlowRuns = 2;                                // in a row, before a thread is left out
+constexpr uint32_t kActiveBits = 10;                  // of the start signal: how many threads take part
+constexpr auto kTurn = std::chrono::milliseconds(1);  // a wait that is no accident
+constexpr int kSlowRuns = 2;                          // in a row, before a thread is left out
 constexpr auto kShortPause = std::chrono::milliseconds(30), kLongPause = std::chrono::milliseconds(250);
 
 inline void relax() {
@@ -33,7 +33,9 @@ inline void relax() {
 void sleep_while(std::atomic<uint32_t>& value, uint32_t seen) {
     syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
-void wake_all(std::atomic<uint32_t>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0); }
+void wake_all(std::atomic<uint32_t>& value) {
+    syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+}
 #else
 void sleep_while(std::atomic<uint32_t>&, uint32_t) { std::this_thread::sleep_for(std::chrono::microseconds(100)); }
 void wake_all(std::atomic<uint32_t>&) {}
@@ -102,9 +104,9 @@ void Pool::run(Function function, void* context) {
     if (active_ > 1) judge(begin, Clock::now());
 }
 
-// While somebody else has a core, the thread that shares it makes all others wait at every barrier: runs are faster with a
-// thread fewer once waiting costs more than that thread gives. All are tried again after a pause, which doubles while that
-// stays slow. The kernel's turns are milliseconds, so a run that was shorter says nothing.
+// While somebody else has a core, the thread that shares it makes all others wait at every barrier: runs are faster
+// with a thread fewer once waiting costs more than that thread gives. All are tried again after a pause, which doubles
+// while that stays slow. The kernel's turns are milliseconds, so a run that was shorter says nothing.
 void Pool::judge(Clock::time_point begin, Clock::time_point end) {
     if (end - begin < kTurn) return;
     const Clock::duration lost(lost_.load(std::memory_order_relaxed) / (active_ - 1));  // by each of those that waited

@@ -41,11 +41,11 @@ public:
     void run(Function function, void* context);
     void barrier();
 
-    // Items 0…count-1 of a phase: each thread takes those of its own share one by one, then helps the others. Phases are
-    // numbered by the caller, alike on all threads; `reset` makes the numbers free again.
+    // Items 0…count-1 of a phase: each thread takes those of its own share one by one, then helps the others. Phases
+    // are numbered by the caller, alike on all threads; `reset` makes the numbers free again.
     void reset(int phases);
     template <class Body>
-    void share(int phase, int thread, int64_t count, Body body) {
+    void distribute(int phase, int thread, int64_t count, Body body) {
         for (int i = 0; i < active_; i++) {
             const int owner = (thread + i) % active_;
             const int64_t first = count * owner / active_, size = count * (owner + 1) / active_ - first;

@@ -15,11 +15,13 @@ constexpr int64_t kSorted = 1024;             // candidates of top-p that are so
 constexpr double kSumError = 1e-11;           // relative, of sums of probabilities in another order than the oracle's
 
 std::string out_of_range(const char* what, int64_t sample, int64_t value, int64_t limit) {
-    return "sample " + std::to_string(sample) + ": " + what + " is " + std::to_string(value) + ", it must be in 0…" + std::to_string(limit);
+    return "sample " + std::to_string(sample) + ": " + what + " is " + std::to_string(value) + ", it must be in 0…" +
+           std::to_string(limit);
 }
 
 std::string check_ids(const char* what, int64_t sample, const int64_t* ids, int64_t count, int64_t vocab) {
-    if (count < 0 || (count > 0 && !ids)) return out_of_range(what, sample, count, std::numeric_limits<int64_t>::max()) + " entries";
+    if (count < 0 || (count > 0 && !ids))
+        return out_of_range(what, sample, count, std::numeric_limits<int64_t>::max()) + " entries";
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= vocab) return out_of_range(what, sample, ids[i], vocab - 1);
     return "";
@@ -41,7 +43,8 @@ std::string check_numbers(const MotetSample& s, int64_t index) {
     };
     for (const auto& number : numbers)
         if (!number.fine)
-            return "sample " + std::to_string(index) + ": " + number.name + " " + std::to_string(number.value) + " is out of its range";
+            return "sample " + std::to_string(index) + ": " + number.name + " " + std::to_string(number.value) +
+                   " is out of its range";
     for (int64_t i = 0; i < s.num_bias; i++)
         if (!std::isfinite(s.bias_values[i])) return "sample " + std::to_string(index) + ": a bias is not finite";
     return "";
@@ -49,9 +52,11 @@ std::string check_numbers(const MotetSample& s, int64_t index) {
 
 std::string check_sample(const MotetSampling& all, int64_t index) {
     const MotetSample& s = all.samples[index];
-    if (s.num_terms < 1 || s.first_term < 0 || s.num_terms > all.num_terms || s.first_term > all.num_terms - s.num_terms)
+    if (s.num_terms < 1 || s.first_term < 0 || s.num_terms > all.num_terms ||
+        s.first_term > all.num_terms - s.num_terms)
         return out_of_range("the end of its terms", index, s.first_term + s.num_terms, all.num_terms);
-    if (s.logprobs < -1 || s.logprobs > all.top_stride) return out_of_range("logprobs", index, s.logprobs, all.top_stride);
+    if (s.logprobs < -1 || s.logprobs > all.top_stride)
+        return out_of_range("logprobs", index, s.logprobs, all.top_stride);
     const struct {
         const char* name;
         const int64_t* ids;
@@ -71,13 +76,17 @@ std::string check_sample(const MotetSampling& all, int64_t index) {
 }  // namespace
 
 std::string check(const MotetSampling& all) {
-    if (all.vocab_size < 1 || all.vocab_size > 1 << 28) return "vocab_size is " + std::to_string(all.vocab_size) + ", it must be in 1…2^28";
-    if (all.num_rows < 0 || all.num_terms < 0 || all.num_samples < 0 || all.top_stride < 0) return "a count is negative";
+    if (all.vocab_size < 1 || all.vocab_size > 1 << 28)
+        return "vocab_size is " + std::to_string(all.vocab_size) + ", it must be in 1…2^28";
+    if (all.num_rows < 0 || all.num_terms < 0 || all.num_samples < 0 || all.top_stride < 0)
+        return "a count is negative";
     if (all.stride < all.vocab_size) return "the rows' stride " + std::to_string(all.stride) + " is below vocab_size";
     for (int64_t i = 0; i < all.num_terms; i++) {
         if (all.term_rows[i] < 0 || all.term_rows[i] >= all.num_rows)
-            return "term " + std::to_string(i) + " has row " + std::to_string(all.term_rows[i]) + " of " + std::to_string(all.num_rows);
-        if (!std::isfinite(all.coefficients[i])) return "the coefficient of term " + std::to_string(i) + " is not finite";
+            return "term " + std::to_string(i) + " has row " + std::to_string(all.term_rows[i]) + " of " +
+                   std::to_string(all.num_rows);
+        if (!std::isfinite(all.coefficients[i]))
+            return "the coefficient of term " + std::to_string(i) + " is not finite";
     }
     for (int64_t i = 0; i < all.num_samples; i++) {
         const std::string problem = check_sample(all, i);
@@ -105,7 +114,8 @@ void sample(const SampleIsa& isa, Pool* pool, const MotetSampling& all) {
     pool->run(
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
-            j.pool.share(0, thread, j.all.num_samples, [&](int64_t i) { sampler_of_thread().run(j.isa, j.all, i); });
+            j.pool.distribute(0, thread, j.all.num_samples,
+                              [&](int64_t i) { sampler_of_thread().run(j.isa, j.all, i); });
         },
         &job);
 }
@@ -132,7 +142,9 @@ void Sampler::run(const SampleIsa& isa, const MotetSampling& all, int64_t index)
         adjust();
         state = measure();
     }
-    all.codes[index] = state == State::Fine ? MOTET_SAMPLED : state == State::NotFinite ? MOTET_NOT_FINITE : MOTET_NOTHING_LEFT;
+    all.codes[index] = state == State::Fine        ? MOTET_SAMPLED
+                       : state == State::NotFinite ? MOTET_NOT_FINITE
+                                                   : MOTET_NOTHING_LEFT;
     if (state != State::Fine) return;
     view();
     const double t = sample_->temperature, tempered_top = top_ / t;
@@ -152,12 +164,15 @@ bool Sampler::mix() {
         terms_.push_back({all_->logits + all_->term_rows[at] * all_->stride, all_->coefficients[at], 0.0, 0.0});
         taking_part += all_->coefficients[at] != 0;
     }
-    const auto first = std::find_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient != 0; });
+    const auto first =
+        std::find_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient != 0; });
     const bool alone = taking_part == 1 && first->coefficient == 1;
     plain_ = alone ? first->row : nullptr;
     if (taking_part == 0) return false;
     if (alone && !is_adjusted()) return true;
-    terms_.erase(std::remove_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient == 0; }), terms_.end());
+    terms_.erase(
+        std::remove_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient == 0; }),
+        terms_.end());
     exact_.resize(size_t(size_));
     plain_ = nullptr;
     if (!sample_->probs || alone) {
@@ -247,7 +262,8 @@ void Sampler::penalise() {
     for (int64_t i = 0; i < s.num_output; i++) counts_[size_t(s.output_ids[i])]++;
     for (int64_t i = 0; i < s.num_output; i++) {
         int32_t& count = counts_[size_t(s.output_ids[i])];
-        if (count) change(s.output_ids[i], exact_[size_t(s.output_ids[i])] - (s.presence + s.frequency * double(count)));
+        if (count)
+            change(s.output_ids[i], exact_[size_t(s.output_ids[i])] - (s.presence + s.frequency * double(count)));
         count = 0;
     }
 }
@@ -297,7 +313,8 @@ void Sampler::gather(double least, double tempered_top) {
     weighted_.clear();
     for (int64_t i = 0; i < found_; i++) {
         const double tempered = row_.value(ids_[size_t(i)]) / sample_->temperature;
-        if (tempered >= least && tempered > -kInfinity) weighted_.push_back({tempered, std::exp(tempered - tempered_top)});
+        if (tempered >= least && tempered > -kInfinity)
+            weighted_.push_back({tempered, std::exp(tempered - tempered_top)});
     }
 }
 
@@ -306,7 +323,8 @@ double Sampler::top_k(double tempered_top) {
     weighted_.clear();
     for (int64_t i = 0; i < found_; i++) weighted_.push_back({row_.value(ids_[size_t(i)]) / sample_->temperature, 0.0});
     const auto last = weighted_.begin() + (sample_->top_k - 1);
-    std::nth_element(weighted_.begin(), last, weighted_.end(), [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
+    std::nth_element(weighted_.begin(), last, weighted_.end(),
+                     [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
     const double least = last->tempered;
     if (sample_->top_p < 1) gather(least, tempered_top);
     return least;
@@ -339,25 +357,29 @@ double Sampler::top_p(double tempered_top, double least) {
 
 // The oracle's own arithmetic on all of weighted_.
 double Sampler::nucleus_sorted() {
-    std::sort(weighted_.begin(), weighted_.end(), [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
+    std::sort(weighted_.begin(), weighted_.end(),
+              [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
     double sum = 0.0;
     for (Weighted& one : weighted_) one.weight = sum += one.weight;
     const double target = sample_->top_p * sum;
-    const auto last = std::lower_bound(weighted_.begin(), weighted_.end(), target, [](const Weighted& one, double t) { return one.weight < t; });
+    const auto last = std::lower_bound(weighted_.begin(), weighted_.end(), target,
+                                       [](const Weighted& one, double t) { return one.weight < t; });
     return last == weighted_.end() ? weighted_.back().tempered : last->tempered;
 }
 
-// The same by selection: of three parts around a pivot, the one in which the sum reaches p is looked at again. Sums are in
-// another order than the oracle's, so a result that this could change is not `sure`.
+// The same by selection: of three parts around a pivot, the one in which the sum reaches p is looked at again. Sums are
+// in another order than the oracle's, so a result that this could change is not `sure`.
 double Sampler::nucleus(double total, bool* sure) {
-    const double target = sample_->top_p * total, margin = (kSumError + 1e-15 * std::fabs(top_ / sample_->temperature)) * total;
+    const double target = sample_->top_p * total,
+                 margin = (kSumError + 1e-15 * std::fabs(top_ / sample_->temperature)) * total;
     auto first = weighted_.begin(), end = weighted_.end();
     double above = 0.0;
     while (first != end) {
         const double a = first->tempered, b = (first + (end - first) / 2)->tempered, c = (end - 1)->tempered;
         const double pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
         const auto greater_end = std::partition(first, end, [&](const Weighted& one) { return one.tempered > pivot; });
-        const auto equal_end = std::partition(greater_end, end, [&](const Weighted& one) { return one.tempered == pivot; });
+        const auto equal_end =
+            std::partition(greater_end, end, [&](const Weighted& one) { return one.tempered == pivot; });
         double greater = 0.0, equal = 0.0;
         for (auto at = first; at != greater_end; ++at) greater += at->weight;
         for (auto at = greater_end; at != equal_end; ++at) equal += at->weight;
@@ -384,7 +406,8 @@ void Sampler::report_top() {
     if (count == 0) return;
     collect_largest(count);
     std::vector<std::pair<double, int64_t>> best;
-    for (int64_t i = 0; i < found_; i++) best.emplace_back(-(row_.value(ids_[size_t(i)]) - mixed_top_ - log_sum_), ids_[size_t(i)]);
+    for (int64_t i = 0; i < found_; i++)
+        best.emplace_back(-(row_.value(ids_[size_t(i)]) - mixed_top_ - log_sum_), ids_[size_t(i)]);
     std::partial_sort(best.begin(), best.begin() + count, best.end());
     for (int64_t i = 0; i < count; i++) {
         all_->top_ids[index_ * all_->top_stride + i] = best[size_t(i)].second;

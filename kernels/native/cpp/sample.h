@@ -25,17 +25,17 @@ private:
         double tempered, weight;
     };
 
-    bool mix();                       // the mixed row; false: nothing takes part, or a row has no softmax
-    State measure();                  // top_ of the mixed or adjusted row
-    void view();                      // row_: what the passes over it need
+    bool mix();       // the mixed row; false: nothing takes part, or a row has no softmax
+    State measure();  // top_ of the mixed or adjusted row
+    void view();      // row_: what the passes over it need
     bool is_adjusted() const;
-    void adjust();                    // penalties, biases, forbidden tokens, mask, on exact_
+    void adjust();  // penalties, biases, forbidden tokens, mask, on exact_
     void change(int64_t id, double value);
     void penalise();
-    int64_t largest_id() const;       // lowest id with the largest value
+    int64_t largest_id() const;  // lowest id with the largest value
     void collect(float distance);
     void collect_largest(int64_t count);  // at least the `count` largest
-    double cut(double tempered_top);  // the value / temperature that a token must reach
+    double cut(double tempered_top);      // the value / temperature that a token must reach
     double top_k(double tempered_top);
     double top_p(double tempered_top, double least);
     double nucleus(double total, bool* sure);
@@ -64,8 +64,8 @@ private:
     std::vector<Change> changes_;
     const float* plain_ = nullptr;  // the row itself, where the mix is one member and nothing is adjusted
     RowView row_;
-    double top_ = 0.0;              // the largest value
-    double log_sum_ = 0.0;          // log Σ exp(value - mixed_top_) of the mixed row
+    double top_ = 0.0;      // the largest value
+    double log_sum_ = 0.0;  // log Σ exp(value - mixed_top_) of the mixed row
     double mixed_top_ = 0.0;
 };
 

@@ -2,7 +2,8 @@
 //
 // Doubles are computed by plain loops without contraction, in one order: a result has the same bits on every path.
 
-// ---- doubles: exp and log of fdlibm (below 1 ulp), without branches so that loops over 16 become vectors --------------
+// ---- doubles: exp and log of fdlibm (below 1 ulp), without branches so that loops over 16 become vectors
+// --------------
 
 constexpr double kLeastExponent = -708.0;  // exp of less is taken for 0
 
@@ -14,7 +15,8 @@ INLINE double exp_one(double x) {
     const double r = high - low, t = r * r;
     const double c = r - t * (1.66666666666666019037e-01 +
                               t * (-2.77777777770155933842e-03 +
-                                   t * (6.61375632143793436117e-05 + t * (-1.65339022054652515390e-06 + t * 4.13813679705723846039e-08))));
+                                   t * (6.61375632143793436117e-05 +
+                                        t * (-1.65339022054652515390e-06 + t * 4.13813679705723846039e-08))));
     const double y = 1.0 - ((low - (r * c) / (2.0 - c)) - high);
     uint64_t bits;
     memcpy(&bits, &shifted, 8);
@@ -41,7 +43,8 @@ INLINE double log_one(double x) {
                              z * (3.999999999940941908e-01 +
                                   z * (2.857142874366239149e-01 +
                                        z * (2.222219843214978396e-01 +
-                                            z * (1.818357216161805012e-01 + z * (1.531383769920937332e-01 + z * 1.479819860511658591e-01))))));
+                                            z * (1.818357216161805012e-01 +
+                                                 z * (1.531383769920937332e-01 + z * 1.479819860511658591e-01))))));
     return k * 6.93147180369123816490e-01 - ((half - (s * (half + poly) + k * 1.90821492927058770002e-10)) - f);
 }
 
@@ -117,7 +120,8 @@ INLINE double exp_row(const T* x, int64_t size, double top, double scale, double
 }
 
 double exp_sum(const RowView& row, double top, double scale) {
-    return row.exact ? exp_row(row.exact, row.size, top, scale, nullptr) : exp_row(row.x, row.size, top, scale, nullptr);
+    return row.exact ? exp_row(row.exact, row.size, top, scale, nullptr)
+                     : exp_row(row.x, row.size, top, scale, nullptr);
 }
 
 void mix_probs(MixTerm* terms, int64_t count, int64_t size, double* exps, double* out) {
@@ -230,7 +234,8 @@ struct Winner {
         if (id >= 0 && !(other > score || (other == score && candidate < id))) return;
         id = candidate;
         score = other;
-        // The filters are looser than float rounding (of distances: relative), and than rounding of the scores themselves.
+        // The filters are looser than float rounding (of distances: relative), and than rounding of the scores
+        // themselves.
         const double ahead = score - args.top, rounding = __builtin_fabs(args.top) * 1e-15;
         double limit = ahead - kLargestGumbel;
         limit = args.cut - args.top > limit ? args.cut - args.top : limit;
@@ -241,8 +246,8 @@ struct Winner {
 };
 
 // argmax of value / temperature + noise over the tokens that the cut leaves; the lowest id of equal ones. A token at
-// distance d from the best score wins only if -log u < e^d, hence only if 1 - u < e^d: checked in floats, with a margin,
-// before the exact score.
+// distance d from the best score wins only if -log u < e^d, hence only if 1 - u < e^d: checked in floats, with a
+// margin, before the exact score.
 int64_t draw(const DrawArgs& args) {
     const RowView& row = args.row;
     Winner winner{args};

@@ -27,10 +27,10 @@ struct Unit {
 struct RowSet {
     std::vector<int32_t> contexts;  // [rows] positions that a row sees, itself included
     std::vector<int64_t> slots;     // [rows]
-    std::vector<int32_t> deltas;    // [rows] member, -1 for none
+    std::vector<int32_t> adapters;  // [rows] member, -1 for none
     std::vector<RowSequence> sequences;
     std::vector<Unit> units;
-    std::vector<int64_t> writes;    // first rows of stretches whose keys and values one thread writes, then rows()
+    std::vector<int64_t> writes;  // first rows of stretches whose keys and values one thread writes, then rows()
     int64_t num_partials = 0;
     int64_t rows() const { return int64_t(contexts.size()); }
 };
@@ -61,7 +61,7 @@ private:
         float *outs, *later;  // [queries][head size]
         float *maxima, *sums, *later_maxima, *later_sums;
         std::vector<int64_t> blocks;  // offsets in a layer's cache of what the thread will attend to
-        Trail trail;                  // those of the next layer that it has not fetched yet
+        PrefetchList prefetch_list;   // those of the next layer that it has not fetched yet
     };
 
     void add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences);
@@ -74,27 +74,31 @@ private:
 
     Activations prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
                         const std::vector<float>& weight, const std::vector<float>& bias, int thread);
-    struct Output {  // of a linear layer: [rows][ld]; quantised as well if `onward` is set
+    struct Output {  // of a linear layer: [rows][ld]; quantised as well if `quantise_to` is set
         float* to;
         int64_t ld;
         Epilogue epilogue;
-        Activations* onward = nullptr;
+        Activations* quantise_to = nullptr;
     };
     // `next`: the weights that are used after these.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
     void collect_blocks(const RowSet& set, int thread);
-    void follow(int layer, int thread);
-    void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv, int thread);
-    void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write, Activations* onward, int thread);
-    void look_ahead(const RowSet& set, int64_t item, int partition, int index, const uint8_t* (&ahead)[kPartitionBlocks]) const;
-    void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write, Activations* onward,
-                     int thread);
-    void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv, Scratch& s) const;
-    void merge_partials(const Unit& unit, int kv_head, Activations* onward);
-    void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* onward);
-    void turn(float* head, const std::vector<float>& norm, int32_t position) const;
+    void start_prefetch(int layer, int thread);
+    void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv,
+                   int thread);
+    void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write,
+                Activations* quantise_to, int thread);
+    void look_ahead(const RowSet& set, int64_t item, int partition, int index,
+                    const uint8_t* (&ahead)[kPartitionBlocks]) const;
+    void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write,
+                     Activations* quantise_to, int thread);
+    void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
+                      Scratch& s) const;
+    void merge_partials(const Unit& unit, int kv_head, Activations* quantise_to);
+    void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to);
+    void norm_and_rotate(float* head, const std::vector<float>& norm, int32_t position) const;
 
-    void meet(Part part, int thread);
+    void barrier_and_time(Part part, int thread);
     int next_phase(int thread) { return phases_[size_t(thread)].next++; }
 
     Model& m_;

@@ -48,7 +48,8 @@ INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b
 INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 INLINE I bcast_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 INLINE F load_half(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 INLINE float reduce_max(F x) {
     float lanes[8];
@@ -66,7 +67,8 @@ INLINE uint32_t is_nan(F x) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q))) |
            uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))) << 8;
 }
-// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put together.
+// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put
+// together.
 INLINE I count_from(int32_t first) {
     return {_mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
             _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
@@ -77,7 +79,8 @@ INLINE I exclusive(I x, I y, I z) {
     return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a), _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
 }
 INLINE I join(I even, I odd) {
-    return {_mm256_blend_epi32(even.a, _mm256_slli_epi64(odd.a, 32), 0xAA), _mm256_blend_epi32(even.b, _mm256_slli_epi64(odd.b, 32), 0xAA)};
+    return {_mm256_blend_epi32(even.a, _mm256_slli_epi64(odd.a, 32), 0xAA),
+            _mm256_blend_epi32(even.b, _mm256_slli_epi64(odd.b, 32), 0xAA)};
 }
 INLINE I shift_right_9_unsigned(I x) { return {_mm256_srli_epi32(x.a, 9), _mm256_srli_epi32(x.b, 9)}; }
 INLINE float reduce_add(F x) {
@@ -106,7 +109,9 @@ INLINE F keep_first(F x, int count, F other) {
     return {_mm256_blendv_ps(other.a, x.a, a), _mm256_blendv_ps(other.b, x.b, b)};
 }
 
-INLINE W load_weights(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
+INLINE W load_weights(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
 INLINE W low_nibbles(W x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
@@ -144,8 +149,10 @@ INLINE void store_bf16_half(uint16_t* p, __m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(rounded, 16), _mm256_setzero_si256()), 0xD8);
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000),
+                                 _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    const __m256i words =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(rounded, 16), _mm256_setzero_si256()), 0xD8);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(words));
 }
 INLINE void store_bf16(uint16_t* p, F x) {

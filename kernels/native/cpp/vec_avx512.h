@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kRegisterRows = 6;  // rows whose sums over a panel fit the registers
 
-using F = __m512;    // 16 f32
-using I = __m512i;   // 16 i32
-using W = __m512i;   // 64 bytes of weights
+using F = __m512;   // 16 f32
+using I = __m512i;  // 16 i32
+using W = __m512i;  // 64 bytes of weights
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -26,7 +26,9 @@ INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE F vabs(F a) { return _mm512_abs_ps(a); }
 INLINE F round_near(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE F pow2(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)), 23)); }
+INLINE F pow2(F a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)), 23));
+}
 INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 INLINE I bcast_int(int32_t a) { return _mm512_set1_epi32(a); }
@@ -35,9 +37,11 @@ INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 // A bit a lane: a ≥ b (not for NaN), a is NaN.
 INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INLINE uint32_t is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
-// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put together.
+// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put
+// together.
 INLINE I count_from(int32_t first) {
-    return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_add_epi32(_mm512_set1_epi32(first),
+                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 INLINE I mul_even(I a, I b) { return _mm512_mul_epu32(a, b); }
 INLINE I upper(I a) { return _mm512_srli_epi64(a, 32); }
@@ -60,15 +64,17 @@ INLINE F keep_first(F a, int count, F other) {
 INLINE W load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
 INLINE W low_nibbles(W a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE W high_nibbles(W a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-// One broadcast for two dot products: a load a dot product is what limits otherwise. Written out, because gcc would move the
-// broadcasts of all rows to the front and spill.
+// One broadcast for two dot products: a load a dot product is what limits otherwise. Written out, because gcc would
+// move the broadcasts of all rows to the front and spill.
 INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
     __m512i x;
     __asm__("vpbroadcastd %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
             : "+v"(sum0), "+v"(sum1), "=&v"(x)
             : "v"(w0), "v"(w1), "m"(*signed_bytes));
 }
-INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) { dot_both(sum0, sum1, w0, w1, signed_bytes); }
+INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    dot_both(sum0, sum1, w0, w1, signed_bytes);
+}
 INLINE I dot(I sum, W unsigned_bytes, const int32_t* signed_bytes) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "m"(*signed_bytes));
     return sum;
@@ -90,7 +96,9 @@ INLINE void store_bf16(uint16_t* p, F a) {  // to the nearest, ties to even; no 
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 #ifdef MOTET_BF16
-INLINE F dot_pairs(F sum, P a, uint32_t b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b)); }
+INLINE F dot_pairs(F sum, P a, uint32_t b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b));
+}
 #else
 INLINE F dot_pairs(F sum, P a, uint32_t b) {
     const __m512i high = _mm512_set1_epi32((int)0xFFFF0000u);

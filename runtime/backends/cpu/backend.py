@@ -1,6 +1,6 @@
 """`CpuBackend`: a bundle on the native kernels of `kernels/cpu`, the default on x86-64.
 
-A step is one native call: the whole packed batch (trunk once, each tail over its rows, low-rank deltas per row), the head
+A step is one native call: the whole packed batch (trunk once, each tail over its rows, low-rank adapters per row), the head
 over the mixes that are sampled, and a token for each sample. The KV cache is paged. A row's result has the same bits
 whatever else is in the batch, however its prompt was cut, and with any number of threads.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from ....kernels.native.binding import BLOCK_SIZE, Linear, ModelConfig, NativeModel, PackedBatch, Vector, Weight
+from ....kernels.native.binding import BLOCK_SIZE, LinearKind, ModelConfig, NativeModel, PackedBatch, Vector, Weight
 from ....kernels.native.sampling import Sampling
 from ...api.config import EngineConfig
 from ...api.request import Space
@@ -26,10 +26,10 @@ from ...schedule.batch import Batch, StepOutput
 F32 = npt.NDArray[np.float32]
 
 _LINEARS = {
-    Linear.QKV: "self_attn.qkv_proj",
-    Linear.OUT: "self_attn.o_proj",
-    Linear.UP: "mlp.gate_up_proj",
-    Linear.DOWN: "mlp.down_proj",
+    LinearKind.QKV: "self_attn.qkv_proj",
+    LinearKind.OUT: "self_attn.o_proj",
+    LinearKind.UP: "mlp.gate_up_proj",
+    LinearKind.DOWN: "mlp.down_proj",
 }
 _NORMS = {
     Vector.ATTENTION_NORM: "input_layernorm.weight",
@@ -100,7 +100,7 @@ class CpuBackend:
             cu_seqlens=batch.cu_seqlens_q,
             context_lens=batch.context_lens,
             block_tables=batch.block_tables,
-            deltas=batch.deltas,
+            adapters=batch.adapters,
             members=seqs,
             outputs=outputs,
         )
@@ -123,7 +123,7 @@ class CpuBackend:
             cu_seqlens=np.array([0, count], np.int32),
             context_lens=np.array([count], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32)[None],
-            deltas=np.array([member], np.int32),
+            adapters=np.array([member], np.int32),
             members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
             outputs=[(member if self._has_tails else 0, row) for row in range(count)],
         )
@@ -173,9 +173,9 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", owner)
         embedding = "model.embed_tokens.weight"
         head = embedding if decoder.tied_head else "lm_head.weight"
-        loader.linear(Linear.HEAD, 0, head, None)
+        loader.linear(LinearKind.HEAD, 0, head, None)
         if not decoder.tied_head:
-            loader.linear(Linear.EMBEDDING, 0, embedding, None)
+            loader.linear(LinearKind.EMBEDDING, 0, embedding, None)
         if decoder.positions == "learned":
             loader.vector(Vector.POSITIONS, 0, "model.embed_positions.weight", None)
         else:
@@ -193,23 +193,23 @@ class _Loader:
         self._file = file
         self._bundle = bundle
         self._names = set(file.keys())
-        self._places: dict[tuple[Linear, str], int] = {}  # stored weight → layer that holds it already
+        self._places: dict[tuple[LinearKind, str], int] = {}  # stored weight → layer that holds it already
 
     def layer(self, target: int, layer: int, member: str | None) -> None:
         """Layer `layer` of the decoder, as `member` has it, becomes the model's layer `target`."""
         prefix = f"model.layers.{layer}"
         gelu = self._bundle.config.activation == "gelu"
         for which, module in _LINEARS.items():
-            name = f"{prefix}.{'mlp.up_proj' if which is Linear.UP and gelu else module}"
+            name = f"{prefix}.{'mlp.up_proj' if which is LinearKind.UP and gelu else module}"
             self.linear(which, target, f"{name}.weight", member)
             for index, own in enumerate(self._bundle.members):
                 a, b = f"members.{own}.{name}.lora_a", f"members.{own}.{name}.lora_b"
                 if a in self._names and member in (None, own):
-                    self._model.set_delta(which, target, index, self._tensor(a), self._tensor(b), a)
+                    self._model.set_adapter(which, target, index, self._tensor(a), self._tensor(b), a)
         for vector, suffix in _NORMS.items():
             self.vector(vector, target, f"{prefix}.{suffix}", member)
 
-    def linear(self, which: Linear, target: int, name: str, member: str | None) -> None:
+    def linear(self, which: LinearKind, target: int, name: str, member: str | None) -> None:
         stored = self._resolve(name, member)
         if (which, stored) in self._places:
             self._model.share_linear(which, target, self._places[which, stored])

@@ -160,8 +160,8 @@ class OnnxBackend:
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
-        if bundle.deltas:
-            names = [bundle.members[member] for member in bundle.deltas]
+        if bundle.adapters:
+            names = [bundle.members[member] for member in bundle.adapters]
             raise ConfigError(
                 f"the onnx backend has no graphs for the low-rank members {names} of '{bundle.name}'; serve it with the "
                 "cpu backend, or export them with --merge"

@@ -182,7 +182,7 @@ class TorchBackend:
     def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing runs."""
         size = len(token_ids)
-        delta = member if self._weights.delta_of[member] >= 0 else -1
+        adapter = member if self._weights.adapter_of[member] >= 0 else -1
         batch = Batch(
             token_ids=np.asarray(token_ids, np.int64),
             positions=np.arange(size, dtype=np.int32),
@@ -191,7 +191,7 @@ class TorchBackend:
             context_lens=np.array([size], np.int32),
             block_tables=np.arange(-(-size // self.block_size), dtype=np.int32)[None],
             members=[(member,)],
-            deltas=np.array([delta], np.int32),
+            adapters=np.array([adapter], np.int32),
             samples=[],
             freed_blocks=np.empty(0, np.int32),
         )
@@ -203,9 +203,9 @@ class TorchBackend:
     def _run(self, batch: Batch, checked: _Checked) -> _Hidden:
         weights = self._weights
         wanted = [frozenset(weights.tail_of[member] for member in members) for members in batch.members]
-        deltas = np.array([weights.delta_of[d] if d >= 0 else -1 for d in batch.deltas.tolist()], np.int32)
+        adapters = np.array([weights.adapter_of[d] if d >= 0 else -1 for d in batch.adapters.tolist()], np.int32)
         every = np.arange(batch.num_seqs)
-        plan = plan_rows(batch, every, checked.slots, checked.lengths, deltas)
+        plan = plan_rows(batch, every, checked.slots, checked.lengths, adapters)
         tails = tuple(sorted(frozenset().union(*wanted)))
         # A captured step runs every tail over every row: worth it unless most rows of a tail would be for nothing.
         common = all(2 * sum(tail in own for own in wanted) >= len(wanted) for tail in tails)
@@ -220,7 +220,7 @@ class TorchBackend:
         plans = {
             tail: plan
             if len(seqs) == batch.num_seqs
-            else plan_rows(batch, seqs, checked.slots, checked.lengths, deltas)
+            else plan_rows(batch, seqs, checked.slots, checked.lengths, adapters)
             for tail, seqs in seqs_of.items()
         }
         return self._run_plans(checked, plan, plans)

@@ -2,7 +2,7 @@
 
 A decode step of a small model is hundreds of launches of a few microseconds; replaying a captured graph is one. The sizes are
 a ladder; a batch takes the next rung, and its padded rows have length 0 and write to the dummy block. What runs is exactly
-what runs without a graph. A rung also depends on the tails that run (each over all rows) and on whether any row has a delta.
+what runs without a graph. A rung also depends on the tails that run (each over all rows) and on whether any row has an adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ....kernels.oracle.operands import DELTA_TILE
+from ....kernels.oracle.operands import ADAPTER_TILE
 from .forward import RowInputs
 from .packed import Packed
 
@@ -74,7 +74,7 @@ class DecodeGraphs:
         size = self.rung(len(arrays["token_ids"]))
         if size is None:
             return None
-        rung = self._find(size, tails, len(arrays["delta_tiles"]) > 0, arrays)
+        rung = self._find(size, tails, len(arrays["adapter_tiles"]) > 0, arrays)
         if rung is None:
             return None
         if rung.graph is not None:
@@ -88,15 +88,15 @@ class DecodeGraphs:
         self,
         size: int,
         tails: tuple[int, ...],
-        with_deltas: bool,
+        with_adapters: bool,
         arrays: Mapping[str, npt.NDArray[np.int32]] | None = None,
     ) -> _Rung | None:
-        key = (size, tails, with_deltas)
+        key = (size, tails, with_adapters)
         rung = self._rungs.get(key)
         if rung is None:
             if len(self._rungs) >= MAX_GRAPHS:
                 return None
-            rung = self._new_rung(size, with_deltas)
+            rung = self._new_rung(size, with_adapters)
             self._fill(rung.inputs, arrays or {})
             self._capture(rung, tails)
             self._rungs[key] = rung  # only now: a capture that failed is tried again
@@ -105,13 +105,17 @@ class DecodeGraphs:
             rung.output = self._run(rung.inputs.device["token_ids"], rung.rows, tails)
         return rung
 
-    def _new_rung(self, size: int, with_deltas: bool) -> _Rung:
-        tiles = size if with_deltas else 0
+    def _new_rung(self, size: int, with_adapters: bool) -> _Rung:
+        tiles = size if with_adapters else 0
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("token_ids", "positions", "slots", "rows", "row_seqs", "row_lengths"), (size,)
         )
         shapes |= dict.fromkeys(("chunk_starts", "chunk_sizes", "chunk_lengths", "chunk_seqs"), (0,))
-        shapes |= {"tables": (size, self._max_blocks), "delta_order": (tiles * DELTA_TILE,), "delta_tiles": (tiles,)}
+        shapes |= {
+            "tables": (size, self._max_blocks),
+            "adapter_order": (tiles * ADAPTER_TILE,),
+            "adapter_tiles": (tiles,),
+        }
         inputs = Packed({name: (shape, "int32") for name, shape in shapes.items()}, self._device)
         rows = RowInputs.of(inputs.device, inputs.device["tables"], max_length=self._max_length, max_chunk=0)
         return _Rung(inputs, rows, torch.empty(0), None)
@@ -139,7 +143,7 @@ class DecodeGraphs:
             host[name].fill(0)
         host["slots"].fill(self._dummy_slot)
         host["rows"][:] = np.arange(len(host["rows"]))
-        host["delta_order"].fill(-1)
-        host["delta_tiles"].fill(-1)
+        host["adapter_order"].fill(-1)
+        host["adapter_tiles"].fill(-1)
         inputs.fill(arrays)
         inputs.upload()

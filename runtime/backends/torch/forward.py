@@ -14,10 +14,10 @@ from types import ModuleType
 
 import torch
 
-from ....kernels.oracle.operands import DecodeRows, DeltaTiles, LayerCache, LinearWeight, PrefillChunks
+from ....kernels.oracle.operands import AdapterTiles, DecodeRows, LayerCache, LinearWeight, PrefillChunks
 from ...model.config import DecoderConfig
 from .paged_cache import PagedCache
-from .weights import LayerWeights, Linear, ModelWeights, Norm
+from .weights import LayerWeights, LinearLayer, ModelWeights, Norm
 
 Tensor = torch.Tensor
 
@@ -26,13 +26,13 @@ HEAD_ROWS = 32  # hidden states a head call: with what their rounding left over,
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
-    """A `RowPlan` on the device. `tiles` is None where no row has a low-rank delta."""
+    """A `RowPlan` on the device. `tiles` is None where no row has a low-rank adapter."""
 
     positions: Tensor  # [rows] int32
     slots: Tensor  # [rows] int32
     decode: DecodeRows
     chunks: PrefillChunks
-    tiles: DeltaTiles | None
+    tiles: AdapterTiles | None
 
     @classmethod
     def of(
@@ -47,13 +47,13 @@ class RowInputs:
         chunks = PrefillChunks(
             get("chunk_starts"), get("chunk_sizes"), get("chunk_lengths"), get("chunk_seqs"), tables, max_chunk
         )
-        tiles = DeltaTiles(get("delta_order"), get("delta_tiles"))
+        tiles = AdapterTiles(get("adapter_order"), get("adapter_tiles"))
         return cls(
             get("positions"),
             get("slots"),
             decode,
             chunks,
-            tiles if len(tiles.deltas) else None,
+            tiles if len(tiles.adapters) else None,
         )
 
 
@@ -154,10 +154,10 @@ class Forward:
         inner = ops.activate(up, config.activation == "swiglu", self._dtype)
         return self._linear(inner, layer.down, tiles)
 
-    def _linear(self, x: Tensor, linear: Linear, tiles: DeltaTiles | None) -> Tensor:
+    def _linear(self, x: Tensor, linear: LinearLayer, tiles: AdapterTiles | None) -> Tensor:
         parts: Tensor = self._ops.matmul(x, linear.weight)
-        if linear.delta is not None and tiles is not None:
-            self._ops.add_delta(x, linear.delta, tiles, parts)
+        if linear.adapter is not None and tiles is not None:
+            self._ops.add_adapter(x, linear.adapter, tiles, parts)
         return parts
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ....kernels.oracle.operands import DELTA_TILE
+from ....kernels.oracle.operands import ADAPTER_TILE
 from ...schedule.batch import Batch
 
 I32 = npt.NDArray[np.int32]
@@ -30,8 +30,8 @@ class RowPlan:
         return len(self.index)
 
 
-def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32, deltas: I32) -> RowPlan:
-    """Rows of the sequences `seqs` (ascending). slots [rows of the batch]; lengths and deltas [num_seqs]."""
+def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32, adapters: I32) -> RowPlan:
+    """Rows of the sequences `seqs` (ascending). slots [rows of the batch]; lengths and adapters [num_seqs]."""
     starts = batch.cu_seqlens_q[seqs].astype(np.int64)
     counts = np.diff(batch.cu_seqlens_q)[seqs].astype(np.int64)
     firsts = np.cumsum(counts) - counts  # renumbered first row of each sequence
@@ -54,23 +54,23 @@ def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32
         "chunk_sizes": counts[chunk],
         "chunk_lengths": lengths[seqs[chunk]],
         "chunk_seqs": seqs[chunk],
-        **_delta_tiles(deltas[seqs][seq_of_row]),
+        **_adapter_tiles(adapters[seqs][seq_of_row]),
     }
     narrow = {name: np.asarray(array, dtype=np.int32) for name, array in arrays.items()}
     return RowPlan(index, narrow, int(counts[chunk].max(initial=0)))
 
 
-def _delta_tiles(deltas: npt.NDArray[np.int32]) -> dict[str, I32]:
-    """Rows grouped by delta in tiles of `DELTA_TILE`; see `operands.DeltaTiles`."""
+def _adapter_tiles(adapters: npt.NDArray[np.int32]) -> dict[str, I32]:
+    """Rows grouped by adapter in tiles of `ADAPTER_TILE`; see `operands.AdapterTiles`."""
     order: list[I32] = []
     tiles: list[int] = []
-    for delta in np.unique(deltas[deltas >= 0]).tolist():
-        rows = np.flatnonzero(deltas == delta).astype(np.int32)
-        for start in range(0, len(rows), DELTA_TILE):
-            tile = np.full(DELTA_TILE, -1, np.int32)
-            part = rows[start : start + DELTA_TILE]
+    for adapter in np.unique(adapters[adapters >= 0]).tolist():
+        rows = np.flatnonzero(adapters == adapter).astype(np.int32)
+        for start in range(0, len(rows), ADAPTER_TILE):
+            tile = np.full(ADAPTER_TILE, -1, np.int32)
+            part = rows[start : start + ADAPTER_TILE]
             tile[: len(part)] = part
             order.append(tile)
-            tiles.append(delta)
+            tiles.append(adapter)
     flat = np.concatenate(order) if order else np.empty(0, np.int32)
-    return {"delta_order": flat, "delta_tiles": np.array(tiles, np.int32)}
+    return {"adapter_order": flat, "adapter_tiles": np.array(tiles, np.int32)}

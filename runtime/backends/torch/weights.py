@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ....kernels.oracle.eager import dequantise
-from ....kernels.oracle.operands import DeltaWeight, LinearWeight
+from ....kernels.oracle.operands import AdapterWeight, LinearWeight
 from ...errors import BundleError
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
@@ -79,22 +79,22 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearLayer:
     """A fused projection and its low-rank updates, if any member has one here."""
 
     weight: LinearWeight
-    delta: DeltaWeight | None
+    adapter: AdapterWeight | None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     attention_norm: Norm
-    qkv: Linear
+    qkv: LinearLayer
     head_norms: tuple[Tensor, Tensor] | None  # of query and key heads
-    out: Linear
+    out: LinearLayer
     mlp_norm: Norm
-    up: Linear  # gate and up, where the activation is gated
-    down: Linear
+    up: LinearLayer  # gate and up, where the activation is gated
+    down: LinearLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class TailWeights:
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     """All of a bundle. `tail_of[member]` indexes `tails`: members without layers of their own share the base's.
-    `delta_of[member]` indexes the stacked low-rank updates, -1 for none."""
+    `adapter_of[member]` indexes the stacked low-rank updates, -1 for none."""
 
     embedding: LinearWeight
     position_embedding: Tensor | None
@@ -116,7 +116,7 @@ class ModelWeights:
     trunk: Sequence[LayerWeights]
     tails: Sequence[TailWeights]
     tail_of: tuple[int, ...]
-    delta_of: tuple[int, ...]
+    adapter_of: tuple[int, ...]
     head: LinearWeight
 
     @property
@@ -152,7 +152,7 @@ class ModelReader:
         self._config = config
         self._placement = placement
         self._members = members
-        self._deltas = [name for name, kind in zip(members, kinds, strict=True) if kind == "delta"]
+        self._adapters = [name for name, kind in zip(members, kinds, strict=True) if kind == "adapter"]
 
     def read(self, split_layer: int) -> ModelWeights:
         config, placement = self._config, self._placement
@@ -178,7 +178,7 @@ class ModelReader:
             trunk=[self._layer("", index) for index in range(split)],
             tails=tails,
             tail_of=tuple(own.index(m) if m in own else len(own) for m in self._members),
-            delta_of=tuple(self._deltas.index(m) if m in self._deltas else -1 for m in self._members),
+            adapter_of=tuple(self._adapters.index(m) if m in self._adapters else -1 for m in self._members),
             head=embedding if config.tied_head else self._linear_weight("", "lm_head", config.hidden_size),
         )
 
@@ -213,9 +213,9 @@ class ModelReader:
         bias = self._exact(prefix, f"{name}.bias") if self._config.norm == "layer" else None
         return Norm(self._exact(prefix, f"{name}.weight"), bias)
 
-    def _linear(self, prefix: str, name: str, columns: int) -> Linear:
-        deltas = [] if prefix else self._deltas  # a low-rank update is of the base
-        return Linear(self._linear_weight(prefix, name, columns), self._delta(name, deltas))
+    def _linear(self, prefix: str, name: str, columns: int) -> LinearLayer:
+        adapters = [] if prefix else self._adapters  # a low-rank update is of the base
+        return LinearLayer(self._linear_weight(prefix, name, columns), self._adapter(name, adapters))
 
     def _linear_weight(self, prefix: str, name: str, columns: int) -> LinearWeight:
         weight = f"{name}.weight"
@@ -235,7 +235,7 @@ class ModelReader:
             found = LinearWeight(found.values, found.scales, found.minima, torch.from_numpy(bias))
         return self._placement.linear(found)
 
-    def _delta(self, name: str, members: Iterable[str]) -> DeltaWeight | None:
+    def _adapter(self, name: str, members: Iterable[str]) -> AdapterWeight | None:
         """The members' low-rank updates of one module, padded to the largest rank; zeros for who has none here."""
         pairs = [
             tuple(self._tensors.get(f"members.{member}.{name}.lora_{part}") for part in "ab") for member in members
@@ -250,7 +250,7 @@ class ModelReader:
             if a is not None and b is not None:
                 stacked_a[index, : len(a)] = a
                 stacked_b[index, :, : len(a)] = b
-        return DeltaWeight(
+        return AdapterWeight(
             self._placement.dense(torch.from_numpy(stacked_a)), self._placement.dense(torch.from_numpy(stacked_b))
         )
 

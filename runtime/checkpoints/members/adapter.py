@@ -72,7 +72,7 @@ def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str
     }
 
 
-class DeltaLinear(nn.Module):
+class AdapterLinear(nn.Module):
     """y = W x + B (A x): an adapter beside its frozen layer."""
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -94,7 +94,7 @@ def attach(decoder: Decoder, adapter: Mapping[str, Tensor]) -> Decoder:
         linear = decoder.get_submodule(module)
         assert isinstance(linear, nn.Linear)
         pair = adapter[f"{module}.lora_a"], adapter[f"{module}.lora_b"]
-        setattr(decoder.get_submodule(parent), name, DeltaLinear(linear, *pair))
+        setattr(decoder.get_submodule(parent), name, AdapterLinear(linear, *pair))
     return decoder
 
 

@@ -1,8 +1,8 @@
-"""Per-row low-rank deltas, grouped, in Triton: y[r] += B[d] (A[d] x[r]), d the delta of row r.
+"""Per-row low-rank adapters, grouped, in Triton: y[r] += B[d] (A[d] x[r]), d the adapter of row r.
 
-Rows come in tiles of one delta (`operands.DeltaTiles`), so that a delta's A and B are read once a tile and both products
+Rows come in tiles of one adapter (`operands.AdapterTiles`), so that an adapter's A and B are read once a tile and both products
 run on the tensor cores (the idea of grouped adapters: S-LoRA, Punica 2023). Empty tiles end at once: a captured launch
-serves any grouping. Bytes: A and B of each tile's delta. Oracle: `kernels.eager`.
+serves any grouping. Bytes: A and B of each tile's adapter. Oracle: `kernels.eager`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..oracle.operands import DELTA_TILE, DeltaTiles, DeltaWeight
+from ..oracle.operands import ADAPTER_TILE, AdapterTiles, AdapterWeight
 from .launch import FLOATS, I32, check, dot, power_of_two, wide
 
 BLOCK_K = 128
@@ -23,7 +23,7 @@ def _shrink_kernel(
     x,
     a,
     order,
-    deltas,
+    adapters,
     inner,
     num_k,
     rank,
@@ -34,8 +34,8 @@ def _shrink_kernel(
 ):
     """inner[place, :] = A[d] x[row] for the rows of one tile."""
     tile = tl.program_id(0)
-    delta = tl.load(deltas + tile).to(tl.int64)
-    if delta < 0:
+    adapter = tl.load(adapters + tile).to(tl.int64)
+    if adapter < 0:
         return
     place = tile * TILE + tl.arange(0, TILE)
     row = tl.load(order + place).to(tl.int64)
@@ -47,7 +47,7 @@ def _shrink_kernel(
             x + row[:, None] * num_k + k[None, :], mask=(row >= 0)[:, None] & (k < num_k)[None, :], other=0.0
         )
         mask = (k < num_k)[:, None] & (r < rank)[None, :]
-        w = tl.load(a + (delta * rank + r)[None, :] * num_k + k[:, None], mask=mask, other=0.0)
+        w = tl.load(a + (adapter * rank + r)[None, :] * num_k + k[:, None], mask=mask, other=0.0)
         acc = dot(rows, w.to(rows.dtype), acc, WIDE)
     tl.store(inner + place[:, None] * RANK + r[None, :], acc)
 
@@ -57,7 +57,7 @@ def _expand_kernel(
     inner,
     b,
     order,
-    deltas,
+    adapters,
     out,
     num_n,
     rank,
@@ -68,8 +68,8 @@ def _expand_kernel(
 ):
     """out[row, n] += B[d] inner[place] for the rows of one tile."""
     tile = tl.program_id(0)
-    delta = tl.load(deltas + tile).to(tl.int64)
-    if delta < 0:
+    adapter = tl.load(adapters + tile).to(tl.int64)
+    if adapter < 0:
         return
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tile * TILE + tl.arange(0, TILE)
@@ -77,7 +77,7 @@ def _expand_kernel(
     r = tl.arange(0, RANK)
     t = tl.load(inner + place[:, None] * RANK + r[None, :])
     mask = (r < rank)[:, None] & (n < num_n)[None, :]
-    w = tl.load(b + (delta * num_n + n)[None, :] * rank + r[:, None], mask=mask, other=0.0)
+    w = tl.load(b + (adapter * num_n + n)[None, :] * rank + r[:, None], mask=mask, other=0.0)
     acc = dot(t.to(w.dtype), w, tl.zeros((TILE, BLOCK_N), tl.float32), WIDE)
     at = row[:, None] * num_n + n[None, :]
     mask = (row >= 0)[:, None] & (n < num_n)[None, :]
@@ -85,7 +85,7 @@ def _expand_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def add_delta(x: torch.Tensor, weight: DeltaWeight, tiles: DeltaTiles, parts: torch.Tensor) -> None:
+def add_adapter(x: torch.Tensor, weight: AdapterWeight, tiles: AdapterTiles, parts: torch.Tensor) -> None:
     """parts[0, r] += B[d] (A[d] x[r]) for every row r of the tiles, in place.
 
     x [rows, K]; parts [splits, rows, N] as `matmul` yields them; the weight's dtype is x's. Raises `ValueError` for
@@ -93,21 +93,21 @@ def add_delta(x: torch.Tensor, weight: DeltaWeight, tiles: DeltaTiles, parts: to
     """
     rows, num_k = x.shape
     count, rank, _ = weight.a.shape
-    num_n, num_tiles = weight.b.shape[1], len(tiles.deltas)
+    num_n, num_tiles = weight.b.shape[1], len(tiles.adapters)
     check("x", x, (rows, num_k), FLOATS, x)
     check("a", weight.a, (count, rank, num_k), (x.dtype,), x)
     check("b", weight.b, (count, num_n, rank), (x.dtype,), x)
-    check("order", tiles.order, (num_tiles * DELTA_TILE,), I32, x)
-    check("deltas", tiles.deltas, (num_tiles,), I32, x)
+    check("order", tiles.order, (num_tiles * ADAPTER_TILE,), I32, x)
+    check("adapters", tiles.adapters, (num_tiles,), I32, x)
     check("parts", parts, (-1, rows, num_n), FLOATS, x)
     if not num_tiles:
         return
     padded = power_of_two(rank, 16)
-    inner = torch.empty(num_tiles * DELTA_TILE, padded, dtype=torch.float32, device=x.device)
-    sizes = {"TILE": DELTA_TILE, "RANK": padded, "WIDE": wide(x.dtype)}
+    inner = torch.empty(num_tiles * ADAPTER_TILE, padded, dtype=torch.float32, device=x.device)
+    sizes = {"TILE": ADAPTER_TILE, "RANK": padded, "WIDE": wide(x.dtype)}
     _shrink_kernel[(num_tiles,)](
-        x, weight.a, tiles.order, tiles.deltas, inner, num_k, rank, **sizes, BLOCK_K=BLOCK_K, num_stages=4
+        x, weight.a, tiles.order, tiles.adapters, inner, num_k, rank, **sizes, BLOCK_K=BLOCK_K, num_stages=4
     )
     _expand_kernel[(num_tiles, triton.cdiv(num_n, BLOCK_N))](
-        inner, weight.b, tiles.order, tiles.deltas, parts[0], num_n, rank, **sizes, BLOCK_N=BLOCK_N
+        inner, weight.b, tiles.order, tiles.adapters, parts[0], num_n, rank, **sizes, BLOCK_N=BLOCK_N
     )
