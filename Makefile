@@ -18,7 +18,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint build/lib build/bdist* && CC=no-compiler CXX=no-compiler $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
+	rm -rf build/lint build/lib* build/bdist* && CC=no-compiler CXX=no-compiler $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python -p motet
 	cd build/lint && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 
