@@ -26,7 +26,7 @@ SMALL = {"examples": 32, "validation_examples": 8, "max_length": 100, "learning_
 KILLED = """
 import json, sys, time
 from pathlib import Path
-from motet.finetune import train
+from motet.finetune.training import train
 from motet.finetune.training.loop import Watch
 from motet.finetune.params import TuneParams
 from motet.finetune.training.trunk_cache import TrunkCache

@@ -1,6 +1,6 @@
 // A thread that is always late is left out and taken in again; every item of every phase is done once, whoever takes
 // part.
-#include "../kernels/cpu/pool.h"
+#include "../../kernels/native/cpp/pool.h"
 
 #include <chrono>
 #include <cstdio>
