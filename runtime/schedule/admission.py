@@ -35,7 +35,7 @@ class Admission:
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
     def groups_of(self, request: Request) -> list[Group]:
-        """One group a choice, with one sequence a (view, adapter). Raises what `check` raises."""
+        """One group per choice, with one sequence per (view, adapter). Raises what `check` raises."""
         self.check(request)
         members_of: dict[tuple[int, int], set[int]] = {}  # (view, adapter) → members
         for member in request.ensemble.members:
@@ -52,7 +52,12 @@ class Admission:
                 request_id=request.request_id,
                 choice=choice,
                 sequences=[
-                    Sequence(request.prompts[view], tuple(sorted(members_of[view, adapter])), adapter)
+                    Sequence(
+                        request.prompts[view],
+                        tuple(sorted(members_of[view, adapter])),
+                        adapter,
+                        root=request.cache_salt,
+                    )
                     for view, adapter in keys
                 ],
                 terms=terms,

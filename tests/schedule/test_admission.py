@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.fake_backend import ask, hold_first_step, make_engine, start
+from helpers.fake_backend import FakeBackend, ask, hold_first_step, make_engine, start
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, FinishReason, Member
 
@@ -45,21 +45,22 @@ def test_more_requests_than_the_queue_takes(tokenizer):
     ],
 )
 def test_bad_requests_are_refused(tokenizer, request_, error, message):
-    with make_engine(tokenizer, num_blocks=8, max_waiting=32) as engine, pytest.raises(error, match=message):
+    with make_engine(tokenizer, FakeBackend(8), max_waiting=32) as engine, pytest.raises(error, match=message):
         engine.submit(request_(), lambda output: None)
 
 
 def test_what_just_fits_is_taken(tokenizer):
     """Views of 60 and 4 tokens leave 36 for the answer: 12 and 5 blocks, not 12 and 12."""
-    with make_engine(tokenizer, num_blocks=17) as engine:
+    with make_engine(tokenizer, FakeBackend(17)) as engine:
         result = engine.complete([ask("x", [1] * 60, views=[(2,) * 4], ensemble=BOTH_VIEWS, max_tokens=None)])[0][0]
     assert len(result.token_ids) == 36
     assert result.finish_reason is FinishReason.LENGTH
 
 
 def test_a_full_queue_is_overload(tokenizer):
-    with make_engine(tokenizer, max_waiting=2, max_num_seqs=1) as engine:
-        held, go = hold_first_step(engine)
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend, max_waiting=2, max_num_seqs=1) as engine:
         wait = start(engine, [ask("running")])
         assert held.wait(timeout=30)
         wait_too = start(engine, [ask("waiting", n=2)])
@@ -73,8 +74,9 @@ def test_a_full_queue_is_overload(tokenizer):
 
 
 def test_drain_ends_what_is_here_and_takes_no_more(tokenizer):
-    with make_engine(tokenizer) as engine:
-        held, go = hold_first_step(engine)
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend) as engine:
         wait = start(engine, [ask("x")])
         assert held.wait(timeout=30)
         engine.drain()
