@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..api.output import Output
 from ..api.request import Request
@@ -25,8 +24,8 @@ class StepReport:
     parts: dict[str, float]  # seconds of the backend's parts since the last report; empty where it does not measure
 
 
-class Observer(Protocol):
-    """Calls of an engine. A subclass has those that it needs; the others do nothing.
+class Observer:
+    """Hears of an engine. A subclass defines the calls that it needs; the others do nothing.
 
     They come from the engine's thread (`on_reject` from the submitting one), before the client hears of the same, and the
     engine waits for them: they must not block. An exception is logged and changes nothing.
