@@ -1,4 +1,4 @@
-"""`Answer`: one choice of a request on its way to the client. Here, and nowhere else, is decided when it ends."""
+"""`Answer`: one choice of a request on its way to the client. It alone decides which token is the last."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Engine:
             self._wake.notify()
 
     def subscribe(self, observer: Observer) -> None:
-        """From now on, tell this one too."""
+        """Let one more observer hear of everything from now on."""
         with self._wake:
             self._observers = (*self._observers, observer)
 

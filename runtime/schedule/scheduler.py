@@ -2,7 +2,7 @@
 
 A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`; the last token is a
 decode row, as is every sampled token after it. So the rows that are sampled are always decode rows, views of different
-lengths meet in one step, and how a prompt is cut does not depend on who else is in the batch. Where the backend can sample
+lengths meet in one step, and how a prompt is cut does not depend on what else is in the batch. Where the backend can sample
 prefill, the step that ends the prompts of a group computes their last tokens too.
 
 Where there is room, a draft of what may come next has rows too, all of them sampled: what was drawn in a row holds if all

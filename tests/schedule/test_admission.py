@@ -39,6 +39,7 @@ def test_more_requests_than_the_queue_takes(tokenizer):
         (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
         (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
         (lambda: ask("x", stop_token_ids=(256,)), errors.InvalidRequestError, "256 in stop_token_ids"),
+        (lambda: ask("x", cache_salt="tenant"), errors.InvalidRequestError, "cache_salt must be bytes, got 'tenant'"),
         (lambda: ask("x", n=33), errors.InvalidRequestError, r"n is 33; .* max_waiting \(32\)"),
         (lambda: ask("x", views=[(i,) for i in range(9)], ensemble=NINE_VIEWS), errors.InvalidRequestError, "9 views"),
         (lambda: ask("x", views=[(1,) * 97], ensemble=SECOND_VIEW), errors.ContextLengthError, "97 tokens"),
