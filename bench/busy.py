@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.api.config import EngineConfig
+from ..runtime.engine.observer import StepReport
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import Bundle
 from .lib import probes
 from .lib.report import Plot, machine, table, write
-from .lib.timed import Step, random_request, run_together, timed_engine
+from .lib.timed import random_request, run_together, timed_engine
 
 
 def run(
@@ -41,7 +42,7 @@ def run(
         max_num_seqs=max(batch_sizes), max_model_len=context + new_tokens, threads=threads, prefix_cache=False
     )
     before = probes.measure(config.num_threads)
-    phases: dict[int, dict[str, list[list[Step]]]] = {size: {"quiet": [], "busy": []} for size in batch_sizes}
+    phases: dict[int, dict[str, list[list[StepReport]]]] = {size: {"quiet": [], "busy": []} for size in batch_sizes}
     with timed_engine(bundle_path, config) as (engine, timed):
         for repeat in range(repeats + 1):  # the first warms up and does not count
             for size in batch_sizes:
@@ -82,7 +83,7 @@ def _burner() -> Iterator[None]:
         process.wait()
 
 
-def _row(size: int, phases: dict[str, list[list[Step]]]) -> dict[str, Any]:
+def _row(size: int, phases: dict[str, list[list[StepReport]]]) -> dict[str, Any]:
     """Medians over the repeats of tokens a second of all steps, and the longest step of all."""
     row: dict[str, Any] = {"batch_size": size}
     for name, repeats in phases.items():

@@ -24,7 +24,7 @@ from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from .lib import probes
 from .lib.report import Plot, machine, table, write
-from .lib.timed import TimedBackend, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
+from .lib.timed import StepTimer, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
 
 
 def run(
@@ -76,7 +76,7 @@ def run(
     return result
 
 
-def _prefill(engine: Engine, timed: TimedBackend, bundle: Bundle, prompt_tokens: int, repeats: int) -> float:
+def _prefill(engine: Engine, timed: StepTimer, bundle: Bundle, prompt_tokens: int, repeats: int) -> float:
     rates = []
     for index in range(repeats + 1):
         timed.steps.clear()
@@ -87,7 +87,7 @@ def _prefill(engine: Engine, timed: TimedBackend, bundle: Bundle, prompt_tokens:
 
 def _decode(
     engine: Engine,
-    timed: TimedBackend,
+    timed: StepTimer,
     bundle: Bundle,
     batch_size: int,
     sizes: Sequence[int],

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from ..export.parity import F32, Agreement, reference_logits
+from ..export.parity import Agreement, reference_logits
 from ..finetune.data.dataset import heldout_token_ids
 from ..runtime.api.config import EngineConfig
+from ..runtime.backends.base import F32
 from ..runtime.backends.open import open_backend
 from ..runtime.checkpoints.decoder import Decoder
 from ..runtime.checkpoints.huggingface import read_config, read_weights
@@ -31,14 +32,6 @@ from .peers.worker import Worker, peer_paths, peer_python
 
 LLAMA_VARIANTS = ("Q8_0", "Q4_1")
 Score = Callable[[Sequence[int]], F32]  # token ids [S] → logits [S, vocab]
-
-
-class Scorer(Protocol):
-    """A backend that gives the logits of a whole sequence."""
-
-    def score(self, token_ids: Sequence[int], member: int) -> F32: ...
-
-    def close(self) -> None: ...
 
 
 def run(
@@ -88,15 +81,14 @@ def run(
 
 def _bundle_score(path: Path, config: EngineConfig, stack: ExitStack) -> tuple[str, Score]:
     bundle = Bundle.load(path)
-    backend: Any = open_backend(bundle, config)
+    backend = open_backend(bundle, config)
     stack.callback(backend.close)
-    scorer: Scorer = backend
     if "base" not in bundle.kinds:
         raise ConfigError(
             f"'{path}' has no member that is the base, which is what is compared; export one with --tail base"
         )
     member = bundle.kinds.index("base")
-    return f"motet {bundle.name}", lambda token_ids: scorer.score(token_ids, member)
+    return f"motet {bundle.name}", lambda token_ids: backend.score(token_ids, member)
 
 
 def _llama_scores(

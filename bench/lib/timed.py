@@ -5,85 +5,46 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ...runtime.api.config import EngineConfig
 from ...runtime.api.request import Ensemble, Member, Request, SamplingParams
-from ...runtime.backends.base import Backend
 from ...runtime.backends.cpu.backend import CpuBackend
+from ...runtime.backends.open import open_backend
 from ...runtime.engine.engine import Engine
+from ...runtime.engine.observer import Observer, StepReport
+from ...runtime.engine.open import model_info
 from ...runtime.model.bundle import Bundle
-from ...runtime.schedule.batch import Batch, StepOutput
+from ...runtime.schedule.batch import Batch
+from ...runtime.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step: its batch, wall-clock seconds, and seconds of its native parts (empty where a backend does not say)."""
+class StepTimer(Observer):
+    """Notes every step of an engine."""
 
-    batch: Batch
-    seconds: float
-    parts: dict[str, float]
+    def __init__(self, *, is_native: bool) -> None:
+        self.is_native = is_native  # the steps run on the native kernels
+        self.steps: list[StepReport] = []
+        self.ready: Callable[[], bool] | None = None  # the engine waits for it after the next step, a second at most
 
-    def decodes(self, num_seqs: int) -> bool:
-        """Whether it drew one token for each of so many sequences, and did nothing else."""
-        return len(self.batch.samples) == num_seqs and self.batch.num_seqs == self.batch.num_rows
-
-
-class TimedBackend:
-    """A backend that notes every step."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.steps: list[Step] = []
-        self.ready: Callable[[], bool] | None = None  # the next step waits for it, a second at most
-
-    @property
-    def num_blocks(self) -> int:
-        return self._backend.num_blocks
-
-    @property
-    def block_size(self) -> int:
-        return self._backend.block_size
-
-    @property
-    def can_verify(self) -> bool:
-        return self._backend.can_verify
-
-    @property
-    def can_sample_prefill(self) -> bool:
-        return self._backend.can_sample_prefill
-
-    @property
-    def is_native(self) -> bool:
-        return isinstance(self._backend, CpuBackend)
-
-    def step(self, batch: Batch) -> StepOutput:
+    def on_step(self, step: StepReport) -> None:
+        self.steps.append(step)
         until = time.monotonic() + 1.0
         while self.ready is not None and not self.ready() and time.monotonic() < until:
             time.sleep(1e-4)
         self.ready = None
-        start = time.perf_counter()
-        output = self._backend.step(batch)
-        seconds = time.perf_counter() - start
-        parts = self._backend.seconds() if isinstance(self._backend, CpuBackend) else {}
-        self.steps.append(Step(batch, seconds, parts))
-        return output
-
-    def close(self) -> None:
-        self._backend.close()
 
 
 @contextmanager
-def timed_engine(bundle: Path, config: EngineConfig) -> Iterator[tuple[Engine, TimedBackend]]:
-    """An engine on a bundle, and its timed backend."""
-    engine = Engine.from_bundle(bundle, config, verify=False)
-    timed = TimedBackend(engine._backend)
-    engine._backend = timed
-    with engine:
-        yield engine, timed
+def timed_engine(path: Path, config: EngineConfig) -> Iterator[tuple[Engine, StepTimer]]:
+    """An engine on a bundle, and the timer of its steps."""
+    bundle = Bundle.load(path, verify=False)
+    backend = open_backend(bundle, config)
+    timer = StepTimer(is_native=isinstance(backend, CpuBackend))
+    with Engine(backend, Tokenizer.from_dir(path), model_info(bundle, config), config, [timer]) as engine:
+        yield engine, timer
 
 
 def random_request(
@@ -120,9 +81,14 @@ def cached_layers(bundle: Bundle, members: int = 1) -> int:
     return adapters * bundle.config.num_layers + shared
 
 
-def run_together(engine: Engine, timed: TimedBackend, requests: Sequence[Request]) -> list[Step]:
-    """Complete requests that all wait when the first step begins; the steps that decoded all of them at once."""
-    timed.steps.clear()
-    timed.ready = lambda: engine.stats().waiting + engine.stats().running >= len(requests)
+def run_together(engine: Engine, timer: StepTimer, requests: Sequence[Request]) -> list[StepReport]:
+    """Complete requests that have all come when the second step begins; the steps that decoded all of them at once."""
+    timer.steps.clear()
+    timer.ready = lambda: engine.stats().waiting + engine.stats().running >= len(requests)
     engine.complete(requests)
-    return [step for step in timed.steps if step.decodes(len(requests))]
+    return [step for step in timer.steps if _decodes(step.batch, len(requests))]
+
+
+def _decodes(batch: Batch, num_seqs: int) -> bool:
+    """Whether the step drew one token for each of so many sequences, and did nothing else."""
+    return len(batch.samples) == num_seqs and batch.num_seqs == batch.num_rows

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 
 MAX_SPECULATIVE_TOKENS = 64
-_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "block_size")
+_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
 _CHOICES = {
     "backend": ("auto", "cpu", "onnx", "torch"),
     "kv_dtype": ("auto", "int8", "bf16", "fp8"),
@@ -39,7 +39,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
     max_waiting: int = 256  # groups that may queue before OverloadedError
-    block_size: int = 16  # positions a block of the torch backend's KV cache; the others have a size of their own
+    block_size: int = 0  # positions per block of the KV cache; 0: the backend's own (only torch can have another)
     prefix_cache: bool = True  # share the blocks of prompts that begin alike
     speculative_tokens: int = 0  # tokens a draft at most, where a request does not say; 0: no drafts
     threads: int = 0  # 0: as many as CPUs that this process may use
@@ -62,6 +62,10 @@ class EngineConfig:
         if self.onnx_provider != "cpu" and self.backend != "onnx":
             raise ConfigError(
                 f"onnx_provider {self.onnx_provider} is the onnx backend's, and backend is {self.backend}; add backend onnx"
+            )
+        if not isinstance(self.block_size, int) or self.block_size < 0:
+            raise ConfigError(
+                f"block_size must be an integer of at least 0 (0: the backend's own), got {self.block_size!r}"
             )
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")

@@ -170,6 +170,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     time_limit_s: float | None = None
     return_member_logprobs: bool = False
+    cache_salt: bytes = b""  # requests with different salts share no cached prefixes (one per tenant)
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt for prompt in self.prompts):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from ..api.config import EngineConfig
+from ..errors import ConfigError
 from ..schedule.batch import Batch, StepOutput
+
+F32 = npt.NDArray[np.float32]
 
 
 class Backend(Protocol):
@@ -17,7 +25,7 @@ class Backend(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Positions a block. A backend with contiguous slots has blocks as long as the context."""
+        """Positions per block. A backend with contiguous slots has blocks as long as the context."""
         ...
 
     @property
@@ -34,4 +42,23 @@ class Backend(Protocol):
         """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
         ...
 
-    def close(self) -> None: ...
+    def score(self, token_ids: Sequence[int], member: int) -> F32:
+        """Logits [S, vocab] of `member` (its index in the bundle) at every position of one sequence. Writes over the first
+        blocks of the KV cache: only while nothing runs."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the backend's parts since the last call, by name; empty where it does not measure them."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and threads back."""
+        ...
+
+
+def check_block_size(config: EngineConfig, block_size: int, reason: str) -> None:
+    """For a backend whose block size is not chosen. Raises `ConfigError` if the configuration asks for another one."""
+    if config.block_size not in (0, block_size):
+        raise ConfigError(
+            f"block_size is {config.block_size}; {reason}: leave it out, or set it to {block_size} or 0 (the backend's own)"
+        )

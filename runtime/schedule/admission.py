@@ -35,7 +35,7 @@ class Admission:
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
     def groups_of(self, request: Request) -> list[Group]:
-        """One group a choice, with one sequence a (view, adapter). Raises what `check` raises."""
+        """One group per choice, with one sequence per (view, adapter). Raises what `check` raises."""
         self.check(request)
         members_of: dict[tuple[int, int], set[int]] = {}  # (view, adapter) → members
         for member in request.ensemble.members:
@@ -52,7 +52,12 @@ class Admission:
                 request_id=request.request_id,
                 choice=choice,
                 sequences=[
-                    Sequence(request.prompts[view], tuple(sorted(members_of[view, adapter])), adapter)
+                    Sequence(
+                        request.prompts[view],
+                        tuple(sorted(members_of[view, adapter])),
+                        adapter,
+                        root=request.cache_salt,
+                    )
                     for view, adapter in keys
                 ],
                 terms=terms,
@@ -81,6 +86,10 @@ class Admission:
             raise InvalidRequestError(
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
                 field="n",
+            )
+        if not isinstance(request.cache_salt, bytes):  # it would end the engine's thread, not this request
+            raise InvalidRequestError(
+                f"cache_salt must be bytes, got {request.cache_salt!r}; encode it", field="cache_salt"
             )
         _check_ids("logit_bias", params.logit_bias, self._model.vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, self._model.vocab_size)

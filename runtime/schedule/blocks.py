@@ -1,4 +1,4 @@
-"""`BlockManager`: which block of the KV cache belongs to whom. It knows counts, ids and digests, no tensors."""
+"""`BlockManager`: which blocks of the KV cache are used, idle or empty. It knows counts, ids and digests, no tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class BlockManager:
                 self._owners[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
-        """One owner less. The last blocks of a table become idle first: without those before, they are of no use."""
+        """Drop one reference to each block, last block first: a cached block can be found only through the ones before it, so
+        the tail should be evicted first."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             if self._owners[block] == 0:

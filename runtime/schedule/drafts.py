@@ -45,7 +45,8 @@ class StepLoad:
 
 
 class Drafter:
-    """Drafts for one group, whose text it must be shown after every token. `max_tokens` is for who asks for drafts."""
+    """Drafts for one group. Call `observe` after every token. `max_tokens` is the longest draft a caller should ask for; it is
+    not enforced here."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens

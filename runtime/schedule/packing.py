@@ -1,4 +1,4 @@
-"""`pack`: what the scheduler chose, laid out as a `Batch`."""
+"""`ScheduledBatch`: what the scheduler chose for a step, and `pack`: the same laid out as a `Batch`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _no_draft() -> I64:
 
 @dataclass(slots=True, eq=False)
 class GroupRows:
-    """A group that is sampled: in each of its sequences rows for what is left of the prompt, if anything, one for the last
-    token and one for each token of the draft. The last two are sampled."""
+    """Rows of a group that draws in this step. Each sequence has its remaining prompt rows, one row for its last token and
+    one per draft token; a token is drawn at every row but the prompt's."""
 
     group: Group
+    prompt_rows: list[int]  # of each sequence
     draft: I64 = field(default_factory=_no_draft)  # [drafted], the same for all sequences of the group
 
     @property
     def num_rows(self) -> int:
-        prompts = sum(sequence.num_prefill for sequence in self.group.sequences)
-        return prompts + len(self.group.sequences) * (1 + len(self.draft))
+        return sum(self.prompt_rows) + len(self.group.sequences) * (1 + len(self.draft))
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +39,15 @@ class PrefillRows:
     count: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledBatch:
+    """A batch and whose rows it has: what `Scheduler.schedule` returns and `Scheduler.commit` or `fail` takes back."""
+
+    batch: Batch
+    decodes: list[GroupRows]  # in the order of the batch's samples
+    prefills: list[PrefillRows]
+
+
 def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
     """The batch of at least one row: sequences of `decodes` first, then those of `prefills`."""
     parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
@@ -47,12 +56,12 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
-    first_sampled: dict[int, int] = {}  # row of the last token
+    first_sampled: dict[Sequence, int] = {}  # row of the last token
     width = max(len(sequence.block_table) for sequence, _ in parts)
     tables = []
     for sequence, ids in parts:
         table, first = sequence.block_table, sequence.num_computed
-        first_sampled[id(sequence)] = len(token_ids) + sequence.num_prefill
+        first_sampled[sequence] = len(token_ids) + sequence.num_prefill
         token_ids += ids
         own = range(first, first + len(ids))
         positions += own
@@ -73,7 +82,7 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
     )
 
 
-def _sample_rows(decode: GroupRows, first_sampled: dict[int, int]) -> list[SampleRow]:
+def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[SampleRow]:
     """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
     group, first = decode.group, decode.group.sequences[0]
     text = first.tokens.array()
@@ -82,7 +91,7 @@ def _sample_rows(decode: GroupRows, first_sampled: dict[int, int]) -> list[Sampl
         text = np.append(text, decode.draft)
     return [
         SampleRow(
-            terms=tuple((first_sampled[id(group.sequences[s])] + ahead, member, c) for s, member, c in group.terms),
+            terms=tuple((first_sampled[group.sequences[s]] + ahead, member, c) for s, member, c in group.terms),
             space=group.space,
             params=group.params,
             seed=group.seed,

@@ -12,13 +12,19 @@ I64 = npt.NDArray[np.int64]
 _DIGEST_BYTES = 16
 
 
-def extend_digests(digests: list[bytes], adapter: int, token_ids: I64, count: int, block_size: int) -> None:
+def extend_digests(
+    digests: list[bytes], root: bytes, adapter: int, token_ids: I64, count: int, block_size: int
+) -> None:
     """Make `digests` those of the first `count` full blocks of a sequence. A block's digest covers its adapter and all
-    tokens up to its end, because keys and values depend on all of them."""
+    tokens up to its end, because keys and values depend on all of them, and `root`, which keeps sequences apart that must
+    not share although these are equal."""
     for index in range(len(digests), count):
-        before = digests[-1] if digests else adapter.to_bytes(_DIGEST_BYTES, "little", signed=True)
-        tokens = token_ids[index * block_size : (index + 1) * block_size].tobytes()
-        digests.append(hashlib.blake2b(before + tokens, digest_size=_DIGEST_BYTES).digest())
+        before = digests[-1] if digests else _digest(adapter.to_bytes(_DIGEST_BYTES, "little", signed=True) + root)
+        digests.append(_digest(before + token_ids[index * block_size : (index + 1) * block_size].tobytes()))
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
 class PrefixIndex:

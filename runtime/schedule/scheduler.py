@@ -2,7 +2,7 @@
 
 A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`; the last token is a
 decode row, as is every sampled token after it. So the rows that are sampled are always decode rows, views of different
-lengths meet in one step, and how a prompt is cut does not depend on who else is in the batch. Where the backend can sample
+lengths meet in one step, and how a prompt is cut does not depend on what else is in the batch. Where the backend can sample
 prefill, the step that ends the prompts of a group computes their last tokens too.
 
 Where there is room, a draft of what may come next has rows too, all of them sampled: what was drawn in a row holds if all
@@ -13,25 +13,30 @@ alone, so an answer is the same with drafts and without.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from .batch import Batch, StepOutput
+from ..api.request import FinishReason
+from .batch import StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
-from .packing import GroupRows, PrefillRows, pack
+from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
 from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
+
+# A group and its newest token → why it is the answer's last, None if it is not.
+EndOf = Callable[[Group, int], FinishReason | None]
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTokens:
-    """What a step gave a group: the tokens of samples `first`…`first + count - 1` of the output, and perhaps an error."""
+    """What a step gave a group: the tokens of samples `first`…`first + count - 1` of the output."""
 
     group: Group
     first: int
     count: int
+    reason: FinishReason | None  # why the answer ends with them, None if it goes on
     error: str | None  # why no token follows them
 
 
@@ -61,8 +66,6 @@ class Scheduler:
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
         self._sample_prefill = sample_prefill
-        self._decodes: list[GroupRows] = []  # of the batch under way
-        self._prefills: list[PrefillRows] = []
         self.num_drafted = 0  # tokens of drafts since the start
         self.num_accepted = 0  # of them, those that were drawn
 
@@ -86,34 +89,34 @@ class Scheduler:
         group.num_preemptions += 1
         self.waiting.appendleft(group)
 
-    def schedule(self) -> Batch | None:
-        """The next batch, None if there is nothing to compute."""
-        self._decodes, self._prefills = [], []
+    def schedule(self) -> ScheduledBatch | None:
+        """The next batch, None if there is nothing to compute. It is given back to `commit` or `fail`."""
         self._admit()
         self._adopt()
-        self._schedule_decode()
-        self._schedule_prefill()
+        decodes = self._schedule_decode()
+        prefills = self._schedule_prefill(_num_rows(decodes, []))
         if self._sample_prefill:
-            self._sample_ended_prompts()
-        if not self._decodes and not self._prefills:
+            decodes, prefills = self._sample_ended_prompts(decodes, prefills)
+        if not decodes and not prefills:
             return None
-        self._schedule_drafts()
-        return pack(self._decodes, self._prefills, self.blocks.block_size, self.blocks.take_freed())
+        self._schedule_drafts(decodes, _num_rows(decodes, prefills))
+        batch = pack(decodes, prefills, self.blocks.block_size, self.blocks.take_freed())
+        return ScheduledBatch(batch, decodes, prefills)
 
-    def commit(self, output: StepOutput) -> list[GroupTokens]:
-        """Append the drawn tokens to their groups, in the order of the output."""
-        for prefill in self._prefills:
+    def commit(self, scheduled: ScheduledBatch, output: StepOutput, end_of: EndOf) -> list[GroupTokens]:
+        """Append the drawn tokens to their groups, in the order of the output. `end_of` is asked once per token, after it was
+        appended; what a draft has after the last token of an answer is dropped."""
+        for prefill in scheduled.prefills:
             self._advance(prefill.sequence, prefill.count)
         drawn, first = [], 0
-        for decode in self._decodes:
-            drawn.append(self._commit_decode(decode, first, output))
+        for decode in scheduled.decodes:
+            drawn.append(self._commit_decode(decode, first, output, end_of))
             first += 1 + len(decode.draft)
         return drawn
 
-    def _commit_decode(self, decode: GroupRows, first: int, output: StepOutput) -> GroupTokens:
-        """Tokens are taken up to the first that the draft does not have, or that ends the group."""
-        group, count, error = decode.group, 0, None
-        prompts = [sequence.num_prefill for sequence in group.sequences]
+    def _commit_decode(self, decode: GroupRows, first: int, output: StepOutput, end_of: EndOf) -> GroupTokens:
+        """Tokens are taken up to the first that the draft does not have, or that ends the answer."""
+        group, count, reason, error = decode.group, 0, None, None
         for ahead in range(1 + len(decode.draft)):
             error = output.errors.get(first + ahead)
             if error is not None:
@@ -121,16 +124,17 @@ class Scheduler:
             token_id = int(output.token_ids[first + ahead])
             group.append(token_id)
             count += 1
-            if token_id in group.stop_ids or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
+            reason = end_of(group, token_id)
+            if reason is not None or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
                 break
         self.num_drafted += len(decode.draft)
         self.num_accepted += count - (error is None)
-        for sequence, num_prefill in zip(group.sequences, prompts, strict=True):
+        for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
             if error is None:
-                self._advance(sequence, num_prefill + count)
+                self._advance(sequence, prompt_rows + count)
             else:
-                self.blocks.forget(sequence.block_table)  # nobody else shall read what may hold NaN
-        return GroupTokens(group, first, count, error)
+                self.blocks.forget(sequence.block_table)  # it may hold NaN: no other sequence may read it
+        return GroupTokens(group, first, count, reason, error)
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         """The cache holds so many positions more; the blocks that they fill may be shared. What rejected rows of a draft
@@ -143,13 +147,13 @@ class Scheduler:
             for index in range(before, full):
                 self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
 
-    def fail(self) -> list[Group]:
-        """The batch under way failed: return its groups, which the caller ends. The others that run are preempted,
-        because nobody knows what the step left in the cache; for the same reason nothing in it is shared any more."""
+    def fail(self, scheduled: ScheduledBatch) -> list[Group]:
+        """The batch failed: return its groups, which the caller ends. The others that run are preempted, because it is
+        unknown what the step left in the cache; for the same reason nothing in it is shared any more."""
         self.blocks.forget()
-        under_way = {id(prefill.sequence) for prefill in self._prefills}
-        under_way |= {id(sequence) for decode in self._decodes for sequence in decode.group.sequences}
-        failed = [group for group in self.running if any(id(s) in under_way for s in group.sequences)]
+        under_way = {prefill.sequence for prefill in scheduled.prefills}
+        under_way |= {sequence for decode in scheduled.decodes for sequence in decode.group.sequences}
+        failed = [group for group in self.running if not under_way.isdisjoint(group.sequences)]
         for group in self.running[::-1]:
             if group not in failed:
                 self.preempt(group)
@@ -212,11 +216,13 @@ class Scheduler:
 
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
         """Digests of the first `count` blocks, which must be full."""
-        extend_digests(sequence.digests, sequence.adapter, sequence.tokens.array(), count, self.blocks.block_size)
+        size, token_ids = self.blocks.block_size, sequence.tokens.array()
+        extend_digests(sequence.digests, sequence.root, sequence.adapter, token_ids, count, size)
         return sequence.digests[:count]
 
-    def _schedule_decode(self) -> None:
-        """One row a sequence of every group whose prefill is complete; the oldest first."""
+    def _schedule_decode(self) -> list[GroupRows]:
+        """One row per sequence of every group whose prefill is complete; the oldest first."""
+        decodes: list[GroupRows] = []
         rows = 0
         for group in list(self.running):
             if group.status is not SequenceStatus.RUNNING or any(s.num_prefill for s in group.sequences):
@@ -226,7 +232,8 @@ class Scheduler:
             if not self._grow(group):
                 continue
             rows += len(group.sequences)
-            self._decodes.append(GroupRows(group))
+            decodes.append(GroupRows(group, [0] * len(group.sequences)))
+        return decodes
 
     def _grow(self, group: Group) -> bool:
         """Blocks for the row to be written; preempts the latest groups until there are, at last the group itself."""
@@ -241,35 +248,41 @@ class Scheduler:
                     return False
         return True
 
-    def _schedule_prefill(self) -> None:
-        """Whole chunks, the oldest group first, as long as the step has room; one at least. A sequence whose next block
-        another one computes in this step waits for it."""
-        rows = sum(decode.num_rows for decode in self._decodes)
+    def _schedule_prefill(self, rows: int) -> list[PrefillRows]:
+        """Whole chunks beside so many decode rows, the oldest group first, as long as the step has room; one at least. A
+        sequence whose next block another one computes in this step waits for it."""
+        prefills: list[PrefillRows] = []
         under_way: set[tuple[bytes, tuple[int, ...]]] = set()
         for sequence in self._prefilling():
             count = min(sequence.num_prefill, self._prefill_chunk - sequence.num_computed % self._prefill_chunk)
             blocks = self._shareable_later(sequence, count)
             if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
                 continue
-            if self._prefills and rows + count > self._max_rows:
-                return
-            self._prefills.append(PrefillRows(sequence, count))
+            if prefills and rows + count > self._max_rows:
+                break
+            prefills.append(PrefillRows(sequence, count))
             under_way.update(blocks)
             rows += count
+        return prefills
 
-    def _sample_ended_prompts(self) -> None:
-        """Groups whose prompts end in this step, and whose last tokens find room in it too."""
-        rows = sum(decode.num_rows for decode in self._decodes) + sum(prefill.count for prefill in self._prefills)
-        ends = {id(p.sequence) for p in self._prefills if p.count == p.sequence.num_prefill}
+    def _sample_ended_prompts(
+        self, decodes: list[GroupRows], prefills: list[PrefillRows]
+    ) -> tuple[list[GroupRows], list[PrefillRows]]:
+        """Groups whose prompts end in this step, and whose last tokens find room in it too, draw in it: their prefill rows
+        become decode rows."""
+        rows = _num_rows(decodes, prefills)
+        ends = {p.sequence for p in prefills if p.count == p.sequence.num_prefill}
+        drawing: list[GroupRows] = []
         for group in self.running:
-            prompts = {id(sequence) for sequence in group.sequences if sequence.num_prefill}
+            prompts = {sequence for sequence in group.sequences if sequence.num_prefill}
             last_tokens = len(group.sequences)
             if not prompts or not prompts <= ends or rows + last_tokens > self._max_rows:
                 continue
             if not any(self._missing(sequence, 0) for sequence in group.sequences):
-                self._prefills = [prefill for prefill in self._prefills if id(prefill.sequence) not in prompts]
-                self._decodes.append(GroupRows(group))
+                drawing.append(GroupRows(group, [sequence.num_prefill for sequence in group.sequences]))
                 rows += last_tokens
+        sampled = {sequence for group_rows in drawing for sequence in group_rows.group.sequences}
+        return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""
@@ -283,11 +296,10 @@ class Scheduler:
         for group in self.running:
             yield from (sequence for sequence in group.sequences if sequence.num_prefill)
 
-    def _schedule_drafts(self) -> None:
-        """Drafts for the groups that are sampled, in rows and blocks that nobody else wants in this step."""
-        rows = sum(decode.num_rows for decode in self._decodes) + sum(prefill.count for prefill in self._prefills)
-        load = StepLoad(rows, len(self._decodes))
-        for decode in self._decodes:
+    def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:
+        """Drafts for the groups that are sampled, in rows and blocks that the step's `rows` leave."""
+        load = StepLoad(rows, len(decodes))
+        for decode in decodes:
             group = decode.group
             if group.drafter is not None:
                 room = (self._max_rows - load.rows) // len(group.sequences)
@@ -313,3 +325,7 @@ class Scheduler:
             self.blocks.free(sequence.block_table)
             sequence.block_table = []
             sequence.num_computed = 0
+
+
+def _num_rows(decodes: list[GroupRows], prefills: list[PrefillRows]) -> int:
+    return sum(decode.num_rows for decode in decodes) + sum(prefill.count for prefill in prefills)

@@ -49,13 +49,26 @@ class TokenBuffer:
 class Sequence:
     """One (view, adapter) of a group: prompt and answer, how much of it the KV cache holds, and where."""
 
-    __slots__ = ("adapter", "block_table", "digests", "members", "num_cached", "num_computed", "num_prompt", "tokens")
+    __slots__ = (
+        "adapter",
+        "block_table",
+        "digests",
+        "members",
+        "num_cached",
+        "num_computed",
+        "num_prompt",
+        "root",
+        "tokens",
+    )
 
-    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], adapter: int = -1) -> None:
+    def __init__(
+        self, prompt: tuple[int, ...], members: tuple[int, ...], adapter: int = -1, *, root: bytes = b""
+    ) -> None:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
         self.members = members  # indices of the bundle's members that run over its rows, ascending
         self.adapter = adapter  # the one of them whose low-rank update changes its keys and values, -1 for none
+        self.root = root  # sequences with different roots share no blocks, whatever their tokens are
         self.num_computed = 0  # positions in the KV cache
         self.num_cached = 0  # of them, those that were there for other sequences when this one came first
         self.block_table: list[int] = []

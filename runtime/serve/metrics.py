@@ -1,14 +1,20 @@
-"""Prometheus metrics of an engine, read from its counters when they are scraped."""
+"""Prometheus metrics of an engine: its counters, read when they are scraped, and what an observer hears of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from ..api.output import Output
+from ..api.request import FinishReason, Request
 from ..engine.engine import Engine
-from ..errors import UnavailableError
+from ..engine.observer import Observer, StepReport
+from ..errors import MotetError, UnavailableError
+
+STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class EngineCollector:
@@ -31,10 +37,47 @@ class EngineCollector:
         yield CounterMetricFamily("motet_accepted_tokens", "Drafted tokens that were right", stats.accepted_tokens)
 
 
-def serve_metrics(engine: Engine, host: str, port: int) -> None:
-    """Answer GET /metrics on its own thread. Raises `UnavailableError` if the port is taken."""
+class EngineMetrics(Observer):
+    """`motet_*` counters and histograms of what ends, is refused or takes time."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._finished = Counter("motet_finished_choices", "Choices that ended", ["reason"], registry=registry)
+        self._rejected = Counter("motet_rejected_requests", "Requests not accepted", ["error"], registry=registry)
+        self._step = Histogram("motet_step_seconds", "Seconds of a step", buckets=STEP_SECONDS, registry=registry)
+        self._queue = Histogram(
+            "motet_queue_seconds", "Seconds from arrival to admission", buckets=WAIT_SECONDS, registry=registry
+        )
+        self._first_token = Histogram(
+            "motet_first_token_seconds", "Seconds from arrival to first token", buckets=WAIT_SECONDS, registry=registry
+        )
+        for reason in FinishReason:
+            self._finished.labels(reason.value)  # there from the start, as 0
+
+    def on_step(self, step: StepReport) -> None:
+        self._step.observe(step.seconds)
+
+    def on_finish(self, request: Request, last: Output) -> None:
+        assert last.finish_reason is not None and last.usage is not None and last.timings is not None
+        self._finished.labels(last.finish_reason.value).inc()
+        if last.usage.completion_tokens:
+            self._queue.observe(last.timings.queue_s)
+            self._first_token.observe(last.timings.queue_s + last.timings.prefill_s)
+
+    def on_reject(self, request: Request, error: MotetError) -> None:
+        self._rejected.labels(type(error).__name__).inc()
+
+
+def engine_registry(engine: Engine) -> CollectorRegistry:
+    """All metrics of an engine, from now on."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
+    engine.subscribe(EngineMetrics(registry))
+    return registry
+
+
+def serve_metrics(engine: Engine, host: str, port: int) -> None:
+    """Answer GET /metrics on its own thread. Raises `UnavailableError` if the port is taken."""
+    registry = engine_registry(engine)
     try:
         start_http_server(port, host, registry)
     except OSError as error:

@@ -21,7 +21,8 @@ from motet.runtime.checkpoints.decoder import Decoder  # noqa: E402
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights  # noqa: E402
 from motet.runtime.checkpoints.members.adapter import TARGETS, merge, random_adapter, read_adapter, write_adapter  # noqa: E402
 from motet.runtime.checkpoints.members.tail import write_tail  # noqa: E402
-from motet.runtime.engine.engine import Engine, ModelInfo  # noqa: E402
+from motet.runtime.engine.engine import Engine  # noqa: E402
+from motet.runtime.engine.open import model_info  # noqa: E402
 from motet.runtime.errors import NumericalError  # noqa: E402
 from motet.runtime.model.bundle import Bundle  # noqa: E402
 from motet.runtime.text.tokenizer import Tokenizer  # noqa: E402
@@ -48,19 +49,11 @@ def config(**changes):
     return EngineConfig(**{"backend": "torch", "max_num_seqs": 6, "max_model_len": 64, "threads": 1} | changes)
 
 
-def engine(path, how, **changes):
+def engine(path, how, *, backend_type=TorchBackend, **changes):
     """An engine on a bundle with a `TorchBackend` of these options."""
     bundle, settings = Bundle.load(path), config(**changes)
-    model = ModelInfo(
-        bundle.name,
-        bundle.members,
-        bundle.default_ensemble,
-        bundle.eos_token_ids,
-        bundle.config.vocab_size,
-        settings.max_model_len,
-        adapters=frozenset(bundle.members[i] for i in bundle.adapters),
-    )
-    return Engine(TorchBackend(bundle, settings, how), Tokenizer.from_dir(path), model, settings)
+    backend = backend_type(bundle, settings, how)
+    return Engine(backend, Tokenizer.from_dir(path), model_info(bundle, settings), settings)
 
 
 def ask(prompts, ensembles, tokens, **params):
@@ -336,15 +329,14 @@ def test_a_gpu_captures_and_replays(bundles):
 
 def complete_with(path, spoil, requests):
     """Outputs by request id when `spoil(backend, batch)` sees every batch before the backend does."""
-    with engine(path, options(), prefix_cache=False) as running:
-        backend, ends, done = running._backend, {}, threading.Semaphore(0)
-        step = backend.step
 
-        def spoiled(batch):
-            spoil(backend, batch)
-            return step(batch)
+    class SpoiledBackend(TorchBackend):
+        def step(self, batch):
+            spoil(self, batch)
+            return super().step(batch)
 
-        backend.step = spoiled
+    with engine(path, options(), backend_type=SpoiledBackend, prefix_cache=False) as running:
+        ends, done = {}, threading.Semaphore(0)
 
         def on_output(output):
             tokens, _ = ends.get(output.request_id, ([], None))

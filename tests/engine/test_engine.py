@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.fake_backend import ask, gather, hold_first_step, make_engine, start
+from helpers.fake_backend import FakeBackend, ask, gather, hold_first_step, make_engine, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.runtime import errors
@@ -41,9 +41,10 @@ def requests(draw):
 def test_a_adapter_has_a_sequence_of_its_own(tokenizer):
     """Tails and the base share the sequence of a view, a low-rank update does not."""
     seen = []
+    backend = FakeBackend()
+    backend.on_step = seen.append
     members = (Member("a", 0.5), Member("b", 0.2), Member("c", 0.2), Member("c", 0.1, 1))
-    with make_engine(tokenizer) as engine:
-        engine._backend.on_step = seen.append
+    with make_engine(tokenizer, backend) as engine:
         engine.complete([ask("x", views=[(4, 5, 6)], ensemble=Ensemble(members))])
     batch = seen[-1]
     assert batch.members == [(0, 1), (2,), (2,)]
@@ -57,12 +58,14 @@ def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks, sample_prefi
     """The same tokens alone with ample blocks, together without sharing, and together with so few blocks that groups are
     preempted and recomputed; and once more, when their prefixes are cached. Whether or not the step that ends a prompt
     draws its first token."""
-    with make_engine(tokenizer, num_blocks=200) as engine:
+    with make_engine(tokenizer, FakeBackend(200)) as engine:
         alone = [engine.complete([request])[0] for request in batch]
-    with make_engine(tokenizer, num_blocks=200, prefix_cache=False, sample_prefill=sample_prefill) as engine:
+    backend = FakeBackend(200, can_sample_prefill=sample_prefill)
+    with make_engine(tokenizer, backend, prefix_cache=False) as engine:
         unshared = engine.complete(batch)
         assert engine.stats().cached_tokens == 0
-    with make_engine(tokenizer, num_blocks=num_blocks, sample_prefill=sample_prefill) as engine:
+    backend = FakeBackend(num_blocks, can_sample_prefill=sample_prefill)
+    with make_engine(tokenizer, backend) as engine:
         together = engine.complete(batch)
         again = engine.complete(batch)
         engine._scheduler.check_integrity()
@@ -73,10 +76,11 @@ def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks, sample_prefi
 
 
 def test_preemption_happens(tokenizer):
-    with make_engine(tokenizer, num_blocks=9) as engine:
+    backend = FakeBackend(9)
+    with make_engine(tokenizer, backend) as engine:
         batch = [ask(f"r{i}", [i] * 20, max_tokens=30) for i in range(3)]
         results = engine.complete(batch)
-        rows, samples = (sum(column) for column in zip(*engine._backend.batches))
+        rows, samples = (sum(column) for column in zip(*backend.batches))
     assert all(len(choices[0].token_ids) == 30 for choices in results)
     assert samples == 90
     assert rows > 3 * (
@@ -95,6 +99,14 @@ def test_a_cached_prefix_is_counted(tokenizer):
     assert (stats.prompt_tokens, stats.cached_tokens) == (20 + 20 + 22 + 19, 32)
 
 
+def test_equal_prompts_with_different_salts_share_nothing(tokenizer):
+    with make_engine(tokenizer) as engine:
+        salts = (b"", b"x", b"y", b"x", b"")
+        results = [engine.complete([ask("r", range(20), cache_salt=salt)])[0][0] for salt in salts]
+    assert [result.usage.cached_tokens for result in results] == [0, 0, 0, 16, 16]
+    assert all(result.token_ids == results[0].token_ids for result in results)
+
+
 def test_choices_differ_and_repeat(tokenizer):
     with make_engine(tokenizer) as engine:
         first = engine.complete([ask("x", temperature=1.0, seed=5, n=3)])[0]
@@ -106,7 +118,7 @@ def test_choices_differ_and_repeat(tokenizer):
 
 
 def test_cancel_frees_all_blocks_at_any_time(tokenizer):
-    with make_engine(tokenizer, num_blocks=40) as engine:
+    with make_engine(tokenizer, FakeBackend(40)) as engine:
         ended = {}
         done = threading.Semaphore(0)
 
@@ -129,12 +141,11 @@ def test_cancel_frees_all_blocks_at_any_time(tokenizer):
 @given(requests(), st.integers(14, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5))
 def test_cancelling_some_leaves_the_others_as_they_were(tokenizer, batch, num_blocks, aborts):
     """Cancelled in any step, while blocks are short: what was cancelled has a beginning of its answer."""
-    with make_engine(tokenizer, num_blocks=200) as engine:
+    with make_engine(tokenizer, FakeBackend(200)) as engine:
         whole = gather(engine, batch)
-    with make_engine(tokenizer, num_blocks=num_blocks) as engine:
-        engine._backend.on_step = lambda _: [
-            engine.abort(f"r{index}") for at, index in aborts if at == len(engine._backend.batches)
-        ]
+    backend = FakeBackend(num_blocks)
+    with make_engine(tokenizer, backend) as engine:
+        backend.on_step = lambda _: [engine.abort(f"r{index}") for at, index in aborts if at == len(backend.batches)]
         found = gather(engine, batch)
         assert engine.stats().free_blocks == num_blocks
     for key, output in found.items():
@@ -187,6 +198,11 @@ class Clock:
     def tick(self, _batch=None):
         self.now += 1.0
 
+    def backend(self):
+        backend = FakeBackend()
+        backend.on_step = self.tick
+        return backend
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -196,16 +212,14 @@ def clock(monkeypatch):
 
 
 def test_time_limit_gives_what_there_is(tokenizer, clock):
-    with make_engine(tokenizer) as engine:
-        engine._backend.on_step = clock.tick
+    with make_engine(tokenizer, clock.backend()) as engine:
         result = engine.complete([ask("t", max_tokens=50, time_limit_s=5.5)])[0][0]
     assert result.finish_reason is FinishReason.TIME_LIMIT
     assert len(result.token_ids) == 5  # a step of prefill, five tokens, and 6 s are over
 
 
 def test_time_limit_of_a_request_that_waits(tokenizer, clock):
-    with make_engine(tokenizer, max_num_seqs=1) as engine:
-        engine._backend.on_step = clock.tick
+    with make_engine(tokenizer, clock.backend(), max_num_seqs=1) as engine:
         results = gather(engine, [ask("a", max_tokens=30), ask("b", time_limit_s=9.0)])
     assert results["a", 0].finish_reason is FinishReason.LENGTH
     assert (results["b", 0].finish_reason, results["b", 0].token_ids) == (FinishReason.TIME_LIMIT, [])
@@ -214,8 +228,7 @@ def test_time_limit_of_a_request_that_waits(tokenizer, clock):
 
 def test_timings_and_usage(tokenizer, clock):
     """20 tokens of prompt: chunks of 8, 8 and 3, then a step a token; the second request waits for all of that."""
-    with make_engine(tokenizer, max_num_seqs=1) as engine:
-        engine._backend.on_step = clock.tick
+    with make_engine(tokenizer, clock.backend(), max_num_seqs=1) as engine:
         results = gather(engine, [ask("a", [1] * 20, max_tokens=4), ask("b", [1] * 20, max_tokens=4)])
     timings = results["a", 0].timings
     assert (timings.queue_s, timings.prefill_s, timings.decode_s) == (0.0, 4.0, 3.0)
@@ -225,8 +238,9 @@ def test_timings_and_usage(tokenizer, clock):
 
 
 def test_nan_ends_that_request_alone(tokenizer):
-    with make_engine(tokenizer) as engine:
-        engine._backend.nan_seeds = {13}
+    backend = FakeBackend()
+    backend.nan_seeds = {13}
+    with make_engine(tokenizer, backend) as engine:
         results = gather(engine, [ask("bad", seed=13), ask("good", seed=1)])
     assert results["bad", 0].finish_reason is FinishReason.ERROR
     assert isinstance(results["bad", 0].error, errors.NumericalError)
@@ -234,8 +248,9 @@ def test_nan_ends_that_request_alone(tokenizer):
 
 
 def test_a_failed_step_is_survived(tokenizer):
-    with make_engine(tokenizer) as engine:
-        engine._backend.fail_next = True
+    backend = FakeBackend()
+    with make_engine(tokenizer, backend) as engine:
+        backend.fail_next = True
         with pytest.raises(errors.MotetError, match="told to fail"):
             engine.complete([ask("x")])
         assert len(engine.complete([ask("y")])[0][0].token_ids) == 12
@@ -244,9 +259,10 @@ def test_a_failed_step_is_survived(tokenizer):
 def test_a_failed_step_ends_its_requests_only(tokenizer):
     """Three prompts of 20 and 16 rows a step: two chunks fit, the third request is not in the step that fails."""
     batch = [ask(name, [index] * 20) for index, name in enumerate("abc")]
-    with make_engine(tokenizer, prefix_cache=False) as engine:
+    backend = FakeBackend()
+    with make_engine(tokenizer, backend, prefix_cache=False) as engine:
         expected = engine.complete(batch)[2][0].token_ids
-        engine._backend.fail_next = True
+        backend.fail_next = True
         results = gather(engine, batch)
         assert engine.stats().free_blocks == 32
     assert [results[name, 0].finish_reason for name in "abc"] == [
@@ -259,8 +275,9 @@ def test_a_failed_step_ends_its_requests_only(tokenizer):
 
 def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
     """Nobody waits for ever for an engine that is gone."""
-    engine = make_engine(tokenizer)
-    monkeypatch.setattr(engine._scheduler, "commit", lambda output: 1 / 0)
+    backend = FakeBackend()
+    engine = make_engine(tokenizer, backend)
+    monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
     results = gather(engine, [ask("a"), ask("b", n=2)])
     assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
     assert "restart it" in str(results["b", 1].error)
@@ -268,7 +285,7 @@ def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
     with pytest.raises(errors.UnavailableError):
         engine.submit(ask("c"), lambda output: None)
     engine.close()
-    assert engine._backend.closed == 1
+    assert backend.closed == 1
 
 
 def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
@@ -308,8 +325,9 @@ def test_deltas_belong_to_the_callback(tokenizer):
 
 def test_an_abort_does_not_reach_a_later_request_of_the_same_name(tokenizer):
     """A client that cancels and asks again. All three come while the engine is in one step."""
-    with make_engine(tokenizer) as engine:
-        held, go = hold_first_step(engine)
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend) as engine:
         waiting = start(engine, [ask("other", max_tokens=2)])
         assert held.wait(timeout=30)
         ended = []
@@ -338,16 +356,17 @@ def test_an_idle_engine_sleeps(tokenizer):
 
 
 def test_close_cancels_with_what_there_is(tokenizer):
-    engine = make_engine(tokenizer, max_num_seqs=1)
+    backend = FakeBackend()
+    engine = make_engine(tokenizer, backend, max_num_seqs=1)
     closing = threading.Thread(target=engine.close)
 
     def on_step(_batch):
-        if len(engine._backend.batches) == 4:
+        if len(backend.batches) == 4:
             closing.start()
             while not engine._closed:
                 time.sleep(0.001)
 
-    engine._backend.on_step = on_step
+    backend.on_step = on_step
     results = gather(engine, [ask("x", max_tokens=50), ask("y")])
     closing.join(timeout=30)
     assert len(results["x", 0].token_ids) == 4  # a step of prefill, then four with a token
@@ -355,4 +374,4 @@ def test_close_cancels_with_what_there_is(tokenizer):
     assert results["y", 0].token_ids == []
     assert engine.stats().free_blocks == 32
     engine.close()
-    assert engine._backend.closed == 1
+    assert backend.closed == 1

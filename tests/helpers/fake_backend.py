@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.model_info import ModelInfo
 from motet.runtime.api.output import Output
@@ -44,7 +45,7 @@ class FakeBackend:
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
         self.fail_next = False
         self.nan_seeds: set[int] = set()
-        self.on_step: Callable[[Batch], None] = lambda batch: None  # called before anything is written
+        self.on_step: Callable[[Batch], object] = lambda batch: None  # called before anything is written
         self.closed = 0
 
     @property
@@ -53,6 +54,26 @@ class FakeBackend:
 
     def close(self) -> None:
         self.closed += 1
+
+    def seconds(self) -> dict[str, float]:
+        return {"all": 0.25}
+
+    def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
+        count = len(token_ids)
+        batch = Batch(
+            token_ids=np.array(token_ids, np.int64),
+            positions=np.arange(count, dtype=np.int32),
+            slot_mapping=np.arange(count, dtype=np.int64),
+            cu_seqlens_q=np.array([0, count], np.int32),
+            context_lens=np.array([count], np.int32),
+            block_tables=np.arange(-(-count // self.block_size), dtype=np.int32)[None],
+            members=[(member,)],
+            adapters=np.array([-1], np.int32),
+            samples=[],
+            freed_blocks=np.empty(0, np.int32),
+        )
+        self._check(batch)
+        return np.stack([self._logits(batch, row, member) for row in range(count)])
 
     def step(self, batch: Batch) -> StepOutput:
         self.on_step(batch)
@@ -136,16 +157,16 @@ def _sequence_of(batch: Batch, row: int) -> int:
 SOLO = Ensemble((Member("a", 1.0),))
 
 
-def make_engine(tokenizer, *, num_blocks=32, block_size=8, sample_prefill=False, **config) -> Engine:
+def make_engine(tokenizer, backend=None, *, observers=(), **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
     model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], adapters=frozenset("c"))
-    backend = FakeBackend(num_blocks, block_size, can_sample_prefill=sample_prefill)
-    return Engine(backend, tokenizer, model, EngineConfig(**values))
+    return Engine(backend or FakeBackend(), tokenizer, model, EngineConfig(**values), observers)
 
 
-def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, **params) -> Request:
+def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, cache_salt=b"", **params) -> Request:
     params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
-    return Request(name, (tuple(prompt), *views), ensemble, SamplingParams(**params), time_limit_s)
+    sampling = SamplingParams(**params)
+    return Request(name, (tuple(prompt), *views), ensemble, sampling, time_limit_s, cache_salt=cache_salt)
 
 
 def start(engine, batch):
@@ -174,7 +195,7 @@ def gather(engine, batch):
     return start(engine, batch)()
 
 
-def hold_first_step(engine):
+def hold_first_step(backend):
     """(set when the backend is in its next step, set to let it go on)."""
     held, go = threading.Event(), threading.Event()
 
@@ -182,5 +203,5 @@ def hold_first_step(engine):
         held.set()
         assert go.wait(timeout=30)
 
-    engine._backend.on_step = on_step
+    backend.on_step = on_step
     return held, go

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.fake_backend import ask, hold_first_step, make_engine, start
+from helpers.fake_backend import FakeBackend, ask, hold_first_step, make_engine, start
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, FinishReason, Member
 
@@ -39,27 +39,29 @@ def test_more_requests_than_the_queue_takes(tokenizer):
         (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
         (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
         (lambda: ask("x", stop_token_ids=(256,)), errors.InvalidRequestError, "256 in stop_token_ids"),
+        (lambda: ask("x", cache_salt="tenant"), errors.InvalidRequestError, "cache_salt must be bytes, got 'tenant'"),
         (lambda: ask("x", n=33), errors.InvalidRequestError, r"n is 33; .* max_waiting \(32\)"),
         (lambda: ask("x", views=[(i,) for i in range(9)], ensemble=NINE_VIEWS), errors.InvalidRequestError, "9 views"),
         (lambda: ask("x", views=[(1,) * 97], ensemble=SECOND_VIEW), errors.ContextLengthError, "97 tokens"),
     ],
 )
 def test_bad_requests_are_refused(tokenizer, request_, error, message):
-    with make_engine(tokenizer, num_blocks=8, max_waiting=32) as engine, pytest.raises(error, match=message):
+    with make_engine(tokenizer, FakeBackend(8), max_waiting=32) as engine, pytest.raises(error, match=message):
         engine.submit(request_(), lambda output: None)
 
 
 def test_what_just_fits_is_taken(tokenizer):
     """Views of 60 and 4 tokens leave 36 for the answer: 12 and 5 blocks, not 12 and 12."""
-    with make_engine(tokenizer, num_blocks=17) as engine:
+    with make_engine(tokenizer, FakeBackend(17)) as engine:
         result = engine.complete([ask("x", [1] * 60, views=[(2,) * 4], ensemble=BOTH_VIEWS, max_tokens=None)])[0][0]
     assert len(result.token_ids) == 36
     assert result.finish_reason is FinishReason.LENGTH
 
 
 def test_a_full_queue_is_overload(tokenizer):
-    with make_engine(tokenizer, max_waiting=2, max_num_seqs=1) as engine:
-        held, go = hold_first_step(engine)
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend, max_waiting=2, max_num_seqs=1) as engine:
         wait = start(engine, [ask("running")])
         assert held.wait(timeout=30)
         wait_too = start(engine, [ask("waiting", n=2)])
@@ -73,8 +75,9 @@ def test_a_full_queue_is_overload(tokenizer):
 
 
 def test_drain_ends_what_is_here_and_takes_no_more(tokenizer):
-    with make_engine(tokenizer) as engine:
-        held, go = hold_first_step(engine)
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend) as engine:
         wait = start(engine, [ask("x")])
         assert held.wait(timeout=30)
         engine.drain()

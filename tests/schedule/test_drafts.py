@@ -144,21 +144,31 @@ def answer(batch, tokens, errors=None) -> StepOutput:
     return StepOutput(token_ids, np.zeros(len(tokens), np.float32), [], [], errors or {})
 
 
+def stop_token(group, token_id):
+    """An answer ends at a stop token."""
+    return FinishReason.STOP if token_id in group.stop_ids else None
+
+
+def commit(scheduler, scheduled, tokens, errors=None):
+    return scheduler.commit(scheduled, answer(scheduled.batch, tokens, errors), stop_token)
+
+
 def drafted(*prompts, scheduler=None, **params):
     """(scheduler, group, batch with its first draft): 112 was drawn after the prompt, as guessed."""
     scheduler, group = scheduler or make_scheduler(), make_group(*prompts or [PROMPT], **params)
     scheduler.add(group)
-    while not (batch := scheduler.schedule()).samples:
-        scheduler.commit(answer(batch, []))
-    scheduler.commit(answer(batch, [112]))
+    while not (scheduled := scheduler.schedule()).batch.samples:
+        commit(scheduler, scheduled, [])
+    commit(scheduler, scheduled, [112])
     return scheduler, group, scheduler.schedule()
 
 
 def test_rows_of_a_draft():
-    _, group, batch = drafted((5, 6), PROMPT, min_tokens=3)
+    _, group, scheduled = drafted((5, 6), PROMPT, min_tokens=3)
     # The text of the first sequence is the one that is looked up; here it has nothing to find.
-    assert batch.num_rows == 2
-    _, group, batch = drafted(PROMPT, (5, 6), min_tokens=3)
+    assert scheduled.batch.num_rows == 2
+    _, group, scheduled = drafted(PROMPT, (5, 6), min_tokens=3)
+    batch = scheduled.batch
     size = len(batch.samples) - 1
     assert size == 4
     assert batch.num_rows == 2 * (size + 1)
@@ -176,17 +186,17 @@ def test_rows_of_a_draft():
 
 @pytest.mark.parametrize("right", range(5))
 def test_what_is_right_is_kept_and_the_rest_dropped(right):
-    scheduler, group, batch = drafted()
-    size = len(batch.samples) - 1
+    scheduler, group, scheduled = drafted()
+    size = len(scheduled.batch.samples) - 1
     right = min(right, size)
     tokens = [113 + i for i in range(right)] + [55] * (size + 1 - right)
-    (run,) = scheduler.commit(answer(batch, tokens))
-    assert (run.count, run.error) == (right + 1, None)
+    (run,) = commit(scheduler, scheduled, tokens)
+    assert (run.count, run.reason, run.error) == (right + 1, None, None)
     assert group.output.array().tolist() == [112, *range(113, 113 + right), 55]
     assert group.sequences[0].num_computed == len(group.sequences[0].tokens) - 1
     assert (scheduler.num_drafted, scheduler.num_accepted) == (size, right)
     scheduler.check_integrity()
-    following = scheduler.schedule()
+    following = scheduler.schedule().batch
     assert following.positions[0] == 44 + right
     assert following.token_ids[0] == 55
     scheduler.abort(group)
@@ -195,39 +205,37 @@ def test_what_is_right_is_kept_and_the_rest_dropped(right):
 
 
 def test_a_run_ends_at_a_stop_token_and_at_an_error():
-    scheduler, group, batch = drafted(stop_id=114)  # it is in the draft, which is right to its end
-    size = len(batch.samples) - 1
-    (run,) = scheduler.commit(answer(batch, range(113, 114 + size)))
-    assert (run.count, group.output.array().tolist()) == (2, [112, 113, 114])
-    scheduler, group, batch = drafted()
-    (run,) = scheduler.commit(answer(batch, [113, 9, *[9] * (size - 1)], {1: "NaN"}))
+    scheduler, group, scheduled = drafted(stop_id=114)  # it is in the draft, which is right to its end
+    size = len(scheduled.batch.samples) - 1
+    (run,) = commit(scheduler, scheduled, range(113, 114 + size))
+    assert (run.count, run.reason, group.output.array().tolist()) == (2, FinishReason.STOP, [112, 113, 114])
+    scheduler, group, scheduled = drafted()
+    (run,) = commit(scheduler, scheduled, [113, 9, *[9] * (size - 1)], {1: "NaN"})
     assert (run.count, run.error) == (1, "NaN")
-    scheduler, group, batch = drafted()  # an error in a row that is not reached is none
-    (run,) = scheduler.commit(answer(batch, [8, 9, *[9] * (size - 1)], {1: "NaN"}))
-    assert (run.count, run.error) == (1, None)
+    for stop_id in (0, 8):  # an error in a row that is not reached is none
+        scheduler, group, scheduled = drafted(stop_id=stop_id)
+        (run,) = commit(scheduler, scheduled, [8, 9, *[9] * (size - 1)], {1: "NaN"})
+        assert (run.count, run.error) == (1, None)
 
 
 def test_a_draft_takes_what_others_leave():
     """Rows, blocks and the rest of max_tokens bound it."""
-    assert len(drafted(scheduler=make_scheduler(max_rows=3))[2].samples) == 3
-    assert len(drafted(scheduler=make_scheduler(max_rows=1))[2].samples) == 1
-    assert len(drafted(max_tokens=2)[2].samples) == 1
-    assert len(drafted(max_tokens=3)[2].samples) == 2
-    _, group, batch = drafted(scheduler=make_scheduler(num_blocks=11))  # 44 positions: the last token's is the last
-    assert (len(batch.samples), group.num_preemptions) == (1, 0)
+    assert len(drafted(scheduler=make_scheduler(max_rows=3))[2].batch.samples) == 3
+    assert len(drafted(scheduler=make_scheduler(max_rows=1))[2].batch.samples) == 1
+    assert len(drafted(max_tokens=2)[2].batch.samples) == 1
+    assert len(drafted(max_tokens=3)[2].batch.samples) == 2
+    _, group, scheduled = drafted(scheduler=make_scheduler(num_blocks=11))  # 44 positions: the last token's is the last
+    assert (len(scheduled.batch.samples), group.num_preemptions) == (1, 0)
 
 
 def test_in_a_full_step_only_what_is_nearly_sure_is_drafted():
     scheduler = Scheduler(BlockManager(400, 4), 16, 512, 64)
     for _ in range(16):
         scheduler.add(make_group(PROMPT, confident=False))
-    while not (batch := scheduler.schedule()).samples:
-        scheduler.commit(answer(batch, []))
-    while len(batch.samples) < 16:
-        scheduler.commit(answer(batch, [112] * len(batch.samples)))
-        batch = scheduler.schedule()
-    scheduler.commit(answer(batch, [112] * len(batch.samples)))
-    assert len(scheduler.schedule().samples) == 16
+    while len((scheduled := scheduler.schedule()).batch.samples) < 16:
+        commit(scheduler, scheduled, [112] * len(scheduled.batch.samples))
+    commit(scheduler, scheduled, [112] * 16)
+    assert len(scheduler.schedule().batch.samples) == 16
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.runtime.api.request import SamplingParams, Space
+from motet.runtime.api.request import FinishReason, SamplingParams, Space
 from motet.runtime.schedule.batch import StepOutput
 from motet.runtime.schedule.blocks import BlockManager
 from motet.runtime.schedule.scheduler import Scheduler
@@ -35,6 +35,10 @@ def answer(batch, errors=None) -> StepOutput:
     return StepOutput(token_ids, np.zeros(len(token_ids), np.float32), [], [], errors or {})
 
 
+def go_on(group, token_id):
+    """No token is an answer's last."""
+
+
 def chunks_of(batch):
     """[(first position, rows)] of every sequence of the batch, in order."""
     counts = np.diff(batch.cu_seqlens_q)
@@ -45,9 +49,10 @@ def run(scheduler, steps=1):
     """The last batch of so many steps; all drawn tokens are committed."""
     batch = None
     for _ in range(steps):
-        batch = scheduler.schedule()
-        assert batch is not None
-        scheduler.commit(answer(batch))
+        scheduled = scheduler.schedule()
+        assert scheduled is not None
+        batch = scheduled.batch
+        scheduler.commit(scheduled, answer(batch), go_on)
         scheduler.check_integrity()
     return batch
 
@@ -242,11 +247,11 @@ def test_a_sample_with_an_error_gets_no_token():
     groups = [make_group("a", 1), make_group("b", 1)]
     for group in groups:
         scheduler.add(group)
-    batch = scheduler.schedule()
-    drawn = scheduler.commit(answer(batch, {0: "NaN"}))
-    assert [(run.group, run.first, run.count, run.error) for run in drawn] == [
-        (groups[0], 0, 0, "NaN"),
-        (groups[1], 1, 1, None),
+    scheduled = scheduler.schedule()
+    drawn = scheduler.commit(scheduled, answer(scheduled.batch, {0: "NaN"}), go_on)
+    assert [(run.group, run.first, run.count, run.reason, run.error) for run in drawn] == [
+        (groups[0], 0, 0, None, "NaN"),
+        (groups[1], 1, 1, None, None),
     ]
     assert [len(group.output) for group in groups] == [0, 1]
 
@@ -257,8 +262,8 @@ def test_a_failed_step_names_its_groups_and_recomputes_the_others():
     for group in groups:
         scheduler.add(group)
     run(scheduler, 3)  # a has its prompt
-    scheduler.schedule()  # a decodes, b has a chunk; c waits for room
-    assert scheduler.fail() == groups[:2]
+    scheduled = scheduler.schedule()  # a decodes, b has a chunk; c waits for room
+    assert scheduler.fail(scheduled) == groups[:2]
     assert groups[2].status is SequenceStatus.WAITING
     for group in groups[:2]:
         scheduler.abort(group)
@@ -276,11 +281,11 @@ def test_a_sample_sees_prompt_and_answer():
     scheduler = make_scheduler()
     scheduler.add(make_group("a", 3))
     run(scheduler, 2)
-    batch = scheduler.schedule()
-    sample = batch.samples[0]
+    scheduled = scheduler.schedule()
+    sample = scheduled.batch.samples[0]
     assert (sample.prompt_ids.tolist(), sample.output_ids.tolist()) == ([1, 2, 3], [103])
     assert (sample.position, sample.seed) == (4, 7)
-    scheduler.commit(answer(batch))
+    scheduler.commit(scheduled, answer(scheduled.batch), go_on)
     assert sample.output_ids.tolist() == [103]  # a view of its time, though the buffer has grown
 
 
@@ -359,6 +364,25 @@ def test_a_adapter_shares_with_itself_only():
     assert cached == [0, 0, 0, 8, 8]
 
 
+def test_what_has_equal_roots_is_shared():
+    """Equal prompts of two tenants share nothing, neither from the cache nor within a step."""
+    scheduler = make_scheduler(block_size=4)
+    cached = []
+    for root, adapter in ((b"", -1), (b"x", -1), (b"y", -1), (b"x", 1), (b"x", -1), (b"", -1), (b"y", -1)):
+        group = make_group("a", 1)
+        group.sequences[0] = Sequence(tuple(range(9)), (0,), adapter, root=root)
+        scheduler.add(group)
+        run(scheduler, 3)
+        cached.append(group.sequences[0].num_cached)
+        scheduler.abort(group)
+    assert cached == [0, 0, 0, 0, 8, 8, 8]
+    for root in (b"new", b"other", b"new"):
+        group = make_group("a", 1)
+        group.sequences[0] = Sequence(tuple(range(9)), (0,), root=root)
+        scheduler.add(group)
+    assert chunks_of(run(scheduler)) == [(0, 8), (0, 8)]  # the third waits for the first
+
+
 def test_without_prefix_cache_nothing_is_shared():
     scheduler = make_scheduler(prefix_cache=False)
     for _ in range(2):
@@ -385,8 +409,7 @@ def test_what_a_failed_step_left_is_not_shared():
     scheduler = make_scheduler(block_size=4)
     scheduler.add(make_group("a", 9))
     run(scheduler, 2)
-    scheduler.schedule()
-    for group in scheduler.fail():
+    for group in scheduler.fail(scheduler.schedule()):
         scheduler.abort(group)
     scheduler.add(group := make_group("a", 9))
     assert chunks_of(run(scheduler)) == [(0, 8)]
@@ -396,7 +419,8 @@ def test_what_has_nan_is_not_shared():
     scheduler = make_scheduler(block_size=4)
     scheduler.add(group := make_group("a", 9))
     run(scheduler)
-    scheduler.commit(answer(scheduler.schedule(), {0: "NaN"}))
+    scheduled = scheduler.schedule()
+    scheduler.commit(scheduled, answer(scheduled.batch, {0: "NaN"}), go_on)
     scheduler.abort(group)
     scheduler.check_integrity()
     scheduler.add(make_group("a", 9))
@@ -415,6 +439,10 @@ def test_token_buffer_grows_without_copying_each_time():
     assert copies <= 10
 
 
+def second_token(group, token_id):
+    return FinishReason.LENGTH if len(group.output) == 2 else None
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 14), min_size=1, max_size=2), min_size=1, max_size=6),
@@ -431,12 +459,13 @@ def test_every_group_ends_and_no_block_is_lost(lengths, num_blocks, aborts):
         for at, index in aborts:
             if at == step and index < len(groups) and groups[index].status is not SequenceStatus.FINISHED:
                 scheduler.abort(groups[index])
-        batch = scheduler.schedule()
-        if batch is None:
+        scheduled = scheduler.schedule()
+        if scheduled is None:
             break
-        assert batch.num_rows <= MAX_ROWS + CHUNK
-        for drawn in scheduler.commit(answer(batch)):
-            if len(drawn.group.output) == 2:
+        assert scheduled.batch.num_rows <= MAX_ROWS + CHUNK
+        for drawn in scheduler.commit(scheduled, answer(scheduled.batch), second_token):
+            if drawn.reason is not None:
+                assert len(drawn.group.output) == 2
                 scheduler.abort(drawn.group)
         scheduler.check_integrity()
     assert all(group.status is SequenceStatus.FINISHED for group in groups)

@@ -22,6 +22,7 @@ from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle
 from ...sampling.host import native_samples, step_output
 from ...schedule.batch import Batch, StepOutput
+from ..base import check_block_size
 
 F32 = npt.NDArray[np.float32]
 
@@ -50,6 +51,7 @@ class CpuBackend:
     def __init__(self, bundle: Bundle, config: EngineConfig, *, isa: str | None = None) -> None:
         if config.kv_dtype == "fp8":
             raise ConfigError("kv_dtype fp8 is the torch backend's; the cpu backend has int8 and bf16")
+        check_block_size(config, BLOCK_SIZE, f"the cpu backend's kernels have blocks of {BLOCK_SIZE} positions")
         length = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)

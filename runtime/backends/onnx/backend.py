@@ -23,6 +23,7 @@ from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, head_rows
 from ...schedule.batch import Batch, StepOutput
+from ..base import check_block_size
 from .slot_cache import SlotCache
 
 F32 = npt.NDArray[np.float32]
@@ -168,6 +169,7 @@ class OnnxBackend:
             )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
+        check_block_size(config, self._block_size, "a block of the onnx backend is as long as the context")
         self._num_members = len(bundle.members)
 
         def runner(file: str) -> GraphRunner:
@@ -195,6 +197,10 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Nothing to give back: sessions and arrays end with the object."""
+
+    def seconds(self) -> dict[str, float]:
+        """Empty: ONNX Runtime does not say what its parts take."""
+        return {}
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""

@@ -31,6 +31,7 @@ from .row_plan import RowPlan, plan_rows
 from .sampler import Terms, TorchSampler
 from .weights import ModelWeights, Placement, load_weights
 
+BLOCK_SIZE = 16  # positions per block where the configuration does not say
 MAX_CAPTURED = (
     256  # rows of the largest captured step: beyond, a step takes long enough to launch its kernels one by one
 )
@@ -125,15 +126,16 @@ class TorchBackend:
             torch.set_num_threads(config.num_threads)
         self._decoder, self._weights, self._options = decoder, weights, options
         self._max_length = min(config.max_model_len, decoder.max_position_embeddings)
-        self._max_blocks = -(-self._max_length // config.block_size)
+        block_size = config.block_size or BLOCK_SIZE
+        self._max_blocks = -(-self._max_length // block_size)
         kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         kv_dtype = kv_dtypes[config.kv_dtype]
         tail_layers = [len(tail.layers) for tail in weights.tails]
-        heads = (decoder.num_kv_heads, config.block_size, decoder.head_size)
+        heads = (decoder.num_kv_heads, block_size, decoder.head_size)
         size = block_bytes(len(weights.trunk) + sum(tail_layers), *heads, kv_dtype)
         self._cache = PagedCache(
             num_blocks=blocks_that_fit(size, config.max_num_seqs * self._max_blocks, options.device),
-            block_size=config.block_size,
+            block_size=block_size,
             trunk_layers=len(weights.trunk),
             tail_layers=tail_layers,
             kv_heads=decoder.num_kv_heads,
@@ -150,7 +152,7 @@ class TorchBackend:
                 self._run_all_rows,
                 largest=max(config.max_num_seqs, min(config.max_num_batched_tokens, MAX_CAPTURED)),
                 max_blocks=self._max_blocks,
-                block_size=config.block_size,
+                block_size=block_size,
                 dummy_slot=self._cache.dummy_slot,
                 device=options.device,
             )
@@ -165,6 +167,10 @@ class TorchBackend:
 
     def close(self) -> None:
         """Nothing to give back: device memory ends with the object."""
+
+    def seconds(self) -> dict[str, float]:
+        """Empty: parts of a step are not measured, because that would wait for the device."""
+        return {}
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:

@@ -1,0 +1,83 @@
+"""`Answer`: one choice of a request on its way to the client. It alone decides which token is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..api.output import Output, Timings, Usage
+from ..api.request import FinishReason, Request
+from ..errors import MotetError
+from ..schedule.batch import StepOutput
+from ..schedule.scheduler import GroupTokens
+from ..schedule.sequence import Group
+from ..text.stream import TextStream
+
+OnOutput = Callable[[Output], None]
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A group, its tokens as text, and its times (seconds, monotonic clock)."""
+
+    request: Request
+    group: Group
+    text: TextStream
+    on_output: OnOutput
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+    delta: Output = field(init=False)  # what the client has not got yet
+
+    def __post_init__(self) -> None:
+        self.delta = self._empty()
+
+    def push(self, token_id: int) -> FinishReason | None:
+        """Take the token that was appended to the group. Returns why it is the last one, if it is. A stop token gives no
+        text."""
+        group, delta = self.group, self.delta
+        delta.token_ids.append(token_id)
+        if token_id in group.stop_ids:
+            delta.stop_matched = token_id
+            return FinishReason.STOP
+        delta.text += self.text.push(token_id, may_stop=len(group.output) >= group.params.min_tokens)
+        if self.text.stopped is not None:
+            delta.stop_matched = self.text.stopped
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(group.output) >= group.max_tokens else None
+
+    def add_logprobs(self, run: GroupTokens, output: StepOutput) -> None:
+        """What a step says of the tokens that it gave the group, as far as the request asks for it."""
+        samples = slice(run.first, run.first + run.count)
+        if self.group.params.logprobs is not None:
+            self.delta.logprobs += output.logprobs[samples].tolist()
+            self.delta.top_logprobs += output.top_logprobs[samples]
+        if self.group.return_member_logprobs:
+            self.delta.member_logprobs += output.member_logprobs[samples]
+
+    def take_delta(self) -> Output:
+        """What became ready since the last call; it belongs to the caller."""
+        delta, self.delta = self.delta, self._empty()
+        return delta
+
+    def last_delta(self, reason: FinishReason, error: MotetError | None, now: float) -> Output:
+        """The rest, with why the answer ended, usage and timings. The last characters may complete a stop string."""
+        delta = self.take_delta()
+        delta.text += self.text.flush()
+        if reason is FinishReason.LENGTH and self.text.stopped is not None:
+            reason, delta.stop_matched = FinishReason.STOP, self.text.stopped
+        delta.finish_reason, delta.error = reason, error
+        delta.usage, delta.timings = self._usage(), self._timings(now)
+        return delta
+
+    def _empty(self) -> Output:
+        return Output(self.group.request_id, self.group.choice, self.group.seed)
+
+    def _usage(self) -> Usage:
+        prompt = len(self.request.prompts[0])
+        return Usage(prompt, len(self.group.output), min(self.group.sequences[0].num_cached, prompt))
+
+    def _timings(self, now: float) -> Timings:
+        admitted = self.admitted if self.admitted is not None else now
+        first = self.first_token if self.first_token is not None else now
+        return Timings(admitted - self.arrived, max(0.0, first - admitted), now - first)

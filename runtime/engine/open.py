@@ -1,0 +1,38 @@
+"""`open_engine`: a bundle, the backend that runs it and its tokenizer, put together as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..api.config import EngineConfig
+from ..api.model_info import ModelInfo
+from ..backends.open import open_backend
+from ..model.bundle import Bundle
+from ..text.tokenizer import Tokenizer
+from .engine import Engine
+from .observer import Observer
+
+
+def open_engine(
+    path: Path | str, config: EngineConfig | None = None, *, verify: bool = True, observers: Sequence[Observer] = ()
+) -> Engine:
+    """Load a bundle and start an engine on it. `verify` compares the files' digests. Raises what `Bundle.load` and
+    `open_backend` raise."""
+    config = config or EngineConfig()
+    bundle = Bundle.load(path, verify=verify)
+    backend = open_backend(bundle, config)
+    return Engine(backend, Tokenizer.from_dir(bundle.path), model_info(bundle, config), config, observers)
+
+
+def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
+    """What callers are told of a bundle that is served with this configuration."""
+    return ModelInfo(
+        name=bundle.name,
+        members=bundle.members,
+        default_ensemble=bundle.default_ensemble,
+        eos_token_ids=bundle.eos_token_ids,
+        vocab_size=bundle.config.vocab_size,
+        max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
+        adapters=frozenset(bundle.members[member] for member in bundle.adapters),
+    )
