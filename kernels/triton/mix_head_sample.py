@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from ..oracle.operands import Draw, LinearWeight, Mixture
+from .draw import best_of_tile, join_parts
 from .launch import F32, FLOATS, I32, check, dot, power_of_two, wide
-from .mix_sample import best_of_tile, join_parts
 from .weight_matmul import BLOCK_K, BLOCK_N, SMALL, check_weight, operands, weight_tile
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
