@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from . import reference
 from .operands import (
     ADAPTER_TILE,
+    FUSED_RULES,
     AdapterTiles,
     AdapterWeight,
     DecodeRows,
@@ -180,11 +181,9 @@ def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Te
         token = reference.sample(
             mixed,
             temperature=float(draw.temperature[request]),
-            top_k=int(draw.top_k[request]),
-            top_p=float(draw.top_p[request]),
-            min_p=float(draw.min_p[request]),
             seed=int(draw.seeds[request]) % 2**64,
             position=int(draw.positions[request]),
+            **{rule: float(getattr(draw, rule)[request]) for rule in FUSED_RULES},
         )
         tokens[request] = token
         logprobs[request] = float(reference.log_softmax(mixed)[token])
