@@ -34,7 +34,8 @@ class Edits:
         return not len(self.ids) and self.mask is None
 
 
-NO_EDITS = Edits(np.empty(0, np.int64), *(np.empty(0, np.float64) for _ in range(3)))
+_NONE = np.empty(0, np.float64)
+NO_EDITS = Edits(np.empty(0, np.int64), _NONE, _NONE, _NONE)
 
 
 def apply_edits(mixed: F64, edits: Edits) -> F64:
