@@ -1,8 +1,8 @@
 """The plain oracle of the GPU ops, in eager torch: the same signatures as the Triton kernels, one readable page.
 
-It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `kernels.reference`, in
-numpy: `mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and
-up; a lower `dtype` rounds where the kernels round, at the end of an op.
+It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `reference`, in numpy:
+`mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and up; a
+lower `dtype` rounds where the kernels round, at the end of an op.
 """
 
 from __future__ import annotations

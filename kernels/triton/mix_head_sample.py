@@ -9,7 +9,7 @@ For requests in logits space that are not truncated and want no more than the to
 
 The mix goes into the head as two rows of the weights' dtype, its rounding and the rest, so that rounding a mix to bfloat16
 costs nothing; a single member with coefficient 1 has no rest and is what it is alone. Bytes: the head once, per 64 requests.
-Oracle: `kernels.eager` (the same composition) and `kernels.reference` (mix, sample).
+Oracle: `kernels.oracle.eager` (the same composition) and `kernels.oracle.reference` (mix, sample).
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def _has_native() -> bool:
 
 def split_fused(samples: Sequence[SampleRow], rules: Collection[str]) -> tuple[list[int], list[int]]:
     """Indices of the samples that are truncated by nothing but these rules, and of the others."""
-    fused = [sample.sampling.truncation.keys() <= set(rules) for sample in samples]
+    known = set(rules)
+    fused = [sample.sampling.truncation.keys() <= known for sample in samples]
     return [i for i, can in enumerate(fused) if can], [i for i, can in enumerate(fused) if not can]
 
 
