@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from ...runtime.api.config import EngineConfig
-from ...runtime.api.request import SamplingParams, Space
+from ...runtime.api.request import Space
 from ...runtime.backends.torch.backend import TorchBackend, TorchOptions
 from ...runtime.errors import MotetError
 from ...runtime.model.config import DecoderConfig
-from ...runtime.schedule.batch import Batch, SampleRow
+from ...runtime.schedule.batch import Batch, ResolvedSampling, SampleRow
 from ..lib.report import table, write
 from .random_model import RandomModel, shape
 
@@ -178,11 +178,8 @@ def decode_batch(config: DecoderConfig, backend: TorchBackend, size: int, contex
         SampleRow(
             terms=tuple((row, member, 1 / members) for member in range(members)),
             space=Space.LOGITS,
-            params=SamplingParams(),
-            seed=row,
+            sampling=ResolvedSampling(seed=row),
             position=context,
-            text=np.zeros(1, np.int64),
-            num_prompt=1,
         )
         for row in range(size)
     ]

@@ -21,7 +21,7 @@ from ...runtime.api.request import Space
 from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.checkpoints.members.adapter import ADAPTER, attach, read_adapter
 from ...runtime.checkpoints.members.tail import read_tail
-from ...runtime.errors import BundleError, ConfigError, DataError
+from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ..data.batches import Item, make_batch, plan
 from ..data.example import Split
 from ..params import TuneParams
@@ -72,9 +72,15 @@ def fuse(
     """Choose and fit; write fusion.json (mix, members' paths, figures) and its report to `out`, and return it.
 
     `members`: name → tail or adapter directory, trials of a search or any others. Raises `ConfigError`, `DataError`,
-    `BundleError` (a member of another base or with a head of its own), `NotFoundError`.
+    `BundleError` (a member of another base or with a head of its own), `NotFoundError`, `UnsupportedModelError` (a head
+    that is not linear: `Pool` takes logits for products of states and head).
     """
     params = params or FuseParams()
+    if not bench.config.linear_head:
+        raise UnsupportedModelError(
+            f"the head of '{bench.model_dir.name}' is not linear (linear_head is false); a mix can be fitted only where "
+            "logits are products of hidden states and the head; choose the mix by hand"
+        )
     if BASE in members:
         raise ConfigError(f"'{BASE}' is the untuned model's name; call the member something else")
     paths: dict[str, Path | None] = {**({BASE: None} if params.with_base else {}), **members}

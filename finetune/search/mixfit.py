@@ -31,7 +31,7 @@ _ROWS = 512  # rows of the head at once: 512 × vocabulary
 class Pool:
     """Members' hidden states on one set of answers. T answer tokens, K members.
 
-    `states` [K, T, hidden] normed; `head` [vocab, hidden]; `targets` [T]. `nll(mix)` is remembered by mix.
+    `states` [K, T, hidden] normed; `head` [vocab, hidden], linear; `targets` [T]. `nll(mix)` is remembered by mix.
     """
 
     space: Space

@@ -110,6 +110,8 @@ class _Mixes(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("offsets", "sources", "coefficients", "greedy")),
+        ("num_written", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("written_rows", "written")),
     ]
 
 
@@ -332,19 +334,27 @@ class NativeModel:
         terms: Sequence[Sequence[tuple[int, float]]],
         greedy: Sequence[bool],
         sampling: ctypes.Structure,
-    ) -> None:
+        written: Sequence[int] = (),
+    ) -> F32:
         """Run a batch and fill in `sampling` (a `MotetSampling`), whose rows of logits are mixes of the batch's outputs:
         row r is Σ coefficient · output[index] over terms[r], through the head. Where `greedy[r]`, only the largest logit is
-        meant to be used: what cannot become it may be off by the head's rounding."""
+        meant to be used: what cannot become it may be off by the head's rounding. Returns the logits of the rows
+        `written`, [written, vocab]."""
         offsets = np.array([0, *accumulate(map(len, terms))], np.int64)
         sources = np.array([index for row in terms for index, _ in row], np.int32)
         coefficients = np.array([c for row in terms for _, c in row], np.float32)
         flags = np.array(greedy, np.uint8)
-        mixes = _Mixes(len(terms), *addresses(offsets, sources, coefficients, flags))
+        written_rows = np.array(written, np.int64)
+        logits = np.empty((len(written), self.vocab_size), np.float32)
+        mixes = _Mixes(
+            *(len(terms), *addresses(offsets, sources, coefficients, flags)),
+            *(len(written), *addresses(written_rows, logits)),
+        )
         code = self._library.motet_generate(
             self._handle, ctypes.byref(batch.struct), ctypes.byref(mixes), ctypes.byref(sampling)
         )
         self._check(code, "the step")
+        return logits
 
     def head(self, hidden: F32) -> F32:
         """Logits [rows, vocab] (a view of padded rows) of hidden states [rows, hidden]."""

@@ -1,4 +1,4 @@
-"""Mix and sample on the native CPU kernels (`kernels/native/cpp/sample.cpp`): the same tokens as `kernels.reference`.
+"""Mix and sample on the native CPU kernels (`kernels/native/cpp/sample.cpp`): the same tokens as `kernels.oracle.reference`.
 
 One call for a packed batch of samples over rows of logits. It needs no model; with one it runs on the model's threads.
 """
@@ -14,37 +14,29 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.errors import InvalidRequestError, MotetError, UnavailableError
+from ..oracle.edits import NO_EDITS, Edits
+from ..oracle.truncation import RULES
 from .binding import NativeModel, address, addresses, library
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-U32 = npt.NDArray[np.uint32]
 
 NOT_FINITE, NOTHING_LEFT = 1, 2  # codes of samples without a token, as `motet.h` numbers them
 
-_NO_IDS: I64 = np.zeros(0, np.int64)
+FUSED_RULES = ("top_k", "top_p", "min_p")  # truncation rules that the library computes
 
 
 @dataclass(slots=True)
 class Sample:
-    """How one token is chosen; the parameters are those of `kernels.reference`."""
+    """How one token is chosen; the parameters are those of `kernels.oracle.reference`."""
 
     terms: Sequence[tuple[int, float]]  # (row of the logits, coefficient), at least one
     probs: bool = False  # the space of the mix
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    prompt_ids: I64 = field(default_factory=lambda: _NO_IDS)
-    output_ids: I64 = field(default_factory=lambda: _NO_IDS)
-    bias: Mapping[int, float] = field(default_factory=dict)
-    forbidden: Sequence[int] = ()
-    mask: U32 | None = None  # [ceil(vocab / 32)] bit id % 32 of word id // 32: the token is allowed
+    truncation: Mapping[str, float] = field(default_factory=dict)  # rule of `FUSED_RULES` → value
+    edits: Edits = NO_EDITS
     seed: int = 0
     position: int = 0
     logprobs: int | None = None  # how many of the best tokens are reported; None: no log-probabilities at all
@@ -53,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What became of a batch. Log-probabilities are those of the mix before penalties, temperature and truncation."""
+    """What became of a batch. Log-probabilities are those of the mix before edits, temperature and truncation."""
 
     token_ids: I64  # [samples], -1 where there is none
     codes: I32  # [samples] 0, `NOT_FINITE` (the logits hold NaN or +inf) or `NOTHING_LEFT`
@@ -70,11 +62,9 @@ class _Sample(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("first_term", "num_terms")),
         *((name, ctypes.c_int32) for name in ("probs", "logprobs", "member_logprobs")),
         ("top_k", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("top_p", "min_p", "temperature", "repetition", "presence", "frequency")),
-        *(("prompt_ids", ctypes.c_void_p), ("num_prompt", ctypes.c_int64)),
-        *(("output_ids", ctypes.c_void_p), ("num_output", ctypes.c_int64)),
-        *(("bias_ids", ctypes.c_void_p), ("bias_values", ctypes.c_void_p), ("num_bias", ctypes.c_int64)),
-        *(("forbidden_ids", ctypes.c_void_p), ("num_forbidden", ctypes.c_int64)),
+        *((name, ctypes.c_double) for name in ("top_p", "min_p", "temperature")),
+        *((f"edit_{name}", ctypes.c_void_p) for name in ("ids", "divisors", "penalties", "biases")),
+        ("num_edits", ctypes.c_int64),
         ("mask", ctypes.c_void_p),
         *(("seed", ctypes.c_uint64), ("position", ctypes.c_uint32)),
     ]
@@ -163,31 +153,37 @@ def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[
     target.first_term, target.num_terms = first_term, len(one.terms)
     target.probs, target.member_logprobs = one.probs, one.member_logprobs
     target.logprobs = -1 if one.logprobs is None else one.logprobs
-    target.temperature, target.top_k, target.top_p, target.min_p = one.temperature, one.top_k, one.top_p, one.min_p
-    target.repetition, target.presence, target.frequency = one.repetition, one.presence, one.frequency
+    target.temperature = one.temperature
+    for rule in FUSED_RULES:
+        setattr(target, rule, one.truncation.get(rule, RULES[rule].off))
     target.seed, target.position = one.seed, one.position & 0xFFFFFFFF
-    if (one.repetition, one.presence, one.frequency) != (1.0, 0.0, 0.0):
-        target.prompt_ids, target.num_prompt = kept(one.prompt_ids, np.int64), len(one.prompt_ids)
-        target.output_ids, target.num_output = kept(one.output_ids, np.int64), len(one.output_ids)
-    if one.bias:
-        target.bias_ids, target.num_bias = kept(list(one.bias), np.int64), len(one.bias)
-        target.bias_values = kept(list(one.bias.values()), np.float64)
-    if one.forbidden:
-        target.forbidden_ids, target.num_forbidden = kept(one.forbidden, np.int64), len(one.forbidden)
-    if one.mask is not None:
-        target.mask = kept(one.mask, np.uint32)
+    edits = one.edits
+    if len(edits.ids):
+        target.num_edits, target.edit_ids = len(edits.ids), kept(edits.ids, np.int64)
+        target.edit_divisors = kept(edits.divisors, np.float64)
+        target.edit_penalties = kept(edits.penalties, np.float64)
+        target.edit_biases = kept(edits.biases, np.float64)
+    if edits.mask is not None:
+        target.mask = kept(edits.mask, np.uint32)
 
 
 def _check(one: Sample, vocab: int) -> None:
     """What the library cannot see because the numbers would not fit, or the array's length does not reach it."""
     if not 0 <= one.seed < 2**64:
         raise InvalidRequestError(f"seed must be in 0…2^64-1, got {one.seed}", field="seed")
-    if not -(2**63) <= one.top_k < 2**63:
-        raise InvalidRequestError(f"top_k must be below 2^63, got {one.top_k}", field="top_k")
+    if unknown := set(one.truncation) - set(FUSED_RULES):
+        raise InvalidRequestError(
+            f"the native kernels truncate by {FUSED_RULES}, not by {sorted(unknown)}", field="truncation"
+        )
+    if not -(2**63) <= one.truncation.get("top_k", 0) < 2**63:
+        raise InvalidRequestError(f"top_k must be below 2^63, got {one.truncation['top_k']}", field="top_k")
     if one.logprobs is not None and not 0 <= one.logprobs < 2**31:
         raise InvalidRequestError(f"logprobs must be in 0…2^31-1, got {one.logprobs}", field="logprobs")
-    if one.mask is not None and one.mask.shape != (-(-vocab // 32),):
+    edits = one.edits
+    if not len(edits.ids) == len(edits.divisors) == len(edits.penalties) == len(edits.biases):
+        raise InvalidRequestError(f"the edits of {len(edits.ids)} tokens need arrays of that length", field="edits")
+    if edits.mask is not None and edits.mask.shape != (-(-vocab // 32),):
         raise InvalidRequestError(
-            f"a mask over {vocab} tokens has {-(-vocab // 32)} words of 32 bits, got the shape {list(one.mask.shape)}",
+            f"a mask over {vocab} tokens has {-(-vocab // 32)} words of 32 bits, got the shape {list(edits.mask.shape)}",
             field="mask",
         )

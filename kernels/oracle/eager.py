@@ -1,8 +1,8 @@
 """The plain oracle of the GPU ops, in eager torch: the same signatures as the Triton kernels, one readable page.
 
-It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `kernels.reference`, in
-numpy: `mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and
-up; a lower `dtype` rounds where the kernels round, at the end of an op.
+It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `reference`, in numpy:
+`mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and up; a
+lower `dtype` rounds where the kernels round, at the end of an op.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from . import reference
 from .operands import (
     ADAPTER_TILE,
+    FUSED_RULES,
     AdapterTiles,
     AdapterWeight,
     DecodeRows,
@@ -180,11 +181,9 @@ def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Te
         token = reference.sample(
             mixed,
             temperature=float(draw.temperature[request]),
-            top_k=int(draw.top_k[request]),
-            top_p=float(draw.top_p[request]),
-            min_p=float(draw.min_p[request]),
             seed=int(draw.seeds[request]) % 2**64,
             position=int(draw.positions[request]),
+            **{rule: float(getattr(draw, rule)[request]) for rule in FUSED_RULES},
         )
         tokens[request] = token
         logprobs[request] = float(reference.log_softmax(mixed)[token])

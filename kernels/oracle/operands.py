@@ -130,6 +130,10 @@ class Mixture:
     any_probs: bool = True
 
 
+# Truncation rules that `Draw` carries and the ops apply, with the dtype of their values.
+FUSED_RULES = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How to sample, one entry a request: temperature [B] float32 (0: greedy), top_k [B] int32 (0: off), top_p and min_p

@@ -4,9 +4,9 @@ For one request: member logits z_m [members, vocab], coefficients c with Σ c = 
 
     mixed     logits space: Σ c_m z_m        probs space: log Σ c_m softmax(z_m)
     logprob   log_softmax(mixed)[token]
-    adjusted  penalties and biases on `mixed`
+    adjusted  penalties, biases and masks on `mixed` (`edits.py`)
     tempered  adjusted / temperature
-    kept      top-k, then top-p, then min-p, each a threshold on `tempered`
+    kept      what the truncation rules leave of `tempered` (`truncation.py`)
     token     argmax over kept of tempered + gumbel;   temperature 0: argmax of adjusted;   ties: the lowest id
 
 The draw is counter-based (Salmon et al. 2011): Philox4x32-10, key = the two words of the seed, counter = (token id,
@@ -17,10 +17,12 @@ fill the 24 of a float32: one bit more would round the largest u to 1, whose noi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from .truncation import truncate
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -76,63 +78,11 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
         return np.asarray(np.log(sum(c * np.exp(log_softmax(row)) for row, c in chosen)), dtype=np.float64)
 
 
-def penalise(
-    mixed: F64,
-    prompt_ids: I64,
-    output_ids: I64,
-    *,
-    repetition: float = 1.0,
-    presence: float = 0.0,
-    frequency: float = 0.0,
-    bias: Mapping[int, float] | None = None,
-    forbidden: Sequence[int] = (),
-) -> F64:
-    """Repetition (prompt and answer: positive logits divided, negative multiplied), presence and frequency (answer
-    only: subtracted), additive biases, and forbidden tokens, in this order."""
-    adjusted = mixed.copy()
-    seen = np.unique(np.concatenate([prompt_ids, output_ids]))
-    adjusted[seen] = np.where(adjusted[seen] > 0, adjusted[seen] / repetition, adjusted[seen] * repetition)
-    ids, counts = np.unique(output_ids, return_counts=True)
-    adjusted[ids] -= presence + frequency * counts
-    for token_id, value in (bias or {}).items():
-        adjusted[token_id] += value
-    adjusted[list(forbidden)] = -np.inf
-    return adjusted
-
-
-def truncate(tempered: F64, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
-    """Which tokens [vocab] stay. Each rule is a threshold, so equal logits stay or go together.
-
-    top-k: not below the k-th largest. top-p, on what top-k left, renormalised: the shortest run of the sorted tokens
-    whose probability reaches p. min-p: probability at least min_p of the largest.
-    """
-    kept = tempered > -np.inf
-    if 0 < top_k < len(tempered):
-        kept &= tempered >= np.sort(tempered)[-top_k]
-    if top_p < 1:
-        ordered = np.sort(tempered[kept])[::-1]
-        cumulative = np.cumsum(np.exp(ordered - ordered[0]))
-        last = int(np.searchsorted(cumulative, top_p * cumulative[-1]))
-        kept &= tempered >= ordered[min(last, len(ordered) - 1)]
-    if min_p > 0:
-        kept &= tempered >= tempered.max() + np.log(min_p)
-    return np.asarray(kept)
-
-
-def sample(
-    adjusted: F64,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int,
-    position: int,
-) -> int:
-    """The token drawn from adjusted mixed logits [vocab]."""
+def sample(adjusted: F64, *, temperature: float, seed: int, position: int, **rules: float) -> int:
+    """The token drawn from adjusted mixed logits [vocab]. `rules`: values of truncation rules by name."""
     if temperature == 0:
         return int(np.argmax(adjusted))
     tempered = adjusted / temperature
-    kept = truncate(tempered, top_k, top_p, min_p)
+    kept = truncate(tempered, **rules)
     noise = gumbel(np.arange(len(adjusted)), position, seed)
     return int(np.argmax(np.where(kept, tempered + noise, -np.inf)))

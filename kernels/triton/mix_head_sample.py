@@ -9,7 +9,7 @@ For requests in logits space that are not truncated and want no more than the to
 
 The mix goes into the head as two rows of the weights' dtype, its rounding and the rest, so that rounding a mix to bfloat16
 costs nothing; a single member with coefficient 1 has no rest and is what it is alone. Bytes: the head once, per 64 requests.
-Oracle: `kernels.eager` (the same composition) and `kernels.reference` (mix, sample).
+Oracle: `kernels.oracle.eager` (the same composition) and `kernels.oracle.reference` (mix, sample).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from ..oracle.operands import Draw, LinearWeight, Mixture
+from .draw import best_of_tile, join_parts
 from .launch import F32, FLOATS, I32, check, dot, power_of_two, wide
-from .mix_sample import best_of_tile, join_parts
 from .weight_matmul import BLOCK_K, BLOCK_N, SMALL, check_weight, operands, weight_tile
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

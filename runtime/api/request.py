@@ -110,13 +110,6 @@ class SamplingParams:
     logprobs: int | None = None
     speculative_tokens: int | None = None
 
-    @property
-    def is_plain_greedy(self) -> bool:
-        """The token is the largest logit's, and nothing else about the logits is asked for."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        plain = self.temperature == 0 and self.logprobs is None and penalties == (1.0, 0.0, 0.0)
-        return plain and not self.logit_bias
-
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, limit: str) -> None:
             if not ok:

@@ -37,6 +37,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
     tied_head: bool = True
+    linear_head: bool = (
+        True  # False: something after the head bends its logits, as a soft cap; states cannot be mixed before it
+    )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:

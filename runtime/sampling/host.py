@@ -1,15 +1,16 @@
-"""Mixing and sampling on the host, for backends whose logits arrive as numpy rows. Same tokens as `kernels.reference`.
+"""Mixing and sampling on the host, for backends whose logits arrive as numpy rows. Same tokens as `kernels.oracle.reference`.
 
-The native kernels do it where they were built (`kernels.cpu_sample`); what follows is for where they were not. What makes
-it fast: a greedy row is one argmax; otherwise only candidates that can still win are drawn. The noise of a
-23-bit uniform lies in [−2.81, 16.64], so a token more than its span below the best score so far has no chance.
+The native kernels do it where they were built (`kernels.native.sampling`), for samples whose truncation rules they have;
+what follows is for the others. What makes it fast: a greedy row is one argmax; otherwise only candidates that can still win
+are drawn. The noise of a 23-bit uniform lies in [−2.81, 16.64], so a token more than its span below the best score so far
+has no chance.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ import numpy.typing as npt
 
 from ...kernels.native import binding as cpu
 from ...kernels.native import sampling as cpu_sample
-from ...kernels.oracle.reference import gumbel, mix, penalise, truncate
+from ...kernels.oracle.edits import apply_edits
+from ...kernels.oracle.reference import gumbel, mix
+from ...kernels.oracle.truncation import truncate
 from ..api.request import Space
 from ..schedule.batch import SampleRow, StepOutput
+from .terms import Terms, is_single
 
 F32 = npt.NDArray[np.float32]
 Row = npt.NDArray[Any]  # [vocab] float32 (a member as it is) or float64 (a mix)
@@ -31,18 +35,21 @@ _NOT_FINITE = "the logits hold NaN or infinity"
 _NOTHING_LEFT = "no token is left to choose"
 
 
-def sample_rows(
-    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
-) -> StepOutput:
+def sample_rows(logits: F32, row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
     """Draw one token for each sample.
 
     logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Rows are independent: a result
     does not depend on what else is in the batch. A row with NaN or +inf, or with no token left, has an entry in `errors`.
     """
-    if samples and _has_native():
-        natives = native_samples(row_terms, samples)
-        return step_output(natives, cpu_sample.sample(logits, natives))
-    return _sample_numpy(logits, row_terms, samples)
+    if not samples or not _has_native():
+        return _sample_numpy(logits, row_terms, samples)
+    fused, others = split_fused(samples, cpu_sample.FUSED_RULES)
+    natives = native_samples([row_terms[i] for i in fused], [samples[i] for i in fused])
+    output = step_output(natives, cpu_sample.sample(logits, natives))
+    if not others:
+        return output
+    rest = _sample_numpy(logits, [row_terms[i] for i in others], [samples[i] for i in others])
+    return merge_outputs([(fused, output), (others, rest)])
 
 
 @functools.cache
@@ -50,9 +57,40 @@ def _has_native() -> bool:
     return cpu.is_available()
 
 
-def native_samples(
-    row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
-) -> list[cpu_sample.Sample]:
+def split_fused(samples: Sequence[SampleRow], rules: Collection[str]) -> tuple[list[int], list[int]]:
+    """Indices of the samples that are truncated by nothing but these rules, and of the others."""
+    known = set(rules)
+    fused = [sample.sampling.truncation.keys() <= known for sample in samples]
+    return [i for i, can in enumerate(fused) if can], [i for i, can in enumerate(fused) if not can]
+
+
+def empty_output(count: int) -> StepOutput:
+    """An output to be filled in: token 0, nothing else."""
+    return StepOutput(
+        token_ids=np.zeros(count, np.int64),
+        logprobs=np.full(count, np.nan),
+        top_logprobs=[[] for _ in range(count)],
+        member_logprobs=[[] for _ in range(count)],
+    )
+
+
+def merge_outputs(parts: Sequence[tuple[Sequence[int], StepOutput]]) -> StepOutput:
+    """One output of several: (indices of the samples, their output); each sample in one of them."""
+    merged = empty_output(sum(len(index) for index, _ in parts))
+    for index, output in parts:
+        put_output(merged, index, output)
+    return merged
+
+
+def put_output(target: StepOutput, index: Sequence[int], output: StepOutput) -> None:
+    """Copy the entries of `output` to the places `index`."""
+    target.token_ids[index], target.logprobs[index] = output.token_ids, output.logprobs
+    for place, top, members in zip(index, output.top_logprobs, output.member_logprobs, strict=True):
+        target.top_logprobs[place], target.member_logprobs[place] = top, members
+    target.errors |= {index[place]: error for place, error in output.errors.items()}
+
+
+def native_samples(row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> list[cpu_sample.Sample]:
     """As the native kernels take them."""
     return [_native(terms, sample) for terms, sample in zip(row_terms, samples, strict=True)]
 
@@ -75,40 +113,25 @@ def step_output(natives: Sequence[cpu_sample.Sample], result: cpu_sample.Sampled
     return output
 
 
-def _native(terms: Sequence[tuple[int, float]], sample: SampleRow) -> cpu_sample.Sample:
-    params = sample.params
+def _native(terms: Terms, sample: SampleRow) -> cpu_sample.Sample:
+    sampling = sample.sampling
     return cpu_sample.Sample(
         terms=terms,
         probs=sample.space is Space.PROBS,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        prompt_ids=sample.prompt_ids,
-        output_ids=sample.output_ids,
-        bias=params.logit_bias,
-        forbidden=sample.forbidden_ids,
-        seed=sample.seed,
+        temperature=sampling.temperature,
+        truncation=sampling.truncation,
+        edits=sample.edits,
+        seed=sampling.seed,
         position=sample.position,
-        logprobs=params.logprobs,
-        member_logprobs=sample.return_member_logprobs,
+        logprobs=sampling.logprobs,
+        member_logprobs=sampling.member_logprobs,
     )
 
 
-def _sample_numpy(
-    logits: F32, row_terms: Sequence[Sequence[tuple[int, float]]], samples: Sequence[SampleRow]
-) -> StepOutput:
-    output = StepOutput(
-        token_ids=np.zeros(len(samples), np.int64),
-        logprobs=np.full(len(samples), np.nan),
-        top_logprobs=[[] for _ in samples],
-        member_logprobs=[[] for _ in samples],
-    )
+def _sample_numpy(logits: F32, row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
+    output = empty_output(len(samples))
     for index, (terms, sample) in enumerate(zip(row_terms, samples, strict=True)):
-        if len(terms) == 1 and terms[0][1] == 1:
+        if is_single(terms):
             mixed: Row = logits[terms[0][0]]
         else:
             mixed = mix(logits[[row for row, _ in terms]], [c for _, c in terms], sample.space)
@@ -117,69 +140,39 @@ def _sample_numpy(
             output.errors[index] = token_id
             continue
         output.token_ids[index] = token_id
-        if sample.params.logprobs is not None:
+        if sample.sampling.logprobs is not None:
             logprobs = _log_softmax(mixed)
             output.logprobs[index] = logprobs[token_id]
-            output.top_logprobs[index] = _top(logprobs, sample.params.logprobs)
-        if sample.return_member_logprobs:
+            output.top_logprobs[index] = _top(logprobs, sample.sampling.logprobs)
+        if sample.sampling.member_logprobs:
             output.member_logprobs[index] = [float(_log_softmax(logits[row])[token_id]) for row, _ in terms]
     return output
 
 
 def _draw(mixed: Row, sample: SampleRow) -> int | str:
     """The token, or why there is none."""
-    params = sample.params
-    adjusted = _penalise(mixed, sample)
+    sampling = sample.sampling
+    adjusted: Row = mixed if sample.edits.is_empty else apply_edits(mixed.astype(np.float64), sample.edits)
     best = int(np.argmax(adjusted))
     if not max(mixed.max(), adjusted[best]) < np.inf:  # numpy's max of a row with NaN is NaN
         return _NOT_FINITE
     if adjusted[best] == -np.inf:
         return _NOTHING_LEFT
-    if params.temperature == 0:
+    if sampling.temperature == 0:
         return best
-    tempered = adjusted.astype(np.float64) / params.temperature
-    if params.top_k or params.top_p < 1 or params.min_p:
-        tempered = _truncate(tempered, params.top_k, params.top_p, params.min_p)
+    tempered = adjusted.astype(np.float64) / sampling.temperature
+    if sampling.truncation:
+        tempered = np.where(truncate(tempered, **sampling.truncation), tempered, -np.inf)
     return _gumbel_argmax(tempered, sample)
-
-
-def _penalise(mixed: Row, sample: SampleRow) -> Row:
-    params = sample.params
-    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-    if penalties == (1.0, 0.0, 0.0) and not params.logit_bias and not sample.forbidden_ids:
-        return mixed
-    return penalise(
-        mixed.astype(np.float64),
-        sample.prompt_ids,
-        sample.output_ids,
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        bias=params.logit_bias,
-        forbidden=sample.forbidden_ids,
-    )
-
-
-def _truncate(tempered: npt.NDArray[np.float64], top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.float64]:
-    """As `truncate`, -inf for what goes. Sorting the whole vocabulary is what costs, so it is cut down first: to the k
-    largest, or, for top-p alone, to the tokens that cannot all be left out."""
-    if 0 < top_k < len(tempered):
-        threshold = np.partition(tempered, len(tempered) - top_k)[-top_k]
-        tempered = np.where(tempered >= threshold, tempered, -np.inf)
-    alive = np.flatnonzero(tempered > -np.inf)
-    kept = alive[truncate(tempered[alive], 0, top_p, min_p)]
-    result = np.full_like(tempered, -np.inf)
-    result[kept] = tempered[kept]
-    return result
 
 
 def _gumbel_argmax(tempered: npt.NDArray[np.float64], sample: SampleRow) -> int:
     """argmax of tempered + noise, drawing only for tokens that can win: first the best few, then what they leave over."""
-    count = min(_FIRST_DRAWN, len(tempered))
+    count, seed = min(_FIRST_DRAWN, len(tempered)), sample.sampling.seed
     first = np.argpartition(tempered, len(tempered) - count)[-count:]
-    score = tempered[first] + gumbel(first, sample.position, sample.seed)
+    score = tempered[first] + gumbel(first, sample.position, seed)
     candidates = np.flatnonzero(tempered + LARGEST_GUMBEL >= score.max())  # ascending, so that ties take the lowest id
-    scores = tempered[candidates] + gumbel(candidates, sample.position, sample.seed)
+    scores = tempered[candidates] + gumbel(candidates, sample.position, seed)
     return int(candidates[np.argmax(scores)])
 
 

@@ -1,19 +1,16 @@
-"""Which rows a backend's head computes for the samples of a batch, and how their logits make each sample's mix."""
+"""Hidden states mixed on the host before the head, for backends whose head is a graph of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import Space
 from ..model.bundle import Bundle
-from ..schedule.batch import SampleRow
+from .terms import Terms, is_single
 
 F32 = npt.NDArray[np.float32]
-
-Terms = list[list[tuple[int, float]]]
 
 
 def head_group(bundle: Bundle) -> int | None:
@@ -21,30 +18,25 @@ def head_group(bundle: Bundle) -> int | None:
     return bundle.quantisation["head_group_size"] if bundle.quantisation["head_bits"] < 32 else None
 
 
-def head_rows(
-    samples: Sequence[SampleRow], hidden: Mapping[tuple[int, int], F32], group: int | None
-) -> tuple[F32, Terms, list[tuple[int, int]]]:
-    """(rows [R, hidden] for the head, (row, coefficient) terms of each sample, (row, row whose logits are added to it)).
+def mixed_rows(rows: Sequence[Terms], hidden: Sequence[F32], group: int | None) -> tuple[F32, list[tuple[int, int]]]:
+    """(rows [R, hidden] for the head, (row, row whose logits are added to it)): first a row for each of `rows`, the terms of
+    hidden states that it mixes, then what a quantised head needs besides (see `_linear_rows`).
 
-    `hidden` holds the final hidden state of each (batch row, member) that is mixed. In `logits` space a sample is one row:
-    a single member with coefficient 1 is its own hidden state, bit for bit; a mix is Σ coefficient · hidden state in the
-    order of the terms (see `_linear_rows` for what a quantised head needs). In `probs` space every member has its own row.
+    A single state with coefficient 1 is itself, bit for bit; a mix is Σ coefficient · state in the order of the terms.
     """
-    rows: list[F32] = []
-    row_terms: Terms = []
-    fine_rows: list[tuple[int, int]] = []
-    for sample in samples:
-        terms = [(hidden[row, member], c) for row, member, c in sample.terms if c != 0]
-        if sample.space is Space.LOGITS and not sample.return_member_logprobs and len(terms) > 1:
-            row_terms.append([(len(rows), 1.0)])
-            mixed = _linear_rows(terms, group)
-            fine_rows += [(len(rows), len(rows) + i) for i in range(1, len(mixed))]
-            rows += mixed
-        else:
-            row_terms.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
-            rows += [row for row, _ in terms]
-    size = len(rows[0]) if rows else 0
-    return np.array(rows, np.float32).reshape(len(rows), size), row_terms, fine_rows
+    found: list[F32] = []
+    fine: list[tuple[int, F32]] = []
+    for terms in rows:
+        if is_single(terms):
+            found.append(hidden[terms[0][0]])
+            continue
+        mixed, *rest = _linear_rows([(hidden[state], c) for state, c in terms], group)
+        fine += [(len(found), row) for row in rest]
+        found.append(mixed)
+    added = [(row, len(found) + i) for i, (row, _) in enumerate(fine)]
+    found += [row for _, row in fine]
+    size = len(found[0]) if found else 0
+    return np.array(found, np.float32).reshape(len(found), size), added
 
 
 def _linear_rows(terms: list[tuple[F32, float]], group: int | None) -> list[F32]:

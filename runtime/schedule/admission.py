@@ -11,6 +11,7 @@ from ..api.request import Member, Request, SamplingParams
 from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
 from .blocks import BlockManager
 from .drafts import Drafter
+from .resolve import LogitEditor
 from .sequence import Group, Sequence
 
 
@@ -47,6 +48,8 @@ class Admission:
         params = request.sampling
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self._model.eos_token_ids
+        stop_ids = frozenset((*eos, *params.stop_token_ids))
+        editor = LogitEditor(params, stop_ids, request.prompts[keys[0][0]])
         return [
             Group(
                 request_id=request.request_id,
@@ -65,7 +68,8 @@ class Admission:
                 params=params,
                 seed=choice_seed(seed, choice),
                 max_tokens=self._answer_room(request),
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                stop_ids=stop_ids,
+                editor=editor.fork(),
                 return_member_logprobs=request.return_member_logprobs,
                 drafter=self._drafter(params),
             )

@@ -5,40 +5,43 @@ Both are flat arrays; the scheduler fills every field of `Batch` and the backend
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import SamplingParams, Space
+from ...kernels.oracle.edits import NO_EDITS, Edits
+from ..api.request import Space
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class ResolvedSampling:
+    """How a group's tokens are drawn, the same for all of its rows: numbers, not what a user asked."""
+
+    temperature: float = 1.0  # 0: greedy
+    truncation: Mapping[str, float] = field(
+        default_factory=dict
+    )  # rule of `RULES` → value; those that are off are not in it
+    seed: int = 0  # with the position, the key of the counter-based draw
+    logprobs: int | None = None  # how many of the best tokens are reported; None: no log-probabilities at all
+    member_logprobs: bool = False  # report the chosen token's under each term alone
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRow:
     """One token to be drawn: which (row, member) logits are mixed, how, and how to sample from the mix. All terms are rows of
     one group; a sequence may have several sampled rows in one step."""
 
     terms: tuple[tuple[int, int, float], ...]  # (flat row of the batch, member index of the bundle, coefficient)
     space: Space
-    params: SamplingParams
-    seed: int  # with position, the key of the counter-based draw
+    sampling: ResolvedSampling
     position: int  # index of the token to draw in its sequence (view 0): prompt length + tokens already drawn
-    text: I64  # view 0 as far as it goes, prompt and drawn tokens; for the penalties
-    num_prompt: int  # of them, the prompt's
-    forbidden_ids: tuple[int, ...] = ()  # end-of-sequence and stop ids while min_tokens is not reached
-    return_member_logprobs: bool = False
-
-    @property
-    def prompt_ids(self) -> I64:
-        return self.text[: self.num_prompt]
-
-    @property
-    def output_ids(self) -> I64:
-        return self.text[self.num_prompt :]
+    edits: Edits = NO_EDITS  # of the mix
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class StepOutput:
     """One entry per `Batch.samples`, in order. A row whose logits hold NaN has its message in `errors`."""
 
     token_ids: I64  # [samples]
-    logprobs: F64  # [samples] log-probability under the mixed distribution; NaN where params.logprobs is None
+    logprobs: F64  # [samples] log-probability under the mixed distribution; NaN where sampling.logprobs is None
     top_logprobs: list[list[tuple[int, float]]]  # [samples] the n best (token id, log-probability), best first
     member_logprobs: list[list[float]]  # [samples] the chosen token under each term alone; empty where not asked
     errors: dict[int, str] = field(default_factory=dict)  # sample index → why it has no token

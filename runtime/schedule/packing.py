@@ -84,22 +84,15 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
 
 def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[SampleRow]:
     """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
-    group, first = decode.group, decode.group.sequences[0]
-    text = first.tokens.array()
-    num_tokens, num_drawn = len(text), len(group.output)
-    if len(decode.draft):
-        text = np.append(text, decode.draft)
+    group = decode.group
+    num_tokens = len(group.sequences[0].tokens)
     return [
         SampleRow(
             terms=tuple((first_sampled[group.sequences[s]] + ahead, member, c) for s, member, c in group.terms),
             space=group.space,
-            params=group.params,
-            seed=group.seed,
+            sampling=group.sampling,
             position=num_tokens + ahead,
-            text=text[: num_tokens + ahead],
-            num_prompt=first.num_prompt,
-            forbidden_ids=tuple(sorted(group.stop_ids)) if num_drawn + ahead < group.params.min_tokens else (),
-            return_member_logprobs=group.return_member_logprobs,
+            edits=edits,
         )
-        for ahead in range(1 + len(decode.draft))
+        for ahead, edits in enumerate(group.editor.edits_along(decode.draft.tolist()))
     ]

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..api.request import SamplingParams, Space
+from .batch import ResolvedSampling
 from .drafts import Drafter
+from .resolve import LogitEditor, resolve_sampling
 
 I64 = npt.NDArray[np.int64]
 
@@ -93,14 +95,20 @@ class Group:
     seed: int
     max_tokens: int
     stop_ids: frozenset[int]  # end-of-sequence and stop token ids
+    editor: LogitEditor  # observes every token of the answer
     return_member_logprobs: bool = False
     drafter: Drafter | None = None  # None: no speculation
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
     output: TokenBuffer = field(default_factory=TokenBuffer)
+    sampling: ResolvedSampling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = resolve_sampling(self.params, self.seed, self.return_member_logprobs)
 
     def append(self, token_id: int) -> None:
         self.output.append(token_id)
+        self.editor.observe(token_id)
         for sequence in self.sequences:
             sequence.tokens.append(token_id)
         if self.drafter is not None:

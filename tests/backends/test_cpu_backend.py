@@ -311,8 +311,12 @@ def test_a_bad_mix_is_refused_before_anything_is_computed(bundle_of, terms, samp
         model.generate(batch, terms, [True], sampling.struct)
     assert sampling.result.token_ids.tolist() == [7]
     sampling = Sampling([Sample([(0, 1.0)], temperature=0.0)], model.vocab_size)
-    model.generate(batch, [[(0, 1.0)]], [True], sampling.struct)
-    assert sampling.result.token_ids.tolist() == [model.head(model.step(batch))[0].argmax()]
+    for written in (1, -1):
+        with pytest.raises(MotetError, match=f"written row {written} is not in 0…0"):
+            model.generate(batch, [[(0, 1.0)]], [True], sampling.struct, [written])
+    logits = model.generate(batch, [[(0, 1.0)]], [False], sampling.struct, [0])
+    assert (logits == model.head(model.step(batch))).all()
+    assert sampling.result.token_ids.tolist() == [logits[0].argmax()]
 
 
 @settings(max_examples=300, deadline=None)

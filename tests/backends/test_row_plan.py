@@ -7,16 +7,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch backend's own parts")
 
-from motet.runtime.api.request import SamplingParams, Space  # noqa: E402
+from motet.runtime.api.request import Space  # noqa: E402
 from motet.runtime.backends.torch.cuda_graphs import ladder  # noqa: E402
 from motet.runtime.backends.torch.packed import Packed  # noqa: E402
 from motet.runtime.backends.torch.row_plan import plan_rows  # noqa: E402
-from motet.runtime.schedule.batch import Batch, SampleRow  # noqa: E402
+from motet.runtime.schedule.batch import Batch, ResolvedSampling, SampleRow  # noqa: E402
 
 
 def sample(row):
-    nothing = np.empty(0, np.int64)
-    return SampleRow(((row, 0, 1.0),), Space.LOGITS, SamplingParams(), 1, 1, nothing, 0)
+    return SampleRow(((row, 0, 1.0),), Space.LOGITS, ResolvedSampling(), 1)
 
 
 def batch(counts, lengths, adapters, sampled):

@@ -7,31 +7,21 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the sampler takes torch tensors")
 
+from helpers.samples import sample_row  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from motet.kernels.oracle import eager  # noqa: E402
 from motet.kernels.oracle.operands import LinearWeight  # noqa: E402
-from motet.runtime.api.request import SamplingParams, Space  # noqa: E402
+from motet.runtime.api.request import Space  # noqa: E402
 from motet.runtime.backends.torch.sampler import TorchSampler  # noqa: E402
 from motet.runtime.sampling.host import sample_rows  # noqa: E402
-from motet.runtime.schedule.batch import SampleRow  # noqa: E402
 
 VOCAB, HIDDEN = 211, 16
 CPU = torch.device("cpu")
 
 
-def row(space=Space.LOGITS, *, seed=7, position=3, prompt=(), output=(), forbidden=(), members=False, **params):
-    return SampleRow(
-        terms=(),
-        space=space,
-        params=SamplingParams(**params),
-        seed=seed,
-        position=position,
-        text=np.array([*prompt, *output], np.int64),
-        num_prompt=len(prompt),
-        forbidden_ids=forbidden,
-        return_member_logprobs=members,
-    )
+def row(space=Space.LOGITS, **values):
+    return sample_row((), space, **values)
 
 
 def sampler(ops=eager, weight=None):
@@ -86,6 +76,7 @@ def test_it_is_the_host_sampler(data):
                 output=rng.integers(0, VOCAB, data.draw(st.integers(0, 4))),
                 forbidden=(1, 2) if edited and data.draw(st.booleans()) else (),
                 members=data.draw(st.booleans()),
+                mask=rng.integers(0, 2**32, -(-VOCAB // 32), dtype=np.uint32) if data.draw(st.booleans()) else None,
                 **values,
             )
         )
@@ -124,11 +115,12 @@ def test_triton_kernels_sample_the_same():
     if DEVICE != "cpu":
         pytest.skip("compiled kernels do not run on the CPU; test_torch_backend has the GPU's variant")
     hidden = torch.from_numpy(np.random.default_rng(4).standard_normal((5, HIDDEN)).astype(np.float32))
-    terms = [[(0, 1.0)], [(1, 0.4), (2, 0.6)], [(3, 0.4), (4, 0.6)], [(2, 1.0)]]
+    terms = [[(0, 1.0)], [(1, 0.4), (2, 0.6)], [(3, 0.4), (4, 0.6)], [(2, 1.0)], [(1, 1.0)]]
     samples = [
         row(temperature=1.0),
         row(temperature=0.7, logprobs=0),
         row(Space.PROBS, top_p=0.9, members=True, logprobs=2),
         row(temperature=0.9, frequency_penalty=0.3, output=(3, 3)),
+        row(temperature=0.9, mask=np.full(7, 0x0F0F0F0F, np.uint32)),
     ]
     agree(sampler(gpu)[0].sample(hidden, terms, samples), sampler()[0].sample(hidden, terms, samples))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from motet.finetune.training.trunk_cache import TrunkCache
 from motet.runtime.api.request import Space
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
-from motet.runtime.errors import BundleError, ConfigError, DataError
+from motet.runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 
 BASE = TuneParams(examples=24, validation_examples=8, max_length=100, batch_tokens=256, bag=0.7, epochs=1)
 SPACE = SearchSpace(layers=(1, 2), batch_tokens=(256,), schedule=("cosine",), learning_rate=(1e-4, 3e-2))
@@ -181,6 +182,11 @@ def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
         fuse(bench, {}, tmp_path / "f")
     with pytest.raises(ConfigError, match="untuned model"):
         fuse(bench, {"base": tmp_path}, tmp_path / "f")
+    linear = bench.config
+    bench.config = replace(linear, linear_head=False)
+    with pytest.raises(UnsupportedModelError, match="is not linear"):
+        fuse(bench, {"a": tmp_path}, tmp_path / "f")
+    bench.config = linear
     adapter = random_adapter(Decoder.from_dir(tiny_model_dir("llama")), ("q_proj",), 2, seed=0, scale=0.1)
     write_adapter(tmp_path / "a", {"base": {"digest": "other"}}, adapter)
     with pytest.raises(BundleError, match="another base"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
 from motet.runtime.engine.engine import Engine
 from motet.runtime.sampling.host import sample_rows
-from motet.runtime.schedule.batch import Batch, SampleRow, StepOutput
+from motet.runtime.schedule.batch import Batch, ResolvedSampling, SampleRow, StepOutput
 
 
 class FakeBackend:
@@ -45,6 +46,7 @@ class FakeBackend:
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
         self.fail_next = False
         self.nan_seeds: set[int] = set()
+        self.answers: dict[int, _Answer] = {}  # of each group, by the identity of its parameters
         self.on_step: Callable[[Batch], object] = lambda batch: None  # called before anything is written
         self.closed = 0
 
@@ -88,8 +90,12 @@ class FakeBackend:
             terms.append([(len(rows) + i, c) for i, (_, _, c) in enumerate(sample.terms)])
             for row, member, _ in sample.terms:
                 logits = self._logits(batch, row, member)
-                rows.append(np.full_like(logits, np.nan) if sample.seed in self.nan_seeds else logits)
-        return sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
+                rows.append(np.full_like(logits, np.nan) if sample.sampling.seed in self.nan_seeds else logits)
+        output = sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
+        for sample, token_id in zip(batch.samples, output.token_ids.tolist(), strict=True):
+            answer = self.answers[id(sample.sampling)]
+            answer.token_ids[sample.position - answer.first :] = [token_id]
+        return output
 
     def _logits(self, batch: Batch, row: int, member: int) -> np.ndarray:
         slots = self._slots(batch, row)
@@ -138,14 +144,25 @@ class FakeBackend:
                 held[slots[position]] = zlib.crc32(f"{before} {token} {adapter}".encode())
 
     def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
-        """The cache holds the tokens that the sample was drawn after: prompt and answer of its first view, and the same
-        answer at the end of every view."""
+        """The cache holds the tokens that the sample is drawn after: its first view all of them, and every view the same
+        answer at its end, which begins with what was drawn for the group in the steps before, but for a draft."""
         assert all(member in batch.members[_sequence_of(batch, row)] for row, member, _ in sample.terms)
         held = {row: self.tokens[self._slots(batch, row)].tolist() for row, _, _ in sample.terms}
-        answer = sample.output_ids.tolist()
-        assert [*sample.prompt_ids.tolist(), *answer] == held[min(held)]
-        assert sample.position == len(held[min(held)])
+        text = held[min(held)]
+        assert sample.position == len(text)
+        known = self.answers.setdefault(id(sample.sampling), _Answer(sample.sampling, sample.position, []))
+        answer = text[known.first :]
         assert all(tokens[len(tokens) - len(answer) :] == answer for tokens in held.values())
+        own = [other.position for other in batch.samples if other.sampling is sample.sampling]
+        drawn = min(own) - known.first
+        assert answer[:drawn] == known.token_ids[:drawn]
+
+
+@dataclass(slots=True)
+class _Answer:
+    sampling: ResolvedSampling  # kept, so that no other group has its identity
+    first: int  # position of the first token
+    token_ids: list[int]
 
 
 def _sequence_of(batch: Batch, row: int) -> int:

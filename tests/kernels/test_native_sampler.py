@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.samples import edits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels.native import binding as cpu
 from motet.kernels.native import sampling as cpu_sample
 from motet.kernels.native.sampling import NOT_FINITE, NOTHING_LEFT, Sample, sample
 from motet.kernels.oracle import reference
+from motet.kernels.oracle.edits import NO_EDITS, Edits, apply_edits
 from motet.runtime.errors import InvalidRequestError, UnavailableError
 from motet.runtime.sampling import host as sampler
 
@@ -21,21 +23,32 @@ ISAS = cpu.isa_names() if cpu.is_available() else ()
 VOCABULARIES = (1, 17, 320, 49152)
 
 
+def sample_of(temperature=1.0, edits=NO_EDITS, seed=0, position=0, logprobs=None, **rules):
+    """A sample of row 0."""
+    return Sample(
+        [(0, 1.0)],
+        temperature=temperature,
+        truncation=rules,
+        edits=edits,
+        seed=seed,
+        position=position,
+        logprobs=logprobs,
+    )
+
+
+def edits(ids, divisors=None, penalties=None, biases=None):
+    size = len(ids)
+    columns = (divisors or [1.0] * size, penalties or [0.0] * size, biases or [0.0] * size)
+    return Edits(np.array(ids, np.int64), *map(np.array, columns))
+
+
 def oracle(logits, one):
-    """(mixed logits, token) by `kernels.reference`."""
+    """(mixed logits, token) by `kernels.oracle`."""
     rows, mix = [row for row, _ in one.terms], [c for _, c in one.terms]
     mixed = reference.mix(logits[rows], mix, "probs" if one.probs else "logits")
-    vocab = logits.shape[1]
-    banned = set(one.forbidden)
-    if one.mask is not None:
-        banned |= {i for i in range(vocab) if not one.mask[i // 32] >> np.uint32(i % 32) & 1}
-    adjusted = reference.penalise(
-        mixed, one.prompt_ids, one.output_ids, repetition=one.repetition, presence=one.presence,
-        frequency=one.frequency, bias=one.bias, forbidden=sorted(banned),
-    )  # fmt: skip
+    adjusted = apply_edits(mixed, one.edits)
     token = reference.sample(
-        adjusted, temperature=one.temperature, top_k=one.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed,
-        position=one.position,
+        adjusted, temperature=one.temperature, seed=one.seed, position=one.position, **one.truncation
     ) if adjusted.max() > -np.inf else -1  # fmt: skip
     return mixed, token
 
@@ -89,27 +102,30 @@ def problems(draw, vocabularies=VOCABULARIES[:3]):
         terms=[(i, float(c)) for i, c in enumerate(mix)],
         probs=probs,
         temperature=draw(pick([0.0, 0.01, 0.3, 1.0, 2.0, 100.0])),
-        top_k=draw(pick([0, 0, 1, 2, 5, 50, 300, 5000])),
-        top_p=draw(pick([1.0, 1.0, 0.999999, 0.95, 0.5, 0.01, 1e-9])),
-        min_p=draw(pick([0.0, 0.0, 1e-9, 0.05, 1.0])),
+        truncation={
+            "top_k": draw(pick([0, 0, 1, 2, 5, 50, 300, 5000])),
+            "top_p": draw(pick([1.0, 1.0, 0.999999, 0.95, 0.5, 0.01, 1e-9])),
+            "min_p": draw(pick([0.0, 0.0, 1e-9, 0.05, 1.0])),
+        },
         seed=draw(st.integers(0, 2**64 - 1)),
         position=draw(st.integers(0, 2**31)),
         logprobs=draw(pick([None, 0, 1, 5, 20])),
         member_logprobs=draw(st.booleans()),
     )
     if draw(st.booleans()):
-        one = replace(
-            one,
-            repetition=draw(pick([1.0, 1.3, 0.7])),
-            presence=draw(pick([0.0, 0.6, -0.4])),
-            frequency=draw(pick([0.0, 0.3])),
-            prompt_ids=rng.integers(0, vocab, draw(st.integers(0, 40))),
-            output_ids=rng.integers(0, vocab, draw(st.integers(0, 20))),
-            bias={int(i): float(rng.standard_normal() * 4) for i in rng.integers(0, vocab, 3)},
-            forbidden=tuple(rng.integers(0, vocab, draw(st.integers(0, 3))).tolist()),
+        edits = edits_of(
+            rng.integers(0, vocab, draw(st.integers(0, 40))),
+            rng.integers(0, vocab, draw(st.integers(0, 20))),
+            set(rng.integers(0, vocab, draw(st.integers(0, 3))).tolist()),
+            repetition_penalty=draw(pick([1.0, 1.3, 0.7])),
+            presence_penalty=draw(pick([0.0, 0.6, -0.4])),
+            frequency_penalty=draw(pick([0.0, 0.3])),
+            logit_bias={int(i): float(rng.standard_normal() * 4) for i in rng.integers(0, vocab, 3)},
         )
+        one = replace(one, edits=edits)
     if draw(st.booleans()):
-        one = replace(one, mask=rng.integers(0, 2**32, -(-vocab // 32), dtype=np.uint32))
+        mask = rng.integers(0, 2**32, -(-vocab // 32), dtype=np.uint32)
+        one = replace(one, edits=replace(one.edits, mask=mask))
     return logits_of(rng, count, vocab, kind), one
 
 
@@ -136,7 +152,7 @@ def test_ties_stay_together_and_the_lowest_id_wins(isa, vocab, parameters):
     rng = np.random.default_rng(vocab)
     for logits in (np.zeros((1, vocab)), rng.integers(0, 2, (1, vocab)), np.full((1, vocab), 1e30)):
         for position in range(8):
-            one = Sample([(0, 1.0)], seed=1, position=position, logprobs=min(4, vocab), **parameters)
+            one = sample_of(seed=1, position=position, logprobs=min(4, vocab), **parameters)
             check(logits.astype(np.float32), one, isa)
 
 
@@ -157,14 +173,21 @@ def test_top_p_at_its_edge_is_the_oracle(top_p):
     rows = [np.zeros(4), np.repeat([0.0, -1.0], 2048), np.log(2.0) * -np.arange(40), -rng.random(3000) * 60]
     for logits in rows:
         for seed in range(20):
-            check(logits[None].astype(np.float32), Sample([(0, 1.0)], top_p=top_p, seed=seed), None)
+            check(logits[None].astype(np.float32), sample_of(top_p=top_p, seed=seed), None)
 
 
 def test_every_path_returns_the_same_bits():
     rng = np.random.default_rng(9)
     logits = logits_of(rng, 6, 4001, "peaked")
     samples = [
-        Sample([(i, 0.3), ((i + 1) % 6, 0.7)], probs=i % 2 == 0, top_p=0.9, seed=i, logprobs=7, member_logprobs=True)
+        Sample(
+            [(i, 0.3), ((i + 1) % 6, 0.7)],
+            probs=i % 2 == 0,
+            truncation={"top_p": 0.9},
+            seed=i,
+            logprobs=7,
+            member_logprobs=True,
+        )
         for i in range(6)
     ]
     first, *others = [sample(logits, samples, isa=isa) for isa in ISAS]
@@ -179,8 +202,9 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_threads():
     logits[5, 7] = np.nan
     samples = [
         Sample(
-            [(i, 0.5), ((i + 1) % 24, 0.5)], probs=i % 3 == 0, temperature=i % 4 / 2, top_k=i, repetition=1 + i % 2,
-            prompt_ids=rng.integers(0, 3001, 30), seed=i, logprobs=i % 5, member_logprobs=True,
+            [(i, 0.5), ((i + 1) % 24, 0.5)], probs=i % 3 == 0, temperature=i % 4 / 2, truncation={"top_k": i},
+            edits=edits_of(rng.integers(0, 3001, 30), repetition_penalty=1 + i % 2), seed=i, logprobs=i % 5,
+            member_logprobs=True,
         )
         for i in range(24)
     ]  # fmt: skip
@@ -214,8 +238,9 @@ def test_bad_logits_are_codes_of_their_sample(isa, vocab):
             codes = sample(logits, samples, isa=isa).codes.tolist()
             last = NOT_FINITE if probs else NOTHING_LEFT  # a member with no token has no probabilities
             assert codes == [0, NOT_FINITE, NOT_FINITE, last, 0, NOT_FINITE, NOT_FINITE, NOTHING_LEFT]
-        everything = Sample([(0, 1.0)], temperature=temperature, forbidden=range(vocab))
-        nothing = Sample([(0, 1.0)], temperature=temperature, mask=np.zeros(-(-vocab // 32), np.uint32))
+        everything = sample_of(temperature=temperature, edits=edits_of(forbidden=range(vocab)))
+        mask = np.zeros(-(-vocab // 32), np.uint32)
+        nothing = sample_of(temperature=temperature, edits=replace(NO_EDITS, mask=mask))
         assert sample(logits, [everything, nothing], isa=isa).codes.tolist() == [NOTHING_LEFT] * 2
 
 
@@ -253,23 +278,24 @@ def test_the_largest_uniform_is_below_one():
         ({"terms": [(2, 1.0)]}, "row 2 of 2"),
         ({"terms": [(-1, 1.0)]}, "row -1 of 2"),
         ({"terms": [(0, float("nan"))]}, "coefficient"),
-        ({"prompt_ids": np.array([20]), "presence": 1.0}, "prompt id is 20"),
-        ({"output_ids": np.array([-1]), "repetition": 2.0}, "output id is -1"),
-        ({"forbidden": (3, 2**40)}, "forbidden id"),
-        ({"bias": {-5: 1.0}}, "bias id is -5"),
-        ({"bias": {5: float("inf")}}, "not finite"),
+        ({"edits": edits([20])}, "edited id is 20"),
+        ({"edits": edits([-1])}, "edited id is -1"),
+        ({"edits": edits([3, 2**40])}, "edited id"),
+        ({"edits": edits([5], divisors=[0.0])}, "divisor of token 5"),
+        ({"edits": edits([5], divisors=[float("inf")])}, "divisor"),
+        ({"edits": edits([5], penalties=[float("nan")])}, "penalty"),
+        ({"edits": edits([5], biases=[float("inf")])}, "bias"),
+        ({"edits": edits([5, 6], biases=[1.0])}, "2 tokens need arrays"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_k": 2**70}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"min_p": 1.5}, "min_p"),
-        ({"repetition": 0.0}, "repetition"),
-        ({"presence": float("inf")}, "presence"),
-        ({"frequency": float("nan")}, "frequency"),
+        ({"truncation": {"top_k": -1}}, "top_k"),
+        ({"truncation": {"top_k": 2**70}}, "top_k"),
+        ({"truncation": {"top_p": 0.0}}, "top_p"),
+        ({"truncation": {"min_p": 1.5}}, "min_p"),
+        ({"truncation": {"other": 1.5}}, "not by"),
         ({"seed": -1}, "seed"),
         ({"logprobs": -1}, "logprobs"),
-        ({"mask": np.zeros(2, np.uint32)}, "mask"),
+        ({"edits": replace(NO_EDITS, mask=np.zeros(2, np.uint32))}, "mask"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):
@@ -302,16 +328,15 @@ def test_random_arguments_never_crash(data):
     logits = np.zeros((2, 32), np.float32)
     rows, mix = np.array([0, data.draw(number)], np.int64), np.array([0.5, data.draw(st.just(0.5) | real)])
     ids = np.array([data.draw(number) for _ in range(3)], np.int64)
-    one = cpu_sample._Sample(num_terms=2, logprobs=-1, top_p=1.0, temperature=1.0, repetition=1.0)
-    for name in data.draw(
-        st.sets(st.sampled_from(["first_term", "num_terms", "top_k", "num_prompt", "num_forbidden"]))
-    ):
+    one = cpu_sample._Sample(num_terms=2, logprobs=-1, top_p=1.0, temperature=1.0)
+    for name in data.draw(st.sets(st.sampled_from(["first_term", "num_terms", "top_k", "num_edits"]))):
         setattr(one, name, data.draw(number))
-    for name in data.draw(st.sets(st.sampled_from(["temperature", "top_p", "min_p", "repetition", "presence"]))):
+    for name in data.draw(st.sets(st.sampled_from(["temperature", "top_p", "min_p"]))):
         setattr(one, name, data.draw(real))
+    values = np.array([data.draw(real) for _ in range(3)])
     one.logprobs = data.draw(st.sampled_from([-5, -1, 0, 3, 4, 2**31 - 1]))
-    one.prompt_ids, one.forbidden_ids = ids.ctypes.data, ids.ctypes.data
-    one.num_prompt, one.num_forbidden = min(one.num_prompt, 3), min(one.num_forbidden, 3)
+    one.edit_ids, one.num_edits = ids.ctypes.data, min(one.num_edits, 3)
+    one.edit_divisors = one.edit_penalties = one.edit_biases = values.ctypes.data
     outputs = [np.full(8, 7, dtype) for dtype in (np.int64, np.int32, np.float64, np.int64, np.float64, np.float64)]
     sampling = cpu_sample._Sampling(
         logits.ctypes.data, 2, data.draw(st.sampled_from([32, 5, -1])), data.draw(st.sampled_from([32, 0, -1, 31])), 2,

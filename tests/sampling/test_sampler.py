@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.samples import penalise, sample_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels.native import binding as cpu
 from motet.kernels.oracle import reference
-from motet.runtime.api.request import SamplingParams, Space
+from motet.kernels.oracle.truncation import truncate
+from motet.runtime.api.request import Space
 from motet.runtime.sampling import host as sampler
 from motet.runtime.sampling.host import sample_rows
-from motet.runtime.schedule.batch import SampleRow
 
 
 @pytest.fixture(params=["native", "numpy"], autouse=True, scope="module")
@@ -24,18 +25,8 @@ def kind(request):
         yield request.param
 
 
-def row(count=1, space=Space.LOGITS, seed=7, position=3, prompt=(), output=(), forbidden=(), members=False, **params):
-    return SampleRow(
-        terms=tuple((i, i, 1.0) for i in range(count)),
-        space=space,
-        params=SamplingParams(**params),
-        seed=seed,
-        position=position,
-        text=np.array([*prompt, *output], np.int64),
-        num_prompt=len(prompt),
-        forbidden_ids=forbidden,
-        return_member_logprobs=members,
-    )
+def row(count=1, space=Space.LOGITS, **values):
+    return sample_row([(i, i, 1.0) for i in range(count)], space, **values)
 
 
 def test_philox_known_answer():
@@ -68,12 +59,14 @@ def test_sampler_is_the_oracle(data):
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1, "logit_bias": {0: 2.0}}
     penalised = data.draw(st.booleans())
     prompt, output = rng.integers(0, vocab, 6), rng.integers(0, vocab, 5)
-    sample = row(count, space, 99, 12, prompt, output, logprobs=3, **params, **(penalties if penalised else {}))
+    mask = rng.integers(0, 2**32, -(-vocab // 32), dtype=np.uint32) if data.draw(st.booleans()) else None
+    if mask is not None:
+        mask[0] |= 1  # a token is left
+    edited = {"prompt": prompt, "output": output, "mask": mask, **(penalties if penalised else {})}
+    sample = row(count, space, seed=99, position=12, logprobs=3, **params, **edited)
     result = sample_rows(logits, [[(i, float(c)) for i, c in enumerate(mix)]], [sample])
     mixed = reference.mix(logits, mix.tolist(), space)
-    adjusted = mixed
-    if penalised:
-        adjusted = reference.penalise(mixed, prompt, output, repetition=1.2, presence=0.3, frequency=0.1, bias={0: 2.0})
+    adjusted = penalise(mixed, prompt, output, mask=mask, **(penalties if penalised else {}))
     token = reference.sample(adjusted, seed=99, position=12, **params)
     assert result.token_ids[0] == token
     logprobs = reference.log_softmax(mixed.astype(np.float64))
@@ -104,10 +97,14 @@ def test_draws_follow_the_distribution():
 
 def test_truncation_keeps_what_it_says():
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
-    assert reference.truncate(logits, 2, 1.0, 0.0).tolist() == [True, True, False, False]
-    assert reference.truncate(logits, 0, 0.74, 0.0).tolist() == [True, True, False, False]
-    assert reference.truncate(logits, 0, 0.76, 0.0).tolist() == [True, True, True, False]
-    assert reference.truncate(logits, 0, 1.0, 0.29).tolist() == [True, True, True, False]
+    assert truncate(logits, top_k=2).tolist() == [True, True, False, False]
+    assert truncate(logits, top_p=0.74).tolist() == [True, True, False, False]
+    assert truncate(logits, top_p=0.76).tolist() == [True, True, True, False]
+    assert truncate(logits, min_p=0.29).tolist() == [True, True, True, False]
+    assert truncate(logits, top_k=3, top_p=0.8).tolist() == [True, True, False, False]  # of what top-k left, 83 %
+    assert truncate(logits, top_k=0, top_p=1.0, min_p=0.0).all()
+    with pytest.raises(KeyError, match="top_q"):
+        truncate(logits, top_q=1)
 
 
 def test_mix_one_zero_is_the_member_bit_for_bit():

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers import fake_backend
+from helpers.samples import edits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.export.bundle_writer import export_bundle
@@ -19,6 +20,7 @@ from motet.runtime.errors import ConfigError, InvalidRequestError
 from motet.runtime.schedule.batch import StepOutput
 from motet.runtime.schedule.blocks import BlockManager
 from motet.runtime.schedule.drafts import MARGIN, ROW_COST, Drafter, StepLoad
+from motet.runtime.schedule.resolve import LogitEditor
 from motet.runtime.schedule.scheduler import Scheduler
 from motet.runtime.schedule.sequence import Group, Sequence
 
@@ -120,18 +122,25 @@ def make_group(*prompts, max_tokens=99, stop_id=0, confident=True, **params) -> 
     drafter = Drafter(4)
     if confident:
         drafter._chances = [0.99] * 3
+    sampling = SamplingParams(**params)
     return Group(
         "x",
         0,
         sequences,
         terms,
         Space.LOGITS,
-        SamplingParams(**params),
+        sampling,
         7,
         max_tokens,
         frozenset({stop_id}),
+        LogitEditor(sampling, {stop_id}, prompts[0]),
         drafter=drafter,
     )
+
+
+def edits_by_token(edits):
+    columns = (edits.ids, edits.divisors, edits.penalties, edits.biases)
+    return {token: tuple(values) for token, *values in zip(*(column.tolist() for column in columns))}
 
 
 def make_scheduler(num_blocks=64, block_size=4, max_rows=64) -> Scheduler:
@@ -167,7 +176,8 @@ def test_rows_of_a_draft():
     _, group, scheduled = drafted((5, 6), PROMPT, min_tokens=3)
     # The text of the first sequence is the one that is looked up; here it has nothing to find.
     assert scheduled.batch.num_rows == 2
-    _, group, scheduled = drafted(PROMPT, (5, 6), min_tokens=3)
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.25, "frequency_penalty": 0.5}
+    _, group, scheduled = drafted(PROMPT, (5, 6), min_tokens=3, **penalties)
     batch = scheduled.batch
     size = len(batch.samples) - 1
     assert size == 4
@@ -178,9 +188,8 @@ def test_rows_of_a_draft():
     for ahead, sample in enumerate(batch.samples):
         assert sample.terms == ((ahead, 0, 0.5), (size + 1 + ahead, 0, 0.5))
         assert sample.position == 44 + ahead
-        assert sample.output_ids.tolist() == list(range(112, 113 + ahead))
-        assert sample.prompt_ids.tolist() == list(PROMPT)
-        assert sample.forbidden_ids == ((0,) if ahead < 2 else ())
+        expected = edits_of(PROMPT, range(112, 113 + ahead), {0} if ahead < 2 else (), **penalties)
+        assert edits_by_token(sample.edits) == edits_by_token(expected)
     assert all(len(s.block_table) * 4 >= len(s.tokens) + size for s in group.sequences)
 
 

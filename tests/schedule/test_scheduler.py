@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from motet.runtime.api.request import FinishReason, SamplingParams, Space
 from motet.runtime.schedule.batch import StepOutput
 from motet.runtime.schedule.blocks import BlockManager
+from motet.runtime.schedule.resolve import LogitEditor
 from motet.runtime.schedule.scheduler import Scheduler
 from motet.runtime.schedule.sequence import Group, Sequence, SequenceStatus, TokenBuffer
 
@@ -26,7 +27,9 @@ def make_group(name, *lengths, stop_ids=(), members=(0,), first=None, **params) 
     first = 1 + 1000 * (zlib.crc32(name.encode()) - zlib.crc32(b"a")) if first is None else first
     sequences = [Sequence(tuple(range(first, first + length)), members) for length in lengths]
     terms = tuple((index, 0, 1 / len(lengths)) for index in range(len(lengths)))
-    return Group(name, 0, sequences, terms, Space.LOGITS, SamplingParams(**params), 7, 99, frozenset(stop_ids))
+    sampling = SamplingParams(**params)
+    editor = LogitEditor(sampling, stop_ids, range(first, first + lengths[0]))
+    return Group(name, 0, sequences, terms, Space.LOGITS, sampling, 7, 99, frozenset(stop_ids), editor)
 
 
 def answer(batch, errors=None) -> StepOutput:
@@ -274,19 +277,23 @@ def test_a_failed_step_names_its_groups_and_recomputes_the_others():
 def test_end_of_sequence_is_forbidden_until_min_tokens():
     scheduler = make_scheduler()
     scheduler.add(make_group("a", 1, stop_ids=(9, 5), min_tokens=2))
-    assert [run(scheduler).samples[0].forbidden_ids for _ in range(3)] == [(5, 9), (5, 9), ()]
+    for ids in ([5, 9], [5, 9], []):
+        edits = run(scheduler).samples[0].edits
+        assert edits.ids.tolist() == ids
+        assert (edits.biases == -np.inf).all()
 
 
-def test_a_sample_sees_prompt_and_answer():
+def test_a_sample_is_edited_by_prompt_and_answer():
     scheduler = make_scheduler()
-    scheduler.add(make_group("a", 3))
+    scheduler.add(make_group("a", 3, repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5))
     run(scheduler, 2)
     scheduled = scheduler.schedule()
     sample = scheduled.batch.samples[0]
-    assert (sample.prompt_ids.tolist(), sample.output_ids.tolist()) == ([1, 2, 3], [103])
-    assert (sample.position, sample.seed) == (4, 7)
+    assert (sample.position, sample.sampling.seed) == (4, 7)
     scheduler.commit(scheduled, answer(scheduled.batch), go_on)
-    assert sample.output_ids.tolist() == [103]  # a view of its time, though the buffer has grown
+    assert sample.edits.ids.tolist() == [1, 2, 3, 103]  # as it was then, though the group has gone on
+    assert sample.edits.divisors.tolist() == [1.5] * 4
+    assert sample.edits.penalties.tolist() == [0.0, 0.0, 0.0, 0.75]
 
 
 def test_choices_compute_their_prompt_once():

@@ -219,6 +219,9 @@ int motet_generate(MotetModel* model, const MotetBatch* batch, const MotetMixes*
         float* hidden = m.hidden_room(batch->num_outputs);
         m.step(*batch, hidden);
         drawn.logits = m.logits(*mixes, hidden);
+        for (int64_t i = 0; i < mixes->num_written; i++)
+            std::copy_n(drawn.logits + mixes->written_rows[i] * drawn.stride, drawn.vocab_size,
+                        mixes->written + i * drawn.vocab_size);
         sample(m.isa()->sample, &m.pool(), drawn);
         return int(MOTET_OK);
     });

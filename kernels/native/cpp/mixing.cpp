@@ -56,6 +56,11 @@ std::string Model::check(const MotetMixes& mixes, int64_t num_hidden) const {
             if (mixes.sources[i] < 0 || mixes.sources[i] >= num_hidden)
                 return "row " + std::to_string(r) + " mixes a hidden state that is not there";
     }
+    if (mixes.num_written < 0) return "there is a negative number of written rows";
+    for (int64_t i = 0; i < mixes.num_written; i++)
+        if (mixes.written_rows[i] < 0 || mixes.written_rows[i] >= mixes.rows)
+            return "written row " + std::to_string(mixes.written_rows[i]) + " is not in 0…" +
+                   std::to_string(mixes.rows - 1);
     return "";
 }
 

@@ -90,24 +90,20 @@ MOTET_API int motet_step(MotetModel*, const MotetBatch*, float* hidden);
 MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
 MOTET_API int64_t motet_logits_stride(const MotetModel*);
 
-/* How the token of one sample is chosen. Null lists have count 0. */
+/* How the token of one sample is chosen. Edits: the logit x of token edit_ids[i] becomes (x > 0 ? x / divisor :
+   x * divisor) - penalty + bias, in this order; then the mask. Null lists have count 0. */
 typedef struct {
-    int64_t first_term, num_terms;          /* into the terms of MotetSampling, at least one */
-    int32_t probs;                          /* space of the mix; 0: logits */
-    int32_t logprobs;                       /* -1: none, else how many of the best tokens are reported */
-    int32_t member_logprobs;                /* 1: the chosen token's under every term alone */
-    int64_t top_k;                          /* 0: off */
-    double top_p, min_p, temperature;       /* 1, 0: off; 0: greedy */
-    double repetition, presence, frequency; /* 1, 0, 0: off */
-    const int64_t* prompt_ids;              /* [num_prompt] */
-    int64_t num_prompt;
-    const int64_t* output_ids; /* [num_output] */
-    int64_t num_output;
-    const int64_t* bias_ids; /* [num_bias] with bias_values: added to the logits */
-    const double* bias_values;
-    int64_t num_bias;
-    const int64_t* forbidden_ids; /* [num_forbidden] */
-    int64_t num_forbidden;
+    int64_t first_term, num_terms;    /* into the terms of MotetSampling, at least one */
+    int32_t probs;                    /* space of the mix; 0: logits */
+    int32_t logprobs;                 /* -1: none, else how many of the best tokens are reported */
+    int32_t member_logprobs;          /* 1: the chosen token's under every term alone */
+    int64_t top_k;                    /* 0: off */
+    double top_p, min_p, temperature; /* 1, 0: off; 0: greedy */
+    const int64_t* edit_ids;          /* [num_edits], each token once */
+    const double* edit_divisors;      /* [num_edits] above 0 */
+    const double* edit_penalties;     /* [num_edits] */
+    const double* edit_biases;        /* [num_edits] -infinity forbids the token */
+    int64_t num_edits;
     const uint32_t* mask; /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: allowed; null: all are */
     uint64_t seed;
     uint32_t position;
@@ -125,20 +121,24 @@ typedef struct {
     int64_t top_stride;      /* entries of a sample in the two tables; no sample reports more */
     int64_t* token_ids;      /* [num_samples] -1 where there is none */
     int32_t* codes;          /* [num_samples] MotetSampleCode */
-    double* logprobs;        /* [num_samples] of the mix before penalties, temperature and truncation; NaN: not asked */
+    double* logprobs;        /* [num_samples] of the mix before edits, temperature and truncation; NaN: not asked */
     int64_t* top_ids;        /* [num_samples, top_stride] best first, -1 where there are fewer */
     double* top_logprobs;    /* [num_samples, top_stride] */
     double* member_logprobs; /* [num_terms] NaN: not asked */
 } MotetSampling;
 
 /* Rows of logits to sample from: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · the
-   hidden state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. */
+   hidden state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. The
+   logits of `written_rows` are for the caller, who samples from them: they are copied out. */
 typedef struct {
     int64_t rows;
     const int64_t* offsets; /* [rows + 1] */
     const int32_t* sources;
     const float* coefficients;
     const uint8_t* greedy;
+    int64_t num_written;
+    const int64_t* written_rows; /* [num_written] */
+    float* written;              /* [num_written, vocab_size] */
 } MotetMixes;
 
 typedef enum { MOTET_SAMPLED, MOTET_NOT_FINITE, MOTET_NOTHING_LEFT } MotetSampleCode;

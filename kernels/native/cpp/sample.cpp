@@ -19,11 +19,27 @@ std::string out_of_range(const char* what, int64_t sample, int64_t value, int64_
            std::to_string(limit);
 }
 
-std::string check_ids(const char* what, int64_t sample, const int64_t* ids, int64_t count, int64_t vocab) {
-    if (count < 0 || (count > 0 && !ids))
-        return out_of_range(what, sample, count, std::numeric_limits<int64_t>::max()) + " entries";
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= vocab) return out_of_range(what, sample, ids[i], vocab - 1);
+std::string check_edits(const MotetSample& s, int64_t sample, int64_t vocab) {
+    if (s.num_edits < 0 || (s.num_edits > 0 && !(s.edit_ids && s.edit_divisors && s.edit_penalties && s.edit_biases)))
+        return "sample " + std::to_string(sample) + ": num_edits is " + std::to_string(s.num_edits) +
+               ", it must be at least 0, and where it is more there must be four arrays";
+    for (int64_t i = 0; i < s.num_edits; i++) {
+        if (s.edit_ids[i] < 0 || s.edit_ids[i] >= vocab)
+            return out_of_range("an edited id", sample, s.edit_ids[i], vocab - 1);
+        const struct {
+            const char* name;
+            bool fine;
+            double value;
+        } numbers[] = {
+            {"divisor", std::isfinite(s.edit_divisors[i]) && s.edit_divisors[i] > 0, s.edit_divisors[i]},
+            {"penalty", !std::isnan(s.edit_penalties[i]), s.edit_penalties[i]},
+            {"bias", s.edit_biases[i] < kInfinity, s.edit_biases[i]},
+        };
+        for (const auto& number : numbers)
+            if (!number.fine)
+                return "sample " + std::to_string(sample) + ": the " + number.name + " of token " +
+                       std::to_string(s.edit_ids[i]) + " is " + std::to_string(number.value) + ", out of its range";
+    }
     return "";
 }
 
@@ -36,17 +52,12 @@ std::string check_numbers(const MotetSample& s, int64_t index) {
         {"temperature", std::isfinite(s.temperature) && s.temperature >= 0, s.temperature},
         {"top_p", s.top_p > 0 && s.top_p <= 1, s.top_p},
         {"min_p", s.min_p >= 0 && s.min_p <= 1, s.min_p},
-        {"repetition", std::isfinite(s.repetition) && s.repetition > 0, s.repetition},
-        {"presence", std::isfinite(s.presence), s.presence},
-        {"frequency", std::isfinite(s.frequency), s.frequency},
         {"top_k", s.top_k >= 0, double(s.top_k)},
     };
     for (const auto& number : numbers)
         if (!number.fine)
             return "sample " + std::to_string(index) + ": " + number.name + " " + std::to_string(number.value) +
                    " is out of its range";
-    for (int64_t i = 0; i < s.num_bias; i++)
-        if (!std::isfinite(s.bias_values[i])) return "sample " + std::to_string(index) + ": a bias is not finite";
     return "";
 }
 
@@ -57,20 +68,8 @@ std::string check_sample(const MotetSampling& all, int64_t index) {
         return out_of_range("the end of its terms", index, s.first_term + s.num_terms, all.num_terms);
     if (s.logprobs < -1 || s.logprobs > all.top_stride)
         return out_of_range("logprobs", index, s.logprobs, all.top_stride);
-    const struct {
-        const char* name;
-        const int64_t* ids;
-        int64_t count;
-    } lists[] = {{"a prompt id", s.prompt_ids, s.num_prompt},
-                 {"an output id", s.output_ids, s.num_output},
-                 {"a bias id", s.bias_ids, s.num_bias},
-                 {"a forbidden id", s.forbidden_ids, s.num_forbidden}};
-    for (const auto& list : lists) {
-        const std::string problem = check_ids(list.name, index, list.ids, list.count, all.vocab_size);
-        if (!problem.empty()) return problem;
-    }
-    if (s.num_bias > 0 && !s.bias_values) return "sample " + std::to_string(index) + ": its biases have no values";
-    return check_numbers(s, index);
+    const std::string problem = check_edits(s, index, all.vocab_size);
+    return problem.empty() ? check_numbers(s, index) : problem;
 }
 
 }  // namespace
@@ -229,50 +228,18 @@ int64_t Sampler::largest_id() const {
     }
 }
 
-// ---- penalties ----
+// ---- edits ----
 
-bool Sampler::is_adjusted() const {
-    const MotetSample& s = *sample_;
-    return s.repetition != 1 || s.presence != 0 || s.frequency != 0 || s.num_bias || s.num_forbidden || s.mask;
-}
-
-void Sampler::change(int64_t id, double value) {
-    if (sample_->logprobs >= 0) changes_.push_back({id, exact_[size_t(id)]});
-    exact_[size_t(id)] = value;
-}
-
-void Sampler::penalise() {
-    const MotetSample& s = *sample_;
-    counts_.resize(size_t(std::max<int64_t>(size_, int64_t(counts_.size()))));
-    const struct {
-        const int64_t* ids;
-        int64_t count;
-    } lists[] = {{s.prompt_ids, s.num_prompt}, {s.output_ids, s.num_output}};
-    if (s.repetition != 1) {
-        for (const auto& list : lists)
-            for (int64_t i = 0; i < list.count; i++) {
-                if (counts_[size_t(list.ids[i])]++) continue;
-                const double value = exact_[size_t(list.ids[i])];
-                change(list.ids[i], value > 0 ? value / s.repetition : value * s.repetition);
-            }
-        for (const auto& list : lists)
-            for (int64_t i = 0; i < list.count; i++) counts_[size_t(list.ids[i])] = 0;
-    }
-    if (s.presence == 0 && s.frequency == 0) return;
-    for (int64_t i = 0; i < s.num_output; i++) counts_[size_t(s.output_ids[i])]++;
-    for (int64_t i = 0; i < s.num_output; i++) {
-        int32_t& count = counts_[size_t(s.output_ids[i])];
-        if (count)
-            change(s.output_ids[i], exact_[size_t(s.output_ids[i])] - (s.presence + s.frequency * double(count)));
-        count = 0;
-    }
-}
+bool Sampler::is_adjusted() const { return sample_->num_edits || sample_->mask; }
 
 void Sampler::adjust() {
     const MotetSample& s = *sample_;
-    penalise();
-    for (int64_t i = 0; i < s.num_bias; i++) change(s.bias_ids[i], exact_[size_t(s.bias_ids[i])] + s.bias_values[i]);
-    for (int64_t i = 0; i < s.num_forbidden; i++) change(s.forbidden_ids[i], -kInfinity);
+    for (int64_t i = 0; i < s.num_edits; i++) {
+        double& x = exact_[size_t(s.edit_ids[i])];
+        if (s.logprobs >= 0) changes_.push_back({s.edit_ids[i], x});
+        const double scaled = x > 0 ? x / s.edit_divisors[i] : x * s.edit_divisors[i];
+        x = scaled - s.edit_penalties[i] + s.edit_biases[i];
+    }
     if (!s.mask) return;
     for (int64_t i = 0; i < size_; i++)
         if (!(s.mask[i / 32] >> (i % 32) & 1)) exact_[size_t(i)] = -kInfinity;

@@ -29,9 +29,7 @@ private:
     State measure();  // top_ of the mixed or adjusted row
     void view();      // row_: what the passes over it need
     bool is_adjusted() const;
-    void adjust();  // penalties, biases, forbidden tokens, mask, on exact_
-    void change(int64_t id, double value);
-    void penalise();
+    void adjust();               // edits and mask, on exact_
     int64_t largest_id() const;  // lowest id with the largest value
     void collect(float distance);
     void collect_largest(int64_t count);  // at least the `count` largest
@@ -55,7 +53,7 @@ private:
     std::vector<double> exact_, exps_;
     std::vector<float> narrow_, maxima_, scratch_;
     int64_t found_ = 0;
-    std::vector<int32_t> ids_, counts_;  // counts_ [vocab] is all 0 between samples
+    std::vector<int32_t> ids_;
     std::vector<Weighted> weighted_;
     struct Change {
         int64_t id;

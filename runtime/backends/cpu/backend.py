@@ -15,12 +15,12 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from ....kernels.native.binding import BLOCK_SIZE, LinearKind, ModelConfig, NativeModel, PackedBatch, Vector, Weight
-from ....kernels.native.sampling import Sampling
+from ....kernels.native.sampling import FUSED_RULES, Sampling
 from ...api.config import EngineConfig
-from ...api.request import Space
 from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle
-from ...sampling.host import native_samples, step_output
+from ...sampling.host import merge_outputs, native_samples, sample_rows, split_fused, step_output
+from ...sampling.terms import plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 
@@ -56,6 +56,7 @@ class CpuBackend:
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
         self._has_tails = bool(bundle.graphs.tails) or self._num_members > 1
+        self._linear_head = bundle.config.linear_head
         self._model = _load(bundle, self._num_blocks, config, isa)
 
     @property
@@ -79,19 +80,8 @@ class CpuBackend:
         tails = self._has_tails
         outputs = sorted({(m if tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
         at = {output: index for index, output in enumerate(outputs)}
-        rows: list[list[tuple[int, float]]] = []  # terms of each row of logits
-        greedy: list[bool] = []
-        mixes: list[list[tuple[int, float]]] = []  # of each sample: (row of logits, coefficient)
-        for sample in batch.samples:
-            terms = [(at[member if tails else 0, row], c) for row, member, c in sample.terms if c != 0]
-            if sample.space is Space.LOGITS and not sample.return_member_logprobs:
-                mixes.append([(len(rows), 1.0)])
-                rows.append(terms)
-                greedy.append(sample.params.is_plain_greedy and not sample.forbidden_ids)
-            else:
-                mixes.append([(len(rows) + i, c) for i, (_, c) in enumerate(terms)])
-                rows += [[(index, 1.0)] for index, _ in terms]
-                greedy += [False] * len(terms)
+        terms = [[(at[m if tails else 0, row], c) for row, m, c in s.terms if c != 0] for s in batch.samples]
+        plan = plan_head(terms, batch.samples, self._linear_head)
         seqs = None
         if tails:
             seqs = [[s for s, own in enumerate(batch.members) if m in own] for m in range(self._num_members)]
@@ -106,10 +96,17 @@ class CpuBackend:
             members=seqs,
             outputs=outputs,
         )
-        natives = native_samples(mixes, batch.samples)
+        fused, others = split_fused(batch.samples, FUSED_RULES)
+        natives = native_samples([plan.mixes[i] for i in fused], [batch.samples[i] for i in fused])
         sampling = Sampling(natives, self._model.vocab_size)
-        self._model.generate(packed, rows, greedy, sampling.struct)
-        return step_output(natives, sampling.result)
+        written = {row: index for index, row in enumerate(row for i in others for row, _ in plan.mixes[i])}
+        logits = self._model.generate(packed, plan.rows, plan.greedy, sampling.struct, list(written))
+        output = step_output(natives, sampling.result)
+        if not others:
+            return output
+        rest_terms = [[(written[row], c) for row, c in plan.mixes[i]] for i in others]
+        rest = sample_rows(logits, rest_terms, [batch.samples[i] for i in others])
+        return merge_outputs([(fused, output), (others, rest)])
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing

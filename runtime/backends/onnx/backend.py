@@ -21,7 +21,8 @@ from ...api.config import EngineConfig
 from ...errors import BundleError, ConfigError, UnavailableError
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
-from ...sampling.mixing import head_group, head_rows
+from ...sampling.mixing import head_group, mixed_rows
+from ...sampling.terms import plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 from .slot_cache import SlotCache
@@ -179,6 +180,7 @@ class OnnxBackend:
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
         self._head = _bundle_session(bundle, bundle.graphs.head, config)
         self._head_group = head_group(bundle)
+        self._linear_head = bundle.config.linear_head
 
     @property
     def num_blocks(self) -> int:
@@ -206,12 +208,15 @@ class OnnxBackend:
         """Run one batch (see `Backend.step`)."""
         for graph in (self._trunk, *self._tails):
             graph.cache.free(batch.freed_blocks.tolist())
-        last_hidden = self._forward(batch)
-        rows, row_terms, fine_rows = head_rows(batch.samples, last_hidden, self._head_group)
+        hidden = self._forward(batch)
+        at = {place: index for index, place in enumerate(hidden)}
+        terms = [[(at[row, member], c) for row, member, c in s.terms if c != 0] for s in batch.samples]
+        plan = plan_head(terms, batch.samples, self._linear_head)
+        rows, fine_rows = mixed_rows(plan.rows, list(hidden.values()), self._head_group)
         logits = self._logits(rows)
         for row, fine in fine_rows:
             logits[row] += logits[fine]
-        return sample_rows(logits, row_terms, batch.samples)
+        return sample_rows(logits, plan.mixes, batch.samples)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence. Takes block 0: only while nothing runs."""

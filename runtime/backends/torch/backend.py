@@ -22,13 +22,14 @@ from ...api.config import EngineConfig
 from ...errors import UnavailableError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
+from ...sampling.terms import Terms
 from ...schedule.batch import Batch, SampleRow, StepOutput
 from .cuda_graphs import DecodeGraphs
 from .forward import Forward, RowInputs
 from .packed import Packed
 from .paged_cache import PagedCache, block_bytes, blocks_that_fit
 from .row_plan import RowPlan, plan_rows
-from .sampler import Terms, TorchSampler
+from .sampler import TorchSampler
 from .weights import ModelWeights, Placement, load_weights
 
 BLOCK_SIZE = 16  # positions per block where the configuration does not say
@@ -145,7 +146,9 @@ class TorchBackend:
         )
         ops = load_ops(options.kernels)
         self._forward = Forward(decoder, weights, self._cache, ops, options.dtype)
-        self._sampler = TorchSampler(ops, weights.head, self._forward.head, options.device)
+        self._sampler = TorchSampler(
+            ops, weights.head, self._forward.head, options.device, linear_head=decoder.linear_head
+        )
         self._graphs = None
         if options.graphs:
             self._graphs = DecodeGraphs(

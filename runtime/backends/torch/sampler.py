@@ -1,12 +1,14 @@
 """Mix and sample on the device, for the torch backend: hidden states in, one `StepOutput` out, one read by the host.
 
-A sample takes one of two ways:
+A sample takes one of three ways:
 
-    fused    logits space, no truncation, no penalties, no alternatives asked for: `mix_head_sample`, no logits in memory
-    logits   everything else: head rows (one for a mix in logits space, one a member otherwise), then `mix_sample`
+    fused    one row before a linear head, no truncation, no edits, no alternatives asked for: `mix_head_sample`, no logits
+             in memory
+    logits   head rows (see `plan_head`), then `mix_sample`
+    host     a truncation rule that the ops do not have: head rows, read by the host, which samples as other backends do
 
-Penalties, biases and forbidden tokens change few logits, but of the *mixed* row, and log-probabilities are of the row before
-them: such samples have their mixed row written out. Same results as `runtime.sampler` to float32.
+Edits change few logits, but of the *mixed* row, and log-probabilities are of the row before them: such samples have their
+mixed row written out. Same results as `runtime.sampling.host` to float32.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ....kernels.oracle.operands import Draw, LinearWeight, Mixture
+from ....kernels.oracle.operands import FUSED_RULES, Draw, LinearWeight, Mixture
+from ....kernels.oracle.truncation import RULES
 from ...api.request import Space
+from ...sampling.host import empty_output, put_output, sample_rows, split_fused
+from ...sampling.terms import Terms, is_mixed_before_head, is_single, plan_head
 from ...schedule.batch import SampleRow, StepOutput
 from .packed import Packed
 
 Tensor = torch.Tensor
-Terms = Sequence[tuple[int, float]]  # (row of the hidden states, coefficient)
 
 NO_TOKEN = "the logits hold NaN or leave no token to choose"
 
@@ -45,29 +49,46 @@ class _Found:
 
 
 class TorchSampler:
-    """`head` yields logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`)."""
+    """`head` yields logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`). Where they are no more than
+    the product with `head_weight`, it is linear."""
 
     def __init__(
-        self, ops: ModuleType, head_weight: LinearWeight, head: Callable[[Tensor], Tensor], device: torch.device
+        self,
+        ops: ModuleType,
+        head_weight: LinearWeight,
+        head: Callable[[Tensor], Tensor],
+        device: torch.device,
+        *,
+        linear_head: bool = True,
     ) -> None:
         self._ops = ops
         self._head_weight = head_weight
         self._head = head
         self._device = device
+        self._linear_head = linear_head
 
     def sample(self, hidden: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
         """One token a sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]`, none with coefficient 0; a
         sample without terms is left out (its error is known already)."""
-        fused = [i for i, sample in enumerate(samples) if terms[i] and _is_fused(terms[i], sample)]
-        others = [i for i, sample in enumerate(samples) if terms[i] and not _is_fused(terms[i], sample)]
+        on_device, on_host = split_fused(samples, FUSED_RULES)
+        fused = [i for i in on_device if terms[i] and self._is_fused(terms[i], samples[i])]
+        others = [i for i in on_device if terms[i] and not self._is_fused(terms[i], samples[i])]
+        on_host = [i for i in on_host if terms[i]]
         found = []
         if fused:
             found.append(self._sample_fused(hidden, fused, terms, samples))
         if others:
             found.append(self._sample_logits(hidden, others, terms, samples))
-        return self._read(found, samples)
+        output = self._read(found, samples)
+        if on_host:
+            put_output(output, on_host, self._sample_on_host(hidden, on_host, terms, samples))
+        return output
 
-    # ---- the two ways ------------------------------------------------------------------------------------------------
+    def _is_fused(self, terms: Terms, sample: SampleRow) -> bool:
+        plain = sample.edits.is_empty and not sample.sampling.truncation and not sample.sampling.logprobs
+        return plain and self._linear_head and is_mixed_before_head(terms, sample, self._linear_head)
+
+    # ---- the three ways ----------------------------------------------------------------------------------------------
 
     def _sample_fused(
         self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
@@ -84,24 +105,23 @@ class TorchSampler:
         self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
     ) -> _Found:
         chosen = [samples[i] for i in index]
-        head_rows, row_terms = _head_rows([terms[i] for i in index], chosen)
-        written = [i for i, sample in enumerate(chosen) if _is_edited(sample) or sample.params.logprobs]
-        draw_terms = list(row_terms)
+        plan = plan_head([terms[i] for i in index], chosen, self._linear_head)
+        written = [i for i, sample in enumerate(chosen) if not sample.edits.is_empty or sample.sampling.logprobs]
+        draw_terms = list(plan.mixes)
         for place, i in enumerate(written):  # these draw from a written row, which lies behind the head's
-            draw_terms[i] = [(len(head_rows) + place, 1.0)]
+            draw_terms[i] = [(len(plan.rows) + place, 1.0)]
         is_probs = [int(len(draw_terms[i]) > 1 and sample.space is Space.PROBS) for i, sample in enumerate(chosen)]
         device = Packed.of(
             {
-                **_mixture_arrays(head_rows, "head_"),
+                **_mixture_arrays(plan.rows, "head_"),
                 **_mixture_arrays(draw_terms, ""),
                 "is_probs": np.array(is_probs, np.int32),
                 **_draw_arrays(chosen),
             },
             self._device,
         ).device
-        head_mix = Mixture(device["head_starts"], device["head_rows"], device["head_coefficients"], device["is_probs"])
-        logits = self._head(self._ops.mix_rows(hidden, head_mix))
-        mixed = self._mixed_rows(logits, [row_terms[i] for i in written], [chosen[i] for i in written])
+        logits = self._head_logits(hidden, device)
+        mixed = self._mixed_rows(logits, [plan.mixes[i] for i in written], [chosen[i] for i in written])
         rows = torch.cat([logits, self._edit(mixed, [chosen[i] for i in written])]) if written else logits
         mixture = Mixture(
             device["starts"], device["rows"], device["coefficients"], device["is_probs"], any_probs=any(is_probs)
@@ -110,14 +130,30 @@ class TorchSampler:
         found = _Found(index, tokens, logprobs)
         if written:
             self._alternatives(found, mixed, written, chosen)
-        self._member_logprobs(found, logits, row_terms, chosen)
+        self._member_logprobs(found, logits, plan.mixes, chosen)
         return found
+
+    def _sample_on_host(
+        self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
+    ) -> StepOutput:
+        chosen = [samples[i] for i in index]
+        plan = plan_head([terms[i] for i in index], chosen, self._linear_head)
+        device = Packed.of(_mixture_arrays(plan.rows, "head_"), self._device).device
+        logits = self._head_logits(hidden, device).float().cpu().numpy()
+        return sample_rows(logits, plan.mixes, chosen)
+
+    def _head_logits(self, hidden: Tensor, device: dict[str, Tensor]) -> Tensor:
+        """Logits [head rows, vocab] of the mixtures "head_" on the device."""
+        starts = device["head_starts"]
+        flags = torch.zeros(len(starts) - 1, dtype=torch.int32, device=self._device)
+        mixture = Mixture(starts, device["head_rows"], device["head_coefficients"], flags, any_probs=False)
+        return self._head(self._ops.mix_rows(hidden, mixture))
 
     def _mixed_rows(self, logits: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> Tensor:
         """The mixed row of each sample written out, [W, vocab] float32."""
         mixed = logits.new_empty(len(terms), logits.shape[1])
         for target, own, sample in zip(mixed, terms, samples, strict=True):
-            if len(own) == 1 and own[0][1] == 1:
+            if is_single(own):
                 target.copy_(logits[own[0][0]])
             elif sample.space is Space.LOGITS:
                 target.copy_(sum((c * logits[row] for row, c in own), torch.zeros_like(target)))
@@ -127,24 +163,33 @@ class TorchSampler:
         return mixed
 
     def _edit(self, mixed: Tensor, samples: Sequence[SampleRow]) -> Tensor:
-        """Penalties, biases and forbidden tokens on mixed rows, all in one gather and one scatter."""
-        edits = [_edits(sample) for sample in samples]
-        sizes = [len(ids) for ids, _, _ in edits]
-        if not sum(sizes):
+        """Edited mixed rows [W, vocab] (see `Edits`), all in one gather and one scatter."""
+        edits = [sample.edits for sample in samples]
+        sizes = [len(one.ids) for one in edits]
+        masked = [row for row, one in enumerate(edits) if one.mask is not None]
+        if not sum(sizes) and not masked:
             return mixed
         device = Packed.of(
             {
                 "rows": np.repeat(np.arange(len(edits)), sizes).astype(np.int64),
-                "ids": np.concatenate([ids for ids, _, _ in edits]),
-                "divisors": np.concatenate([divisors for _, divisors, _ in edits]),
-                "addends": np.concatenate([addends for _, _, addends in edits]),
+                "ids": np.concatenate([one.ids for one in edits]),
+                "divisors": np.concatenate([one.divisors for one in edits]).astype(np.float32),
+                "penalties": np.concatenate([one.penalties for one in edits]).astype(np.float32),
+                "biases": np.concatenate([one.biases for one in edits]).astype(np.float32),
+                "masked": np.array(masked, np.int64),
+                "masks": np.array([one.mask for one in edits if one.mask is not None], np.uint32).view(np.int32),
             },
             self._device,
         ).device
         places, divisors = (device["rows"], device["ids"]), device["divisors"]
         old = mixed[places]
-        new = torch.where(old > 0, old / divisors, old * divisors) + device["addends"]
-        return mixed.clone().index_put_(places, new)
+        new = torch.where(old > 0, old / divisors, old * divisors) - device["penalties"] + device["biases"]
+        edited = mixed.clone().index_put_(places, new)
+        if masked:
+            ids = torch.arange(mixed.shape[1], device=self._device)
+            allowed = (device["masks"][:, ids // 32] >> (ids % 32)) & 1
+            edited[device["masked"]] = edited[device["masked"]].masked_fill(allowed == 0, float("-inf"))
+        return edited
 
     def _alternatives(self, found: _Found, mixed: Tensor, written: list[int], samples: Sequence[SampleRow]) -> None:
         """Log-probabilities of written rows: of the token, before edits, and the best ones."""
@@ -152,7 +197,7 @@ class TorchSampler:
         where = Packed.of({"written": np.array(written, np.int64)}, self._device).device["written"]
         tokens = found.tokens[where].long().clamp_min(0)
         found.logprobs[where] = mixed.gather(1, tokens[:, None])[:, 0] - lse
-        wanted = max(samples[i].params.logprobs or 0 for i in written)
+        wanted = max(samples[i].sampling.logprobs or 0 for i in written)
         if wanted:
             best = mixed.topk(min(wanted, mixed.shape[1]), dim=-1)
             found.top_index = [found.index[i] for i in written]
@@ -161,7 +206,7 @@ class TorchSampler:
     def _member_logprobs(
         self, found: _Found, logits: Tensor, row_terms: Sequence[Terms], samples: Sequence[SampleRow]
     ) -> None:
-        asked = [i for i, sample in enumerate(samples) if sample.return_member_logprobs]
+        asked = [i for i, sample in enumerate(samples) if sample.sampling.member_logprobs]
         if not asked:
             return
         rows = [row for i in asked for row, _ in row_terms[i]]
@@ -182,12 +227,7 @@ class TorchSampler:
             for t in (part.tokens, part.logprobs, part.top_values, part.top_tokens, part.member_values)
         ]
         arrays = iter(_to_host(tensors, self._device))
-        output = StepOutput(
-            token_ids=np.zeros(len(samples), np.int64),
-            logprobs=np.full(len(samples), np.nan),
-            top_logprobs=[[] for _ in samples],
-            member_logprobs=[[] for _ in samples],
-        )
+        output = empty_output(len(samples))
         for part in found:
             tokens, logprobs, top_values, top_tokens, member_values = (next(arrays) for _ in range(5))
             assert tokens is not None and logprobs is not None
@@ -196,11 +236,11 @@ class TorchSampler:
                     output.errors[index] = NO_TOKEN
                     continue
                 output.token_ids[index] = tokens[place]
-                if samples[index].params.logprobs is not None:
+                if samples[index].sampling.logprobs is not None:
                     output.logprobs[index] = logprobs[place]
             if top_values is not None and top_tokens is not None:
                 for index, values, ids in zip(part.top_index, top_values, top_tokens, strict=True):
-                    output.top_logprobs[index] = _best(values, ids, samples[index].params.logprobs or 0)
+                    output.top_logprobs[index] = _best(values, ids, samples[index].sampling.logprobs or 0)
             if member_values is not None:
                 at = 0
                 for index, count in part.member_index:
@@ -209,37 +249,6 @@ class TorchSampler:
         for index in output.errors:
             output.top_logprobs[index], output.member_logprobs[index] = [], []
         return output
-
-
-def _is_edited(sample: SampleRow) -> bool:
-    params = sample.params
-    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-    return penalties != (1.0, 0.0, 0.0) or bool(params.logit_bias) or bool(sample.forbidden_ids)
-
-
-def _is_cut(sample: SampleRow) -> bool:
-    params = sample.params
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-
-
-def _is_fused(terms: Terms, sample: SampleRow) -> bool:
-    linear = sample.space is Space.LOGITS or (len(terms) == 1 and terms[0][1] == 1)
-    asks_more = bool(sample.params.logprobs) or sample.return_member_logprobs
-    return linear and not (_is_cut(sample) or _is_edited(sample) or asks_more)
-
-
-def _head_rows(terms: Sequence[Terms], samples: Sequence[SampleRow]) -> tuple[list[Terms], list[Terms]]:
-    """(what each head row mixes, each sample's terms over head rows): a mix in logits space is one head row."""
-    rows: list[Terms] = []
-    row_terms: list[Terms] = []
-    for own, sample in zip(terms, samples, strict=True):
-        if sample.space is Space.LOGITS and not sample.return_member_logprobs:
-            row_terms.append([(len(rows), 1.0)])
-            rows.append(own)
-        else:
-            row_terms.append([(len(rows) + i, c) for i, (_, c) in enumerate(own)])
-            rows += [[(row, 1.0)] for row, _ in own]
-    return rows, row_terms
 
 
 def _mixture_arrays(terms: Sequence[Terms], prefix: str) -> dict[str, npt.NDArray[np.generic]]:
@@ -252,45 +261,23 @@ def _mixture_arrays(terms: Sequence[Terms], prefix: str) -> dict[str, npt.NDArra
 
 
 def _draw_arrays(samples: Sequence[SampleRow]) -> dict[str, npt.NDArray[np.generic]]:
-    params = [sample.params for sample in samples]
-    return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
-        "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params], np.float32),
-        "min_p": np.array([p.min_p for p in params], np.float32),
-        "seeds": np.array([sample.seed for sample in samples], np.uint64).view(np.int64),
+    sampling = [sample.sampling for sample in samples]
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "temperature": np.array([one.temperature for one in sampling], np.float32),
+        "seeds": np.array([one.seed for one in sampling], np.uint64).view(np.int64),
         "positions": np.array([sample.position for sample in samples], np.int32),
     }
+    for rule, dtype in FUSED_RULES.items():
+        values = [one.truncation.get(rule, RULES[rule].off) for one in sampling]
+        if not dtype.is_floating_point:
+            values = [min(value, torch.iinfo(dtype).max) for value in values]
+        arrays[rule] = np.array(values, np.float32 if dtype.is_floating_point else np.int32)
+    return arrays
 
 
 def _draw(device: dict[str, Tensor], samples: Sequence[SampleRow]) -> Draw:
-    return Draw(
-        device["temperature"],
-        device["top_k"],
-        device["top_p"],
-        device["min_p"],
-        device["seeds"],
-        device["positions"],
-        any_cut=any(map(_is_cut, samples)),
-    )
-
-
-def _edits(
-    sample: SampleRow,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Token ids that change, what the repetition penalty divides them by, and what is added (-inf: forbidden)."""
-    params = sample.params
-    seen = np.unique(np.concatenate([sample.prompt_ids, sample.output_ids]))
-    drawn, counts = np.unique(sample.output_ids, return_counts=True)
-    biased = np.array(list(params.logit_bias), np.int64)
-    forbidden = np.array(sample.forbidden_ids, np.int64)
-    ids = np.unique(np.concatenate([seen if params.repetition_penalty != 1 else drawn, drawn, biased, forbidden]))
-    divisors = np.where(np.isin(ids, seen), params.repetition_penalty, 1.0).astype(np.float32)
-    addends = np.zeros(len(ids), np.float32)
-    addends[np.searchsorted(ids, drawn)] -= params.presence_penalty + params.frequency_penalty * counts
-    addends[np.searchsorted(ids, biased)] += np.array(list(params.logit_bias.values()), np.float32)
-    addends[np.searchsorted(ids, forbidden)] = -np.inf
-    return ids.astype(np.int64), divisors, addends
+    names = ("temperature", *FUSED_RULES, "seeds", "positions")
+    return Draw(**{name: device[name] for name in names}, any_cut=any(sample.sampling.truncation for sample in samples))
 
 
 def _best(values: npt.NDArray[np.generic], ids: npt.NDArray[np.generic], count: int) -> list[tuple[int, float]]:

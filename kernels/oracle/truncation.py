@@ -1,0 +1,70 @@
+"""Truncation rules, the one list of them: which tokens of a tempered distribution stay in the draw.
+
+A rule is a name, the value that means "off", and a body in numpy. `truncate` applies the rules in the order of `RULES`,
+each to what those before it left. An executor that computes some of them itself says which; rows that use another rule
+come here. A new rule is an entry here and a field of the same name in the sampling parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+Kept = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`keep(tempered, value)`: which of the tokens stay, [n] of [n] finite logits / temperature, n ≥ 1. Equal logits stay
+    or go together, and at least one token stays."""
+
+    off: float  # the value with which nothing goes
+    keep: Callable[[F64, float], Kept]
+
+
+def _top_k(tempered: F64, k: float) -> Kept:
+    """Not below the k-th largest."""
+    place = max(len(tempered) - int(k), 0)
+    return np.asarray(tempered >= np.partition(tempered, place)[place])
+
+
+def _top_p(tempered: F64, p: float) -> Kept:
+    """The shortest run of the sorted tokens whose probability reaches p (Holtzman et al. 2020)."""
+    ordered = np.sort(tempered)[::-1]
+    cumulative = np.cumsum(np.exp(ordered - ordered[0]))
+    last = int(np.searchsorted(cumulative, p * cumulative[-1]))
+    return np.asarray(tempered >= ordered[min(last, len(ordered) - 1)])
+
+
+def _min_p(tempered: F64, p: float) -> Kept:
+    """Probability at least p of the largest (Nguyen et al. 2024)."""
+    return np.asarray(tempered >= tempered.max() + np.log(p))
+
+
+RULES: Mapping[str, Rule] = {  # in the order of application
+    "top_k": Rule(0, _top_k),
+    "top_p": Rule(1.0, _top_p),
+    "min_p": Rule(0.0, _min_p),
+}
+
+
+def active_rules(values: Mapping[str, float]) -> dict[str, float]:
+    """Those of the values (rule → value) that are not off, in the order of application. Raises `KeyError` for a name that
+    is no rule."""
+    unknown = set(values) - set(RULES)
+    if unknown:
+        raise KeyError(f"no truncation rule is called {sorted(unknown)}; there are {list(RULES)}")
+    return {name: values[name] for name, rule in RULES.items() if values.get(name, rule.off) != rule.off}
+
+
+def truncate(tempered: F64, **values: float) -> Kept:
+    """Which tokens [vocab] stay; a rule that is not named is off. Tokens at -inf never stay."""
+    kept = tempered > -np.inf
+    for name, value in active_rules(values).items():
+        alive = np.flatnonzero(kept)
+        kept[alive[~RULES[name].keep(tempered[alive], value)]] = False
+    return np.asarray(kept)

@@ -1,0 +1,126 @@
+"""What a request's sampling parameters come to: the numbers of a draw, and the edits of the logits before it.
+
+`SamplingParams` say what a user wants; a backend gets what follows from it for one row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from ...kernels.oracle.edits import NO_EDITS, Edits
+from ...kernels.oracle.truncation import RULES, active_rules
+from ..api.request import SamplingParams
+from .batch import ResolvedSampling
+
+I64 = npt.NDArray[np.int64]
+
+
+def resolve_sampling(params: SamplingParams, seed: int, member_logprobs: bool) -> ResolvedSampling:
+    """A greedy draw is truncated by no rule: none takes the most probable token away."""
+    return ResolvedSampling(
+        temperature=params.temperature,
+        truncation=active_rules({name: getattr(params, name) for name in RULES}) if params.temperature else {},
+        seed=seed,
+        logprobs=params.logprobs,
+        member_logprobs=member_logprobs,
+    )
+
+
+class LogitEditor:
+    """The edits of one group's next token, kept up to date as its text grows.
+
+    In this order (see `Edits`): `repetition_penalty` on every token of prompt and answer, `presence_penalty` plus
+    `frequency_penalty` times its count on every token of the answer, `logit_bias`, and -inf on the stop ids while fewer
+    than `min_tokens` tokens are drawn. A token costs one table look-up, a step one copy of what is edited.
+    """
+
+    def __init__(self, params: SamplingParams, stop_ids: Iterable[int], prompt_ids: Iterable[int]) -> None:
+        self._repetition = params.repetition_penalty
+        self._presence = params.presence_penalty
+        self._frequency = params.frequency_penalty
+        self._min_tokens = params.min_tokens
+        self._stop_ids = sorted(set(stop_ids))
+        self._num_drawn = 0
+        self._counts_answer = self._repetition != 1 or self._presence != 0 or self._frequency != 0
+        seen = np.unique(np.fromiter(prompt_ids if self._repetition != 1 else (), np.int64))
+        biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
+        ids = np.union1d(seen, biased)
+        self._size = len(ids)  # of the arrays below, what is in use; the rest is room to grow
+        self._ids: I64 = ids
+        self._divisors = np.where(np.isin(ids, seen), self._repetition, 1.0)
+        self._counts = np.zeros(len(ids), np.int64)  # in the answer
+        self._biases = np.zeros(len(ids), np.float64)
+        self._biases[np.searchsorted(ids, biased)] = np.fromiter(params.logit_bias.values(), np.float64, len(biased))
+        self._places = dict(zip(ids.tolist(), range(len(ids)), strict=True))
+        self._latest: Edits | None = None
+
+    def fork(self) -> LogitEditor:
+        """One that goes on alone from here."""
+        other = copy.copy(self)
+        if self._counts_answer:  # else nothing in them changes any more
+            other._ids, other._divisors = self._ids.copy(), self._divisors.copy()
+            other._counts, other._biases = self._counts.copy(), self._biases.copy()
+            other._places = dict(self._places)
+        return other
+
+    def observe(self, token_id: int) -> None:
+        """A token was drawn."""
+        if self._counts_answer or self._num_drawn < self._min_tokens:
+            self._latest = None
+        self._num_drawn += 1
+        if not self._counts_answer:
+            return
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._add(token_id)
+        self._divisors[place] = self._repetition
+        self._counts[place] += 1
+
+    def edits(self) -> Edits:
+        """For the token after those observed."""
+        if self._latest is None:
+            self._latest = self._edits()
+        return self._latest
+
+    def edits_along(self, draft: Iterable[int]) -> list[Edits]:
+        """For the next token, and for the one after each token of the draft, as if the draft were drawn up to there."""
+        found = [self.edits()]
+        ahead = None
+        for token_id in draft:
+            ahead = ahead or self.fork()
+            ahead.observe(token_id)
+            found.append(ahead.edits())
+        return found
+
+    def _edits(self) -> Edits:
+        used = slice(self._size)
+        counts, biases = self._counts[used], self._biases[used].copy()
+        penalties = np.where(counts > 0, self._presence + self._frequency * counts, 0.0)
+        ids, divisors = self._ids[used].copy(), self._divisors[used].copy()
+        if self._num_drawn < self._min_tokens:
+            biases[[self._places[token_id] for token_id in self._stop_ids if token_id in self._places]] = -np.inf
+            others = np.array([token_id for token_id in self._stop_ids if token_id not in self._places], np.int64)
+            ids = np.concatenate([ids, others])
+            divisors, penalties, biases = (
+                np.concatenate([values, np.full(len(others), value)])
+                for values, value in ((divisors, 1.0), (penalties, 0.0), (biases, -np.inf))
+            )
+        return Edits(ids, divisors, penalties, biases) if len(ids) else NO_EDITS
+
+    def _add(self, token_id: int) -> int:
+        """A place for a token that was not edited before."""
+        place = self._size
+        if place == len(self._ids):
+            room = max(16, place)
+            self._ids = np.concatenate([self._ids, np.zeros(room, np.int64)])
+            self._divisors = np.concatenate([self._divisors, np.ones(room)])
+            self._counts = np.concatenate([self._counts, np.zeros(room, np.int64)])
+            self._biases = np.concatenate([self._biases, np.zeros(room)])
+        self._ids[place] = token_id
+        self._places[token_id] = place
+        self._size += 1
+        return place
