@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from ...runtime.api.config import EngineConfig
-from ...runtime.api.request import SamplingParams, Space
+from ...runtime.api.request import Space
+from ...runtime.api.sampling import SamplingParams
 from ...runtime.backends.torch.backend import TorchBackend, TorchOptions
 from ...runtime.errors import MotetError
 from ...runtime.model.config import DecoderConfig

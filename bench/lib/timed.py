@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ...runtime.api.config import EngineConfig
-from ...runtime.api.request import Ensemble, Member, Request, SamplingParams
+from ...runtime.api.request import Ensemble, Member, Request
+from ...runtime.api.sampling import SamplingParams
 from ...runtime.backends.base import Backend
 from ...runtime.backends.cpu.backend import CpuBackend
 from ...runtime.engine.engine import Engine

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import SamplingParams, Space
+from ..api.request import Space
+from ..api.sampling import SamplingParams
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]

@@ -8,7 +8,8 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import SamplingParams, Space
+from ..api.request import Space
+from ..api.sampling import SamplingParams
 from .drafts import Drafter
 
 I64 = npt.NDArray[np.int64]

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..engine.engine import Engine
-from ..errors import UnavailableError
+from ..errors import PortInUseError
 
 
 class EngineCollector:
@@ -32,10 +32,10 @@ class EngineCollector:
 
 
 def serve_metrics(engine: Engine, host: str, port: int) -> None:
-    """Answer GET /metrics on its own thread. Raises `UnavailableError` if the port is taken."""
+    """Answer GET /metrics on its own thread. Raises `PortInUseError` if the port is taken."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port} for metrics: {error}; choose another port") from error
+        raise PortInUseError(f"cannot listen on {host}:{port} for metrics: {error}; choose another port") from error

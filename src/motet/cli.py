@@ -18,9 +18,10 @@ from .bench_cli import bench
 from .finetune_cli import mount
 from .runtime.api.config import EngineConfig
 from .runtime.api.output import Output
-from .runtime.api.request import Ensemble, Member, SamplingParams, Space
+from .runtime.api.prompt import Prompt
+from .runtime.api.request import Ensemble, Member, Space
+from .runtime.api.sampling import SamplingParams
 from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
-from .runtime.text.prompt import Prompt
 
 # Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
 _UsageError: Any = typer.BadParameter.__base__
