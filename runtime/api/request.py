@@ -62,6 +62,10 @@ class Ensemble:
             )
         seen = set()
         for member in self.members:
+            if not isinstance(member.name, str):
+                raise InvalidEnsembleError(
+                    f"a member's name must be text, got {member.name!r}", field="ensemble.members.name"
+                )
             if not isinstance(member.mix, Real) or not math.isfinite(member.mix):
                 raise InvalidEnsembleError(
                     f"the mix of member '{member.name}' is {member.mix!r}; it must be finite",
@@ -149,7 +153,7 @@ class Request:
 
 def _check_views(members: tuple[Member, ...], num_views: int) -> None:
     for member in members:
-        if not 0 <= member.view < num_views:
+        if not isinstance(member.view, int) or not 0 <= member.view < num_views:
             raise InvalidEnsembleError(
                 f"member '{member.name}' asks for view {member.view}; the request has {num_views}",
                 field="ensemble.members.view",

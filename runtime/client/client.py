@@ -55,6 +55,8 @@ def _message(
         raise InvalidEnsembleError(
             "space is of a mix of member names; give mix, or set the space of the Ensemble", field="ensemble.space"
         )
+    if isinstance(views, str):
+        raise InvalidRequestError("views must be a list with one prompt per view, got one text", field="views")
     if isinstance(mix, Mapping):
         members = tuple(Member(name, coefficient) for name, coefficient in mix.items())
         mix = Ensemble(members, Space.LOGITS if space is None else space)

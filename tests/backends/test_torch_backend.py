@@ -399,17 +399,17 @@ def test_without_torch_or_triton_it_says_what_to_install(bundles):
     code = """
 import sys
 sys.modules[sys.argv[2]] = None
-from motet.runtime.backends.base import open_backend
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.backends.open import open_backend
 from motet.runtime.model.bundle import Bundle
-from motet.runtime.model.config import EngineConfig
-from motet.runtime.errors import UnavailableError
+from motet.runtime.errors import MissingPackageError
 try:
     if sys.argv[2] == "torch":
         open_backend(Bundle.load(sys.argv[1]), EngineConfig(backend="torch"))
     else:
         from motet.runtime.backends.torch.backend import load_ops
         load_ops("triton")
-except UnavailableError as error:
+except MissingPackageError as error:
     print(error)
 """
     for package in ("torch", "triton"):
