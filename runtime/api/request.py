@@ -60,7 +60,7 @@ class Ensemble:
             raise InvalidEnsembleError(
                 f"an ensemble has 1 to {MAX_MEMBERS} members, got {len(self.members)}", field="ensemble.members"
             )
-        seen = set()
+        seen: set[tuple[str, int]] = set()
         for member in self.members:
             if not isinstance(member.name, str):
                 raise InvalidEnsembleError(

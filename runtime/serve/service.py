@@ -11,11 +11,11 @@ import asyncio
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from ..api.model_info import ModelInfo
-from ..api.output import Completion, Output
+from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
 from ..engine.engine import Engine, EngineStats
@@ -41,7 +41,7 @@ class OutputQueue:
         self._loop.call_soon_threadsafe(self._add, output)
 
     def _add(self, output: Output) -> None:
-        _join(self._pending, output)
+        join(self._pending, output)
         self._ready.set()
 
     async def take(self) -> list[Output]:
@@ -61,7 +61,7 @@ class Service:
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         """Deltas of all choices, until each has one with a `finish_reason`.
 
         Closing the iterator (`contextlib.aclosing`) or cancelling the task that reads it ends the request and frees its
@@ -88,7 +88,7 @@ class Service:
         """The whole answer, one completion per choice, in order. Cancelling and errors: see `generate`."""
         choices: dict[int, Completion] = {}
         async for output in self.generate(request):
-            _join(choices, output)
+            join(choices, output)
         return [choices[choice] for choice in sorted(choices)]
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
@@ -161,11 +161,3 @@ async def _in_thread(work: Callable[[], T]) -> T:
     except Exception as error:
         log.exception("a request could not be read")
         raise MotetError(f"the server failed to read the request: {type(error).__name__}: {error}") from error
-
-
-def _join(choices: dict[int, Output], delta: Output) -> None:
-    """Add a delta to what there is of its choice."""
-    if delta.choice in choices:
-        choices[delta.choice].extend(delta)
-    else:
-        choices[delta.choice] = delta

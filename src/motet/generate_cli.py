@@ -21,7 +21,7 @@ from .options import (
     sampling_options,
     with_options,
 )
-from .runtime.api.output import Completion, Output
+from .runtime.api.output import Completion, Output, join
 from .runtime.api.prompt import Prompt
 from .runtime.api.request import Ensemble, Member
 from .runtime.errors import ConfigError, NotFoundError
@@ -141,10 +141,7 @@ def _print(deltas: Iterator[Output]) -> str:
     for delta in deltas:
         if delta.choice == shown:
             print(delta.text, end="", flush=True)
-        if delta.choice in answers:
-            answers[delta.choice].extend(delta)
-        else:
-            answers[delta.choice] = delta
+        join(answers, delta)
         while shown in answers and answers[shown].finish_reason is not None:
             _print_figures(answers[shown], time.monotonic() - started)
             shown += 1

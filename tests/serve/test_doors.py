@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import pytest
 from helpers.fake_backend import make_engine
+from motet.proto import inference_pb2
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member, Request, Space
 from motet.runtime.api.rules import Biases, Flag, Integer, Number, Strings, TokenIds
@@ -66,6 +67,12 @@ def test_every_field_is_set():
     for field in dataclasses.fields(GenerateRequest):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         assert getattr(VIEWS, field.name) != default, f"GenerateRequest.{field.name} has its default"
+
+
+def test_no_field_of_the_wire_is_ignored():
+    parts = (inference_pb2.Sampling, inference_pb2.Stopping)
+    names = [field.name for part in parts for field in part.DESCRIPTOR.fields]
+    assert sorted(names) == sorted(RULES)
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +210,10 @@ def test_what_the_cli_is_not_asked_has_the_default_or_its_own(address, seen):
     assert [request.sampling for request in seen] == [SamplingParams(**own)]
 
 
-def test_the_chat_command_has_the_fields_of_one_answer(address, seen):
+def test_the_chat_command_has_the_fields_of_one_answer(address, seen, tokenizer):
     arguments = [text for name in RULES if name not in ("n", "logprobs") for text in cli_option(name, VALUES[name])]
     result = CliRunner().invoke(app, ["chat", "--address", address, *arguments], input="hi\n\n", catch_exceptions=False)
     assert result.exit_code == 0, result.output
     expected = SamplingParams(**{name: value for name, value in VALUES.items() if name not in ("n", "logprobs")})
     assert [request.sampling for request in seen] == [expected]
+    assert seen[0].prompts == (tuple(tokenizer.encode_chat([{"role": "user", "content": "hi"}])),)

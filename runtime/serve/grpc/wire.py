@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,8 @@ def _part_of(name: str) -> str:
     """The part of a GenerateRequest that holds a field of `SamplingParams`. A field that does not cross, or a scalar whose
     absence cannot be told from its zero, is a mistake of the .proto and found when this module is loaded."""
     for part in _PARTS:
-        field = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[part].message_type.fields_by_name.get(name)
+        message = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[part].message_type
+        field = message.fields_by_name.get(name) if message is not None else None
         if field is not None and (field.has_presence or field.is_repeated):
             return part
     raise TypeError(f"proto/inference.proto needs `{name}` in Sampling or Stopping, optional or repeated")
@@ -104,13 +106,12 @@ _PART_OF = {name: _part_of(name) for name in RULES}
 def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
     """Raises `InvalidRequestError` and its kin, naming the field. The time it takes grows with the message: not
     for the event loop."""
-    views: list[Prompt] = []
-    has_ensemble = message.HasField("ensemble")
-    ensemble = _ensemble_from_proto(message.ensemble, views) if has_ensemble else None
+    ensemble = _ensemble_from_proto(message.ensemble) if message.HasField("ensemble") else None
+    views = (member.view.prompt for member in message.ensemble.members if member.HasField("view"))
     return GenerateRequest(
         prompt=prompt_from_proto(message.prompt),
         ensemble=ensemble,
-        views=tuple(views),
+        views=tuple(map(prompt_from_proto, views)),
         sampling=_sampling_from_proto(message),
         request_id=message.request_id,
         time_limit_s=message.time_limit_s if message.HasField("time_limit_s") else None,
@@ -129,17 +130,10 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
     return message.text
 
 
-def _ensemble_from_proto(message: inference_pb2.Ensemble, views: list[Prompt]) -> Ensemble:
-    """The ensemble; its views are appended to `views`, equal ones once."""
-    members = []
-    for member in message.members:
-        view = 0
-        if member.HasField("view"):
-            prompt = prompt_from_proto(member.view.prompt)
-            if prompt not in views:
-                views.append(prompt)
-            view = 1 + views.index(prompt)
-        members.append(Member(member.name, member.mix, view))
+def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
+    """Every member with a view has one of its own: 1, 2, … in the order of the members."""
+    numbers = itertools.count(1)
+    members = (Member(m.name, m.mix, next(numbers) if m.HasField("view") else 0) for m in message.members)
     return Ensemble(tuple(members), _space_from_proto(message.space))
 
 
