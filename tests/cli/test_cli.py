@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from motet.export.bundle_writer import export_bundle
+from motet.runtime.client.client import Client
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,21 @@ def test_malformed_data(tmp_path, tiny_model_dir):
 def test_port_in_use(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused("serve", bundle, "--port", taken.getsockname()[1])
+
+
+def test_drain_lets_the_answer_end_and_then_the_server_ends(bundle):
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            with Client(line.rsplit(" on ", 1)[1].strip()) as client:
+                deltas = client.generate("abc", max_tokens=300, temperature=0.0, ignore_eos=True)
+                count = len(next(deltas).token_ids)
+                client.drain()
+                assert count + sum(len(delta.token_ids) for delta in deltas) == 300
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
 
 
 def test_wrong_family(tmp_path):
