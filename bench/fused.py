@@ -18,7 +18,8 @@ from ..finetune.data.dataset import encode_prompt, heldout_token_ids
 from ..finetune.data.example import Example
 from ..finetune.training.train import Workbench
 from ..runtime.api.config import EngineConfig
-from ..runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from ..runtime.api.request import Ensemble, Member, Request, Space
+from ..runtime.api.sampling import SamplingParams
 from ..runtime.backends.cpu.backend import CpuBackend
 from ..runtime.engine.engine import Engine
 from ..runtime.model.bundle import Bundle

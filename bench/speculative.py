@@ -18,7 +18,8 @@ from typing import Any
 
 from ..finetune.data.dataset import load_dataset
 from ..runtime.api.config import EngineConfig
-from ..runtime.api.request import Request, SamplingParams
+from ..runtime.api.request import Request
+from ..runtime.api.sampling import SamplingParams
 from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import Bundle

@@ -1,7 +1,8 @@
 """Typed errors: each says what was wrong, the limit, the actual value and what to change.
 
 Every error a user can cause derives from `MotetError`. `exit_code` is what the CLI exits with (2: the input was wrong,
-1: something else failed); `runtime.wire` maps the classes to gRPC status codes, in one table.
+1: something else failed). Each door maps the classes to its own statuses, in one table. A class is what a caller can act
+upon: two mistakes that call for the same act share one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ class MotetError(Exception):
 
 
 class InvalidRequestError(MotetError, ValueError):
-    """A request field is out of its range (gRPC INVALID_ARGUMENT)."""
+    """A request field is out of its range."""
 
     exit_code = 2
 
@@ -24,29 +25,33 @@ class InvalidRequestError(MotetError, ValueError):
 
 
 class InvalidEnsembleError(InvalidRequestError):
-    """A mix, member or space is not usable (gRPC INVALID_ARGUMENT)."""
+    """A mix, member or space is not usable."""
 
 
 class ContextLengthError(InvalidRequestError):
-    """A prompt and its answer do not fit the context (gRPC INVALID_ARGUMENT)."""
+    """A prompt and its answer do not fit the context."""
 
 
 class NotFoundError(MotetError, LookupError):
-    """A file, model, member or job does not exist (gRPC NOT_FOUND)."""
+    """A file, model, member or job does not exist."""
 
     exit_code = 2
 
 
 class BundleError(MotetError):
-    """A bundle or checkpoint is damaged, of an unknown version, or inconsistent (gRPC FAILED_PRECONDITION)."""
+    """A bundle or checkpoint is damaged, of an unknown version, or inconsistent."""
 
     exit_code = 2
 
 
 class UnsupportedModelError(MotetError):
-    """A model family or option that no `DecoderConfig` describes (gRPC UNIMPLEMENTED)."""
+    """A model family or option that no `DecoderConfig` describes."""
 
     exit_code = 2
+
+
+class UnimplementedError(MotetError):
+    """This server does not offer the call; another one may."""
 
 
 class DataError(MotetError):
@@ -62,7 +67,7 @@ class ConfigError(MotetError, ValueError):
 
 
 class OverloadedError(MotetError):
-    """The waiting queue is full (gRPC RESOURCE_EXHAUSTED with RetryInfo)."""
+    """The waiting queue is full."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -70,10 +75,21 @@ class OverloadedError(MotetError):
 
 
 class UnavailableError(MotetError):
-    """The engine is draining or closed, a port is in use, or an optional dependency is missing (gRPC UNAVAILABLE)."""
+    """Not to be had here and now: a server that drains or does not answer, a source that cannot be reached, a disk or a
+    memory without room, a machine without what is asked for. Try later, elsewhere, or ask for something else."""
+
+    exit_code = 2
+
+
+class PortInUseError(UnavailableError):
+    """Another program listens on the port: choose another port."""
+
+
+class MissingPackageError(MotetError):
+    """An optional package is not installed: the message names the command that installs it."""
 
     exit_code = 2
 
 
 class NumericalError(MotetError):
-    """A row's logits hold NaN: that request alone ends (gRPC INTERNAL)."""
+    """A row's logits hold NaN: that request alone ends."""

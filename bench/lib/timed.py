@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ...runtime.api.config import EngineConfig
-from ...runtime.api.request import Ensemble, Member, Request, SamplingParams
+from ...runtime.api.request import Ensemble, Member, Request
+from ...runtime.api.sampling import SamplingParams
 from ...runtime.backends.cpu.backend import CpuBackend
 from ...runtime.backends.open import open_backend
 from ...runtime.engine.engine import Engine

@@ -94,7 +94,8 @@ class Pacer:
 def load_motet(job: dict[str, Any]) -> tuple[str, Generate]:
     from motet.runtime.api.config import EngineConfig
     from motet.runtime.api.output import Output
-    from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
+    from motet.runtime.api.request import Ensemble, Member, Request
+    from motet.runtime.api.sampling import SamplingParams
     from motet.runtime.engine.engine import Engine
 
     config = EngineConfig(

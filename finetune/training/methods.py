@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.checkpoints.members.adapter import TARGETS, write_adapter
 from ...runtime.checkpoints.members.tail import write_tail
-from ...runtime.errors import ConfigError, UnavailableError
+from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
 from ..data.batches import TrainBatch
 from ..params import TuneParams
@@ -173,11 +173,12 @@ def _part(target: str) -> str:
 
 
 def _to_nf4(decoder: Decoder) -> None:
-    """The layers' weights in 4-bit NormalFloat, in place. Raises `UnavailableError` where bitsandbytes cannot."""
+    """The layers' weights in 4-bit NormalFloat, in place. Raises `MissingPackageError` without
+    bitsandbytes, `UnavailableError` where it cannot."""
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UnavailableError(
+        raise MissingPackageError(
             f"method qlora needs bitsandbytes ({error}); install it with `pip install 'motet[qlora]'`, or use lora"
         ) from error
     for name, module in list(decoder.named_modules()):

@@ -104,7 +104,7 @@ def tune(
 
     A run that was killed is resumed by the same call. `manifest["metrics"]` has the validation loss before and after (nats
     a token). Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (the loss is NaN),
-    `UnavailableError` (a full disk, a missing package).
+    `UnavailableError` (a full disk), `MissingPackageError`.
     """
     params = params or TuneParams()
     params.num_layers(read_config(model_dir).num_layers)  # said before anything is read

@@ -57,3 +57,11 @@ class Output:
 
 
 Completion = Output  # all deltas of a choice, coalesced
+
+
+def join(choices: dict[int, Completion], delta: Output) -> None:
+    """Add a delta to what there is of its choice."""
+    if delta.choice in choices:
+        choices[delta.choice].extend(delta)
+    else:
+        choices[delta.choice] = delta

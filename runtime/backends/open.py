@@ -6,7 +6,7 @@ import logging
 
 from ...kernels.native import binding as cpu
 from ..api.config import EngineConfig
-from ..errors import UnavailableError
+from ..errors import MissingPackageError, UnavailableError
 from ..model.bundle import Bundle
 from .base import Backend
 
@@ -15,12 +15,13 @@ log = logging.getLogger("motet.backend")
 
 def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
     """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
-    do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have."""
+    do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have,
+    `MissingPackageError` for one that is not installed."""
     if config.backend == "torch":
         try:
             from .torch.backend import TorchBackend
         except ModuleNotFoundError as error:
-            raise UnavailableError(
+            raise MissingPackageError(
                 f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
             ) from error
         return TorchBackend(bundle, config)

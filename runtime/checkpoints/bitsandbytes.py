@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BundleError, UnavailableError, UnsupportedModelError
+from ..errors import BundleError, MissingPackageError, UnsupportedModelError
 
 _PARTS = (
     "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
@@ -50,7 +50,7 @@ def owner(name: str) -> str | None:
 def widen(name: str, stored: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """`stored` and its `parts` (name → tensor) as float32 [out, in].
 
-    Raises `UnavailableError` without bitsandbytes, `BundleError` if the parts do not fit the weight.
+    Raises `MissingPackageError` without bitsandbytes, `BundleError` if the parts do not fit the weight.
     """
     bitsandbytes = _library()
     module = name.removesuffix(".weight")
@@ -77,7 +77,7 @@ def _library() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise UnavailableError(
+        raise MissingPackageError(
             f"this checkpoint was quantised by bitsandbytes, which is not installed ({error}); "
             "install it with `pip install 'motet[qlora]'`, or pull the model in float"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output
-from ..api.request import Ensemble, Member, SamplingParams, Space
+from ..api.prompt import Prompt
+from ..api.request import Ensemble, Member, Space
+from ..api.sampling import SamplingParams, check_names
+from ..errors import InvalidEnsembleError, InvalidRequestError
 from ..serve.grpc.wire import (
     MAX_MESSAGE_BYTES,
     error_of,
@@ -21,36 +25,59 @@ from ..serve.grpc.wire import (
     prompt_to_proto,
     request_to_proto,
 )
-from ..text.prompt import Prompt
 
 Mix = Ensemble | Mapping[str, float] | None
-_OPTIONS = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 
 
 def _message(
     prompt: Prompt,
     *,
     mix: Mix = None,
-    space: Space = Space.LOGITS,
+    space: Space | None = None,
     views: Sequence[Prompt] = (),
+    request_id: str = "",
     time_limit_s: float | None = None,
     return_member_logprobs: bool = False,
     sampling: SamplingParams | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateRequest:
     """The options of a request, which all calls share. `mix`: member → coefficient, or an `Ensemble`, whose members with
-    view i see `views[i - 1]`; None is the bundle's own. `time_limit_s` ends the answer with what there is. `sampling`, or
-    its fields as keywords. All is checked here, before anything is sent."""
+    view i see `views[i - 1]`; None is the bundle's own. `space`, of a mapping: LOGITS unless it is named. `request_id` is
+    echoed. `time_limit_s` ends the answer with what there is. `sampling`, or its fields as keywords. All is checked here,
+    before anything is sent: an option that would have no effect is refused."""
+    check_names(fields, _OPTIONS)
+    if sampling is not None and fields:
+        raise InvalidRequestError(
+            f"sampling is given, and {sorted(fields)} beside it; put them into sampling", field="sampling"
+        )
+    if space is not None and not isinstance(mix, Mapping):
+        raise InvalidEnsembleError(
+            "space is of a mix of member names; give mix, or set the space of the Ensemble", field="ensemble.space"
+        )
+    if isinstance(views, str):
+        raise InvalidRequestError("views must be a list with one prompt per view, got one text", field="views")
     if isinstance(mix, Mapping):
-        mix = Ensemble(tuple(Member(name, coefficient) for name, coefficient in mix.items()), space)
+        members = tuple(Member(name, coefficient) for name, coefficient in mix.items())
+        mix = Ensemble(members, Space.LOGITS if space is None else space)
+    elif not isinstance(mix, Ensemble | None):
+        raise InvalidEnsembleError(
+            f"mix must be a mapping of member names to coefficients or an Ensemble, got {mix!r}", field="ensemble"
+        )
     return request_to_proto(
         prompt,
         ensemble=mix,
-        views=views,
+        views=tuple(views),
         sampling=sampling if sampling is not None else SamplingParams(**fields),
+        request_id=request_id,
         time_limit_s=time_limit_s,
         return_member_logprobs=return_member_logprobs,
     )
+
+
+_OPTIONS = [
+    name for name, option in inspect.signature(_message).parameters.items() if option.kind is option.KEYWORD_ONLY
+]
 
 
 class Client:
@@ -61,12 +88,12 @@ class Client:
     ...         print(delta.text, end="", flush=True)
 
     `prompt`: text, token ids, or messages ({"role", "content"}). Options: see `_message` (mix, space, views,
-    time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the call's
+    request_id, time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the call's
     deadline, past which it fails; `time_limit_s` ends the answer with what there is.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -137,7 +164,7 @@ class AsyncClient:
     """The streaming call for asyncio programs; arguments as `Client.generate`."""
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> AsyncClient:

@@ -21,7 +21,8 @@ from typing import Any, TextIO
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..api.output import Completion
-from ..api.request import Ensemble, Request, SamplingParams
+from ..api.request import Ensemble, Request
+from ..api.sampling import SamplingParams
 from ..engine.engine import Engine
 from ..errors import ConfigError, DataError, InvalidRequestError, MotetError, NotFoundError
 from ..text.documents import split_document

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
-from ..api.request import Member, Request, SamplingParams
+from ..api.request import Member, Request
+from ..api.sampling import SamplingParams
 from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
 from .blocks import BlockManager
 from .drafts import Drafter

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ...kernels.oracle.edits import NO_EDITS, Edits
 from ...kernels.oracle.truncation import RULES, active_rules
-from ..api.request import SamplingParams
+from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
 
 I64 = npt.NDArray[np.int64]

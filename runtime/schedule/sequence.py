@@ -8,7 +8,8 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import SamplingParams, Space
+from ..api.request import Space
+from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
 from .drafts import Drafter
 from .resolve import LogitEditor, resolve_sampling

@@ -11,7 +11,7 @@ from ..api.output import Output
 from ..api.request import FinishReason, Request
 from ..engine.engine import Engine
 from ..engine.observer import Observer, StepReport
-from ..errors import MotetError, UnavailableError
+from ..errors import MotetError, PortInUseError
 
 STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -76,9 +76,9 @@ def engine_registry(engine: Engine) -> CollectorRegistry:
 
 
 def serve_metrics(engine: Engine, host: str, port: int) -> None:
-    """Answer GET /metrics on its own thread. Raises `UnavailableError` if the port is taken."""
+    """Answer GET /metrics on its own thread. Raises `PortInUseError` if the port is taken."""
     registry = engine_registry(engine)
     try:
         start_http_server(port, host, registry)
     except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port} for metrics: {error}; choose another port") from error
+        raise PortInUseError(f"cannot listen on {host}:{port} for metrics: {error}; choose another port") from error

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from ..api.prompt import Prompt, PromptContent
 from ..errors import InvalidRequestError
-from .tokenizer import Message, Tokenizer
-
-Prompt = str | Sequence[int] | Sequence[Message]
+from .tokenizer import Tokenizer
 
 
 def build_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a text, a list of token ids, or a list of chat messages ({"role", "content"}).
 
-    Raises `InvalidRequestError` if it is empty or mixed.
+    Raises `InvalidRequestError` if it is empty, mixed or none of these.
     """
-    if isinstance(prompt, str):
-        token_ids = tokenizer.encode(prompt)
-    elif all(isinstance(item, int) for item in prompt):
-        token_ids = [int(item) for item in prompt if isinstance(item, int)]
+    content = PromptContent.read(prompt)
+    if content.text is not None:
+        token_ids = tuple(tokenizer.encode(content.text))
+    elif content.messages is not None:
+        token_ids = tuple(tokenizer.encode_chat(content.messages))
     else:
-        messages = [item for item in prompt if not isinstance(item, int)]
-        if len(messages) != len(prompt):
-            raise InvalidRequestError("a prompt is text, token ids or messages, not a mixture", field="prompt")
-        token_ids = tokenizer.encode_chat(messages)
+        token_ids = content.token_ids or ()
     if not token_ids:
         raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
-    return tuple(token_ids)
+    return token_ids

@@ -11,9 +11,9 @@ import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..api.prompt import Message
 from ..errors import BundleError, InvalidRequestError, NotFoundError
 
-Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

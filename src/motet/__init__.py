@@ -9,7 +9,8 @@ from __future__ import annotations
 from .runtime.api.config import EngineConfig
 from .runtime.api.model_info import ModelInfo
 from .runtime.api.output import Completion, Output
-from .runtime.api.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
+from .runtime.api.request import Ensemble, FinishReason, Member, Request, Space
+from .runtime.api.sampling import SamplingParams
 from .runtime.client.client import AsyncClient, Client
 from .runtime.engine.engine import Engine
 from .runtime.errors import MotetError

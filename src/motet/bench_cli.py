@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .runtime.errors import ConfigError, UnavailableError
+from .runtime.errors import ConfigError, MissingPackageError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure. Each command writes JSON and an HTML page.")
 
@@ -233,7 +233,7 @@ def _gpu_bench(name: str) -> Any:
     try:
         return import_module(f".bench.gpu.{name}", __package__)
     except ModuleNotFoundError as error:
-        raise UnavailableError(
+        raise MissingPackageError(
             f"the GPU benches need {error.name}; install it with `pip install 'motet[gpu]'`"
         ) from error
 

@@ -6,9 +6,6 @@ A user's mistake ends with exit code 2 and one line on stderr; another failure w
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +13,11 @@ import typer
 
 from .bench_cli import bench
 from .finetune_cli import mount
+from .generate_cli import mount as mount_generate
+from .options import MixOption, SpaceOption, Threads, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
-from .runtime.api.output import Output
-from .runtime.api.request import Ensemble, Member, SamplingParams, Space
-from .runtime.errors import ConfigError, InvalidEnsembleError, MotetError, NotFoundError
-from .runtime.text.prompt import Prompt
+from .runtime.api.request import Space
+from .runtime.errors import ConfigError, MotetError, NotFoundError
 
 # Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
 _UsageError: Any = typer.BadParameter.__base__
@@ -28,11 +25,6 @@ _UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
 mount(app, bench)
-
-Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
-Address = Annotated[str, typer.Option(help="A server's host:port.")]
-MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
 
 
 def main() -> None:
@@ -112,7 +104,7 @@ def export(
         tails=tails,
         loras=loras,
         merge=merge,
-        mix=None if mix is None else _coefficients(mix),
+        mix=None if mix is None else coefficients(mix),
         space=space,
         bits=bits,
         group_size=group,
@@ -160,17 +152,6 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, path
 
 
-def _coefficients(text: str) -> dict[str, float]:
-    pairs: dict[str, float] = {}
-    for item in text.split(","):
-        name, _, value = item.partition("=")
-        try:
-            pairs[name.strip()] = float(value)
-        except ValueError:
-            raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
-    return pairs
-
-
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,116 +189,7 @@ def serve(
     run(bundle, host=host, port=port, config=config, metrics_port=metrics_port, with_reflection=reflection)
 
 
-@contextmanager
-def _client(bundle: Path | None, address: str) -> Iterator[Any]:
-    """A client of the server at `address`, or of an engine in this process behind a port of its own."""
-    from .runtime.client.client import Client
-    from .runtime.serve.local import local_server
-
-    if bundle is None:
-        with Client(address) as client:
-            yield client
-    else:
-        with local_server(bundle) as local_address, Client(local_address) as client:
-            yield client
-
-
-def _stream(deltas: Iterator[Output]) -> str:
-    """Print deltas as they come and a line of figures at the end; return the text."""
-    text, started, count = [], time.monotonic(), 0
-    for delta in deltas:
-        print(delta.text, end="", flush=True)
-        text.append(delta.text)
-        count += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            seconds = time.monotonic() - started
-            line = f"[{delta.finish_reason}, {count} tokens, {count / seconds:.0f} tok/s, seed {delta.seed}]"
-            print()
-            print(line, file=sys.stderr)
-    return "".join(text)
-
-
-def _ensemble(mix: str | None, space: Space) -> Ensemble | None:
-    if mix is None:
-        return None
-    return Ensemble(tuple(Member(name, value) for name, value in _coefficients(mix).items()), space)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
-    bundle: Bundle = None,
-    address: Address = "127.0.0.1:50051",
-    mix: MixOption = None,
-    space: Space = Space.LOGITS,
-    context: Annotated[Path | None, typer.Option(help="A document to answer from (context-aware decoding).")] = None,
-    alpha: Annotated[float, typer.Option(help="How much the document counts: (1 + α) with it − α without.")] = 0.5,
-    member: Annotated[str | None, typer.Option(help="The member that context-aware decoding uses.")] = None,
-    raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
-    max_tokens: int = 256,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; may be given several times.")] = None,
-) -> None:
-    """Generate from one prompt and stream it to the terminal."""
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    ensemble = _ensemble(mix, space)
-    with _client(bundle, address) as client:
-        views: Sequence[Prompt] = ()
-        text = prompt
-        if context is not None:
-            if not context.is_file():
-                raise NotFoundError(f"there is no file '{context}'")
-            if ensemble is not None:
-                raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
-            name = member or client.models()[0].members[0]
-            ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
-            views = [_as_prompt(prompt, raw)]
-            text = f"{context.read_text()}\n\n{prompt}"
-        _stream(client.generate(_as_prompt(text, raw), mix=ensemble, views=views, sampling=sampling))
-
-
-def _as_prompt(text: str, raw: bool) -> Prompt:
-    return text if raw else [{"role": "user", "content": text}]
-
-
-@app.command()
-def chat(
-    bundle: Bundle = None,
-    address: Address = "127.0.0.1:50051",
-    mix: MixOption = None,
-    space: Space = Space.LOGITS,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    max_tokens: int = 512,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-) -> None:
-    """Talk in several turns; an empty line or end of file ends."""
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    messages = [{"role": "system", "content": system}] if system else []
-    ensemble = _ensemble(mix, space)
-    with _client(bundle, address) as client:
-        while True:
-            try:
-                text = input("> ")
-            except EOFError:
-                return
-            if not text.strip():
-                return
-            messages.append({"role": "user", "content": text})
-            answer = _stream(client.generate(messages, mix=ensemble, sampling=sampling))
-            messages.append({"role": "assistant", "content": answer})
+mount_generate(app)
 
 
 @app.command()
@@ -328,7 +200,7 @@ def summarise(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL; finished records are kept on a rerun.")],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
     mix: MixOption = None,
-    space: Space = Space.LOGITS,
+    space: SpaceOption = None,
     max_summary_tokens: int = 96,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens a piece of a long document.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
@@ -339,11 +211,12 @@ def summarise(
     from .runtime.jobs.summarise import INSTRUCTION, SummariseParams
     from .runtime.jobs.summarise import summarise as run
 
+    ensemble = read_ensemble(mix, space)
     params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
     if not source.exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
     with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine:
-        report = run(engine, source, out, ensemble=_ensemble(mix, space), params=params)
+        report = run(engine, source, out, ensemble=ensemble, params=params)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
 

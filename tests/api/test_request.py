@@ -6,7 +6,8 @@ import math
 
 import pytest
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request, Space
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
 from motet.runtime.model.config import DecoderConfig
 
@@ -62,6 +63,42 @@ def test_empty_prompt_and_unknown_view():
         Request("x", ((),), Ensemble((Member("a", 1.0),)))
     with pytest.raises(InvalidEnsembleError, match="view 2"):
         Request("x", ((1,),), Ensemble((Member("a", 1.0, view=2),)))
+
+
+def test_negative_coefficients_need_permission():
+    ensemble = Ensemble((Member("a", 1.5), Member("a", -0.5, view=1)))
+    with pytest.raises(InvalidEnsembleError, match=r"is -0\.5; set allow_negative"):
+        GenerateRequest("x", ensemble, ("y",))
+    assert GenerateRequest("x", ensemble, ("y",), allow_negative=True).ensemble is ensemble
+
+
+def test_views_are_there_and_seen():
+    def ask(view, *views):
+        return GenerateRequest("x", Ensemble((Member("a", 1.0, view),)), views)
+
+    assert ask(1, "y").views == ("y",)
+    with pytest.raises(InvalidEnsembleError, match="asks for view 2; the request has 2"):
+        ask(2, "y")
+    with pytest.raises(InvalidEnsembleError, match="no member sees view 2"):
+        ask(1, "y", "z")
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.inf, math.nan, "5", True])
+def test_time_limits(limit):
+    ensemble = Ensemble((Member("a", 1.0),))
+    for make in (
+        lambda: GenerateRequest("x", time_limit_s=limit),
+        lambda: Request("x", ((1,),), ensemble, time_limit_s=limit),
+    ):
+        with pytest.raises(InvalidRequestError, match="time_limit_s must be a finite number above 0") as caught:
+            make()
+        assert caught.value.field == "time_limit_s"
+
+
+def test_a_space_by_its_name():
+    assert Ensemble((Member("a", 1.0),), "probs").space is Space.PROBS
+    with pytest.raises(InvalidEnsembleError, match="got 'sums'"):
+        Ensemble((Member("a", 1.0),), "sums")
 
 
 def test_unknown_configuration_keys_are_refused():

@@ -9,10 +9,11 @@ import onnxruntime as ort
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
+from motet.runtime.api.request import Ensemble, Member
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx.backend import open_session
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import ConfigError, UnavailableError
+from motet.runtime.errors import ConfigError, MissingPackageError
 
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -36,7 +37,7 @@ def test_a_provider_is_one_of_the_onnx_backend() -> None:
 
 @pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
 def test_without_cuda_it_says_what_to_install() -> None:
-    with pytest.raises(UnavailableError, match="install onnxruntime-gpu"):
+    with pytest.raises(MissingPackageError, match="install onnxruntime-gpu"):
         open_session(b"", 2, "cuda")
 
 

@@ -15,7 +15,8 @@ from helpers.models import FAMILIES  # noqa: E402
 from motet.export.bundle_writer import export_bundle  # noqa: E402
 from motet.export.quantise import HEAD_GROUP, dequantise, layer_group, quantise  # noqa: E402
 from motet.runtime.api.config import EngineConfig  # noqa: E402
-from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams, Space  # noqa: E402
+from motet.runtime.api.request import Ensemble, Member, Request, Space  # noqa: E402
+from motet.runtime.api.sampling import SamplingParams  # noqa: E402
 from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions  # noqa: E402
 from motet.runtime.checkpoints.decoder import Decoder  # noqa: E402
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights  # noqa: E402
@@ -391,17 +392,17 @@ def test_without_torch_or_triton_it_says_what_to_install(bundles):
     code = """
 import sys
 sys.modules[sys.argv[2]] = None
+from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.open import open_backend
 from motet.runtime.model.bundle import Bundle
-from motet.runtime.api.config import EngineConfig
-from motet.runtime.errors import UnavailableError
+from motet.runtime.errors import MissingPackageError
 try:
     if sys.argv[2] == "torch":
         open_backend(Bundle.load(sys.argv[1]), EngineConfig(backend="torch"))
     else:
         from motet.runtime.backends.torch.backend import load_ops
         load_ops("triton")
-except UnavailableError as error:
+except MissingPackageError as error:
     print(error)
 """
     for package in ("torch", "triton"):

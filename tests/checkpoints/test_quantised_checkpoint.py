@@ -16,7 +16,7 @@ import transformers
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import read_config, read_weights
-from motet.runtime.errors import BundleError, UnavailableError, UnsupportedModelError
+from motet.runtime.errors import BundleError, MissingPackageError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
 from safetensors.torch import load_file, save_file
 
@@ -123,5 +123,5 @@ def test_without_the_library(
 ) -> None:
     quantised(tiny_model_dir("llama"), tmp_path, "nf4")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UnavailableError, match="pip install"):
+    with pytest.raises(MissingPackageError, match="pip install"):
         read_weights(tmp_path)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from motet.export.bundle_writer import export_bundle
+from motet.runtime.client.client import Client
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,17 @@ def test_generate(bundle):
     assert "tokens" in result.stderr
 
 
+def test_what_is_asked_for_is_printed(bundle):
+    options = ("--max-tokens", "3", "--temperature", "0", "--ignore-eos", "--n", "2", "--logprobs", "1")
+    result = motet("generate", "hello", "--bundle", bundle, *options, "--member-logprobs", "--request-id", "mine")
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    tokens = [line for line in lines if line.startswith("token ")]
+    assert len(tokens) == 6
+    assert all("logprob -" in line and "best " in line and "members -" in line for line in tokens)
+    assert sum(line.startswith("[mine: length, 3 tokens") for line in lines) == 2
+
+
 def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
     generate = ("generate", "hi", "--bundle", bundle)
     assert "sums to 0.5" in refused(*generate, "--mix", "base=0.5")
@@ -47,6 +59,12 @@ def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
     assert "need space LOGITS" in refused(*generate, "--mix", "base=1.5,zz=-0.5", "--space", "probs")
     assert "name=coefficient" in refused(*generate, "--mix", "base:1")
     assert "temperature" in refused(*generate, "--temperature", "nan")
+    assert "give --mix too" in refused(*generate, "--space", "probs")
+    assert "give --context too" in refused(*generate, "--alpha", "0.5")
+    assert "instead of --mix" in refused(*generate, "--mix", "base=1", "--context", bundle / "manifest.json")
+    assert "'base' is there twice" in refused(*generate, "--mix", "base=1,base=0")
+    assert "takes ID=NUMBER, got '5'" in refused(*generate, "--logit-bias", "5")
+    assert "n must be an integer in 1…64, got 65" in refused(*generate, "--n", "65")
     assert "no bundle" in refused("generate", "hi", "--bundle", tmp_path / "none")
     assert "prompt is empty" in refused("generate", "", "--raw", "--bundle", bundle)
     assert "no file" in refused("summarise", tmp_path / "none", tmp_path / "out", "--bundle", bundle)
@@ -72,6 +90,21 @@ def test_malformed_data(tmp_path, tiny_model_dir):
 def test_port_in_use(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused("serve", bundle, "--port", taken.getsockname()[1])
+
+
+def test_drain_lets_the_answer_end_and_then_the_server_ends(bundle):
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            with Client(line.rsplit(" on ", 1)[1].strip()) as client:
+                deltas = client.generate("abc", max_tokens=300, temperature=0.0, ignore_eos=True)
+                count = len(next(deltas).token_ids)
+                client.drain()
+                assert count + sum(len(delta.token_ids) for delta in deltas) == 300
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
 
 
 def test_wrong_family(tmp_path):

@@ -13,7 +13,7 @@ from motet.export.bundle_writer import export_bundle, stored_tensors, write_stan
 from motet.export.calibrate import channel_rms, equalise
 from motet.export.quantise import dequantise, quantise
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Request, SamplingParams
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import read_config, read_weights

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.model_info import ModelInfo
 from motet.runtime.api.output import Output
-from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams
+from motet.runtime.api.request import Ensemble, Member, Request
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.engine.engine import Engine
 from motet.runtime.sampling.host import sample_rows
 from motet.runtime.schedule.batch import Batch, ResolvedSampling, SampleRow, StepOutput

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels.oracle.edits import NO_EDITS, apply_edits
 from motet.kernels.oracle.truncation import RULES
-from motet.runtime.api.request import SamplingParams
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.schedule.resolve import LogitEditor, resolve_sampling
 
 VOCAB = 40

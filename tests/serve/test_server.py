@@ -12,7 +12,8 @@ from motet.export.bundle_writer import export_bundle
 from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, FinishReason, Member, SamplingParams, Space
+from motet.runtime.api.request import Ensemble, FinishReason, Member, Space
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.serve.grpc.server import Server

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ...api.config import EngineConfig
-from ...errors import BundleError, ConfigError, UnavailableError
+from ...errors import BundleError, ConfigError, MissingPackageError, MotetError, UnavailableError
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, mixed_rows
@@ -36,10 +36,11 @@ _pool_threads: int | None = None
 def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort.InferenceSession:
     """A session on a graph (path or bytes). All graphs of a process share one thread pool: with a pool each, the
     spinning threads of one graph take the cores from the next. `provider`: cpu or cuda; what CUDA has no kernel for
-    (attention in float32) runs on the CPU. Raises `UnavailableError` for a second pool size, or without CUDA."""
+    (attention in float32) runs on the CPU. Raises `UnavailableError` for a second pool size,
+    `MissingPackageError` without CUDA."""
     global _pool_threads
     if provider == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise UnavailableError(
+        raise MissingPackageError(
             f"this ONNX Runtime has no CUDA provider, only {ort.get_available_providers()}; install onnxruntime-gpu in "
             "place of onnxruntime, or serve with onnx_provider cpu"
         )
@@ -61,7 +62,7 @@ def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort
 def _bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
     try:
         return open_session(str(bundle.path / file), config.num_threads, config.onnx_provider)
-    except UnavailableError:
+    except MotetError:
         raise
     except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
         raise BundleError(f"ONNX Runtime cannot load '{bundle.path / file}': {str(error).splitlines()[0]}") from error

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from ...api.config import EngineConfig
-from ...errors import UnavailableError
+from ...errors import MissingPackageError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
 from ...sampling.terms import Terms
@@ -60,7 +60,7 @@ class TorchOptions:
 
 
 def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
-    """The module of the ops. Raises `UnavailableError` without Triton."""
+    """The module of the ops. Raises `MissingPackageError` without Triton."""
     if kernels == "eager":
         from ....kernels.oracle import eager
 
@@ -68,7 +68,7 @@ def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
     try:
         from ....kernels.triton import ops as gpu
     except ModuleNotFoundError as error:
-        raise UnavailableError(
+        raise MissingPackageError(
             f"the torch backend needs {error.name} on a GPU; install it with `pip install 'motet[gpu]'`"
         ) from error
     return gpu

@@ -1,13 +1,12 @@
-"""The gRPC server: `motet.v1` over one engine. It tokenises, submits, streams; it knows no blocks."""
+"""The gRPC door: `motet.v1` over a `Service`. It translates messages, calls and errors, and nothing else."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import signal
 import socket
-import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from grpc_reflection.v1alpha import reflection
 
 from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from ...api.config import EngineConfig
-from ...api.output import Output
-from ...api.request import FinishReason, Request
 from ...engine.engine import Engine
-from ...errors import MotetError, NotFoundError, UnavailableError, UnsupportedModelError
+from ...errors import MotetError, PortInUseError, UnimplementedError
 from ..metrics import serve_metrics
+from ..service import Service
 from .wire import (
     MAX_MESSAGE_BYTES,
     model_to_proto,
@@ -36,120 +34,68 @@ Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICES = ("motet.v1.Inference", "motet.v1.Batch", "motet.v1.Admin")
 
 
-class OutputQueue:
-    """Deltas on their way from the engine's thread to one stream. A slow reader holds up nobody: deltas of a choice
-    that are not taken yet are coalesced into one, so the queue holds at most one a choice."""
+class _Statuses:
+    """A block whose typed errors end the call with their status."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._pending: dict[int, Output] = {}
-        self._ready = asyncio.Event()
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
-    def put(self, output: Output) -> None:
-        """From any thread."""
-        self._loop.call_soon_threadsafe(self._add, output)
+    async def __aenter__(self) -> None:
+        return None
 
-    def _add(self, output: Output) -> None:
-        if output.choice in self._pending:
-            self._pending[output.choice].extend(output)
-        else:
-            self._pending[output.choice] = output
-        self._ready.set()
-
-    async def take(self) -> list[Output]:
-        """All deltas that are ready; waits for one."""
-        await self._ready.wait()
-        self._ready.clear()
-        pending, self._pending = list(self._pending.values()), {}
-        return pending
+    async def __aexit__(self, _t: type[BaseException] | None, error: BaseException | None, _tb: object) -> None:
+        if isinstance(error, MotetError):
+            await self._context.abort_with_status(status_of(error))
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    """When a stream is dropped, cancelled, or its deadline passes, gRPC cancels the call's task, and the service ends the
+    request."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     async def Generate(
         self, message: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        try:
-            request = await self._request(message)
-            async for output in self._outputs(request):
-                yield response_from_output(output)
-        except MotetError as error:
-            await context.abort_with_status(status_of(error))
+        async with _Statuses(context):
+            request = await asyncio.to_thread(request_from_proto, message)
+            async with aclosing(self._service.generate(request)) as outputs:
+                async for output in outputs:
+                    yield response_from_output(output)
 
     async def Complete(
         self, message: inference_pb2.GenerateRequest, context: Context
-    ) -> inference_pb2.CompleteResponse | None:
-        try:
-            request = await self._request(message)
-            choices: dict[int, Output] = {}
-            async for output in self._outputs(request):
-                if output.choice in choices:
-                    choices[output.choice].extend(output)
-                else:
-                    choices[output.choice] = output
-        except MotetError as error:
-            await context.abort_with_status(status_of(error))
-            return None
-        whole = [response_from_output(choices[choice]) for choice in sorted(choices)]
-        return inference_pb2.CompleteResponse(choices=whole)
+    ) -> inference_pb2.CompleteResponse:
+        async with _Statuses(context):
+            request = await asyncio.to_thread(request_from_proto, message)
+            choices = await self._service.complete(request)
+            return inference_pb2.CompleteResponse(choices=map(response_from_output, choices))
 
     async def Tokenize(
         self, message: inference_pb2.TokenizeRequest, context: Context
-    ) -> inference_pb2.TokenizeResponse | None:
-        try:
-            token_ids = await asyncio.to_thread(prompt_from_proto, message.prompt, self._engine.tokenizer)
-        except MotetError as error:
-            await context.abort_with_status(status_of(error))
-            return None
-        return inference_pb2.TokenizeResponse(token_ids=token_ids)
-
-    async def _request(self, message: inference_pb2.GenerateRequest) -> Request:
-        """Tokenising a long prompt takes a while: not on the event loop."""
-        return await asyncio.to_thread(request_from_proto, message, self._engine.tokenizer, self._engine.model)
-
-    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
-        """The deltas of all choices until each has finished. When the stream is dropped, cancelled, or its deadline
-        passes, gRPC cancels this coroutine, and the group ends."""
-        queue = OutputQueue(asyncio.get_running_loop())
-        # The client's id is echoed, not used: two clients may choose the same one, and must not cancel each other.
-        own = dataclasses.replace(request, request_id=uuid.uuid4().hex)
-        self._engine.submit(own, queue.put)
-        unfinished = request.sampling.n
-        try:
-            while unfinished:
-                for output in await queue.take():
-                    if output.error is not None:
-                        raise output.error
-                    unfinished -= output.finish_reason is not None
-                    output.request_id = request.request_id
-                    yield output
-        finally:
-            if unfinished:
-                self._engine.abort(own.request_id, FinishReason.CANCELLED)
+    ) -> inference_pb2.TokenizeResponse:
+        async with _Statuses(context):
+            token_ids = await self._service.tokenize(prompt_from_proto(message.prompt))
+            return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
 
 class Admin(admin_pb2_grpc.AdminServicer):
-    def __init__(self, engine: Engine, on_drain: asyncio.Event) -> None:
-        self._engine = engine
-        self._on_drain = on_drain
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     async def ListModels(
         self, _message: admin_pb2.ListModelsRequest, _context: Context
     ) -> admin_pb2.ListModelsResponse:
-        return admin_pb2.ListModelsResponse(models=[model_to_proto(self._engine.model)])
+        return admin_pb2.ListModelsResponse(models=map(model_to_proto, self._service.models()))
 
-    async def GetModel(self, message: admin_pb2.GetModelRequest, context: Context) -> admin_pb2.GetModelResponse | None:
-        model, stats = self._engine.model, self._engine.stats()
-        if message.name not in ("", model.name):
-            error = NotFoundError(f"there is no model '{message.name}' here; this server serves '{model.name}'")
-            await context.abort_with_status(status_of(error))
-            return None
-        return admin_pb2.GetModelResponse(model=model_to_proto(model), waiting=stats.waiting, running=stats.running)
+    async def GetModel(self, message: admin_pb2.GetModelRequest, context: Context) -> admin_pb2.GetModelResponse:
+        async with _Statuses(context):
+            model, stats = self._service.model(message.name), self._service.stats()
+            return admin_pb2.GetModelResponse(model=model_to_proto(model), waiting=stats.waiting, running=stats.running)
 
     async def Drain(self, _message: admin_pb2.DrainRequest, _context: Context) -> admin_pb2.DrainResponse:
-        self._on_drain.set()
+        self._service.drain()
         return admin_pb2.DrainResponse()
 
 
@@ -167,30 +113,29 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
         await self._refuse(context)
 
     async def _refuse(self, context: Context) -> None:
-        error = UnsupportedModelError("this server runs no batch jobs; run them offline with `motet summarise`")
+        error = UnimplementedError("this server runs no batch jobs; run them offline with `motet summarise`")
         await context.abort_with_status(status_of(error))
 
 
 class Server:
-    """A gRPC server over an engine. `start` binds, `stop` drains for `grace_s` seconds and then ends what is left."""
+    """A gRPC server over an engine. `start` binds; `stop` drains."""
 
     def __init__(
         self, engine: Engine, host: str = "127.0.0.1", port: int = 0, *, with_reflection: bool = False
     ) -> None:
-        self._engine = engine
+        self.service = Service(engine)
         self._host = host
         self._wanted_port = port
         self._with_reflection = with_reflection
         self.port = 0
-        self.draining = asyncio.Event()
 
     async def start(self) -> None:
-        """Raises `UnavailableError` if the port is taken."""
+        """Raises `PortInUseError` if the port is taken."""
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         self._server = grpc.aio.server(options=options)
         self._health = HealthServicer()
-        inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self._engine), self._server)  # type: ignore[no-untyped-call]
-        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self._engine, self.draining), self._server)  # type: ignore[no-untyped-call]
+        inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
+        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._with_reflection:
@@ -201,14 +146,21 @@ class Server:
             socket.create_server((self._host, self._wanted_port)).close()
             self.port = self._server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
-            raise UnavailableError(f"cannot listen on {address} ({error}); choose another --port") from error
+            raise PortInUseError(f"cannot listen on {address} ({error}); choose another --port") from error
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._unhealthy = asyncio.create_task(self._end_health())
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._engine.drain()
+        """Drain, give the requests that are here `grace_s` seconds, and end what is left."""
+        self.service.drain()
+        await self._unhealthy
         await self._server.stop(grace_s)
+
+    async def _end_health(self) -> None:
+        """NOT_SERVING as soon as the service drains, whoever asked for it."""
+        await self.service.wait_draining()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
@@ -224,7 +176,8 @@ def serve(
     metrics_port: int | None = None,
     with_reflection: bool = False,
 ) -> None:
-    """Load a bundle and serve it until SIGINT, SIGTERM or Admin.Drain. Prints one line when it is ready."""
+    """Load a bundle and serve it. Prints one line when it is ready. Admin.Drain lets the requests that are here run to
+    their end; SIGINT and SIGTERM give them ten seconds."""
     with Engine.from_bundle(bundle, config) as engine:
         if metrics_port is not None:
             serve_metrics(engine, host, metrics_port)
@@ -235,9 +188,17 @@ async def _serve(engine: Engine, host: str, port: int, with_reflection: bool) ->
     server = Server(engine, host, port, with_reflection=with_reflection)
     await server.start()
     loop = asyncio.get_running_loop()
+    drained = asyncio.create_task(_drained(server.service))
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.draining.set)
+        loop.add_signal_handler(number, drained.cancel)
     members = ", ".join(engine.model.members)
     print(f"motet serves '{engine.model.name}' ({members}) on {host}:{server.port}", flush=True)
-    await server.draining.wait()
+    with suppress(asyncio.CancelledError):
+        await drained
     await server.stop()
+
+
+async def _drained(service: Service) -> None:
+    """Until the service was told to drain and its last request has ended."""
+    await service.wait_draining()
+    await service.wait_idle()

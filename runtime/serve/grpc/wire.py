@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -16,32 +16,35 @@ from ....proto import admin_pb2, inference_pb2
 from ... import errors
 from ...api.model_info import ModelInfo
 from ...api.output import Output, Timings, Usage
-from ...api.request import MAX_STOP_STRINGS, Ensemble, FinishReason, Member, Request, SamplingParams, Space
+from ...api.prompt import Prompt, PromptContent
+from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
+from ...api.sampling import RULES, SamplingParams
 from ...errors import InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
-from ...text.prompt import Prompt, build_prompt
-from ...text.tokenizer import Tokenizer
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
-_CODES: Mapping[type[Exception], grpc.StatusCode] = {
+# The status of a class is its own, or else that of the class it derives from.
+_CODES: Mapping[type, grpc.StatusCode] = {
+    errors.MotetError: grpc.StatusCode.INTERNAL,
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.UnsupportedModelError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.UnsupportedModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MissingPackageError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    errors.NumericalError: grpc.StatusCode.INTERNAL,
 }
 _DOMAIN = "motet"
 
 
 def status_of(error: MotetError) -> grpc.Status:
     """The gRPC status of an error, with google.rpc details: ErrorInfo, BadRequest, RetryInfo."""
-    code = next((c for cls, c in _CODES.items() if isinstance(error, cls)), grpc.StatusCode.INTERNAL)
+    code = next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)]
     if isinstance(error, InvalidRequestError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
@@ -59,16 +62,22 @@ def status_of(error: MotetError) -> grpc.Status:
 
 
 def error_of(call_error: Any) -> MotetError:
-    """The typed error behind a failed call, for clients: the same class that the server raised."""
+    """The typed error behind a failed call, for clients: the same class that the server raised, with its details."""
     message = call_error.details() or str(call_error.code())
     status = rpc_status.from_call(call_error) if call_error.trailing_metadata() is not None else None
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN:
-            cls = getattr(errors, info.reason, MotetError)
-            if isinstance(cls, type) and issubclass(cls, MotetError):
-                return cls(message)
+    info, violated, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in status.details if status is not None else ():
+        any(packed.Unpack(detail) for detail in (info, violated, retry))
+    cls = getattr(errors, info.reason, None) if info.domain == _DOMAIN else None
+    if isinstance(cls, type) and issubclass(cls, InvalidRequestError):
+        return cls(message, field=next((violation.field for violation in violated.field_violations), ""))
+    if isinstance(cls, type) and issubclass(cls, OverloadedError):
+        return cls(message, retry_after_s=retry.retry_delay.ToMilliseconds() / 1000)
+    if isinstance(cls, type) and issubclass(cls, MotetError):
+        return cls(message)
     code = call_error.code()
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.UnimplementedError(f"the server does not offer this call: {message}")
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.UnavailableError(f"no answer from the server: {message}; is `motet serve` running there?")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -79,128 +88,120 @@ def error_of(call_error: Any) -> MotetError:
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def request_from_proto(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, model: ModelInfo) -> Request:
-    """Check and tokenise. Raises `InvalidRequestError` and its kin, naming the field."""
-    sampling = _sampling_from_proto(message)
-    prompts = [prompt_from_proto(message.prompt, tokenizer)]
-    ensemble, wants_member_logprobs = model.default_ensemble, message.ensemble.return_member_logprobs
-    if message.HasField("ensemble") and message.ensemble.members:
-        ensemble = _ensemble_from_proto(message.ensemble, prompts, tokenizer)
-    return Request(
-        request_id=message.request_id or uuid.uuid4().hex,
-        prompts=tuple(prompts),
+def _part_of(name: str) -> str:
+    """The part of a GenerateRequest that holds a field of `SamplingParams`. A field that does not cross, or a scalar whose
+    absence cannot be told from its zero, is a mistake of the .proto and found when this module is loaded."""
+    for part in _PARTS:
+        message = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[part].message_type
+        field = message.fields_by_name.get(name) if message is not None else None
+        if field is not None and (field.has_presence or field.is_repeated):
+            return part
+    raise TypeError(f"proto/inference.proto needs `{name}` in Sampling or Stopping, optional or repeated")
+
+
+_PARTS = ("sampling", "stopping")
+_PART_OF = {name: _part_of(name) for name in RULES}
+
+
+def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
+    """Raises `InvalidRequestError` and its kin, naming the field. The time it takes grows with the message: not
+    for the event loop."""
+    ensemble = _ensemble_from_proto(message.ensemble) if message.HasField("ensemble") else None
+    views = (member.view.prompt for member in message.ensemble.members if member.HasField("view"))
+    return GenerateRequest(
+        prompt=prompt_from_proto(message.prompt),
         ensemble=ensemble,
-        sampling=sampling,
-        time_limit_s=message.time_limit_ms / 1000 if message.HasField("time_limit_ms") else None,
-        return_member_logprobs=wants_member_logprobs,
+        views=tuple(map(prompt_from_proto, views)),
+        sampling=_sampling_from_proto(message),
+        request_id=message.request_id,
+        time_limit_s=message.time_limit_s if message.HasField("time_limit_s") else None,
+        return_member_logprobs=message.return_member_logprobs,
+        allow_negative=message.ensemble.allow_negative,
     )
 
 
-def prompt_from_proto(message: inference_pb2.Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a prompt. Raises `InvalidRequestError` if it is empty or absent."""
+def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
+    """An absent prompt is an empty text."""
     kind = message.WhichOneof("prompt")
-    prompt: Prompt = message.text
     if kind == "token_ids":
-        prompt = list(message.token_ids.ids)
-    elif kind == "messages":
-        prompt = [{"role": m.role, "content": m.content} for m in message.messages.messages]
-    return build_prompt(tokenizer, prompt)
+        return tuple(message.token_ids.ids)
+    if kind == "messages":
+        return tuple({"role": m.role, "content": m.content} for m in message.messages.messages)
+    return message.text
 
 
-def _ensemble_from_proto(
-    message: inference_pb2.Ensemble, prompts: list[tuple[int, ...]], tokenizer: Tokenizer
-) -> Ensemble:
-    """The ensemble; views are appended to `prompts`, equal ones once."""
-    members = []
-    for member in message.members:
-        view = 0
-        if member.HasField("view"):
-            prompt = prompt_from_proto(member.view.prompt, tokenizer)
-            if prompt not in prompts:
-                prompts.append(prompt)
-            view = prompts.index(prompt)
-        if member.mix < 0 and not message.allow_negative:
-            raise InvalidEnsembleError(
-                f"the mix of member '{member.name}' is {member.mix}; set allow_negative if that is meant",
-                field="ensemble.members.mix",
-            )
-        members.append(Member(member.name, member.mix, view))
-    return Ensemble(tuple(members), Space.PROBS if message.space == inference_pb2.PROBS else Space.LOGITS)
+def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
+    """Every member with a view has one of its own: 1, 2, … in the order of the members."""
+    numbers = itertools.count(1)
+    members = (Member(m.name, m.mix, next(numbers) if m.HasField("view") else 0) for m in message.members)
+    return Ensemble(tuple(members), _space_from_proto(message.space))
 
 
 def _sampling_from_proto(message: inference_pb2.GenerateRequest) -> SamplingParams:
     """Fields that are absent keep the defaults of `SamplingParams`."""
-    if len(message.stopping.stop) > MAX_STOP_STRINGS:  # before a million strings are copied
-        raise InvalidRequestError(
-            f"{len(message.stopping.stop)} stop strings; at most {MAX_STOP_STRINGS} are allowed", field="stop"
-        )
-    values: dict[str, Any] = {}
-    for part, names in ((message.sampling, _SAMPLING_FIELDS), (message.stopping, _STOPPING_FIELDS)):
-        values |= {name: getattr(part, name) for name in names if part.HasField(name)}
+    present = {name: getattr(message, part) for name, part in _PART_OF.items()}
     return SamplingParams(
-        **values,
-        logit_bias=dict(message.sampling.logit_bias),
-        stop=tuple(message.stopping.stop),
-        stop_token_ids=tuple(message.stopping.stop_token_ids),
+        **{
+            name: getattr(part, name)
+            for name, part in present.items()
+            if not part.DESCRIPTOR.fields_by_name[name].has_presence or part.HasField(name)
+        }
     )
 
 
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "n",
-    "logprobs",
-)
-_STOPPING_FIELDS = ("max_tokens", "min_tokens", "ignore_eos")
-
-
-def request_to_proto(
-    prompt: Prompt,
-    *,
-    ensemble: Ensemble | None = None,
-    views: Sequence[Prompt] = (),
-    sampling: SamplingParams | None = None,
-    request_id: str = "",
-    time_limit_s: float | None = None,
-    return_member_logprobs: bool = False,
-) -> inference_pb2.GenerateRequest:
-    """For clients. `views[i - 1]` is the prompt of members with view i; 0 is `prompt`."""
-    message = inference_pb2.GenerateRequest(request_id=request_id, prompt=prompt_to_proto(prompt))
-    if ensemble is not None:
-        message.ensemble.space = inference_pb2.PROBS if ensemble.space is Space.PROBS else inference_pb2.LOGITS
-        message.ensemble.allow_negative = any(member.mix < 0 for member in ensemble.members)
-        for member in ensemble.members:
+def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateRequest:
+    """For clients. `fields` are those of `GenerateRequest`, which checks them. A client's negative coefficients are meant:
+    they stand in its program."""
+    ensemble: Ensemble | None = fields.get("ensemble")
+    is_negative = ensemble is not None and any(member.mix < 0 for member in ensemble.members)
+    request = GenerateRequest(prompt, allow_negative=is_negative, **fields)
+    message = inference_pb2.GenerateRequest(
+        request_id=request.request_id,
+        prompt=prompt_to_proto(request.prompt),
+        time_limit_s=request.time_limit_s,
+        return_member_logprobs=request.return_member_logprobs,
+    )
+    if request.ensemble is not None:
+        message.ensemble.space = _SPACES[request.ensemble.space]
+        message.ensemble.allow_negative = request.allow_negative
+        for member in request.ensemble.members:
             added = message.ensemble.members.add(name=member.name, mix=member.mix)
             if member.view:
-                added.view.prompt.CopyFrom(prompt_to_proto(views[member.view - 1]))
-    message.ensemble.return_member_logprobs = return_member_logprobs
-    sampling = sampling or SamplingParams()
-    for part, names in ((message.sampling, _SAMPLING_FIELDS), (message.stopping, _STOPPING_FIELDS)):
-        for name in names:
-            if getattr(sampling, name) is not None:
-                setattr(part, name, getattr(sampling, name))
-    message.sampling.logit_bias.update(sampling.logit_bias)
-    message.stopping.stop.extend(sampling.stop)
-    message.stopping.stop_token_ids.extend(sampling.stop_token_ids)
-    if time_limit_s is not None:
-        message.time_limit_ms = max(1, round(1000 * time_limit_s))
+                added.view.prompt.CopyFrom(prompt_to_proto(request.views[member.view - 1]))
+    for name, part in _PART_OF.items():
+        value = getattr(request.sampling, name)
+        target = getattr(message, part)
+        if isinstance(value, Mapping):
+            getattr(target, name).update(value)
+        elif isinstance(value, tuple):
+            getattr(target, name).extend(value)
+        elif value is not None:
+            setattr(target, name, value)
     return message
 
 
 def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
-    if isinstance(prompt, str):
-        return inference_pb2.Prompt(text=prompt)
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ids))
-    messages = [inference_pb2.ChatMessage(**item) for item in prompt if not isinstance(item, int)]
-    return inference_pb2.Prompt(messages=inference_pb2.ChatMessages(messages=messages))
+    """Raises `InvalidRequestError` for what is neither text, token ids nor messages."""
+    content = PromptContent.read(prompt)
+    if content.text is not None:
+        return inference_pb2.Prompt(text=content.text)
+    if content.messages is not None:
+        messages = [inference_pb2.ChatMessage(**message) for message in content.messages]
+        return inference_pb2.Prompt(messages=inference_pb2.ChatMessages(messages=messages))
+    return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=content.token_ids))
+
+
+_SPACES = {Space.LOGITS: inference_pb2.LOGITS, Space.PROBS: inference_pb2.PROBS}
+
+
+def _space_from_proto(value: int) -> Space:
+    """Absent is LOGITS. Raises `InvalidEnsembleError` for a number that this version does not know."""
+    if value == inference_pb2.SPACE_UNSPECIFIED:
+        return Space.LOGITS
+    for space, number in _SPACES.items():
+        if number == value:
+            return space
+    raise InvalidEnsembleError(f"space must be one of {[s.name for s in _SPACES]}, got {value}", field="ensemble.space")
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------
@@ -266,24 +267,27 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
 
 def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:
     message = admin_pb2.ModelInfo(
-        name=model.name, members=model.members, vocab_size=model.vocab_size, max_model_len=model.max_model_len
+        name=model.name,
+        members=model.members,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        adapters=sorted(model.adapters),
     )
-    message.default_ensemble.space = (
-        inference_pb2.PROBS if model.default_ensemble.space is Space.PROBS else inference_pb2.LOGITS
-    )
+    message.default_ensemble.space = _SPACES[model.default_ensemble.space]
     for member in model.default_ensemble.members:
         message.default_ensemble.members.add(name=member.name, mix=member.mix)
     return message
 
 
 def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
-    space = Space.PROBS if message.default_ensemble.space == inference_pb2.PROBS else Space.LOGITS
     members = tuple(Member(member.name, member.mix) for member in message.default_ensemble.members)
     return ModelInfo(
         name=message.name,
         members=tuple(message.members),
-        default_ensemble=Ensemble(members, space),
-        eos_token_ids=(),
+        default_ensemble=Ensemble(members, _space_from_proto(message.default_ensemble.space)),
+        eos_token_ids=tuple(message.eos_token_ids),
         vocab_size=message.vocab_size,
         max_model_len=message.max_model_len,
+        adapters=frozenset(message.adapters),
     )

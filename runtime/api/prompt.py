@@ -1,0 +1,59 @@
+"""A prompt as a caller gives it: text, token ids, or a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+from ..errors import InvalidRequestError
+from .rules import Integer
+
+Message = Mapping[str, str]  # {"role", "content"}
+Prompt = str | Sequence[int] | Sequence[Message]
+_KEYS = {"role", "content"}
+_TOKEN_ID = Integer()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptContent:
+    """What a prompt holds: exactly one of the three is not None. Whether it is empty, and which ids and roles there
+    are, the tokenizer and the model say later."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @classmethod
+    def read(cls, prompt: Prompt) -> PromptContent:
+        """Tell the three kinds apart. Raises `InvalidRequestError` for anything else, or a mixture."""
+        if isinstance(prompt, str):
+            if not _has_utf8(prompt):
+                raise InvalidRequestError("the prompt is not valid Unicode text", field="prompt")
+            return cls(text=prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise InvalidRequestError(
+                f"a prompt is text, a list of token ids or a list of messages, got {type(prompt).__name__}",
+                field="prompt",
+            )
+        if all(isinstance(item, SupportsIndex) for item in prompt):
+            return cls(
+                token_ids=tuple(_TOKEN_ID.check("prompt", item, "every token id of a prompt") for item in prompt)
+            )
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if len(messages) != len(prompt):
+            raise InvalidRequestError("a prompt is text, token ids or messages, not a mixture", field="prompt")
+        for message in messages:
+            if set(message) != _KEYS or not all(isinstance(text, str) and _has_utf8(text) for text in message.values()):
+                raise InvalidRequestError(
+                    f"a message has a role and a content, both text, got {sorted(map(str, message))}", field="messages"
+                )
+        return cls(messages=tuple(messages))
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True

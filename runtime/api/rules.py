@@ -1,0 +1,170 @@
+"""Rules for the values of a request's fields: what is allowed, in words, and a check that gives the value its one type.
+
+`check` takes what a caller gave, numpy scalars included, and returns plain Python values; it raises `InvalidRequestError`
+that names the field, the limit and the value.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol, SupportsIndex
+
+from ..errors import InvalidRequestError
+
+MAX_INT32 = 2**31 - 1  # what the wire and the kernels hold
+_SHOWN = 80  # characters of a refused value in the message
+
+
+class Rule(Protocol):
+    """What the values of one field must be."""
+
+    @property
+    def limit(self) -> str:
+        """In words, to follow "must be"."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value in the field's own type. Raises `InvalidRequestError`."""
+
+
+def _refusal(name: str, rule: Rule, value: object, label: str = "") -> InvalidRequestError:
+    """`label`: how the message calls what was refused, where that is not the field itself."""
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
+    return InvalidRequestError(f"{label or name} must be {rule.limit}, got {shown}", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """A whole number in low…high. Any type with `__index__` is taken, but not a bool."""
+
+    low: int = 0
+    high: int = MAX_INT32
+
+    @property
+    def limit(self) -> str:
+        return f"an integer in {self.low}…{self.high}"
+
+    def check(self, name: str, value: object, label: str = "") -> int:
+        if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+            try:
+                number = operator.index(value)
+            except TypeError:  # an array of several numbers has the method and cannot answer
+                raise _refusal(name, self, value, label) from None
+            if self.low <= number <= self.high:
+                return number
+        raise _refusal(name, self, value, label)
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A finite number in [low, high], or in (low, high] where `is_above`. Any real type is taken, but not a bool."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_above: bool = False
+
+    @property
+    def limit(self) -> str:
+        if math.isinf(self.low):
+            return "a finite number"
+        if math.isinf(self.high):
+            return f"a finite number {'above' if self.is_above else 'of at least'} {self.low:g}"
+        return f"a number in {'(' if self.is_above else '['}{self.low:g}, {self.high:g}]"
+
+    def check(self, name: str, value: object, label: str = "") -> float:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                raise _refusal(name, self, value, label) from None
+            above = number > self.low if self.is_above else number >= self.low
+            if math.isfinite(number) and above and number <= self.high:
+                return number
+        raise _refusal(name, self, value, label)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """True or False."""
+
+    limit: str = "true or false"
+
+    def check(self, name: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise _refusal(name, self, value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """Up to `max_items` strings of 1 to `max_bytes` bytes of UTF-8. One string alone is a list of one."""
+
+    noun: str  # plural, for messages
+    max_items: int
+    max_bytes: int
+
+    @property
+    def limit(self) -> str:
+        return f"at most {self.max_items} {self.noun} of 1 to {self.max_bytes} bytes of UTF-8"
+
+    def check(self, name: str, value: object) -> tuple[str, ...]:
+        items = _items(name, self, (value,) if isinstance(value, str) else value, self.noun, self.max_items)
+        if not all(isinstance(item, str) and 1 <= _num_bytes(item) <= self.max_bytes for item in items):
+            raise _refusal(name, self, value)
+        return tuple(items)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Up to `max_items` token ids; which ids there are, the model says later."""
+
+    noun: str  # plural, for messages
+    max_items: int
+
+    @property
+    def limit(self) -> str:
+        return f"a list of at most {self.max_items} {self.noun}"
+
+    def check(self, name: str, value: object) -> tuple[int, ...]:
+        items = _items(name, self, value, self.noun, self.max_items)
+        return tuple(_TOKEN_ID.check(name, item, f"every id in {name}") for item in items)
+
+
+@dataclass(frozen=True, slots=True)
+class Biases:
+    """Token id → a finite number."""
+
+    limit: str = "a mapping of token ids to finite numbers"
+
+    def check(self, name: str, value: object) -> dict[int, float]:
+        if not isinstance(value, Mapping):
+            raise _refusal(name, self, value)
+        return {
+            _TOKEN_ID.check(name, token_id, f"every id in {name}"): _BIAS.check(name, bias, f"every {name}")
+            for token_id, bias in value.items()
+        }
+
+
+_TOKEN_ID = Integer()
+_BIAS = Number()
+
+
+def _items(name: str, rule: Rule, value: object, noun: str, max_items: int) -> Collection[Any]:
+    """The items of a list-like value. Counted before any of them is looked at or copied."""
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+        raise _refusal(name, rule, value)
+    if len(value) > max_items:
+        raise InvalidRequestError(f"{len(value)} {noun}; at most {max_items} are allowed", field=name)
+    return value
+
+
+def _num_bytes(text: str) -> int:
+    """Bytes of UTF-8; 0 for text that has no UTF-8, such as half of a surrogate pair."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0

@@ -1,0 +1,84 @@
+"""`SamplingParams`: how to choose tokens and when to end. The table of its fields is the only list of them.
+
+A field's line states its type, its default, its rule and its help. From the table come the check at construction, the
+wire's conversion both ways (the field of `proto/inference.proto` has the same name), the client's keywords and the
+CLI's options. A new parameter is a line here and a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import InvalidRequestError
+from .config import MAX_SPECULATIVE_TOKENS
+from .rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
+
+MAX_STOPS = 64
+MAX_STOP_BYTES = 1024
+MAX_CHOICES = 64
+MAX_LOGPROBS = 64
+
+
+def _field(default: Any, rule: Rule, help: str) -> Any:
+    """A line of the table. Where the default is None, None is allowed."""
+    metadata = {"rule": rule, "help": help}
+    return (
+        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to end. The defaults sample from the mixed distribution as it is.
+
+    Truncation order: top-k, top-p, min-p, all on the tempered distribution. Log-probabilities are the mixed
+    distribution's, before penalties, temperature and truncation. A draft changes how fast an answer comes and nothing
+    else; `speculative_tokens` 0 is none, None the engine's default. Raises `InvalidRequestError`, naming the field.
+    """
+
+    # fmt: off
+    max_tokens: int | None = _field(None, Integer(1), "Tokens of the answer at most; default: up to the end of the context.")
+    min_tokens: int = _field(0, Integer(), "No stop token or stop string ends the answer before so many tokens.")
+    temperature: float = _field(1.0, Number(0, 100), "Divides the logits; 0 is greedy.")
+    top_k: int = _field(0, Integer(), "Draw from the k best tokens; 0 is off.")
+    top_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the best tokens of this probability; 1 is off.")
+    min_p: float = _field(0.0, Number(0, 1), "Drop tokens below this share of the best one's probability; 0 is off.")
+    repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Of tokens in prompt or answer (CTRL, 2019); 1 is off.")
+    presence_penalty: float = _field(0.0, Number(), "Taken from the logit of every token in the answer.")
+    frequency_penalty: float = _field(0.0, Number(), "Taken from a token's logit for each time it is in the answer.")
+    logit_bias: Mapping[int, float] = _field({}, Biases(), "Token id → number added to its logit.")
+    seed: int | None = _field(None, Integer(0, 2**64 - 1), "Of the draws; default: drawn, and reported with the answer.")
+    stop: tuple[str, ...] = _field((), Strings("stop strings", MAX_STOPS, MAX_STOP_BYTES), "Text that ends the answer.")
+    stop_token_ids: tuple[int, ...] = _field((), TokenIds("stop token ids", MAX_STOPS), "Token id that ends the answer.")
+    ignore_eos: bool = _field(False, Flag(), "Go on after an end-of-sequence token.")
+    n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: answers to the same prompt.")
+    logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: the chosen token's, the k best's.")
+    speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Tokens of a draft at most: speed only.")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, rule in RULES.items():
+            value = getattr(self, name)
+            if value is not None or DEFAULTS[name] is not None:
+                object.__setattr__(self, name, rule.check(name, value))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}", field="min_tokens"
+            )
+
+
+RULES: Mapping[str, Rule] = {item.name: item.metadata["rule"] for item in fields(SamplingParams)}
+HELP: Mapping[str, str] = {item.name: item.metadata["help"] for item in fields(SamplingParams)}
+DEFAULTS: Mapping[str, Any] = {
+    item.name: item.default_factory() if callable(item.default_factory) else item.default
+    for item in fields(SamplingParams)
+}
+
+
+def check_names(names: Iterable[str], other: Iterable[str] = ()) -> None:
+    """Raises `InvalidRequestError` for a name that is neither a sampling field nor one of `other`."""
+    for name in names:
+        if name not in RULES and name not in other:
+            raise InvalidRequestError(f"unknown option '{name}'; known are {sorted((*other, *RULES))}", field=name)

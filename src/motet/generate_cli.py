@@ -1,0 +1,168 @@
+"""`motet generate` and `motet chat`: one prompt, or a conversation, from the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    Address,
+    Bundle,
+    MixOption,
+    SpaceOption,
+    read_ensemble,
+    read_sampling,
+    sampling_options,
+    with_options,
+)
+from .runtime.api.output import Completion, Output, join
+from .runtime.api.prompt import Prompt
+from .runtime.api.request import Ensemble, Member
+from .runtime.errors import ConfigError, NotFoundError
+
+_ALPHA = 0.5
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command()(generate)
+    app.command()(chat)
+
+
+@with_options(sampling_options(max_tokens=256, temperature=0.7, top_p=0.95))
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
+    bundle: Bundle = None,
+    address: Address = "127.0.0.1:50051",
+    mix: MixOption = None,
+    space: SpaceOption = None,
+    context: Annotated[Path | None, typer.Option(help="A document to answer from (context-aware decoding).")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help=f"How much --context counts: (1 + α) with it − α without; default: {_ALPHA}."),
+    ] = None,
+    member: Annotated[str | None, typer.Option(help="The member that reads --context; default: the first.")] = None,
+    raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
+    request_id: Annotated[str, typer.Option(help="A name for the request; default: the server's own.")] = "",
+    time_limit_s: Annotated[
+        float | None, typer.Option(help="Seconds after which the answer ends with what there is.")
+    ] = None,
+    return_member_logprobs: Annotated[
+        bool, typer.Option("--member-logprobs", help="Report what each member thought of the tokens.")
+    ] = False,
+    **values: Any,
+) -> None:
+    """Generate from one prompt and stream it to the terminal."""
+    sampling = read_sampling(values)
+    ensemble = read_ensemble(mix, space)
+    if context is None and (alpha is not None or member is not None):
+        raise ConfigError("--alpha and --member are for context-aware decoding; give --context too")
+    if context is not None and ensemble is not None:
+        raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
+    if context is not None and not context.is_file():
+        raise NotFoundError(f"there is no file '{context}'")
+    with _client(bundle, address) as client:
+        views: Sequence[Prompt] = ()
+        text = prompt
+        if context is not None:
+            alpha = _ALPHA if alpha is None else alpha
+            name = member or client.models()[0].members[0]
+            ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
+            views = [_as_prompt(prompt, raw)]
+            text = f"{context.read_text()}\n\n{prompt}"
+        deltas = client.generate(
+            _as_prompt(text, raw),
+            mix=ensemble,
+            views=views,
+            sampling=sampling,
+            request_id=request_id,
+            time_limit_s=time_limit_s,
+            return_member_logprobs=return_member_logprobs,
+        )
+        _print(deltas)
+
+
+@with_options(sampling_options(without=("n", "logprobs"), max_tokens=512, temperature=0.7, top_p=0.95))
+def chat(
+    bundle: Bundle = None,
+    address: Address = "127.0.0.1:50051",
+    mix: MixOption = None,
+    space: SpaceOption = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    **values: Any,
+) -> None:
+    """Talk in several turns; an empty line or end of file ends."""
+    sampling = read_sampling(values)
+    ensemble = read_ensemble(mix, space)
+    messages = [{"role": "system", "content": system}] if system else []
+    with _client(bundle, address) as client:
+        while True:
+            try:
+                text = input("> ")
+            except EOFError:
+                return
+            if not text.strip():
+                return
+            messages.append({"role": "user", "content": text})
+            answer = _print(client.generate(messages, mix=ensemble, sampling=sampling))
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _as_prompt(text: str, raw: bool) -> Prompt:
+    return text if raw else [{"role": "user", "content": text}]
+
+
+@contextmanager
+def _client(bundle: Path | None, address: str) -> Iterator[Any]:
+    """A client of the server at `address`, or of an engine in this process behind a port of its own."""
+    from .runtime.client.client import Client
+    from .runtime.serve.local import local_server
+
+    if bundle is None:
+        with Client(address) as client:
+            yield client
+    else:
+        with local_server(bundle) as local_address, Client(local_address) as client:
+            yield client
+
+
+def _print(deltas: Iterator[Output]) -> str:
+    """Print the first choice as it comes, and each other one after the choice before it has ended. Figures go to stderr.
+    Returns the text of the first."""
+    started = time.monotonic()
+    answers: dict[int, Completion] = {}
+    shown = 0  # the choice that is being printed
+    for delta in deltas:
+        if delta.choice == shown:
+            print(delta.text, end="", flush=True)
+        join(answers, delta)
+        while shown in answers and answers[shown].finish_reason is not None:
+            _print_figures(answers[shown], time.monotonic() - started)
+            shown += 1
+            if shown in answers:
+                print(answers[shown].text, end="", flush=True)
+    return answers[0].text if answers else ""
+
+
+def _print_figures(answer: Completion, seconds: float) -> None:
+    """A line for each token where log-probabilities were asked for, and one for the answer."""
+    print()
+    for index, token_id in enumerate(answer.token_ids):
+        line = f"token {token_id}"
+        if answer.logprobs:
+            best = " ".join(f"{other}:{value:.3f}" for other, value in answer.top_logprobs[index])
+            line += f", logprob {answer.logprobs[index]:.3f}" + (f", best {best}" if best else "")
+        if answer.member_logprobs:
+            line += ", members " + " ".join(f"{value:.3f}" for value in answer.member_logprobs[index])
+        if answer.logprobs or answer.member_logprobs:
+            print(line, file=sys.stderr)
+    count = len(answer.token_ids)
+    name = f"{answer.request_id}: " if answer.request_id else ""
+    rate = f"{count / seconds:.0f} tok/s"
+    print(f"[{name}{answer.finish_reason}, {count} tokens, {rate}, seed {answer.seed}]", file=sys.stderr)

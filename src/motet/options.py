@@ -1,0 +1,110 @@
+"""Options that several commands share, and options that come from a table instead of being written out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from .runtime.api.request import Ensemble, Member, Space
+from .runtime.api.rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
+from .runtime.api.sampling import DEFAULTS, HELP, RULES, SamplingParams
+from .runtime.errors import InvalidEnsembleError, InvalidRequestError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
+Address = Annotated[str, typer.Option(help="A server's host:port.")]
+MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
+SpaceOption = Annotated[Space | None, typer.Option(help="Where the members of --mix are mixed; default: logits.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
+
+
+def coefficients(text: str) -> dict[str, float]:
+    """Member → coefficient of "name=coefficient,…". Raises `InvalidEnsembleError`."""
+    pairs: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name.strip() in pairs:
+            raise InvalidEnsembleError(f"a mix names a member once; '{name.strip()}' is there twice")
+        try:
+            pairs[name.strip()] = float(value)
+        except ValueError:
+            raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
+    return pairs
+
+
+def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:
+    """Of --mix and --space; without --mix the bundle's own, None. Raises `InvalidEnsembleError`."""
+    if mix is None:
+        if space is not None:
+            raise InvalidEnsembleError("--space is where the members of --mix are mixed; give --mix too")
+        return None
+    members = tuple(Member(name, value) for name, value in coefficients(mix).items())
+    return Ensemble(members, Space.LOGITS if space is None else space)
+
+
+def with_options(options: Mapping[str, tuple[Any, Any]]) -> Callable[[Command], Command]:
+    """Decorates a command whose last parameter is `**values`: it gets these options there, by name. An option is (type,
+    `typer.Option`), as Typer reads it from a command's signature."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=option)
+            for name, (kind, option) in options.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+# Of a rule: the type of its option, how its values are named in the help, and how one is read.
+_OPTION_TYPES: Mapping[type[Rule], tuple[Any, str | None]] = {
+    Integer: (int, None),
+    Number: (float, None),
+    Flag: (bool, None),
+    Strings: (list[str], "TEXT"),
+    TokenIds: (list[int], "ID"),
+    Biases: (list[str], "ID=NUMBER"),
+}
+
+
+def sampling_options(*, without: Collection[str] = (), **defaults: Any) -> dict[str, tuple[Any, Any]]:
+    """An option for each field of `SamplingParams`, for `with_options`. `defaults`: the command's own."""
+    options = {}
+    for name, rule in RULES.items():
+        if name in without:
+            continue
+        kind, metavar = _OPTION_TYPES[type(rule)]
+        help = HELP[name]
+        if isinstance(rule, Strings | TokenIds | Biases):
+            kind, default, help = kind | None, None, f"{help} May be given several times."
+        else:
+            default = defaults.get(name, DEFAULTS[name])
+            kind = kind | None if default is None else kind
+        options[name] = (kind, typer.Option(default, help=help, metavar=metavar))
+    return options
+
+
+def read_sampling(values: Mapping[str, Any]) -> SamplingParams:
+    """`SamplingParams` of the values of such options; what was not given has its default. Raises `InvalidRequestError`."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(RULES[name], Biases):
+            given[name] = dict(_bias(name, item) for item in value)
+    return SamplingParams(**given)
+
+
+def _bias(name: str, text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        option = f"--{name.replace('_', '-')}"
+        raise InvalidRequestError(f"{option} takes ID=NUMBER, got '{text}'", field=name) from None

@@ -1,0 +1,169 @@
+"""The client: errors come back as they were raised, and an option that would have no effect is refused."""
+
+from __future__ import annotations
+
+import inspect
+import time
+
+import grpc
+import numpy as np
+import pytest
+from helpers.fake_backend import hold_first_step, make_engine
+from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
+from motet.runtime import errors
+from motet.runtime.api.request import Ensemble, Member, Space
+from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.client.client import Client
+from motet.runtime.serve.grpc.wire import _CODES, error_of, request_to_proto
+from motet.runtime.serve.local import serve_engine
+
+CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.MotetError)]
+SHORT = {"max_tokens": 4, "temperature": 0.0}
+
+
+@pytest.fixture
+def engine(tokenizer):
+    with make_engine(tokenizer) as engine:
+        yield engine
+
+
+@pytest.fixture
+def address(engine):
+    with serve_engine(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with Client(address) as client:
+        yield client
+
+
+@pytest.mark.parametrize("call", ["generate", "complete"])
+def test_every_class_crosses_with_its_details(client, engine, monkeypatch, call):
+    for cls in CLASSES:
+        details = {}
+        if issubclass(cls, errors.InvalidRequestError):
+            details["field"] = "ensemble.members.mix"
+        if issubclass(cls, errors.OverloadedError):
+            details["retry_after_s"] = 2.5
+
+        def refuse(_request, _on_output, cls=cls, details=details):
+            raise cls("what, limit, value", **details)
+
+        monkeypatch.setattr(engine, "submit", refuse)
+        with pytest.raises(errors.MotetError, match="what, limit, value") as caught:
+            list(getattr(client, call)("x", **SHORT))
+        assert type(caught.value) is cls
+        assert str(caught.value) == "what, limit, value"
+        for name, value in details.items():
+            assert getattr(caught.value, name) == value
+
+
+def test_classes_with_a_status_of_their_own():
+    """What a caller would do differently has another status."""
+    assert _CODES[errors.UnimplementedError] is grpc.StatusCode.UNIMPLEMENTED
+    assert sum(code is grpc.StatusCode.UNIMPLEMENTED for code in _CODES.values()) == 1
+    assert sum(code is grpc.StatusCode.UNAVAILABLE for code in _CODES.values()) == 1
+
+
+def test_a_field_is_named_to_the_client(client):
+    with pytest.raises(errors.InvalidEnsembleError) as caught:
+        client.complete("x", mix={"nobody": 1.0})
+    assert caught.value.field == "ensemble.members.name"
+
+
+def test_the_batch_service_is_not_offered(address):
+    with grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            batch_pb2_grpc.BatchStub(channel).Submit(batch_pb2.SubmitRequest())
+        assert type(error_of(caught.value)) is errors.UnimplementedError
+        unknown = channel.unary_unary("/motet.v1.Inference/Nothing")
+        with pytest.raises(grpc.RpcError) as caught:
+            unknown(b"")
+        assert type(error_of(caught.value)) is errors.UnimplementedError
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "field"),
+    [
+        ({"temprature": 0.5}, "unknown option 'temprature'; known are .*'temperature'", "temprature"),
+        ({"sampling": SamplingParams(), "top_k": 3}, r"\['top_k'\] beside it", "sampling"),
+        ({"space": Space.PROBS}, "space is of a mix", "ensemble.space"),
+        ({"space": "probs", "mix": Ensemble((Member("a", 1.0),))}, "space of the Ensemble", "ensemble.space"),
+        ({"space": "sums", "mix": {"a": 1.0}}, r"one of \['logits', 'probs'\], got 'sums'", "ensemble.space"),
+        ({"mix": [("a", 1.0)]}, "a mapping of member names", "ensemble"),
+        ({"mix": {"a": "1"}}, "is '1'; it must be finite", "ensemble.members.mix"),
+        ({"mix": {3: 1.0}}, "name must be text, got 3", "ensemble.members.name"),
+        ({"views": ["x"]}, "no member sees view 1", "ensemble.members.view"),
+        ({"views": "x"}, "a list with one prompt per view", "views"),
+        ({"mix": Ensemble((Member("a", 1.0, view=1),))}, "asks for view 1; the request has 1", "ensemble.members.view"),
+        ({"time_limit_s": 0}, "time_limit_s must be a finite number above 0, got 0", "time_limit_s"),
+        ({"request_id": None}, "request_id must be text", "request_id"),
+        ({"return_member_logprobs": 1}, "return_member_logprobs must be true or false", "return_member_logprobs"),
+        ({"n": None}, "n must be an integer in 1…64, got None", "n"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", ["generate", "complete"])
+def test_refused_before_anything_is_sent(call, options, message, field):
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequestError, match=message) as caught:
+        getattr(client, call)("x", **options)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"text", ["text"], [1, {"role": "user", "content": "x"}], [2**40], [-1]])
+def test_prompts_that_are_none(prompt):
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequestError):
+        client.generate(prompt)
+
+
+def test_numpy_values(client):
+    numbers = {"max_tokens": np.int32(4), "temperature": np.float32(0.0), "seed": np.uint64(2**63)}
+    result = client.complete(list(np.array([65, 66, 67])), mix={"a": np.float64(1.0)}, **numbers)[0]
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.seed) == (3, 4, 2**63)
+
+
+def test_one_stop_string(client, engine, monkeypatch):
+    seen, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request, on_output: (seen.append(request), submit(request, on_output)))
+    client.complete("x", stop="ab", **SHORT)
+    assert seen[0].sampling.stop == ("ab",)
+
+
+def test_an_ensemble_without_members_is_refused(address):
+    """The message of another client: a space, and nothing to mix there."""
+    message = request_to_proto("x", sampling=SamplingParams(max_tokens=4))
+    message.ensemble.space = inference_pb2.PROBS
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+        inference_pb2_grpc.InferenceStub(channel).Complete(message)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "1 to 64 members, got 0" in caught.value.details()
+
+
+def test_a_space_that_the_server_does_not_know_is_refused(address):
+    message = request_to_proto("x", ensemble=Ensemble((Member("a", 1.0),)))
+    message.ensemble.space = 9
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+        inference_pb2_grpc.InferenceStub(channel).Complete(message)
+    assert "space must be one of" in caught.value.details()
+
+
+def test_models_are_whole(client, engine):
+    assert client.models() == [engine.model]
+
+
+def test_drain(client, engine):
+    """Health turns NOT_SERVING, new requests are refused, and what is here runs to its end."""
+    held, go = hold_first_step(engine)
+    deltas = client.generate("abc", max_tokens=20, temperature=0.0, ignore_eos=True)
+    assert held.wait(timeout=10)
+    client.drain()
+    deadline = time.monotonic() + 10
+    while client.is_serving():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(errors.UnavailableError, match="shutting down"):
+        client.complete("x", **SHORT)
+    go.set()
+    assert sum(len(delta.token_ids) for delta in deltas) == 20

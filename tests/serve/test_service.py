@@ -1,0 +1,226 @@
+"""The service without a door: what it fills in, checks, joins, cancels and drains, over the fake backend."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import aclosing
+
+import pytest
+from helpers.fake_backend import hold_first_step, make_engine
+from motet.runtime import errors
+from motet.runtime.api.output import Output
+from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member
+from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.serve.service import OutputQueue, Service
+
+
+@pytest.fixture
+def engine(tokenizer):
+    with make_engine(tokenizer) as engine:
+        yield engine
+
+
+def ask(prompt="hello", *, max_tokens=12, **fields):
+    names = ("n", "seed", "min_tokens")
+    sampling = {name: fields.pop(name) for name in names if name in fields}
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **sampling)
+    return GenerateRequest(prompt, sampling=params, **fields)
+
+
+async def gather(service, request):
+    return [output async for output in service.generate(request)]
+
+
+async def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def is_free(engine):
+    return engine.is_idle and engine.stats().free_blocks == engine.stats().num_blocks
+
+
+def submitted(engine, monkeypatch):
+    """The requests that reach the engine."""
+    seen, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request, on_output: (seen.append(request), submit(request, on_output)))
+    return seen
+
+
+def test_deltas_are_the_whole_of_each_choice(engine):
+    async def run():
+        service = Service(engine)
+        request = ask(n=3, seed=5, request_id="mine")
+        return await gather(service, request), await service.complete(request)
+
+    deltas, whole = asyncio.run(run())
+    assert [choice.choice for choice in whole] == [0, 1, 2]
+    for choice in whole:
+        parts = [delta for delta in deltas if delta.choice == choice.choice]
+        assert "".join(delta.text for delta in parts) == choice.text
+        assert [token_id for delta in parts for token_id in delta.token_ids] == choice.token_ids
+        assert [delta.finish_reason for delta in parts[:-1]] == [None] * (len(parts) - 1)
+        assert choice.finish_reason is FinishReason.LENGTH
+        assert choice.usage.completion_tokens == 12
+    assert {output.request_id for output in (*deltas, *whole)} == {"mine"}
+
+
+def test_what_the_caller_leaves_out(engine, monkeypatch):
+    seen = submitted(engine, monkeypatch)
+    outputs = asyncio.run(gather(Service(engine), ask()))
+    assert seen[0].ensemble == engine.model.default_ensemble
+    assert {output.request_id for output in outputs} == {seen[0].request_id}
+
+
+def test_views_with_equal_tokens_are_one(engine, tokenizer, monkeypatch):
+    seen = submitted(engine, monkeypatch)
+    ids = tuple(tokenizer.encode("other"))
+    ensemble = Ensemble((Member("a", 0.5), Member("b", 0.25, 1), Member("a", 0.125, 2), Member("b", 0.125, 3)))
+    views = ("other", ids, "hello")
+    asyncio.run(gather(Service(engine), ask(ensemble=ensemble, views=views)))
+    assert seen[0].prompts == (tuple(tokenizer.encode("hello")), ids)
+    assert [member.view for member in seen[0].ensemble.members] == [0, 1, 1, 0]
+
+
+def test_equal_views_do_not_hide_a_member_that_is_named_twice(engine):
+    ensemble = Ensemble((Member("a", 0.5), Member("a", 0.5, 1)))
+    with pytest.raises(errors.InvalidEnsembleError, match="named twice"):
+        asyncio.run(gather(Service(engine), ask(ensemble=ensemble, views=("hello",))))
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message", "field"),
+    [
+        (lambda: ask(""), errors.InvalidRequestError, "prompt is empty", "prompt"),
+        (lambda: ask([999]), errors.InvalidRequestError, "token id 999", "prompt"),
+        (lambda: ask([2**31]), errors.InvalidRequestError, "every token id of a prompt", "prompt"),
+        (lambda: ask("x" * 100), errors.ContextLengthError, "100 tokens", "prompt"),
+        (lambda: ask([1, {"role": "user", "content": "x"}]), errors.InvalidRequestError, "mixture", "prompt"),
+        (lambda: ask([{"role": "user"}]), errors.InvalidRequestError, "a role and a content", "messages"),
+        (lambda: ask([{"role": "x", "content": "y"}]), errors.InvalidRequestError, "got role 'x'", "messages"),
+        (lambda: ask(None), errors.InvalidRequestError, "got NoneType", "prompt"),
+        (lambda: ask("\ud800"), errors.InvalidRequestError, "not valid Unicode", "prompt"),
+        (lambda: ask(ensemble=Ensemble((Member("z", 1.0),))), errors.InvalidEnsembleError, "its members are", None),
+    ],
+)
+def test_refusals(engine, request_, error, message, field):
+    async def run():
+        service = Service(engine)
+        with pytest.raises(error, match=message) as caught:
+            await service.complete(request_())
+        assert field is None or caught.value.field == field
+        assert len((await service.complete(ask()))[0].token_ids) == 12
+
+    asyncio.run(run())
+
+
+def test_a_fault_of_our_own_is_a_typed_error_too(engine, monkeypatch):
+    def broken(_text):
+        raise RuntimeError("the tokenizer broke")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", broken)
+    with pytest.raises(errors.MotetError, match="RuntimeError: the tokenizer broke"):
+        asyncio.run(Service(engine).complete(ask()))
+
+
+def test_an_error_of_a_choice_is_raised(engine):
+    engine._backend.nan_seeds = {7}
+    with pytest.raises(errors.NumericalError):
+        asyncio.run(Service(engine).complete(ask(seed=7)))
+
+
+def test_closing_the_iterator_ends_the_request(engine):
+    async def run():
+        async with aclosing(Service(engine).generate(ask(max_tokens=80))) as outputs:
+            async for _output in outputs:
+                break
+        await until(lambda: is_free(engine))
+
+    asyncio.run(run())
+    assert engine.stats().tokens < 80
+
+
+def test_cancelling_the_reader_ends_its_request_and_no_other(engine):
+    """Both have the same id; the engine never sees it."""
+    held, go = hold_first_step(engine)
+
+    async def run():
+        service = Service(engine)
+        first = asyncio.create_task(service.complete(ask(max_tokens=80, request_id="same")))
+        second = asyncio.create_task(service.complete(ask(max_tokens=40, request_id="same")))
+        await until(lambda: held.is_set() and engine.stats().waiting + engine.stats().running == 2)
+        first.cancel()
+        await asyncio.wait({first})
+        go.set()
+        completion = (await second)[0]
+        await until(lambda: is_free(engine))
+        return first.cancelled(), completion
+
+    cancelled, completion = asyncio.run(run())
+    assert cancelled
+    assert (len(completion.token_ids), completion.request_id) == (40, "same")
+    assert engine.stats().tokens < 80 + 40
+
+
+def test_deltas_that_wait_for_a_slow_reader_are_joined():
+    async def run():
+        queue = OutputQueue(asyncio.get_running_loop())
+        sent = [
+            Output("x", choice, 0, text=f"{choice}{index}", token_ids=[index])
+            for index in range(50)
+            for choice in (0, 1)
+        ]
+        thread = threading.Thread(target=lambda: [queue.put(output) for output in sent])
+        thread.start()
+        thread.join()
+        await asyncio.sleep(0)
+        taken = await queue.take()
+        assert [output.choice for output in taken] == [0, 1], "the queue holds one delta per choice"
+        for output in taken:
+            assert output.token_ids == list(range(50))
+            assert output.text == "".join(f"{output.choice}{index}" for index in range(50))
+        queue.put(Output("x", 1, 0, text="next"))
+        assert [output.text for output in await queue.take()] == ["next"]
+
+    asyncio.run(run())
+
+
+def test_tokenize_and_models(engine, tokenizer):
+    async def run():
+        service = Service(engine)
+        assert await service.tokenize("hello") == tuple(tokenizer.encode("hello"))
+        chat = [{"role": "user", "content": "hi"}]
+        assert await service.tokenize(chat) == tuple(tokenizer.encode_chat(chat))
+        assert service.models() == [engine.model]
+        assert service.model() is service.model("fake") is engine.model
+        with pytest.raises(errors.NotFoundError, match="no model 'other' here; this server serves 'fake'"):
+            service.model("other")
+
+    asyncio.run(run())
+
+
+def test_draining_ends_what_is_here_and_takes_no_more(engine):
+    held, go = hold_first_step(engine)
+
+    async def run():
+        service = Service(engine)
+        running = asyncio.create_task(service.complete(ask()))
+        draining = asyncio.create_task(service.wait_draining())
+        await until(held.is_set)
+        assert not draining.done()
+        service.drain()
+        await draining
+        with pytest.raises(errors.UnavailableError, match="shutting down"):
+            await service.complete(ask())
+        idle = asyncio.create_task(service.wait_idle())
+        await asyncio.sleep(0.05)
+        assert not idle.done()
+        go.set()
+        assert len((await running)[0].token_ids) == 12
+        await idle
+
+    asyncio.run(run())
