@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ...runtime.api.config import EngineConfig
 from ...runtime.api.request import Ensemble, Member, Request, SamplingParams
@@ -41,6 +42,14 @@ class TimedBackend:
         self.ready: Callable[[], bool] | None = None  # the next step waits for it, a second at most
 
     @property
+    def name(self) -> str:
+        return self._backend.name
+
+    @property
+    def kv_dtype(self) -> str:
+        return self._backend.kv_dtype
+
+    @property
     def num_blocks(self) -> int:
         return self._backend.num_blocks
 
@@ -71,6 +80,9 @@ class TimedBackend:
         parts = self._backend.seconds() if isinstance(self._backend, CpuBackend) else {}
         self.steps.append(Step(batch, seconds, parts))
         return output
+
+    def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
+        return self._backend.score(token_ids, member)
 
     def close(self) -> None:
         self._backend.close()
@@ -115,7 +127,7 @@ def cached_layers(bundle: Bundle, members: int = 1) -> int:
     chosen = range(members)
     adapters = sum(member in bundle.adapters for member in chosen)
     others = members - adapters
-    split = bundle.split_layer if bundle.graphs.tails else bundle.config.num_layers
+    split = bundle.split_layer
     shared = split + (bundle.config.num_layers - split) * others if others else 0
     return adapters * bundle.config.num_layers + shared
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ..schedule.batch import Batch, StepOutput
 
 
 class Backend(Protocol):
     """forward (trunk once, tails over their rows) → mix → sample. Not thread-safe: one engine loop owns it."""
+
+    @property
+    def name(self) -> str:
+        """As `EngineConfig.backend` names it."""
+        ...
+
+    @property
+    def kv_dtype(self) -> str:
+        """What the KV cache holds: int8, bf16, fp8 or float32."""
+        ...
 
     @property
     def num_blocks(self) -> int:
@@ -32,6 +46,10 @@ class Backend(Protocol):
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
+        ...
+
+    def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
+        """Logits [S, vocab] of one member at every position of one sequence of S tokens. Only while nothing runs."""
         ...
 
     def close(self) -> None: ...

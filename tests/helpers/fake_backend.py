@@ -22,6 +22,9 @@ from motet.runtime.schedule.batch import Batch, SampleRow, StepOutput
 
 
 class FakeBackend:
+    name = "fake"
+    kv_dtype = "float32"
+
     def __init__(
         self,
         num_blocks: int = 32,
