@@ -1,7 +1,7 @@
 """`motet bench quality`: bundles as they are served (KV cache included) and llama.cpp's files of the same weights, against fp32.
 
 On held-out text, token by token: how much likelier or less likely the text became (ΔNLL), the divergence of the
-distributions (KL), how often the best token is the same. Everybody scores the same chunks in one run.
+distributions (KL), how often the best token is the same. All score the same chunks in one run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..runtime.checkpoints.huggingface import read_config, read_weights
 from ..runtime.checkpoints.store import resolve_model
 from ..runtime.errors import ConfigError, MotetError
 from ..runtime.model.bundle import Bundle
+from ..runtime.model.members import MemberKind
 from ..runtime.text.tokenizer import Tokenizer
 from .lib.report import Plot, machine, table, write
 from .peers.worker import Worker, peer_paths, peer_python
@@ -81,13 +82,13 @@ def run(
 
 def _bundle_score(path: Path, config: EngineConfig, stack: ExitStack) -> tuple[str, Score]:
     bundle = Bundle.load(path)
-    backend = open_backend(bundle, config)
-    stack.callback(backend.close)
-    if "base" not in bundle.kinds:
+    if MemberKind.BASE not in bundle.kinds:
         raise ConfigError(
             f"'{path}' has no member that is the base, which is what is compared; export one with --tail base"
         )
-    member = bundle.kinds.index("base")
+    backend = open_backend(bundle, config)
+    stack.callback(backend.close)
+    member = bundle.kinds.index(MemberKind.BASE)
     return f"motet {bundle.name}", lambda token_ids: backend.score(token_ids, member)
 
 

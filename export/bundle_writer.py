@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +17,18 @@ from safetensors.numpy import save_file
 
 from ..runtime.api.request import Ensemble, Member, Space
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
+from ..runtime.checkpoints.huggingface import eos_token_ids
 from ..runtime.errors import ConfigError, InvalidEnsembleError
-from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
+from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.files import check_replaceable, file_digest, new_directory
+from ..runtime.model.members import MemberKind, have_tails
 from ..runtime.model.rotary import rotary_tables
+from .base_model import BaseModel
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice, StoredTensor
-from .members import BASE, FUSED, MemberWeights, fuse_adapters, read_member
+from .members import FUSED, MemberWeights, fuse_adapters, read_member
+from .parity import REPORT, HeldOut, measure_parity
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
@@ -37,7 +39,7 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "con
 
 
 def export_bundle(
-    model_dir: Path,
+    model: BaseModel | Path,
     out: Path,
     *,
     tails: Mapping[str, Path | None] | None = None,
@@ -50,40 +52,46 @@ def export_bundle(
     num_tail_layers: int | None = None,
     name: str | None = None,
     calibration: Sequence[Sequence[int]] = (),
+    graphs: bool = True,
+    held_out: HeldOut | None = None,
 ) -> Path:
     """Write a bundle to the directory `out` (replaced as a whole, only when complete).
 
-    `tails`: member name → tail directory, None for the base itself. `loras`: member name → adapter directory; its adapters
-    are stored beside the base's weights, or with `merge` added to them (a member then has all layers from the first
-    that it changes). Without any member, the base is the only one. `mix`: member → coefficient, uniform by default.
-    `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `group_size`: columns of a group of the layers' weights
-    (default: see `layer_group`). `num_tail_layers`: how many layers every member has
-    of its own; by default what the tails need. `calibration`: chunks of token ids by which an 8-bit bundle is equalised
-    (see `calibrate`); none, no equalisation. Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of
-    another base), `NotFoundError`.
+    `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`: member
+    name → adapter directory; its adapters are stored beside the base's weights, or with `merge` added to them (a member
+    then has all layers from the first that it changes). Without any member, the base is the only one. `mix`: member →
+    coefficient, uniform by default. `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `group_size`: columns
+    of a group of the layers' weights (default: see `layer_group`). `num_tail_layers`: how many layers every member has of
+    its own; by default what the tails need. `calibration`: chunks of token ids by which an 8-bit bundle is equalised
+    (see `calibrate`); none, no equalisation. `graphs`: write ONNX graphs, which the onnx backend needs. `held_out`: text on
+    which every member is measured before the bundle takes its place; the report is a file of the bundle (see
+    `read_parity`). Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of another base), `NotFoundError`,
+    `UnavailableError` (no backend here can be measured).
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
-    config = read_config(model_dir)
-    digest = checkpoint_digest(model_dir)
-    weights = read_weights(model_dir)
-    members = _read_members(config, digest, weights, tails or {}, loras or {}, merge)
-    config, weights = _own_head(config, weights, members)
+    check_replaceable(out, MANIFEST, "a bundle")  # fail early: before weights are read
+    model = model if isinstance(model, BaseModel) else BaseModel(model)
+    given: dict[MemberKind, Mapping[str, Path | None]] = {
+        MemberKind.TAIL: tails or {},
+        MemberKind.ADAPTER: {**(loras or {})},
+    }
+    members = _read_members(model, given, merge)
+    config, weights = _own_head(model.config, model.weights, members)
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
     rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
     base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_directory(out, MANIFEST, "a bundle") as work:
         tensors = _bundle_tensors(config, base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
-        graphs = _write_graphs(config, members, split_layer, work)
+        del tensors  # a second copy of the weights, which measuring does not need
+        files = _write_graphs(config, members, split_layer, work) if graphs else None
         for file in COPIED:
-            if (model_dir / file).is_file():
-                shutil.copyfile(model_dir / file, work / file)
+            if (model.path / file).is_file():
+                shutil.copyfile(model.path / file, work / file)
         by_name = {member.name: member.mix for member in ensemble.members}
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": name or out.name,
             "config": config.to_dict(),
@@ -99,34 +107,37 @@ def export_bundle(
                 for m in members
             ],
             "space": str(space),
-            "graphs": graphs,
-            "eos_token_ids": list(eos_token_ids(model_dir)),
-            "provenance": {"base": model_dir.name, "base_digest": digest},
+            "graphs": files,
+            "eos_token_ids": list(eos_token_ids(model.path)),
+            "provenance": {"base": model.path.name, "base_digest": model.digest},
             "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
         }
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _write_manifest(work, manifest)
+        if held_out is not None:
+            measure_parity(Bundle.load(work, verify=False), weights, members, held_out).write(work / REPORT)
+            manifest["files"][REPORT] = file_digest(work / REPORT)
+            _write_manifest(work, manifest)
     return out
 
 
+def _write_manifest(work: Path, manifest: Mapping[str, Any]) -> None:
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
 def _read_members(
-    config: DecoderConfig,
-    digest: str,
-    base: Mapping[str, torch.Tensor],
-    tails: Mapping[str, Path | None],
-    loras: Mapping[str, Path],
-    merge: bool,
+    model: BaseModel, given: Mapping[MemberKind, Mapping[str, Path | None]], merge: bool
 ) -> list[MemberWeights]:
-    twice = sorted(set(tails) & set(loras))
+    names = [name for paths in given.values() for name in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InvalidEnsembleError(f"members need names of their own; given twice: {twice}")
-    if not tails and not loras:
-        tails = {BASE: None}
-    members = [read_member(n, path, digest, config, base) for n, path in tails.items()]
-    how: Literal["merge", "keep"] = "merge" if merge else "keep"
-    return members + [read_member(n, path, digest, config, base, adapter=how) for n, path in loras.items()]
+    if not names:
+        return [read_member(str(MemberKind.BASE), None, MemberKind.BASE, model, merge=merge)]
+    return [
+        read_member(name, path, kind, model, merge=merge)
+        for kind, paths in given.items()
+        for name, path in paths.items()
+    ]
 
 
 def _own_head(
@@ -159,7 +170,7 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
     if not 0 <= num_tail_layers <= config.num_layers:
         raise ConfigError(f"tails may have 0 to {config.num_layers} layers, got {num_tail_layers}")
     split_layer = config.num_layers - num_tail_layers
-    if num_tail_layers and any(m.kind == "adapter" for m in members) and not _has_tails(members):
+    if num_tail_layers and any(m.kind.own_sequence for m in members) and not have_tails(m.kind for m in members):
         raise ConfigError(f"no member has a tail (adapters use the base's layers), got {num_tail_layers} tail layers")
     if split_layer > needed:
         raise ConfigError(
@@ -167,12 +178,6 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
             f"which takes {config.num_layers - needed}"
         )
     return split_layer
-
-
-def _has_tails(members: list[MemberWeights]) -> bool:
-    """Base and adapter members use one body. Without adapters, several members have tails, be they all the base."""
-    kinds = {member.kind for member in members}
-    return len(members) > 1 and ("tail" in kinds or "adapter" not in kinds)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -205,7 +210,9 @@ def _bundle_tensors(
     shared = prepare(base)
     for member in members:
         changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
-        own = {n: w for n, w in prepare({**base, **member.weights}).items() if _modules(n) & changed}
+        parts = {part for module in changed for part in _fused_with(module)}
+        weights = {n: w for n, w in {**base, **member.weights}.items() if n.rpartition(".")[0] in parts}
+        own = {n: w for n, w in prepare(weights).items() if _modules(n) & changed}
         if len(members) == 1:
             shared = {n: w for n, w in shared.items() if n not in own}
             add("", own, max(bits, 8))
@@ -237,6 +244,13 @@ def _modules(name: str) -> set[str]:
     module = name.rpartition(".")[0]
     prefix, _, last = module.rpartition(".")
     return {f"{prefix}.{part}" for part in FUSED[last]} if last in FUSED else {module}
+
+
+def _fused_with(module: str) -> set[str]:
+    """The checkpoint's modules of which `module` becomes one matrix with, and itself."""
+    prefix, _, last = module.rpartition(".")
+    parts = next((parts for parts in FUSED.values() if last in parts), (last,))
+    return {f"{prefix}.{part}" for part in parts}
 
 
 def _add_tensor(
@@ -282,92 +296,26 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
     last = config.num_layers
     shared = GraphWriter(config, tensors, WEIGHTS)
     shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
-    if not _has_tails(members):
+    if not have_tails(member.kind for member in members):
         shared.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
         return {"trunk": "model.onnx", "tails": {}, "head": "head.onnx"}
     shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
     tails = {}
     for member in members:
-        if member.kind == "adapter":
+        if member.kind.own_sequence:
             continue  # no graph of its own: a backend that knows adapters runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
-        writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, member.name))
+        writer = GraphWriter(config, tensors, WEIGHTS, resolver(tensors, member.name))
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
         writer.write(part, work / tails[member.name])
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
 
 
-def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
-    """A directory with one member of a bundle as one standard decoder graph (attention_mask in, the last position's
-    logits out), the weights (linked) and onnxruntime-genai's configuration."""
-    out.mkdir(parents=True, exist_ok=True)
-    config, name = bundle.config, bundle.members[member]
-    for file in ("tokenizer.json", "tokenizer_config.json", WEIGHTS):
-        (out / file).unlink(missing_ok=True)
-        if (bundle.path / file).is_file():
-            _link(bundle.path / file, out / file)
-    tensors = stored_tensors(bundle.path / WEIGHTS)
-    writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, name))
-    whole = Slice(embedding=True, start=0, stop=config.num_layers, norm=True, head=True)
-    writer.write(whole, out / "model.onnx", standard=True)
-    (out / "genai_config.json").write_text(json.dumps(_genai_config(config, bundle.eos_token_ids), indent=1))
+def resolver(tensors: Mapping[str, StoredTensor], member: str) -> Callable[[str], str]:
+    """Canonical tensor name → the stored one: the member's own where it has one, else the base's."""
 
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link (ONNX Runtime refuses external data behind a symbolic one); a copy across file systems."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _genai_config(config: DecoderConfig, eos: tuple[int, ...]) -> dict[str, Any]:
-    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
-    inputs |= {"position_ids": "position_ids"} if config.positions == "learned" else {}
-    inputs |= {
-        f"past_{kind}_names": f"past_key_values.%d.{part}" for kind, part in (("key", "key"), ("value", "value"))
-    }
-    outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": "model.onnx",
-        "head_size": config.head_size,
-        "hidden_size": config.hidden_size,
-        "inputs": inputs,
-        "outputs": outputs,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-    }
-    model = {
-        "bos_token_id": 0,
-        "eos_token_id": list(eos) or [0],
-        "pad_token_id": 0,
-        "context_length": config.max_position_embeddings,
-        "type": "llama",
-        "vocab_size": config.vocab_size,
-        "decoder": decoder,
-    }
-    search = {"max_length": config.max_position_embeddings, "do_sample": False, "past_present_share_buffer": True}
-    return {"model": model, "search": search}
-
-
-def _resolver(tensors: Mapping[str, StoredTensor], member: str) -> Callable[[str], str]:
     def resolve(name: str) -> str:
         own = f"members.{member}.{name}"
         return own if own in tensors or f"{own}.values" in tensors else name
 
     return resolve
-
-
-def _replace(work: Path, out: Path) -> None:
-    """Put the finished directory in place; a reader sees the old bundle or the new one."""
-    if out.exists():
-        if not (out / MANIFEST).is_file():
-            raise ConfigError(f"'{out}' exists and is not a bundle; choose another directory")
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        os.replace(out, old / out.name)
-        os.replace(work, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(work, out)

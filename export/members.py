@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..runtime.checkpoints.members.adapter import adapted_modules, check_shapes, merge, read_adapter
-from ..runtime.checkpoints.members.tail import read_tail
+from ..runtime.checkpoints.members.adapter import adapted_modules, check_shapes
+from ..runtime.checkpoints.members.files import first_layer
+from ..runtime.checkpoints.members.registry import FORMATS
 from ..runtime.errors import BundleError, InvalidEnsembleError
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.members import MemberKind
+from .base_model import BaseModel
 
 F32 = npt.NDArray[np.float32]
-Kind = Literal["base", "tail", "adapter"]
-BASE = "base"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -30,42 +31,34 @@ class MemberWeights:
     """
 
     name: str
-    kind: Kind
+    kind: MemberKind
     split_layer: int
     weights: Mapping[str, F32]
     provenance: Mapping[str, Any]
     adapters: Mapping[str, F32] = field(default_factory=dict)
 
 
-def read_member(
-    name: str,
-    path: Path | None,
-    base_digest: str,
-    config: DecoderConfig,
-    base: Mapping[str, torch.Tensor],
-    *,
-    adapter: Literal["merge", "keep"] | None = None,
-) -> MemberWeights:
-    """`path`: a tail, or with `adapter` an adapter to be merged into the base's weights or kept beside them; None is the
-    base itself. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged, another base), `NotFoundError`."""
+def read_member(name: str, path: Path | None, kind: MemberKind, base: BaseModel, *, merge: bool) -> MemberWeights:
+    """The member of `kind` in the directory `path`; None is the base itself. A low-rank update is kept apart, or with `merge`
+    added to the base's weights: then it is a tail. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged, another
+    base), `NotFoundError`."""
     if not name or not all(c.isalnum() or c in "-_." for c in name):
         raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
+    num_layers = base.config.num_layers
     if path is None:
-        return MemberWeights(name, "base", config.num_layers, {}, {"kind": BASE})
-    manifest, weights = read_adapter(path) if adapter else read_tail(path)
-    if manifest["base"]["digest"] != base_digest:
+        return MemberWeights(name, MemberKind.BASE, num_layers, {}, {"kind": MemberKind.BASE})
+    form = FORMATS[kind]
+    manifest, weights = form.read(path)
+    if manifest["base"]["digest"] != base.digest:
         raise BundleError(
-            f"the tail or adapter '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
-            f"this model has {base_digest[:12]}…; export it with the base that it was trained on"
+            f"the {kind} '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
+            f"this model has {base.digest[:12]}…; export it with the base that it was trained on"
         )
-    if adapter == "keep":
-        check_shapes(weights, base)
-        return MemberWeights(name, "adapter", config.num_layers, {}, manifest, _arrays(weights))
-    if adapter == "merge":
-        weights = merge(base, weights)
-        first = min((int(n.split(".")[2]) for n in weights), default=config.num_layers)
-        return MemberWeights(name, "tail", first, _arrays(weights), manifest)
-    return MemberWeights(name, "tail", int(manifest["split_layer"]), _arrays(weights), manifest)
+    if kind.own_sequence and not merge:
+        check_shapes(weights, base.weights)
+        return MemberWeights(name, kind, num_layers, {}, manifest, _arrays(weights))
+    own = form.merged(base.weights, weights)
+    return MemberWeights(name, MemberKind.TAIL, first_layer(own, num_layers), _arrays(own), manifest)
 
 
 def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:

@@ -7,23 +7,34 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..runtime.api.config import EngineConfig
-from ..runtime.backends.onnx.backend import OnnxBackend
+from ..runtime.backends.base import Backend
+from ..runtime.backends.open import open_backend
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.checkpoints.huggingface import read_config, read_weights
-from ..runtime.checkpoints.members.adapter import ADAPTER, merge, read_adapter
-from ..runtime.checkpoints.members.tail import read_tail
+from ..runtime.checkpoints.members.adapter import attach
+from ..runtime.errors import BundleError, ConfigError, NotFoundError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
-from .bundle_writer import stored_tensors
+from .members import MemberWeights
 
 F32 = npt.NDArray[np.float32]
 
 REPORT = "parity.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Text that a bundle is measured on: chunks of at least two token ids. `config`: how it is served meanwhile.
+    `on_chunk` is called after each chunk of each member."""
+
+    chunks: Sequence[Sequence[int]]
+    config: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    on_chunk: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,79 +43,85 @@ class MemberParity:
 
     name: str
     num_tokens: int
-    nll: float  # nats a token, fp32
+    nll: float  # nats per token, fp32
     nll_change: float  # (served - fp32) / fp32
-    kl: float  # mean KL(fp32 || served), nats a token
+    kl: float  # mean KL(fp32 || served), nats per token
     top1: float  # share of positions with the same best token
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A bundle's report. `overhead`: size on disk of weights and graphs / bytes of the tensors that they hold."""
+    """A bundle's report. `backend` and `kv_dtype`: what served the members. `overhead`: size on disk of weights and graphs /
+    bytes of the tensors that they hold."""
 
     bits: int
+    backend: str
+    kv_dtype: str
     size_bytes: int
     overhead: float
     members: tuple[MemberParity, ...]
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def read_parity(bundle: Path) -> Parity:
+    """A bundle's report. Raises `NotFoundError` if it was not measured, `BundleError` if the report is damaged."""
+    path = bundle / REPORT
+    if not path.is_file():
+        raise NotFoundError(f"the bundle at '{bundle}' was not measured; export it again without --no-parity")
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        return Parity(**{**values, "members": tuple(MemberParity(**member) for member in values["members"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"'{path}' is damaged ({error!r}); export the bundle again") from error
 
 
 def measure_parity(
-    bundle: Bundle,
-    model_dir: Path,
-    tails: Mapping[str, Path | None],
-    chunks: Sequence[Sequence[int]],
-    *,
-    threads: int = 0,
-    on_chunk: Callable[[], None] = lambda: None,
+    bundle: Bundle, base: Mapping[str, torch.Tensor], members: Sequence[MemberWeights], text: HeldOut
 ) -> Parity:
-    """Score `chunks` of token ids under each member of `bundle` and its fp32 original; also written to parity.json.
-
-    `tails`: member → directory of its tail or merged adapter, None for the base. `on_chunk` is called after each
-    chunk of each member.
-    """
-    longest = max(len(chunk) for chunk in chunks)
-    config = EngineConfig(max_num_seqs=1, max_model_len=longest, threads=threads)
-    backend = OnnxBackend(bundle, config)
-    base = read_weights(model_dir)
-    reports = []
-    for index, name in enumerate(bundle.members):
-        path = tails.get(name)
-        own = {} if path is None else _own_weights(path, base)
-        decoder = Decoder.from_weights(read_config(model_dir), {**base, **own}).eval()
-        reports.append(_compare(name, decoder, backend, index, chunks, on_chunk))
-    size = sum((bundle.path / file).stat().st_size for file in _model_files(bundle))
-    held = sum(tensor.length for tensor in stored_tensors(bundle.path / WEIGHTS).values())
-    parity = Parity(int(bundle.quantisation["bits"]), size, size / held, tuple(reports))
-    (bundle.path / REPORT).write_text(json.dumps(parity.to_dict(), indent=1) + "\n")
-    return parity
+    """Score `text` under each member of `bundle`, on the backend that `text.config` opens, and under its fp32 original:
+    the weights `base` with the member's own. Raises `UnavailableError` if that backend cannot serve the bundle here."""
+    longest = max(len(chunk) for chunk in text.chunks)
+    try:
+        backend = open_backend(bundle, dataclasses.replace(text.config, max_num_seqs=1, max_model_len=longest))
+    except (ConfigError, UnavailableError) as error:
+        raise UnavailableError(
+            f"'{bundle.name}' cannot be measured here: {error}; or leave the measurement out with --no-parity"
+        ) from error
+    try:
+        rows = [_compare(bundle, base, member, backend, text) for member in members]
+        served = backend.name, backend.kv_dtype
+    finally:
+        backend.close()
+    size = sum((bundle.path / file).stat().st_size for file in bundle.model_files)
+    held = _held_bytes(bundle.path / WEIGHTS)
+    return Parity(int(bundle.quantisation["bits"]), *served, size, size / held, tuple(rows))
 
 
-def _own_weights(path: Path, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if (path / ADAPTER.manifest).is_file():
-        return merge(base, read_adapter(path)[1])
-    return read_tail(path)[1]
-
-
-def _model_files(bundle: Bundle) -> list[str]:
-    return [WEIGHTS, bundle.graphs.trunk, bundle.graphs.head, *bundle.graphs.tails.values()]
+def _held_bytes(path: Path) -> int:
+    """Bytes of a safetensors file's tensors: all but 8 bytes of the header's length and the header."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _compare(
-    name: str,
-    decoder: Decoder,
-    backend: OnnxBackend,
-    member: int,
-    chunks: Sequence[Sequence[int]],
-    on_chunk: Callable[[], None],
+    bundle: Bundle, base: Mapping[str, torch.Tensor], member: MemberWeights, backend: Backend, text: HeldOut
 ) -> MemberParity:
     agreement = Agreement()
-    for chunk in chunks:
-        agreement.add(chunk, reference_logits(decoder, chunk), backend.score(chunk, member))
-        on_chunk()
-    return agreement.result(name)
+    decoder = _original(bundle, base, member)
+    index = bundle.members.index(member.name)
+    for chunk in text.chunks:
+        agreement.add(chunk, reference_logits(decoder, chunk), backend.score(chunk, index))
+        text.on_chunk()
+    return agreement.result(member.name)
+
+
+def _original(bundle: Bundle, base: Mapping[str, torch.Tensor], member: MemberWeights) -> Decoder:
+    own = {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
+    decoder = Decoder.from_weights(bundle.config, {**base, **own}).eval()
+    adapter = {name: torch.from_numpy(half) for name, half in member.adapters.items()}
+    return attach(decoder, adapter) if adapter else decoder
 
 
 def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..runtime.errors import ConfigError
+from ..runtime.model.members import MemberKind
 
-METHODS = ("tail", "lora", "qlora", "full")
+METHODS = tuple(method for kind in MemberKind for method in kind.methods)
 SCHEDULES = ("cosine", "linear", "constant")
 AUGMENTATIONS = ("none", "token-dropout", "span-mask", "paraphrase")
 PRECISIONS = ("fp32", "bf16")
@@ -29,7 +30,7 @@ class TuneParams:
     `layers`: how many of the last ones are trained (tail: 2 by default) or adapted (others: all by default).
     """
 
-    method: Literal["tail", "lora", "qlora", "full"] = "tail"
+    method: str = "tail"  # one of METHODS
     layers: int | None = None
     head: bool = False  # train the head too: the result can be exported alone only, an ensemble shares one head
     rank: int = 8
@@ -92,6 +93,11 @@ class TuneParams:
             raise ConfigError(f"DP-SGD trains tails and adapters (tail, lora), got method '{self.method}'")
         if self.augmentation != "none" or self.label_smoothing or self.l1 or self.patience:
             raise ConfigError("DP-SGD goes without augmentation, label_smoothing, l1 and patience")
+
+    @property
+    def kind(self) -> MemberKind:
+        """What the method makes."""
+        return MemberKind.of_method(self.method)
 
     def num_layers(self, of: int) -> int:
         """How many of the model's `of` layers are trained. Raises `ConfigError` if it has fewer."""

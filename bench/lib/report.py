@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...tables import table as table
+
 
 @dataclass(frozen=True, slots=True)
 class Plot:
@@ -25,16 +27,6 @@ class Plot:
     unit: str
     labels: Sequence[str]
     values: Mapping[str, Sequence[float]]
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table; the first column is left-aligned, the others are figures."""
-    result = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        result.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        result.add_row(*row)
-    return result
 
 
 def machine() -> dict[str, Any]:

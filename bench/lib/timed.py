@@ -77,7 +77,7 @@ def cached_layers(bundle: Bundle, members: int = 1) -> int:
     chosen = range(members)
     adapters = sum(member in bundle.adapters for member in chosen)
     others = members - adapters
-    split = bundle.split_layer if bundle.graphs.tails else bundle.config.num_layers
+    split = bundle.split_layer
     shared = split + (bundle.config.num_layers - split) * others if others else 0
     return adapters * bundle.config.num_layers + shared
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ...export.bundle_writer import write_standard_graph
+from ...export.standard_graph import write_standard_graph
 from ...runtime.errors import ConfigError, MotetError
 from ...runtime.model.bundle import Bundle
 from ..lib import probes

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ...runtime.api.request import Space
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import ADAPTER, attach, read_adapter
-from ...runtime.checkpoints.members.tail import read_tail
+from ...runtime.checkpoints.members.adapter import attach
+from ...runtime.checkpoints.members.files import first_layer
+from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
+from ...runtime.model.members import MemberKind
 from ..data.batches import Item, make_batch, plan
 from ..data.example import Split
 from ..params import TuneParams
@@ -144,25 +146,23 @@ def _answers(
 def _first_layer(bench: Workbench, path: Path | None) -> int:
     if path is None:
         return bench.config.num_layers
-    manifest, weights = read_adapter(path) if _is_adapter(path) else read_tail(path)
+    manifest, weights = format_at(path).read(path)
     if manifest["base"]["digest"] != bench.digest:
         raise BundleError(f"the member '{path}' was trained on another base than '{bench.model_dir.name}'")
     if "lm_head.weight" in weights:
         raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
-    return min(int(n.split(".")[2]) for n in weights if ".layers." in n)
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / ADAPTER.manifest).is_file()
+    return first_layer(weights, bench.config.num_layers)
 
 
 def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
     """The base with the member's weights, or its adapter beside them."""
     if path is None:
         return Decoder.from_weights(bench.config, bench.base).eval()
-    if _is_adapter(path):
-        return attach(Decoder.from_weights(bench.config, bench.base).eval(), read_adapter(path)[1])
-    return Decoder.from_weights(bench.config, {**bench.base, **read_tail(path)[1]}).eval()
+    form = format_at(path)
+    own = form.read(path)[1]
+    if form.kind is MemberKind.ADAPTER:
+        return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
+    return Decoder.from_weights(bench.config, {**bench.base, **own}).eval()
 
 
 @torch.no_grad()

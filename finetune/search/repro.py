@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.checkpoints.members.adapter import ADAPTER
-from ...runtime.checkpoints.members.files import CheckpointKind
-from ...runtime.checkpoints.members.tail import TAIL
+from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, NotFoundError
 from ..params import TuneParams
 from ..training.provenance import environment
@@ -39,8 +37,8 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
 
     Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run: its noise is gone).
     """
-    kind: CheckpointKind = next((k for k in (TAIL, ADAPTER) if (directory / k.manifest).is_file()), TAIL)
-    manifest, _ = kind.read(directory)
+    found = format_at(directory)
+    manifest, _ = found.read(directory)
     if "hyper_parameters" not in manifest or "environment" not in manifest:
         raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be run again")
     params = TuneParams.from_dict(manifest["hyper_parameters"])
@@ -55,7 +53,7 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
             raise BundleError(f"the {what} has the digest {new[:12]}…, the run's had {old[:12]}…; use the same {what}")
     with tempfile.TemporaryDirectory(prefix="motet-repro-") as work:
         again = run(bench, Path(work) / "again", params, name=manifest["name"])
-        weights = kind.read(Path(work) / "again")[0]["sha256"]
+        weights = found.read(Path(work) / "again")[0]["sha256"]
     rows = tuple((name, float(manifest["metrics"][name]), float(again["metrics"][name])) for name in _COMPARED)
     return Comparison(rows, _changes(manifest["environment"]), weights == manifest["sha256"])
 

@@ -17,6 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from ...runtime.errors import ConfigError
+from ...runtime.model.members import MemberKind
 from ..params import TuneParams
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -46,17 +47,21 @@ class SearchSpace:
             name: FloatDistribution(*getattr(self, name), log=True) for name in ("learning_rate", "weight_decay", "l1")
         }
         result |= {name: FloatDistribution(*getattr(self, name)) for name in ("dropout", "label_smoothing")}
-        choices: dict[str, Sequence[Any]] = {"layers": layers} if method in ("tail", "full") else {"rank": self.rank}
+        choices: dict[str, Sequence[Any]] = {"layers": layers} if _makes_layers(method) else {"rank": self.rank}
         choices |= {name: getattr(self, name) for name in ("batch_tokens", "schedule", "augmentation")}
         return result | {name: CategoricalDistribution(tuple(c)) for name, c in choices.items() if len(c) > 1}
 
     def fixed(self, method: str) -> dict[str, Any]:
         """What has one choice only."""
-        names = ["batch_tokens", "schedule", "augmentation", *(["layers"] if method in ("tail", "full") else ["rank"])]
+        names = ["batch_tokens", "schedule", "augmentation", "layers" if _makes_layers(method) else "rank"]
         return {name: getattr(self, name)[0] for name in names if len(getattr(self, name)) == 1}
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _makes_layers(method: str) -> bool:
+    return MemberKind.of_method(method).own_layers
 
 
 @dataclass(frozen=True, slots=True)

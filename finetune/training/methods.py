@@ -24,6 +24,7 @@ from ...runtime.checkpoints.members.adapter import TARGETS, write_adapter
 from ...runtime.checkpoints.members.tail import write_tail
 from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
+from ...runtime.model.members import MemberKind
 from ..data.batches import TrainBatch
 from ..params import TuneParams
 from .answers import answer_states
@@ -39,7 +40,7 @@ class Learner(nn.Module):
         super().__init__()
         self.params = params
         self.split = config.num_layers - params.num_layers(config.num_layers)
-        self.adapts = params.method in ("lora", "qlora")
+        self.adapts = params.kind is MemberKind.ADAPTER
         self.base = base
         self.config = config
         torch.manual_seed(params.seed)

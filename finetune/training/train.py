@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ...runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
-from ...runtime.errors import ConfigError, DataError
+from ...runtime.checkpoints.members.registry import FORMATS
+from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
@@ -107,7 +108,7 @@ def tune(
     `UnavailableError` (a full disk), `MissingPackageError`.
     """
     params = params or TuneParams()
-    params.num_layers(read_config(model_dir).num_layers)  # said before anything is read
+    params.num_layers(read_config(model_dir).num_layers)  # fail early: check before loading weights
     bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None)
     with progress_bar(show_progress) as progress:
         return run(bench, out, params, name=name or out.name, progress=progress)
@@ -129,16 +130,12 @@ def run(
     loaded: RunData | None = None,
 ) -> dict[str, Any]:
     """One run on a workbench: see `tune`. `loaded`: data loaded before, of which the run takes its bag."""
-    from ...runtime.checkpoints.members.files import CheckpointKind
-
     progress = progress or progress_bar(False)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
     loaded = loaded or bench.load(params, counts, _ticker(progress))
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
     work = out.parent / f".{out.name}.run"
-    kind: CheckpointKind = _kind(params)
-    if out.exists() and not (out / kind.manifest).is_file():
-        raise ConfigError(f"'{out}' exists and is not {kind.article} {kind.name}; choose another directory")
+    FORMATS[params.kind].check_replaceable(out)
     key = {
         "params": params.to_dict(),
         "base": bench.digest,
@@ -167,13 +164,6 @@ def run(
     learner.write(out, manifest, {CARD: model_card(manifest)})
     shutil.rmtree(work)
     return manifest
-
-
-def _kind(params: TuneParams) -> Any:
-    from ...runtime.checkpoints.members.adapter import ADAPTER
-    from ...runtime.checkpoints.members.tail import TAIL
-
-    return ADAPTER if params.method in ("lora", "qlora") else TAIL
 
 
 def _bag(items: list[Item], params: TuneParams) -> list[Item]:

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.checkpoints.store import models_dir
 from ...runtime.errors import ConfigError, UnavailableError
+from ...runtime.model.files import put_in_place, remove_directory
 from ..data.encode import Encoded, encoded_digest
 
 FORMAT = 2
@@ -99,7 +99,7 @@ class TrunkCache:
             intact = all(hashlib.sha256(file.read(c["bytes"])).hexdigest() == c["sha256"] for c in chunks)
             intact = intact and not file.read(1)
         if not intact:
-            shutil.rmtree(path)
+            remove_directory(path)
         return intact
 
     def _write(
@@ -133,7 +133,7 @@ class TrunkCache:
                     _flush(log)
                     tick(len(chunk))
             (partial / "index.json").write_text(json.dumps({"format": FORMAT, "split": split, "chunks": journal}))
-            os.replace(partial, path)
+            put_in_place(partial, path)
         except OSError as error:
             raise UnavailableError(
                 f"the trunk cache at '{self.root}' cannot be written ({error.strerror}); make room or choose another "
@@ -162,7 +162,7 @@ class TrunkCache:
         for entry in sorted(entries, key=lambda p: p.stat().st_mtime):
             if size + sum(sizes.values()) <= self.max_bytes:
                 break
-            shutil.rmtree(entry)
+            remove_directory(entry)
             del sizes[entry]
 
 

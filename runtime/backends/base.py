@@ -19,6 +19,16 @@ class Backend(Protocol):
     """forward (trunk once, tails over their rows) → mix → sample. Not thread-safe: one engine loop owns it."""
 
     @property
+    def name(self) -> str:
+        """As `EngineConfig.backend` names it."""
+        ...
+
+    @property
+    def kv_dtype(self) -> str:
+        """What the KV cache holds: int8, bf16, fp8 or float32."""
+        ...
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the KV cache."""
         ...

@@ -16,7 +16,7 @@ log = logging.getLogger("motet.backend")
 def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
     """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
     do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have,
-    `MissingPackageError` for one that is not installed."""
+    `MissingPackageError` for one that is not installed, `ConfigError` for one that cannot serve the bundle."""
     if config.backend == "torch":
         try:
             from .torch.backend import TorchBackend
@@ -25,13 +25,18 @@ def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
                 f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
             ) from error
         return TorchBackend(bundle, config)
+    if config.backend == "auto" and bundle.graphs is None and not cpu.is_available():
+        raise UnavailableError(
+            f"'{bundle.name}' has no ONNX graphs and the native kernels were not built here; export it again with graphs, "
+            "or install motet where there is a C++ compiler"
+        )
     if config.backend != "onnx" and (config.backend == "cpu" or cpu.is_available()):
         from .cpu.backend import CpuBackend
 
         try:
             return CpuBackend(bundle, config)
         except UnavailableError as error:
-            if config.backend == "cpu":
+            if config.backend == "cpu" or bundle.graphs is None:
                 raise
             log.warning("the onnx backend serves '%s': %s", bundle.name, error)
     from .onnx.backend import OnnxBackend

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleError, NotFoundError, UnsupportedModelError
-from ..model.bundle import file_digest
 from ..model.config import DecoderConfig
 from ..model.families import canonical_name, decoder_config
+from ..model.files import file_digest
 from .bitsandbytes import is_quantised, owner, widen
 
 

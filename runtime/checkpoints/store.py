@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from ..errors import BundleError, DataError, MotetError, NotFoundError, UnavailableError
-from ..model.bundle import file_digest
+from ..model.files import file_digest, new_directory
 from .huggingface import read_config, weight_files
 
 MANIFEST = "motet-model.json"
@@ -47,14 +47,13 @@ def pull(source: str, *, name: str | None = None, force: bool = False, show_prog
     """Bring `source` into the store as `name` and return its directory.
 
     Raises `NotFoundError` (no such source), `UnavailableError` (no network, a package is missing), `BundleError` (the
-    download does not have the pinned digest), `UnsupportedModelError` (a family that Motet does not serve).
+    download does not have the pinned digest), `UnsupportedModelError` (a family that Motet does not serve), `ConfigError`
+    (the store has a directory of that name that was not pulled).
     """
     target = models_dir() / (name or _default_name(source))
     if not force and is_intact(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with new_directory(target, MANIFEST, "a pulled model") as work:
         with Progress(
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), disable=not show_progress
         ) as progress:
@@ -62,10 +61,6 @@ def pull(source: str, *, name: str | None = None, force: bool = False, show_prog
         read_config(work)  # an unknown family is refused before it is kept
         files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
+from .files import file_digest
+from .members import MemberKind, have_tails
 
 FORMAT = 3
 MANIFEST = "motet.json"
-MemberKind = Literal["base", "tail", "adapter"]
 WEIGHTS = "model.safetensors"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +30,36 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A loaded manifest. `split_layer` is the first layer that members have of their own."""
+    """A loaded manifest. `split_layer` is the first layer that members have of their own, the number of layers if none has
+    any. `graphs` is None if the bundle was exported without them: it is then for backends that read the tensors alone."""
 
     path: Path
     name: str
     config: DecoderConfig
     members: tuple[str, ...]
-    kinds: tuple[MemberKind, ...]  # of each member: the base itself, layers of its own, or a low-rank update
+    kinds: tuple[MemberKind, ...]  # of each member
     default_ensemble: Ensemble
     quantisation: Mapping[str, Any]
     split_layer: int
-    graphs: Graphs
+    graphs: Graphs | None
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
 
     @property
     def adapters(self) -> tuple[int, ...]:
         """Indices of the members that are low-rank updates of the base."""
-        return tuple(index for index, kind in enumerate(self.kinds) if kind == "adapter")
+        return tuple(index for index, kind in enumerate(self.kinds) if kind.own_sequence)
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether members run layers from `split_layer` on and a final norm each, after a shared trunk."""
+        return have_tails(self.kinds)
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Names of the weights file and the graphs."""
+        graphs = self.graphs
+        return (WEIGHTS,) if graphs is None else (WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values())
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -83,33 +89,31 @@ class Bundle:
     @classmethod
     def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
         members = tuple(member["name"] for member in manifest["members"])
-        kinds = tuple(member["kind"] for member in manifest["members"])
-        if not set(kinds) <= set(get_args(MemberKind)):
-            raise BundleError(f"a member's kind is one of {get_args(MemberKind)}, the manifest has {kinds}")
+        kinds = tuple(_kind(member["kind"]) for member in manifest["members"])
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
-        graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
-        whole = {name for name, kind in zip(members, kinds, strict=True) if kind != "adapter"}
-        if graphs.tails and set(graphs.tails) != whole:
-            raise BundleError(f"the tails {sorted(graphs.tails)} are not the members {sorted(whole)}")
-        listed = set(manifest["files"])
-        needed = {WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values(), "tokenizer.json"}
-        if not needed <= listed or any(Path(name).name != name for name in listed):
-            raise BundleError(
-                f"the manifest must list the plain file names {sorted(needed)}, it lists {sorted(listed)}"
-            )
-        return cls(
+        has_tails, config = have_tails(kinds), DecoderConfig.from_dict(manifest["config"])
+        split_layer = manifest["split_layer"] if has_tails else config.num_layers
+        if not 0 <= split_layer <= config.num_layers:
+            raise BundleError(f"split_layer must be in 0…{config.num_layers}, the manifest has {split_layer}")
+        bundle = cls(
             path=path,
             name=manifest["name"],
-            config=DecoderConfig.from_dict(manifest["config"]),
+            config=config,
             members=members,
             kinds=kinds,
             default_ensemble=Ensemble(tuple(m for m in mix if m.mix != 0), Space(manifest["space"])),
             quantisation=manifest["quantisation"],
-            split_layer=manifest["split_layer"],
-            graphs=graphs,
+            split_layer=split_layer,
+            graphs=_graphs(manifest, members, kinds),
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
         )
+        listed, needed = set(manifest["files"]), {*bundle.model_files, "tokenizer.json"}
+        if not needed <= listed or any(Path(name).name != name for name in listed):
+            raise BundleError(
+                f"the manifest must list the plain file names {sorted(needed)}, it lists {sorted(listed)}"
+            )
+        return bundle
 
     def _verify(self, files: Mapping[str, str]) -> None:
         for name, digest in files.items():
@@ -122,3 +126,21 @@ class Bundle:
                     f"'{file}' is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…; "
                     "copy or export the bundle again"
                 )
+
+
+def _kind(name: str) -> MemberKind:
+    kinds = {str(kind): kind for kind in MemberKind}
+    if name not in kinds:
+        raise BundleError(f"a member's kind is one of {[*kinds]}, the manifest has {name!r}")
+    return kinds[name]
+
+
+def _graphs(manifest: Mapping[str, Any], members: tuple[str, ...], kinds: tuple[MemberKind, ...]) -> Graphs | None:
+    if manifest["graphs"] is None:
+        return None
+    graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
+    tails = {name for name, kind in zip(members, kinds, strict=True) if not kind.own_sequence}
+    expected = tails if have_tails(kinds) else set()
+    if set(graphs.tails) != expected:
+        raise BundleError(f"the graphs' tails are {sorted(graphs.tails)}, the members with one {sorted(expected)}")
+    return graphs

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from .bench_cli import bench
 from .finetune_cli import mount
@@ -18,6 +19,8 @@ from .options import MixOption, SpaceOption, Threads, coefficients, read_ensembl
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import ConfigError, MotetError, NotFoundError
+from .runtime.model.members import MemberKind
+from .tables import table
 
 # Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
 _UsageError: Any = typer.BadParameter.__base__
@@ -71,8 +74,13 @@ def pull(
 def export(
     model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    tail: Annotated[list[str] | None, typer.Option(help="name=DIR of a tail, or name for the base itself.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="name=DIR of an adapter.")] = None,
+    tail: Annotated[
+        list[str] | None,
+        typer.Option(f"--{MemberKind.TAIL.flag}", help="name=DIR of a tail, or name for the base itself."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(f"--{MemberKind.ADAPTER.flag}", help="name=DIR of an adapter.")
+    ] = None,
     merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping them apart.")] = False,
     mix: MixOption = None,
     space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
@@ -83,61 +91,64 @@ def export(
             help="Columns a quantisation group of the layers; default: 64 for 8 bits, 32 for 4. The head has 32."
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers a tail; default: what the tails need.")] = None,
-    parity: Annotated[bool, typer.Option(help="Measure every member against fp32.")] = True,
+    layers: Annotated[int | None, typer.Option(help="Layers per tail; default: what the tails need.")] = None,
+    graphs: Annotated[bool, typer.Option(help="Write ONNX graphs, which the onnx backend needs.")] = True,
+    parity: Annotated[bool, typer.Option(help="Measure every member, as it is served, against fp32.")] = True,
 ) -> None:
-    """Quantise a model and its tails into one bundle, and measure it against fp32."""
-    from .export.bundle_writer import export_bundle
-    from .finetune.data.dataset import heldout_token_ids
-    from .runtime.checkpoints.huggingface import read_config
-    from .runtime.checkpoints.store import resolve_model
-    from .runtime.text.tokenizer import Tokenizer
-
-    directory = resolve_model(model)
-    read_config(directory)  # an unknown family is said before anything else
-    tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
-    loras = dict(_adapter(text) for text in lora or [])
-    tokenizer = Tokenizer.from_dir(directory)
-    export_bundle(
-        directory,
-        out,
-        tails=tails,
-        loras=loras,
-        merge=merge,
-        mix=None if mix is None else coefficients(mix),
-        space=space,
-        bits=bits,
-        group_size=group,
-        num_tail_layers=layers,
-        calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
-    )
-    print(out)
-    if parity and loras and not merge:
-        print("adapters kept apart have no graph to measure; with --merge they have", file=sys.stderr)
-    elif parity:
-        _report_parity(directory, out, {**tails, **loras}, heldout_token_ids(tokenizer, 4096))
-
-
-def _report_parity(model_dir: Path, out: Path, tails: dict[str, Path | None], chunks: list[list[int]]) -> None:
+    """Quantise a model and its members into one bundle, and measure it against fp32."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from .bench.lib.report import table
-    from .export.parity import measure_parity
-    from .runtime.model.bundle import Bundle
+    from .export.base_model import BaseModel
+    from .export.bundle_writer import export_bundle
+    from .export.parity import HeldOut
+    from .finetune.data.dataset import heldout_token_ids  # only here: export itself does not need finetune
+    from .runtime.checkpoints.store import resolve_model
+    from .runtime.text.tokenizer import Tokenizer
 
+    base = BaseModel(resolve_model(model))
+    tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
+    loras = dict(_adapter(text) for text in lora or [])
+    tokenizer = Tokenizer.from_dir(base.path)
     with Progress(transient=True) as progress:
-        task = progress.add_task("parity", total=len(chunks) * max(1, len(tails)))
-        bundle = Bundle.load(out)
-        result = measure_parity(bundle, model_dir, tails, chunks, on_chunk=lambda: progress.advance(task))
+        held_out = None
+        if parity:
+            chunks = heldout_token_ids(tokenizer, 4096)
+            task = progress.add_task("parity", total=len(chunks) * max(1, len(tails) + len(loras)))
+            held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
+        export_bundle(
+            base,
+            out,
+            tails=tails,
+            loras=loras,
+            merge=merge,
+            mix=None if mix is None else coefficients(mix),
+            space=space,
+            bits=bits,
+            group_size=group,
+            num_tail_layers=layers,
+            calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
+            graphs=graphs,
+            held_out=held_out,
+        )
+    print(out)
+    if parity:
+        Console().print(_parity_table(out))
+
+
+def _parity_table(bundle: Path) -> Table:
+    from .export.parity import read_parity
+
+    report = read_parity(bundle)
     rows = [
         [m.name, f"{m.num_tokens:,}", f"{m.nll:.3f}", f"{m.nll_change:+.2%}", f"{m.kl:.4f}", f"{m.top1:.1%}"]
-        for m in result.members
+        for m in report.members
     ]
     title = (
-        f"{out.name}: {result.bits} bits, {result.size_bytes / 1e6:.0f} MB, {result.overhead:.3f} × the bits it holds"
+        f"{bundle.name}: {report.bits} bits, {report.size_bytes / 1e6:.0f} MB, {report.overhead:.3f} × the bits it holds; "
+        f"served by the {report.backend} backend, KV cache {report.kv_dtype}"
     )
-    Console().print(table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows))
+    return table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
 
 
 def _tail(text: str) -> tuple[str, Path | None]:
@@ -148,7 +159,7 @@ def _tail(text: str) -> tuple[str, Path | None]:
 def _adapter(text: str) -> tuple[str, Path]:
     name, path = _tail(text)
     if path is None:
-        raise ConfigError(f"--lora takes name=DIR, got '{text}'")
+        raise ConfigError(f"--{MemberKind.ADAPTER.flag} takes name=DIR, got '{text}'")
     return name, path
 
 

@@ -9,6 +9,7 @@ import typer
 
 from .runtime.api.request import Space
 from .runtime.errors import ConfigError, NotFoundError
+from .runtime.model.members import MemberKind
 
 Model = Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")]
 Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, Parquet or text file.")]
@@ -176,9 +177,18 @@ def fuse(
     bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb))
     result = run(bench, members, out, params, tell=lambda what: print(f"{what} …", flush=True))
     print(fusion_card(result))
-    tails = " ".join(f"--tail {name}{'=' + path if path else ''}" for name, path in result["members"].items())
+    given = " ".join(_export_option(name, path) for name, path in result["members"].items())
     mix = ",".join(f"{name}={value:.6f}" for name, value in result["mix"].items())
-    print(f"motet export {model} BUNDLE {tails} --mix {mix} --space {space}")
+    print(f"motet export {model} BUNDLE {given} --mix {mix} --space {space}")
+
+
+def _export_option(name: str, path: str) -> str:
+    """The option of `motet export` for a member; without a path it is the base."""
+    from .runtime.checkpoints.members.registry import format_at
+
+    if not path:
+        return f"--{MemberKind.BASE.flag} {name}"
+    return f"--{format_at(Path(path)).kind.flag} {name}={path}"
 
 
 def repro(

@@ -8,7 +8,7 @@ from helpers.models import make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member, Request
+from motet.runtime.api.request import Ensemble, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.backends.open import open_backend

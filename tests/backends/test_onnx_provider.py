@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member
+from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx.backend import open_session
 from motet.runtime.engine.engine import Engine

@@ -6,6 +6,7 @@ import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.open import open_backend
 from motet.runtime.engine.observer import Observer

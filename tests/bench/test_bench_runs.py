@@ -21,7 +21,7 @@ from motet.bench.peers import peer_worker, worker
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.output import Output
-from motet.runtime.api.request import Ensemble, Member
+from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_weights
 from motet.runtime.checkpoints.members.tail import write_tail

@@ -11,7 +11,7 @@ from helpers.fake_backend import FakeBackend, ask, gather, hold_first_step, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.runtime import errors
-from motet.runtime.api.request import Ensemble, FinishReason, Member, Request
+from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 
 LETTERS = dict.fromkeys(range(64, 90), 50.0)  # token ids that are ASCII letters

@@ -9,10 +9,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers.models import FAMILIES
-from motet.export.bundle_writer import export_bundle, stored_tensors, write_standard_graph
+from motet.export.bundle_writer import export_bundle, stored_tensors
 from motet.export.calibrate import channel_rms, equalise
 from motet.export.quantise import dequantise, quantise
+from motet.export.standard_graph import write_standard_graph
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.checkpoints.decoder import Decoder
@@ -180,9 +182,9 @@ def test_kinds_of_members(tiny_model_dir, tmp_path):
     assert (bundle.kinds, bundle.adapters) == (("base", "adapter"), (1,))
     with pytest.raises(ConfigError, match=r"low-rank members \['lora'\] of 'b'; serve it with the cpu backend"):
         OnnxBackend(bundle, CONFIG)
-    manifest["members"][1]["kind"] = "adapter"
+    manifest["members"][1]["kind"] = "expert"
     (path / "motet.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="adapter"):
+    with pytest.raises(BundleError, match=r"one of .*'adapter'.*has 'expert'"):
         Bundle.load(path)
 
 

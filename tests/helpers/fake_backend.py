@@ -25,6 +25,9 @@ from motet.runtime.schedule.batch import Batch, ResolvedSampling, SampleRow, Ste
 
 
 class FakeBackend:
+    name = "fake"
+    kv_dtype = "float32"
+
     def __init__(
         self,
         num_blocks: int = 32,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 from motet.kernels.oracle.edits import Edits
+from motet.runtime.api.request import Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.schedule.batch import SampleRow
 from motet.runtime.schedule.resolve import LogitEditor, resolve_sampling

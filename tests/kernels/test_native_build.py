@@ -25,7 +25,7 @@ from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import UnavailableError
-from motet.runtime.api.request import RequestNone
+from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 
 assert not cpu.is_available()

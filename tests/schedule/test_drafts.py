@@ -14,7 +14,7 @@ from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.model_info import ModelInfo
-from motet.runtime.api.request import Ensemble, FinishReason, Member, Request
+from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, InvalidRequestError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.runtime.api.request import FinishReason
+from motet.runtime.api.request import FinishReason, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.schedule.batch import StepOutput
 from motet.runtime.schedule.blocks import BlockManager

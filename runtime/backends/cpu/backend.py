@@ -45,6 +45,7 @@ _NORMS = {
 class CpuBackend:
     """`Backend` over native kernels. `num_blocks`: as many as `max_num_seqs` sequences of `max_model_len` need."""
 
+    name = "cpu"
     can_verify = True
     can_sample_prefill = True
 
@@ -55,8 +56,9 @@ class CpuBackend:
         length = min(config.max_model_len, bundle.config.max_position_embeddings)
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
-        self._has_tails = bool(bundle.graphs.tails) or self._num_members > 1
         self._linear_head = bundle.config.linear_head
+        self._tells_members = self._num_members > 1
+        self.kv_dtype = "bf16" if config.kv_dtype == "bf16" else "int8"
         self._model = _load(bundle, self._num_blocks, config, isa)
 
     @property
@@ -77,7 +79,7 @@ class CpuBackend:
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""
-        tails = self._has_tails
+        tails = self._tells_members
         outputs = sorted({(m if tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
         at = {output: index for index, output in enumerate(outputs)}
         terms = [[(at[m if tails else 0, row], c) for row, m, c in s.terms if c != 0] for s in batch.samples]
@@ -123,8 +125,10 @@ class CpuBackend:
             context_lens=np.array([count], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32)[None],
             adapters=np.array([member], np.int32),
-            members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
-            outputs=[(member if self._has_tails else 0, row) for row in range(count)],
+            members=[[0] if index == member else [] for index in range(self._num_members)]
+            if self._tells_members
+            else None,
+            outputs=[(member if self._tells_members else 0, row) for row in range(count)],
         )
         return self._model.head(self._model.step(packed))
 
@@ -133,8 +137,8 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
     """Pack a bundle's tensors. Raises `BundleError` for a missing or misshapen tensor,
     `UnavailableError` for sizes that the kernels do not have."""
     decoder = bundle.config
-    has_tails = bool(bundle.graphs.tails) or len(bundle.members) > 1
-    split = bundle.split_layer if bundle.graphs.tails else decoder.num_layers
+    members = bundle.members if len(bundle.members) > 1 else ()  # that have a final norm each, and perhaps layers
+    split = bundle.split_layer
     model = NativeModel(
         ModelConfig(
             vocab_size=decoder.vocab_size,
@@ -163,11 +167,10 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         loader = _Loader(model, file, bundle)
         for layer in range(split):
             loader.layer(layer, layer, None)
-        for index, member in enumerate(bundle.members if has_tails else ()):
+        for index, member in enumerate(members):
             for layer in range(split, decoder.num_layers):
                 loader.layer(split + index * (decoder.num_layers - split) + layer - split, layer, member)
-        owners: tuple[str | None, ...] = bundle.members if has_tails else (None,)
-        for index, owner in enumerate(owners):
+        for index, owner in enumerate(members or (None,)):
             loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", owner)
             loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", owner)
         embedding = "model.embed_tokens.weight"

@@ -159,7 +159,8 @@ class GraphRunner:
 class OnnxBackend:
     """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph.
 
-    Raises `ConfigError` for a bundle with low-rank members: a graph has one set of weights for all of its rows.
+    Raises `ConfigError` for a bundle without graphs, and for one with low-rank members: a graph has one set of weights for
+    all of its rows.
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
@@ -168,6 +169,11 @@ class OnnxBackend:
             raise ConfigError(
                 f"the onnx backend has no graphs for the low-rank members {names} of '{bundle.name}'; serve it with the "
                 "cpu backend, or export them with --merge"
+            )
+        if bundle.graphs is None:
+            raise ConfigError(
+                f"the onnx backend needs graphs and '{bundle.name}' has none; serve it with the cpu or torch backend, or "
+                "export it without --no-graphs"
             )
         self._num_blocks = config.max_num_seqs
         self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
@@ -178,7 +184,7 @@ class OnnxBackend:
             return GraphRunner(_bundle_session(bundle, file, config), bundle, self._num_blocks, self._block_size)
 
         self._trunk = runner(bundle.graphs.trunk)
-        self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members if bundle.graphs.tails]
+        self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members] if bundle.has_tails else []
         self._head = _bundle_session(bundle, bundle.graphs.head, config)
         self._head_group = head_group(bundle)
         self._linear_head = bundle.config.linear_head
@@ -191,6 +197,8 @@ class OnnxBackend:
     def block_size(self) -> int:
         return self._block_size
 
+    name = "onnx"
+    kv_dtype = "float32"
     can_sample_prefill = False  # a chunk goes through the graphs alone, without the head
 
     @property

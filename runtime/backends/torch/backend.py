@@ -93,9 +93,13 @@ class _Hidden:
     places: dict[int, I32]  # tail → [rows of the batch] row of `states`, -1 where the tail did not run
 
 
+_KV_NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float32: "float32"}
+
+
 class TorchBackend:
     """`Backend` over a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy one."""
 
+    name = "torch"
     can_sample_prefill = False  # chunks and decode rows go through different kernels
     can_verify = True  # several sampled rows a sequence are rows as any other
 
@@ -131,6 +135,7 @@ class TorchBackend:
         self._max_blocks = -(-self._max_length // block_size)
         kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         kv_dtype = kv_dtypes[config.kv_dtype]
+        self.kv_dtype = _KV_NAMES[kv_dtype]
         tail_layers = [len(tail.layers) for tail in weights.tails]
         heads = (decoder.num_kv_heads, block_size, decoder.head_size)
         size = block_bytes(len(weights.trunk) + sum(tail_layers), *heads, kv_dtype)

@@ -160,11 +160,10 @@ class ModelReader:
             any(n.startswith(f"members.{m}.model.") and ".lora_" not in n for n in self._tensors) for m in self._members
         ]
         own = [name for name, found in zip(self._members, has_own) if found]
-        split = split_layer if own else config.num_layers  # nobody has layers of their own: all are the trunk
         prefixes = [f"members.{name}." for name in own]
         if not all(has_own):
             prefixes.append("")
-        tails = [self._tail(prefix, split) for prefix in prefixes]
+        tails = [self._tail(prefix, split_layer) for prefix in prefixes]
         embedding = self._linear_weight("", "model.embed_tokens", config.hidden_size)
         rotary = None
         if config.positions == "rotary":
@@ -175,7 +174,7 @@ class ModelReader:
             embedding=embedding,
             position_embedding=self._dense("", "model.embed_positions.weight") if learned else None,
             rotary=rotary,
-            trunk=[self._layer("", index) for index in range(split)],
+            trunk=[self._layer("", index) for index in range(split_layer)],
             tails=tails,
             tail_of=tuple(own.index(m) if m in own else len(own) for m in self._members),
             adapter_of=tuple(self._adapters.index(m) if m in self._adapters else -1 for m in self._members),

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BundleError, ConfigError
+from ...model.members import MemberKind
 from ..decoder import Decoder
-from .files import CheckpointKind
+from .files import MemberFormat
 
-ADAPTER = CheckpointKind("adapter", format=1, article="an")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,9 +35,7 @@ def write_adapter(
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(manifest, tensors). Raises `NotFoundError`, `BundleError` (damaged, or halves of a pair missing)."""
-    manifest, weights = ADAPTER.read(path)
-    adapted_modules(weights)
-    return manifest, weights
+    return ADAPTER.read(path)
 
 
 def adapted_modules(weights: Mapping[str, Any]) -> list[str]:
@@ -70,6 +68,9 @@ def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str
         f"{module}.weight": base[f"{module}.weight"].float() + adapter[f"{module}.lora_b"] @ adapter[f"{module}.lora_a"]
         for module in adapted_modules(adapter)
     }
+
+
+ADAPTER = MemberFormat(MemberKind.ADAPTER, 1, check=adapted_modules, merged=merge)
 
 
 class AdapterLinear(nn.Module):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,69 +12,84 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...errors import BundleError, ConfigError, NotFoundError
-from ...model.bundle import file_digest
+from ...errors import BundleError, NotFoundError
+from ...model.files import check_replaceable, file_digest, new_directory
+from ...model.members import MemberKind
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def first_layer(names: Iterable[str], num_layers: int) -> int:
+    """The first layer that tensors of these canonical names belong to; `num_layers` if they belong to none."""
+    return min((int(name.split(".")[2]) for name in names if ".layers." in name), default=num_layers)
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointKind:
-    """A kind of member checkpoint: `<name>.json` beside `<name>.safetensors`."""
+class MemberFormat:
+    """How a kind of member lies on disk: `<kind>.json` beside `<kind>.safetensors`.
 
-    name: str
-    format: int
-    article: str = "a"
+    `check` raises `BundleError` for tensors that cannot be such a member's. `merged(base, tensors)`: the whole weights that
+    the member changes.
+    """
+
+    kind: MemberKind
+    version: int
+    check: Callable[[Tensors], object]
+    merged: Callable[[Tensors, Tensors], Tensors]
 
     @property
     def manifest(self) -> str:
-        return f"{self.name}.json"
+        return f"{self.kind}.json"
 
     @property
     def weights(self) -> str:
-        return f"{self.name}.safetensors"
+        return f"{self.kind}.safetensors"
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the directory holds such a member, be it damaged."""
+        return (path / self.manifest).is_file()
+
+    def check_replaceable(self, out: Path) -> None:
+        """Raises `ConfigError` if `out` is something else already."""
+        check_replaceable(out, self.manifest, f"{self.kind.article} {self.kind}")
 
     def write(
         self,
         out: Path,
         manifest: Mapping[str, Any],
-        weights: Mapping[str, torch.Tensor],
+        weights: Tensors,
         files: Mapping[str, str] | None = None,
     ) -> None:
         """Write the directory `out`, as a whole or not at all, with `files` (name → text) beside the weights.
 
         Raises `ConfigError` if `out` is something else already.
         """
-        if out.exists() and not (out / self.manifest).is_file():
-            raise ConfigError(f"'{out}' exists and is not {self.article} {self.name}; choose another directory")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
+        with new_directory(out, self.manifest, f"{self.kind.article} {self.kind}") as work:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, work / self.weights)
-            values = {"format": self.format, "kind": self.name, **manifest, "sha256": file_digest(work / self.weights)}
+            values = {"format": self.version, "kind": self.kind, **manifest, "sha256": file_digest(work / self.weights)}
             (work / self.manifest).write_text(json.dumps(values, indent=1) + "\n")
             for name, text in (files or {}).items():
                 (work / name).write_text(text)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(work, out)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """(manifest, tensors). Raises `NotFoundError`, `BundleError` (damaged, unknown version)."""
         path = Path(path)
-        if not (path / self.manifest).is_file():
+        if not self.is_at(path):
             raise NotFoundError(
-                f"there is no {self.name} at '{path}' ({self.manifest} is missing); `motet tune` makes one"
+                f"there is no {self.kind} at '{path}' ({self.manifest} is missing); `motet tune` makes one"
             )
         try:
             manifest = json.loads((path / self.manifest).read_bytes())
-            if manifest["format"] != self.format or manifest["kind"] != self.name:
+            if manifest["format"] != self.version or manifest["kind"] != self.kind:
                 raise BundleError(
-                    f"'{path / self.manifest}' has format {manifest['format']!r}; this version reads {self.format}"
+                    f"'{path / self.manifest}' has format {manifest['format']!r}; this version reads {self.version}"
                 )
             if file_digest(path / self.weights) != manifest["sha256"]:
                 raise BundleError(
                     f"'{path / self.weights}' is damaged: its digest is not the manifest's; tune it again"
                 )
-            return manifest, load_file(path / self.weights)
+            weights = load_file(path / self.weights)
+            self.check(weights)
+            return manifest, weights
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise BundleError(f"the {self.name} at '{path}' is damaged ({error!r}); tune it again") from error
+            raise BundleError(f"the {self.kind} at '{path}' is damaged ({error!r}); tune it again") from error

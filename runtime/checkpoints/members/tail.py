@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .files import CheckpointKind
+from ...model.members import MemberKind
+from .files import MemberFormat
 
-TAIL = CheckpointKind("tail", format=1)
+TAIL = MemberFormat(MemberKind.TAIL, 1, check=lambda _weights: None, merged=lambda _base, weights: weights)
 
 
 def write_tail(

@@ -1,0 +1,28 @@
+"""`BaseModel`: the model directory that a bundle is made of; each part is read once, when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
+
+
+class BaseModel:
+    """A base model. Raises `NotFoundError` and `UnsupportedModelError` (its family) at once: see `read_config`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of configuration and weight files: see `checkpoint_digest`."""
+        return checkpoint_digest(self.path)
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """In float32 under canonical names: see `read_weights`."""
+        return read_weights(self.path)

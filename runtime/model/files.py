@@ -1,0 +1,96 @@
+"""Files and directories on disk: digests, and the one way in which a finished directory takes its place."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ConfigError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_replaceable(out: Path, marker: str, what: str) -> None:
+    """Raises `ConfigError` if `out` is there and is not `what` ("a bundle"), which has the file `marker`."""
+    if out.exists() and not (out / marker).is_file():
+        raise ConfigError(f"'{out}' exists and is not {what}; choose another directory")
+
+
+@contextmanager
+def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
+    """An empty directory to write into. It takes the place of `out` when the block ends, as a whole; if the block raises,
+    it is removed and `out` stays as it was. Raises `ConfigError`: see `check_replaceable`."""
+    check_replaceable(out, marker, what)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = _beside(out, "new")
+    work.mkdir()
+    try:
+        yield work
+        put_in_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(work: Path, out: Path) -> None:
+    """Move the finished directory `work` to `out` (same file system), in place of what is there; it is on the disk then.
+
+    A reader sees the old directory or the new one, and a kill at any moment leaves one of them whole at `out`. Where two
+    directories cannot be exchanged in one step (not Linux, some network file systems), there is nothing at `out` for the
+    moment between two renames; a kill in that moment leaves the old directory whole beside it, as `.<name>-old-…`.
+    """
+    for path in (*sorted(work.rglob("*")), work):
+        _sync(path)
+    if not out.exists():
+        os.rename(work, out)
+    elif _exchange(work, out):
+        shutil.rmtree(work, ignore_errors=True)  # it holds the old one now
+    else:
+        old = _beside(out, "old")
+        os.rename(out, old)
+        try:
+            os.rename(work, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory under its name in one step: a kill leaves no half of it there, but beside it as `.<name>-old-…`."""
+    old = _beside(path, "old")
+    os.rename(path, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}-{what}-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two directories in one step; False where the system cannot (renameat2(2))."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)

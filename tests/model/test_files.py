@@ -1,0 +1,121 @@
+"""Directories that are written as a whole or not at all, whenever the writer is killed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from motet.runtime.errors import ConfigError
+from motet.runtime.model import files
+
+OLD, NEW = "old content", "new content"
+EVENTS = ("os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree", "open")  # what writing and moving raises
+
+
+def write(path, content):
+    with files.new_directory(path, "marker", "a thing") as work:
+        (work / "part").mkdir()
+        for name in ("marker", "data", "part/data"):
+            (work / name).write_text(content)
+
+
+def content(path):
+    """What all of the directory's files hold; None if it is not there. Two contents, or a file that is lost, fail."""
+    if not path.exists():
+        return None
+    found = {name: (path / name).read_text() for name in ("marker", "data", "part/data")}
+    assert len(set(found.values())) == 1, found
+    return found["data"]
+
+
+def killed_at(step, action):
+    """Run `action` in a process that ends without any clean-up at the `step`-th operation on files; False: it ended before."""
+    child = os.fork()
+    if not child:
+        left = [step]
+
+        def count(event, _arguments):
+            if event in EVENTS:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_leaves_the_old_or_the_new(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda _a, _b: False)
+    seen = set()
+    for step in range(200):
+        out = tmp_path / f"{step}" / "out"
+        write(out, OLD)
+        if not killed_at(step, lambda: write(out, NEW)):  # noqa: B023
+            break
+        found = content(out)
+        if not exchanges and found is None:  # between two renames: the old one lies beside it
+            found = content(next(out.parent.glob(".out-old-*")))
+            assert found == OLD
+        seen.add(found)
+        write(out, "third content")  # what a kill left does not hinder the next writer
+        assert content(out) == "third content"
+    assert seen == {OLD, NEW}
+    assert step > 10
+    assert content(out) == NEW
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_no_half_of_a_removed_directory(tmp_path):
+    for step in range(100):
+        out = tmp_path / f"{step}" / "out"
+        write(out, OLD)
+        if not killed_at(step, lambda: files.remove_directory(out)):  # noqa: B023
+            break
+        assert content(out) in (OLD, None)
+    assert step > 2
+    assert not list(out.parent.iterdir())
+
+
+def test_a_failure_leaves_the_old(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, OLD)
+    with pytest.raises(TypeError, match="NoneType"):
+        write(out, None)
+    assert content(out) == OLD
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda _a, _b: False)
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write(out, NEW)
+    assert content(out) == OLD
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ConfigError, match="exists and is not a thing; choose another"):
+        write(tmp_path / "out", NEW)
+    assert (tmp_path / "out" / "mine").exists()
+    write(tmp_path / "other", NEW)
+    assert (tmp_path / "other").stat().st_mode & 0o077 == 0o077 & ~current_umask()  # as any new directory
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
