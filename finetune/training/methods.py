@@ -26,7 +26,6 @@ from ...runtime.errors import ConfigError, UnavailableError
 from ...runtime.model.config import DecoderConfig
 from ..data.batches import TrainBatch
 from ..params import TuneParams
-from .answers import answer_states
 from .trunk_cache import run_trunk
 
 Base = Mapping[str, Tensor]
@@ -98,7 +97,11 @@ class Learner(nn.Module):
             return F.dropout(x, share, self.training) if share else x
 
         hidden = self._inputs(batch)
-        return answer_states(self.decoder, hidden, self.split, batch.positions.to(hidden.device), dropout)
+        positions = batch.positions.to(hidden.device)
+        stop = self.config.num_layers
+        return self.decoder.norm(
+            self.decoder.run_layers(hidden, self.split, stop, positions=positions, dropout=dropout)
+        )
 
     def _inputs(self, batch: TrainBatch) -> Tensor:
         """[B, S, hidden] float32: the input of the first trained layer."""

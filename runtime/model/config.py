@@ -11,13 +11,13 @@ from ..api.config import check_keys
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder-only transformer, said once. The torch model, the ONNX graphs and the native kernels derive from it.
+    """A decoder-only transformer, said once. `layout.decoder_layout` makes the table of its weights.
 
-    Sizes are counts of elements. `family` names the checkpoint layout (weight names); everything that changes the
-    arithmetic has a field of its own, so a new family is a row in `decoder_families` and not a branch elsewhere.
+    Sizes are counts of elements. `family` names how checkpoints store it (`families.FAMILIES`); everything that changes
+    the arithmetic has a field of its own, so a new family is a file in `families/` and not a branch elsewhere.
     """
 
-    family: Literal["llama", "qwen2", "qwen3", "gpt2"]
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
