@@ -6,9 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +22,17 @@ from ..runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, 
 from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle, file_digest
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.layout import COS, EMBEDDING, HEAD, SIN, Layout, decoder_layout
 from ..runtime.model.rotary import rotary_tables
+from ..runtime.model.stored import own_name, stored_tensors
 from .calibrate import channel_rms, equalise
-from .graph import GraphWriter, Slice, StoredTensor
-from .members import BASE, FUSED, MemberWeights, fuse_adapters, read_member
+from .graph import GraphWriter, Slice
+from .members import BASE, MemberWeights, fuse_adapters, read_member
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
-HEAD = "lm_head.weight"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
 
@@ -76,7 +76,7 @@ def export_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        tensors = _bundle_tensors(config, base, members, rms, bits, group_size)
+        tensors = _bundle_tensors(decoder_layout(config), base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
         graphs = _write_graphs(config, members, split_layer, work)
         for file in COPIED:
@@ -140,7 +140,7 @@ def _own_head(
         )
     if not own or not config.tied_head:
         return config, dict(base)
-    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base["model.embed_tokens.weight"]}
+    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base[EMBEDDING]}
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
@@ -179,7 +179,7 @@ def _has_tails(members: list[MemberWeights]) -> bool:
 
 
 def _bundle_tensors(
-    config: DecoderConfig,
+    layout: Layout,
     base: Mapping[str, F32],
     members: list[MemberWeights],
     rms: Mapping[str, F32],
@@ -192,89 +192,62 @@ def _bundle_tensors(
     away would give the base back.
     """
     tensors: dict[str, Array] = {}
-    if config.positions == "rotary":
-        tensors["rotary.cos"], tensors["rotary.sin"] = rotary_tables(config)
+    if layout.config.positions == "rotary":
+        tensors[COS], tensors[SIN] = rotary_tables(layout.config)
+    quantised = {f"{linear.name}.weight" for linear in layout.linears}
+    parts = {linear.name: {part.name for part in linear.parts} for linear in layout.linears}
 
-    def add(prefix: str, weights: Mapping[str, F32], bits: int) -> None:
+    def add(member: str | None, weights: Mapping[str, F32], bits: int) -> None:
         for name, weight in weights.items():
-            _add_tensor(tensors, prefix, name, weight, bits, group_size)
+            stored = name if member is None else own_name(member, name)
+            if bits == 32 or name not in quantised | {EMBEDDING, HEAD}:
+                tensors[stored] = np.ascontiguousarray(weight)
+            elif name in quantised:
+                _add_quantised(tensors, stored, weight, bits, layer_group(bits, weight.shape[1], group_size))
+            else:
+                _add_quantised(tensors, stored, weight, 8, HEAD_GROUP)
 
     def prepare(weights: Mapping[str, F32]) -> dict[str, F32]:
-        return _fuse(config, equalise(config, weights, rms, group_size) if rms else weights)
+        return _fuse(layout, equalise(layout, weights, rms, group_size) if rms else weights)
+
+    def is_changed(name: str, changed: set[str]) -> bool:
+        module = name.rpartition(".")[0]
+        return bool(parts.get(module, {module}) & changed)
 
     shared = prepare(base)
     for member in members:
         changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
-        own = {n: w for n, w in prepare({**base, **member.weights}).items() if _modules(n) & changed}
+        own = {n: w for n, w in prepare({**base, **member.weights}).items() if is_changed(n, changed)}
         if len(members) == 1:
             shared = {n: w for n, w in shared.items() if n not in own}
-            add("", own, max(bits, 8))
+            add(None, own, max(bits, 8))
         else:
-            add(f"members.{member.name}.", own, max(bits, 8))
-        adapters = equalise(config, member.adapters, rms, group_size) if rms else member.adapters
-        add(f"members.{member.name}.", fuse_adapters(config, adapters, base), 32)
-    add("", shared, bits)
+            add(member.name, own, max(bits, 8))
+        adapters = equalise(layout, member.adapters, rms, group_size) if rms else member.adapters
+        add(member.name, fuse_adapters(layout, adapters), 32)
+    add(None, shared, bits)
     return tensors
 
 
-def _fuse(config: DecoderConfig, weights: Mapping[str, F32]) -> dict[str, F32]:
-    """Projections that read the same input become one matrix: rows of q, k, v; rows of gate, up."""
+def _fuse(layout: Layout, weights: Mapping[str, F32]) -> dict[str, F32]:
+    """The linear layers as they are stored: their parts' rows, one part after the other."""
     fused = dict(weights)
-    for index in range(config.num_layers):
-        for target, parts in FUSED.items():
-            if target == "gate_up_proj" and config.activation != "swiglu":
-                continue
-            prefix = f"model.layers.{index}." + ("self_attn" if target == "qkv_proj" else "mlp")
-            for kind in ("weight", "bias"):
-                if f"{prefix}.{parts[0]}.{kind}" in fused:
-                    rows = [fused.pop(f"{prefix}.{part}.{kind}") for part in parts]
-                    fused[f"{prefix}.{target}.{kind}"] = np.concatenate(rows)
+    for linear in layout.linears:
+        for kind in ("weight", "bias") if linear.bias else ("weight",):
+            rows = [fused.pop(f"{part.name}.{kind}") for part in linear.parts]
+            fused[f"{linear.name}.{kind}"] = np.concatenate(rows)
     return fused
 
 
-def _modules(name: str) -> set[str]:
-    """The checkpoint's modules that a fused tensor is made of."""
-    module = name.rpartition(".")[0]
-    prefix, _, last = module.rpartition(".")
-    return {f"{prefix}.{part}" for part in FUSED[last]} if last in FUSED else {module}
-
-
-def _add_tensor(
-    tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int | None
-) -> None:
-    is_head = name in (HEAD, "model.embed_tokens.weight")
-    if bits == 32 or not (is_head or name.endswith("_proj.weight")):
-        tensors[prefix + name] = np.ascontiguousarray(weight)
-        return
-    if is_head:
-        quantised = quantise(weight, 8, HEAD_GROUP, name=name)
-    else:
-        quantised = quantise(weight, bits, layer_group(bits, weight.shape[1], group_size), name=name)
-    tensors[f"{prefix}{name}.values"] = quantised.values
-    tensors[f"{prefix}{name}.scales"] = quantised.scales
+def _add_quantised(tensors: dict[str, Array], name: str, weight: F32, bits: int, group_size: int) -> None:
+    quantised = quantise(weight, bits, group_size, name=name)
+    tensors[f"{name}.values"] = quantised.values
+    tensors[f"{name}.scales"] = quantised.scales
     if quantised.zero_points is not None:
-        tensors[f"{prefix}{name}.zero_points"] = quantised.zero_points
+        tensors[f"{name}.zero_points"] = quantised.zero_points
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors file lies (header: 8 bytes length, JSON; offsets count from its end)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    start = 8 + length
-    return {
-        name: StoredTensor(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_layer: int, work: Path) -> dict[str, Any]:
@@ -291,7 +264,7 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
         if member.kind == "adapter":
             continue  # no graph of its own: a backend that knows adapters runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
-        writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, member.name))
+        writer = GraphWriter(config, tensors, WEIGHTS, member.name)
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
         writer.write(part, work / tails[member.name])
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
@@ -307,7 +280,7 @@ def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
         if (bundle.path / file).is_file():
             _link(bundle.path / file, out / file)
     tensors = stored_tensors(bundle.path / WEIGHTS)
-    writer = GraphWriter(config, tensors, WEIGHTS, _resolver(tensors, name))
+    writer = GraphWriter(config, tensors, WEIGHTS, name)
     whole = Slice(embedding=True, start=0, stop=config.num_layers, norm=True, head=True)
     writer.write(whole, out / "model.onnx", standard=True)
     (out / "genai_config.json").write_text(json.dumps(_genai_config(config, bundle.eos_token_ids), indent=1))
@@ -350,14 +323,6 @@ def _genai_config(config: DecoderConfig, eos: tuple[int, ...]) -> dict[str, Any]
     }
     search = {"max_length": config.max_position_embeddings, "do_sample": False, "past_present_share_buffer": True}
     return {"model": model, "search": search}
-
-
-def _resolver(tensors: Mapping[str, StoredTensor], member: str) -> Callable[[str], str]:
-    def resolve(name: str) -> str:
-        own = f"members.{member}.{name}"
-        return own if own in tensors or f"{own}.values" in tensors else name
-
-    return resolve
 
 
 def _replace(work: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ from ..runtime.checkpoints.huggingface import read_config, read_weights
 from ..runtime.checkpoints.members.adapter import ADAPTER, merge, read_adapter
 from ..runtime.checkpoints.members.tail import read_tail
 from ..runtime.model.bundle import WEIGHTS, Bundle
-from .bundle_writer import stored_tensors
+from ..runtime.model.stored import stored_tensors
 
 F32 = npt.NDArray[np.float32]
 

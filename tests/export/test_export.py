@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers.models import FAMILIES
-from motet.export.bundle_writer import export_bundle, stored_tensors, write_standard_graph
+from motet.export.bundle_writer import export_bundle, write_standard_graph
 from motet.export.calibrate import channel_rms, equalise
 from motet.export.quantise import dequantise, quantise
 from motet.runtime.api.config import EngineConfig
@@ -20,6 +20,8 @@ from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.layout import decoder_layout
+from motet.runtime.model.stored import stored_tensors
 
 CONFIG = EngineConfig(backend="onnx", max_num_seqs=4, max_model_len=256, threads=2)
 
@@ -70,7 +72,7 @@ def test_equalisation_is_the_same_function(tiny_model_dir):
     model_dir = tiny_model_dir("qwen2")
     config, weights = read_config(model_dir), read_weights(model_dir)
     rms = channel_rms(Decoder.from_weights(config, weights), [list(range(50))])
-    arrays = equalise(config, {name: tensor.numpy() for name, tensor in weights.items()}, rms, 32)
+    arrays = equalise(decoder_layout(config), {name: tensor.numpy() for name, tensor in weights.items()}, rms, 32)
     changed = Decoder.from_weights(config, {name: torch.from_numpy(array) for name, array in arrays.items()})
     token_ids = torch.arange(40)[None]
     with torch.no_grad():
