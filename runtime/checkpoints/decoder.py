@@ -17,7 +17,6 @@ from ..model import layout
 from ..model.config import DecoderConfig
 from ..model.rotary import rotary_tables
 
-
 Dropout = Callable[[Tensor], Tensor]
 Tables = tuple[Tensor, Tensor]  # cosines and sines, each [S, head_size / 2]
 

@@ -19,7 +19,7 @@ from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import checkpoint_digest
-from motet.runtime.checkpoints.members.adapter import TARGETS, random_adapter, write_adapter
+from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
 from motet.runtime.errors import BundleError, ConfigError, MotetError, UnavailableError
 from motet.runtime.model.bundle import Bundle
 
@@ -70,7 +70,7 @@ def mixed_bundle(tmp_path_factory, tiny_model_dir):
 
 
 def make_adapter(model_dir, out, seed):
-    adapter = random_adapter(Decoder.from_dir(model_dir), TARGETS, 4, seed=seed, scale=0.05)
+    adapter = random_adapter(Decoder.from_dir(model_dir), None, 4, seed=seed, scale=0.05)
     write_adapter(out, {"base": {"name": "tiny", "digest": checkpoint_digest(model_dir)}, "rank": 4}, adapter)
     return out
 

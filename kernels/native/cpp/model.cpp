@@ -233,11 +233,12 @@ std::string Model::missing() const {
         const Layer& layer = layers_[i];
         if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] ||
             layer.attention_norm.empty() || layer.mlp_norm.empty() ||
+            (config_.layer_norm && (layer.attention_norm_bias.empty() || layer.mlp_norm_bias.empty())) ||
             (config_.qk_norm && (layer.q_norm.empty() || layer.k_norm.empty())))
             return "a weight of layer " + std::to_string(i);
     }
-    for (const std::vector<float>& norm : final_norms_)
-        if (norm.empty()) return "a final norm";
+    for (size_t i = 0; i < final_norms_.size(); i++)
+        if (final_norms_[i].empty() || (config_.layer_norm && final_norm_biases_[i].empty())) return "a final norm";
     return "";
 }
 
