@@ -57,23 +57,16 @@ def equalise(
     `weights` may hold an adapter's `<module>.lora_a` and `.lora_b`: A has the columns of the weight, B its rows.
     """
     result = dict(weights)
-
-    def divide(names: Sequence[str], scales: F32) -> None:
-        for name in (*names, *(name.replace(".weight", ".lora_b") for name in names)):
-            if name in result:
-                result[name] = result[name] / (scales if result[name].ndim == 1 else scales[:, None])
-
-    def multiply(names: Sequence[str], scales: F32) -> None:
-        for name in (*names, *(name.replace(".weight", ".lora_a") for name in names)):
-            if name in result:
-                result[name] = result[name] * scales
-
     for linear in layout.linears:
         if linear.source is None:
             continue
         scales = _scales(rms[linear.name], group_size)
-        divide([f"{linear.source}.weight", f"{linear.source}.bias"], scales)
-        multiply([f"{part.name}.weight" for part in linear.parts], scales)
+        for name in (f"{linear.source}.{kind}" for kind in ("weight", "bias", "lora_b")):
+            if name in result:
+                result[name] = result[name] / (scales if result[name].ndim == 1 else scales[:, None])
+        for name in (f"{part.name}.{kind}" for part in linear.parts for kind in ("weight", "lora_a")):
+            if name in result:
+                result[name] = result[name] * scales
     return result
 
 
