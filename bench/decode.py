@@ -23,7 +23,15 @@ from ..runtime.model.layout import EMBEDDING, POSITIONS, decoder_layout
 from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
 from .lib import probes
 from .lib.report import Plot, machine, table, write
-from .lib.timed import TimedBackend, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
+from .lib.timed import (
+    TimedBackend,
+    attended_positions,
+    cached_layers,
+    kv_position_bytes,
+    random_request,
+    run_together,
+    timed_engine,
+)
 
 
 def run(
@@ -156,9 +164,9 @@ def step_work(
     size = _packed_bytes if native else _stored_bytes
     moved = sum(size(name, tensors) for name in tensors if is_read(name))
     layers = cached_layers(bundle, ensemble_size)
-    moved += batch_size * context * layers * kv_bytes
-    layer_macs = sum(linear.rows * linear.columns for linear in layout.layers[0].linears)
-    return moved, batch_size * (layer_macs * layers + config.hidden_size * config.vocab_size)
+    moved += batch_size * attended_positions(layers, context) * kv_bytes
+    macs = sum(linear.rows * linear.columns for layer in layers for linear in layer.linears)
+    return moved, batch_size * (macs + config.hidden_size * config.vocab_size)
 
 
 def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:

@@ -164,6 +164,7 @@ class GraphWriter:
         for name in present:
             self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, cache))
         tables = [self._stored(COS), self._stored(SIN)] if layer.rotary else []
+        window = {} if layer.window is None else {"local_window_size": layer.window}
         output = self._name("attention")
         self._nodes.append(
             helper.make_node(
@@ -177,6 +178,7 @@ class GraphWriter:
                 scale=config.head_size**-0.5,
                 do_rotary=int(layer.rotary),
                 rotary_interleaved=0,
+                **window,
             )
         )
         return self._linear(layer.out, output)

@@ -54,6 +54,7 @@ class Attention(nn.Module):
         if layer.head_norms is not None:
             self.q_norm, self.k_norm = (_norm(norm, config.norm_eps) for norm in layer.head_norms)
         self.rotary = layer.rotary
+        self.window = layer.window
 
     def forward(self, x: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
         """x [B, S, hidden] → [B, S, hidden], or with `positions` [B, A] only their queries' → [B, A, hidden]."""
@@ -66,10 +67,12 @@ class Attention(nn.Module):
             assert tables is not None
             at = tables if positions is None else tuple(table[positions][:, None] for table in tables)
             q, k = rotate(q, *at), rotate(k, *tables)
-        if positions is None:
+        if positions is None and self.window is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            visible = torch.arange(x.shape[1], device=x.device) <= positions[:, :, None]  # [B, A, S]
+            places = torch.arange(x.shape[1], device=x.device)
+            own = (places[None] if positions is None else positions)[:, :, None]  # of the queries, [B or 1, A or S, 1]
+            visible = places <= own if self.window is None else (places <= own) & (places > own - self.window)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result

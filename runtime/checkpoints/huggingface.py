@@ -143,7 +143,7 @@ def _unpack(
     rows = parts[module]
     if tensor.shape[:1] != (sum(rows.values()),):
         return {name: tensor}  # the check says so
-    pieces = tensor.split(list(rows.values()))
+    pieces = torch.split(tensor, list(rows.values()))
     return {f"{part}.{kind}": piece.contiguous() for part, piece in zip(rows, pieces, strict=True)}
 
 

@@ -36,6 +36,8 @@ class DecoderConfig:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
+    sliding_window: int | None = None  # positions that a row attends to, itself included; None: all before it
+    first_window_layer: int = 0  # the layers before it attend to all positions
     tied_head: bool = True
 
     @classmethod

@@ -73,7 +73,8 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer. `head_norms`: over each head of q and of k, before rotary. `rotary`: q and k are rotated."""
+    """One layer. `head_norms`: over each head of q and of k, before rotary. `rotary`: q and k are rotated. `window`: how
+    many positions a row attends to, itself included; None: all before it."""
 
     attention_norm: Norm
     qkv: Linear
@@ -83,6 +84,7 @@ class Layer:
     up: Linear  # gate and up, where the activation is gated
     down: Linear
     rotary: bool
+    window: int | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -177,6 +179,7 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
         # silu(gate) · up is linear in up; gelu(up) is not
         down=_whole(Part(f"{mlp}.down_proj", hidden), inner, config.mlp_bias, "add", up.name if gated else None),
         rotary=config.positions == "rotary",
+        window=config.sliding_window if index >= config.first_window_layer else None,
     )
 
 

@@ -137,7 +137,7 @@ def test_a_full_disk(tiny_model_dir, tmp_path):
     assert len(list(tmp_path.glob("*/index.json"))) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
 def test_only_the_answers_positions(tiny_model_dir, family):
     """The last layer at the answers' positions alone is the whole decoder at those positions."""
     decoder = Decoder.from_dir(tiny_model_dir(family))

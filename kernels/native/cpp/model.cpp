@@ -93,6 +93,7 @@ Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(
     const int tail = config.num_layers - config.split_layer;
     const bool tails = has_tails();
     layers_.resize(size_t(config.split_layer + (tails ? config.num_members * tail : 0)));
+    for (Layer& layer : layers_) layer.window = config.max_positions;
     final_norms_.resize(size_t(tails ? config.num_members : 1));
     final_norm_biases_.resize(final_norms_.size());
     const int64_t d = config.head_size;
@@ -223,6 +224,11 @@ void Model::set_vector(MotetVector which, int index, const float* values, int64_
         throw std::invalid_argument("it has " + std::to_string(count) + " values, the model needs " +
                                     std::to_string(expected));
     to->assign(values, values + count);
+}
+
+void Model::set_window(int layer, int32_t window) {
+    if (window < 1) throw std::invalid_argument("the window is " + std::to_string(window) + ", it must be at least 1");
+    layer_at(layer).window = std::min(window, config_.max_positions);
 }
 
 std::string Model::missing() const {

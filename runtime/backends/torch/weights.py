@@ -88,6 +88,7 @@ class LayerWeights:
     up: LinearLayer
     gated: bool  # up is gate and up, for SwiGLU; else GELU
     down: LinearLayer
+    window: int | None = None  # positions that a row attends to, itself included; None: all before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,7 @@ class ModelReader:
             up=self._linear(layer.up, member),
             gated=layer.up.epilogue == "swiglu",
             down=self._linear(layer.down, member),
+            window=layer.window,
         )
 
     def _norm(self, norm: layout.Norm, member: str | None) -> Norm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import UnsupportedModelError
 from ..config import DecoderConfig
 from .family import Family, Json, require, rotary
 
@@ -30,6 +31,22 @@ def llama_config(values: Json, **changes: Any) -> DecoderConfig:
         **rotary(values),
     }
     return DecoderConfig(**(fields | changes))
+
+
+def late_window(values: Json) -> dict[str, Any]:
+    """The sliding window of the layers from `max_window_layers` on, where `use_sliding_window` says so.
+
+    Raises `UnsupportedModelError` if `layer_types` names other layers.
+    """
+    window = values.get("sliding_window") if values.get("use_sliding_window", False) else None
+    first = values.get("max_window_layers", 28) if window else 0  # 28: what transformers takes
+    count = values["num_hidden_layers"]
+    derived = ["sliding_attention" if window and index >= first else "full_attention" for index in range(count)]
+    if (values.get("layer_types") or derived) != derived:
+        raise UnsupportedModelError(
+            f"layer_types={values['layer_types']} is not supported; a window must be that of the layers from {first} on"
+        )
+    return {"sliding_window": window or None, "first_window_layer": first}
 
 
 LLAMA = Family("llama", llama_config)
