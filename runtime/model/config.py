@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..api.config import check_keys
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class DecoderConfig:
     sliding_window: int | None = None  # positions that a row attends to, itself included; None: all before it
     first_window_layer: int = 0  # the layers before it attend to all positions
     tied_head: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window is {self.sliding_window}, it must be at least 1; null is no window")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:

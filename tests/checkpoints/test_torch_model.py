@@ -11,7 +11,7 @@ import transformers
 from helpers.models import FAMILIES, WINDOW
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
-from motet.runtime.errors import BundleError, NotFoundError, UnsupportedModelError
+from motet.runtime.errors import BundleError, ConfigError, NotFoundError, UnsupportedModelError
 from motet.runtime.model.families import decoder_config
 from motet.runtime.model.layout import decoder_layout
 
@@ -97,6 +97,13 @@ def test_unsupported_models(tiny_model_dir, change, message):
     values = json.loads((tiny_model_dir("llama") / "config.json").read_text())
     with pytest.raises(UnsupportedModelError, match=message):
         decoder_config(values | change)
+
+
+def test_a_window_of_nothing(tiny_model_dir):
+    values = json.loads((tiny_model_dir("mistral") / "config.json").read_text())
+    with pytest.raises(ConfigError, match="sliding_window is 0"):
+        decoder_config(values | {"sliding_window": 0})
+    assert decoder_config(values | {"sliding_window": None}).sliding_window is None
 
 
 def test_damaged_and_missing_weights(tiny_model_dir, tmp_path):
