@@ -42,7 +42,8 @@ def run(
     before = probes.measure(config.num_threads)
     times: dict[int, list[float]] = {context: [] for context in sorted(contexts)}
     with timed_engine(bundle_path, config) as (engine, timed):
-        position_bytes = cached_layers(bundle) * kv_position_bytes(bundle, config, native=timed.is_native)
+        growing = [layer for layer in cached_layers(bundle) if layer.window is None or layer.window >= max(contexts)]
+        position_bytes = len(growing) * kv_position_bytes(bundle, config, native=timed.is_native)
         for repeat in range(repeats + 1):
             for context in reversed(times):  # the longest first: the others find their blocks
                 request = random_request(bundle, 0, context - new_tokens // 2, new_tokens)

@@ -15,16 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..export.bundle_writer import stored_tensors
-from ..export.graph import StoredTensor
 from ..runtime.api.config import EngineConfig
 from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import WEIGHTS, Bundle
-from ..runtime.model.config import DecoderConfig
+from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, decoder_layout
+from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
 from .lib import probes
 from .lib.report import Plot, machine, table, write
-from .lib.timed import StepTimer, cached_layers, kv_position_bytes, random_request, run_together, timed_engine
+from .lib.timed import (
+    StepTimer,
+    attended_positions,
+    cached_layers,
+    kv_position_bytes,
+    random_request,
+    run_together,
+    timed_engine,
+)
 
 
 def run(
@@ -143,22 +150,23 @@ def step_work(
 ) -> tuple[int, int]:
     """(bytes, multiply-accumulates) that a decode step must move and compute at least. `kv_bytes`: of a position's keys
     and values in one layer. `native`: weights as the native kernels pack them, else as they are stored."""
-    config = bundle.config
+    config, layout = bundle.config, decoder_layout(bundle.config)
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
-    gathered = ("rotary.", "model.embed_positions.", *(() if config.tied_head else ("model.embed_tokens.",)))
+    gathered = (COS, SIN, POSITIONS, *(() if layout.head == EMBEDDING else (EMBEDDING,)))
 
     def is_read(name: str) -> bool:
         if name.startswith("members."):
-            return any(name.startswith(f"members.{member}.model.") for member in chosen)
-        needed = any(f"members.{member}.{name}" not in tensors for member in chosen)  # not by members with their own
+            return any(name.startswith(own_name(member, "model.")) for member in chosen)
+        needed = any(own_name(member, name) not in tensors for member in chosen)  # not by members with their own
         return needed and not name.startswith(gathered)
 
     size = _packed_bytes if native else _stored_bytes
     moved = sum(size(name, tensors) for name in tensors if is_read(name))
     layers = cached_layers(bundle, ensemble_size)
-    moved += batch_size * context * layers * kv_bytes
-    return moved, batch_size * (_layer_macs(config) * layers + config.hidden_size * config.vocab_size)
+    moved += batch_size * attended_positions(layers, context) * kv_bytes
+    macs = sum(linear.rows * linear.columns for layer in layers for linear in layer.linears)
+    return moved, batch_size * (macs + config.hidden_size * config.vocab_size)
 
 
 def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
@@ -167,22 +175,15 @@ def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
 
 def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
     """Scales, and minima instead of zero points and group-sum columns, have 2 bytes."""
-    weight, _, part = name.rpartition(".")
+    base, _, part = name.rpartition(".")
+    if part not in ("values", "scales", "zero_points"):
+        return tensors[name].length
     if part == "zero_points":
         return 0
-    if f"{weight}.values" not in tensors:
-        return tensors[name].length
-    bits = 4 if f"{weight}.zero_points" in tensors else 8
-    rows, groups, group_bytes = tensors[f"{weight}.values"].shape
-    group = group_bytes * 8 // bits
-    own = groups if bits == 8 else groups * group // (group + 1)
-    return rows * own * (group_bytes if part == "values" else 2 if bits == 8 else 4)
-
-
-def _layer_macs(config: DecoderConfig) -> int:
-    mlp = 3 if config.activation == "swiglu" else 2
-    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
-    return attention + mlp * config.hidden_size * config.intermediate_size
+    weight = stored_weight(tensors, base)
+    if part == "values":
+        return weight.rows * weight.columns * weight.bits // 8
+    return weight.rows * weight.groups * (2 if weight.bits == 8 else 4)
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:

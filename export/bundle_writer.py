@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,20 @@ from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
+from ..runtime.model.layout import COS, EMBEDDING, HEAD, SIN, Layout, decoder_layout
 from ..runtime.model.members import MemberKind, have_tails
 from ..runtime.model.rotary import rotary_tables
+from ..runtime.model.stored import own_name, stored_tensors
 from .base_model import BaseModel
 from .calibrate import channel_rms, equalise
-from .graph import GraphWriter, Slice, StoredTensor
-from .members import FUSED, MemberWeights, fuse_adapters, read_member
+from .graph import GraphWriter, Slice
+from .members import MemberWeights, fuse_adapters, read_member
 from .parity import REPORT, HeldOut, measure_parity
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
-HEAD = "lm_head.weight"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
 
@@ -83,7 +83,7 @@ def export_bundle(
     rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
     base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
     with new_directory(out, MANIFEST, "a bundle") as work:
-        tensors = _bundle_tensors(config, base, members, rms, bits, group_size)
+        tensors = _bundle_tensors(decoder_layout(config), base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
         del tensors  # a second copy of the weights, which measuring does not need
         files = _write_graphs(config, members, split_layer, work) if graphs else None
@@ -151,7 +151,7 @@ def _own_head(
         )
     if not own or not config.tied_head:
         return config, dict(base)
-    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base["model.embed_tokens.weight"]}
+    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base[EMBEDDING]}
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
@@ -184,7 +184,7 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 
 def _bundle_tensors(
-    config: DecoderConfig,
+    layout: Layout,
     base: Mapping[str, F32],
     members: list[MemberWeights],
     rms: Mapping[str, F32],
@@ -197,98 +197,62 @@ def _bundle_tensors(
     away would give the base back.
     """
     tensors: dict[str, Array] = {}
-    if config.positions == "rotary":
-        tensors["rotary.cos"], tensors["rotary.sin"] = rotary_tables(config)
+    if layout.config.positions == "rotary":
+        tensors[COS], tensors[SIN] = rotary_tables(layout.config)
+    quantised = {f"{linear.name}.weight" for linear in layout.linears}
+    fused = [{part.name for part in linear.parts} for linear in layout.linears]
+    fused_with = {part: parts for parts in fused for part in parts}
 
-    def add(prefix: str, weights: Mapping[str, F32], bits: int) -> None:
+    def add(member: str | None, weights: Mapping[str, F32], bits: int) -> None:
         for name, weight in weights.items():
-            _add_tensor(tensors, prefix, name, weight, bits, group_size)
+            stored = name if member is None else own_name(member, name)
+            if bits == 32 or name not in quantised | {EMBEDDING, HEAD}:
+                tensors[stored] = np.ascontiguousarray(weight)
+            elif name in quantised:
+                _add_quantised(tensors, stored, weight, bits, layer_group(bits, weight.shape[1], group_size))
+            else:
+                _add_quantised(tensors, stored, weight, 8, HEAD_GROUP)
 
     def prepare(weights: Mapping[str, F32]) -> dict[str, F32]:
-        return _fuse(config, equalise(config, weights, rms, group_size) if rms else weights)
+        return _fuse(layout, equalise(layout, weights, rms, group_size) if rms else weights)
 
     shared = prepare(base)
     for member in members:
         changed = {n.rpartition(".")[0] for n, w in member.weights.items() if not np.array_equal(w, base[n])}
-        parts = {part for module in changed for part in _fused_with(module)}
-        weights = {n: w for n, w in {**base, **member.weights}.items() if n.rpartition(".")[0] in parts}
-        own = {n: w for n, w in prepare(weights).items() if _modules(n) & changed}
+        together = {part for module in changed for part in fused_with.get(module, {module})}
+        own = prepare({n: w for n, w in {**base, **member.weights}.items() if n.rpartition(".")[0] in together})
         if len(members) == 1:
             shared = {n: w for n, w in shared.items() if n not in own}
-            add("", own, max(bits, 8))
+            add(None, own, max(bits, 8))
         else:
-            add(f"members.{member.name}.", own, max(bits, 8))
-        adapters = equalise(config, member.adapters, rms, group_size) if rms else member.adapters
-        add(f"members.{member.name}.", fuse_adapters(config, adapters, base), 32)
-    add("", shared, bits)
+            add(member.name, own, max(bits, 8))
+        adapters = equalise(layout, member.adapters, rms, group_size) if rms else member.adapters
+        add(member.name, fuse_adapters(layout, adapters), 32)
+    add(None, shared, bits)
     return tensors
 
 
-def _fuse(config: DecoderConfig, weights: Mapping[str, F32]) -> dict[str, F32]:
-    """Projections that read the same input become one matrix: rows of q, k, v; rows of gate, up."""
+def _fuse(layout: Layout, weights: Mapping[str, F32]) -> dict[str, F32]:
+    """The linear layers as they are stored: their parts' rows, one part after the other. `weights` has all parts of a layer
+    or none."""
     fused = dict(weights)
-    for index in range(config.num_layers):
-        for target, parts in FUSED.items():
-            if target == "gate_up_proj" and config.activation != "swiglu":
-                continue
-            prefix = f"model.layers.{index}." + ("self_attn" if target == "qkv_proj" else "mlp")
-            for kind in ("weight", "bias"):
-                if f"{prefix}.{parts[0]}.{kind}" in fused:
-                    rows = [fused.pop(f"{prefix}.{part}.{kind}") for part in parts]
-                    fused[f"{prefix}.{target}.{kind}"] = np.concatenate(rows)
+    for linear in layout.linears:
+        for kind in ("weight", "bias") if linear.bias else ("weight",):
+            names = [f"{part.name}.{kind}" for part in linear.parts]
+            if names[0] in fused:
+                fused[f"{linear.name}.{kind}"] = np.concatenate([fused.pop(name) for name in names])
     return fused
 
 
-def _modules(name: str) -> set[str]:
-    """The checkpoint's modules that a fused tensor is made of."""
-    module = name.rpartition(".")[0]
-    prefix, _, last = module.rpartition(".")
-    return {f"{prefix}.{part}" for part in FUSED[last]} if last in FUSED else {module}
-
-
-def _fused_with(module: str) -> set[str]:
-    """The checkpoint's modules of which `module` becomes one matrix with, and itself."""
-    prefix, _, last = module.rpartition(".")
-    parts = next((parts for parts in FUSED.values() if last in parts), (last,))
-    return {f"{prefix}.{part}" for part in parts}
-
-
-def _add_tensor(
-    tensors: dict[str, Array], prefix: str, name: str, weight: F32, bits: int, group_size: int | None
-) -> None:
-    is_head = name in (HEAD, "model.embed_tokens.weight")
-    if bits == 32 or not (is_head or name.endswith("_proj.weight")):
-        tensors[prefix + name] = np.ascontiguousarray(weight)
-        return
-    if is_head:
-        quantised = quantise(weight, 8, HEAD_GROUP, name=name)
-    else:
-        quantised = quantise(weight, bits, layer_group(bits, weight.shape[1], group_size), name=name)
-    tensors[f"{prefix}{name}.values"] = quantised.values
-    tensors[f"{prefix}{name}.scales"] = quantised.scales
+def _add_quantised(tensors: dict[str, Array], name: str, weight: F32, bits: int, group_size: int) -> None:
+    quantised = quantise(weight, bits, group_size, name=name)
+    tensors[f"{name}.values"] = quantised.values
+    tensors[f"{name}.scales"] = quantised.scales
     if quantised.zero_points is not None:
-        tensors[f"{prefix}{name}.zero_points"] = quantised.zero_points
+        tensors[f"{name}.zero_points"] = quantised.zero_points
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors file lies (header: 8 bytes length, JSON; offsets count from its end)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    start = 8 + length
-    return {
-        name: StoredTensor(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_layer: int, work: Path) -> dict[str, Any]:
@@ -305,17 +269,7 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
         if member.kind.own_sequence:
             continue  # no graph of its own: a backend that knows adapters runs the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
-        writer = GraphWriter(config, tensors, WEIGHTS, resolver(tensors, member.name))
+        writer = GraphWriter(config, tensors, WEIGHTS, member.name)
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
         writer.write(part, work / tails[member.name])
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}
-
-
-def resolver(tensors: Mapping[str, StoredTensor], member: str) -> Callable[[str], str]:
-    """Canonical tensor name → the stored one: the member's own where it has one, else the base's."""
-
-    def resolve(name: str) -> str:
-        own = f"members.{member}.{name}"
-        return own if own in tensors or f"{own}.values" in tensors else name
-
-    return resolve

@@ -18,25 +18,25 @@ import numpy.typing as npt
 import torch
 
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.model.config import DecoderConfig
+from ..runtime.model.layout import Layout, decoder_layout
 from .quantise import layer_group
 
 F32 = npt.NDArray[np.float32]
 
 
 def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, F32]:
-    """Module name → root mean square of each input channel of its linear layer, over all tokens of `chunks`."""
+    """Linear layer → root mean square of each of its input channels, over all tokens of `chunks`."""
     sums: dict[str, torch.Tensor] = {}
 
-    def observe(name: str) -> torch.utils.hooks.RemovableHandle:
+    def observe(name: str, module: str) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             squares = inputs[0].detach().double().square().reshape(-1, inputs[0].shape[-1]).sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
-        return decoder.get_submodule(name).register_forward_pre_hook(hook)
+        return decoder.get_submodule(module).register_forward_pre_hook(hook)
 
-    names = [name for name, _ in decoder.named_modules() if name.endswith(("q_proj", "up_proj", "down_proj"))]
-    handles = [observe(name) for name in names]
+    linears = [linear for linear in decoder_layout(decoder.config).linears if linear.source is not None]
+    handles = [observe(linear.name, linear.parts[0].name) for linear in linears]  # its parts have one input
     try:
         with torch.no_grad():
             for chunk in chunks:
@@ -49,7 +49,7 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
 
 
 def equalise(
-    config: DecoderConfig, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int | None
+    layout: Layout, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int | None
 ) -> dict[str, F32]:
     """The same function with other weights. The same `rms` must be used for all members of a bundle; `group_size`: see
     `layer_group`.
@@ -57,31 +57,16 @@ def equalise(
     `weights` may hold an adapter's `<module>.lora_a` and `.lora_b`: A has the columns of the weight, B its rows.
     """
     result = dict(weights)
-
-    def divide(names: Sequence[str], scales: F32) -> None:
-        for name in (*names, *(name.replace(".weight", ".lora_b") for name in names)):
+    for linear in layout.linears:
+        if linear.source is None:
+            continue
+        scales = _scales(rms[linear.name], group_size)
+        for name in (f"{linear.source}.{kind}" for kind in ("weight", "bias", "lora_b")):
             if name in result:
                 result[name] = result[name] / (scales if result[name].ndim == 1 else scales[:, None])
-
-    def multiply(names: Sequence[str], scales: F32) -> None:
-        for name in (*names, *(name.replace(".weight", ".lora_a") for name in names)):
+        for name in (f"{part.name}.{kind}" for part in linear.parts for kind in ("weight", "lora_a")):
             if name in result:
                 result[name] = result[name] * scales
-
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}"
-        norm, attention, mlp = f"{layer}.input_layernorm", f"{layer}.self_attn", f"{layer}.mlp"
-        scales = _scales(rms[f"{attention}.q_proj"], group_size)
-        divide([f"{norm}.weight", f"{norm}.bias"], scales)
-        multiply([f"{attention}.{part}_proj.weight" for part in "qkv"], scales)
-        norm = f"{layer}.post_attention_layernorm"
-        scales = _scales(rms[f"{mlp}.up_proj"], group_size)
-        divide([f"{norm}.weight", f"{norm}.bias"], scales)
-        multiply([f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], scales)
-        if config.activation == "swiglu":  # silu(gate) · up is linear in up; gelu(up) is not
-            scales = _scales(rms[f"{mlp}.down_proj"], group_size)
-            divide([f"{mlp}.up_proj.weight", f"{mlp}.up_proj.bias"], scales)
-            multiply([f"{mlp}.down_proj.weight"], scales)
     return result
 
 

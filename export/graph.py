@@ -21,7 +21,7 @@ the buffers of past_key_values.{i}. The head: hidden_states [R, hidden] → logi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Linear, Norm, decoder_layout
+from ..runtime.model.stored import StoredTensor, StoredWeight, resolve, stored_weight
 
 MICROSOFT = "com.microsoft"
 HIDDEN = "hidden_states"
@@ -47,30 +49,21 @@ class Slice:
     head: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in the weights file: bytes `offset` … `offset + length`."""
-
-    dtype: str  # as safetensors names it: F32, U8
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
 class GraphWriter:
-    """Writes slices of one decoder. `resolve` maps a canonical tensor name to the stored one (a tail has its own)."""
+    """Writes slices of one decoder, as `member` has it; None: of the base."""
 
     def __init__(
         self,
         config: DecoderConfig,
         tensors: Mapping[str, StoredTensor],
         weights_file: str,
-        resolve: Callable[[str], str] = lambda name: name,
+        member: str | None = None,
     ) -> None:
         self.config = config
+        self.layout = decoder_layout(config)
         self.tensors = tensors
         self.weights_file = weights_file
-        self.resolve = resolve
+        self.member = member
 
     def write(self, part: Slice, path: Path, *, standard: bool = False) -> None:
         """Write the graph of `part` to `path`, beside the weights file. `standard`: with the interface that other
@@ -86,9 +79,9 @@ class GraphWriter:
         # of zeros: so it goes through the same kernel as in a whole graph, and is equal to it bit for bit.
         pending = None if part.embedding or part.head else self._node("Sub", [hidden, hidden])
         for index in range(part.start, part.stop):
-            hidden, pending = self._layer(index, hidden, pending)
+            hidden, pending = self._layer(index, self.layout.layers[index], hidden, pending)
         if part.norm:
-            hidden, _ = self._norm("model.norm", hidden, pending, residual=False)
+            hidden, _ = self._norm(self.layout.norm, hidden, pending, residual=False)
         elif pending is not None:
             hidden = self._node("Add", [hidden, pending])
         if part.head:
@@ -105,24 +98,23 @@ class GraphWriter:
 
     def _embed(self) -> str:
         ids = self._input("input_ids", TensorProto.INT64, ["batch", "sequence"])
-        name = self.resolve("model.embed_tokens.weight")
-        if f"{name}.values" in self.tensors:
-            shape = self.tensors[f"{name}.values"].shape
-            values = self._stored(f"{name}.values", shape=(shape[0], shape[1] * shape[2]))
+        weight = self._find_weight(EMBEDDING)
+        if weight.bits < 32:
+            values = self._stored(weight.values, shape=(weight.rows, weight.columns))
             hidden = self._node(
                 "GatherBlockQuantized",
-                [values, ids, self._stored(f"{name}.scales")],
+                [values, ids, self._stored(weight.scales)],
                 domain=MICROSOFT,
-                bits=8,
-                block_size=self._group(name),
+                bits=weight.bits,
+                block_size=weight.group_size,
                 gather_axis=0,
                 quantize_axis=1,
             )
         else:
-            hidden = self._node("Gather", [self._stored(name), ids])
+            hidden = self._node("Gather", [self._stored(weight.name), ids])
         if self.config.positions == "learned":
             positions = self._input("position_ids", TensorProto.INT64, ["batch", "sequence"])
-            embedded = self._node("Gather", [self._weight("model.embed_positions.weight"), positions])
+            embedded = self._node("Gather", [self._tensor(POSITIONS), positions])
             hidden = self._node("Add", [hidden, embedded])
         return hidden
 
@@ -138,17 +130,16 @@ class GraphWriter:
         length = self._node("Gather", [self._node("Shape", [mask]), self._constant("index_1", np.array(1, np.int64))])
         self._node("Cast", [length], output="total_sequence_length", to=TensorProto.INT32)
 
-    def _layer(self, index: int, hidden: str, pending: str | None) -> tuple[str, str]:
-        prefix = f"model.layers.{index}"
-        normed, hidden = self._norm(f"{prefix}.input_layernorm", hidden, pending)
-        attention = self._attention(index, normed)
-        normed, hidden = self._norm(f"{prefix}.post_attention_layernorm", hidden, attention)
-        return hidden, self._mlp(f"{prefix}.mlp", normed)
+    def _layer(self, index: int, layer: Layer, hidden: str, pending: str | None) -> tuple[str, str]:
+        normed, hidden = self._norm(layer.attention_norm, hidden, pending)
+        attention = self._attention(index, layer, normed)
+        normed, hidden = self._norm(layer.mlp_norm, hidden, attention)
+        return hidden, self._mlp(layer, normed)
 
-    def _norm(self, name: str, hidden: str, pending: str | None, *, residual: bool = True) -> tuple[str, str]:
+    def _norm(self, norm: Norm, hidden: str, pending: str | None, *, residual: bool = True) -> tuple[str, str]:
         """(normed, residual stream). With a pending branch: residual = hidden + pending, in the same node."""
-        rms = self.config.norm == "rms"
-        weights = [self._weight(f"{name}.weight")] + ([] if rms else [self._weight(f"{name}.bias")])
+        rms = norm.kind == "rms"
+        weights = [self._tensor(name) for name in norm.tensors]
         epsilon: dict[str, Any] = {"epsilon": self.config.norm_eps}
         if pending is None:
             operator = "SimplifiedLayerNormalization" if rms else "LayerNormalization"
@@ -161,17 +152,19 @@ class GraphWriter:
         )
         return normed, total
 
-    def _attention(self, index: int, normed: str) -> str:
-        config, prefix = self.config, f"model.layers.{index}.self_attn"
-        qkv = self._linear(f"{prefix}.qkv_proj", normed, config.hidden_size)  # [B, S, q_size + 2 * kv_size]
-        query, key, value = (qkv, "", "") if not config.qk_norm else self._split_and_norm_heads(prefix, qkv)
+    def _attention(self, index: int, layer: Layer, normed: str) -> str:
+        config = self.config
+        qkv = self._linear(layer.qkv, normed)  # [B, S, q_size + 2 * kv_size]
+        query, key, value = (
+            (qkv, "", "") if layer.head_norms is None else self._split_and_norm_heads(layer.qkv, layer.head_norms, qkv)
+        )
         cache: list[str | int] = ["batch", config.num_kv_heads, "cache", config.head_size]
         past = [self._input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, cache) for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
             self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, cache))
-        rotary = config.positions == "rotary"
-        tables = [self._stored("rotary.cos"), self._stored("rotary.sin")] if rotary else []
+        tables = [self._stored(COS), self._stored(SIN)] if layer.rotary else []
+        window = {} if layer.window is None else {"local_window_size": layer.window}
         output = self._name("attention")
         self._nodes.append(
             helper.make_node(
@@ -183,96 +176,80 @@ class GraphWriter:
                 num_heads=config.num_heads,
                 kv_num_heads=config.num_kv_heads,
                 scale=config.head_size**-0.5,
-                do_rotary=int(rotary),
+                do_rotary=int(layer.rotary),
                 rotary_interleaved=0,
+                **window,
             )
         )
-        return self._linear(f"{prefix}.o_proj", output, config.q_size)
+        return self._linear(layer.out, output)
 
-    def _split_and_norm_heads(self, prefix: str, qkv: str) -> tuple[str, str, str]:
+    def _split_and_norm_heads(self, linear: Linear, norms: tuple[Norm, Norm], qkv: str) -> tuple[str, str, str]:
         """qk-norm: an RMS norm over each head of q and of k, before rotary."""
-        config = self.config
-        query, key, value = self._split(qkv, [config.q_size, config.kv_size, config.kv_size])
+        sizes = [part.rows for part in linear.parts]
+        query, key, value = self._split(qkv, sizes)
         normed = []
-        for name, tensor, size in (("q", query, config.q_size), ("k", key, config.kv_size)):
-            heads = self._constant(
-                f"{name}_heads", np.array([0, 0, size // config.head_size, config.head_size], np.int64)
-            )
+        for name, tensor, size, norm in zip("qk", (query, key), sizes, norms):
+            heads = self._constant(f"{name}_heads", np.array([0, 0, size // norm.size, norm.size], np.int64))
             flat = self._constant(f"{name}_flat", np.array([0, 0, size], np.int64))
             tensor = self._node("Reshape", [tensor, heads])
-            weight = self._weight(f"{prefix}.{name}_norm.weight")
-            tensor = self._node("SimplifiedLayerNormalization", [tensor, weight], axis=-1, epsilon=config.norm_eps)
+            weights = [self._tensor(own) for own in norm.tensors]
+            epsilon = self.config.norm_eps
+            tensor = self._node("SimplifiedLayerNormalization", [tensor, *weights], axis=-1, epsilon=epsilon)
             normed.append(self._node("Reshape", [tensor, flat]))
         return normed[0], normed[1], value
 
-    def _mlp(self, prefix: str, normed: str) -> str:
-        hidden_size, size = self.config.hidden_size, self.config.intermediate_size
-        if self.config.activation == "gelu":
-            inner = self._node("Gelu", [self._linear(f"{prefix}.up_proj", normed, hidden_size)], approximate="tanh")
+    def _mlp(self, layer: Layer, normed: str) -> str:
+        if layer.up.epilogue == "gelu":
+            inner = self._node("Gelu", [self._linear(layer.up, normed)], approximate="tanh")
         else:
-            gate, up = self._split(self._linear(f"{prefix}.gate_up_proj", normed, hidden_size), [size, size])
+            gate, up = self._split(self._linear(layer.up, normed), [part.rows for part in layer.up.parts])
             silu = self._node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x)
             inner = self._node("Mul", [silu, up])
-        return self._linear(f"{prefix}.down_proj", inner, size)
+        return self._linear(layer.down, inner)
 
     def _head(self, hidden: str, *, last_position: bool) -> None:
         """Logits of every row, or [B, 1, vocab] of the last position."""
-        name = self.resolve("model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight")
+        weight = self._find_weight(self.layout.head)
         shape: list[str | int] = ["rows", self.config.vocab_size]
         if last_position:
             hidden = self._node("Gather", [hidden, self._constant("last", np.array([-1], np.int64))], axis=1)
             shape = ["batch", 1, self.config.vocab_size]
-        if f"{name}.values" in self.tensors:
-            logits = self._matmul_quantised(name, hidden, self.config.hidden_size)
-        else:
-            logits = self._matmul(name, hidden)
+        logits = self._matmul(weight, hidden)
         self._output(logits, "logits", TensorProto.FLOAT, shape)
 
     # ---- linear layers -----------------------------------------------------------------------------------------
 
-    def _linear(self, name: str, hidden: str, columns: int) -> str:
-        """hidden [B, S, columns] → [B, S, out features], with the bias if the checkpoint has one."""
-        weight, bias = self.resolve(f"{name}.weight"), self.resolve(f"{name}.bias")
-        if f"{weight}.values" not in self.tensors:
-            output = self._matmul(weight, hidden)
-        elif self._bits(weight) == 4:
-            output = self._matmul_quantised(weight, *self._with_group_sums(hidden, columns, self._group(weight)))
-        else:
-            output = self._matmul_quantised(weight, hidden, columns)
-        return self._node("Add", [output, self._stored(bias)]) if bias in self.tensors else output
+    def _linear(self, linear: Linear, hidden: str) -> str:
+        """hidden [B, S, columns] → [B, S, rows]."""
+        output = self._matmul(self._find_weight(f"{linear.name}.weight"), hidden)
+        return self._node("Add", [output, self._tensor(f"{linear.name}.bias")]) if linear.bias else output
 
-    def _matmul(self, weight: str, hidden: str) -> str:
-        return self._node("FusedMatMul", [hidden, self._stored(weight)], domain=MICROSOFT, transB=1)
-
-    def _bits(self, weight: str) -> int:
-        return 4 if f"{weight}.zero_points" in self.tensors else 8
-
-    def _group(self, weight: str) -> int:
-        return self.tensors[f"{weight}.values"].shape[2] * 8 // self._bits(weight)
-
-    def _matmul_quantised(self, weight: str, hidden: str, columns: int) -> str:
-        """`MatMulNBits` with activations quantised per row and group to 8 bits (accuracy level 4)."""
-        inputs = [hidden, self._stored(f"{weight}.values"), self._stored(f"{weight}.scales")]
-        if f"{weight}.zero_points" in self.tensors:
-            inputs.append(self._stored(f"{weight}.zero_points"))
+    def _matmul(self, weight: StoredWeight, hidden: str) -> str:
+        """hidden [..., columns] → [..., rows]. `MatMulNBits` has activations quantised per row and group to 8 bits
+        (accuracy level 4)."""
+        if weight.bits == 32:
+            return self._node("FusedMatMul", [hidden, self._stored(weight.name)], domain=MICROSOFT, transB=1)
+        if weight.bits == 4:
+            hidden = self._with_group_sums(weight, hidden)
+        tensors = [weight.values, weight.scales, *([weight.zero_points] if weight.zero_points else [])]
         return self._node(
             "MatMulNBits",
-            inputs,
+            [hidden, *(self._stored(name) for name in tensors)],
             domain=MICROSOFT,
-            K=columns,
-            N=self.tensors[f"{weight}.values"].shape[0],
-            bits=self._bits(weight),
-            block_size=self._group(weight),
+            K=weight.multiplied_columns,
+            N=weight.rows,
+            bits=weight.bits,
+            block_size=weight.group_size,
             accuracy_level=4,
         )
 
-    def _with_group_sums(self, hidden: str, columns: int, group_size: int) -> tuple[str, int]:
-        """The activations with the sum of each group as further columns (see `quantise`), and how many they are."""
-        groups = columns // group_size
-        shape = self._constant(f"groups_{columns}", np.array([0, 0, groups, group_size], np.int64))
+    def _with_group_sums(self, weight: StoredWeight, hidden: str) -> str:
+        """The activations with the sum of each group as further columns (see `quantise`)."""
+        grouped = np.array([0, 0, weight.groups, weight.group_size], np.int64)
+        shape = self._constant(f"groups_{weight.columns}", grouped)
         last = self._constant("axis_last", np.array([-1], np.int64))
         sums = self._node("ReduceSum", [self._node("Reshape", [hidden, shape]), last], keepdims=0)
-        return self._node("Concat", [hidden, sums], axis=-1), columns + groups
+        return self._node("Concat", [hidden, sums], axis=-1)
 
     # ---- nodes and tensors -------------------------------------------------------------------------------------
 
@@ -305,8 +282,11 @@ class GraphWriter:
         self._initializers.setdefault(name, onnx.numpy_helper.from_array(value, name))
         return name
 
-    def _weight(self, name: str) -> str:
-        return self._stored(self.resolve(name))
+    def _find_weight(self, name: str) -> StoredWeight:
+        return stored_weight(self.tensors, resolve(self.tensors, name, self.member))
+
+    def _tensor(self, name: str) -> str:
+        return self._stored(resolve(self.tensors, name, self.member))
 
     def _stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
         """An initializer that points into the weights file; `shape` may view the same bytes differently."""

@@ -15,12 +15,11 @@ from ..runtime.checkpoints.members.adapter import adapted_modules, check_shapes
 from ..runtime.checkpoints.members.files import first_layer
 from ..runtime.checkpoints.members.registry import FORMATS
 from ..runtime.errors import BundleError, InvalidEnsembleError
-from ..runtime.model.config import DecoderConfig
+from ..runtime.model.layout import Layout
 from ..runtime.model.members import MemberKind
 from .base_model import BaseModel
 
 F32 = npt.NDArray[np.float32]
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +64,27 @@ def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     return {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
 
 
-def fuse_adapters(config: DecoderConfig, adapters: Mapping[str, F32], base: Mapping[str, F32]) -> dict[str, F32]:
-    """Adapters of the layers as they are stored: A of q, k, v (gate, up) stacked, B in blocks; a part without an adapter has
-    rows of zeros. `base` gives the parts' numbers of rows."""
+def fuse_adapters(layout: Layout, adapters: Mapping[str, F32]) -> dict[str, F32]:
+    """Adapters of the linear layers as they are stored: A of their parts stacked, B in blocks; a part without an adapter
+    has rows of zeros. Raises `BundleError` for an adapter of what is no linear layer's part."""
+    left = set(adapted_modules(adapters))
     fused: dict[str, F32] = {}
-    parents: dict[str, list[str]] = {}
-    for module in adapted_modules(adapters):
-        prefix, _, last = module.rpartition(".")
-        names = (name for name, parts in FUSED.items() if last in parts)
-        target = next(names, last)
-        if target == "gate_up_proj" and config.activation != "swiglu":
-            target = last
-        parents.setdefault(f"{prefix}.{target}", []).append(module)
-    for target, modules in parents.items():
-        prefix, _, last = target.rpartition(".")
-        parts = [f"{prefix}.{part}" for part in FUSED.get(last, (last,))]
-        present = [part for part in parts if part in modules]
-        ranks = {part: adapters[f"{part}.lora_a"].shape[0] for part in present}
-        b = np.zeros((sum(len(base[f"{part}.weight"]) for part in parts), sum(ranks.values())), np.float32)
+    for linear in layout.linears:
+        present = [part.name for part in linear.parts if part.name in left]
+        if not present:
+            continue
+        left -= set(present)
+        ranks = {name: len(adapters[f"{name}.lora_a"]) for name in present}
+        b = np.zeros((linear.rows, sum(ranks.values())), np.float32)
         row = column = 0
-        for part in parts:
-            rows = len(base[f"{part}.weight"])
-            if part in ranks:
-                b[row : row + rows, column : column + ranks[part]] = adapters[f"{part}.lora_b"]
-                column += ranks[part]
-            row += rows
-        fused[f"{target}.lora_a"] = np.concatenate([adapters[f"{part}.lora_a"] for part in present])
-        fused[f"{target}.lora_b"] = b
+        for part in linear.parts:
+            if part.name in ranks:
+                rank = ranks[part.name]
+                b[row : row + part.rows, column : column + rank] = adapters[f"{part.name}.lora_b"]
+                column += rank
+            row += part.rows
+        fused[f"{linear.name}.lora_a"] = np.concatenate([adapters[f"{name}.lora_a"] for name in present])
+        fused[f"{linear.name}.lora_b"] = b
+    if left:
+        raise BundleError(f"an adapter may change {layout.targets} of a layer, this one changes {sorted(left)[:4]}")
     return fused

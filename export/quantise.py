@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ConfigError
+from ..runtime.model.stored import own_groups, unpack_nibbles
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -95,10 +96,10 @@ def dequantise(quantised: Quantised) -> F32:
         steps = quantised.values.astype(np.float32) - 128
         return np.asarray((steps * quantised.scales[:, :, None]).reshape(len(steps), -1))
     assert quantised.zero_points is not None
-    zero_points = _unpack_nibbles(quantised.zero_points)[:, :groups].astype(np.float32)
-    steps = _unpack_nibbles(quantised.values).reshape(len(zero_points), groups, group_size) - zero_points[:, :, None]
+    zero_points = unpack_nibbles(quantised.zero_points)[:, :groups].astype(np.float32)
+    steps = unpack_nibbles(quantised.values).reshape(len(zero_points), groups, group_size) - zero_points[:, :, None]
     flat = (steps * quantised.scales[:, :, None]).reshape(len(steps), -1)[:, : quantised.num_columns]
-    num_columns = quantised.num_columns * group_size // (group_size + 1)
+    num_columns = own_groups(groups, group_size) * group_size
     weight, sums = flat[:, :num_columns], flat[:, num_columns:]
     return np.asarray(weight + np.repeat(sums, group_size, axis=1), dtype=np.float32)
 
@@ -113,7 +114,3 @@ def _pack_nibbles(values: U8) -> U8:
     if values.shape[-1] % 2:
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
     return np.asarray(values[..., 0::2] | (values[..., 1::2] << 4))
-
-
-def _unpack_nibbles(packed: U8) -> U8:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

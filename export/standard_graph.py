@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
-from .bundle_writer import resolver, stored_tensors
+from ..runtime.model.stored import stored_tensors
 from .graph import GraphWriter, Slice
 
 
@@ -24,7 +24,7 @@ def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
         if (bundle.path / file).is_file():
             _link(bundle.path / file, out / file)
     tensors = stored_tensors(bundle.path / WEIGHTS)
-    writer = GraphWriter(config, tensors, WEIGHTS, resolver(tensors, name))
+    writer = GraphWriter(config, tensors, WEIGHTS, name)
     whole = Slice(embedding=True, start=0, stop=config.num_layers, norm=True, head=True)
     writer.write(whole, out / "model.onnx", standard=True)
     (out / "genai_config.json").write_text(json.dumps(_genai_config(config, bundle.eos_token_ids), indent=1))

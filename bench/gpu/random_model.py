@@ -7,6 +7,7 @@ import torch
 from ...kernels.oracle.operands import LinearWeight
 from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, ModelWeights, Norm, TailWeights
 from ...runtime.errors import ConfigError
+from ...runtime.model import layout
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.rotary import rotary_tables
 
@@ -56,34 +57,42 @@ class RandomModel:
     def weights(self, num_tails: int = 1, tail_layers: int = 0) -> ModelWeights:
         """One trunk and `num_tails` tails of `tail_layers` layers each."""
         config = self._config
+        table = layout.decoder_layout(config)
+        split = config.num_layers - tail_layers
         tied = self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8))
         tables = tuple(torch.from_numpy(table).to(self._device) for table in rotary_tables(config))
         return ModelWeights(
             embedding=tied,
             position_embedding=None,
             rotary=(tables[0], tables[1]),
-            trunk=[self._layer() for _ in range(config.num_layers - tail_layers)],
-            tails=[TailWeights([self._layer() for _ in range(tail_layers)], self._norm()) for _ in range(num_tails)],
+            trunk=[self._layer(layer) for layer in table.layers[:split]],
+            tails=[
+                TailWeights([self._layer(layer) for layer in table.layers[split:]], self._norm(table.norm))
+                for _ in range(num_tails)
+            ],
             tail_of=tuple(range(num_tails)),
             adapter_of=(-1,) * num_tails,
             head=tied if config.tied_head else self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8)),
         )
 
-    def _layer(self) -> LayerWeights:
-        config, bits = self._config, self._bits
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def _layer(self, layer: layout.Layer) -> LayerWeights:
+        qkv, out, up, down = (self._projection(linear) for linear in layer.linears)
         return LayerWeights(
-            attention_norm=self._norm(),
-            qkv=LinearLayer(self._linear(config.q_size + 2 * config.kv_size, hidden, bits), None),
+            attention_norm=self._norm(layer.attention_norm),
+            qkv=qkv,
             head_norms=None,
-            out=LinearLayer(self._linear(hidden, config.q_size, bits), None),
-            mlp_norm=self._norm(),
-            up=LinearLayer(self._linear(2 * inner, hidden, bits), None),
-            down=LinearLayer(self._linear(hidden, inner, bits), None),
+            out=out,
+            mlp_norm=self._norm(layer.mlp_norm),
+            up=up,
+            gated=layer.up.epilogue == "swiglu",
+            down=down,
         )
 
-    def _norm(self) -> Norm:
-        return Norm(torch.ones(self._config.hidden_size, device=self._device), None)
+    def _projection(self, linear: layout.Linear) -> LinearLayer:
+        return LinearLayer(self._linear(linear.rows, linear.columns, self._bits), None)
+
+    def _norm(self, norm: layout.Norm) -> Norm:
+        return Norm(torch.ones(norm.size, device=self._device), None)
 
     def _linear(self, n: int, k: int, bits: int) -> LinearWeight:
         device = self._device

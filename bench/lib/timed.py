@@ -18,6 +18,7 @@ from ...runtime.engine.engine import Engine
 from ...runtime.engine.observer import Observer, StepReport
 from ...runtime.engine.open import model_info
 from ...runtime.model.bundle import Bundle
+from ...runtime.model.layout import Layer, decoder_layout
 from ...runtime.schedule.batch import Batch
 from ...runtime.text.tokenizer import Tokenizer
 
@@ -71,15 +72,21 @@ def kv_position_bytes(bundle: Bundle, config: EngineConfig, *, native: bool) -> 
     return 2 * (decoder.kv_size + 4 * decoder.num_kv_heads)
 
 
-def cached_layers(bundle: Bundle, members: int = 1) -> int:
+def cached_layers(bundle: Bundle, members: int = 1) -> list[Layer]:
     """Layers that have keys and values for a request of the first `members`: the trunk's once and each tail's own; a
     low-rank member has all of them for itself."""
+    layers = list(decoder_layout(bundle.config).layers)
     chosen = range(members)
     adapters = sum(member in bundle.adapters for member in chosen)
     others = members - adapters
     split = bundle.split_layer
-    shared = split + (bundle.config.num_layers - split) * others if others else 0
-    return adapters * bundle.config.num_layers + shared
+    shared = layers[:split] + layers[split:] * others if others else []
+    return layers * adapters + shared
+
+
+def attended_positions(layers: Sequence[Layer], context: int) -> int:
+    """Positions of keys and values that a row at `context` reads in all of `layers`."""
+    return sum(context if layer.window is None else min(context, layer.window) for layer in layers)
 
 
 def run_together(engine: Engine, timer: StepTimer, requests: Sequence[Request]) -> list[StepReport]:

@@ -27,7 +27,6 @@ from ...runtime.model.members import MemberKind
 from ..data.batches import Item, make_batch, plan
 from ..data.example import Split
 from ..params import TuneParams
-from ..training.answers import answer_states
 from ..training.provenance import environment
 from ..training.train import RunData, Workbench
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
@@ -178,7 +177,8 @@ def _states(bench: Workbench, decoder: Decoder, items: Sequence[Item], split: in
             hidden = pad(known, batch_first=True).float()
         else:  # without a cache, or adapted from the first layer on
             hidden = decoder.run_layers(decoder.embed(pad(tokens, batch_first=True)), 0, split)
-        states = answer_states(decoder, hidden, split, batch.positions, lambda x: x)
+        last = decoder.config.num_layers
+        states = decoder.norm(decoder.run_layers(hidden, split, last, positions=batch.positions))
         for row, index in enumerate(chosen):
             rows[index] = states[row, : items[index].encoded.num_targets].clone()
     return torch.cat([row for row in rows if row is not None])

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import TARGETS, write_adapter
+from ...runtime.checkpoints.members.adapter import write_adapter
 from ...runtime.checkpoints.members.tail import write_tail
 from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
+from ...runtime.model.layout import decoder_layout
 from ...runtime.model.members import MemberKind
 from ..data.batches import TrainBatch
 from ..params import TuneParams
-from .answers import answer_states
 from .trunk_cache import run_trunk
 
 Base = Mapping[str, Tensor]
@@ -99,7 +99,11 @@ class Learner(nn.Module):
             return F.dropout(x, share, self.training) if share else x
 
         hidden = self._inputs(batch)
-        return answer_states(self.decoder, hidden, self.split, batch.positions.to(hidden.device), dropout)
+        positions = batch.positions.to(hidden.device)
+        stop = self.config.num_layers
+        return self.decoder.norm(
+            self.decoder.run_layers(hidden, self.split, stop, positions=positions, dropout=dropout)
+        )
 
     def _inputs(self, batch: TrainBatch) -> Tensor:
         """[B, S, hidden] float32: the input of the first trained layer."""
@@ -154,23 +158,20 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
     from peft import LoraConfig, inject_adapter_in_model
 
-    known = [target for target in TARGETS if config.activation == "swiglu" or target != "gate_proj"]
-    unknown = sorted(set(params.targets) - set(known))
+    layout = decoder_layout(config)
+    unknown = sorted(set(params.targets) - set(layout.targets))
     if unknown or not params.targets:
-        raise ConfigError(f"targets must be some of {known}, got {list(params.targets)}")
+        raise ConfigError(f"targets must be some of {list(layout.targets)}, got {list(params.targets)}")
     decoder = Decoder.from_weights(config, base)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
     if params.method == "qlora":
         _to_nf4(decoder)
-    names = [f"model.layers.{i}.{_part(t)}.{t}" for i in range(split, config.num_layers) for t in params.targets]
+    parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
+    names = [part.name for part in parts if part.short_name in params.targets]
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
     inject_adapter_in_model(lora, decoder)
     return decoder
-
-
-def _part(target: str) -> str:
-    return "self_attn" if target[0] in "qkvo" else "mlp"
 
 
 def _to_nf4(decoder: Decoder) -> None:
@@ -182,9 +183,10 @@ def _to_nf4(decoder: Decoder) -> None:
         raise MissingPackageError(
             f"method qlora needs bitsandbytes ({error}); install it with `pip install 'motet[qlora]'`, or use lora"
         ) from error
-    for name, module in list(decoder.named_modules()):
-        if not (isinstance(module, nn.Linear) and name.endswith("_proj")):
-            continue
+    linears = decoder_layout(decoder.config).linears
+    for name in [part.name for linear in linears for part in linear.parts]:
+        module = decoder.get_submodule(name)
+        assert isinstance(module, nn.Linear)
         linear = bitsandbytes.nn.Linear4bit(
             module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4"
         )

@@ -166,6 +166,7 @@ def _declare(lib: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
         *(ctypes.c_void_p, ctypes.c_int64),
     ]
+    lib.motet_set_window.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     lib.motet_ready.argtypes = [ctypes.c_void_p]
     lib.motet_step.argtypes = [ctypes.c_void_p] * 3
     lib.motet_head.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
@@ -316,6 +317,10 @@ class NativeModel:
         """Copy a norm, a bias or a table."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         self._check(self._library.motet_set_vector(self._handle, which, index, flat.ctypes.data, flat.size), name)
+
+    def set_window(self, layer: int, window: int) -> None:
+        """Rows attend to the last `window` positions in this layer, their own included; unless set, to all."""
+        self._check(self._library.motet_set_window(self._handle, layer, window), f"layer {layer}")
 
     def ready(self) -> None:
         """Raises `BundleError` when a weight is missing."""

@@ -101,30 +101,36 @@ def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Ten
     return found[0], found[1]
 
 
-def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int) -> Tensor:
-    """query [Q, heads, D], the last Q of `length` positions, causal → [Q, heads, D]."""
+def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, window: int | None) -> Tensor:
+    """query [Q, heads, D], the last Q of `length` positions, causal → [Q, heads, D]. With a window, each sees only so many
+    positions, its own included."""
     keys, values = _context(cache, table, length)
     count, _, size = query.shape
     q = query.float().transpose(0, 1).reshape(len(keys), -1, count, size)  # [kv_heads, group, Q, D]
     scores = q @ keys[:, None].transpose(-1, -2) * size**-0.5
     place = torch.arange(length, device=query.device)
-    unseen = place[None, :] > place[length - count :, None]
+    own = place[length - count :, None]
+    unseen = place > own if window is None else (place > own) | (place <= own - window)
     p = scores.masked_fill(unseen, float("-inf")).softmax(-1)
     out: Tensor = (p @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
     return out
 
 
-def decode_attention(query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor) -> None:
-    """out[r] [heads, D] for each row; a row of length 0 gives 0."""
+def decode_attention(
+    query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor, window: int | None = None
+) -> None:
+    """out[r] [heads, D] for each row, over its last `window` positions; a row of length 0 gives 0."""
     for row, seq, length in zip(rows.rows.tolist(), rows.seqs.tolist(), rows.lengths.tolist(), strict=True):
-        out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length)[0] if length else 0
+        out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length, window)[0] if length else 0
 
 
-def prefill_attention(query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor) -> None:
-    """out[r] [heads, D] for each row of the chunks."""
+def prefill_attention(
+    query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor, window: int | None = None
+) -> None:
+    """out[r] [heads, D] for each row of the chunks, over its last `window` positions."""
     fields = (chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs)
     for start, size, length, seq in zip(*(field.tolist() for field in fields), strict=True):
-        out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length)
+        out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length, window)
 
 
 def dequantise(weight: LinearWeight) -> Tensor:

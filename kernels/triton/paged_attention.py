@@ -56,6 +56,7 @@ def _decode_kernel(
     maxima,
     totals,
     scale,
+    window,
     num_heads,
     kv_heads,
     num_splits,
@@ -75,7 +76,8 @@ def _decode_kernel(
     split = tl.program_id(2)
     length = tl.load(lengths + item)
     start = split * SPLIT
-    if start >= length:
+    unseen = tl.maximum(length - window, 0)
+    if (start >= length) | (start + SPLIT <= unseen):
         return
     row = tl.load(rows + item).to(tl.int64)
     table = tables + tl.load(seqs + item).to(tl.int64) * table_width
@@ -87,9 +89,9 @@ def _decode_kernel(
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     out = tl.zeros((HEADS, COLUMNS), tl.float32)
-    for first in range(start, tl.minimum(start + SPLIT, length), TILE):
+    for first in range(tl.maximum(start, unseen // TILE * TILE), tl.minimum(start + SPLIT, length), TILE):
         place = first + tl.arange(0, TILE)
-        inside = place < length
+        inside = (place >= unseen) & (place < length)
         k, k_scale = load_cache(
             keys, key_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
         )
@@ -118,6 +120,7 @@ def _join_kernel(
     rows,
     lengths,
     out,
+    window,
     num_heads,
     num_splits,
     size,
@@ -133,7 +136,8 @@ def _join_kernel(
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     result = tl.zeros((COLUMNS,), tl.float32)
-    for split in range(tl.cdiv(tl.load(lengths + item), SPLIT)):
+    length = tl.load(lengths + item)
+    for split in range(tl.maximum(length - window, 0) // SPLIT, tl.cdiv(length, SPLIT)):
         at = first + split
         part_max = tl.load(maxima + at)
         new = tl.maximum(largest, part_max)
@@ -161,10 +165,13 @@ def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor
     return query.shape[1] // kv_heads
 
 
-def decode_attention(query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor) -> None:
+def decode_attention(
+    query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor, window: int | None = None
+) -> None:
     """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`; others are left.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. Raises `ValueError` for arguments that do not fit; what the
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last so many of a row's positions; what lies
+    before them is not read. Raises `ValueError` for arguments that do not fit; what the
     block tables hold is the caller's to check (a look at it would be a synchronisation).
     """
     group = check_attention(query, cache, rows.tables, out)
@@ -178,12 +185,13 @@ def decode_attention(query: torch.Tensor, cache: LayerCache, rows: DecodeRows, o
     shape = (count, num_heads, num_splits)
     sums = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
     maxima, totals = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    window = rows.max_length if window is None else window
     scaled = cache.key_scales is not None
     _decode_kernel[(count, kv_heads, num_splits)](
         *(query, cache.keys, cache.values),
         *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
         *(rows.rows, rows.seqs, rows.lengths, rows.tables, rows.tables.shape[1]),
-        *(sums, maxima, totals, size**-0.5 * LOG2E, num_heads, kv_heads, num_splits, size),
+        *(sums, maxima, totals, size**-0.5 * LOG2E, window, num_heads, kv_heads, num_splits, size),
         GROUP=group,
         BLOCK_SIZE=cache.block_size,
         SCALED=scaled,
@@ -196,7 +204,7 @@ def decode_attention(query: torch.Tensor, cache: LayerCache, rows: DecodeRows, o
         num_stages=3,
     )
     _join_kernel[(count, num_heads)](
-        *(sums, maxima, totals, rows.rows, rows.lengths, out, num_heads, num_splits, size),
+        *(sums, maxima, totals, rows.rows, rows.lengths, out, window, num_heads, num_splits, size),
         SPLIT=SPLIT,
         COLUMNS=power_of_two(size),
         num_warps=1,

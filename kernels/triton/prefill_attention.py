@@ -31,6 +31,7 @@ def _prefill_kernel(
     table_width,
     out,
     scale,
+    window,
     num_heads,
     kv_heads,
     size,
@@ -64,14 +65,15 @@ def _prefill_kernel(
     total = tl.zeros((ROWS * HEADS,), tl.float32)
     result = tl.zeros((ROWS * HEADS, COLUMNS), tl.float32)
     end = tl.minimum(length, length - count + first_row + ROWS)
-    for first in range(0, end, TILE):
+    unseen = tl.maximum(length - count + first_row + 1 - window, 0)  # by any row of the tile
+    for first in range(unseen // TILE * TILE, end, TILE):
         place = first + tl.arange(0, TILE)
         inside = place < end
         k, k_scale = load_cache(
             keys, key_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
         )
         scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((ROWS * HEADS, TILE), tl.float32), WIDE)
-        seen = inside[None, :] & (place[None, :] <= position[:, None])
+        seen = inside[None, :] & (place[None, :] <= position[:, None]) & (place[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores * (k_scale * scale)[None, :], float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         p = tl.exp2(scores - new[:, None])
@@ -86,10 +88,13 @@ def _prefill_kernel(
     tl.store(out + flat[:, None] * size + column[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-def prefill_attention(query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor) -> None:
+def prefill_attention(
+    query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor, window: int | None = None
+) -> None:
     """out[r] = causal attention of query[r] over its sequence, for every row r of the chunks; others are left.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. Raises `ValueError` for arguments that do not fit.
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last so many positions up to a row's own.
+    Raises `ValueError` for arguments that do not fit.
     """
     group = check_attention(query, cache, chunks.tables, out)
     count = len(chunks.starts)
@@ -105,12 +110,13 @@ def prefill_attention(query: torch.Tensor, cache: LayerCache, chunks: PrefillChu
     num_heads, size = query.shape[1:]
     heads = power_of_two(group)
     rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter's time goes by tiles that are mostly empty
+    window = chunks.tables.shape[1] * cache.block_size if window is None else window
     scaled = cache.key_scales is not None
     _prefill_kernel[(count, num_heads // group, triton.cdiv(chunks.max_size, rows))](
         *(query, cache.keys, cache.values),
         *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
         *(chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs, chunks.tables, chunks.tables.shape[1]),
-        *(out, size**-0.5 * LOG2E, num_heads, num_heads // group, size),
+        *(out, size**-0.5 * LOG2E, window, num_heads, num_heads // group, size),
         GROUP=group,
         BLOCK_SIZE=cache.block_size,
         SCALED=scaled,

@@ -6,21 +6,36 @@ can be run apart: `embed` → `run_layers(…, 0, split)` is the trunk, `run_lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model import layout
 from ..model.config import DecoderConfig
 from ..model.rotary import rotary_tables
 
+Dropout = Callable[[Tensor], Tensor]
+Tables = tuple[Tensor, Tensor]  # cosines and sines, each [S, head_size / 2]
 
-def _norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
-    if config.norm == "rms" or size is not None:
-        return nn.RMSNorm(size or config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+def _norm(norm: layout.Norm, eps: float) -> nn.Module:
+    return nn.RMSNorm(norm.size, eps=eps) if norm.kind == "rms" else nn.LayerNorm(norm.size, eps=eps)
+
+
+def _projections(linear: layout.Linear) -> Iterator[nn.Linear]:
+    return (nn.Linear(linear.columns, part.rows, bias=linear.bias) for part in linear.parts)
+
+
+def _keep(x: Tensor) -> Tensor:
+    return x
+
+
+def _rows(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x [B, S, hidden] at `positions` [B, A] → [B, A, hidden]; None: all of it."""
+    return x if positions is None else x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -30,38 +45,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: layout.Layer) -> None:
         super().__init__()
-        self.config = config
-        self.q_proj = nn.Linear(config.hidden_size, config.q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=config.out_bias)
-        if config.qk_norm:
-            self.q_norm = _norm(config, config.head_size)
-            self.k_norm = _norm(config, config.head_size)
+        self.head_size = config.head_size
+        self.q_proj, self.k_proj, self.v_proj = _projections(layer.qkv)
+        (self.o_proj,) = _projections(layer.out)
+        self.has_head_norms = layer.head_norms is not None
+        if layer.head_norms is not None:
+            self.q_norm, self.k_norm = (_norm(norm, config.norm_eps) for norm in layer.head_norms)
+        self.rotary = layer.rotary
+        self.window = layer.window
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:  # x [B, S, hidden]
-        size = self.config.head_size
-        q, k, v = (p(x).unflatten(-1, (-1, size)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
+    def forward(self, x: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
+        """x [B, S, hidden] → [B, S, hidden], or with `positions` [B, A] only their queries' → [B, A, hidden]."""
+        q = self.q_proj(_rows(x, positions)).unflatten(-1, (-1, self.head_size))
+        k, v = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.k_proj, self.v_proj))
+        if self.has_head_norms:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size]
-        if tables is not None:
-            q, k = rotate(q, *tables), rotate(k, *tables)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size], of q perhaps A instead of S
+        if self.rotary:
+            assert tables is not None
+            at = tables if positions is None else tuple(table[positions][:, None] for table in tables)
+            q, k = rotate(q, *at), rotate(k, *tables)
+        if positions is None and self.window is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            places = torch.arange(x.shape[1], device=x.device)
+            own = (places[None] if positions is None else positions)[:, :, None]  # of the queries, [B or 1, A or S, 1]
+            visible = places <= own if self.window is None else (places <= own) & (places > own - self.window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, layer: layout.Layer) -> None:
         super().__init__()
-        self.gated = config.activation == "swiglu"
+        self.gated = layer.up.epilogue == "swiglu"
         if self.gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+            self.gate_proj, self.up_proj = _projections(layer.up)
+        else:
+            (self.up_proj,) = _projections(layer.up)
+        (self.down_proj,) = _projections(layer.down)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = (
@@ -72,17 +97,21 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: layout.Layer) -> None:
         super().__init__()
-        self.input_layernorm = _norm(config)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = _norm(config)
-        self.mlp = MLP(config)
+        self.input_layernorm = _norm(layer.attention_norm, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = _norm(layer.mlp_norm, config.norm_eps)
+        self.mlp = MLP(layer)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables)
-        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return result
+    def forward(
+        self, x: Tensor, tables: Tables | None, positions: Tensor | None = None, dropout: Dropout = _keep
+    ) -> Tensor:
+        """x [B, S, hidden] → [B, S, hidden], or with `positions` [B, A] only these rows → [B, A, hidden]: the others then
+        make keys and values, and nothing else. `dropout` goes over what is added to the residual stream."""
+        attended = self.self_attn(self.input_layernorm(x), tables, positions)
+        x = _rows(x, positions) + dropout(attended)
+        return x + dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Body(nn.Module):
@@ -93,8 +122,9 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = _norm(config)
+        table = layout.decoder_layout(config)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in table.layers)
+        self.norm = _norm(table.norm, config.norm_eps)
 
 
 class Decoder(nn.Module):
@@ -128,14 +158,27 @@ class Decoder(nn.Module):
             hidden = hidden + self.model.embed_positions(torch.arange(token_ids.shape[1], device=token_ids.device))
         return hidden
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int) -> Tensor:  # [B, S, hidden] → [B, S, hidden]
+    def run_layers(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        *,
+        positions: Tensor | None = None,
+        dropout: Dropout = _keep,
+    ) -> Tensor:
+        """hidden [B, S, hidden] through layers `start` to `stop` → [B, S, hidden].
+
+        With `positions` [B, A] the last of them computes these rows only → [B, A, hidden], which is what running all
+        rows and picking those gives.
+        """
         tables = None
         if self.config.positions == "rotary" and stop > start:
             cos, sin = (torch.from_numpy(table[: hidden.shape[1]]) for table in rotary_tables(self.config))
             tables = (cos.to(hidden), sin.to(hidden))
-        for layer in self.model.layers[start:stop]:
-            hidden = layer(hidden, tables)
-        return hidden
+        for index in range(start, stop):
+            hidden = self.model.layers[index](hidden, tables, positions if index + 1 == stop else None, dropout)
+        return hidden if stop > start else _rows(hidden, positions)
 
     def norm(self, hidden: Tensor) -> Tensor:
         result: Tensor = self.model.norm(hidden)

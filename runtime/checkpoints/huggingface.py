@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleError, NotFoundError, UnsupportedModelError
 from ..model.config import DecoderConfig
-from ..model.families import canonical_name, decoder_config
+from ..model.families import FAMILIES, decoder_config
+from ..model.families.family import Family
 from ..model.files import file_digest
+from ..model.layout import HEAD, Layout, decoder_layout
 from .bitsandbytes import is_quantised, owner, widen
 
 
@@ -69,11 +71,12 @@ def checkpoint_digest(model_dir: Path) -> str:
 
 
 def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
-    """All weights in float32 under canonical names (those of `torch_model.Decoder`), shapes as `nn.Linear` [out, in].
+    """All weights in float32 under canonical names (`Layout.checkpoint_shapes`), shapes as `nn.Linear` [out, in].
 
     Raises `BundleError` if a weight is missing or of another shape than the configuration says; it lists all of them.
     """
-    config = read_config(model_dir)
+    layout = decoder_layout(read_config(model_dir))
+    family = FAMILIES[layout.config.family]
     quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
     stored: dict[str, torch.Tensor] = {}
     for path in weight_files(model_dir):
@@ -83,13 +86,14 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in _widened(config, stored) if quantised else _emptied(stored):
-        canonical = canonical_name(config.family, name)
+    parts = _parts(layout)
+    for name, tensor in _widened(family, stored) if quantised else _emptied(stored):
+        canonical = family.canonical_name(name)
         if canonical is not None:
-            weights |= _unpack(config, canonical, tensor.float())
-    if config.tied_head:
-        weights.pop("lm_head.weight", None)
-    _check(model_dir, config, weights)
+            weights |= _unpack(family, parts, canonical, tensor.float())
+    if layout.config.tied_head:
+        weights.pop(HEAD, None)
+    _check(model_dir, layout, weights)
     return weights
 
 
@@ -99,7 +103,7 @@ def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tenso
         yield name, stored.pop(name)
 
 
-def _widened(config: DecoderConfig, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _widened(family: Family, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint of bitsandbytes in float, as a plain checkpoint stores them."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in list(stored):
@@ -114,26 +118,37 @@ def _widened(config: DecoderConfig, stored: dict[str, torch.Tensor]) -> Iterator
     for name, tensor in _emptied(stored):
         if name in parts:
             wide = widen(name, tensor, parts[name])
-            yield name, wide.t() if config.family == "gpt2" else wide  # bitsandbytes turns GPT-2's [in, out] round
+            yield name, wide.t() if family.transposed else wide  # bitsandbytes turns [in, out] round
         else:
             yield name, tensor
 
 
-def _unpack(config: DecoderConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """GPT-2 stores linear layers as [in, out] and q, k, v as one."""
-    if config.family != "gpt2" or "_proj." not in name:
+def _parts(layout: Layout) -> dict[str, dict[str, int]]:
+    """Modules of linear layers, as a checkpoint may store them (fused or apart) → their parts' names and rows."""
+    parts: dict[str, dict[str, int]] = {}
+    for linear in layout.linears:
+        parts |= {part.name: {part.name: part.rows} for part in linear.parts}
+        parts[linear.name] = {part.name: part.rows for part in linear.parts}
+    return parts
+
+
+def _unpack(
+    family: Family, parts: dict[str, dict[str, int]], name: str, tensor: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The tensors that a stored one holds, each as [out, in]: q, k and v may be one."""
+    module, _, kind = name.rpartition(".")
+    if module not in parts:
         return {name: tensor}
-    tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
-    if "qkv_proj" not in name:
-        return {name: tensor}
-    return {name.replace("qkv_proj", f"{part}_proj"): piece.contiguous() for part, piece in zip("qkv", tensor.chunk(3))}
+    tensor = tensor.t().contiguous() if family.transposed and tensor.ndim == 2 else tensor
+    rows = parts[module]
+    if tensor.shape[:1] != (sum(rows.values()),):
+        return {name: tensor}  # the check says so
+    pieces = torch.split(tensor, list(rows.values()))
+    return {f"{part}.{kind}": piece.contiguous() for part, piece in zip(rows, pieces, strict=True)}
 
 
-def _check(model_dir: Path, config: DecoderConfig, weights: dict[str, torch.Tensor]) -> None:
-    from .decoder import Decoder
-
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+def _check(model_dir: Path, layout: Layout, weights: dict[str, torch.Tensor]) -> None:
+    expected = layout.checkpoint_shapes()
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))

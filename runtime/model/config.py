@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..api.config import check_keys
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder-only transformer, said once. The torch model, the ONNX graphs and the native kernels derive from it.
+    """A decoder-only transformer, said once. `layout.decoder_layout` makes the table of its weights.
 
-    Sizes are counts of elements. `family` names the checkpoint layout (weight names); everything that changes the
-    arithmetic has a field of its own, so a new family is a row in `decoder_families` and not a branch elsewhere.
+    Sizes are counts of elements. `family` names how checkpoints store it (`families.FAMILIES`); everything that changes
+    the arithmetic has a field of its own, so a new family is a file in `families/` and not a branch elsewhere.
     """
 
-    family: Literal["llama", "qwen2", "qwen3", "gpt2"]
+    family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -36,10 +37,16 @@ class DecoderConfig:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
+    sliding_window: int | None = None  # positions that a row attends to, itself included; None: all before it
+    first_window_layer: int = 0  # the layers before it attend to all positions
     tied_head: bool = True
     linear_head: bool = (
         True  # False: something after the head bends its logits, as a soft cap; states cannot be mixed before it
     )
+
+    def __post_init__(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window is {self.sliding_window}, it must be at least 1; null is no window")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:

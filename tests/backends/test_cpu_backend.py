@@ -3,7 +3,9 @@ schedules, tails and low-rank members, and a boundary that bad input does not cr
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +21,7 @@ from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import checkpoint_digest
-from motet.runtime.checkpoints.members.adapter import TARGETS, random_adapter, write_adapter
+from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
 from motet.runtime.errors import BundleError, ConfigError, MotetError, UnavailableError
 from motet.runtime.model.bundle import Bundle
 
@@ -70,7 +72,7 @@ def mixed_bundle(tmp_path_factory, tiny_model_dir):
 
 
 def make_adapter(model_dir, out, seed):
-    adapter = random_adapter(Decoder.from_dir(model_dir), TARGETS, 4, seed=seed, scale=0.05)
+    adapter = random_adapter(Decoder.from_dir(model_dir), None, 4, seed=seed, scale=0.05)
     write_adapter(out, {"base": {"name": "tiny", "digest": checkpoint_digest(model_dir)}, "rank": 4}, adapter)
     return out
 
@@ -232,6 +234,40 @@ def test_bits_do_not_depend_on_the_batch(mixed_bundle, isa, bits, kv):
     count = SCHEDULES if isa != "portable" else SCHEDULES // 8  # plain C++ is slower by an order of magnitude
     for seed in range(count):
         driver.schedule(np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("family", "kv"), [("mistral", "int8"), ("mistral", "bf16"), ("qwen2-window", "int8")])
+def test_bits_over_a_window_do_not_depend_on_the_batch(bundle_of, isa, family, kv):
+    """As above where rows see a window only; in qwen2's first layers they see everything."""
+    driver = Driver(bundle_of(family), isa, kv)
+    for text in range(len(driver.texts)):
+        driver.reference(text, -1)
+    for seed in range(SCHEDULES // 8):
+        driver.schedule(np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 127, 128, 129, 150, 200, 511, 2**31 - 1])
+def test_a_window_of_any_size(tiny_model_dir, tmp_path, window):
+    """Decoded row by row and as one prompt, over more than two partitions of the cache: the torch page."""
+    shutil.copytree(tiny_model_dir("mistral"), tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values | {"sliding_window": window}))
+    export_bundle(tmp_path / "m", tmp_path / "b", bits=32)
+    tokens = tokens_of(290)
+    with torch.no_grad():
+        decoder = Decoder.from_dir(tmp_path / "m")
+        expected = decoder.norm(decoder.run_layers(decoder.embed(torch.from_numpy(tokens)[None]), 0, 4))[0].numpy()
+    driver = Driver(tmp_path / "b", ISAS[0], "bf16")
+    driver.texts = [tokens]
+    error = np.abs(driver.reference(0, -1)[:, 0] - expected)
+    assert error.mean() < 0.015 * expected.std()
+    driver.step(np.random.default_rng(0), 1, [SimpleNamespace(text=0, adapter=-1, at=0, table=np.arange(16))], [290])
+
+
+def test_a_window_of_nothing_is_refused(bundle_of):
+    with pytest.raises(BundleError, match="the window is 0"):
+        backend(bundle_of("llama"))._model.set_window(0, 0)
 
 
 def test_logits_of_a_row_do_not_depend_on_the_others(bundle_of):

@@ -20,7 +20,7 @@ from motet.runtime.api.sampling import SamplingParams  # noqa: E402
 from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions  # noqa: E402
 from motet.runtime.checkpoints.decoder import Decoder  # noqa: E402
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights  # noqa: E402
-from motet.runtime.checkpoints.members.adapter import TARGETS, merge, random_adapter, read_adapter, write_adapter  # noqa: E402
+from motet.runtime.checkpoints.members.adapter import merge, random_adapter, read_adapter, write_adapter  # noqa: E402
 from motet.runtime.checkpoints.members.tail import write_tail  # noqa: E402
 from motet.runtime.engine.engine import Engine  # noqa: E402
 from motet.runtime.engine.open import model_info  # noqa: E402
@@ -102,7 +102,7 @@ def bundles(tmp_path_factory, tiny_model_dir):
         export_bundle(model_dir, root / f"only-{name}", tails={name: path}, bits=32)
     export_bundle(model_dir, root / "base", bits=32)
     loras = {
-        "d": make_adapter(model_dir, root / "d", TARGETS, 3, seed=1),
+        "d": make_adapter(model_dir, root / "d", None, 3, seed=1),
         "e": make_adapter(model_dir, root / "e", ("q_proj", "o_proj"), 5, seed=2),
     }
     for bits in (32, 8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 from motet.bench import busy, context, decode, quality, serve, speculative
 from motet.bench.lib.report import Plot, table, write
-from motet.bench.lib.timed import kv_position_bytes, random_request
+from motet.bench.lib.timed import attended_positions, kv_position_bytes, random_request
 from motet.bench.peers import compare as peers
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.errors import ConfigError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.layout import decoder_layout
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,13 @@ def test_step_work(bundle):
     assert macs == 4 * layer + 64 * 320
     more, _ = decode.step_work(loaded, 2, 1, 20, 72, native=True)
     assert more - one == 20 * 4 * 72
+
+
+def test_a_window_bounds_the_positions_that_are_read(bundle):
+    config = dataclasses.replace(Bundle.load(bundle).config, sliding_window=24, first_window_layer=1)
+    layers = decoder_layout(config).layers
+    assert attended_positions(layers, 20) == 4 * 20
+    assert attended_positions(layers, 100) == 100 + 3 * 24
 
 
 def test_bytes_of_a_position(bundle):

@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers.models import FAMILIES
+from helpers.models import FAMILIES, WINDOW
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
-from motet.runtime.errors import BundleError, NotFoundError, UnsupportedModelError
+from motet.runtime.errors import BundleError, ConfigError, NotFoundError, UnsupportedModelError
 from motet.runtime.model.families import decoder_config
+from motet.runtime.model.layout import decoder_layout
 
 # What is left is transformers' rotary angles, which are float32: 1.1e-5 for the real model.
 LIMIT = 3e-5
@@ -68,6 +69,10 @@ def test_configuration(tiny_model_dir):
     config = read_config(tiny_model_dir("qwen3"))
     assert (config.family, config.qk_norm, config.num_kv_heads, config.head_size) == ("qwen3", True, 2, 16)
     assert read_config(tiny_model_dir("qwen2")).qkv_bias
+    windows = {"llama": [None] * 4, "mistral": [WINDOW] * 4, "qwen2-window": [None, None, WINDOW, WINDOW]}
+    for family, expected in windows.items():
+        layers = decoder_layout(read_config(tiny_model_dir(family))).layers
+        assert [layer.window for layer in layers] == expected
     assert eos_token_ids(tiny_model_dir("llama")) == (258,)
 
 
@@ -76,13 +81,29 @@ def test_configuration(tiny_model_dir):
     [
         ({"model_type": "mamba"}, "model family 'mamba' is not supported"),
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"model_type": "mistral", "sliding_window": 128}, "sliding_window"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            "layer_types",
+        ),
     ],
 )
 def test_unsupported_models(tiny_model_dir, change, message):
     values = json.loads((tiny_model_dir("llama") / "config.json").read_text())
     with pytest.raises(UnsupportedModelError, match=message):
         decoder_config(values | change)
+
+
+def test_a_window_of_nothing(tiny_model_dir):
+    values = json.loads((tiny_model_dir("mistral") / "config.json").read_text())
+    with pytest.raises(ConfigError, match="sliding_window is 0"):
+        decoder_config(values | {"sliding_window": 0})
+    assert decoder_config(values | {"sliding_window": None}).sliding_window is None
 
 
 def test_damaged_and_missing_weights(tiny_model_dir, tmp_path):

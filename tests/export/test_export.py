@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers.models import FAMILIES
-from motet.export.bundle_writer import export_bundle, stored_tensors
+from motet.export.bundle_writer import export_bundle
 from motet.export.calibrate import channel_rms, equalise
 from motet.export.quantise import dequantise, quantise
 from motet.export.standard_graph import write_standard_graph
@@ -22,6 +22,8 @@ from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.layout import decoder_layout
+from motet.runtime.model.stored import stored_tensors
 
 CONFIG = EngineConfig(backend="onnx", max_num_seqs=4, max_model_len=256, threads=2)
 
@@ -68,11 +70,12 @@ def test_served_logits_are_torchs(tiny_model_dir, tmp_path, family, bits, limit)
     assert difference.max() < limit if bits == 32 else difference.mean() / expected.std() < limit
 
 
-def test_equalisation_is_the_same_function(tiny_model_dir):
-    model_dir = tiny_model_dir("qwen2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equalisation_is_the_same_function(tiny_model_dir, family):
+    model_dir = tiny_model_dir(family)
     config, weights = read_config(model_dir), read_weights(model_dir)
     rms = channel_rms(Decoder.from_weights(config, weights), [list(range(50))])
-    arrays = equalise(config, {name: tensor.numpy() for name, tensor in weights.items()}, rms, 32)
+    arrays = equalise(decoder_layout(config), {name: tensor.numpy() for name, tensor in weights.items()}, rms, 32)
     changed = Decoder.from_weights(config, {name: torch.from_numpy(array) for name, array in arrays.items()})
     token_ids = torch.arange(40)[None]
     with torch.no_grad():

@@ -13,7 +13,6 @@ import torch
 from motet.finetune.data.batches import Item, make_batch
 from motet.finetune.data.encode import Encoded
 from motet.finetune.params import TuneParams
-from motet.finetune.training.answers import answer_states
 from motet.finetune.training.methods import make_trunk
 from motet.finetune.training.train import tune
 from motet.finetune.training.trunk_cache import TrunkCache, run_trunk
@@ -138,7 +137,7 @@ def test_a_full_disk(tiny_model_dir, tmp_path):
     assert len(list(tmp_path.glob("*/index.json"))) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
 def test_only_the_answers_positions(tiny_model_dir, family):
     """The last layer at the answers' positions alone is the whole decoder at those positions."""
     decoder = Decoder.from_dir(tiny_model_dir(family))
@@ -149,7 +148,7 @@ def test_only_the_answers_positions(tiny_model_dir, family):
     with torch.no_grad():
         expected = decoder(tokens)
         hidden = decoder.run_layers(decoder.embed(tokens), 0, 2)
-        found = decoder.head(answer_states(decoder, hidden, 2, batch.positions, lambda x: x))
+        found = decoder.head(decoder.norm(decoder.run_layers(hidden, 2, 4, positions=batch.positions)))
     for row in range(5):
         wanted = batch.targets[row] >= 0
         at = batch.positions[row][wanted]

@@ -10,7 +10,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2")
+WINDOW = 24  # positions that a row of mistral and of qwen2-window's later layers sees
 
 
 def write_tokenizer(path: Path) -> None:
@@ -37,11 +38,18 @@ def tiny_config(family: str) -> object:
         return transformers.GPT2Config(
             vocab_size=VOCAB_SIZE, n_embd=64, n_layer=4, n_head=4, n_positions=512, eos_token_id=258, bos_token_id=256
         )
-    name, _, untied = family.partition("-")
-    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
-        name
-    ]
+    name, _, kind = family.partition("-")
+    cls = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[name]
+    window: dict[str, object] = {"sliding_window": WINDOW} if name == "mistral" else {}
+    if kind == "window":
+        window = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2}
     return cls(
+        **window,
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,
@@ -50,7 +58,7 @@ def tiny_config(family: str) -> object:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=512,
-        tie_word_embeddings=not untied,
+        tie_word_embeddings=kind != "untied",
         eos_token_id=258,
         bos_token_id=256,
     )

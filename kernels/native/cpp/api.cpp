@@ -164,6 +164,13 @@ int motet_set_vector(MotetModel* model, int which, int index, const float* value
     });
 }
 
+int motet_set_window(MotetModel* model, int layer, int window) {
+    return guarded([&] {
+        model->model.set_window(layer, window);
+        return int(MOTET_OK);
+    });
+}
+
 int motet_ready(MotetModel* model) {
     return guarded([&] {
         const std::string missing = model->model.missing();

@@ -13,9 +13,14 @@ constexpr float kLog2e = 1.44269504f;
 
 }  // namespace
 
+// The first partition of positions that a row with this context sees.
+int Step::first_partition(int32_t context, int32_t window) {
+    return context > window ? (context - window) / kPartition : 0;
+}
+
 // Where many rows are decoded, multiplying leaves the memory idle and attention waits for it: so the cache's blocks
 // that a thread will attend to in the next layer are fetched while it multiplies.
-void Step::collect_blocks(const RowSet& set, int thread) {
+void Step::collect_blocks(const RowSet& set, int32_t window, int thread) {
     std::vector<int64_t>& blocks = scratch_[size_t(thread)].blocks;
     blocks.clear();
     if (set.rows() < kManyRows || set.rows() > kMostRows) return;
@@ -25,7 +30,8 @@ void Step::collect_blocks(const RowSet& set, int thread) {
         const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
         const int64_t head = m_.cache(0, int(item % c_.num_kv_heads)).data - first.data;
         const int count = (set.contexts[size_t(unit.row0 + unit.rows - 1)] + kBlock - 1) / kBlock;
-        for (int b = 0; b < count; b++) blocks.push_back(head + unit.table[b] * first.block_bytes);
+        const int first_block = first_partition(set.contexts[size_t(unit.row0)], window) * kPartitionBlocks;
+        for (int b = first_block; b < count; b++) blocks.push_back(head + unit.table[b] * first.block_bytes);
     }
 }
 
@@ -83,13 +89,13 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
 }
 
 // The blocks that are attended to after partition `p` of an item: the unit's next partition or the next item's first.
-void Step::look_ahead(const RowSet& set, int64_t item, int p, int index,
+void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, int32_t window,
                       const uint8_t* (&ahead)[kPartitionBlocks]) const {
     const Unit* unit = &set.units[size_t(item / c_.num_kv_heads)];
     if (unit->partition >= 0 || ++p == unit->partitions) {
         if (++item == int64_t(set.units.size()) * c_.num_kv_heads) item--;
         unit = &set.units[size_t(item / c_.num_kv_heads)];
-        p = std::max(unit->partition, 0);
+        p = std::max(unit->partition, first_partition(set.contexts[size_t(unit->row0)], window));
     }
     const CacheView kv = m_.cache(index, int(item % c_.num_kv_heads));
     const int blocks = (set.contexts[size_t(unit->row0 + unit->rows - 1)] + kBlock - 1) / kBlock - p * kPartitionBlocks;
@@ -105,22 +111,27 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     const int kv_head = int(item % c_.num_kv_heads);
     Scratch& s = scratch_[size_t(thread)];
     const int d = c_.head_size, queries = int(unit.rows) * group_;
-    pack_queries(set, unit, layer, kv_head, qkv, s);
-    const int first = unit.partition < 0 ? 0 : unit.partition, last = unit.partition < 0 ? unit.partitions : first + 1;
+    const int seen_first = first_partition(set.contexts[size_t(unit.row0)], layer.window);
+    const int first = std::max(unit.partition, seen_first);
+    const int last = unit.partition < 0 ? unit.partitions : unit.partition + 1;
+    if (first < last) pack_queries(set, unit, layer, kv_head, qkv, s);  // else the partition lies before the window
     for (int p = first; p < last; p++) {
         AttendArgs args;
         args.kv = m_.cache(index, kv_head);
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
         if (write && p + 1 == unit.partitions) write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
-        look_ahead(set, item, p, index, args.ahead);
+        look_ahead(set, item, p, index, layer.window, args.ahead);
         for (int from = 0; from < queries; from += kMaxQueries) {
-            int seen[kMaxQueries];
+            int seen[kMaxQueries], unseen[kMaxQueries];
             args.queries = std::min(kMaxQueries, queries - from);
-            for (int i = 0; i < args.queries; i++)
+            for (int i = 0; i < args.queries; i++) {
                 seen[i] = set.contexts[size_t(unit.row0 + (from + i) / group_)] - p * kPartition;
+                unseen[i] = seen[i] - layer.window;
+            }
             if (seen[args.queries - 1] <= 0) continue;
             args.seen = seen;
+            args.unseen = unseen;
             args.packed = s.packed + int64_t(from) * (d / 2);
             args.steps = s.steps + from;
             args.starts = s.starts + from;
@@ -140,22 +151,24 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
         return;
     }
     float* mine = partials_ + ((unit.partial0 + unit.partition) * c_.num_kv_heads + kv_head) * partial_size_;
-    memcpy(mine, s.outs, size_t(queries * d) * sizeof(float));
-    memcpy(mine + queries * d, s.maxima, size_t(queries) * sizeof(float));
-    memcpy(mine + queries * (d + 1), s.sums, size_t(queries) * sizeof(float));
+    if (first < last) {
+        memcpy(mine, s.outs, size_t(queries * d) * sizeof(float));
+        memcpy(mine + queries * d, s.maxima, size_t(queries) * sizeof(float));
+        memcpy(mine + queries * (d + 1), s.sums, size_t(queries) * sizeof(float));
+    }
     std::atomic<int>& arrived = arrived_[size_t(unit.partial0 * c_.num_kv_heads + kv_head)];
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.partitions) {
         arrived.store(0, std::memory_order_relaxed);
-        merge_partials(unit, kv_head, quantise_to);
+        merge_partials(unit, seen_first, kv_head, quantise_to);
     }
 }
 
 // The same merges in the same order as when one thread does all partitions.
-void Step::merge_partials(const Unit& unit, int kv_head, Activations* quantise_to) {
+void Step::merge_partials(const Unit& unit, int first, int kv_head, Activations* quantise_to) {
     const int d = c_.head_size;
     auto partial = [&](int p) { return partials_ + ((unit.partial0 + p) * c_.num_kv_heads + kv_head) * partial_size_; };
-    float* all = partial(0);
-    for (int p = 1; p < unit.partitions; p++) {
+    float* all = partial(first);
+    for (int p = first + 1; p < unit.partitions; p++) {
         const float* later = partial(p);
         for (int i = 0; i < group_; i++)
             isa_.merge(&all[group_ * d + i], &all[group_ * (d + 1) + i], all + i * d, later[group_ * d + i],

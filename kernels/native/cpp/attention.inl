@@ -101,12 +101,18 @@ INLINE void values_bf16(const AttendArgs& a, int pairs, const uint32_t (*probs)[
     for (int n = 0; n < N; n++) store(a.out + q * d + first + n * kLanes, acc[q][n]);
 }
 
-// The largest score of a query; scores past what it sees do not count.
-INLINE float peak_score(const float* scores, int seen, int tiles) {
+// Of tile t's numbers those of the positions that query q sees, and `other` elsewhere.
+INLINE F keep_seen(const AttendArgs& a, int q, int t, F x, F other) {
+    const int seen = a.seen[q] - t * kLanes, unseen = a.unseen[q] - t * kLanes;
+    x = keep_first(x, seen, other);
+    return unseen > 0 ? keep_first(other, unseen, x) : x;
+}
+
+// The largest score of a query; of what it does not see, scores do not count.
+INLINE float peak_score(const AttendArgs& a, int q, const float* scores, int tiles) {
     const F nothing = bcast(-__builtin_inff());
     F largest = nothing;
-    for (int t = 0; t < tiles; t++)
-        largest = vmax(largest, keep_first(load(scores + t * kLanes), seen - t * kLanes, nothing));
+    for (int t = 0; t < tiles; t++) largest = vmax(largest, keep_seen(a, q, t, load(scores + t * kLanes), nothing));
     return reduce_max(largest);
 }
 
@@ -117,10 +123,10 @@ void attend_bf16(const AttendArgs& a) {
     alignas(64) uint32_t probs[Q][kPartition / 2];
     for (int b = 0; b < blocks; b++) scores_bf16<Q>(a, a.block(b), (float (*)[kPartition])(&scores[0][b * kBlock]));
     for (int q = 0; q < Q; q++) {
-        const float peak = peak_score(scores[q], a.seen[q], blocks * 2);
+        const float peak = peak_score(a, q, scores[q], blocks * 2);
         F total = zero();
         for (int t = 0; t < blocks * 2; t++) {
-            F p = keep_first(exp2_vec(sub(load(&scores[q][t * kLanes]), bcast(peak))), a.seen[q] - t * kLanes, zero());
+            F p = keep_seen(a, q, t, exp2_vec(sub(load(&scores[q][t * kLanes]), bcast(peak))), zero());
             total = add(total, p);
             store_bf16((uint16_t*)&probs[q][t * kLanes / 2], p);
         }
@@ -210,13 +216,12 @@ struct Weights16 {  // of a query over a partition: probability times scale of t
 
 // Softmax of a query's scores; the scores' memory is used up.
 INLINE void softmax_int8(const AttendArgs& a, int q, int tiles, float* scores, Weights16& out) {
-    const int seen = a.seen[q];
-    const float peak = peak_score(scores, seen, tiles);
+    const float peak = peak_score(a, q, scores, tiles);
     F total = zero(), largest = zero();
     for (int t = 0; t < tiles; t++) {
         const float* scales = (const float*)(a.block(t / 2) + a.head_size * kBlock * 2) + kBlock + t % 2 * kLanes;
-        const F p = keep_first(exp2_vec(sub(load(scores + t * kLanes), bcast(peak))), seen - t * kLanes, zero());
-        const F weight = keep_first(mul(p, load(scales)), seen - t * kLanes, zero());
+        const F p = keep_seen(a, q, t, exp2_vec(sub(load(scores + t * kLanes), bcast(peak))), zero());
+        const F weight = keep_seen(a, q, t, mul(p, load(scales)), zero());
         total = add(total, p);
         largest = vmax(largest, weight);
         store(scores + t * kLanes, weight);
@@ -322,6 +327,12 @@ void pack_query(KV kind, const float* head, float scale, int head_size, uint32_t
 
 void merge(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size) {
     if (max2 == -__builtin_inff()) return;
+    if (*max == -__builtin_inff()) {  // the row sees nothing of the first: its bits are those of the later one
+        *max = max2;
+        *sum = sum2;
+        memcpy(out, out2, size_t(head_size) * sizeof(float));
+        return;
+    }
     const float larger = *max > max2 ? *max : max2;
     const float a = exp2_one(*max - larger), b = exp2_one(max2 - larger);
     *max = larger;

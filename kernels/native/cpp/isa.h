@@ -100,7 +100,8 @@ struct AttendArgs {
     const uint8_t* ahead[kPartitionBlocks];  // blocks to fetch meanwhile, null for none: what is attended to next
     int head_size;
     int queries;      // ≤ kMaxQueries
-    const int* seen;  // [queries] positions of the partition that each query sees, ≥ kPartition for all
+    const int* seen;    // [queries] positions of the partition up to each query's own, ≥ kPartition for all
+    const int* unseen;  // [queries] those of them that lie before its window, ≤ 0 for none
     const uint32_t*
         packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) / sqrt(d)
     const float* steps;     // [queries], int8: what one unit of the 16 bits is

@@ -93,6 +93,7 @@ Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(
     const int tail = config.num_layers - config.split_layer;
     const bool tails = has_tails();
     layers_.resize(size_t(config.split_layer + (tails ? config.num_members * tail : 0)));
+    for (Layer& layer : layers_) layer.window = config.max_positions;
     final_norms_.resize(size_t(tails ? config.num_members : 1));
     final_norm_biases_.resize(final_norms_.size());
     const int64_t d = config.head_size;
@@ -225,6 +226,11 @@ void Model::set_vector(MotetVector which, int index, const float* values, int64_
     to->assign(values, values + count);
 }
 
+void Model::set_window(int layer, int32_t window) {
+    if (window < 1) throw std::invalid_argument("the window is " + std::to_string(window) + ", it must be at least 1");
+    layer_at(layer).window = std::min(window, config_.max_positions);
+}
+
 std::string Model::missing() const {
     if (!head_) return "the head";
     if (!config_.tied_head && !embedding_) return "the embedding";
@@ -233,11 +239,12 @@ std::string Model::missing() const {
         const Layer& layer = layers_[i];
         if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] ||
             layer.attention_norm.empty() || layer.mlp_norm.empty() ||
+            (config_.layer_norm && (layer.attention_norm_bias.empty() || layer.mlp_norm_bias.empty())) ||
             (config_.qk_norm && (layer.q_norm.empty() || layer.k_norm.empty())))
             return "a weight of layer " + std::to_string(i);
     }
-    for (const std::vector<float>& norm : final_norms_)
-        if (norm.empty()) return "a final norm";
+    for (size_t i = 0; i < final_norms_.size(); i++)
+        if (final_norms_[i].empty() || (config_.layer_norm && final_norm_biases_[i].empty())) return "a final norm";
     return "";
 }
 

@@ -79,6 +79,7 @@ struct Layer {
     std::vector<Adapter> adapters[kModules];          // [members], or empty when no member has one
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
+    int32_t window = 0;  // positions that a row attends to, itself included; as many as there may be: all
 };
 
 enum Part { kLinears, kAttention, kHead, kOther, kParts };
@@ -92,6 +93,7 @@ public:
     void set_adapter(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns,
                      const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
+    void set_window(int layer, int32_t window);
     std::string missing() const;  // what has not been set; empty when the model is whole
 
     std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty when it can

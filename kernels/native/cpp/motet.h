@@ -82,6 +82,8 @@ MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
+/* Rows attend to the last `window` positions in this layer, their own included; unless set, to all. */
+MOTET_API int motet_set_window(MotetModel*, int layer, int window);
 MOTET_API int motet_ready(MotetModel*);
 
 /* Hidden states [num_outputs, hidden], after the final norm, of the (row, member) pairs asked for. */

@@ -167,8 +167,10 @@ void Step::run_segment(const Segment& segment, int thread) {
     const std::vector<float> none;
     bool gathered = segment.member >= 0 && segment.first_layer == segment.last_layer;  // no layers: the norm alone
     if (gathered) gather(segment, x, false, thread);
-    collect_blocks(segment.all, thread);
-    start_prefetch(segment.first_layer, thread);
+    if (segment.first_layer < segment.last_layer) {
+        collect_blocks(segment.all, m_.layers_[size_t(segment.first_layer)].window, thread);
+        start_prefetch(segment.first_layer, thread);
+    }
     for (int index = segment.first_layer; index < segment.last_layer; index++) {
         const Layer& layer = m_.layers_[size_t(index)];
         const bool last = segment.member >= 0 && index + 1 == segment.last_layer;
@@ -205,7 +207,9 @@ void Step::run_segment(const Segment& segment, int thread) {
             quantise_early && layer.adapters[kOut].empty() && group_ * c_.head_size % attended.unit() == 0;
         const bool quantise_inner = quantise_early && layer.adapters[kDown].empty();
         attend(*set, layer, index, qkv, fused, quantise_attended ? &attended : nullptr, thread);
-        start_prefetch(index + 1 < segment.last_layer ? index + 1 : -1, thread);
+        const Layer* following = index + 1 < segment.last_layer ? &m_.layers_[size_t(index) + 1] : nullptr;
+        if (following && following->window != layer.window) collect_blocks(segment.all, following->window, thread);
+        start_prefetch(following ? index + 1 : -1, thread);
         barrier_and_time(kAttention, thread);
         if (!quantise_attended)
             attended = prepare(attended_, q_size_, *set, layer, kOut, Norm::None, none, none, thread);
@@ -220,9 +224,7 @@ void Step::run_segment(const Segment& segment, int thread) {
         barrier_and_time(kLinears, thread);
         if (!quantise_inner)
             inner = prepare(inner_, c_.intermediate_size, *set, layer, kDown, Norm::None, none, none, thread);
-        const PackedLinear* next =
-            index + 1 < segment.last_layer ? &m_.layers_[size_t(index) + 1].packed(kQKV) : nullptr;
-        linear(down, inner, {x, c_.hidden_size, Epilogue::Add}, next, thread);
+        linear(down, inner, {x, c_.hidden_size, Epilogue::Add}, following ? &following->packed(kQKV) : nullptr, thread);
         barrier_and_time(kLinears, thread);
     }
     if (segment.member < 0) return;

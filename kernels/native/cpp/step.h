@@ -82,19 +82,20 @@ private:
     };
     // `next`: the weights that are used after these.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
-    void collect_blocks(const RowSet& set, int thread);
+    static int first_partition(int32_t context, int32_t window);
+    void collect_blocks(const RowSet& set, int32_t window, int thread);
     void start_prefetch(int layer, int thread);
     void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv,
                    int thread);
     void attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write,
                 Activations* quantise_to, int thread);
-    void look_ahead(const RowSet& set, int64_t item, int partition, int index,
+    void look_ahead(const RowSet& set, int64_t item, int partition, int index, int32_t window,
                     const uint8_t* (&ahead)[kPartitionBlocks]) const;
     void attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write,
                      Activations* quantise_to, int thread);
     void pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
                       Scratch& s) const;
-    void merge_partials(const Unit& unit, int kv_head, Activations* quantise_to);
+    void merge_partials(const Unit& unit, int first, int kv_head, Activations* quantise_to);
     void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to);
     void norm_and_rotate(float* head, const std::vector<float>& norm, int32_t position) const;
 

@@ -19,27 +19,14 @@ from ....kernels.native.sampling import FUSED_RULES, Sampling
 from ...api.config import EngineConfig
 from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle
+from ...model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Layout, Norm, decoder_layout
+from ...model.stored import own_name, resolve, stored_tensors, stored_weight
 from ...sampling.host import merge_outputs, native_samples, sample_rows, split_fused, step_output
 from ...sampling.terms import plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 
 F32 = npt.NDArray[np.float32]
-
-_LINEARS = {
-    LinearKind.QKV: "self_attn.qkv_proj",
-    LinearKind.OUT: "self_attn.o_proj",
-    LinearKind.UP: "mlp.gate_up_proj",
-    LinearKind.DOWN: "mlp.down_proj",
-}
-_NORMS = {
-    Vector.ATTENTION_NORM: "input_layernorm.weight",
-    Vector.ATTENTION_NORM_BIAS: "input_layernorm.bias",
-    Vector.MLP_NORM: "post_attention_layernorm.weight",
-    Vector.MLP_NORM_BIAS: "post_attention_layernorm.bias",
-    Vector.Q_NORM: "self_attn.q_norm.weight",
-    Vector.K_NORM: "self_attn.k_norm.weight",
-}
 
 
 class CpuBackend:
@@ -163,26 +150,18 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         ),
         isa,
     )
+    layout = decoder_layout(decoder)
     with safe_open(bundle.path / WEIGHTS, framework="numpy") as file:
         loader = _Loader(model, file, bundle)
         for layer in range(split):
-            loader.layer(layer, layer, None)
+            loader.layer(layer, layout.layers[layer], None)
         for index, member in enumerate(members):
             for layer in range(split, decoder.num_layers):
-                loader.layer(split + index * (decoder.num_layers - split) + layer - split, layer, member)
+                target = split + index * (decoder.num_layers - split) + layer - split
+                loader.layer(target, layout.layers[layer], member)
         for index, owner in enumerate(members or (None,)):
-            loader.vector(Vector.FINAL_NORM, index, "model.norm.weight", owner)
-            loader.vector(Vector.FINAL_NORM_BIAS, index, "model.norm.bias", owner)
-        embedding = "model.embed_tokens.weight"
-        head = embedding if decoder.tied_head else "lm_head.weight"
-        loader.linear(LinearKind.HEAD, 0, head, None)
-        if not decoder.tied_head:
-            loader.linear(LinearKind.EMBEDDING, 0, embedding, None)
-        if decoder.positions == "learned":
-            loader.vector(Vector.POSITIONS, 0, "model.embed_positions.weight", None)
-        else:
-            loader.vector(Vector.COS, 0, "rotary.cos", None)
-            loader.vector(Vector.SIN, 0, "rotary.sin", None)
+            loader.norm((Vector.FINAL_NORM, Vector.FINAL_NORM_BIAS), index, layout.norm, owner)
+        loader.shared(layout)
     model.ready()
     return model
 
@@ -194,56 +173,67 @@ class _Loader:
         self._model = model
         self._file = file
         self._bundle = bundle
-        self._names = set(file.keys())
+        self._tensors = stored_tensors(bundle.path / WEIGHTS)
         self._places: dict[tuple[LinearKind, str], int] = {}  # stored weight → layer that holds it already
 
-    def layer(self, target: int, layer: int, member: str | None) -> None:
-        """Layer `layer` of the decoder, as `member` has it, becomes the model's layer `target`."""
-        prefix = f"model.layers.{layer}"
-        gelu = self._bundle.config.activation == "gelu"
-        for which, module in _LINEARS.items():
-            name = f"{prefix}.{'mlp.up_proj' if which is LinearKind.UP and gelu else module}"
-            self.linear(which, target, f"{name}.weight", member)
-            for index, own in enumerate(self._bundle.members):
-                a, b = f"members.{own}.{name}.lora_a", f"members.{own}.{name}.lora_b"
-                if a in self._names and member in (None, own):
-                    self._model.set_adapter(which, target, index, self._tensor(a), self._tensor(b), a)
-        for vector, suffix in _NORMS.items():
-            self.vector(vector, target, f"{prefix}.{suffix}", member)
+    def shared(self, layout: Layout) -> None:
+        """What all members share: head, embedding and the tables of positions."""
+        self.linear(LinearKind.HEAD, 0, layout.head, None)
+        if layout.head != EMBEDDING:
+            self.linear(LinearKind.EMBEDDING, 0, EMBEDDING, None)
+        if layout.config.positions == "learned":
+            self.vector(Vector.POSITIONS, 0, POSITIONS, None)
+        else:
+            self.vector(Vector.COS, 0, COS, None)
+            self.vector(Vector.SIN, 0, SIN, None)
 
-    def linear(self, which: LinearKind, target: int, name: str, member: str | None) -> None:
-        stored = self._resolve(name, member)
+    def layer(self, target: int, layer: Layer, member: str | None) -> None:
+        """A layer of the decoder, as `member` has it, becomes the model's layer `target`."""
+        for which, linear in zip(_LINEARS, layer.linears, strict=True):
+            bias = f"{linear.name}.bias" if linear.bias else None
+            self.linear(which, target, f"{linear.name}.weight", member, bias)
+            for index, own in enumerate(self._bundle.members):
+                a, b = (own_name(own, f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
+                if a in self._tensors and member in (None, own):
+                    self._model.set_adapter(which, target, index, self._tensor(a), self._tensor(b), a)
+        self.norm((Vector.ATTENTION_NORM, Vector.ATTENTION_NORM_BIAS), target, layer.attention_norm, member)
+        self.norm((Vector.MLP_NORM, Vector.MLP_NORM_BIAS), target, layer.mlp_norm, member)
+        for vector, norm in zip((Vector.Q_NORM, Vector.K_NORM), layer.head_norms or ()):
+            self.norm((vector,), target, norm, member)
+        if layer.window is not None:
+            self._model.set_window(target, layer.window)
+
+    def linear(self, which: LinearKind, target: int, name: str, member: str | None, bias: str | None = None) -> None:
+        stored = resolve(self._tensors, name, member)
         if (which, stored) in self._places:
             self._model.share_linear(which, target, self._places[which, stored])
             return
-        self._model.set_linear(which, target, self._weight(stored), stored)
+        own_bias = None if bias is None else self._tensor(resolve(self._tensors, bias, member))
+        self._model.set_linear(which, target, self._weight(stored, own_bias), stored)
         self._places[which, stored] = target
 
+    def norm(self, vectors: tuple[Vector, ...], index: int, norm: Norm, member: str | None) -> None:
+        """`vectors`: of its weight, and of its bias if it may have one."""
+        for vector, name in zip(vectors, norm.tensors):
+            self.vector(vector, index, name, member)
+
     def vector(self, which: Vector, index: int, name: str, member: str | None) -> None:
-        stored = self._resolve(name, member)
-        if stored in self._names:
-            self._model.set_vector(which, index, self._tensor(stored), stored)
+        stored = resolve(self._tensors, name, member)
+        self._model.set_vector(which, index, self._tensor(stored), stored)
 
-    def _weight(self, name: str) -> Weight:
-        bias_name = name.removesuffix("weight") + "bias"
-        bias = self._tensor(bias_name) if bias_name in self._names and name.endswith("_proj.weight") else None
-        if name in self._names:
-            dense = self._tensor(name)
-            return Weight(dense.shape[0], dense.shape[1], dense=dense, bias=bias)
-        if f"{name}.values" not in self._names or f"{name}.scales" not in self._names:
-            raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
-        values, scales = self._tensor(f"{name}.values"), self._tensor(f"{name}.scales")
-        zero_points = self._tensor(f"{name}.zero_points") if f"{name}.zero_points" in self._names else None
-        bits = 8 if zero_points is None else 4
-        groups, group = values.shape[1], values.shape[2] * 8 // bits
-        if bits == 4:  # groups of columns, then those of the group-sum columns: one value a group of columns
-            groups = groups * group // (group + 1)
-        columns = groups * group
-        return Weight(len(values), columns, bits, group, values, scales, zero_points, bias=bias)
-
-    def _resolve(self, name: str, member: str | None) -> str:
-        own = f"members.{member}.{name}"
-        return own if own in self._names or f"{own}.values" in self._names else name
+    def _weight(self, name: str, bias: F32 | None) -> Weight:
+        weight = stored_weight(self._tensors, name)
+        rows, columns = weight.rows, weight.columns
+        if weight.bits == 32:
+            return Weight(rows, columns, dense=self._tensor(name), bias=bias)
+        values, scales = self._tensor(weight.values), self._tensor(weight.scales)
+        zero_points = None if weight.zero_points is None else self._tensor(weight.zero_points)
+        return Weight(rows, columns, weight.bits, weight.group_size, values, scales, zero_points, bias=bias)
 
     def _tensor(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._tensors:
+            raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
         return np.asarray(self._file.get_tensor(name))
+
+
+_LINEARS = (LinearKind.QKV, LinearKind.OUT, LinearKind.UP, LinearKind.DOWN)  # in the order of `Layer.linears`

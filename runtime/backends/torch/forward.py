@@ -147,11 +147,11 @@ class Forward:
             self._dtype,
         )
         out = torch.empty_like(query)
-        ops.decode_attention(query, cache, rows.decode, out)
-        ops.prefill_attention(query, cache, rows.chunks, out)
+        ops.decode_attention(query, cache, rows.decode, out, layer.window)
+        ops.prefill_attention(query, cache, rows.chunks, out, layer.window)
         branch = self._linear(out.flatten(1), layer.out, tiles)
         up = self._linear(self._norm(layer.mlp_norm, residual, branch), layer.up, tiles)
-        inner = ops.activate(up, config.activation == "swiglu", self._dtype)
+        inner = ops.activate(up, layer.gated, self._dtype)
         return self._linear(inner, layer.down, tiles)
 
     def _linear(self, x: Tensor, linear: LinearLayer, tiles: AdapterTiles | None) -> Tensor:

@@ -21,33 +21,25 @@ from safetensors.numpy import load_file
 from ....kernels.oracle.eager import dequantise
 from ....kernels.oracle.operands import AdapterWeight, LinearWeight
 from ...errors import BundleError
+from ...model import layout
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
+from ...model.stored import fold_group_sums, own_name, resolve, stored_weight
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
 
-def _nibbles(packed: Array) -> Array:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-
-
-def linear_weight(values: Array, scales: Array, zero_points: Array | None, columns: int) -> LinearWeight:
-    """A quantised weight from a bundle's arrays (docs/bundle.md) on the CPU; `columns` is K."""
-    n, groups = scales.shape
-    if zero_points is None:
-        flat = torch.from_numpy(np.ascontiguousarray(values.reshape(n, -1)))
-        return LinearWeight(flat, torch.from_numpy(np.ascontiguousarray(scales.T)))
-    group_size = 2 * values.shape[2]
-    own = columns // group_size  # the groups behind are the group-sum columns
-    zeros = _nibbles(zero_points)[:, :groups].astype(np.float32)
-    sums = _nibbles(values[:, own:]).astype(np.float32) - zeros[:, own:, None]
-    sums = (sums * scales[:, own:, None]).reshape(n, -1)[:, :own]
-    minima = sums - zeros[:, :own] * scales[:, :own]
+def linear_weight(values: Array, scales: Array, zero_points: Array | None) -> LinearWeight:
+    """A quantised weight from a bundle's arrays (`model.stored`) on the CPU."""
+    minima = None
+    if zero_points is not None:
+        values, scales, folded = fold_group_sums(values, scales, zero_points)
+        minima = torch.from_numpy(np.ascontiguousarray(folded.T))
     return LinearWeight(
-        torch.from_numpy(np.ascontiguousarray(values[:, :own].reshape(n, -1))),
-        torch.from_numpy(np.ascontiguousarray(scales[:, :own].T)),
-        torch.from_numpy(np.ascontiguousarray(minima.T.astype(np.float32))),
+        torch.from_numpy(np.ascontiguousarray(values.reshape(len(values), -1))),
+        torch.from_numpy(np.ascontiguousarray(scales.T)),
+        minima,
     )
 
 
@@ -93,8 +85,10 @@ class LayerWeights:
     head_norms: tuple[Tensor, Tensor] | None  # of query and key heads
     out: LinearLayer
     mlp_norm: Norm
-    up: LinearLayer  # gate and up, where the activation is gated
+    up: LinearLayer
+    gated: bool  # up is gate and up, for SwiGLU; else GELU
     down: LinearLayer
+    window: int | None = None  # positions that a row attends to, itself included; None: all before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +132,7 @@ def load_weights(bundle: Bundle, placement: Placement) -> ModelWeights:
 
 
 class ModelReader:
-    """From named arrays (docs/bundle.md) to `ModelWeights`."""
+    """From named arrays (`model.stored`) to `ModelWeights`."""
 
     def __init__(
         self,
@@ -160,84 +154,74 @@ class ModelReader:
             any(n.startswith(f"members.{m}.model.") and ".lora_" not in n for n in self._tensors) for m in self._members
         ]
         own = [name for name, found in zip(self._members, has_own) if found]
-        prefixes = [f"members.{name}." for name in own]
-        if not all(has_own):
-            prefixes.append("")
-        tails = [self._tail(prefix, split_layer) for prefix in prefixes]
-        embedding = self._linear_weight("", "model.embed_tokens", config.hidden_size)
+        owners: list[str | None] = [*own, *([] if all(has_own) else [None])]
+        table = layout.decoder_layout(config)
+        tails = [self._tail(owner, table, split_layer) for owner in owners]
+        embedding = self._linear_weight(layout.EMBEDDING, None, None)
         rotary = None
         if config.positions == "rotary":
-            cos, sin = (self._array("", f"rotary.{name}").astype(np.float32) for name in ("cos", "sin"))
+            cos, sin = (self._array(name, None).astype(np.float32) for name in (layout.COS, layout.SIN))
             rotary = (torch.from_numpy(cos).to(placement.device), torch.from_numpy(sin).to(placement.device))
         learned = config.positions == "learned"
         return ModelWeights(
             embedding=embedding,
-            position_embedding=self._dense("", "model.embed_positions.weight") if learned else None,
+            position_embedding=self._dense(layout.POSITIONS) if learned else None,
             rotary=rotary,
-            trunk=[self._layer("", index) for index in range(split_layer)],
+            trunk=[self._layer(layer, None) for layer in table.layers[:split_layer]],
             tails=tails,
             tail_of=tuple(own.index(m) if m in own else len(own) for m in self._members),
             adapter_of=tuple(self._adapters.index(m) if m in self._adapters else -1 for m in self._members),
-            head=embedding if config.tied_head else self._linear_weight("", "lm_head", config.hidden_size),
+            head=embedding if config.tied_head else self._linear_weight(table.head, None, None),
         )
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _tail(self, prefix: str, split: int) -> TailWeights:
-        layers = [self._layer(prefix, index) for index in range(split, self._config.num_layers)]
-        return TailWeights(layers, self._norm(prefix, "model.norm"))
-
-    def _layer(self, prefix: str, index: int) -> LayerWeights:
-        config, name = self._config, f"model.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        heads = None
-        if config.qk_norm:
-            heads = (
-                self._exact(prefix, f"{attention}.q_norm.weight"),
-                self._exact(prefix, f"{attention}.k_norm.weight"),
-            )
-        up = "gate_up_proj" if config.activation == "swiglu" else "up_proj"
-        hidden = config.hidden_size
-        return LayerWeights(
-            attention_norm=self._norm(prefix, f"{name}.input_layernorm"),
-            qkv=self._linear(prefix, f"{attention}.qkv_proj", hidden),
-            head_norms=heads,
-            out=self._linear(prefix, f"{attention}.o_proj", config.q_size),
-            mlp_norm=self._norm(prefix, f"{name}.post_attention_layernorm"),
-            up=self._linear(prefix, f"{mlp}.{up}", hidden),
-            down=self._linear(prefix, f"{mlp}.down_proj", config.intermediate_size),
+    def _tail(self, member: str | None, table: layout.Layout, split: int) -> TailWeights:
+        return TailWeights(
+            [self._layer(layer, member) for layer in table.layers[split:]], self._norm(table.norm, member)
         )
 
-    def _norm(self, prefix: str, name: str) -> Norm:
-        bias = self._exact(prefix, f"{name}.bias") if self._config.norm == "layer" else None
-        return Norm(self._exact(prefix, f"{name}.weight"), bias)
+    def _layer(self, layer: layout.Layer, member: str | None) -> LayerWeights:
+        heads = None
+        if layer.head_norms is not None:
+            q_norm, k_norm = (self._norm(norm, member).weight for norm in layer.head_norms)
+            heads = (q_norm, k_norm)
+        return LayerWeights(
+            attention_norm=self._norm(layer.attention_norm, member),
+            qkv=self._linear(layer.qkv, member),
+            head_norms=heads,
+            out=self._linear(layer.out, member),
+            mlp_norm=self._norm(layer.mlp_norm, member),
+            up=self._linear(layer.up, member),
+            gated=layer.up.epilogue == "swiglu",
+            down=self._linear(layer.down, member),
+            window=layer.window,
+        )
 
-    def _linear(self, prefix: str, name: str, columns: int) -> LinearLayer:
-        adapters = [] if prefix else self._adapters  # a low-rank update is of the base
-        return LinearLayer(self._linear_weight(prefix, name, columns), self._adapter(name, adapters))
+    def _norm(self, norm: layout.Norm, member: str | None) -> Norm:
+        weight, *bias = (self._exact(name, member) for name in norm.tensors)
+        return Norm(weight, bias[0] if bias else None)
 
-    def _linear_weight(self, prefix: str, name: str, columns: int) -> LinearWeight:
-        weight = f"{name}.weight"
-        # What belongs to one weight comes from one place: a member's own 8 bits have no zero points, the base's 4 bits do.
-        source = prefix if {f"{prefix}{weight}", f"{prefix}{weight}.values"} & self._tensors.keys() else ""
-        if f"{source}{weight}.values" in self._tensors:
-            found = linear_weight(
-                self._tensors[f"{source}{weight}.values"],
-                self._array(source, f"{weight}.scales"),
-                self._tensors.get(f"{source}{weight}.zero_points"),
-                columns,
-            )
-        else:
-            found = LinearWeight(torch.from_numpy(self._array(source, weight)))
-        bias = self._find(prefix, f"{name}.bias")
-        if bias is not None:
-            found = LinearWeight(found.values, found.scales, found.minima, torch.from_numpy(bias))
-        return self._placement.linear(found)
+    def _linear(self, linear: layout.Linear, member: str | None) -> LinearLayer:
+        adapters = [] if member else self._adapters  # a low-rank update is of the base
+        bias = f"{linear.name}.bias" if linear.bias else None
+        weight = self._linear_weight(f"{linear.name}.weight", bias, member)
+        return LinearLayer(weight, self._adapter(linear.name, adapters))
+
+    def _linear_weight(self, name: str, bias_name: str | None, member: str | None) -> LinearWeight:
+        stored = stored_weight(self._tensors, resolve(self._tensors, name, member))
+        bias = None if bias_name is None else torch.from_numpy(self._array(bias_name, member))
+        if stored.bits == 32:
+            return self._placement.linear(LinearWeight(torch.from_numpy(self._tensors[stored.name]), bias=bias))
+        zero_points = None if stored.zero_points is None else self._tensors[stored.zero_points]
+        found = linear_weight(self._tensors[stored.values], self._tensors[stored.scales], zero_points)
+        return self._placement.linear(LinearWeight(found.values, found.scales, found.minima, bias))
 
     def _adapter(self, name: str, members: Iterable[str]) -> AdapterWeight | None:
         """The members' low-rank updates of one module, padded to the largest rank; zeros for who has none here."""
         pairs = [
-            tuple(self._tensors.get(f"members.{member}.{name}.lora_{part}") for part in "ab") for member in members
+            tuple(self._tensors.get(own_name(member, f"{name}.{half}")) for half in ("lora_a", "lora_b"))
+            for member in members
         ]
         present = [(a, b) for a, b in pairs if a is not None and b is not None]
         if not present:
@@ -253,20 +237,15 @@ class ModelReader:
             self._placement.dense(torch.from_numpy(stacked_a)), self._placement.dense(torch.from_numpy(stacked_b))
         )
 
-    def _find(self, prefix: str, name: str) -> Array | None:
-        """The member's own tensor, else the base's."""
-        own = self._tensors.get(prefix + name) if prefix else None
-        return own if own is not None else self._tensors.get(name)
-
-    def _array(self, prefix: str, name: str) -> Array:
-        found = self._find(prefix, name)
+    def _array(self, name: str, member: str | None) -> Array:
+        found = self._tensors.get(resolve(self._tensors, name, member))
         if found is None:
-            raise BundleError(f"the bundle has no tensor '{prefix}{name}'; export it again")
+            raise BundleError(f"the bundle has no tensor '{name}'; export it again")
         return found
 
-    def _exact(self, prefix: str, name: str) -> Tensor:
+    def _exact(self, name: str, member: str | None) -> Tensor:
         """In float32, whatever the model's dtype: small, and outlier channels are moved into norms."""
-        return torch.from_numpy(self._array(prefix, name)).float().to(self._placement.device)
+        return torch.from_numpy(self._array(name, member)).float().to(self._placement.device)
 
-    def _dense(self, prefix: str, name: str) -> Tensor:
-        return self._placement.dense(torch.from_numpy(self._array(prefix, name)))
+    def _dense(self, name: str) -> Tensor:
+        return self._placement.dense(torch.from_numpy(self._array(name, None)))

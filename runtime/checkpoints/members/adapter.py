@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BundleError, ConfigError
+from ...model.layout import decoder_layout
 from ...model.members import MemberKind
 from ..decoder import Decoder
 from .files import MemberFormat
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def write_adapter(
@@ -100,12 +99,15 @@ def attach(decoder: Decoder, adapter: Mapping[str, Tensor]) -> Decoder:
 
 
 def random_adapter(
-    decoder: Decoder, targets: tuple[str, ...], rank: int, *, seed: int, scale: float
+    decoder: Decoder, targets: tuple[str, ...] | None, rank: int, *, seed: int, scale: float
 ) -> dict[str, Tensor]:
-    """An untrained adapter whose B is not zero: for tests and for timing. B A x is about `scale` · |x|."""
-    unknown = sorted(set(targets) - set(TARGETS))
+    """An untrained adapter whose B is not zero: for tests and for timing. B A x is about `scale` · |x|. `targets` None:
+    every projection."""
+    known = decoder_layout(decoder.config).targets
+    targets = known if targets is None else targets
+    unknown = sorted(set(targets) - set(known))
     if unknown or rank < 1:
-        raise ConfigError(f"an adapter has a rank of at least 1 and targets of {TARGETS}, got {rank} and {unknown}")
+        raise ConfigError(f"an adapter has a rank of at least 1 and targets of {known}, got {rank} and {unknown}")
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for module, linear in decoder.named_modules():

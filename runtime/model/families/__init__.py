@@ -1,0 +1,30 @@
+"""The model families: Hugging Face `config.json` → `DecoderConfig`, and how their checkpoints store it.
+
+A new architecture is a file here, a row in `FAMILIES`, and a parity test against transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import ConfigError, UnsupportedModelError
+from ..config import DecoderConfig
+from .family import Family, Json
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)}
+
+
+def decoder_config(values: Json) -> DecoderConfig:
+    """`DecoderConfig` of a parsed config.json. Raises `UnsupportedModelError` for a family or option it cannot say."""
+    family = values.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UnsupportedModelError(f"model family {family!r} is not supported; known are {sorted(FAMILIES)}")
+    try:
+        return FAMILIES[family].config(values)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"config.json of family '{family}' lacks or misstates {error}") from error

@@ -1,0 +1,63 @@
+"""`Family`: what Motet knows of one model family, and what the families' files are written with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import UnsupportedModelError
+from ..config import DecoderConfig
+
+Json = Mapping[str, Any]
+
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # not weights
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family's checkpoints are read.
+
+    `name`: config.json's `model_type`. `config` translates a parsed config.json; it raises `UnsupportedModelError` for
+    what Motet cannot compute. `modules`: the checkpoint's module names → canonical ones, `{}` for the layer's number;
+    empty where they are canonical already. `prefix`: what may stand before them. `transposed`: the layers' weights are
+    stored as [in, out].
+    """
+
+    name: str
+    config: Callable[[Json], DecoderConfig]
+    modules: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    transposed: bool = False
+
+    def canonical_name(self, name: str) -> str | None:
+        """A checkpoint's tensor name as the canonical one; None for buffers that are not weights.
+
+        Raises `UnsupportedModelError` for a module that the family does not have.
+        """
+        if name.endswith(_BUFFERS):
+            return None
+        if not self.modules:
+            return name
+        module, _, kind = name.removeprefix(self.prefix).rpartition(".")
+        number = re.search(r"(?<=\.)\d+(?=\.)", module)
+        pattern = module if number is None else f"{module[: number.start()]}{{}}{module[number.end() :]}"
+        if pattern not in self.modules:
+            raise UnsupportedModelError(f"the checkpoint holds '{name}', which no {self.name} decoder has")
+        return f"{self.modules[pattern].format(number and number[0])}.{kind}"
+
+
+def require(values: Json, option: str, allowed: tuple[object, ...]) -> None:
+    """Raises `UnsupportedModelError` unless `option` has one of the values; the first is the default."""
+    if values.get(option, allowed[0]) not in allowed:
+        raise UnsupportedModelError(f"{option}={values[option]!r} is not supported; allowed: {allowed}")
+
+
+def rotary(values: Json) -> dict[str, Any]:
+    """Theta and scaling, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) writes them."""
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    scaling = None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return {"rope_theta": float(theta), "rope_scaling": scaling}

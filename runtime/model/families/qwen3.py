@@ -1,0 +1,14 @@
+"""Qwen3: Llama with an RMS norm over each head of q and k, and perhaps a sliding window as Qwen2's."""
+
+from __future__ import annotations
+
+from ..config import DecoderConfig
+from .family import Family, Json
+from .llama import late_window, llama_config
+
+
+def _config(values: Json) -> DecoderConfig:
+    return llama_config(values, qk_norm=True, **late_window(values))
+
+
+QWEN3 = Family("qwen3", _config)

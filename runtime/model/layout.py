@@ -1,0 +1,188 @@
+"""What a decoder is made of, derived from `DecoderConfig` and said once: every weight, its shape, and how it is stored.
+
+The torch page, calibration, fusing, the graphs, the loaders of all backends, random models and the counts of the benches
+read this table. Names are canonical (Hugging Face's llama names) and whole: `model.layers.3.self_attn.qkv_proj`.
+
+A checkpoint stores the *parts* of a linear layer (q, k, v), a bundle the linear layer itself: the parts' rows, one part
+after the other, because they read the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .config import DecoderConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+POSITIONS = "model.embed_positions.weight"
+HEAD = "lm_head.weight"
+COS, SIN = "rotary.cos", "rotary.sin"  # tables that a bundle holds; no checkpoint does
+
+Epilogue = Literal["store", "add", "swiglu", "gelu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A projection as checkpoints store it: `<name>.weight` [rows, columns of its linear layer]."""
+
+    name: str
+    rows: int
+
+    @property
+    def short_name(self) -> str:
+        """What users call it: `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer as a bundle stores it: `<name>.weight` [rows, columns], and `<name>.bias` [rows] with `bias`.
+
+    `epilogue` says what becomes of the product: stored, added to the residual stream, or activated (swiglu: the parts are
+    gate and up, and half of the rows are left). `source` is the module whose output channels scale this layer's input
+    channels one by one: the norm that feeds it, or the up projection of a gated MLP; None if there is none.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    columns: int
+    bias: bool
+    epilogue: Epilogue
+    source: str | None
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """`<name>.weight` [size], and `<name>.bias` [size] of a layer norm."""
+
+    name: str
+    size: int
+    kind: Literal["rms", "layer"]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that it has."""
+        return (f"{self.name}.weight", f"{self.name}.bias") if self.kind == "layer" else (f"{self.name}.weight",)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer. `head_norms`: over each head of q and of k, before rotary. `rotary`: q and k are rotated. `window`: how
+    many positions a row attends to, itself included; None: all before it."""
+
+    attention_norm: Norm
+    qkv: Linear
+    head_norms: tuple[Norm, Norm] | None
+    out: Linear
+    mlp_norm: Norm
+    up: Linear  # gate and up, where the activation is gated
+    down: Linear
+    rotary: bool
+    window: int | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order in which they run."""
+        return self.qkv, self.out, self.up, self.down
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return self.attention_norm, *(self.head_norms or ()), self.mlp_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A whole decoder: its layers and the norm after them. Embedding and head are [vocab_size, hidden_size]."""
+
+    config: DecoderConfig
+    layers: tuple[Layer, ...]
+    norm: Norm
+
+    @property
+    def head(self) -> str:
+        """The head's weight: the embedding where they are tied."""
+        return EMBEDDING if self.config.tied_head else HEAD
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        return (linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Short names of the projections that an adapter may change: all of a layer's."""
+        return tuple(part.short_name for linear in self.layers[0].linears for part in linear.parts)
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint under its canonical name, and its shape."""
+        config = self.config
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+        if config.positions == "learned":
+            shapes[POSITIONS] = (config.max_position_embeddings, config.hidden_size)
+        for norm in (*(norm for layer in self.layers for norm in layer.norms), self.norm):
+            shapes |= dict.fromkeys(norm.tensors, (norm.size,))
+        for linear in self.linears:
+            for part in linear.parts:
+                shapes[f"{part.name}.weight"] = (part.rows, linear.columns)
+                if linear.bias:
+                    shapes[f"{part.name}.bias"] = (part.rows,)
+        return shapes | {self.head: (config.vocab_size, config.hidden_size)}
+
+
+def decoder_layout(config: DecoderConfig) -> Layout:
+    """The table of a decoder."""
+    layers = tuple(_layer(config, index) for index in range(config.num_layers))
+    return Layout(config, layers, Norm("model.norm", config.hidden_size, config.norm))
+
+
+def _layer(config: DecoderConfig, index: int) -> Layer:
+    name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+    attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+    attention_norm = Norm(f"{name}.input_layernorm", hidden, config.norm)
+    mlp_norm = Norm(f"{name}.post_attention_layernorm", hidden, config.norm)
+    sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
+    gated = config.activation == "swiglu"
+    up = Part(f"{mlp}.up_proj", inner)
+    return Layer(
+        attention_norm=attention_norm,
+        qkv=Linear(
+            name=f"{attention}.qkv_proj",
+            parts=tuple(Part(f"{attention}.{part}_proj", rows) for part, rows in sizes.items()),
+            columns=hidden,
+            bias=config.qkv_bias,
+            epilogue="store",
+            source=attention_norm.name,
+        ),
+        head_norms=(
+            Norm(f"{attention}.q_norm", config.head_size, "rms"),
+            Norm(f"{attention}.k_norm", config.head_size, "rms"),
+        )
+        if config.qk_norm
+        else None,
+        out=_whole(Part(f"{attention}.o_proj", hidden), config.q_size, config.out_bias, "add", None),
+        mlp_norm=mlp_norm,
+        up=Linear(
+            name=f"{mlp}.gate_up_proj",
+            parts=(Part(f"{mlp}.gate_proj", inner), up),
+            columns=hidden,
+            bias=config.mlp_bias,
+            epilogue="swiglu",
+            source=mlp_norm.name,
+        )
+        if gated
+        else _whole(up, hidden, config.mlp_bias, "gelu", mlp_norm.name),
+        # silu(gate) · up is linear in up; gelu(up) is not
+        down=_whole(Part(f"{mlp}.down_proj", hidden), inner, config.mlp_bias, "add", up.name if gated else None),
+        rotary=config.positions == "rotary",
+        window=config.sliding_window if index >= config.first_window_layer else None,
+    )
+
+
+def _whole(part: Part, columns: int, bias: bool, epilogue: Epilogue, source: str | None) -> Linear:
+    """A linear layer of one part: a bundle stores it as the checkpoint does."""
+    return Linear(part.name, (part,), columns, bias, epilogue, source)

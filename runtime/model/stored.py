@@ -1,0 +1,149 @@
+"""How a bundle's weights file holds tensors, and how they are found. The file is safetensors; names are those of `layout`.
+
+A member's own tensor is stored as `members.<member>.<name>`, and goes before the base's. A weight [rows, columns] is one
+tensor in float32, or quantised in groups of columns, and is then three:
+
+    <weight>.values        [rows, stored groups, group_size * bits / 8] u8; 4 bits: low nibble first
+    <weight>.scales        [rows, stored groups] float32
+    <weight>.zero_points   [rows, ceil(stored groups / 2)] u8, two a byte, low nibble first; 4 bits only
+
+4 bits: *group-sum columns* follow the columns, one for each of their groups (why: `export/quantise.py`). The stored groups
+cover both, the last of them padded.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BundleError
+
+Array = npt.NDArray[Any]
+
+
+class HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in the weights file: bytes `offset` … `offset + length`."""
+
+    dtype: str  # as safetensors names it: F32, U8
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies (header: 8 bytes length, JSON; offsets count from its end)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: StoredTensor(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def own_name(member: str, name: str) -> str:
+    """What a member's own tensor is stored as."""
+    return f"members.{member}.{name}"
+
+
+def resolve(tensors: Container[str], name: str, member: str | None) -> str:
+    """The stored name of a tensor as `member` has it: its own, else the base's. None: the base's."""
+    if member is None:
+        return name
+    own = own_name(member, name)
+    return own if own in tensors or f"{own}.values" in tensors else name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """How one weight [rows, columns] is stored, under `name`. `bits` 32: one tensor, and no groups."""
+
+    name: str
+    rows: int
+    columns: int
+    bits: int = 32
+    group_size: int = 0
+
+    @property
+    def values(self) -> str:
+        return f"{self.name}.values"
+
+    @property
+    def scales(self) -> str:
+        return f"{self.name}.scales"
+
+    @property
+    def zero_points(self) -> str | None:
+        return f"{self.name}.zero_points" if self.bits == 4 else None
+
+    @property
+    def groups(self) -> int:
+        """Groups of the columns, without those of the group-sum columns. Only of a quantised weight."""
+        return self.columns // self.group_size
+
+    @property
+    def multiplied_columns(self) -> int:
+        """Columns that the stored matrix multiplies: for 4 bits with the group-sum columns."""
+        return self.columns + self.groups if self.bits == 4 else self.columns
+
+
+def stored_weight(tensors: Mapping[str, HasShape], name: str) -> StoredWeight:
+    """How the weight with the stored name `name` lies in a file. Raises `BundleError` if it is not whole."""
+    if name in tensors:
+        shape = tensors[name].shape
+        if len(shape) != 2:
+            raise BundleError(f"the bundle's '{name}' has {len(shape)} dimensions, a weight has 2; export it again")
+        return StoredWeight(name, *shape)
+    if f"{name}.values" not in tensors or f"{name}.scales" not in tensors:
+        raise BundleError(f"the bundle has no tensor '{name}'; export it again")
+    shape = tensors[f"{name}.values"].shape
+    bits = 4 if f"{name}.zero_points" in tensors else 8
+    if len(shape) != 3 or not shape[2]:
+        raise BundleError(f"the bundle's '{name}.values' are {list(shape)}, they must be [rows, groups, bytes]")
+    group_size = shape[2] * 8 // bits
+    groups = shape[1] if bits == 8 else own_groups(shape[1], group_size)
+    return StoredWeight(name, shape[0], groups * group_size, bits, group_size)
+
+
+def own_groups(stored_groups: int, group_size: int) -> int:
+    """Groups of the columns of a 4-bit weight: the stored ones less those of the group-sum columns."""
+    return stored_groups * group_size // (group_size + 1)
+
+
+def fold_group_sums(values: Array, scales: Array, zero_points: Array) -> tuple[Array, Array, Array]:
+    """A 4-bit weight's arrays → (values [rows, groups, group_size / 2], scales and minima [rows, groups]).
+
+    The group-sum columns and the whole zero points become one minimum for each group: w = value · scale + minimum.
+    """
+    stored = scales.shape[1]
+    own = own_groups(stored, 2 * values.shape[2])
+    zeros = unpack_nibbles(zero_points)[:, :stored].astype(np.float32)
+    sums = unpack_nibbles(values[:, own:]).astype(np.float32) - zeros[:, own:, None]
+    sums = (sums * scales[:, own:, None]).reshape(len(scales), -1)[:, :own]
+    minima = sums - zeros[:, :own] * scales[:, :own]
+    return values[:, :own], scales[:, :own], minima.astype(np.float32)
+
+
+def unpack_nibbles(packed: Array) -> Array:
+    """Two values a byte along the last axis, low nibble first."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
