@@ -28,9 +28,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..finetune.params import TuneParams
-from ..finetune.search.fuse import FuseParams, change, fuse
-from ..finetune.search.search import SearchParams, SearchResult, search, trial_dir
-from ..finetune.search.space import SearchSpace, Trial
+from ..finetune.search.fuse import change, fuse
+from ..finetune.search.params import FuseParams, SearchParams, SearchSpace
+from ..finetune.search.search import SearchResult, search, trial_dir
+from ..finetune.search.space import Trial
 from ..finetune.training.train import RunData, Workbench, run
 from ..finetune.training.trunk_cache import TrunkCache
 from ..runtime.api.request import Space
@@ -144,7 +145,7 @@ class Bench:
             trials=self.budget.trials,
             seed=seed,
         )
-        result = search(self.bench, self.work / f"seed-{seed}", params, tell=self._tell)
+        result = search(self.bench, self.work / f"seed-{seed}", params, on_trial=self._on_trial)
         members = {f"t{path.name}": path for path in result.members()}
         fused = {}
         for space in map(Space, self.budget.spaces):
@@ -175,7 +176,7 @@ class Bench:
         length = self.budget.max_length
         return served(self.bench, fused, (best, path), self.work / "served", examples=64, max_length=length)
 
-    def _tell(self, trial: Trial, best: Trial) -> None:
+    def _on_trial(self, trial: Trial, best: Trial) -> None:
         self.console.print(
             f"trial {trial.number}: {trial.value:.4f} ({trial.state}, {trial.seconds:.0f} s); best {best.value:.4f}"
         )
