@@ -1,4 +1,4 @@
-"""A prompt as a person gives it (text, token ids, or a conversation) → token ids."""
+"""A prompt (text, token ids or chat messages) → token ids."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def build_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a text, a list of token ids, or a list of chat messages ({"role", "content"}).
+    """Token ids of a prompt: text, a list of token ids, or a list of chat messages ({"role", "content"}).
 
-    Raises `InvalidRequestError` if it is empty or mixed.
+    Raises `InvalidRequestError` if it is empty, mixes these kinds, or has a message that the chat template cannot take.
     """
     if isinstance(prompt, str):
         token_ids = tokenizer.encode(prompt)
