@@ -108,9 +108,8 @@ class PrivateModule(TuneModule):
         self.automatic_optimization = False
         self.budget = spent
         self.secret = secret_of(work)
-        self._hooks = [
-            GradSampleModule(learner.decoder, loss_reduction="sum", strict=False)
-        ]  # in a list, so that it is no submodule
+        # In a list, so that it is no submodule.
+        self._hooks = [GradSampleModule(learner.decoder, loss_reduction="sum", strict=False)]
         self._private: DPOptimizer | None = None
 
     def train_dataloader(self) -> Loader:

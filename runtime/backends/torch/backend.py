@@ -314,7 +314,7 @@ class TorchBackend:
     def _explain(self, batch: Batch, seq: int, too_long: bool, blocks: I32) -> str:
         if too_long:
             return (
-                f"the sequence has {int(batch.context_lens[seq])} positions; the cache holds {self._max_length} a sequence in "
+                f"the sequence has {int(batch.context_lens[seq])} positions; the cache holds {self._max_length} per sequence in "
                 f"{self._max_blocks} blocks; shorten the prompt or raise max_model_len"
             )
         if len(blocks):
