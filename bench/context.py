@@ -90,7 +90,8 @@ def _table(result: dict[str, Any]) -> Any:
         f"{result['bundle']}, {result['bits']} bits, one sequence: {result['fixed_ms']:.2f} ms + {result['slope_us']:.3f} µs "
         f"per position (R² {result['r2']:.4f}, off by {result['largest_deviation']:.1%} at most)\n"
         f"{result['position_bytes']:,} bytes per position: {result['slope_gb_s']:.1f} GB/s, "
-        f"{result['share_of_bandwidth']:.0%} of the read bandwidth ({result['limits']['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after)"
+        f"{result['share_of_bandwidth']:.0%} of the read bandwidth "
+        f"({result['limits']['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after)"
     )
     rows = [
         [
