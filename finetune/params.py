@@ -112,4 +112,7 @@ class TuneParams:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"unknown hyper-parameters {unknown}")
-        return cls(**{name: tuple(value) if name == "targets" else value for name, value in values.items()})
+        settings = dict(values)
+        if "targets" in settings:
+            settings["targets"] = tuple(settings["targets"])
+        return cls(**settings)
