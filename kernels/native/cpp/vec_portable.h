@@ -78,8 +78,8 @@ INLINE F round_near(F x) {
 }
 INLINE I to_int(F x) {
     I r;
-    EACH r.v[i] = x.v[i] > -4.0e6f && x.v[i] < 4.0e6f ? int32_t(round_one(x.v[i]))
-                                                      : INT32_MIN;  // also for NaN, as on the other paths
+    // NaN becomes INT32_MIN too, as on the other paths.
+    EACH r.v[i] = x.v[i] > -4.0e6f && x.v[i] < 4.0e6f ? int32_t(round_one(x.v[i])) : INT32_MIN;
     return r;
 }
 INLINE F pow2(F x) {
