@@ -192,7 +192,9 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 **flags,
                 BLOCK_M=power_of_two(num_m, 16),
                 BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K if weight.bits else BLOCK_K // 2,  # dense: 128 bytes of a row; more programs are resident
+                BLOCK_K=BLOCK_K
+                if weight.bits
+                else BLOCK_K // 2,  # dense: 128 bytes of a row; more programs are resident
                 num_warps=4,
                 num_stages=4,
             )
