@@ -194,7 +194,7 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K
                 if weight.bits
-                else BLOCK_K // 2,  # dense: 128 bytes of a row; more programs are resident
+                else BLOCK_K // 2,  # dense: 128 bytes of a row, for more resident programs
                 num_warps=4,
                 num_stages=4,
             )
