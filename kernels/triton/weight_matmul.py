@@ -192,9 +192,8 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 **flags,
                 BLOCK_M=power_of_two(num_m, 16),
                 BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K
-                if weight.bits
-                else BLOCK_K // 2,  # dense: 128 bytes of a row, for more resident programs
+                # 128 bytes of a dense row, so that more programs are resident.
+                BLOCK_K=BLOCK_K if weight.bits else BLOCK_K // 2,
                 num_warps=4,
                 num_stages=4,
             )
