@@ -120,14 +120,14 @@ class Bench:
         bare = Workbench(self.bench.model_dir, self.bench.data, None)
         cached, cached_s = self.timed(filling, params, "cached", data)
         plain, plain_s = self.timed(bare, params, "uncached", self.load(bare, params))
-        again, again_s = self.timed(filling, params, "cached", data)
-        assert again["loss_curve"] == cached["loss_curve"]
+        repeated, repeated_s = self.timed(filling, params, "cached", data)
+        assert repeated["loss_curve"] == cached["loss_curve"]
         shutil.rmtree(self.work / "fill-cache")
         return {
             "fill_s": fill,
-            "cached_s": [cached_s, again_s],
+            "cached_s": [cached_s, repeated_s],
             "uncached_s": plain_s,
-            "speedup": plain_s / statistics.mean([cached_s, again_s]),
+            "speedup": plain_s / statistics.mean([cached_s, repeated_s]),
             "largest_difference": max(
                 abs(a - b) for a, b in zip(cached["loss_curve"], plain["loss_curve"], strict=True)
             ),

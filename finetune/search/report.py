@@ -40,7 +40,7 @@ def write_report(path: Path, name: str, trials: Sequence[Trial], space: Mapping[
 
 
 def importance(trials: Sequence[Trial], space: Mapping[str, Any]) -> dict[str, float]:
-    """Dimension → its share of the variance (PED-ANOVA, Watanabe et al. 2023). Empty with fewer than 4 trials."""
+    """Dimension → its importance (PED-ANOVA, Watanabe et al. 2023). Empty below 4 trials, or if all are equal."""
     if len(trials) < 4 or len({trial.value for trial in trials}) < 2:
         return {}
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
