@@ -41,7 +41,7 @@ class TuneParams:
     weight_decay: float = described(0.01, "L2, decoupled (AdamW).")
     l1: float = described(0.0, "Factor, in the loss, of the summed absolute change of the trained weights.")
     label_smoothing: float = described(0.0, "Share of the target probability spread over the vocabulary.")
-    dropout: float = described(0.0, "On the branches of trained layers, and on an adapter's input.")
+    dropout: float = described(0.0, "Dropout on the branches of trained layers, and on an adapter's input.")
     warmup: float = 0.1  # share of the steps
     schedule: Literal["cosine", "linear", "constant"] = described("cosine", "Learning rate after the warm-up.")
     batch_tokens: int = described(1024, "Tokens per batch, padding included.")

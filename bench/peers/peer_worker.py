@@ -1,7 +1,7 @@
 """One runtime in its own process, driven by JSON lines on stdin and stdout.
 
-It runs as a script, possibly under an interpreter that has the peers but not Motet. So only `runtimes.py`, which lies
-beside it, is imported, and `motet` itself is imported only to measure `motet`.
+It runs as a script, possibly under an interpreter that has the peers but not Motet. So it imports only `runtimes.py` from its
+own folder, and `motet` only to measure Motet.
 
 The first line in is {"runtime", "variant", "threads", "lengths": {number of sequences: most tokens of each}, "paths": {…}};
 the answer is {"version"} or {"error"}. Then come calls. Each generates greedily for all its prompts at once:
@@ -32,7 +32,7 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], None]
 UNMEASURED = 1  # steps at the start of a chunk
 
-# Run as a script this file is in no package, and its folder is on sys.path.
+# As a script, this file is in no package, and its folder is on sys.path.
 runtimes = import_module(".runtimes" if __package__ else "runtimes", __package__)
 
 
