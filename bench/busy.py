@@ -1,7 +1,7 @@
 """`motet bench busy`: decoding while another process burns one core, against decoding alone.
 
-Threads that wait for each other at barriers lose far more than the core that is taken from them: the one without a core
-holds up all others until the kernel gives it a turn. Quiet and busy phases take turns in one run.
+Threads that wait for each other at barriers lose far more than one core's share: the thread that has no core holds up all
+others until the operating system schedules it. Quiet and busy phases alternate within one run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(
     before = probes.measure(config.num_threads)
     phases: dict[int, dict[str, list[list[StepReport]]]] = {size: {"quiet": [], "busy": []} for size in batch_sizes}
     with timed_engine(bundle_path, config) as (engine, timed):
-        for repeat in range(repeats + 1):  # the first warms up and does not count
+        for repeat in range(repeats + 1):  # the first is a warm-up and is not counted
             for size in batch_sizes:
                 requests = [random_request(bundle, i, context - new_tokens // 2, new_tokens) for i in range(size)]
                 quiet = run_together(engine, timed, requests)
@@ -69,7 +69,7 @@ def run(
 
 @contextmanager
 def _burner() -> Iterator[None]:
-    """A process that keeps one core busy."""
+    """Run a process that keeps one core busy."""
     process = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE, text=True
     )
@@ -84,7 +84,7 @@ def _burner() -> Iterator[None]:
 
 
 def _row(size: int, phases: dict[str, list[list[StepReport]]]) -> dict[str, Any]:
-    """Medians over the repeats of tokens a second of all steps, and the longest step of all."""
+    """Tokens per second (median over the repeats), the longest step of all repeats, and the number of steps."""
     row: dict[str, Any] = {"batch_size": size}
     for name, repeats in phases.items():
         row[f"{name}_tok_s"] = statistics.median(

@@ -1,11 +1,11 @@
 """`motet bench context`: how the time of a decode step of one sequence grows with its context.
 
-What a longer context costs at least is reading its keys and values, so the time is a line
+A longer context costs at least the reading of its keys and values, so the time is a line:
 
-    ms = fixed + slope · positions,      slope ≥ bytes of a position's keys and values / read bandwidth
+    ms = fixed + slope · positions,      slope ≥ bytes of keys and values per position / read bandwidth
 
-Contexts take turns within each repeat. All prompts are beginnings of one text, and the prefix cache keeps their blocks, so
-that each position is computed once and what is repeated is decoding.
+Contexts take turns within each repeat. All prompts are beginnings of one text, and the prefix cache keeps their blocks. So
+each position is computed once, and only decoding is repeated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(
         growing = [layer for layer in cached_layers(bundle) if layer.window is None or layer.window >= max(contexts)]
         position_bytes = len(growing) * kv_position_bytes(bundle, config, native=timed.is_native)
         for repeat in range(repeats + 1):
-            for context in reversed(times):  # the longest first: the others find their blocks
+            for context in reversed(times):  # the longest first: the others reuse its blocks
                 request = random_request(bundle, 0, context - new_tokens // 2, new_tokens)
                 steps = run_together(engine, timed, [request])
                 if repeat:
@@ -68,7 +68,10 @@ def run(
 
 
 def fit(contexts: Sequence[int], ms: Sequence[float], position_bytes: int) -> dict[str, Any]:
-    """The least-squares line through the times, how far the points are from it, and the bandwidth that its slope is."""
+    """The least-squares line through the times, the deviations from it, and the bandwidth in GB/s that its slope means.
+
+    contexts: positions. ms: time per step at each context. position_bytes: keys and values per position.
+    """
     slope, fixed = np.polyfit(contexts, ms, 1)
     line = fixed + slope * np.asarray(contexts)
     off = np.asarray(ms) / line - 1
@@ -85,10 +88,11 @@ def fit(contexts: Sequence[int], ms: Sequence[float], position_bytes: int) -> di
 
 def _table(result: dict[str, Any]) -> Any:
     title = (
-        f"{result['bundle']}, {result['bits']} bits, one sequence: {result['fixed_ms']:.2f} ms + {result['slope_us']:.3f} µs a "
-        f"position (R² {result['r2']:.4f}, off by {result['largest_deviation']:.1%} at most)\n"
-        f"{result['position_bytes']:,} bytes a position: {result['slope_gb_s']:.1f} GB/s, {result['share_of_bandwidth']:.0%} of "
-        f"the read bandwidth ({result['limits']['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after)"
+        f"{result['bundle']}, {result['bits']} bits, one sequence: {result['fixed_ms']:.2f} ms + {result['slope_us']:.3f} µs "
+        f"per position (R² {result['r2']:.4f}, off by {result['largest_deviation']:.1%} at most)\n"
+        f"{result['position_bytes']:,} bytes per position: {result['slope_gb_s']:.1f} GB/s, "
+        f"{result['share_of_bandwidth']:.0%} of the read bandwidth "
+        f"({result['limits']['read_gb_s']:.0f} GB/s before, {result['limits_after']['read_gb_s']:.0f} after)"
     )
     rows = [
         [

@@ -2,7 +2,7 @@
 
     pull → tune two members → export one bundle → serve it and stream four mixes → summarise 20 documents → bench
 
-What an earlier run has made is kept (the model, the tails, the bundle, the summaries); everything lies under .motet/.
+Results of an earlier run are kept (the model, the tails, the bundle, the summaries). Everything is under .motet/.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     _tune()
     _step("3. Quantise base and members into one bundle, and compare it with fp32")
     _export()
-    _step("4. Serve it over gRPC: four requests at once, each with a mix of its own")
+    _step("4. Serve it over gRPC: four requests at once, each with its own mix")
     _stream()
     _step(f"5. Summarise {NUM_SUMMARIES} documents offline")
     _summarise()
@@ -78,7 +78,7 @@ def _tune() -> None:
         metrics = manifest["metrics"]
         before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
         rows.append([name, data, f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"])
-    console.print(table("validation loss, nats a token", ["member", "data", "before", "after", "change"], rows))
+    console.print(table("validation loss, nats per token", ["member", "data", "before", "after", "change"], rows))
 
 
 def _export() -> None:
@@ -100,7 +100,7 @@ def _export() -> None:
 
 
 def _stream() -> None:
-    """Four streams at once; a line is printed as soon as a stream has one, so that they are seen to interleave."""
+    """Four streams at once. Each prints a line as soon as it has one, so the lines interleave."""
     with server_process(BUNDLE) as address, ThreadPoolExecutor(len(MIXES)) as pool:
         print(f"serving on {address}\n{QUESTION}\n", flush=True)
         list(pool.map(lambda mix: _one_stream(address, mix), MIXES))

@@ -1,14 +1,15 @@
-"""`motet bench finetune`: what the trunk cache saves, what search and fusion gain. Resumable: finished parts are kept.
+"""`motet bench finetune`: what the trunk cache saves, and what search and fusion gain. Finished parts are kept, so a killed run
+can be resumed.
 
-cache           one trial (n = 2) from the cache and without it: the time of each, the loss curves side by side
-search          searches by several seeds on one cached trunk, their time, each fused; base, best single and fused on the test set
-served          the first seed's ensemble exported and served: tokens, the cost of a step, ROUGE-L
-random          the GP sampler against random search at an equal budget
-regularisation  each regulariser's effect on the train/validation gap
-private         DP-SGD at ε = 8 beside the run that is not private
+cache           one trial (n = 2) with and without the cache: times, and loss curves side by side
+search          searches with several seeds on one cached trunk, each fused: times; base, best single and fused on the test set
+served          the ensemble of the first seed, exported and served: tokens, the cost of a step, ROUGE-L
+random          the GP sampler against random search with the same budget
+regularisation  the effect of each regulariser on the gap between train and validation loss
+private         DP-SGD at ε = 8 against the same run without privacy
 
-What is computed: a trial without the cache runs all layers forward for every batch and the last n backward; with it only
-the last n, and of the last of them only the answers' positions (see `finetune.answers`).
+Without the cache, a trial runs all layers forward for every batch, and the last n backward. With it, a trial runs only the
+last n layers, and the last of them only at the answers' positions (see `finetune.training.answers`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..finetune.params import TuneParams
-from ..finetune.search.fuse import FuseParams, change, fuse
-from ..finetune.search.search import SearchParams, SearchResult, search, trial_dir
-from ..finetune.search.space import SearchSpace, Trial
+from ..finetune.search.fuse import change, fuse
+from ..finetune.search.params import FuseParams, SearchParams, SearchSpace
+from ..finetune.search.search import SearchResult, search, trial_dir
+from ..finetune.search.space import Trial
 from ..finetune.training.train import RunData, Workbench, run
 from ..finetune.training.trunk_cache import TrunkCache
 from ..runtime.api.request import Space
@@ -43,18 +45,18 @@ PARTS = ("cache", "search", "served", "random", "regularisation", "private")
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Sizes: they decide how long it takes, and how much the figures mean."""
+    """Sizes. Larger ones take longer and give more reliable figures. Lengths are in tokens."""
 
     examples: int = 200
     validation: int = 64
-    fusion_validation: int = 160  # the mix is fitted on more than the trials are compared by
+    fusion_validation: int = 160  # more than `validation`: fitting a mix needs more than comparing trials
     test: int = 400
     max_length: int = 128
     trials: int = 16
     seeds: int = 3
-    layers: tuple[int, ...] = (1, 2)  # an ensemble's step costs one member's and that of every further tail
+    layers: tuple[int, ...] = (1, 2)  # choices for a trial; every further tail adds to the cost of an ensemble's step
     bag: float = 0.8
-    spaces: tuple[str, ...] = ("probs",)  # in which the members are fused
+    spaces: tuple[str, ...] = ("probs",)  # where members are mixed
     random_trials: int = 12
     random_seeds: int = 5
     random_examples: int = 64
@@ -71,7 +73,7 @@ class Budget:
 
 
 class Bench:
-    """The parts share a workbench; each writes its figures to `work/<part>.json` when it is done."""
+    """Runs the parts on one workbench. Each part writes its figures to `work/<part>.json` when it is done."""
 
     def __init__(self, model: str, data: str, work: Path, budget: Budget) -> None:
         self.work = work
@@ -96,7 +98,7 @@ class Bench:
         return bench.load(params, {"train": params.examples, "validation": params.validation_examples})
 
     def timed(self, bench: Workbench, params: TuneParams, name: str, data: RunData) -> tuple[dict[str, Any], float]:
-        """(metrics, seconds) of one run; its weights are thrown away."""
+        """(metrics, seconds) of one run. Its weights are deleted."""
         out = self.work / "runs" / name
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(f".{name}.run"), ignore_errors=True)
@@ -118,14 +120,14 @@ class Bench:
         bare = Workbench(self.bench.model_dir, self.bench.data, None)
         cached, cached_s = self.timed(filling, params, "cached", data)
         plain, plain_s = self.timed(bare, params, "uncached", self.load(bare, params))
-        again, again_s = self.timed(filling, params, "cached", data)
-        assert again["loss_curve"] == cached["loss_curve"]
+        repeated, repeated_s = self.timed(filling, params, "cached", data)
+        assert repeated["loss_curve"] == cached["loss_curve"]
         shutil.rmtree(self.work / "fill-cache")
         return {
             "fill_s": fill,
-            "cached_s": [cached_s, again_s],
+            "cached_s": [cached_s, repeated_s],
             "uncached_s": plain_s,
-            "speedup": plain_s / statistics.mean([cached_s, again_s]),
+            "speedup": plain_s / statistics.mean([cached_s, repeated_s]),
             "largest_difference": max(
                 abs(a - b) for a, b in zip(cached["loss_curve"], plain["loss_curve"], strict=True)
             ),
@@ -144,7 +146,7 @@ class Bench:
             trials=self.budget.trials,
             seed=seed,
         )
-        result = search(self.bench, self.work / f"seed-{seed}", params, tell=self._tell)
+        result = search(self.bench, self.work / f"seed-{seed}", params, on_trial=self._on_trial)
         members = {f"t{path.name}": path for path in result.members()}
         fused = {}
         for space in map(Space, self.budget.spaces):
@@ -175,7 +177,7 @@ class Bench:
         length = self.budget.max_length
         return served(self.bench, fused, (best, path), self.work / "served", examples=64, max_length=length)
 
-    def _tell(self, trial: Trial, best: Trial) -> None:
+    def _on_trial(self, trial: Trial, best: Trial) -> None:
         self.console.print(
             f"trial {trial.number}: {trial.value:.4f} ({trial.state}, {trial.seconds:.0f} s); best {best.value:.4f}"
         )
@@ -194,7 +196,7 @@ class Bench:
                 found.append(_best_so_far(result))
                 for path in result.members():
                     for file in path.glob("*.safetensors"):
-                        file.unlink()  # only the figures are wanted
+                        file.unlink()  # only the figures are needed
         wins = sum(gp[-1] < other[-1] for gp, other in zip(curves["gp"], curves["random"]))
         return {"best_so_far": curves, "wins": wins}
 
@@ -241,7 +243,7 @@ def _best_so_far(result: SearchResult) -> list[float]:
 
 
 def run_bench(model: str, data: str, work: Path, out: Path, parts: list[str], budget: Budget) -> None:
-    """Run the parts that are not done and report all that are."""
+    """Run the parts that are not done yet, and report all `parts`."""
     bench = Bench(model, data, work, budget)
     compute: Mapping[str, Callable[[], dict[str, Any]]] = {
         "cache": bench.trunk_cache,
@@ -260,7 +262,7 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
         rows = [
             ["filling the cache, once", f"{result['fill_s']:.1f}", ""],
             ["trial from the cache", f"{statistics.mean(result['cached_s']):.1f}", f"{result['speedup']:.2f} ×"],
-            ["the same trial without", f"{result['uncached_s']:.1f}", "1 ×"],
+            ["the same trial without it", f"{result['uncached_s']:.1f}", "1 ×"],
         ]
         title = f"One trial, n = 2; loss curves differ by at most {result['largest_difference']:.1e}"
         return [report.table(title, ["", "seconds", "speed"], rows)]
@@ -269,10 +271,10 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
     if name == "served":
         title = (
             f"Fused in {result['space']} space, served in 8 bits: {result['tokens_same']} of {result['tokens_compared']} "
-            "tokens as mixed outside; a step × one member's: "
+            "tokens equal the mix of separate models; cost of a step × one member's: "
             + ", ".join(f"{ratio:.2f} at {size}" for size, ratio in result["cost"].items())
         )
-        rows = [[who, f"{value:.4f}"] for who, value in result["rouge_l"].items()]
+        rows = [[name, f"{value:.4f}"] for name, value in result["rouge_l"].items()]
         return [report.table(title, ["", "ROUGE-L"], rows)]
     if name == "random":
         curves = result["best_so_far"]

@@ -1,5 +1,8 @@
-"""A fused ensemble as it is served: exported in 8 bits, its tokens beside its members' run as separate models and mixed
-outside, what a step costs, and how like the references its summaries are (ROUGE-L, `rouge-score`)."""
+"""A fused ensemble as it is served, exported in 8 bits.
+
+It compares the ensemble's tokens with a mix of its members run as separate models, and measures the cost of a step and how
+similar the summaries are to the references (ROUGE-L, `rouge-score`).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,11 @@ NEW_TOKENS = 32
 def served(
     bench: Workbench, fused: Mapping[str, Any], best: tuple[str, Path], work: Path, *, examples: int, max_length: int
 ) -> dict[str, Any]:
-    """Figures of the ensemble that `fuse` returned. `best`: name and directory of the best single member. `examples`: of
-    the test set, for ROUGE-L; a quarter of them is decoded a second time outside."""
+    """Measure the ensemble that `fuse` returned.
+
+    `best`: name and directory of the best single member. `examples`: test examples for ROUGE-L; a quarter of them is compared
+    with separate models. `max_length`: most tokens of a prompt.
+    """
     shutil.rmtree(work, ignore_errors=True)
     calibration = heldout_token_ids(bench.tokenizer, 1024, split="train")
     space, mix = Space(fused["space"]), dict(fused["mix"])
@@ -84,8 +90,10 @@ def _generate(bundle: Path, ensemble: Ensemble | None, prompts: Sequence[tuple[i
 def _mixed_outside(
     bundles: Sequence[Path], mix: Sequence[float], space: Space, prompts: Sequence[tuple[int, ...]], answers: Tokens
 ) -> int:
-    """How many of the answers' tokens are the best of the members' mixed logits (or probabilities), each member a whole
-    model with its own trunk, cache and head, teacher-forced with the answer."""
+    """How many tokens of the answers are the argmax of the members' mixed logits or probabilities.
+
+    Each member is a whole model with its own trunk, cache and head. It is fed the prompt and the answer (teacher forcing).
+    """
     config = EngineConfig(backend="cpu", max_num_seqs=1, max_model_len=512)
     models = [CpuBackend(Bundle.load(path), config) for path in bundles]
     same = 0
@@ -106,7 +114,7 @@ def _probabilities(logits: F64) -> F64:
 
 
 def _rouge(bench: Workbench, answers: Tokens, examples: Sequence[Example]) -> float:
-    """Mean ROUGE-L (F1) against the references."""
+    """Mean ROUGE-L (F1) of the answers against the references."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     scores = [
         scorer.score(example.completion, bench.tokenizer.decode(list(answer)))["rougeL"].fmeasure

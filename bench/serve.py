@@ -1,12 +1,12 @@
 """`motet bench serve`: latency and throughput over gRPC, as clients see them.
 
-Open loop: requests arrive as a Poisson process, whether or not earlier ones are done, which is how users behave. Closed
-loop: C clients, each with one request at a time. Per request, by the client's clock:
+Open loop: requests arrive as a Poisson process, as those of users do, whether or not earlier ones are done. Closed loop: C
+clients, each with one request at a time. Measured per request, by the client's clock:
 
     TTFT  submission → first token         ITL   gap between two messages with tokens
     TPOT  (last token − first token) / (tokens − 1)         E2E   submission → end
 
-Goodput counts the requests whose TTFT and TPOT are within the given limits. Failures are counted by error, not dropped.
+Goodput counts the requests whose TTFT and TPOT are within the given limits. Failures are counted by error class.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .lib.report import Plot, machine, table, write
 
 @dataclass(slots=True)
 class Measured:
-    """One request; times in seconds since its submission."""
+    """One request. Times are in seconds since its submission."""
 
     num_tokens: int = 0
     arrivals: list[float] = field(default_factory=list)  # of messages with tokens
@@ -47,7 +47,7 @@ class Measured:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between closest ranks; 0 for no values."""
+    """The percentile at `share` (0…1), with linear interpolation between ranks; 0 if there are no values."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -58,7 +58,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def poisson_arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
-    """Arrival times in [0, duration): exponential gaps with mean 1 / rate."""
+    """Arrival times in seconds, in [0, duration_s), with exponential gaps. `rate`: requests per second."""
     rng, now, times = random.Random(seed), 0.0, []
     while (now := now + rng.expovariate(rate)) < duration_s:
         times.append(now)
@@ -66,7 +66,7 @@ def poisson_arrivals(rate: float, duration_s: float, seed: int) -> list[float]:
 
 
 def summary(requests: Sequence[Measured], seconds: float, ttft_ms: float, tpot_ms: float) -> dict[str, Any]:
-    """Percentiles in milliseconds, rates a second."""
+    """Percentiles in milliseconds, and rates per second. `seconds`: how long the load lasted."""
     good = [request for request in requests if request.error is None and request.arrivals]
     gaps = [b - a for request in good for a, b in zip(request.arrivals, request.arrivals[1:], strict=False)]
     within = [r for r in good if 1e3 * r.ttft <= ttft_ms and 1e3 * r.tpot <= tpot_ms]
@@ -104,7 +104,10 @@ def run(
     seed: int = 0,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Serve the bundle in a process of its own on 127.0.0.1 and load it; each load lasts `duration_s` plus the tail."""
+    """Serve the bundle in its own process on 127.0.0.1, and measure it under each load; write `out/serve.json` and `.html`.
+
+    A load lasts `duration_s` and until its last request is done. Raises `UnavailableError` if the server does not start.
+    """
     with server_process(bundle, threads) as address:
         with Client(address) as client:
             vocab = client.models()[0].vocab_size
@@ -133,7 +136,10 @@ def run(
 
 @contextmanager
 def server_process(bundle: Path, threads: int = 0) -> Iterator[str]:
-    """`motet serve` on a free port; yields its address, and ends the process by its id."""
+    """Run `motet serve` on a free port, yield its address, and end it.
+
+    Raises `UnavailableError` if it does not start.
+    """
     command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
     command += ["--threads", str(threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -1,9 +1,9 @@
-"""`motet bench speculative`: answers with and without drafts, in turns, and whether they are the same.
+"""`motet bench speculative`: answers with and without drafts, in turns: how fast they are, and whether they are equal.
 
-Two sets. `extract`: a document of the held-out standard library documentation is to be summarised by its first sentences, and
-one document is shown with its summary first; what can be read off the prompt is drafted. How much of the answers really
-stands in their prompts is reported (4 tokens in a row).
-`chat`: questions without a source, where drafts can only cost.
+There are two sets of requests. `extract` asks for a summary that copies the first sentences of a document from the held-out
+standard library documentation; an example of a document with its summary comes first. Answers that copy can be drafted, and
+the share of an answer that its prompt has (in runs of 4 tokens) is reported. `chat` asks questions without a source, for which
+drafts can only cost time.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ QUESTIONS = (
     "How can I become better at chess?",
 )
 _BREAK = "\n\n"  # between the instruction and the document
-_RUN = 4  # tokens in a row that count as quoted
+_RUN = 4  # this many tokens in a row count as quoted
 
 
 @dataclass(slots=True)
 class Pass:
-    """One pass over a set. Seconds are of all answers, `decode_s` from the first token of each."""
+    """One pass over a set. `seconds` is the time of all answers, `decode_s` that from the first token of each answer."""
 
     answers: list[tuple[int, ...]]
     seconds: float = 0.0
@@ -108,13 +108,16 @@ def run(
 
 
 def _chat(tokenizer: Tokenizer, *texts: str) -> list[int]:
-    """A conversation: the user's turn, the assistant's, the user's …"""
+    """Token ids of a conversation whose turns are the user's, the assistant's, the user's …"""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return tokenizer.encode_chat(messages) if tokenizer.has_chat_template else tokenizer.encode("\n\n".join(texts))
 
 
 def _extract_prompts(tokenizer: Tokenizer, count: int, source_tokens: int) -> list[list[int]]:
-    """Documents of the test split that are long enough, cut to `source_tokens`, after the first of them with its summary."""
+    """Prompts with documents of the test split, cut to `source_tokens`. Shorter documents are left out.
+
+    The first document, with its summary, is the example in every prompt.
+    """
     documents: list[str] = []
     for example in load_dataset("stdlib-docs").splits["test"]:
         text = f"{example.completion} {example.messages[-1]['content'].partition(_BREAK)[2]}"
@@ -137,7 +140,7 @@ def _compare(
     temperature: float,
     repeats: int,
 ) -> dict[str, Any]:
-    """Without and with drafts, request by request in turns; the first repeat warms up and does not count."""
+    """Measure without and with drafts, in turns for each request. The first repeat is a warm-up and is not counted."""
     passes: dict[int, list[Pass]] = {0: [], speculative_tokens: []}
     for repeat in range(repeats + 1):
         taken = {drafts: Pass([]) for drafts in passes}
@@ -180,12 +183,12 @@ def _answer(engine: Engine, prompt: Sequence[int], params: SamplingParams, taken
 
 
 def _rate(taken: Pass) -> float:
-    """Tokens a second after the first of each answer."""
+    """Tokens per second, without the first token of each answer."""
     return sum(len(answer) - 1 for answer in taken.answers) / taken.decode_s if taken.decode_s else 0.0
 
 
 def _quoted(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> float:
-    """Share of the answers' runs of tokens that stand in their prompts."""
+    """Share of the answers' runs of `_RUN` tokens that their prompts contain."""
     found = total = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         known = {tuple(prompt[i : i + _RUN]) for i in range(len(prompt) - _RUN + 1)}

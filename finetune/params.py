@@ -1,67 +1,71 @@
-"""`TuneParams`: everything that a run depends on besides the model and the data."""
+"""`TuneParams`: everything that a training run depends on besides the model and the data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from ..runtime.errors import ConfigError
 from ..runtime.model.members import MemberKind
 
 METHODS = tuple(method for kind in MemberKind for method in kind.methods)
-SCHEDULES = ("cosine", "linear", "constant")
-AUGMENTATIONS = ("none", "token-dropout", "span-mask", "paraphrase")
-PRECISIONS = ("fp32", "bf16")
 
 _COUNTS = (
     "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "max_length", "evaluations",
 )  # fmt: skip
 _SHARES = ("warmup", "label_smoothing", "dropout")
 _NOT_NEGATIVE = ("weight_decay", "l1", "clip", "patience")
-_CHOICES = {"method": METHODS, "schedule": SCHEDULES, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
+_CHOICES = ("schedule", "augmentation", "precision")
+
+
+def described(default: Any, text: str, option: str | None = None) -> Any:
+    """A dataclass field with a default and a help text; `option`: its name on the command line, if it has another."""
+    return dataclasses.field(default=default, metadata={"help": text} | ({"option": option} if option else {}))
 
 
 @dataclass(frozen=True, slots=True)
 class TuneParams:
-    """Hyper-parameters. Lengths and batches are in tokens; `Raises ConfigError` at construction for what cannot be.
+    """Hyper-parameters of a run. Raises `ConfigError` at construction if a value or a combination is not possible."""
 
-    `layers`: how many of the last ones are trained (tail: 2 by default) or adapted (others: all by default).
-    """
-
-    method: str = "tail"  # one of METHODS
-    layers: int | None = None
-    head: bool = False  # train the head too: the result can be exported alone only, an ensemble shares one head
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    examples: int = 400
-    validation_examples: int = 64
-    epochs: int = 2
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01  # decoupled (AdamW): L2
-    l1: float = 0.0  # times the summed absolute change of the trained weights
-    label_smoothing: float = 0.0
-    dropout: float = 0.0  # of the branches of the trained layers; of an adapter's input
+    method: str = described("tail", f"What is trained: {', '.join(METHODS)}.")
+    layers: int | None = described(None, "How many of the last layers to train; default: 2 for tail, else all.")
+    head: bool = described(
+        False, "Train the head too. The result can only be exported alone: an ensemble shares a head."
+    )
+    rank: int = described(8, "Rank of an adapter.")
+    alpha: float = described(16.0, "An adapter's scale is alpha / rank.")
+    targets: tuple[str, ...] = described(("q_proj", "v_proj"), "Projections that an adapter changes.")
+    examples: int = described(400, "Training examples, at most.")
+    validation_examples: int = described(64, "Validation examples, at most.")
+    epochs: int = described(2, "Passes over the training examples.")
+    learning_rate: float = described(3e-4, "Learning rate at its highest.", "lr")
+    weight_decay: float = described(0.01, "L2, decoupled (AdamW).")
+    l1: float = described(0.0, "Factor, in the loss, of the summed absolute change of the trained weights.")
+    label_smoothing: float = described(0.0, "Share of the target probability spread over the vocabulary.")
+    dropout: float = described(0.0, "Dropout on the branches of trained layers, and on an adapter's input.")
     warmup: float = 0.1  # share of the steps
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    batch_tokens: int = 1024
-    accumulate: int = 1  # batches an optimiser step
-    clip: float = 1.0  # of the gradient's norm; 0: none
-    max_length: int = 320
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: mixed, the weights stay fp32
-    evaluations: int = 2  # validations a run, evenly spread
-    patience: int = 0  # validations without a new best until the run stops; 0: never
-    bag: float = 1.0  # share of the training examples that this run sees, drawn by its seed
-    augmentation: Literal["none", "token-dropout", "span-mask", "paraphrase"] = "none"
-    seed: int = 0
-    epsilon: float | None = None  # DP-SGD with this privacy budget; None: not private
-    delta: float | None = None  # default: 1 / (10 N); must be below 1 / N
-    batch_examples: int = 8  # DP-SGD: examples a step, on average (Poisson sampling)
+    schedule: Literal["cosine", "linear", "constant"] = described("cosine", "Learning rate after the warm-up.")
+    batch_tokens: int = described(1024, "Tokens per batch, padding included.")
+    accumulate: int = described(1, "Batches per optimiser step.")
+    clip: float = described(1.0, "Largest norm of the gradient; 0: no limit.")
+    max_length: int = described(320, "Tokens per example, at most.")
+    precision: Literal["fp32", "bf16"] = described("fp32", "bf16 is mixed: the weights stay fp32.")
+    evaluations: int = described(2, "Validations per run, evenly spread.")
+    patience: int = described(0, "Stop after this many validations without a new best; 0: never.")
+    bag: float = described(1.0, "Share of the training examples that a run sees, drawn by its seed.")
+    augmentation: Literal["none", "token-dropout", "span-mask", "paraphrase"] = described(
+        "none", "How training examples are varied."
+    )
+    seed: int = described(0, "Seed of the run.")
+    epsilon: float | None = described(None, "Train with DP-SGD, with this privacy budget per run.")
+    delta: float | None = described(None, "DP-SGD: below 1 / N for N training examples; default: 1 / (10 N).")
+    batch_examples: int = described(8, "DP-SGD: examples per step, on average (Poisson sampling).")
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        types = get_type_hints(type(self))
+        for name, choices in {"method": METHODS, **{name: get_args(types[name]) for name in _CHOICES}}.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'")
         for name in _COUNTS:
@@ -85,14 +89,14 @@ class TuneParams:
     def _check_private(self) -> None:
         if self.epsilon is None:
             if self.delta is not None:
-                raise ConfigError("delta is given without epsilon; a private run needs epsilon")
+                raise ConfigError("delta is set without epsilon; a private run needs epsilon")
             return
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ConfigError(f"epsilon must be a number above 0, got {self.epsilon}")
         if self.method not in ("tail", "lora"):
             raise ConfigError(f"DP-SGD trains tails and adapters (tail, lora), got method '{self.method}'")
         if self.augmentation != "none" or self.label_smoothing or self.l1 or self.patience:
-            raise ConfigError("DP-SGD goes without augmentation, label_smoothing, l1 and patience")
+            raise ConfigError("DP-SGD cannot be used with augmentation, label_smoothing, l1 or patience")
 
     @property
     def kind(self) -> MemberKind:
@@ -100,7 +104,7 @@ class TuneParams:
         return MemberKind.of_method(self.method)
 
     def num_layers(self, of: int) -> int:
-        """How many of the model's `of` layers are trained. Raises `ConfigError` if it has fewer."""
+        """How many layers of a model with `of` layers are trained. Raises `ConfigError` if `layers` is more than that."""
         count = self.layers if self.layers is not None else min(2, of) if self.method == "tail" else of
         if count > of:
             raise ConfigError(f"layers must be at most {of}, the model's, got {count}")
@@ -111,8 +115,11 @@ class TuneParams:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TuneParams:
-        """Raises `ConfigError` for unknown keys."""
+        """The inverse of `to_dict`; missing keys have their defaults. Raises `ConfigError` for unknown keys."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"unknown hyper-parameters {unknown}")
-        return cls(**{**values, "targets": tuple(values.get("targets", ("q_proj", "v_proj")))})
+        settings = dict(values)
+        if "targets" in settings:
+            settings["targets"] = tuple(settings["targets"])
+        return cls(**settings)

@@ -1,10 +1,11 @@
-"""One command for a GPU machine: checks everything there, measures everything against the goals, in nine minutes at most.
+"""One command for a GPU machine: runs all checks and compares all figures with the goals, in nine minutes at most.
 
     python3 bench/gpu/h200.py [--out bench/results] [--minutes 9]
 
-It runs from the source tree, installed or not. Stages, each with what time is left; a stage that fails is written down and the
-next one runs: the kernels' and the backend's tests, compiled; the decode figures; every kernel; transformers' `generate` on the
-same shape. `out/h200.json` is written after each stage. It has never run yet: no GPU was at hand when it was written.
+It runs from the source tree, installed or not. The stages are the tests of kernels and backend, with compiled kernels; a slice
+of a model against the oracle; the decode figures; every kernel; transformers' `generate` on the same shape. A stage gets the
+time that is left. If it fails, its error is recorded and the next one runs. `out/h200.json` is written after each stage. It
+has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ TESTS = (
     "backends/test_torch_sampler",
     "backends/test_torch_backend",
 )
-NOT_THERE = "not real_model and not without_torch"  # a pulled model and an installed package, which the machine lacks
+NOT_THERE = "not real_model and not without_torch"  # these tests need a pulled model or an installed package
 CONTEXT = 1024
 
-# name → (at least or at most, limit); of the figures that `_figures` finds
+# name of one of the `figures` → (at least or at most, limit)
 GOALS: dict[str, tuple[str, float]] = {
     "8B bf16, batch 1, tok/s": (">=", 250),
     "8B bf16, batch 1, share of bandwidth": (">=", 0.8),
@@ -57,7 +58,7 @@ GOALS: dict[str, tuple[str, float]] = {
 
 
 class Clock:
-    """What is left of the time."""
+    """The seconds that are left of a number of minutes."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
@@ -67,7 +68,7 @@ class Clock:
 
 
 def run_tests(root: Path, seconds: float) -> dict[str, Any]:
-    """The GPU path's tests in a process of their own, on all cores: most of their time is the compiler's."""
+    """Run the tests of the GPU path in their own process, 8 at a time: most of their time is spent compiling."""
     files = [f"tests/{name}.py" for name in TESTS]
     command = [
         sys.executable,
@@ -87,7 +88,7 @@ def run_tests(root: Path, seconds: float) -> dict[str, Any]:
 
 
 def decode(limits: dict[str, float], clock: Clock) -> dict[str, Any]:
-    """The decode figures; each model is made, measured and freed in turn."""
+    """The decode figures. Each model is made, measured and freed before the next one."""
     import torch
     from motet.bench.gpu import torch_decode
     from motet.bench.gpu.random_model import SHAPES
@@ -121,13 +122,16 @@ def decode(limits: dict[str, float], clock: Clock) -> dict[str, Any]:
             )
         except Exception:
             found[name] = {"error": traceback.format_exc()[-1500:]}
-        gc.collect()  # what a failure left behind
+        gc.collect()  # frees what a failure left
         torch.cuda.empty_cache()
     return found
 
 
 def slices() -> dict[str, float]:
-    """How far a slice of the 8B shape is off the eager oracle in float32, by bits; raises where it is too far."""
+    """Bits → relative error of a slice of the 8B shape against the eager oracle in float32.
+
+    Raises `MotetError` if an error is too large.
+    """
     from motet.bench.gpu import torch_decode
     from motet.bench.gpu.random_model import SHAPES
     from motet.runtime.backends.torch.backend import TorchOptions
@@ -148,7 +152,10 @@ def _generate_seconds(model: Any, prompt: Any, tokens: int) -> float:
 
 
 def transformers_rates(shape: str, batch_sizes: tuple[int, ...]) -> dict[str, float]:
-    """Decode tok/s of `generate` in bfloat16 on random weights of a shape: 33 new tokens less 1, prompt near the context."""
+    """Batch size → decode tok/s of transformers' `generate`, in bfloat16 on random weights of a shape.
+
+    It is the time of 33 new tokens less the time of 1, after a prompt of `CONTEXT` - 32 tokens.
+    """
     import torch
     import transformers
     from motet.bench.gpu.random_model import SHAPES
@@ -179,7 +186,7 @@ def transformers_rates(shape: str, batch_sizes: tuple[int, ...]) -> dict[str, fl
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
-    """The figures that the goals are of, as far as they were measured."""
+    """Name → figure, for the goals whose figures were measured."""
     found: dict[str, float] = {}
     rows = {
         (name, row["batch_size"]): row
@@ -214,7 +221,7 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
 
 
 def verdicts(found: dict[str, float]) -> list[dict[str, Any]]:
-    """Each goal with what was measured; `met` is None where nothing was."""
+    """Each goal with its figure and whether it is met; both are None if there is no figure."""
     rows = []
     for name, (sense, limit) in GOALS.items():
         value = found.get(name)

@@ -1,7 +1,7 @@
-"""`motet bench kernels`: each GPU op at a real model's sizes, with the bytes it must move and the share of the bandwidth.
+"""`motet bench kernels`: each GPU op at the sizes of a real model, with the bytes it must move and the share of the bandwidth.
 
-Times are medians with a cold L2. The sampling cases are also timed as the same composition in eager torch and under
-torch.compile, and as head + mix_sample. Whether the results are right is what the kernels' tests say, on the same GPU.
+Times are medians with a cold L2 cache. The sampling cases are also timed as a composition of torch ops, eager and under
+torch.compile, and as head + mix_sample. The kernels' tests check the results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a model; the tests run the same cases with tiny ones."""
+    """Sizes of a model and its batches. The tests run the same cases with tiny sizes."""
 
     hidden: int = 4096
     inner: int = 14336
@@ -40,17 +40,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`run` is what is timed. bytes: what it must move at least; flops: what it must compute."""
+    """`run` is timed. `bytes`: the fewest that it must move. `flops`: floating-point operations that it must compute."""
 
     name: str
     run: Callable[[], Any]
     bytes: int
     flops: int = 0
-    versus: str = ""  # name of the case that it is compared with
+    versus: str = ""  # name of the case that this one is compared with
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """All cases; operands are made as they are asked for, so that they need not all fit at once."""
+    """All cases. The operands of a case are made when it is reached, so that they need not all fit into memory at once."""
     yield from _sampling(sizes)
     yield from _fused_head(sizes)
     yield from _elementwise(sizes)
@@ -112,7 +112,7 @@ def _attention(s: Sizes) -> Iterator[Case]:
                 batch * s.context * position,
             )
         query = _bf16(s.chunk, s.heads, s.head_size)
-        length = s.context + s.chunk // 2  # a chunk behind a prefix; its table wraps around, which costs nothing
+        length = s.context + s.chunk // 2  # a chunk after a prefix; its block table repeats blocks, which costs nothing
         long_tables = make.tables(1, -(-length // 16), s.batch * width)
         chunk = make.chunks([s.chunk], [length], long_tables)
         seen = s.chunk * (length - s.chunk) + s.chunk * (s.chunk + 1) // 2
@@ -177,7 +177,7 @@ def _fused_head(s: Sizes) -> Iterator[Case]:
 
 
 def _composition(members: int, temperature: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What torch offers for mix + draw + log-probability."""
+    """Mix, draw and log-probability as a composition of torch ops."""
 
     def compose(logits: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         mixed = (coefficients[:, :, None] * logits.view(-1, members, logits.shape[1])).sum(1)
@@ -202,7 +202,7 @@ def _head_then_sample(hidden: Tensor, head: LinearWeight, mixture: Mixture, draw
 def measure(
     sizes: Sizes, limits: dict[str, float], has_time: Callable[[], bool] = lambda: True
 ) -> list[dict[str, Any]]:
-    """Median time of each case with a cold L2, and its shares of the limits; as many cases as there is time for."""
+    """Median time of each case with a cold L2 cache, and its share of the bandwidth. Stops when `has_time()` is false."""
     from triton.testing import do_bench
 
     rows: dict[str, dict[str, Any]] = {}
@@ -222,8 +222,10 @@ def measure(
 
 
 def run(out: Path) -> dict[str, Any]:
-    """Measure, write `out/kernels.json` and `.html`, print a table and one JSON line. Raises `UnavailableError` without
-    a GPU: interpreted kernels have no speed."""
+    """Measure, write `out/kernels.json` and `.html`, print a table and one JSON line.
+
+    Raises `UnavailableError` without a GPU: times of interpreted kernels mean nothing.
+    """
     if make.DEVICE != "cuda":
         raise UnavailableError("`motet bench kernels` needs an NVIDIA GPU; the kernels' tests run without one")
     from ...runtime.backends.torch.backend import TorchOptions

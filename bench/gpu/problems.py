@@ -1,4 +1,4 @@
-"""Random operands for every GPU op: what the benches time and the tests compare. Needs torch, not Triton."""
+"""Random operands for every GPU op, for benches and tests. It needs torch, not Triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    """Normal values, the same on every device, rounded to `dtype`."""
+    """Normally distributed values, the same on every device, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
 
@@ -46,7 +46,8 @@ def weight(
     bias: bool = False,
     seed: int = 0,
 ) -> LinearWeight:
-    """A random weight as a bundle would hold it; bits 0 is dense in `dtype`. Small sizes: quantised on the host."""
+    """A random weight [n, k] as a bundle stores it; with 0 bits it is dense in `dtype`. It is quantised on the host: use small
+    sizes."""
     values = normal(n, k, seed=seed, scale=k**-0.5)
     offset = normal(n, seed=seed + 1) if bias else None
     if bits == 0:
@@ -59,7 +60,7 @@ def weight(
 
 
 def big_weight(n: int, k: int, bits: int, group_size: int = 32) -> LinearWeight:
-    """Random stored bits, made on the device: for speed, which does not depend on values."""
+    """A weight [n, k] of random bits, made on the device. It is for timing, which does not depend on values."""
     if bits == 0:
         return LinearWeight(torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * k**-0.5)
     values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=DEVICE)
@@ -78,7 +79,7 @@ def cache(
     fill: bool = True,
     seed: int = 0,
 ) -> LayerCache:
-    """A cache [num_blocks, …] of random content; unfilled, of NaN where the dtype has it: what is not written is not read."""
+    """A cache [num_blocks, …] with random content. With `fill` false it is NaN (int8: 0), so that a read before a write shows."""
     shape = (num_blocks, kv_heads, block_size, head_size)
     scaled = dtype in (torch.int8, torch.float8_e4m3fn)
     tensors = []
@@ -94,19 +95,19 @@ def cache(
 
 
 def tables(count: int, max_blocks: int, num_blocks: int, seed: int = 0) -> torch.Tensor:
-    """Block tables [count, max_blocks] of different blocks in random order, as long as there are enough."""
+    """Block tables [count, max_blocks] of blocks in random order. Blocks repeat only if there are too few."""
     order = np.random.default_rng(seed).permutation(num_blocks)
     return torch.from_numpy(np.resize(order, (count, max_blocks)).astype(np.int32)).to(DEVICE)
 
 
 def decode_rows(lengths: Sequence[int], block_tables: torch.Tensor, max_length: int) -> DecodeRows:
-    """One row a block table, in order."""
+    """One row per block table, in order."""
     index = integers(range(len(lengths)))
     return DecodeRows(index, index.clone(), integers(lengths), block_tables, max_length)
 
 
 def chunks(sizes: Sequence[int], lengths: Sequence[int], block_tables: torch.Tensor) -> PrefillChunks:
-    """Chunks side by side, one a block table."""
+    """Chunks one after the other, one per block table."""
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     seqs = integers(range(len(sizes)))
     return PrefillChunks(
@@ -115,7 +116,7 @@ def chunks(sizes: Sequence[int], lengths: Sequence[int], block_tables: torch.Ten
 
 
 def adapter_tiles(adapters: Sequence[int]) -> AdapterTiles:
-    """Tiles over rows 0, 1, … with these adapters, -1 for none."""
+    """Tiles for rows 0, 1, …, whose adapters these are; -1: no adapter."""
     order: list[int] = []
     tiles: list[int] = []
     for adapter in sorted(set(adapters) - {-1}):
@@ -135,7 +136,7 @@ def adapter_weight(
 
 
 def mixture(members: Sequence[int], *, probs: bool = False, seed: int = 0) -> Mixture:
-    """Requests of `members[b]` rows each, over rows 0, 1, …, with random coefficients that sum to 1."""
+    """A mix in which request b has `members[b]` rows, with random coefficients that sum to 1."""
     rng = np.random.default_rng(seed)
     coefficients = np.concatenate([rng.dirichlet(np.ones(count)) for count in members]).astype(np.float32)
     starts = integers(np.cumsum([0, *members]).tolist())
@@ -147,7 +148,7 @@ def mixture(members: Sequence[int], *, probs: bool = False, seed: int = 0) -> Mi
 def draw(
     count: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
 ) -> Draw:
-    """The same parameters for every request, seeds and positions of their own."""
+    """`count` requests with the same parameters, and random seeds and positions."""
     rng = np.random.default_rng(seed)
 
     def full(value: float) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """`motet bench decode --backend torch`: decode speed of the torch backend on random weights of a known shape.
 
-A figure is the median wall time of `step()` for B sequences at a context of C positions, each drawing one token: checking
-the batch, the upload, the replayed graph, mix and draw, and the read of the tokens. `replay_ms` is the graph alone: the
-difference is what the host and the sampling cost. What a step must move at least:
+A figure is the median wall time of `step()` for B sequences at a context of C positions, each drawing one token. It includes
+the check of the batch, the upload, the replayed graph, mix and draw, and the read of the tokens. `replay_ms` is the graph
+alone; the difference is the cost of host and sampling. A step must move at least:
 
-    bytes = every weight once (the tails of the ensemble, the head) + keys and values of B sequences
+    bytes = every weight once (trunk, the tails of the ensemble, the head) + keys and values of B sequences
 
-Outputs are checked on a slice of two layers: the same weights through the eager oracle in float32.
+The outputs of a slice of three layers are compared with the eager oracle in float32, on the same weights.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ...runtime.schedule.batch import Batch, ResolvedSampling, SampleRow
 from ..lib.report import table, write
 from .random_model import RandomModel, shape
 
-SLICE_ERROR = 0.03  # ‖kernels in bfloat16 − oracle in float32‖ / ‖oracle‖ of a slice's logits, at most
+SLICE_ERROR = 0.03  # largest ‖kernels in bfloat16 − oracle in float32‖ / ‖oracle‖ of a slice's logits
 
 
 def machine(options: TorchOptions) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The device, kernels and versions that the figures are measured on."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": str(options.device), "kernels": options.kernels}
     if options.device.type == "cuda":
         import triton
@@ -58,7 +58,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
 
 def _median_seconds(run: Any, repeats: int, device: torch.device) -> float:
-    """Median time of `run`, by events on a GPU, warmed up."""
+    """Median time of `run` after three warm-up runs; on a GPU it is measured with events."""
     times: list[float] = []
     for index in range(repeats + 3):
         if device.type == "cuda":
@@ -136,7 +136,7 @@ def measure(
     kv_dtype: str = "auto",
     threads: int = 0,
 ) -> list[dict[str, Any]]:
-    """One row a batch size, of one model."""
+    """Measure one model: one row of figures per batch size. `copy_gb_s`: the device's copy bandwidth."""
     weights = RandomModel(config, bits, options.device, options.dtype).weights(members, tail_layers)
     values = {"max_num_seqs": max(batch_sizes), "max_model_len": context + 16, "threads": threads, "kv_dtype": kv_dtype}
     backend = TorchBackend.from_weights(
@@ -169,7 +169,8 @@ def measure(
 
 
 def decode_batch(config: DecoderConfig, backend: TorchBackend, size: int, context: int, members: int) -> Batch:
-    """A step of `size` sequences that hold `context` positions after it, each drawing at temperature 1 from a uniform mix."""
+    """A decode step of `size` sequences, each with `context` positions after it. Each draws from a uniform mix of all members
+    with the default sampling parameters."""
     rng = np.random.default_rng(0)
     width = -(-context // backend.block_size)
     tables = (np.arange(size * width, dtype=np.int32) % backend.num_blocks).reshape(size, width)
@@ -202,7 +203,7 @@ def _step_seconds(backend: TorchBackend, batch: Batch, repeats: int) -> float:
     times = []
     for index in range(repeats + 3):
         start = time.perf_counter()
-        output = backend.step(batch)  # ends with the read of the tokens: nothing is left under way
+        output = backend.step(batch)  # ends with the read of the tokens, so the device has finished
         if index >= 3:
             times.append(time.perf_counter() - start)
     if output.errors:
@@ -219,7 +220,7 @@ def _replay_ms(backend: TorchBackend, size: int, options: TorchOptions, repeats:
 
 
 def _profile(backend: TorchBackend, batch: Batch, options: TorchOptions) -> dict[str, float]:
-    """Microseconds a step of the kernels that take most of it: where to look when a figure falls short."""
+    """Kernel → microseconds per step, for the 12 kernels that take most of it. It shows where a slow step loses time."""
     if options.device.type != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
@@ -230,16 +231,16 @@ def _profile(backend: TorchBackend, batch: Batch, options: TorchOptions) -> dict
             for _ in range(steps):
                 backend.step(batch)
         events = sorted(found.key_averages(), key=lambda event: -event.device_time_total)
-    except Exception as error:  # the figure stands without its profile
+    except Exception as error:  # the figure is valid without a profile
         return {f"no profile: {error}": 0.0}
     return {event.key[:80]: event.device_time_total / steps for event in events[:12]}
 
 
 @torch.inference_mode()
 def check_slice(config: DecoderConfig, bits: int, options: TorchOptions) -> float:
-    """Relative error of the logits of 20 positions through two layers and two tails against the eager oracle in float32.
+    """Relative error of the logits of 20 positions against the eager oracle in float32, on two trunk layers and a tail layer.
 
-    Raises `MotetError` if it is more than rounding explains.
+    Raises `MotetError` if the error is above `SLICE_ERROR`, which is more than rounding explains.
     """
     part = replace(config, num_layers=3)
     weights = RandomModel(part, bits, options.device, options.dtype).weights(2, 1)
@@ -256,7 +257,7 @@ def check_slice(config: DecoderConfig, bits: int, options: TorchOptions) -> floa
     error = float(np.linalg.norm(scores[0] - scores[1]) / np.linalg.norm(scores[1]))
     if not error <= SLICE_ERROR:
         raise MotetError(
-            f"the kernels are off the oracle by {error:.3g} of its norm; at most {SLICE_ERROR} is rounding"
+            f"the logits differ from the oracle's by {error:.3g} of their norm; rounding explains {SLICE_ERROR} at most"
         )
     return error
 

@@ -1,7 +1,8 @@
-"""What this machine can do at most, measured in the same run as the figures it is compared with.
+"""The limits of this machine, measured in the same run as the figures that are compared with them.
 
-The native kernels' probes where they were built: threads that read memory with the widest loads, and the peak of the dot
-product instruction. Elsewhere numpy's reduction, and ONNX Runtime's integer matrix product."""
+If the native kernels were built, their probes are used: threads that read memory with the widest loads, and the peak rate of
+the dot product instruction. Otherwise the limits are those of numpy's reduction and ONNX Runtime's integer matrix product.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from ...runtime.backends.onnx.backend import open_session
 
 
 def measure(threads: int) -> dict[str, Any]:
-    """Read bandwidth (GB/s), 8-bit multiply-accumulates (GMAC/s) with `threads` threads, and whose probes they are.
+    """Read bandwidth (GB/s) and rate of 8-bit multiply-accumulates (GMAC/s) with `threads` threads, and the probes' name.
 
-    In a process of its own: an engine's process has one ONNX Runtime thread pool, which no other session can leave.
+    It runs in its own process: in a process with an engine, every ONNX Runtime session would use the engine's thread pool.
     """
     command = [sys.executable, "-m", "motet.bench.lib.probes", str(threads)]
     result: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
@@ -30,8 +31,7 @@ def measure(threads: int) -> dict[str, Any]:
 
 
 def read_bandwidth(threads: int, *, megabytes: int = 256, repeats: int = 5) -> float:
-    """GB/s of a maximum over an array a thread, much larger than any cache. numpy's reduction is vectorised and lets
-    other threads run."""
+    """GB/s of numpy's maximum, which is vectorised and releases the GIL. Each thread has an array larger than any cache."""
     arrays = [np.ones(megabytes * 2**20 // 8, np.int64) for _ in range(threads)]
     times = []
     with ThreadPoolExecutor(threads) as pool:
@@ -43,8 +43,10 @@ def read_bandwidth(threads: int, *, megabytes: int = 256, repeats: int = 5) -> f
 
 
 def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
-    """GMAC/s of ONNX Runtime's MatMulInteger, u8 × s8, [size, size] · [size, size]: the hardware's dot products with
-    the best packing that ONNX Runtime has, so a practical limit and not the instruction's peak. Needs onnx; 0 without."""
+    """GMAC/s of ONNX Runtime's MatMulInteger, u8 × s8, [size, size] · [size, size]. 0 if onnx is not installed.
+
+    It uses the hardware's dot products and ONNX Runtime's packing: a practical limit, below the instruction's peak.
+    """
     try:
         import onnx
         from onnx import TensorProto, helper
@@ -71,7 +73,7 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
 
 
 def main(threads: int) -> None:
-    """Print what `measure` returns as JSON."""
+    """Print the result of `measure` as JSON."""
     native = cpu.is_available()
     read, dot = (cpu.probe_read, cpu.probe_dot) if native else (read_bandwidth, int8_rate)
     values = {"threads": threads, "probes": "native" if native else "numpy, onnxruntime"}

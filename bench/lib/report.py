@@ -1,4 +1,4 @@
-"""Reports: a table in the terminal, a JSON file, one self-contained HTML page with plots, one JSON line last."""
+"""Reports: tables in the terminal, a JSON file, a self-contained HTML page with plots, and one JSON line at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...tables import table as table
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Bars: one group a label, one bar a series. `values[series][label]`."""
+    """A bar chart: one cluster of bars per label, one bar per series. `values[series]` has one value per label."""
 
     title: str
     unit: str
@@ -30,7 +30,7 @@ class Plot:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures are measured on: CPU, its relevant flags, cores, versions."""
     info: dict[str, Any] = {"machine": platform.machine(), "python": platform.python_version()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -50,11 +50,11 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any], tables: Sequence[Table], plots: Sequence[Plot], out: Path) -> None:
-    """Write `out/name.json` and `out/name.html`, print the tables, and end stdout with the result as one JSON line."""
+    """Write `out/name.json` and `out/name.html`, print the tables, then print the result as one line of JSON."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{name}.html").write_text(_page(name, result, tables, plots))
-    # A pipe has no width; rich's 80 columns would cut the figures off.
+    # A pipe has no width, and rich's default of 80 columns would cut figures off.
     console = Console(width=None if sys.stdout.isatty() else 120)
     for item in tables:
         console.print(item)
@@ -80,7 +80,7 @@ _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#
 
 
 def _svg(plot: Plot) -> str:
-    """Grouped horizontal bars with their values; small enough to need no library."""
+    """The plot as horizontal bars with their values. It is too small to need a library."""
     largest = max((value for values in plot.values.values() for value in values), default=0.0) or 1.0
     rows: list[str] = []
     y = 40

@@ -1,13 +1,13 @@
 """`motet bench peers`: the same prompts on Motet and on other runtimes, interleaved in one run, same thread count.
 
-Each runtime is a process of its own; all but the one being measured are stopped (SIGSTOP), so that nobody's spinning
-threads disturb. Four columns: a prompt of 512 tokens to its first token; decoding one sequence and 16 sequences at a
-context of 256; decoding one sequence at a context of 4,096. A generation computes its prompt once and is then held up
-(`peer_worker.Pacer`), so that all runtimes take turns in decoding a few steps, as often as there are repeats.
+Each runtime has its own process. All but the one being measured are stopped (SIGSTOP), so that spinning threads of others do
+not disturb it. There are four columns: a prompt of 512 tokens up to its first token; decoding one sequence, and 16 sequences,
+at a context of 256; decoding one sequence at a context of 4,096. A generation computes its prompt once and then waits between
+chunks of steps (`peer_worker.Pacer`). So all runtimes take turns in decoding, once per repeat.
 
-onnxruntime-genai runs the very graph and weights of a bundle's first member (one standard decoder graph), so the
-comparison is of the runtimes at equal precision. llama.cpp and OpenVINO read the GGUF that the model was pulled from
-(Q4_1) and the same requantised to Q8_0, CTranslate2 converts to int8, transformers runs bfloat16.
+onnxruntime-genai runs the graph and weights of a bundle's first member, as one standard decoder graph, so the runtimes are
+compared at equal precision. llama.cpp and OpenVINO read the GGUF that the model was pulled from (Q4_1), and the same file
+requantised to Q8_0. CTranslate2 converts to int8. transformers runs bfloat16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .report import add_ratios, plots, tables
 from .worker import Worker, peer_paths, peer_python
 
 OWN = "motet"
-# runtime → its variants; onnxruntime-genai has one for each bundle
+# runtime → its variants; onnxruntime-genai has one variant per bundle
 VARIANTS: dict[str, tuple[str, ...]] = {
     "onnxruntime-genai": ("int8", "int4"),
     "llama.cpp": ("Q8_0", "Q4_1"),
@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A column: `sequences` prompts of `length` tokens; `chunks` times `steps` decode steps. Without steps, the prompt."""
+    """A column: `sequences` prompts of `length` tokens, then `chunks` times `steps` decode steps. 0 steps measure the prompt."""
 
     name: str
     title: str
@@ -70,9 +70,12 @@ def run(
     repeats: int = 5,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure, write `out/peers.json` and `.html`, print the tables and one JSON line. A runtime that is not installed
-    or fails is listed as such. `names`: runtimes, or runtimes with a variant ("llama.cpp Q4_1"). `python`: the
-    interpreter that has the peers (default: the one that `make peers` made, else this one). `long_context` 0: without."""
+    """Measure, write `out/peers.json` and `.html`, print the tables and one JSON line.
+
+    A runtime that is not installed, or fails, is listed with its error. `names`: runtimes, or runtimes with a variant
+    ("llama.cpp Q4_1"). `python`: the interpreter that has the peers; default: the one that `make peers` made, else this one.
+    `long_context` 0 leaves that column out. Raises `ConfigError` for an unknown name, or two bundles with the same bits.
+    """
     bundles = {f"int{b.quantisation['bits']}": b for b in map(Bundle.load, bundle_paths)}
     if len(bundles) < len(bundle_paths):
         raise ConfigError("two bundles have the same bits; give one of each")
@@ -118,7 +121,7 @@ def _chosen(names: Sequence[str] | None, bundles: Mapping[str, Bundle]) -> list[
 
 
 def _cases(prompt: int, context: int, long_context: int, concurrency: int, steps: int, repeats: int) -> list[Case]:
-    chunks = repeats + 1  # the first warms up and does not count
+    chunks = repeats + 1  # the first is a warm-up and is not counted
     cases = [
         Case("prefill", f"prefill {prompt:,}", 1, prompt, 0, 0),
         Case("one", f"1 at {context:,}", 1, context, steps, chunks),
@@ -130,7 +133,7 @@ def _cases(prompt: int, context: int, long_context: int, concurrency: int, steps
 
 
 def _room(case: Case) -> int:
-    """Tokens that a sequence of a case may have; a fast runtime's first sequences run ahead of its last one."""
+    """Most tokens that a sequence of a case may have. A runtime's first sequences run ahead of its last one."""
     return case.length + case.chunks * (case.steps + peer_worker.UNMEASURED) + 2 * case.sequences + 8
 
 
@@ -161,11 +164,11 @@ def _workers(
             worker.close()
 
 
-Samples = dict[str, list[dict[str, float]]]  # worker → one a repeat
+Samples = dict[str, list[dict[str, float]]]  # worker → one sample per repeat
 
 
 def _measure(case: Case, workers: Sequence[Worker], vocab_size: int, repeats: int) -> Samples:
-    """Every runtime's measurements of a case, taken in turns. The first round warms up and does not count."""
+    """Every runtime's samples of a case, taken in turns. The first round is a warm-up and is not counted."""
     rng = np.random.default_rng((case.sequences, case.length))  # cases share no prefix
     samples: Samples = {worker.name: [] for worker in workers}
 
@@ -194,7 +197,7 @@ def _measure(case: Case, workers: Sequence[Worker], vocab_size: int, repeats: in
 
 
 def _each(case: Case, workers: Sequence[Worker], act: Any) -> None:
-    """Let every runtime that has not failed act; one that fails has no figure of this case."""
+    """Call `act` for every runtime that has not failed. One that fails now has no figure for this case."""
     for worker in workers:
         if worker.error is None and case.name not in worker.errors:
             try:
@@ -204,7 +207,7 @@ def _each(case: Case, workers: Sequence[Worker], act: Any) -> None:
 
 
 def _row(worker: Worker, times: Mapping[str, Samples], cases: Sequence[Case]) -> dict[str, Any]:
-    """Medians of tok/s and of CPUs in use, a column each."""
+    """Median tok/s, and median number of CPUs in use, per column."""
     row: dict[str, Any] = {
         "name": worker.name,
         "version": worker.version,

@@ -1,4 +1,4 @@
-"""What `motet bench peers` says: the table of speeds, the ratios to the fastest peer, plots."""
+"""The report of `motet bench peers`: the table of speeds, the ratios to the fastest peer, plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OWN = "motet "
 
 
 def add_ratios(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Motet's rows get, for each column, their speed over that of the fastest peer, and who that is."""
+    """Add to Motet's rows, for each column, the name of the fastest peer and the ratio to its speed. Changes `rows`."""
     for row in rows:
         if not row["name"].startswith(_OWN):
             continue
@@ -28,7 +28,7 @@ def add_ratios(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Speeds with the failures as notes, and ratios."""
+    """The table of speeds, with failures as notes, and the table of ratios."""
     columns: dict[str, str] = result["columns"]
     limits, after = result["limits"], result["limits_after"]
     lines = [
@@ -52,7 +52,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def plots(result: dict[str, Any]) -> list[Plot]:
-    """One a column, of those that have a figure."""
+    """One plot per column, with the runtimes that have a figure there."""
     found = []
     for column, title in result["columns"].items():
         rows = [row for row in result["runtimes"] if column in row["tok_s"]]

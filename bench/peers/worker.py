@@ -1,4 +1,4 @@
-"""`Worker`: another runtime (or Motet) in a process of its own, which `peer_worker.py` runs, and where peers are found."""
+"""`Worker`: another runtime (or Motet) in its own process, which runs `peer_worker.py`. And where peers are found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def peer_python() -> Path:
 
 
 def peer_paths(model: str) -> dict[str, str]:
-    """`model` (a directory), `scratch`, and the `gguf` that the model was pulled from, if it was."""
+    """Paths: the directories `model` and `scratch`, and `gguf`, the file that the model was pulled from, if any."""
     scratch = models_dir().parent / "peers"
     scratch.mkdir(parents=True, exist_ok=True)
     paths = {"model": str(resolve_model(model)), "scratch": str(scratch)}
@@ -34,7 +34,7 @@ def peer_paths(model: str) -> dict[str, str]:
 
 
 class Worker:
-    """A runtime's process. It runs between `_ask` and its answer, and is stopped otherwise."""
+    """A runtime's process. It runs from `_ask` until its answer, and is stopped (SIGSTOP) at all other times."""
 
     def __init__(self, runtime: str, variant: str, python: str, job: dict[str, Any]) -> None:
         self.runtime, self.variant = runtime, variant
@@ -53,12 +53,12 @@ class Worker:
         return float(self._ask_for({"prompts": prompts, "steps": steps, "chunks": chunks}, "seconds")["seconds"])
 
     def chunk(self) -> dict[str, float]:
-        """`seconds`, `tokens` and `cpu_seconds` of the next steps."""
+        """Run the next measured steps: their `seconds`, `tokens` and `cpu_seconds`. Raises `MotetError` if it fails."""
         sample: dict[str, float] = self._ask_for({"go": True}, "cpu_seconds")
         return sample
 
     def end(self, num_tokens: int) -> None:
-        """Wait until a generation has ended, which has to be of `num_tokens` tokens."""
+        """Wait for the end of a generation. Raises `MotetError` unless it has `num_tokens` tokens."""
         found = self._ask_for(None, "sequence")["sequence"]
         if len(found) != num_tokens:
             raise MotetError(f"generated {len(found)} tokens, {num_tokens} were asked for")
@@ -66,7 +66,7 @@ class Worker:
     def _ask_for(self, message: dict[str, Any] | None, field: str) -> dict[str, Any]:
         answer = self._ask(message)
         if field not in answer:
-            raise MotetError(answer.get("error", "the generation ended before it should"))
+            raise MotetError(answer.get("error", "the generation ended too early"))
         return answer
 
     def _ask(self, message: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Augmentation, seeded: another wording of an example's prompt; the answer stays. Works on words, before the chat template.
+"""Seeded augmentation: it changes the words of an example's last message, before the chat template; the answer stays.
 
-token-dropout   every tenth word of the last message is left out, by chance
-span-mask       one run of words, a tenth of them, is replaced by "…"
-paraphrase      the instruction is put in other words (built-in sets), or the prompt into another frame
+token-dropout   each word is left out with a probability of one in ten
+span-mask       one run of words, a tenth of all, is replaced by "…"
+paraphrase      the instruction gets other words (built-in sets), or the message is put in a frame
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FRAMES = ("Please answer.\n\n{}", "{}\n\nAnswer briefly.", "Task:\n{}")
 
 
 def augment(example: Example, how: str, rng: random.Random) -> Example:
-    """`example` with its last message changed; plain text, which has none, as it is."""
+    """`example` with its last message changed by the method `how`. Plain text has no message and stays as it is."""
     if how == "none" or not example.messages:
         return example
     *before, last = example.messages

@@ -1,4 +1,4 @@
-"""Batches of like length: less padding, and the same plan for the same seed."""
+"""Batches of examples of similar length, which need less padding. The same seed gives the same batches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .encode import Encoded
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An example, with what the trunk makes of it if that was computed before."""
+    """An example, with the trunk's output for it if that is cached."""
 
     encoded: Encoded
-    hidden: Tensor | None = None  # [S - 1, hidden] bfloat16
+    hidden: Tensor | None = None  # [S - 1, hidden] bfloat16, of all S tokens but the last
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """Items padded at the end. A = the most answer tokens of an item."""
+    """B items, padded at the end. A is the largest number of answer tokens in an item."""
 
     items: tuple[Item, ...]
-    positions: Tensor  # [B, A] which position predicts the token; 0 where padded
+    positions: Tensor  # [B, A] the position that predicts the token; 0 where padded
     targets: Tensor  # [B, A] the token, -1 where padded
 
     @property
@@ -45,8 +45,10 @@ def make_batch(items: Sequence[Item]) -> TrainBatch:
 
 
 def plan(lengths: Sequence[int], batch_tokens: int, rng: random.Random | None) -> list[list[int]]:
-    """Indices of items of like length, up to `batch_tokens` padded tokens a batch, batches in random order if `rng` is
-    given. An item longer than that is a batch of its own."""
+    """Batches of item indices, of similar length, with at most `batch_tokens` tokens per batch, padding included.
+
+    A longer item is a batch of its own. With `rng`, the batches and the items of similar length are in random order.
+    """
     order = list(range(len(lengths)))
     if rng is not None:
         rng.shuffle(order)
@@ -66,14 +68,15 @@ def plan(lengths: Sequence[int], batch_tokens: int, rng: random.Random | None) -
 
 
 def training_plan(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
-    """The batches of all epochs, one after the other; a function of its arguments alone, so a resumed run goes on."""
+    """The batches of all epochs in order. They depend only on the arguments, so a resumed run has the same ones."""
     return [batch for epoch in range(epochs) for batch in plan(lengths, batch_tokens, random.Random(f"{seed} {epoch}"))]
 
 
 def poisson_plan(num_items: int, mean: float, steps: int, seed: int | None) -> list[list[int]]:
-    """DP-SGD's sampling: each item is in each batch with probability mean / num_items; a batch may be empty.
+    """Batches by Poisson sampling (DP-SGD): each item is in each batch with probability mean / num_items.
 
-    `seed` None: from the system's randomness, which a private run must use (the accountant counts on it).
+    A batch may be empty. `seed` None uses the system's randomness. The seed of a private run must be secret: the privacy
+    accountant assumes that the batches are not known.
     """
     rng = random.SystemRandom() if seed is None else random.Random(seed)
     rate = mean / num_items

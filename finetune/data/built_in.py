@@ -1,4 +1,4 @@
-"""Two built-in sets made from the Python standard library, which is on every machine.
+"""Two built-in data sets, made from the source of the Python standard library, which every machine has.
 
 stdlib-code   function source without its docstring → the docstring's first sentence
 stdlib-docs   documentation of a module, class or function → its first paragraph
@@ -21,7 +21,7 @@ _MAX_SOURCE_CHARACTERS = 4000
 
 
 def built_in_examples(name: str) -> Iterator[Example]:
-    """The examples of a set in `BUILT_IN`."""
+    """The examples of the data set `name`, a key of `BUILT_IN`."""
     return BUILT_IN[name]()
 
 
@@ -36,7 +36,7 @@ def _documents() -> Iterator[tuple[str, str, ast.Module]]:
             source = path.read_text(encoding="utf-8")
             yield str(name), source, ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
-            continue  # a template or a test file for other encodings: no document
+            continue  # a template, or a test of other encodings
 
 
 def _code_examples() -> Iterator[Example]:

@@ -1,7 +1,7 @@
-"""Data sets: files and two built-in sets, split by document into train, validation and test, without leakage.
+"""Data sets: files and two built-in sets, split into train, validation and test without leakage.
 
-Examples are split by the document that they come from: one document is never on two sides. A training example that
-nearly repeats a held-out one is left out of a built-in set and refused in a user's.
+Examples are split by document: all examples of a document are in the same split. If a training example nearly repeats a
+held-out one, a built-in set leaves it out, and a user's data is refused.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ __all__ = ["BUILT_IN", "CODE_INSTRUCTION", "DOCS_INSTRUCTION", "Dataset", "Examp
 @dataclass(frozen=True, slots=True)
 class Dataset:
     name: str
-    spec: str  # what load_dataset was given
+    spec: str  # the argument of `load_dataset`
     digest: str  # SHA-256 over all examples
     splits: dict[Split, list[Example]]
-    num_duplicates: int  # training examples left out because a held-out one is nearly the same
+    num_duplicates: int  # examples left out because they nearly repeat a held-out one
 
 
 def load_dataset(spec: str) -> Dataset:
-    """`spec`: a built-in set's name or a path (see `formats`). Examples of a split are in an order that is fixed but random.
+    """Load a data set. `spec` is the name of a built-in set or a path (see `formats`).
 
-    Raises `NotFoundError`, `DataError` (names the record and what is expected there; or the leak).
+    The examples of a split are shuffled, always in the same way. Raises `NotFoundError`, and `DataError`, which names the
+    record and what is expected there, or the examples that leak.
     """
     built_in = spec in BUILT_IN
     examples = list(built_in_examples(spec) if built_in else read_examples(Path(spec)))
@@ -53,13 +54,13 @@ def load_dataset(spec: str) -> Dataset:
 
 
 def _split_of(source: str) -> Split:
-    """80 % train, 10 % validation, 10 % test, by a hash of the document's name."""
+    """80 % of documents are train, 10 % validation and 10 % test, by a hash of the document's name."""
     bucket = int(hashlib.sha256(source.encode()).hexdigest(), 16) % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
 def _split_small(examples: list[Example]) -> dict[Split, list[Example]]:
-    """A file of a few documents may leave a split empty by chance: cut it in order instead, between documents."""
+    """The splits of a few documents, in the order of the file. Splitting by hash could leave a split empty."""
     documents = list(dict.fromkeys(example.source for example in examples))
     count = len(documents) // 5
     if not count:
@@ -77,7 +78,10 @@ def _split_small(examples: list[Example]) -> dict[Split, list[Example]]:
 
 
 def _remove_leaks(spec: str, splits: dict[Split, list[Example]], *, refuse: bool) -> int:
-    """Take training examples away that nearly repeat a held-out one, and validation examples that repeat a test one."""
+    """Remove training examples that nearly repeat a held-out one, and validation examples that nearly repeat a test one.
+
+    Returns how many were removed. With `refuse`, raises `DataError` instead.
+    """
     removed = 0
     pairs_of: tuple[tuple[Split, list[Example]], ...] = (
         ("train", splits["validation"] + splits["test"]),
@@ -100,8 +104,11 @@ def _remove_leaks(spec: str, splits: dict[Split, list[Example]], *, refuse: bool
 def heldout_token_ids(
     tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512
 ) -> list[list[int]]:
-    """At least `num_tokens` tokens of text from a split of the built-in sets, for measuring quality (test) or for
-    calibration (train): conversations with their answers, as the model sees them, in chunks of `chunk` tokens."""
+    """Text from a split of the built-in sets, as chunks of `chunk` token ids that make at least `num_tokens` predictions.
+
+    It is conversations with their answers, as the model sees them. Use the test split to measure quality, the train split
+    to calibrate.
+    """
     parts = [load_dataset(name).splits[split] for name in BUILT_IN]
     token_ids: list[int] = []
     for code, docs in zip(*parts, strict=False):
@@ -111,13 +118,13 @@ def heldout_token_ids(
             )
         if len(token_ids) >= num_tokens + chunk:
             break
-    count = -(-num_tokens // (chunk - 1))  # a chunk of S tokens makes S - 1 predictions
+    count = -(-num_tokens // (chunk - 1))  # a chunk of S tokens has S - 1 predictions
     chunks = [token_ids[i * chunk : (i + 1) * chunk] for i in range(count)]
     return [part for part in chunks if len(part) > 1]
 
 
 def encode_prompt(tokenizer: Tokenizer, example: Example) -> list[int]:
-    """The conversation up to the answer; without a chat template, the messages' texts; nothing for plain text."""
+    """Token ids of the conversation up to the answer; none for plain text. Without a chat template, the texts joined."""
     if not example.messages:
         return []
     if tokenizer.has_chat_template:

@@ -1,4 +1,4 @@
-"""Examples as the model sees them: token ids, and where the answer begins. And the data report."""
+"""Examples as the model sees them: token ids, and where the answer begins. Also the report on the data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .example import Example, Split
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a conversation with its answer; the loss is on the tokens from `answer` on."""
+    """Token ids of a conversation with its answer. The loss is taken on the tokens from index `answer` on."""
 
     token_ids: tuple[int, ...]
-    answer: int  # at least 1: the first token has nothing to be predicted from
+    answer: int  # at least 1: no token predicts the first one
     source: str
 
     @property
@@ -31,20 +31,20 @@ class Encoded:
 
 @dataclass(slots=True)
 class PartReport:
-    """What became of a split's examples."""
+    """How many examples and tokens of a split are used, and how many examples are left out."""
 
     examples: int = 0
     documents: int = 0
     tokens: int = 0
     answer_tokens: int = 0
-    longest: int = 0
-    too_long: int = 0  # left out: prompt and answer exceed max_length
-    answer_too_long: int = 0  # of those, the answer alone does
+    longest: int = 0  # tokens of the longest example
+    too_long: int = 0  # left out: longer than max_length, or without an answer
+    answer_too_long: int = 0  # of those, examples whose answer alone is too long
 
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts and lengths, for the run report."""
+    """Counts and lengths of a run's data, for its manifest."""
 
     name: str
     digest: str
@@ -58,9 +58,10 @@ class DataReport:
 def encode_parts(
     tokenizer: Tokenizer, dataset: Dataset, counts: dict[Split, int], params: TuneParams, end: Sequence[int]
 ) -> tuple[dict[Split, list[Encoded]], DataReport]:
-    """The first `counts[part]` examples of each part that fit `params.max_length`. Only training examples are augmented.
+    """Encode the first `counts[part]` examples of each split that fit `params.max_length` tokens.
 
-    `end`: the ids that end an answer. Raises `DataError` if a part has no example that fits.
+    Only training examples are augmented. `end`: token ids that end an answer. Raises `DataError` if no example of a split
+    fits.
     """
     report = DataReport(dataset.name, dataset.digest, dataset.num_duplicates)
     parts: dict[Split, list[Encoded]] = {}
@@ -90,7 +91,7 @@ def _encode(
     for index, example in enumerate(examples):
         if len(encoded) == count:
             break
-        rng = random.Random(f"{how} {index}")  # not the run's seed: all trials of a search share one cache
+        rng = random.Random(f"{how} {index}")  # without the run's seed, so that all trials of a search share one cache
         item = encode_example(tokenizer, augment(example, how, rng), end)
         if len(item.token_ids) <= max_length and item.num_targets:
             encoded.append(item)
@@ -112,7 +113,7 @@ def encode_example(tokenizer: Tokenizer, example: Example, end: Sequence[int]) -
 
 
 def encoded_digest(items: Sequence[Encoded]) -> str:
-    """SHA-256 over what the model sees: it changes with the data, the tokenizer, the template and the augmentation."""
+    """SHA-256 of what the model sees. It changes with the data, the tokenizer, the chat template and the augmentation."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.token_ids, item.answer)).encode())

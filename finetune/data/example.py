@@ -1,4 +1,4 @@
-"""`Example`: one conversation and its answer. Everything that reads data makes these."""
+"""`Example`: one conversation and its answer, whatever it was read from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation without its answer (none for plain text), the answer, and the document that it comes from."""
+    """`messages` is the conversation (empty for plain text), `completion` the answer, `source` the document's name."""
 
     messages: tuple[Message, ...]
     completion: str
@@ -25,5 +25,5 @@ class Example:
 
 
 def user(text: str) -> tuple[Message, ...]:
-    """A conversation of one message."""
+    """A conversation of one user message."""
     return ({"role": "user", "content": text},)

@@ -1,8 +1,8 @@
 """Reading examples from files: JSONL, Parquet and plain text.
 
-JSONL and Parquet hold `prompt` and `completion`, or chat `messages` that end with the assistant's; optional are `id` (must
-be unique) and `source` (the document that the record comes from; by default the id, else the record itself). Plain text
-(.txt, .md, or a folder of them) is cut into paragraphs' worth of text; all of it is the answer, there is no prompt.
+A JSONL or Parquet record has `prompt` and `completion`, or chat `messages` of which the last is the assistant's. It may
+have an `id`, which must be unique, and a `source`, the document that it comes from (default: the id, else the record's
+number). Plain text (.txt, .md, .rst, or a folder of them) is cut between paragraphs; it is all answer, without a prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from .example import Example, user
 
 EXPECTED = '{"prompt": text, "completion": text} or {"messages": [{"role", "content"}, …, the answer]}'
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-_TEXT_CHARACTERS = 1000  # a piece of plain text ends at the first paragraph's end after so many
+_TEXT_CHARACTERS = 1000  # a piece of plain text ends with the paragraph that reaches this length
 
 
 def read_examples(path: Path) -> Iterator[Example]:
-    """The examples of a file or folder, by its suffix. Raises `NotFoundError`, `DataError` (names the record)."""
+    """The examples of a file or folder; the suffix tells the format.
+
+    Raises `NotFoundError`, and `DataError`, which names the record.
+    """
     if path.suffix == ".parquet" and path.is_file():
         yield from _parquet_examples(path)
     elif path.suffix in TEXT_SUFFIXES and path.is_file():
@@ -60,11 +63,11 @@ def _line_example(line: bytes, where: str, source: str, seen: dict[str, str]) ->
 
 
 def _example(record: dict[str, Any], where: str, source: str, seen: dict[str, str]) -> Example:
-    """`seen`: ids so far and where they were."""
+    """Check a record and make its example. `seen`: id → where it was read; the record's id is added."""
     if record.get("id") is not None:
         identity = str(record["id"])
         if identity in seen:
-            raise DataError(f"{where}: the id '{identity}' is {seen[identity]}'s already; ids must be unique")
+            raise DataError(f"{where}: the id '{identity}' is also at {seen[identity]}; ids must be unique")
         seen[identity] = where
     source = str(record.get("source") or record.get("id") or source)
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):

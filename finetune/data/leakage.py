@@ -1,7 +1,7 @@
-"""Near-duplicates between the training set and what it is judged by.
+"""Near-duplicates between the training set and the held-out sets.
 
-Two examples are near-duplicates if their sets of word 5-grams have a Jaccard similarity of at least 0.8 (Lee et al. 2022
-deduplicate at the same). Exact, by an inverted index over the held-out examples' shingles: no sketches, no chance.
+Two examples are near-duplicates if their sets of word 5-grams have a Jaccard similarity of at least 0.8, as in Lee et al.
+2022. The search is exact: it uses an inverted index of the held-out examples' 5-grams, not a random sketch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WORDS = 5
 
 
 def near_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, int]]:
-    """(index in `train`, index in `held_out`) of the first near-duplicate of each training example that has one."""
+    """(index in `train`, index in `held_out`): one pair for each training example that has a near-duplicate."""
     index: dict[int, list[int]] = defaultdict(list)
     sizes = []
     for number, example in enumerate(held_out):

@@ -1,7 +1,7 @@
-"""`fuse`: from many fine-tunes of one base to an ensemble of a few, and what it is worth.
+"""`fuse`: choose an ensemble of a few from many fine-tunes of one base, and measure it.
 
-Members are selected and their mix is fitted on the validation set; the figure that is reported for that is the nested
-cross-validation's. The test set is looked at once, at the end, and decides nothing.
+Members are selected, and their mix is fitted, on the validation set. The validation figure that is reported comes from
+nested cross-validation. The test set is used once, at the end, and decides nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...runtime.api.request import Space
 from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.checkpoints.members.adapter import attach
 from ...runtime.checkpoints.members.files import first_layer
@@ -30,36 +29,20 @@ from ..params import TuneParams
 from ..training.provenance import environment
 from ..training.train import RunData, Workbench
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
+from .params import FuseParams
 
 BASE = "base"
 FUSION, REPORT = "fusion.json", "README.md"
 
 
 @dataclass(frozen=True, slots=True)
-class FuseParams:
-    """`base`: how the members' examples are encoded (max_length) and batched."""
-
-    space: Space = Space.LOGITS
-    max_members: int = 4
-    validation_examples: int = 64
-    test_examples: int = 128
-    max_length: int = 320
-    folds: int = 4
-    with_base: bool = True  # the untuned base is a candidate too
-
-    def __post_init__(self) -> None:
-        if self.max_members < 1 or self.folds < 2:
-            raise ConfigError(f"max_members is at least 1 and folds 2, got {self.max_members} and {self.folds}")
-
-
-@dataclass(frozen=True, slots=True)
 class Answers:
-    """The members on one split: T answer tokens."""
+    """What K members compute for the T answer tokens of one split."""
 
-    states: Tensor  # [K, T, hidden]
-    targets: Tensor  # [T]
-    examples: npt.NDArray[np.int64]  # [T]
-    documents: npt.NDArray[np.int64]  # [T]
+    states: Tensor  # [K, T, hidden] after the final norm
+    targets: Tensor  # [T] token ids
+    examples: npt.NDArray[np.int64]  # [T] index of the example
+    documents: npt.NDArray[np.int64]  # [T] index of the example's document
 
 
 def fuse(
@@ -68,13 +51,15 @@ def fuse(
     out: Path,
     params: FuseParams | None = None,
     *,
-    tell: Callable[[str], None] = lambda _what: None,
+    on_progress: Callable[[str], None] = lambda _what: None,
 ) -> dict[str, Any]:
-    """Choose and fit; write fusion.json (mix, members' paths, figures) and its report to `out`, and return it.
+    """Choose members, fit their mix, and write fusion.json and a report to `out`.
 
-    `members`: name → tail or adapter directory, trials of a search or any others. Raises `ConfigError`, `DataError`,
-    `BundleError` (a member of another base or with a head of its own), `NotFoundError`, `UnsupportedModelError` (a head
-    that is not linear: `Pool` takes logits for products of states and head).
+    Returns the content of fusion.json: the mix, the members' paths, the figures.
+
+    `members`: name → directory of a tail or adapter, from a search or elsewhere. `on_progress` gets each step's name.
+    Raises `ConfigError`, `DataError` (fewer than two members), `BundleError` (a member has another base, or its own
+    head), `NotFoundError`, `UnsupportedModelError` (the head is not linear: `Pool` multiplies states by the head).
     """
     params = params or FuseParams()
     if not bench.config.linear_head:
@@ -89,16 +74,16 @@ def fuse(
         raise DataError("there is nothing to fuse: give at least two members")
     names = list(paths)
     counts: dict[Split, int] = {"validation": params.validation_examples, "test": params.test_examples}
-    validation, test = _answers(bench, paths, params, counts, tell)
+    validation, test = _answers(bench, paths, params, counts, on_progress)
     head = bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"])
 
-    tell("selecting")
+    on_progress("selecting")
     pool = Pool(params.space, validation.states, head, validation.targets)
     everything = np.ones(len(validation.targets), np.bool_)
     mix = select_and_fit(pool, everything, max_members=params.max_members)
-    tell("cross-validating")
+    on_progress("cross-validating")
     nested = cross_validated(pool, validation.documents, folds=params.folds, max_members=params.max_members)
-    tell("testing")
+    on_progress("testing")
     report = _report(names, pool, Pool(params.space, test.states, head, test.targets), test, mix, nested)
     result = {
         "space": str(params.space),
@@ -121,16 +106,16 @@ def _answers(
     paths: Mapping[str, Path | None],
     params: FuseParams,
     counts: dict[Split, int],
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> tuple[Answers, Answers]:
-    """Every member's states at the answers of (validation, test)."""
+    """Every member's states at the answer tokens of (validation, test)."""
     splits = {name: _first_layer(bench, path) for name, path in paths.items()}
     deepest = max(1, bench.config.num_layers - min(splits.values()))
     loaded: dict[int, RunData] = {}
     collected: dict[Split, list[Tensor]] = {"validation": [], "test": []}
     for name, path in paths.items():
-        tell(f"member {name}")
-        layers = bench.config.num_layers - splits[name] or deepest  # the base runs from the deepest split
+        on_progress(f"member {name}")
+        layers = bench.config.num_layers - splits[name] or deepest  # the base has no split: use the deepest
         for count in dict.fromkeys((deepest, layers)):
             if count not in loaded:
                 encoding = TuneParams(layers=count, max_length=params.max_length)
@@ -154,7 +139,7 @@ def _first_layer(bench: Workbench, path: Path | None) -> int:
 
 
 def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
-    """The base with the member's weights, or its adapter beside them."""
+    """The base model with the member's tail, or with its adapter attached. `path` None: the base itself."""
     if path is None:
         return Decoder.from_weights(bench.config, bench.base).eval()
     form = format_at(path)
@@ -166,16 +151,16 @@ def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
 
 @torch.no_grad()
 def _states(bench: Workbench, decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
-    """[T, hidden] normed states at the answers' positions, in the items' order."""
+    """[T, hidden] states after the final norm at the positions that predict the answers, in the items' order."""
     rows: list[Tensor | None] = [None] * len(items)
     for chosen in plan([len(item.encoded.token_ids) for item in items], 2048, None):
         batch = make_batch([items[i] for i in chosen])
-        known = [item.hidden for item in batch.items if item.hidden is not None]
+        cached = [item.hidden for item in batch.items if item.hidden is not None]
         tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]
         pad = torch.nn.utils.rnn.pad_sequence
-        if known:
-            hidden = pad(known, batch_first=True).float()
-        else:  # without a cache, or adapted from the first layer on
+        if cached:
+            hidden = pad(cached, batch_first=True).float()
+        else:  # no cache, or an adapter on the first layer
             hidden = decoder.run_layers(decoder.embed(pad(tokens, batch_first=True)), 0, split)
         last = decoder.config.num_layers
         states = decoder.norm(decoder.run_layers(hidden, split, last, positions=batch.positions))
@@ -204,7 +189,7 @@ def _report(
 
     one = np.eye(len(names))
     tuned = [k for k, name in enumerate(names) if name != BASE]
-    best = min(tuned, key=lambda k: float(validation.single[k].mean()))  # chosen on validation, like the mix
+    best = min(tuned, key=lambda k: float(validation.single[k].mean()))  # chosen on validation, as the mix is
     chosen = np.flatnonzero(mix)
     uniform = one[chosen].mean(axis=0)
     against = {
@@ -223,13 +208,13 @@ def _report(
 
 
 def change(interval: Mapping[str, float]) -> str:
-    """An interval in words: −1.2 % [−1.9, −0.6]."""
-    found = Interval(**interval)
-    return f"{found.change:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
+    """A relative change with its confidence interval, as text: -1.20% [-1.90%, -0.60%]."""
+    parts = Interval(**interval)
+    return f"{parts.change:+.2%} [{parts.low:+.2%}, {parts.high:+.2%}]"
 
 
 def fusion_card(result: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """The report of a fusion, in Markdown."""
     report = result["report"]
     rows = [(name, f["validation"], "", f["test"]) for name, f in report["members"].items()]
     rows += [("uniform mix of the chosen", report["uniform"]["validation"], "", report["uniform"]["test"])]
@@ -246,7 +231,7 @@ def fusion_card(result: Mapping[str, Any]) -> str:
             "",
             f"Mix ({result['space']} space): {mix}.",
             "",
-            "Negative log-likelihood of the answers, nats a token:",
+            "Negative log-likelihood of the answers, nats per token:",
             "",
             *lines,
             "",

@@ -1,4 +1,4 @@
-"""A search's HTML report: one self-contained page with history, importance and parallel coordinates, drawn as SVG."""
+"""The HTML report of a search: one self-contained page with history, importance and parallel coordinates, as SVG."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WIDTH, _HEIGHT = 900, 300
 
 
 def write_report(path: Path, name: str, trials: Sequence[Trial], space: Mapping[str, Any]) -> None:
-    """Write the page; called after every trial, so it is there while the search runs."""
+    """Write the page. The search calls this after each trial, so the page is there while it runs."""
     best = min(trials, key=lambda t: t.value)
     counts = {state: sum(t.state == state for t in trials) for state in _COLOURS}
     parts = [
         f"<h1>Search {html.escape(name)}</h1>",
         f"<p>{len(trials)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}), "
         f"{sum(t.seconds for t in trials):.0f} s of training. Best: trial {best.number}, "
-        f"validation loss {best.value:.4f} nats a token.</p>",
+        f"validation loss {best.value:.4f} nats per token.</p>",
         "<h2>History</h2>",
         _history(trials),
         "<h2>Importance</h2>",
@@ -40,7 +40,7 @@ def write_report(path: Path, name: str, trials: Sequence[Trial], space: Mapping[
 
 
 def importance(trials: Sequence[Trial], space: Mapping[str, Any]) -> dict[str, float]:
-    """Share of each dimension (PED-ANOVA, Watanabe et al. 2023); empty while there are too few trials to tell."""
+    """Dimension → its importance (PED-ANOVA, Watanabe et al. 2023). Empty below 4 trials, or if all are equal."""
     if len(trials) < 4 or len({trial.value for trial in trials}) < 2:
         return {}
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -49,10 +49,8 @@ def importance(trials: Sequence[Trial], space: Mapping[str, Any]) -> dict[str, f
 
 def _history(trials: Sequence[Trial]) -> str:
     ordered = sorted(t.value for t in trials)
-    low, high = (
-        ordered[0],
-        ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)))],
-    )  # one diverged trial hides the rest
+    # Up to the 90th percentile: a diverged trial would flatten the others.
+    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)))]
     x = _scale(0, max(1, len(trials) - 1), 60, _WIDTH - 20)
     y = _scale(low, high, _HEIGHT - 30, 20)
     dots, path, best = [], [], math.inf
@@ -72,7 +70,7 @@ def _history(trials: Sequence[Trial]) -> str:
 def _importance(trials: Sequence[Trial], space: Mapping[str, Any]) -> str:
     shares = importance(trials, space)
     if not shares:
-        return "<p>Too few trials to tell.</p>"
+        return "<p>There are too few trials.</p>"
     bars = []
     for row, (name, share) in enumerate(shares.items()):
         top = 10 + row * 26
@@ -107,7 +105,7 @@ def _parallel(trials: Sequence[Trial], space: Mapping[str, Any]) -> str:
 
 
 def _column(name: str, trials: Sequence[Trial], space: Mapping[str, Any]) -> dict[int, float]:
-    """Trial → height on the axis of one dimension."""
+    """Trial number → height on the axis of one dimension."""
     choices = getattr(space.get(name), "choices", None)
     if choices is not None:
         y = _scale(0, max(1, len(choices) - 1), _HEIGHT - 30, 30)

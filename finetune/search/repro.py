@@ -1,4 +1,4 @@
-"""`repro`: run a member's training again from its manifest, and compare the figures."""
+"""`repro`: repeat a member's training from its manifest, and compare the figures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..training.provenance import environment
 from ..training.train import Workbench, run
 from ..training.trunk_cache import TrunkCache
 
-TOLERANCE = 1e-6  # nats: what another order of threads may change
+TOLERANCE = 1e-6  # nats; another order of additions in threads may change as much
 _COMPARED = ("validation_loss_before", "validation_loss_after", "train_loss_after", "steps", "best_step")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`rows`: (figure, recorded, again). `changed`: what of the environment is not what it was."""
+    """`rows`: (figure, recorded value, new value). `changed`: the differences between the environments."""
 
     rows: tuple[tuple[str, float, float], ...]
     changed: tuple[str, ...]
@@ -33,17 +33,17 @@ class Comparison:
 
 
 def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> Comparison:
-    """Rerun the run whose tail or adapter is in `directory`, on the base in `model_dir`; nothing is kept.
+    """Repeat the run whose tail or adapter is in `directory`, on the base in `model_dir`. Its result is not kept.
 
-    Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run: its noise is gone).
+    Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run, whose noise is not kept).
     """
     found = format_at(directory)
     manifest, _ = found.read(directory)
     if "hyper_parameters" not in manifest or "environment" not in manifest:
-        raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be run again")
+        raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be repeated")
     params = TuneParams.from_dict(manifest["hyper_parameters"])
     if params.epsilon is not None:
-        raise ConfigError("a private run's noise is destroyed with it, so that it cannot be run again")
+        raise ConfigError("a private run cannot be repeated: its noise is destroyed at its end")
     bench = Workbench(model_dir, manifest["data"]["spec"], (cache or TrunkCache()) if manifest["cached"] else None)
     for what, old, new in (
         ("base", manifest["base"]["digest"], bench.digest),
@@ -52,9 +52,9 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
         if old != new:
             raise BundleError(f"the {what} has the digest {new[:12]}…, the run's had {old[:12]}…; use the same {what}")
     with tempfile.TemporaryDirectory(prefix="motet-repro-") as work:
-        again = run(bench, Path(work) / "again", params, name=manifest["name"])
-        weights = found.read(Path(work) / "again")[0]["sha256"]
-    rows = tuple((name, float(manifest["metrics"][name]), float(again["metrics"][name])) for name in _COMPARED)
+        repeated = run(bench, Path(work) / "run", params, name=manifest["name"])
+        weights = found.read(Path(work) / "run")[0]["sha256"]
+    rows = tuple((name, float(manifest["metrics"][name]), float(repeated["metrics"][name])) for name in _COMPARED)
     return Comparison(rows, _changes(manifest["environment"]), weights == manifest["sha256"])
 
 

@@ -1,12 +1,12 @@
-"""`search`: Bayesian optimisation of a fine-tune's hyper-parameters over one cached trunk. Its trials become members.
+"""`search`: Bayesian optimisation of hyper-parameters over one cached trunk. Each trial can become a member.
 
-    search.json         what the search is (a different one is refused)
-    trials.jsonl        finished trials, one a line, appended and flushed
+    search.json         the settings; a call with other settings is refused
+    trials.jsonl        finished trials, one per line, appended and flushed
     trials/NNN/         each trial's tail or adapter
     report.html         history, importance, parallel coordinates
 
-A search that was killed is resumed by the same call: finished trials are read back, the one that was running goes on from its
-last segment (`loop`), and the suggestions are those that an uninterrupted search would have had.
+The same call resumes a search that was killed. Finished trials are read back, the running one continues from its last
+segment (`loop`), and the suggestions are those of an uninterrupted search.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,31 +24,11 @@ from ..params import TuneParams
 from ..training.loop import Watch
 from ..training.provenance import environment
 from ..training.train import RunData, Workbench, run
+from .params import SearchParams
 from .report import write_report
-from .space import SearchSpace, Trial, as_params, is_hopeless, suggest
+from .space import Trial, as_params, distributions, fixed, is_hopeless, suggest
 
 SETTINGS, TRIALS, REPORT = "search.json", "trials.jsonl", "report.html"
-
-
-@dataclass(frozen=True, slots=True)
-class SearchParams:
-    """How to search. `base`: what all trials have in common (method, examples, epochs, bag …)."""
-
-    base: TuneParams = field(default_factory=lambda: TuneParams(bag=0.8, evaluations=3))
-    space: SearchSpace = field(default_factory=SearchSpace)
-    trials: int = 16
-    seed: int = 0
-    sampler: Literal["gp", "random"] = "gp"
-    startup: int = 5
-    prune: bool = True
-
-    def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(f"trials must be at least 1, got {self.trials}")
-        if self.sampler not in ("gp", "random"):
-            raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
-        if self.base.epsilon is not None and self.base.augmentation != "none":
-            raise ConfigError("a private search goes without augmentation")
 
 
 class _Pruned(Exception):
@@ -62,12 +42,13 @@ class SearchResult:
     directory: Path
 
     def members(self) -> list[Path]:
-        """The directories of the trials that ran to their end, best first."""
+        """The directories of the complete trials, best first."""
         done = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: t.value)
         return [trial_dir(self.directory, trial.number) for trial in done]
 
 
 def trial_dir(directory: Path, number: int) -> Path:
+    """Directory of a trial's tail or adapter, in the search at `directory`."""
     return directory / "trials" / f"{number:03d}"
 
 
@@ -76,19 +57,20 @@ def search(
     out: Path,
     params: SearchParams,
     *,
-    tell: Callable[[Trial, Trial], None] = lambda _trial, _best: None,
-    tick: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+    on_trial: Callable[[Trial, Trial], None] = lambda _trial, _best: None,
+    on_progress: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
 ) -> SearchResult:
-    """Run or resume a search. `tell(trial, the best so far)` after each trial; `tick` as in `Workbench.load`.
+    """Run or resume a search. `on_trial(trial, best so far)` is called after each trial; `on_progress` as in
+    `Workbench.load`.
 
     Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), and what `tune` raises.
     """
     _open(bench, out, params)
-    space = params.space.distributions(params.base.method, bench.config.num_layers)
-    if params.base.epsilon is not None:  # augmentation, L1 and smoothing are not for private runs
+    space = distributions(params.space, params.base.method, bench.config.num_layers)
+    if params.base.epsilon is not None:  # DP-SGD cannot be used with these
         space = {name: d for name, d in space.items() if name not in ("l1", "label_smoothing", "augmentation")}
     trials = read_trials(out)
-    data = _Data(bench, params, tick)
+    data = _Data(bench, params, on_progress)
     while len(trials) < params.trials:
         trial = _one(bench, out, params, trials, space, data)
         with (out / TRIALS).open("a") as file:
@@ -96,7 +78,7 @@ def search(
             file.flush()
             os.fsync(file.fileno())
         trials.append(trial)
-        tell(trial, min(trials, key=lambda t: t.value))
+        on_trial(trial, min(trials, key=lambda t: t.value))
         write_report(out / REPORT, out.name, trials, space)
     best = min(trials, key=lambda t: t.value)
     return SearchResult(tuple(trials), best, out)
@@ -126,7 +108,8 @@ def _open(bench: Workbench, out: Path, params: SearchParams) -> None:
 
 
 def read_trials(out: Path) -> list[Trial]:
-    """The finished trials of a search; the line that a killed one died in is cut off. Raises `BundleError`."""
+    """The finished trials of a search. An incomplete last line, left by a kill, is cut off. Raises `BundleError` for a
+    damaged file."""
     path = out / TRIALS
     if not path.is_file():
         return []
@@ -140,11 +123,13 @@ def read_trials(out: Path) -> list[Trial]:
 
 
 class _Data:
-    """The items of each (layers, augmentation), loaded when a trial first needs them: the deepest split first, because
-    the others' caches go on from it."""
+    """The items for each (layers, augmentation), loaded when a trial first needs them.
 
-    def __init__(self, bench: Workbench, params: SearchParams, tick: Callable[[str, int, int], None]) -> None:
-        self._bench, self._params, self._tick = bench, params, tick
+    The split with the most trained layers is loaded first: the trunk caches of the other splits are computed from it.
+    """
+
+    def __init__(self, bench: Workbench, params: SearchParams, on_progress: Callable[[str, int, int], None]) -> None:
+        self._bench, self._params, self._on_progress = bench, params, on_progress
         self._loaded: dict[tuple[int, str], RunData] = {}
 
     def get(self, params: TuneParams) -> RunData:
@@ -157,7 +142,7 @@ class _Data:
         key = params.num_layers(self._bench.config.num_layers), params.augmentation
         if key not in self._loaded:
             counts: Any = {"train": params.examples, "validation": params.validation_examples}
-            self._loaded[key] = self._bench.load(params, counts, self._tick)
+            self._loaded[key] = self._bench.load(params, counts, self._on_progress)
         return self._loaded[key]
 
 
@@ -166,10 +151,10 @@ def _one(
 ) -> Trial:
     number = len(trials)
     values = suggest(trials, space, sampler=params.sampler, seed=params.seed, startup=params.startup)
-    fixed = params.space.fixed(params.base.method)
+    single = fixed(params.space, params.base.method)
     if params.base.epsilon is not None:
-        fixed.pop("augmentation", None)
-    settings = as_params(params.base, {**fixed, **values}, params.seed * 1000 + number)
+        single.pop("augmentation", None)
+    settings = as_params(params.base, {**single, **values}, params.seed * 1000 + number)
     curve: list[tuple[int, float]] = []
 
     def validated(_step: int, loss: float) -> None:
@@ -197,7 +182,7 @@ def _one(
 
 
 def private_epsilon(result: SearchResult, num_examples: int, params: SearchParams) -> tuple[float, float]:
-    """(ε, δ) of a whole private search: every trial's mechanism ran on the data, so all of them compose.
+    """(ε, δ) of a whole private search. Every trial trained on the data, so the privacy losses of all trials compose.
 
     Raises `MotetError` if the search is not private.
     """

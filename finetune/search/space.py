@@ -1,7 +1,7 @@
-"""The search space, and the sampler that looks for the best point in it: a Gaussian process over the trials so far.
+"""The dimensions of a search, and the sampler that suggests the next point: a Gaussian process over the trials so far.
 
-Optuna's GP sampler (expected improvement over a Matérn kernel). A fresh one is seeded for every trial, by the search's seed
-and the trial's number, so that its suggestion depends on the finished trials alone and not on whether the search was
+It is Optuna's GP sampler (expected improvement, Matérn kernel). Each trial makes a new sampler, seeded by the search's
+seed and the trial's number. So a suggestion depends only on the finished trials, not on whether the search was
 interrupted.
 """
 
@@ -19,45 +19,29 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ...runtime.errors import ConfigError
 from ...runtime.model.members import MemberKind
 from ..params import TuneParams
+from .params import SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-@dataclass(frozen=True, slots=True)
-class SearchSpace:
-    """Ranges; `layers`, `rank`, `batch_tokens`, `schedule` and `augmentation` are choices. One choice is no dimension."""
+def distributions(space: SearchSpace, method: str, num_layers: int) -> dict[str, BaseDistribution]:
+    """The dimensions of a search: name → distribution. Raises `ConfigError` if no choice of layers fits the model."""
+    layers = tuple(n for n in space.layers if n <= num_layers)
+    if not layers:
+        raise ConfigError(f"layers {space.layers} are more than the model's {num_layers}")
+    result: dict[str, BaseDistribution] = {
+        name: FloatDistribution(*getattr(space, name), log=True) for name in ("learning_rate", "weight_decay", "l1")
+    }
+    result |= {name: FloatDistribution(*getattr(space, name)) for name in ("dropout", "label_smoothing")}
+    choices: dict[str, Sequence[Any]] = {"layers": layers} if _makes_layers(method) else {"rank": space.rank}
+    choices |= {name: getattr(space, name) for name in ("batch_tokens", "schedule", "augmentation")}
+    return result | {name: CategoricalDistribution(tuple(c)) for name, c in choices.items() if len(c) > 1}
 
-    learning_rate: tuple[float, float] = (1e-4, 5e-3)
-    weight_decay: tuple[float, float] = (1e-3, 0.3)
-    l1: tuple[float, float] = (1e-9, 1e-6)
-    dropout: tuple[float, float] = (0.0, 0.3)
-    label_smoothing: tuple[float, float] = (0.0, 0.15)
-    layers: tuple[int, ...] = (1, 2, 4)
-    rank: tuple[int, ...] = (4, 8, 16)
-    batch_tokens: tuple[int, ...] = (512, 1024, 2048)
-    schedule: tuple[str, ...] = ("cosine", "linear", "constant")
-    augmentation: tuple[str, ...] = ("none",)
 
-    def distributions(self, method: str, num_layers: int) -> dict[str, BaseDistribution]:
-        """Raises `ConfigError` if no choice of layers fits the model."""
-        layers = tuple(n for n in self.layers if n <= num_layers)
-        if not layers:
-            raise ConfigError(f"layers {self.layers} are more than the model's {num_layers}")
-        result: dict[str, BaseDistribution] = {
-            name: FloatDistribution(*getattr(self, name), log=True) for name in ("learning_rate", "weight_decay", "l1")
-        }
-        result |= {name: FloatDistribution(*getattr(self, name)) for name in ("dropout", "label_smoothing")}
-        choices: dict[str, Sequence[Any]] = {"layers": layers} if _makes_layers(method) else {"rank": self.rank}
-        choices |= {name: getattr(self, name) for name in ("batch_tokens", "schedule", "augmentation")}
-        return result | {name: CategoricalDistribution(tuple(c)) for name, c in choices.items() if len(c) > 1}
-
-    def fixed(self, method: str) -> dict[str, Any]:
-        """What has one choice only."""
-        names = ["batch_tokens", "schedule", "augmentation", "layers" if _makes_layers(method) else "rank"]
-        return {name: getattr(self, name)[0] for name in names if len(getattr(self, name)) == 1}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: list(value) for name, value in dataclasses.asdict(self).items()}
+def fixed(space: SearchSpace, method: str) -> dict[str, Any]:
+    """The hyper-parameters that have a single choice."""
+    names = ["batch_tokens", "schedule", "augmentation", "layers" if _makes_layers(method) else "rank"]
+    return {name: getattr(space, name)[0] for name in names if len(getattr(space, name)) == 1}
 
 
 def _makes_layers(method: str) -> bool:
@@ -66,12 +50,16 @@ def _makes_layers(method: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A finished trial. `value`: its best validation loss; of a pruned one the last, of a diverged one a bad one."""
+    """A finished trial.
+
+    `value` is a validation loss in nats per token: the best one of a complete trial, the last one of a pruned trial. A
+    diverged trial gets the worst loss seen so far, or 10 if it is the first.
+    """
 
     number: int
-    params: Mapping[str, Any]  # the dimensions' values
+    params: Mapping[str, Any]  # dimension → value
     value: float
-    curve: tuple[tuple[int, float], ...]  # (validation's number, loss)
+    curve: tuple[tuple[int, float], ...]  # (index of the validation, loss)
     state: Literal["complete", "pruned", "diverged"]
     seconds: float
 
@@ -83,7 +71,7 @@ class Trial:
 def suggest(
     trials: Sequence[Trial], space: Mapping[str, BaseDistribution], *, sampler: str, seed: int, startup: int
 ) -> dict[str, Any]:
-    """The next point. `sampler`: gp or random. The first `startup` points are random with both."""
+    """The next point: dimension → value. `sampler` is gp or random; the first `startup` points are random with both."""
     number = len(trials)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -97,8 +85,8 @@ def suggest(
 
 
 def as_study(trials: Sequence[Trial], space: Mapping[str, BaseDistribution], sampler: Any = None) -> Any:
-    """The trials as an Optuna study. Pruned and diverged ones count with their (bad) values: the model of the
-    objective has to know where not to look."""
+    """The trials as an Optuna study. Pruned and diverged trials are included with their bad values, so that the Gaussian
+    process learns to avoid their region."""
     study = optuna.create_study(sampler=sampler)
     for trial in trials:
         study.add_trial(
@@ -113,10 +101,14 @@ def as_study(trials: Sequence[Trial], space: Mapping[str, BaseDistribution], sam
 
 
 def is_hopeless(trials: Sequence[Trial], index: int, loss: float, *, after: int = 4) -> bool:
-    """Whether `loss` at validation `index` is worse than the median of the trials that got there (Google Vizier's rule)."""
+    """Whether `loss` at validation `index` is worse than the median of the earlier trials at the same validation.
+
+    This is Google Vizier's median stopping rule. False while fewer than `after` trials have that validation.
+    """
     others = sorted(value for trial in trials for i, value in trial.curve if i == index)
     return len(others) >= after and loss > others[len(others) // 2]
 
 
 def as_params(base: TuneParams, values: Mapping[str, Any], seed: int) -> TuneParams:
+    """`base` with a point's values and its own seed."""
     return dataclasses.replace(base, **values, seed=seed)

@@ -1,8 +1,8 @@
 """The training loop of all methods, on PyTorch Lightning.
 
-The plan (which examples in which batch) is fixed before the first step, and cut into *segments*; a segment is Lightning's
-epoch. At its end the state is saved, so a run that was killed goes on from the last whole segment, and every random number
-after that is drawn from a seed of (run, step): it ends with the same weights as a run that was not.
+The batches are planned before the first step and cut into *segments*; Lightning takes a segment for an epoch. The state is
+saved at the end of each segment. A run that was killed resumes after the last complete segment. Random numbers depend only
+on the run's seed and the step, so a resumed run ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ from ..params import TuneParams
 from .methods import Learner
 
 LAST, BEST, KEY = "last.ckpt", "best.safetensors", "key.json"
-SEGMENT = 50  # batches between two checkpoints at most
+SEGMENT = 50  # batches between two checkpoints, at most
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What the caller wants to hear. `validated(step, loss)` may raise to end the run."""
+    """Callbacks. `validated(batches done, loss)` may raise an exception to end the run."""
 
-    stepped: Callable[[float], None] = lambda _loss: None  # a batch's loss
+    stepped: Callable[[float], None] = lambda _loss: None  # the loss of a batch
     validated: Callable[[int, float], None] = lambda _step, _loss: None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    steps: int
-    best_step: int
+    """A finished training. Losses are in nats per token."""
+
+    steps: int  # batches
+    best_step: int  # batches before the best validation
     stopped_early: bool
-    losses: list[float]  # of every batch, without the L1 term
+    losses: list[float]  # of each batch, without the L1 term
     validation: list[tuple[int, float]]  # (batches done, loss)
 
 
 class Loader:
-    """Batches in order. Lightning takes a list for several loaders."""
+    """The batches in order. It is a class because Lightning takes a list for several loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self._batches = batches
@@ -65,6 +67,8 @@ class Loader:
 
 
 class TuneModule(pl.LightningModule):  # type: ignore[misc]
+    """A learner as Lightning wants it: batches, losses, optimiser, checkpoints."""
+
     def __init__(self, learner: Learner, segments: list[list[list[int]]], train: Sequence[Item], work: Path) -> None:
         super().__init__()
         self.learner = learner
@@ -76,7 +80,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
         self.history: list[tuple[int, float]] = []
         self.best: tuple[int, float] = (0, math.inf)
         self.stopped = False
-        self.strict_loading = False  # a checkpoint holds what is trained
+        self.strict_loading = False  # a checkpoint holds only the trained weights
         self._sums = (0.0, 0)
 
     def train_dataloader(self) -> Loader:
@@ -87,7 +91,9 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
         return batch  # the learner moves what it needs
 
     def training_step(self, batch: TrainBatch, _index: int) -> Tensor:
-        torch.manual_seed(self.params.seed * 1_000_003 + len(self.losses))  # dropout: the same in a resumed run
+        torch.manual_seed(
+            self.params.seed * 1_000_003 + len(self.losses)
+        )  # so that dropout is the same in a resumed run
         loss = self.learner.loss(batch, self.params.label_smoothing)
         self.check(float(loss.detach()), "loss")
         self.losses.append(float(loss.detach()))
@@ -98,7 +104,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
         self.check(float(torch.stack(norms).norm()), "gradient")
 
     def check(self, value: float, what: str) -> None:
-        """Before a step: weights that a bad gradient has touched are never saved."""
+        """Raise `NumericalError` unless `value` is finite. Called before a step, so bad weights are never saved."""
         if not math.isfinite(value):
             kept = (
                 f"the last good checkpoint is '{self.work / LAST}'"
@@ -153,7 +159,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
 
 
 class _Keep(Callback):  # type: ignore[misc]
-    """Tells the watcher, and saves the state at the end of each segment, as a whole or not at all."""
+    """Calls the watch, and saves the state at the end of each segment. A kill leaves the previous state intact."""
 
     def __init__(self, module: TuneModule, watch: Watch) -> None:
         self.module = module
@@ -171,7 +177,7 @@ class _Keep(Callback):  # type: ignore[misc]
 
 
 def rate(step: int, steps: int, params: TuneParams) -> float:
-    """Share of the learning rate: linear warm-up, then down to a tenth on a cosine or a line, or constant."""
+    """Factor of the learning rate: linear warm-up, then constant, or down to a tenth on a cosine or a line."""
     ramp = max(1, round(params.warmup * steps))
     if step < ramp:
         return (step + 1) / ramp
@@ -182,7 +188,7 @@ def rate(step: int, steps: int, params: TuneParams) -> float:
 
 
 def cut(batches: list[list[int]], params: TuneParams) -> tuple[list[list[list[int]]], int]:
-    """(segments, a validation every so many of them). The last segment's end is always a validation's turn."""
+    """Cut batches into segments: (segments, number of segments between validations)."""
     between = max(1, math.ceil(len(batches) / params.evaluations))  # batches between validations
     pieces = max(1, math.ceil(between / SEGMENT))
     size = math.ceil(between / pieces / params.accumulate) * params.accumulate
@@ -191,7 +197,11 @@ def cut(batches: list[list[int]], params: TuneParams) -> tuple[list[list[list[in
 
 
 def fit(module: TuneModule, validation: Sequence[Item], every: int, watch: Watch, *, automatic: bool = True) -> Outcome:
-    """Train, resuming from `module.work` if a checkpoint is there; `module.learner` ends with its best weights."""
+    """Train, and leave `module.learner` with its best weights. Resumes if `module.work` has a checkpoint.
+
+    `every`: segments between validations. `automatic` false: the module steps the optimiser itself. Raises
+    `NumericalError` if a loss or gradient is not finite, and what `watch` raises.
+    """
     params = module.params
     lengths = [len(item.encoded.token_ids) for item in validation]
     batches = Loader([make_batch([validation[i] for i in batch]) for batch in plan(lengths, params.batch_tokens, None)])
@@ -231,7 +241,7 @@ def fit(module: TuneModule, validation: Sequence[Item], every: int, watch: Watch
 
 
 def open_work(work: Path, key: dict[str, Any]) -> None:
-    """A run's working directory; what a run with another `key` (settings, model, data) left is removed."""
+    """Make a run's working directory. Files of a run with another `key` (settings, model, data) are removed."""
     text = json.dumps(key, sort_keys=True)
     if work.exists() and (not (work / KEY).is_file() or (work / KEY).read_text() != text):
         for file in (LAST, BEST, KEY):

@@ -1,10 +1,10 @@
 """DP-SGD (Abadi et al. 2016) with Opacus: Poisson sampling, per-example clipping, Gaussian noise, the RDP accountant.
 
-The unit of privacy is a training example (its conversation and answer). What ε does not cover: the validation set, by
-which the best checkpoint is chosen, and the test set. Take them from data that may be known.
+The unit of privacy is a training example: its conversation and answer. ε does not cover the validation set, by which the
+best checkpoint is chosen, nor the test set: use public data for them.
 
-The noise and the sampling come from a secret that is drawn for each run, kept in the working directory while the run
-may have to be resumed, and destroyed with it: a private run cannot be reproduced exactly, by anyone.
+The noise and the sampling come from a secret, drawn for each run. It is kept in the working directory, so that a killed run
+can be resumed, and destroyed when the run ends. After that a private run cannot be reproduced exactly.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .loop import Loader, TuneModule
 from .methods import Learner
 
 SECRET = "secret"
-CHUNK = 4  # examples whose gradients are held at once
+CHUNK = 4  # examples whose gradients are in memory at the same time
 History = Sequence[tuple[float, float, int]]  # (noise multiplier, sampling rate, steps)
 
 
 @dataclass(frozen=True, slots=True)
 class PrivacyBudget:
-    """What a run spends, decided before it starts."""
+    """The privacy that a run spends, and the noise for it. Decided before the run starts."""
 
-    epsilon: float  # the accountant's, at most the target
+    epsilon: float  # by the accountant; at most the target
     target: float
     delta: float
-    noise_multiplier: float
-    sample_rate: float
+    noise_multiplier: float  # standard deviation of the noise, in units of `clip`
+    sample_rate: float  # chance that an example is in a batch
     steps: int
-    clip: float
+    clip: float  # largest norm of an example's gradient
     accountant: str = "RDP, Poisson-subsampled Gaussian"
 
     @property
@@ -57,14 +57,17 @@ class PrivacyBudget:
 
 
 def epsilon_of(history: History, delta: float) -> float:
-    """ε of a sequence of mechanisms at `delta`: their RDP adds up (Mironov 2017)."""
+    """ε, at `delta`, of mechanisms that run one after the other: their Rényi divergences add up (Mironov 2017)."""
     accountant = RDPAccountant()
     accountant.history = list(history)
     return float(accountant.get_epsilon(delta=delta))
 
 
 def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
-    """The noise that keeps the run within `params.epsilon`. Raises `ConfigError` for a δ that protects nobody."""
+    """The budget whose noise keeps a run within `params.epsilon`.
+
+    Raises `ConfigError` for a δ of 1 / N or more, a mean batch larger than the data, or a clip of 0.
+    """
     assert params.epsilon is not None
     delta = params.delta if params.delta is not None else 0.1 / num_examples
     if not 0 < delta < 1 / num_examples:
@@ -87,7 +90,7 @@ def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
 
 
 def secret_of(work: Path) -> bytes:
-    """The run's secret; drawn if there is none yet."""
+    """The run's secret, 32 bytes. It is drawn at the first call."""
     path = work / SECRET
     if not path.is_file():
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -96,7 +99,7 @@ def secret_of(work: Path) -> bytes:
 
 
 class PrivateModule(TuneModule):
-    """The loop with DP-SGD's step. `segments` hold the Poisson batches, which may be empty."""
+    """A `TuneModule` with DP-SGD's step. The batches in `segments` are Poisson samples and may be empty."""
 
     def __init__(
         self, learner: Learner, segments: list[list[list[int]]], train: Sequence[Item], work: Path, spent: PrivacyBudget
@@ -105,7 +108,8 @@ class PrivateModule(TuneModule):
         self.automatic_optimization = False
         self.budget = spent
         self.secret = secret_of(work)
-        self._hooks = [GradSampleModule(learner.decoder, loss_reduction="sum", strict=False)]  # in a list: no submodule
+        # In a list, so that it is no submodule.
+        self._hooks = [GradSampleModule(learner.decoder, loss_reduction="sum", strict=False)]
         self._private: DPOptimizer | None = None
 
     def train_dataloader(self) -> Loader:
@@ -125,7 +129,7 @@ class PrivateModule(TuneModule):
             optimiser.signal_skip_step(number < len(chunks) - 1)
             optimiser.step()
             optimiser.zero_grad()
-        if not chunks:  # an empty batch takes its noise all the same: that it was empty must not be seen
+        if not chunks:  # an empty batch has noise too: its emptiness must not show
             for parameter in optimiser.params:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape, device=parameter.device)
             optimiser.step()
@@ -145,6 +149,6 @@ class PrivateModule(TuneModule):
 
 
 def private_segments(params: TuneParams, spent: PrivacyBudget, num_examples: int, work: Path) -> list[list[int]]:
-    """The Poisson batches of a run, from its secret."""
+    """The Poisson batches of a run; the random numbers come from its secret."""
     seed = random.Random(secret_of(work) + b"sampling").getrandbits(63)
     return poisson_plan(num_examples, params.batch_examples, spent.steps, seed)

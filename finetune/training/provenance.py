@@ -1,4 +1,4 @@
-"""Where a member comes from: the manifest of its run, its model card, and running it again."""
+"""Where a member comes from: versions, code and machine of its run, and its model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "pytorch-lightning", "peft", "optuna", "opacus", "tokenize
 
 
 def versions() -> dict[str, str]:
-    """Python's and the libraries' versions, as far as they are installed."""
+    """Name → version of Motet, Python and the installed libraries that a run depends on."""
     found = {"motet": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """SHA-256 over the source of this package's fine-tuning and model code: the code version, whatever its tag."""
+    """SHA-256 of the source of `finetune` and `runtime`. It tells code versions apart without tags."""
     digest = hashlib.sha256()
     for package in (finetune, runtime):
         root = Path(next(iter(package.__path__)))
@@ -39,6 +39,7 @@ def code_digest() -> str:
 
 
 def environment() -> dict[str, Any]:
+    """Code digest, versions, thread count and device of this process, for a manifest."""
     return {
         "code": code_digest(),
         "versions": versions(),
@@ -48,14 +49,14 @@ def environment() -> dict[str, Any]:
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
-    """The card in Markdown: what it is, how well it does, how it was made, what it must not be taken for."""
+    """The model card in Markdown: losses, data, regularisation, privacy, settings and versions."""
     metrics, settings, data = manifest["metrics"], manifest["hyper_parameters"], manifest["data"]
     lines = [
         f"# {manifest['name']}",
         "",
         f"A {settings['method']} fine-tune of `{manifest['base']['name']}` on `{data['name']}`, made by Motet.",
         "",
-        *_table(("nats a token", "before", "after"), _losses(metrics)),
+        *_table(("nats per token", "before", "after"), _losses(metrics)),
         "",
         f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples). "
         f"Best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of {metrics['steps']}"

@@ -1,6 +1,6 @@
-"""`tune`: train a tail or an adapter of a frozen base on a data set. The loop is `loop`'s, the methods are `methods`'.
+"""`tune`: train a tail or an adapter of a frozen base on a data set. The loop is in `loop`, the methods in `methods`.
 
-A `Workbench` holds what runs on one model and data set share: the base's weights, the data, the trunk cache.
+A `Workbench` holds what all runs on one model and data set share: the base's weights, the data, the trunk cache.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = ["TuneParams", "Workbench", "tune"]
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The items of a run, and what the report says of them."""
+    """The items of a run by split, and the report on them."""
 
     parts: dict[Split, list[Item]]
     report: DataReport
 
 
 class Workbench:
-    """A base model and a data set. `cache` None: the trunk is run anew for every batch."""
+    """A base model and a data set. If `cache` is None, the trunk is run anew for every batch."""
 
     def __init__(self, model_dir: Path, data: str, cache: TrunkCache | None) -> None:
         self.model_dir = model_dir
@@ -56,7 +56,7 @@ class Workbench:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The base's weights in float32, read once; runs copy what they change."""
+        """The base's weights in float32. They are read once; a run copies the tensors that it changes."""
         if not self._base:
             self._base = read_weights(self.model_dir)
         return self._base
@@ -65,17 +65,21 @@ class Workbench:
         self,
         params: TuneParams,
         counts: dict[Split, int],
-        tick: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+        on_progress: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
     ) -> RunData:
-        """Encoded examples, with the trunk's hidden states if there is a cache and a trunk. Raises `DataError`, and what
-        the cache raises. `tick(what, how many more, of)`."""
+        """Encode examples, with the trunk's hidden states if there is a cache and a trunk.
+
+        `on_progress(what, items more, items in all)` is called as hidden states are computed. Raises `DataError`, and what
+        the cache raises.
+        """
         end = eos_token_ids(self.model_dir)[:1]
         encoded, report = encode_parts(self.tokenizer, self.dataset, counts, params, end)
         split = self.config.num_layers - params.num_layers(self.config.num_layers)
-        return RunData({part: self._items(part, items, split, tick) for part, items in encoded.items()}, report)
+        parts = {part: self._items(part, items, split, on_progress) for part, items in encoded.items()}
+        return RunData(parts, report)
 
     def _items(
-        self, part: str, encoded: list[Encoded], split: int, tick: Callable[[str, int, int], None]
+        self, part: str, encoded: list[Encoded], split: int, on_progress: Callable[[str, int, int], None]
     ) -> list[Item]:
         if self.cache is None or split == 0:
             return [Item(item) for item in encoded]
@@ -83,10 +87,10 @@ class Workbench:
         def trunk() -> Any:
             return make_trunk(self.config, self.base)
 
-        def tell(count: int) -> None:
-            tick(f"trunk, {part}", count, len(encoded))
+        def on_items(count: int) -> None:
+            on_progress(f"trunk, {part}", count, len(encoded))
 
-        hidden = self.cache.hidden(trunk, self.digest, split, encoded, tell)
+        hidden = self.cache.hidden(trunk, self.digest, split, encoded, on_items)
         return [Item(item, rows) for item, rows in zip(encoded, hidden)]
 
 
@@ -101,11 +105,11 @@ def tune(
     use_cache: bool = True,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Train on `data` (see `load_dataset`), write a tail or an adapter to `out` and return its manifest.
+    """Train on `data` (see `load_dataset`), write a tail or an adapter to `out`, and return its manifest.
 
-    A run that was killed is resumed by the same call. `manifest["metrics"]` has the validation loss before and after (nats
-    a token). Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (the loss is NaN),
-    `UnavailableError` (a full disk), `MissingPackageError`.
+    The same call resumes a run that was killed. `manifest["metrics"]` has the validation loss before and after, in nats per
+    token. Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (a loss or gradient is not
+    finite), `UnavailableError` (a full disk), `MissingPackageError`.
     """
     params = params or TuneParams()
     params.num_layers(read_config(model_dir).num_layers)  # fail early: check before loading weights
@@ -115,6 +119,7 @@ def tune(
 
 
 def progress_bar(show: bool) -> Progress:
+    """A progress bar that disappears when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=not show, transient=True)
 
@@ -129,10 +134,10 @@ def run(
     watch: Watch | None = None,
     loaded: RunData | None = None,
 ) -> dict[str, Any]:
-    """One run on a workbench: see `tune`. `loaded`: data loaded before, of which the run takes its bag."""
+    """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it."""
     progress = progress or progress_bar(False)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
-    loaded = loaded or bench.load(params, counts, _ticker(progress))
+    loaded = loaded or bench.load(params, counts, _on_progress(progress))
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
     work = out.parent / f".{out.name}.run"
     FORMATS[params.kind].check_replaceable(out)
@@ -167,7 +172,7 @@ def run(
 
 
 def _bag(items: list[Item], params: TuneParams) -> list[Item]:
-    """The run's share of the training examples, drawn by its seed."""
+    """The run's share of the training examples, drawn by its seed. Raises `DataError` if it is less than 2 examples."""
     count = round(params.bag * len(items))
     if count < 2:
         raise DataError(f"a run needs at least 2 training examples, it has {count}; give more data or a larger bag")
@@ -180,7 +185,7 @@ def _bag(items: list[Item], params: TuneParams) -> list[Item]:
 def _module(
     learner: Learner, params: TuneParams, train: list[Item], work: Path
 ) -> tuple[TuneModule, int, dict[str, Any] | None]:
-    """(module, a validation every so many segments, the privacy budget)."""
+    """(module, segments between validations, the privacy budget or None)."""
     if params.epsilon is None:
         lengths = [len(item.encoded.token_ids) for item in train]
         segments, every = cut(training_plan(lengths, params.batch_tokens, params.epochs, params.seed), params)
@@ -194,7 +199,7 @@ def _module(
 
 @torch.no_grad()
 def evaluate(learner: Learner, items: list[Item], params: TuneParams) -> float:
-    """Mean negative log-likelihood of the answers' tokens, nats, in evaluation mode."""
+    """Mean negative log-likelihood of the answer tokens, nats per token, without dropout."""
     learner.eval()
     total, count = 0.0, 0
     for chosen in plan([len(item.encoded.token_ids) for item in items], params.batch_tokens, None):
@@ -219,15 +224,15 @@ def _metrics(before: float, after: float, train: float, outcome: Outcome) -> dic
     }
 
 
-def _ticker(progress: Progress) -> Callable[[str, int, int], None]:
+def _on_progress(progress: Progress) -> Callable[[str, int, int], None]:
     tasks: dict[str, Any] = {}
 
-    def tick(what: str, count: int, total: int) -> None:
+    def advance(what: str, count: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = progress.add_task(what, total=total)
         progress.advance(tasks[what], count)
 
-    return tick
+    return advance
 
 
 def _bar(progress: Progress, steps: int) -> Watch:

@@ -1,8 +1,8 @@
-"""The plain oracle of the GPU ops, in eager torch: the same signatures as the Triton kernels, one readable page.
+"""The plain oracle of the GPU ops, in eager torch, with the signatures of the Triton kernels.
 
-It is what a kernel is compared with, and what the torch backend runs on a CPU. Sampling's oracle is `reference`, in numpy:
-`mix_sample` here calls it row by row, so that one text defines the draw. Everything else is written for float32 and up; a
-lower `dtype` rounds where the kernels round, at the end of an op.
+The kernels are compared with it, and the torch backend runs it on a CPU. `mix_sample` calls the numpy oracle of sampling,
+`reference`, row by row, so that the draw is defined in one place. The other ops compute in float32; a lower `dtype` rounds
+where the kernels round, at the end of an op.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Tensor = torch.Tensor
 def residual_norm(
     branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """residual [rows, H] float32 += Σ branch [splits, rows, H], in place; its RMS or layer (with a bias) norm in `dtype`."""
+    """residual [rows, H] float32 += Σ branch [splits, rows, H], in place. Returns its norm [rows, H] in `dtype`: an RMS norm, or
+    a layer norm if there is a bias."""
     if branch is not None:
         residual += branch.float().sum(0)
     x = residual if bias is None else residual - residual.mean(-1, keepdim=True)
@@ -62,7 +63,7 @@ def rotary_write(
     num_heads: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """qkv [splits, rows, (heads + 2 kv_heads) · D] → queries [rows, heads, D]; keys and values into their slots."""
+    """qkv [splits, rows, (heads + 2 kv_heads) · D] → queries [rows, heads, D]. Writes keys and values to their slots."""
     kv_heads, block_size, size = cache.keys.shape[1:]
     heads = qkv.float().sum(0).reshape(qkv.shape[1], -1, size)
     query, key, value = torch.split(heads, [num_heads, kv_heads, kv_heads], dim=1)
@@ -85,12 +86,12 @@ def rotary_write(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    turned: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned
+    rotated: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated
 
 
 def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [kv_heads, length, D] float32 of one block table."""
+    """Keys and values [kv_heads, length, D] float32 of the first `length` positions of a block table."""
     blocks = table[: -(-length // cache.block_size)].long()
     found = []
     for stored, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
@@ -102,8 +103,8 @@ def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Ten
 
 
 def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, window: int | None) -> Tensor:
-    """query [Q, heads, D], the last Q of `length` positions, causal → [Q, heads, D]. With a window, each sees only so many
-    positions, its own included."""
+    """Causal attention [Q, heads, D] of query [Q, heads, D], the last Q of `length` positions. With a window, each sees only
+    that many positions, its own included."""
     keys, values = _context(cache, table, length)
     count, _, size = query.shape
     q = query.float().transpose(0, 1).reshape(len(keys), -1, count, size)  # [kv_heads, group, Q, D]
@@ -119,7 +120,7 @@ def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, window
 def decode_attention(
     query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor, window: int | None = None
 ) -> None:
-    """out[r] [heads, D] for each row, over its last `window` positions; a row of length 0 gives 0."""
+    """Write out[r] [heads, D] for each row r of `rows`, over its last `window` positions. A row of length 0 gets zeros."""
     for row, seq, length in zip(rows.rows.tolist(), rows.seqs.tolist(), rows.lengths.tolist(), strict=True):
         out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length, window)[0] if length else 0
 
@@ -127,14 +128,14 @@ def decode_attention(
 def prefill_attention(
     query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor, window: int | None = None
 ) -> None:
-    """out[r] [heads, D] for each row of the chunks, over its last `window` positions."""
+    """Write out[r] [heads, D] for each row r of the chunks, over its last `window` positions."""
     fields = (chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs)
     for start, size, length, seq in zip(*(field.tolist() for field in fields), strict=True):
         out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length, window)
 
 
 def dequantise(weight: LinearWeight) -> Tensor:
-    """W [N, K], in float32 where it was quantised."""
+    """W [N, K]: float32 if it was quantised, else as it is stored."""
     if weight.scales is None:
         return weight.values
     q = weight.values
@@ -148,13 +149,13 @@ def dequantise(weight: LinearWeight) -> Tensor:
 
 
 def matmul(x: Tensor, weight: LinearWeight) -> Tensor:
-    """x Wᵀ + bias as one part [1, M, N]."""
+    """x Wᵀ + bias as one part [1, M, N]: float32 for M ≤ 64, else in x's dtype."""
     product = F.linear(x.float(), dequantise(weight).float(), weight.bias)
     return product[None] if len(x) <= 64 else product[None].to(x.dtype)
 
 
 def add_adapter(x: Tensor, weight: AdapterWeight, tiles: AdapterTiles, parts: Tensor) -> None:
-    """parts[0, r] += B[d] (A[d] x[r]) for every row of the tiles, in place."""
+    """parts[0, r] += B[d] (A[d] x[r]), in place, for every row r of the tiles; d is the row's adapter."""
     for order, adapter in zip(tiles.order.view(-1, ADAPTER_TILE), tiles.adapters.tolist(), strict=True):
         rows = order[order >= 0].long()
         if adapter >= 0 and len(rows):
@@ -163,7 +164,7 @@ def add_adapter(x: Tensor, weight: AdapterWeight, tiles: AdapterTiles, parts: Te
 
 
 def mix_rows(hidden: Tensor, mixture: Mixture) -> Tensor:
-    """Σ coefficient · hidden[row] of each request, [B, H] float32, in the order of the terms."""
+    """Σ coefficient · hidden[row] for each request, [B, H] float32, added in the order of the terms."""
     mixed = torch.zeros(len(mixture.starts) - 1, hidden.shape[1], device=hidden.device)
     for request in range(len(mixed)):
         for term in range(int(mixture.starts[request]), int(mixture.starts[request + 1])):
@@ -173,7 +174,10 @@ def mix_rows(hidden: Tensor, mixture: Mixture) -> Tensor:
 
 
 def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Tokens [B] int32 and log-probabilities [B] float32 of member logits [R, vocab]; token -1 where there is none."""
+    """Tokens [B] int32 and their log-probabilities [B] float32, drawn from mixes of the members' logits [R, vocab].
+
+    The token is -1 if a mix has a NaN or no finite largest logit.
+    """
     starts = mixture.starts.tolist()
     tokens = torch.full((len(starts) - 1,), -1, dtype=torch.int32, device=logits.device)
     logprobs = torch.full((len(starts) - 1,), float("nan"), device=logits.device)
@@ -197,7 +201,7 @@ def mix_sample(logits: Tensor, mixture: Mixture, draw: Draw) -> tuple[Tensor, Te
 
 
 def mix_head_sample(hidden: Tensor, head: LinearWeight, mixture: Mixture, draw: Draw) -> tuple[Tensor, Tensor]:
-    """The members' hidden states mixed, one head, one draw: tokens [B] int32 and log-probabilities [B] float32."""
+    """Mix hidden states, apply the head, and draw: tokens [B] int32 and their log-probabilities [B] float32."""
     logits = mix_rows(hidden, mixture) @ dequantise(head).float().t()
     count = len(logits)
     device = hidden.device

@@ -1,4 +1,4 @@
-"""What the GPU ops work on: weights, the KV cache of a layer, which rows attend to what. Plain holders of torch tensors."""
+"""The operands of the GPU ops: weights, a layer's KV cache, which rows attend to which positions. Plain holders of tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """A weight `W [N, K]`, dense or quantised along K in groups, and perhaps a bias [N] float32.
+    """A weight `W [N, K]`, dense or quantised in groups along K, with an optional bias [N] float32.
 
     dense      values [N, K] floating point; no scales
     8 bits     values [N, K] u8;             w = (q − 128) · scale
     4 bits     values [N, K / 2] u8, low nibble first; w = q · scale + minimum
 
-    scales, minima: [K / group_size, N] floating point. Groups come first, so that neighbouring outputs are neighbours in
-    memory. A bundle's group-sum columns and whole zero points are folded into `minima` when it is loaded.
+    scales, minima: [K / group_size, N] floating point. The group is the first index, so that neighbouring outputs are
+    neighbours in memory. Loading a bundle folds its group-sum columns and zero points into `minima`.
     """
 
     values: torch.Tensor
@@ -26,7 +26,7 @@ class LinearWeight:
 
     @property
     def bits(self) -> int:
-        """8, 4, or 0 for dense."""
+        """8 or 4; 0 if the weight is dense."""
         return 0 if self.scales is None else 8 if self.minima is None else 4
 
     @property
@@ -41,7 +41,7 @@ class LinearWeight:
 
     @property
     def num_bytes(self) -> int:
-        """What a step reads of it."""
+        """Bytes of all its tensors."""
         tensors = (self.values, self.scales, self.minima, self.bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -50,8 +50,8 @@ class LinearWeight:
 class LayerCache:
     """Keys and values of one layer, [blocks, kv_heads, block_size, head_size]: floating point, int8 or float8_e4m3fn.
 
-    int8 and fp8 have a scale for each position and head, [blocks, kv_heads, block_size] float32: nothing to calibrate, and
-    one loud position does not spoil its neighbours. The last block is the dummy: rows that count for nothing write there.
+    int8 and fp8 have one scale per position and head, [blocks, kv_heads, block_size] float32. So they need no calibration, and
+    a position with large values does not cost others precision. The last block is the dummy block, for rows without a result.
     """
 
     keys: torch.Tensor
@@ -66,10 +66,10 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """Rows that attend one by one: flat row `rows[i]` sees the first `lengths[i]` positions of block table `seqs[i]`.
+    """Rows that attend one by one: flat row `rows[i]` attends to the first `lengths[i]` positions of block table `seqs[i]`.
 
-    rows, seqs, lengths: [D] int32; length 0 is a padded row, whose output is 0. tables: [tables, max_blocks] int32.
-    `max_length`: what any length may become; it fixes the launch, so that a captured graph serves every length.
+    rows, seqs, lengths: [D] int32; length 0 marks a padding row, whose output is 0. tables: [tables, max_blocks] int32.
+    max_length: the largest possible length. It sets the size of the launch, so one captured graph serves every length.
     """
 
     rows: torch.Tensor
@@ -81,8 +81,11 @@ class DecodeRows:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunks:
-    """Chunks of neighbouring rows: chunk i is flat rows `starts[i]` … `+ sizes[i]`, the last of the first `lengths[i]`
-    positions of block table `seqs[i]`. All [P] int32. `max_size`: the largest of the sizes."""
+    """Chunks of neighbouring rows. Chunk i has the `sizes[i]` flat rows from `starts[i]` on. They are the last of the first
+    `lengths[i]` positions of block table `seqs[i]`.
+
+    starts, sizes, lengths, seqs: [P] int32. tables: [tables, max_blocks] int32. max_size: the largest size.
+    """
 
     starts: torch.Tensor
     sizes: torch.Tensor
@@ -94,21 +97,23 @@ class PrefillChunks:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeight:
-    """The low-rank updates of one linear layer, stacked and padded to one rank: a [adapters, rank, K], b [adapters, N, rank].
-    y += b (a x); the scale lies in b, a padded rank is zeros."""
+    """The adapters of one linear layer, y += b (a x), stacked and padded with zeros to one rank.
+
+    a [adapters, rank, K], b [adapters, N, rank]; b includes the scale.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
 
 
-ADAPTER_TILE = 16  # rows a tile
+ADAPTER_TILE = 16  # rows per tile
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTiles:
-    """Rows grouped by their adapter: tile t is rows `order[16 t]` … `order[16 t + 15]`, all with adapter `adapters[t]`.
+    """Rows by adapter: tile t has rows `order[16 t]` … `order[16 t + 15]`, all with adapter `adapters[t]`.
 
-    order [16 T] int32, -1 for an empty place; adapters [T] int32, -1 for an empty tile.
+    order [16 T] int32; -1: no row. adapters [T] int32; -1: the tile is empty.
     """
 
     order: torch.Tensor
@@ -117,10 +122,10 @@ class AdapterTiles:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A ragged mix of `B` requests in compressed rows: request b mixes rows `rows[starts[b]:starts[b + 1]]`.
+    """The mixes of `B` requests, as compressed sparse rows: request b mixes rows `rows[starts[b]:starts[b + 1]]`.
 
-    starts [B + 1] int32; rows [terms] int32; coefficients [terms] float32; is_probs [B] int32 (0: logits space).
-    `any_probs` False promises that no request is in probs space: a pass over the logits is saved.
+    starts [B + 1] int32; rows [terms] int32; coefficients [terms] float32; is_probs [B] int32 (0: logits space, 1: probs).
+    If `any_probs` is false, `is_probs` must be all 0; this saves a pass over the logits.
     """
 
     starts: torch.Tensor
@@ -136,9 +141,11 @@ FUSED_RULES = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.floa
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How to sample, one entry a request: temperature [B] float32 (0: greedy), top_k [B] int32 (0: off), top_p and min_p
-    [B] float32 (1 and 0: off), seeds [B] int64 (the bits of the unsigned seed), positions [B] int32. `any_cut` False
-    promises that no request is truncated."""
+    """How to sample, one entry per request.
+
+    temperature [B] float32 (0: greedy); top_k [B] int32 (0: off); top_p, min_p [B] float32 (1 and 0: off); seeds [B] int64
+    (the bits of the unsigned seed); positions [B] int32. If `any_cut` is false, top_k, top_p and min_p must be off for all.
+    """
 
     temperature: torch.Tensor
     top_k: torch.Tensor

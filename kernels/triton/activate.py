@@ -1,6 +1,6 @@
-"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up; or gelu of the up projection.
+"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up, or gelu of the up projection.
 
-Bytes a row: splits · 2 I · 4 read, I written. Oracle: `kernels.eager`.
+Per row it reads splits · 2 I float32 values and writes I. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ def _activate_kernel(parts, out, rows, size, SPLITS: tl.constexpr, GATED: tl.con
         up += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         y = gate / (1.0 + tl.exp(-gate)) * up
-    else:  # gelu by tanh, tanh(z) = 1 − 2 / (exp(2z) + 1)
-        z = 0.7978845608028654 * (up + 0.044715 * up * up * up)
-        y = 0.5 * up * (2.0 - 2.0 / (tl.exp(2.0 * z) + 1.0))
+    else:  # gelu = up / 2 · (1 + tanh(inner)), tanh(inner) = 1 − 2 / (exp(2 inner) + 1)
+        inner = 0.7978845608028654 * (up + 0.044715 * up * up * up)
+        y = 0.5 * up * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
     tl.store(out + row * size + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 def activate(parts: torch.Tensor, gated: bool, dtype: torch.dtype) -> torch.Tensor:
-    """parts [splits, rows, 2 I] → silu(gate) · up [rows, I] where `gated` (SwiGLU, Shazeer 2020; gate first), else parts
-    [splits, rows, I] → gelu [rows, I] (tanh approximation). Raises `ValueError` for arguments that do not fit."""
+    """Sum the parts and activate: [rows, I] in `dtype`.
+
+    gated: parts [splits, rows, 2 I], gate first → silu(gate) · up (SwiGLU, Shazeer 2020). Otherwise: parts [splits, rows, I]
+    → gelu with the tanh approximation. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout.
+    """
     splits, rows, width = parts.shape
     check("parts", parts, (splits, rows, width), FLOATS, parts)
     if gated and width % 2:
-        raise ValueError(f"gate and up must have the same width, together they are {width}")
+        raise ValueError(f"gate and up must have the same width, but parts have the odd width {width}")
     size = width // 2 if gated else width
     out = torch.empty(rows, size, dtype=dtype, device=parts.device)
     if rows:

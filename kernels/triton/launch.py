@@ -1,4 +1,4 @@
-"""What every launcher needs: argument checks, and whether Triton interprets or compiles."""
+"""What all launchers share: checks of operands, and whether Triton interprets or compiles."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
-    """acc + a·b in float32. WIDE, for the interpreter alone: numpy has no bfloat16, and multiplies its bits as integers."""
+    """acc + a · b in float32. WIDE is for the interpreter: numpy has no bfloat16 and would multiply its bits as integers."""
     if WIDE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def wide(dtype: torch.dtype) -> bool:
+    """Whether `dot` must convert operands of this dtype to float32 first."""
     return INTERPRETED and dtype is torch.bfloat16
 
 
 def power_of_two(size: int, least: int = 1) -> int:
-    """The next power of two that holds `size`, `least` at least: Triton's tiles have no other sizes."""
+    """The smallest power of two that is at least `size` and `least`. Triton's tiles have no other sizes."""
     return max(least, int(triton.next_power_of_2(size)))
 
 
 def check(
     name: str, tensor: torch.Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: torch.Tensor
 ) -> None:
-    """Raises `ValueError` unless `tensor` has this shape (-1: any size), one of the dtypes, the device of `like`, and is
+    """Raise `ValueError` unless `tensor` has this shape (-1: any size), one of the dtypes and the device of `like`, and is
     contiguous."""
     fits = tensor.ndim == len(shape) and all(want in (-1, found) for want, found in zip(shape, tensor.shape))
     if fits and tensor.dtype in dtypes and tensor.device == like.device and tensor.is_contiguous():

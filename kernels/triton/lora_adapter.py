@@ -1,8 +1,8 @@
-"""Per-row low-rank adapters, grouped, in Triton: y[r] += B[d] (A[d] x[r]), d the adapter of row r.
+"""Low-rank adapters per row, in Triton: y[r] += B[d] (A[d] x[r]), where d is the adapter of row r.
 
-Rows come in tiles of one adapter (`operands.AdapterTiles`), so that an adapter's A and B are read once a tile and both products
-run on the tensor cores (the idea of grouped adapters: S-LoRA, Punica 2023). Empty tiles end at once: a captured launch
-serves any grouping. Bytes: A and B of each tile's adapter. Oracle: `kernels.eager`.
+All rows of a tile have the same adapter (`operands.AdapterTiles`). So an adapter's A and B are read once per tile, and both
+products run on the tensor cores (as in S-LoRA and Punica, 2023). The programs of empty tiles end at once, so one captured
+launch serves all assignments of rows. Bytes: A and B of each tile's adapter. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def _expand_kernel(
     place = tile * TILE + tl.arange(0, TILE)
     row = tl.load(order + place).to(tl.int64)
     r = tl.arange(0, RANK)
-    t = tl.load(inner + place[:, None] * RANK + r[None, :])
+    shrunk = tl.load(inner + place[:, None] * RANK + r[None, :])
     mask = (r < rank)[:, None] & (n < num_n)[None, :]
     w = tl.load(b + (adapter * num_n + n)[None, :] * rank + r[:, None], mask=mask, other=0.0)
-    acc = dot(t.to(w.dtype), w, tl.zeros((TILE, BLOCK_N), tl.float32), WIDE)
+    acc = dot(shrunk.to(w.dtype), w, tl.zeros((TILE, BLOCK_N), tl.float32), WIDE)
     at = row[:, None] * num_n + n[None, :]
     mask = (row >= 0)[:, None] & (n < num_n)[None, :]
     acc += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
@@ -86,10 +86,10 @@ def _expand_kernel(
 
 
 def add_adapter(x: torch.Tensor, weight: AdapterWeight, tiles: AdapterTiles, parts: torch.Tensor) -> None:
-    """parts[0, r] += B[d] (A[d] x[r]) for every row r of the tiles, in place.
+    """parts[0, r] += B[d] (A[d] x[r]), in place, for every row r of the tiles; d is the row's adapter.
 
-    x [rows, K]; parts [splits, rows, N] as `matmul` yields them; the weight's dtype is x's. Raises `ValueError` for
-    arguments that do not fit.
+    x [rows, K]; parts [splits, rows, N], as `matmul` returns them; the weight has x's dtype. Raises `ValueError` for an
+    operand of the wrong shape, dtype, device or layout.
     """
     rows, num_k = x.shape
     count, rank, _ = weight.a.shape

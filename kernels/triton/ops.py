@@ -1,4 +1,4 @@
-"""The Triton kernels under one name, with the signatures of `kernels.eager`. Importing it imports Triton."""
+"""The Triton kernels in one module, with the signatures of `kernels.oracle.eager`. Importing it imports Triton."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Decode attention over a paged KV cache, in Triton: one query row a program row, the heads of a KV head packed together.
+"""Decode attention over a paged KV cache, in Triton. A program has one row and the query heads of one KV head.
 
-The context is cut into splits of a fixed number of positions, so that a small batch fills a GPU and a result does not
-depend on the batch (flash decoding, Dao et al. 2023); a second kernel joins the splits, always in order. A launch covers
-`max_length`, and splits behind a row's length end at once, so one captured launch serves every length. Several rows of one
-sequence are rows as any other: their answer is what each alone would get.
+The context is cut into splits of a fixed number of positions (flash decoding, Dao et al. 2023). So a small batch fills a GPU,
+and a result does not depend on the batch. A second kernel joins the splits, always in order. A launch covers `max_length`
+positions; the programs of splits after a row's length end at once, so one captured launch serves every length. Each row is
+computed alone, also if a sequence has several.
 
-Bytes a row: 2 · length · kv_heads · D of the cache's dtype. Oracle: `kernels.eager`.
+Per row it reads 2 · length · kv_heads · D values of the cache's dtype. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..oracle.operands import DecodeRows, LayerCache
 from .launch import FLOATS, I32, check, dot, power_of_two, wide
 from .rotary_write import CACHE_DTYPES
 
-SPLIT = 128  # positions a program
+SPLIT = 128  # positions per program
 LOG2E = 1.4426950408889634
 
 
@@ -26,9 +26,9 @@ LOG2E = 1.4426950408889634
 def load_cache(
     cache, scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr
 ):
-    """(tile [positions, columns] as stored, 0 outside; its scales [positions]) of positions `place` of a block table.
+    """Load the positions `place` of a block table: (tile [positions, columns] as stored, scales [positions] float32).
 
-    Outside, memory may hold anything, NaN too: it must not be read, because 0 · NaN is NaN.
+    Positions that are not `inside` are 0. They are not read, because the cache may have a NaN there, and 0 · NaN is NaN.
     """
     block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     line = (block * kv_heads + head) * BLOCK_SIZE + place % BLOCK_SIZE
@@ -70,7 +70,7 @@ def _decode_kernel(
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One split of one row and KV head: the unnormalised output, the largest score, the sum of exponentials."""
+    """One split, row and KV head: the unnormalised output, the largest score, and the sum of exponentials."""
     item = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -127,7 +127,7 @@ def _join_kernel(
     SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The splits of one row and head, in order → its output."""
+    """Join the splits of one row and head, in order, into its output."""
     item = tl.program_id(0)
     head = tl.program_id(1)
     column = tl.arange(0, COLUMNS)
@@ -147,13 +147,13 @@ def _join_kernel(
         result = result * shrink + tl.load(sums + at * size + column, mask=inside, other=0.0) * weight
         largest = new
     result = tl.where(total > 0.0, result / total, 0.0)
-    result = tl.where(total == total, result, total)  # what is not a number stays so
+    result = tl.where(total == total, result, total)  # keep a NaN
     row = tl.load(rows + item).to(tl.int64)
     tl.store(out + (row * num_heads + head) * size + column, result.to(out.dtype.element_ty), mask=inside)
 
 
 def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor, out: torch.Tensor) -> int:
-    """Raises `ValueError` for what does not fit; returns the query heads a KV head."""
+    """The number of query heads per KV head. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout."""
     kv_heads, _, size = cache.keys.shape[1:]
     check("query", query, (-1, -1, size), FLOATS, query)
     check("keys", cache.keys, (-1, kv_heads, -1, size), CACHE_DTYPES, query)
@@ -168,11 +168,11 @@ def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor
 def decode_attention(
     query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor, window: int | None = None
 ) -> None:
-    """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`; others are left.
+    """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`. Other rows stay as they are.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last so many of a row's positions; what lies
-    before them is not read. Raises `ValueError` for arguments that do not fit; what the
-    block tables hold is the caller's to check (a look at it would be a synchronisation).
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last `window` of a row's positions; what
+    lies before them is not read. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout. The caller
+    must check the contents of the block tables; reading them here would synchronise.
     """
     group = check_attention(query, cache, rows.tables, out)
     count = len(rows.rows)

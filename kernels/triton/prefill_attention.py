@@ -1,8 +1,8 @@
-"""Prefill attention over a paged KV cache, in Triton: chunks of rows, causal within the chunk, full over what came before.
+"""Prefill attention over a paged KV cache, in Triton: causal attention of chunks of rows to the chunk and all positions before.
 
-The chunk's own keys and values are in the cache already. A tile holds some rows of the chunk for all query heads of one KV
-head, so that keys and values are read once for them; softmax is online (FlashAttention-2, Dao 2023). A tile's arithmetic
-depends on its chunk alone. Multiply-accumulates: 2 · heads · D · Σ positions seen. Oracle: `kernels.eager`.
+The chunk's own keys and values must be in the cache. A tile has some rows of the chunk and all query heads of one KV head, so
+keys and values are read once for them. The softmax is online (FlashAttention-2, Dao 2023). The result of a tile depends only on
+its chunk. Multiply-accumulates: 2 · heads · D · Σ positions attended to. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _prefill_kernel(
         return
     length = tl.load(lengths + chunk)
     table = tables + tl.load(seqs + chunk).to(tl.int64) * table_width
-    lane = tl.arange(0, ROWS * HEADS)  # a row's heads lie side by side
+    lane = tl.arange(0, ROWS * HEADS)  # the heads of a row are neighbours
     row = first_row + lane // HEADS
     member = lane % HEADS
     column = tl.arange(0, COLUMNS)
@@ -61,7 +61,9 @@ def _prefill_kernel(
     mask = here[:, None] & (column < size)[None, :]
     q = tl.load(query + flat[:, None] * size + column[None, :], mask=mask, other=0.0)
     position = length - count + row
-    largest = tl.full((ROWS * HEADS,), -1.0e30, tl.float32)  # finite: a lane that sees nothing yet must not make NaN
+    largest = tl.full(
+        (ROWS * HEADS,), -1.0e30, tl.float32
+    )  # finite, so that a lane without a visible position yet makes no NaN
     total = tl.zeros((ROWS * HEADS,), tl.float32)
     result = tl.zeros((ROWS * HEADS, COLUMNS), tl.float32)
     end = tl.minimum(length, length - count + first_row + ROWS)
@@ -91,10 +93,10 @@ def _prefill_kernel(
 def prefill_attention(
     query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor, window: int | None = None
 ) -> None:
-    """out[r] = causal attention of query[r] over its sequence, for every row r of the chunks; others are left.
+    """out[r] = causal attention of query[r] over its sequence, for every row r of the chunks. Other rows stay as they are.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last so many positions up to a row's own.
-    Raises `ValueError` for arguments that do not fit.
+    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last `window` positions up to a row's own.
+    Raises `ValueError` for an operand of the wrong shape, dtype, device or layout.
     """
     group = check_attention(query, cache, chunks.tables, out)
     count = len(chunks.starts)
@@ -109,7 +111,7 @@ def prefill_attention(
         return
     num_heads, size = query.shape[1:]
     heads = power_of_two(group)
-    rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter's time goes by tiles that are mostly empty
+    rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter is slow on large, mostly empty tiles
     window = chunks.tables.shape[1] * cache.block_size if window is None else window
     scaled = cache.key_scales is not None
     _prefill_kernel[(count, num_heads // group, triton.cdiv(chunks.max_size, rows))](

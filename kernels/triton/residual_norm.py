@@ -1,6 +1,6 @@
-"""Fused residual + norm, in Triton: the branch's partial sums join the residual stream, which is normed in the same pass.
+"""Fused residual and norm, in Triton: add the branch's partial sums to the residual stream and normalise it in one pass.
 
-Bytes a row: branch (splits · H · 4) + residual read and written (8 H) + weight + output. Oracle: `kernels.eager`.
+Bytes per row: branch (splits · H · 4), residual read and written (8 H), weight, and output. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def residual_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """residual += Σ branch, in place; its norm [rows, H] in `dtype`.
+    """residual += Σ branch, in place. Returns the norm of the residual, [rows, H] in `dtype`.
 
-    branch [splits, rows, H] floating point or None; residual [rows, H] float32; weight [H]; bias [H] makes it a layer norm,
-    None an RMS norm (Zhang & Sennrich 2019). Raises `ValueError` for arguments that do not fit.
+    branch [splits, rows, H] floating point, or None; residual [rows, H] float32; weight [H]. With bias [H] it is a layer norm,
+    without one an RMS norm (Zhang & Sennrich 2019). Raises `ValueError` for an operand of the wrong shape, dtype, device or
+    layout.
     """
     rows, size = residual.shape
     check("residual", residual, (rows, size), F32, residual)

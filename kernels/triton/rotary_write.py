@@ -1,7 +1,8 @@
-"""Fused head norm, rotary embedding and KV write, in Triton: from the partial sums of the qkv projection to rotated
-queries, with keys and values quantised where the cache is and written to their slots.
+"""Fused head norm, rotary embedding and KV write, in Triton.
 
-One program a row and head. Bytes a row: splits · (q + 2 kv) · 4 read, q and kv written. Oracle: `kernels.eager`.
+It makes rotated queries from the partial sums of the qkv projection, and writes keys and values to their slots, quantised if
+the cache is. There is one program per row and head. Per row it reads splits · (heads + 2 kv_heads) · D float32 values and
+writes the queries, keys and values. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def _store_head(
     x, cache, scales, slot, head, kv_heads, size, at, inside, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr
 ):
-    """Write one head [size] of one position. LARGEST 0: as it is; else x / scale, scale = max|x| / LARGEST."""
+    """Write one head [size] of one position: x if LARGEST is 0, else x / scale with scale = max|x| / LARGEST."""
     block = slot // BLOCK_SIZE
     place = (block * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE
     if LARGEST > 0:
@@ -65,7 +66,7 @@ def _rotary_write_kernel(
     at = tl.arange(0, HALF)
     inside = at < half
     width = (num_heads + 2 * kv_heads) * size
-    first = tl.zeros((HALF,), tl.float32)  # the head's two halves: rotation turns one against the other
+    first = tl.zeros((HALF,), tl.float32)  # the two halves of the head, which the rotation combines
     second = tl.zeros((HALF,), tl.float32)
     for split in tl.static_range(SPLITS):
         start = qkv + (split * rows + row) * width + head * size
@@ -80,11 +81,11 @@ def _rotary_write_kernel(
             second = second * scale * tl.load(weight + half + at, mask=inside, other=0.0).to(tl.float32)
         if ROTARY:
             place = tl.load(positions + row).to(tl.int64) * half
-            c = tl.load(cos + place + at, mask=inside, other=0.0)
-            s = tl.load(sin + place + at, mask=inside, other=0.0)
-            turned = first * c - second * s
-            second = second * c + first * s
-            first = turned
+            cosine = tl.load(cos + place + at, mask=inside, other=0.0)
+            sine = tl.load(sin + place + at, mask=inside, other=0.0)
+            rotated = first * cosine - second * sine
+            second = second * cosine + first * sine
+            first = rotated
     both = tl.arange(0, 2 * HALF)  # HALF is a power of two, half may not be
     x = tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (2 * HALF,))
     column = both % HALF
@@ -115,11 +116,12 @@ def rotary_write(
     num_heads: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Queries [rows, heads, D] in `dtype`, normed and rotated; keys and values go to the cache.
+    """Queries [rows, heads, D] in `dtype`, after norm and rotation. Keys and values are written to the cache.
 
-    qkv [splits, rows, (heads + 2 kv_heads) · D]; tables cos, sin [positions, D / 2] float32, None for no rotation (halves,
-    not pairs: Hugging Face's layout); norms: weights [D] of the RMS norms of query and key heads, or None; positions,
-    slots [rows] int32, slot = block · block_size + offset. Raises `ValueError` for arguments that do not fit.
+    qkv [splits, rows, (heads + 2 kv_heads) · D]. tables: cos and sin [positions, D / 2] float32, or None for no rotation; the
+    rotation combines the halves of a head, as in Hugging Face's layout. norms: weights [D] of the RMS norms of query and key
+    heads, or None. positions, slots: [rows] int32, slot = block · block_size + offset. Raises `ValueError` for an operand of
+    the wrong shape, dtype, device or layout.
     """
     splits, rows, _ = qkv.shape
     kv_heads, block_size, size = cache.keys.shape[1:]

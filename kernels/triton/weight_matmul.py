@@ -1,15 +1,15 @@
-"""y = x Wᵀ with W dense, 8-bit or 4-bit group-wise, in Triton. Only weights are quantised; activations stay as they are.
+"""y = x Wᵀ, in Triton, with W dense, or quantised to 8 or 4 bits in groups. Activations are not quantised.
 
-Two ways, by the number of rows M:
+There are two paths, by the number of rows M:
 
-    M ≤ 64   bound by the bandwidth of the weights. The *weights* are the large side of the tensor cores' tile and the rows
-             the small one; K is split over programs where N alone does not fill a GPU. The parts of the split stay apart,
-             [splits, M, N] float32: whatever reads them next adds them up, in order, and saves a launch.
-    M > 64   bound by the tensor cores. Weights are widened tile by tile; a dense W goes to the vendor's matmul, which is at
-             the limit already.
+    M ≤ 64   bound by the bandwidth of the weights. The *weights* are the large side of a tensor core tile, the rows the small
+             one. If N alone does not fill a GPU, K is split over programs. The parts of the splits, [splits, M, N] float32, are
+             not added here: the kernel that reads them next adds them, in order, which saves a launch.
+    M > 64   bound by the tensor cores. Quantised weights are dequantised tile by tile. A dense W goes to the vendor's matmul,
+             which is already at the limit.
 
-Splits and tiles depend on N and K alone, never on M or the device: a row's result does not depend on its batch within a
-way. Between the ways results agree to rounding only. Bytes: W once, x and y. Oracle: `kernels.eager`.
+Splits and tiles depend only on N and K, not on M or the device. So within a path, a row's result does not depend on its batch.
+The paths agree up to rounding. Bytes: W once, x and y. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..oracle.operands import LinearWeight
 from .launch import FLOATS, INTERPRETED, check, dot, power_of_two, wide
 
 SMALL = 64
-PROGRAMS = 256  # wanted at least: about two for each multiprocessor of a large GPU
+PROGRAMS = 256  # K is split until there are so many: about two per multiprocessor of a large GPU
 BLOCK_N = 64
 BLOCK_K = 128
 
@@ -41,7 +41,7 @@ def weight_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W[n, k0 … k0 + BLOCK_K] widened [BLOCK_N, BLOCK_K]: float32 where it was quantised, as stored where dense."""
+    """W[n, k0 … k0 + BLOCK_K - 1], [BLOCK_N, BLOCK_K]: dequantised to float32, or as stored if W is dense."""
     rows = n.to(tl.int64)[:, None]
     real = (n < num_n)[:, None]
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
@@ -85,7 +85,7 @@ def _small_kernel(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """parts[split, :, n] of BLOCK_N outputs: W tile [BLOCK_N, BLOCK_K] · xᵀ tile [BLOCK_K, BLOCK_M]."""
+    """parts[split, :, n] for BLOCK_N outputs n: Σ W tile [BLOCK_N, BLOCK_K] · xᵀ tile [BLOCK_K, BLOCK_M]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
@@ -121,7 +121,7 @@ def _large_kernel(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A tile of x Wᵀ. Programs that share a weight tile run side by side, so that it comes from memory once."""
+    """A tile of x Wᵀ. Programs with the same weight tile are neighbours, so that it is read from memory once."""
     tiles_m = tl.cdiv(num_m, BLOCK_M)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,7 +139,8 @@ def _large_kernel(
 
 
 def num_splits(n: int, k: int) -> int:
-    """Into how many parts K is cut, for M ≤ 64: until there are `PROGRAMS`, or a part has four tiles left."""
+    """The number of parts of K for M ≤ 64. It is doubled, up to 8, until there are `PROGRAMS` programs or a part would have less
+    than four tiles."""
     splits = 1
     while splits < 8 and triton.cdiv(n, BLOCK_N) * splits < PROGRAMS and k >= splits * 8 * BLOCK_K:
         splits *= 2
@@ -147,7 +148,7 @@ def num_splits(n: int, k: int) -> int:
 
 
 def check_weight(x: torch.Tensor, weight: LinearWeight) -> None:
-    """Raises `ValueError` unless x [M, K] and the weight fit each other."""
+    """Raise `ValueError` unless x [M, K] and the weight fit each other in shape, dtype, device and layout."""
     n, k = weight.shape
     check("x", x, (-1, k), FLOATS, x)
     if weight.scales is None:
@@ -159,23 +160,24 @@ def check_weight(x: torch.Tensor, weight: LinearWeight) -> None:
                 check(name, tensor, (len(weight.scales), n), FLOATS, x)
         if k % len(weight.scales) or weight.group_size not in (16, 32, 64, 128):
             raise ValueError(
-                f"{len(weight.scales)} groups over {k} columns: a group has 16, 32, 64 or 128 columns, and they divide K"
+                f"{len(weight.scales)} groups over {k} columns: a group must have 16, 32, 64 or 128 columns, and divide K"
             )
     if weight.bias is not None:
         check("bias", weight.bias, (n,), (torch.float32,), x)
 
 
 def operands(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values, scales, minima, bias; what a weight has not is never read."""
+    """values, scales, minima, bias. `values` stands for a tensor that the weight does not have; the kernel does not read it."""
     values = weight.values
     others = (weight.scales, weight.minima, weight.bias)
     return (values, *(values if tensor is None else tensor for tensor in others))  # type: ignore[return-value]
 
 
 def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-    """Parts [splits, M, N] whose sum is x Wᵀ + bias: float32 for M ≤ 64, one part of x's dtype above.
+    """Parts [splits, M, N] whose sum is x Wᵀ + bias: float32 for M ≤ 64, else one part in x's dtype.
 
-    x [M, K] float32, bfloat16 or float16, contiguous. Raises `ValueError` for arguments that do not fit.
+    x [M, K] float32, bfloat16 or float16, contiguous. Raises `ValueError` for an operand of the wrong shape, dtype, device or
+    layout.
     """
     check_weight(x, weight)
     num_m, (n, k) = len(x), weight.shape
@@ -190,7 +192,8 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 **flags,
                 BLOCK_M=power_of_two(num_m, 16),
                 BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K if weight.bits else BLOCK_K // 2,  # 128 bytes of a row: more programs are resident
+                # 128 bytes of a dense row, so that more programs are resident.
+                BLOCK_K=BLOCK_K if weight.bits else BLOCK_K // 2,
                 num_warps=4,
                 num_stages=4,
             )

@@ -1,4 +1,4 @@
-"""Long documents: cut where people would, so that every piece fits a number of tokens."""
+"""Long documents: cut at natural places, so that every piece fits a number of tokens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ _SEPARATORS = ("\n\n", "\n", ". ", " ")
 
 
 def split_document(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[str]:
-    """Pieces of at most `max_tokens` tokens, as long as possible; joined they are the text. Cuts at paragraphs if it
-    can, else lines, sentences, words, and only at last inside a word."""
+    """Cut `text` into pieces of at most `max_tokens` tokens, each as long as possible. The pieces joined are `text`.
+
+    It cuts between paragraphs where it can, else between lines, sentences or words, and inside a word as a last resort.
+    """
     return _split(tokenizer, text, max_tokens, _SEPARATORS)
 
 

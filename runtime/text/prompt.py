@@ -1,4 +1,4 @@
-"""A prompt as a person gives it (text, token ids, or a conversation) → token ids."""
+"""A prompt (text, token ids or chat messages) → token ids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .tokenizer import Tokenizer
 
 
 def build_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a text, a list of token ids, or a list of chat messages ({"role", "content"}).
+    """Token ids of a prompt: text, a list of token ids, or a list of chat messages ({"role", "content"}).
 
-    Raises `InvalidRequestError` if it is empty, mixed or none of these.
+    Raises `InvalidRequestError` if it is empty, mixes these kinds, or has a message that the chat template cannot take.
     """
     content = PromptContent.read(prompt)
     if content.text is not None:

@@ -1,4 +1,4 @@
-"""`TextStream`: an answer's tokens → text deltas, with stop strings. What may become a stop string is held back."""
+"""`TextStream`: an answer's tokens → text deltas. Text that may be the start of a stop string is held back."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from .tokenizer import IncrementalDecoder
 
 
 class TextStream:
-    """Feed tokens with `push`; `stopped` names the stop string that ended the text, which is not part of it.
+    """Feed tokens with `push`. `stopped` is the stop string that ended the text, which is not part of the text.
 
-    The string that is complete first wins, of several that end together the longest. So where the text is cut does not
-    depend on how it was cut into tokens.
+    The stop string that is complete first wins; if several end at the same character, the longest. So the cut does not
+    depend on how the text is divided into tokens.
     """
 
     def __init__(self, decoder: IncrementalDecoder, stop: tuple[str, ...]) -> None:
         self._decoder = decoder
         self._stop = stop
         self._longest = max((len(string) for string in stop), default=0)
-        self._held = ""  # the longest end of the text that begins a stop string
+        self._held = ""  # the longest end of the text that is the start of a stop string
         self.stopped: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """The text that may be given out after this token. Without `may_stop` no stop string ends in this token."""
+        """The text that can be sent after this token. If `may_stop` is false, no stop string ends in this token."""
         return self._cut(self._decoder.push([token_id]), may_stop=may_stop, final=False)
 
     def flush(self) -> str:
-        """The rest of the text, at the end of the answer. It may complete a stop string."""
+        """The rest of the text at the end of the answer; empty after a stop string. The rest may complete one."""
         return "" if self.stopped is not None else self._cut(self._decoder.flush(), may_stop=True, final=True)
 
     def _cut(self, text: str, *, may_stop: bool, final: bool) -> str:
@@ -41,8 +41,8 @@ class TextStream:
         return text
 
     def _first_match(self, seen: int) -> tuple[int, str] | None:
-        """Where in the held text the first stop string begins that ends after its first `seen` characters."""
-        best: tuple[int, int, str] | None = None  # end, begin, string
+        """(start, string) of the stop string that is complete first, among those that end after `seen` characters."""
+        best: tuple[int, int, str] | None = None  # end, start, string
         for string in self._stop:
             at = self._held.find(string, max(0, seen - len(string) + 1))
             if at >= 0 and (best is None or (at + len(string), at) < best[:2]):
@@ -50,7 +50,7 @@ class TextStream:
         return None if best is None else best[1:]
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest end of the held text that is the start of a stop string."""
         for size in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-size:]
             if any(len(string) > size and string.startswith(end) for string in self._stop):

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: encoding, the model's chat template (sandboxed), and incremental decoding that is UTF-8-safe."""
+"""Text ↔ token ids: encoding, the model's chat template (sandboxed), and incremental decoding (UTF-8-safe)."""
 
 from __future__ import annotations
 
@@ -66,13 +66,16 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_id(self, token: str) -> int | None:
-        """The id of one vocabulary entry, None if there is none."""
+        """The id of a vocabulary entry; None if the vocabulary does not have it."""
         result: int | None = self._tokenizer.token_to_id(token)
         return result
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the text the model was trained on. The template comes from the model, never from a
-        request. Raises `InvalidRequestError` for a wrong role or if the model has no template."""
+        """The conversation as text, in the format that the model was trained on.
+
+        The template comes from the model, never from a request. Raises `InvalidRequestError` for an empty conversation,
+        a wrong message, a conversation that the template refuses, or a model without a template.
+        """
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; send a text prompt", field="messages")
         if not messages:
@@ -94,7 +97,7 @@ class Tokenizer:
             ) from error
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation's token ids, ready for the answer. Special tokens are the template's own."""
+        """The conversation's token ids, up to where the answer begins. Only the template adds special tokens."""
         return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
 
     def stream(self) -> IncrementalDecoder:
@@ -104,27 +107,28 @@ class Tokenizer:
 class IncrementalDecoder:
     """Token ids in, text out, never half a character.
 
-    Decodes a short window: the text of the tokens since the last clean cut, less what was given out before. A cut is
-    clean when the window does not end in U+FFFD, the decoder's mark of an unfinished character. Pushes and the flush
-    joined are the decoding of the whole.
+    It decodes a short window: the tokens since the last but one clean cut, less the text that is already out. A cut is
+    clean if the window does not end in U+FFFD, which the decoder writes for an unfinished character. The texts of all
+    pushes and of the flush, joined, are the text of all tokens.
     """
 
-    # A longer run of unfinished bytes is the model's own garbage: give it out instead of waiting for ever.
+    # A longer run of unfinished bytes is no character: let it out instead of waiting for ever.
     _LONGEST_WAIT = 64
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._prefix = 0  # first token of the window: some decoders treat the first token of a text apart
-        self._read = 0  # tokens whose text was given out
+        # First token of the window. It is before the new tokens: the first token of a text may decode differently.
+        self._prefix = 0
+        self._read = 0  # number of tokens whose text is out
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The complete text that these tokens add; what may be half a character waits."""
+        """The complete characters that these tokens add. An unfinished character waits for the next push."""
         self._ids.extend(token_ids)
         return self._emit(final=False)
 
     def flush(self) -> str:
-        """The rest, unfinished bytes as U+FFFD."""
+        """The rest of the text, with unfinished bytes as U+FFFD."""
         return self._emit(final=True)
 
     def _emit(self, *, final: bool) -> str:

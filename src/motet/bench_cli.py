@@ -13,27 +13,35 @@ from .runtime.errors import ConfigError, MissingPackageError
 bench = typer.Typer(no_args_is_help=True, help="Measure. Each command writes JSON and an HTML page.")
 
 BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
-Bundles = Annotated[list[Path], typer.Argument(help="Directories of bundles of one model, one a number of bits.")]
-Model = Annotated[str, typer.Option(help="The model that the bundles were made from.")]
-PeerPython = Annotated[Path | None, typer.Option(help="Interpreter with the peers; default: what `make peers` made.")]
+Bundles = Annotated[list[Path], typer.Argument(help="Directories of bundles of one model, with different bits.")]
+Model = Annotated[str, typer.Option(help="The model that the bundles were exported from.")]
+PeerPython = Annotated[
+    Path | None, typer.Option(help="Interpreter that has the peers; default: the one that `make peers` made.")
+]
 Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
+BatchSizes = Annotated[str, typer.Option(help="Sequences at the same time.")]
+Context = Annotated[int, typer.Option(help="Positions per sequence.")]
+DecodedTokens = Annotated[int, typer.Option(min=2, help="Tokens to generate per sequence.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate per sequence.")]
+PromptTokens = Annotated[int, typer.Option(help="Tokens per prompt.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repeats; figures are medians.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: one per CPU that this process may use.")]
 
 
 @bench.command("decode")
 def bench_decode(
-    bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; none with --random.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; leave it out with --random.")] = None,
     out: Results = Path("bench/results"),
-    batch_sizes: str = "1,4,8,16",
-    ensemble_sizes: Annotated[str, typer.Option(help="Members a request; default: 1 and all.")] = "",
-    prompt_tokens: int = 512,
-    context: int = 256,
-    new_tokens: int = 32,
-    repeats: int = 5,
+    batch_sizes: BatchSizes = "1,4,8,16",
+    ensemble_sizes: Annotated[str, typer.Option(help="Numbers of members per request; default: 1 and all.")] = "",
+    prompt_tokens: PromptTokens = 512,
+    context: Context = 256,
+    new_tokens: NewTokens = 32,
+    repeats: Repeats = 5,
     threads: Threads = 0,
-    backend: Annotated[str, typer.Option(help="With --random: torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto; with --random: torch.")] = "auto",
     random: Annotated[str, typer.Option(help="Random weights of a shape: llama-8b, llama-1b, smollm2-135m.")] = "",
-    bits: Annotated[int, typer.Option(help="Of random weights: 16, 8 or 4.")] = 16,
+    bits: Annotated[int, typer.Option(help="Bits of random weights: 16, 8 or 4.")] = 16,
 ) -> None:
     """Prefill and decode speed, by batch size and ensemble size, against the machine's limits."""
     if random:
@@ -63,7 +71,7 @@ def bench_decode(
 
 @bench.command("kernels")
 def bench_kernels(out: Results = Path("bench/results")) -> None:
-    """Every GPU kernel: bytes moved and the share of the bandwidth. Needs an NVIDIA GPU."""
+    """Speed of every GPU kernel: bytes moved, and the share of the bandwidth. Needs an NVIDIA GPU."""
     _gpu_bench("kernels").run(out)
 
 
@@ -71,14 +79,14 @@ def bench_kernels(out: Results = Path("bench/results")) -> None:
 def bench_serve(
     bundle: BundleArgument,
     out: Results = Path("bench/results"),
-    rates: Annotated[str, typer.Option(help="Open loop: requests a second.")] = "1,2",
-    clients: Annotated[str, typer.Option(help="Closed loop: clients at once.")] = "1,8",
-    duration_s: float = 15.0,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    ttft_ms: Annotated[float, typer.Option(help="Goodput: first token within this.")] = 1000.0,
-    tpot_ms: Annotated[float, typer.Option(help="Goodput: a token within this, on average.")] = 100.0,
-    seed: int = 0,
+    rates: Annotated[str, typer.Option(help="Open loop: requests per second.")] = "1,2",
+    clients: Annotated[str, typer.Option(help="Closed loop: number of clients.")] = "1,8",
+    duration_s: Annotated[float, typer.Option(help="Seconds per load.")] = 15.0,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    ttft_ms: Annotated[float, typer.Option(help="Goodput: most milliseconds to the first token.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="Goodput: most milliseconds per later token, on average.")] = 100.0,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and prompts.")] = 0,
     threads: Threads = 0,
 ) -> None:
     """Latency and throughput over gRPC, open-loop and closed-loop."""
@@ -104,17 +112,17 @@ def bench_peers(
     bundles: Bundles,
     model: Model = "smollm2-135m",
     out: Results = Path("bench/results"),
-    peers: Annotated[str, typer.Option(help="Which, such as 'llama.cpp Q4_1,CTranslate2'; default: all.")] = "",
+    peers: Annotated[str, typer.Option(help="Runtimes, such as 'llama.cpp Q4_1,CTranslate2'; default: all.")] = "",
     peer_python: PeerPython = None,
-    prompt_tokens: int = 512,
-    context: int = 256,
-    long_context: Annotated[int, typer.Option(min=0, help="0: without this column.")] = 4096,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps a measurement.")] = 16,
-    concurrency: int = 16,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    prompt_tokens: PromptTokens = 512,
+    context: Context = 256,
+    long_context: Annotated[int, typer.Option(min=0, help="Positions of the long context; 0: leave it out.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps per measurement.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Sequences at the same time.")] = 16,
+    repeats: Repeats = 5,
     threads: Threads = 0,
 ) -> None:
-    """The same prompts on other runtimes, interleaved in one run."""
+    """Speed of Motet and other runtimes on the same prompts, interleaved in one run."""
     from .bench.peers import compare
 
     compare.run(
@@ -138,14 +146,14 @@ def bench_quality(
     bundles: Annotated[list[Path], typer.Argument(help="Directories of bundles of one model.")],
     model: Model = "smollm2-135m",
     out: Results = Path("bench/results"),
-    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens at least.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens, at least.")] = 4096,
     backend: Annotated[str, typer.Option(help="auto, cpu or onnx.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="Of the cpu backend's KV cache: auto, int8 or bf16.")] = "auto",
-    peers: Annotated[bool, typer.Option(help="llama.cpp's files of the same weights too.")] = True,
+    kv_dtype: Annotated[str, typer.Option(help="The cpu backend's KV cache: auto, int8 or bf16.")] = "auto",
+    peers: Annotated[bool, typer.Option(help="Also measure llama.cpp, with files of the same weights.")] = True,
     peer_python: PeerPython = None,
     threads: Threads = 0,
 ) -> None:
-    """What quantisation costs: bundles and llama.cpp against fp32 on held-out text."""
+    """The cost of quantisation: bundles and llama.cpp against fp32 on held-out text."""
     from .bench import quality
 
     quality.run(
@@ -165,12 +173,12 @@ def bench_quality(
 def bench_context(
     bundle: BundleArgument,
     out: Results = Path("bench/results"),
-    contexts: str = "256,512,1024,2048,4096",
-    new_tokens: Annotated[int, typer.Option(min=2)] = 16,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    contexts: Annotated[str, typer.Option(help="Positions of each context.")] = "256,512,1024,2048,4096",
+    new_tokens: DecodedTokens = 16,
+    repeats: Repeats = 5,
     threads: Threads = 0,
 ) -> None:
-    """How the time of a token grows with the context, against the bytes of the KV cache."""
+    """How the time per token grows with the context, against the bytes of the KV cache."""
     from .bench import context
 
     context.run(bundle, out, contexts=_numbers(contexts), new_tokens=new_tokens, repeats=repeats, threads=threads)
@@ -180,13 +188,13 @@ def bench_context(
 def bench_busy(
     bundle: BundleArgument,
     out: Results = Path("bench/results"),
-    batch_sizes: str = "1,16",
-    context: int = 256,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    batch_sizes: BatchSizes = "1,16",
+    context: Context = 256,
+    new_tokens: DecodedTokens = 128,
+    repeats: Repeats = 3,
     threads: Threads = 0,
 ) -> None:
-    """Decoding while another process burns one core."""
+    """Decode speed while another process keeps one core busy."""
     from .bench import busy
 
     busy.run(
@@ -204,15 +212,15 @@ def bench_busy(
 def bench_speculative(
     bundle: BundleArgument,
     out: Results = Path("bench/results"),
-    documents: Annotated[int, typer.Option(min=1, help="Requests a set.")] = 12,
-    source_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a document.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    speculative_tokens: Annotated[int, typer.Option(min=1, help="Tokens a draft at most.")] = 8,
-    temperatures: Annotated[str, typer.Option(help="0 is greedy.")] = "0",
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    documents: Annotated[int, typer.Option(min=1, help="Requests per set.")] = 12,
+    source_tokens: Annotated[int, typer.Option(min=8, help="Tokens per document.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer, at most.")] = 96,
+    speculative_tokens: Annotated[int, typer.Option(min=1, help="Tokens per draft, at most.")] = 8,
+    temperatures: Annotated[str, typer.Option(help="Temperatures; 0 is greedy.")] = "0",
+    repeats: Repeats = 3,
     threads: Threads = 0,
 ) -> None:
-    """Answers that quote their source and chat, with and without drafts."""
+    """Speed with and without drafts: answers that quote their source, and chat."""
     from .bench import speculative
 
     speculative.run(
@@ -229,7 +237,7 @@ def bench_speculative(
 
 
 def _gpu_bench(name: str) -> Any:
-    """A module of the benches that needs torch or Triton."""
+    """Import a module of `bench.gpu`. Raises `UnavailableError` if torch or Triton is not installed."""
     try:
         return import_module(f".bench.gpu.{name}", __package__)
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ import pytest
 from motet.bench import decode, serve
 from motet.bench.lib import probes, report
 from motet.bench.peers import compare as peers
-from motet.bench.peers import peer_worker, worker
+from motet.bench.peers import peer_worker, runtimes, worker
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.output import Output
@@ -333,7 +333,7 @@ def test_onnxruntime_genai_is_told_the_thread_count(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", fake)
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: "1")
     job = {"threads": 3, "variant": "int4", "paths": {"genai-int4": "somewhere"}}
-    peer_worker.load_onnxruntime_genai(job)
+    runtimes.load_onnxruntime_genai(job)
     assert overlays == [{"model": {"decoder": {"session_options": {"intra_op_num_threads": 3}}}}]
 
 

@@ -95,7 +95,7 @@ def test_near_duplicates(tmp_path):
         ([{"prompt": "a", "completion": "b"}], "too few"),
         (
             [{"id": 1, "prompt": "a", "completion": "b"}, {"id": 1, "prompt": "c", "completion": "d"}],
-            "line 1's already",
+            "the id '1' is also at .*line 1;",
         ),
     ],
 )

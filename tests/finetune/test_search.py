@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from motet.finetune.params import TuneParams
-from motet.finetune.search.fuse import FuseParams, fuse
+from motet.finetune.search.fuse import fuse
 from motet.finetune.search.mixfit import Pool, convex, cross_validated, em, greedy, paired_bootstrap, select_and_fit
-from motet.finetune.search.search import SearchParams, private_epsilon, read_trials, search
-from motet.finetune.search.space import SearchSpace, Trial, is_hopeless, suggest
+from motet.finetune.search.params import FuseParams, SearchParams, SearchSpace
+from motet.finetune.search.search import private_epsilon, read_trials, search
+from motet.finetune.search.space import Trial, distributions, is_hopeless, suggest
 from motet.finetune.training.train import Workbench
 from motet.finetune.training.trunk_cache import TrunkCache
 from motet.runtime.api.request import Space
@@ -70,11 +71,12 @@ def test_search_and_fuse(bench, tmp_path):
 def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom motet.finetune.params import TuneParams\n"
-        "from motet.finetune.search.search import SearchParams, search\nfrom motet.finetune.search.space import SearchSpace\n"
+        "from motet.finetune.search.params import SearchParams, SearchSpace\n"
+        "from motet.finetune.search.search import search\n"
         "from motet.finetune.training.train import Workbench\nfrom motet.finetune.training.trunk_cache import TrunkCache\n"
         f"params = SearchParams({BASE!r}, {SPACE!r}, trials=5, startup=2)\n"
         "bench = Workbench(Path(sys.argv[1]), sys.argv[2], TrunkCache(Path(sys.argv[3])))\n"
-        "search(bench, Path(sys.argv[4]), params, tell=lambda trial, best: print(trial.number, flush=True))\n"
+        "search(bench, Path(sys.argv[4]), params, on_trial=lambda trial, best: print(trial.number, flush=True))\n"
     )
     command = [sys.executable, "-c", code, str(tiny_model_dir("llama")), data, str(tmp_path / "cache")]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
@@ -94,7 +96,7 @@ def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_pat
 
 def test_the_gaussian_process_looks_where_it_is_good():
     """On a smooth function the posterior's suggestions are better than chance: closer to the optimum, on average."""
-    space = SPACE.distributions("tail", 4)
+    space = distributions(SPACE, "tail", 4)
 
     def closeness(sampler, seed):
         trials = []

@@ -1,5 +1,5 @@
-// What an instruction set provides: one table of functions per path. The paths are compiled from the same kernels.inl
-// over different vector types, chosen at run time.
+// The functions of one path: one table per instruction set. All paths are compiled from the same kernels.inl, with
+// different vector types. The path is chosen at run time.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -9,19 +9,19 @@
 namespace motet {
 
 constexpr int kLanes = 16;       // floats of a vector
-constexpr int kPanel = 32;       // columns of a weight panel: two vectors, so that a broadcast activation is used twice
+constexpr int kPanel = 32;       // columns of a weight panel: two vectors, so a broadcast activation is used twice
 constexpr int kTile = 6;         // most rows of one register block
 constexpr int kBlock = 32;       // positions of a block of the KV cache
-constexpr int kPartition = 128;  // positions whose softmax is computed at once; partitions are merged in order
+constexpr int kPartition = 128;  // positions of one softmax; partitions are merged in order
 constexpr int kMaxHeadSize = 256;
-constexpr int kMaxRank = 256;  // of the low-rank updates of one linear layer
+constexpr int kMaxRank = 256;  // largest rank of a low-rank update
 
-// A weight [n, k] in panels of 32 columns, each one linear stream. Columns past n are zero. A panel of a gated matrix
-// holds 16 columns of the gate and the same 16 of up.
+// A weight [n, k] in panels of 32 columns. A panel is read from front to back. Columns past n are zero. A panel of a
+// gated matrix has 16 columns of the gate and the same 16 columns of up.
 //   8 bits: scales f16 [groups][32], pad to 64 bytes, then per 4 values of k: 128 bytes, byte 4 * column + j
 //   4 bits: scales f16 [groups][32], minima f16 [groups][32], pad, then per 8 values of k: 128 bytes, low nibbles first
-//   4 32 bits: f32 [k][32]
-// All values are divided by the power of two `factor`, so that scales lie well inside f16.
+//   32 bits: f32 [k][32]
+// Scales and minima are divided by `factor`, a power of two, so that they are well inside the range of f16.
 struct PackedLinear {
     int bits = 0;
     int64_t n = 0, k = 0;
@@ -39,21 +39,21 @@ struct LowRank {
     const float* b = nullptr;  // [panels][rank][32]
 };
 
-// Rows of activations in register blocks of `rows_of(b)` ≤ kTile rows: [block][k / 4][row] of 4 bytes, with a scale per
-// row and group: [block][group][row]. For 32-bit weights: f32 [block][k][row].
+// Rows of activations, in register blocks of `rows_of(b)` ≤ kTile rows: 4 bytes at [block][k / 4][row], and one scale
+// per row and group at [block][group][row]. For 32-bit weights: f32 [block][k][row].
 struct Activations {
     int64_t rows = 0, k = 0;
     int group = 0, groups = 0;
     int blocks = 0;
     int32_t* quads = nullptr;
     float* scales = nullptr;
-    float* sums = nullptr;      // scale * Σ q: what a minimum multiplies
-    int32_t* starts = nullptr;  // -128 * Σ q: where the dot product with unsigned weights starts
+    float* sums = nullptr;      // scale * Σ q, which a minimum is multiplied with
+    int32_t* starts = nullptr;  // -128 * Σ q, the first value of a dot product with unsigned weights
     float* dense = nullptr;
-    const LowRank* const* low_rank = nullptr;  // [rows] or null: whose update a row gets, null for none
+    const LowRank* const* low_rank = nullptr;  // [rows] or null: the update of each row, null: none
     float* inner = nullptr;                    // [rows][kMaxRank]: A x
 
-    int64_t unit() const { return dense ? kLanes : group; }  // columns that are rounded together
+    int64_t unit() const { return dense ? kLanes : group; }  // columns that are quantised together
     int64_t first_row(int block) const {
         return block * (rows / blocks) + (block < rows % blocks ? block : rows % blocks);
     }
@@ -93,18 +93,18 @@ struct CacheView {
 constexpr int kPartitionBlocks = kPartition / kBlock;
 constexpr int kMaxQueries = 6;
 
-// Query rows of one KV head over one partition: scores, softmax, values (not yet divided by the sums).
+// Attention of query rows of one KV head over one partition. The output is not yet divided by the sums.
 struct AttendArgs {
     CacheView kv;
-    const int32_t* blocks;                   // of the partition
-    const uint8_t* ahead[kPartitionBlocks];  // blocks to fetch meanwhile, null for none: what is attended to next
+    const int32_t* blocks;                   // blocks of the partition
+    const uint8_t* ahead[kPartitionBlocks];  // blocks to prefetch, which are attended to next; null: none
     int head_size;
     int queries;      // ≤ kMaxQueries
-    const int* seen;    // [queries] positions of the partition up to each query's own, ≥ kPartition for all
-    const int* unseen;  // [queries] those of them that lie before its window, ≤ 0 for none
+    const int* seen;    // [queries] positions of the partition up to each query's own; ≥ kPartition: all
+    const int* unseen;  // [queries] those of them that lie before its window; ≤ 0: none
     const uint32_t*
         packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) / sqrt(d)
-    const float* steps;     // [queries], int8: what one unit of the 16 bits is
+    const float* steps;     // [queries], int8: the value of one unit of the 16 bits
     const int32_t* starts;  // [queries], int8: 128 times the sum of the query
     float* out;             // [queries][d]
     float* maxima;          // [queries]
@@ -118,11 +118,11 @@ struct AttendArgs {
     }
 };
 
-// Blocks of the KV cache that a thread fetches while it multiplies.
+// Blocks of the KV cache that a thread prefetches while it multiplies.
 struct PrefetchList {
-    const int64_t *next = nullptr, *end = nullptr;  // offsets of blocks that are still to come
+    const int64_t *next = nullptr, *end = nullptr;  // offsets of the blocks that are not yet prefetched
     const uint8_t* base = nullptr;
-    int bytes = 0;  // of a block
+    int bytes = 0;  // bytes per block
 };
 
 struct Isa {
@@ -131,26 +131,26 @@ struct Isa {
                    float* out, int64_t ld, Epilogue, PrefetchList*);
     NormStats (*norm_stats)(const float* x, float eps, Norm, int64_t size);
     void (*norm)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, float* out);
-    // Normed and quantised, columns first…first + size - 1 (whole groups) of a row.
+    // Normalise and quantise columns first…first + size - 1 (whole groups) of a row.
     void (*quantise)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, Activations&,
                      int64_t row);
-    void (*round_groups)(const float* x, int64_t size, int group, float* out);  // as quantise rounds
+    void (*round_groups)(const float* x, int64_t size, int group, float* out);  // round as quantise does
     void (*reduce)(const float* x, const LowRank&, int64_t k, float* inner);    // inner = A x
     void (*rotate)(float* head, const float* cos, const float* sin, int head_size);
     void (*pack_query)(KV, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step,
                        int32_t* start);
     void (*write_kv)(const CacheView&, int block, int offset, const float* k, const float* v);
     void (*attend)(const AttendArgs&);
-    // (max, sum, out) of a row: merge a later partition into the first, in place.
+    // Merge a later partition's (max, sum, out) of a row into the first ones, in place.
     void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size);
     void (*scale_to)(const float* x, float factor, int64_t size, float* out);
-    int64_t (*dot_probe)(int64_t iterations);  // multiply-accumulates done by a loop of the path's dot products
+    int64_t (*dot_probe)(int64_t iterations);  // returns the number of multiply-accumulates done
     uint64_t (*read_probe)(const uint8_t* data, int64_t size);
     SampleIsa sample;
 };
 
 const Isa* isa_portable();
-const Isa* isa_avx2();  // null where it was not compiled
+const Isa* isa_avx2();  // null if it was not compiled
 const Isa* isa_avx512();
 const Isa* isa_avx512bf16();
 

@@ -1,6 +1,6 @@
 #include "targets.h"
 #undef MOTET_UNROLL
-#define MOTET_UNROLL  // arrays of 16 are loops already: unrolled twice they take minutes to compile
+#define MOTET_UNROLL  // vectors are loops of 16 here: unrolling further takes minutes to compile
 #define MOTET_ISA isa_portable
 #define MOTET_ISA_NAME "portable"
 #include "vec_portable.h"

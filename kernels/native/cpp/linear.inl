@@ -1,8 +1,8 @@
-// Activations in 8 bits and linear layers. Included by kernels.inl.
+// 8-bit activations and linear layers. Included by kernels.inl.
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// The largest |x|; NaN if there is NaN or infinity, so that the scale carries it on.
+// The largest |x|. NaN if x has a NaN or infinity, so that the scale is NaN too.
 INLINE float peak_of(const float* x, int size) {
     F largest = zero(), bad = zero();
     for (int i = 0; i < size; i += kLanes) {
@@ -44,11 +44,11 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
         const int64_t g = at + i / out.group * rows;
         out.scales[g] = peak / 127.0f;
         out.sums[g] = out.scales[g] * float(sum);
-        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-128));  // may wrap where a row holds NaN
+        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-128));  // may wrap around if the row has a NaN
     }
 }
 
-// What quantise makes of a row, as floats.
+// A row as quantise rounds it, as floats.
 void round_groups(const float* x, int64_t size, int group, float* out) {
     for (int64_t first = 0; first < size; first += group) {
         const float peak = peak_of(x + first, group);
@@ -60,7 +60,7 @@ void round_groups(const float* x, int64_t size, int group, float* out) {
 
 // ---- linear layers --------------------------------------------------------------------------------------------------
 
-struct BlockInputs {  // of one register block
+struct BlockInputs {  // the activations of one register block
     const int32_t* quads;
     const float* scales;
     const float* sums;
@@ -70,7 +70,7 @@ struct BlockInputs {  // of one register block
     const float* inner;
 };
 
-// A x of a low-rank update.
+// inner = A x of a low-rank update.
 void reduce(const float* x, const LowRank& update, int64_t k, float* inner) {
     for (int j = 0; j < update.rank; j++) {
         F sum = zero();
@@ -84,7 +84,7 @@ INLINE T* at(T* array, int64_t index) {
     return array ? array + index : nullptr;
 }
 
-struct Prefetch {  // for each group of this panel: some cache lines of the next panel, and of a block of the KV cache
+struct Prefetch {  // per group of this panel: some cache lines of the next panel and of a block of the KV cache
     const uint8_t* panel;
     int panel_lines;
     const uint8_t* block = nullptr;
@@ -96,9 +96,9 @@ struct Prefetch {  // for each group of this panel: some cache lines of the next
     }
 };
 
-// The sums of R rows of a register block of `rows` rows over one panel, two vectors a row. Accumulators stay in
-// registers: compilers spill loops of intrinsics that are not unrolled, and only those over rows are (a group is a loop
-// of 16 values of k a turn).
+// The sums over one panel for R rows of a register block of `rows` rows: two vectors per row. The accumulators stay in
+// registers because the loops over rows are unrolled; compilers would spill them otherwise. The loop over a group takes
+// 16 values of k per iteration and is not unrolled.
 template <int R>
 INLINE void panel_8(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int rows,
                     F (&sum)[R][2]) {
@@ -186,7 +186,7 @@ __attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* 
     F sum[R][2];
     MOTET_UNROLL
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = zero();
-    const int stride = kRegisterRows >= kTile ? R : rows;  // known to the compiler where blocks fit the registers
+    const int stride = kRegisterRows >= kTile ? R : rows;  // a constant if a whole block fits the registers
     if (w.bits == 8)
         panel_8<R>(w, panel, x, ahead, stride, sum);
     else if (w.bits == 4)
@@ -200,7 +200,7 @@ __attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* 
     }
 }
 
-// The widest register block of this path: kRegisterRows rows.
+// Calls panel_rows with a constant number of rows: `count`, which is at most R.
 template <int R>
 void panel_of_rows(const PackedLinear& w, const uint8_t* panel, const BlockInputs& x, Prefetch ahead, int count,
                    int rows, float (*out)[kPanel]) {
@@ -257,8 +257,8 @@ void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, P
         }
 }
 
-// Panels panel0…panel1 over the register blocks block0…block1. While a panel is used the next one is fetched, a part
-// with every register block, and with each of those a block of the prefetch_list.
+// Panels panel0…panel1 - 1 for the register blocks block0…block1 - 1. While a panel is used, each register block
+// prefetches a part of the next panel and one block of `prefetch_list`.
 void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1,
             float* out, int64_t ld, Epilogue epilogue, PrefetchList* prefetch_list) {
     const int visits = block1 - block0, steps = w.bits == 32 ? 1 : w.groups;

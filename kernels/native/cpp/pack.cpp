@@ -1,4 +1,4 @@
-// Repacking a bundle's tensors into the panels that the kernels stream.
+// Packs a bundle's tensors into the panels that the kernels read.
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -33,11 +33,11 @@ float from_half(uint16_t h) {
 
 int nibble(const uint8_t* packed, int64_t index) { return index & 1 ? packed[index / 2] >> 4 : packed[index / 2] & 15; }
 
-struct Affine {  // of a group: w = q · scale + minimum
+struct Affine {  // a group's weights: w = q · scale + minimum
     float scale, minimum;
 };
 
-// 4 bits: the whole zero point and the remainder that the group-sum column of the group holds, as one minimum.
+// With 4 bits, the minimum joins the whole zero point and the remainder in the group's group-sum column.
 Affine affine_group(const MotetTensor& t, int64_t row, int64_t g) {
     const float* scales = t.scales + row * t.stored_groups;
     if (t.bits == 8) return {scales[g], 0.0f};
@@ -48,7 +48,7 @@ Affine affine_group(const MotetTensor& t, int64_t row, int64_t g) {
     return {scales[g], remainder - float(nibble(zeros, g)) * scales[g]};
 }
 
-// A power of two that brings the largest scale or minimum just below 2^14.
+// The power of two that divides the largest scale or minimum to just below 2^14.
 float common_factor(const MotetTensor& t, int64_t groups) {
     float largest = 0.0f;
     for (int64_t row = 0; row < t.rows; row++)
@@ -66,7 +66,7 @@ void pack_panel(const MotetTensor& t, const PackedLinear& w, int64_t panel, bool
     uint8_t* values = out + w.values_offset;
     for (int lane = 0; lane < kPanel; lane++) {
         const int64_t row = source_row(t.rows, panel, lane, pairs);
-        if (row < 0) continue;  // zero scales
+        if (row < 0) continue;  // no such row: its scales stay 0
         if (w.bits == 32) {
             for (int64_t i = 0; i < w.k; i++) ((float*)out)[i * kPanel + lane] = t.dense[row * w.k + i];
             continue;

@@ -15,12 +15,12 @@ namespace motet {
 namespace {
 
 constexpr int kSpins = 2000;                             // some tens of microseconds
-constexpr Signal::Patience kAtBarrier = {kSpins, 4000};  // short unless somebody else has the core
+constexpr Signal::Patience kAtBarrier = {kSpins, 4000};  // the wait is short unless another process has the core
 constexpr Signal::Patience kBetweenRuns = {kSpins, 400};
 constexpr Signal::Patience kLeftOut = {0, 0};
-constexpr uint32_t kActiveBits = 10;                  // of the start signal: how many threads take part
-constexpr auto kTurn = std::chrono::milliseconds(1);  // a wait that is no accident
-constexpr int kSlowRuns = 2;                          // in a row, before a thread is left out
+constexpr uint32_t kActiveBits = 10;                  // low bits of the start signal: number of active threads
+constexpr auto kTurn = std::chrono::milliseconds(1);  // a wait this long means that a thread lost its core
+constexpr int kSlowRuns = 2;                          // slow runs in a row before a thread is left out
 constexpr auto kShortPause = std::chrono::milliseconds(30), kLongPause = std::chrono::milliseconds(250);
 
 inline void relax() {
@@ -75,7 +75,7 @@ Pool::~Pool() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-// The number of threads is in the signal: one that was left out and wakes late must not take the next run for this one.
+// The signal includes the number of active threads, so that a thread that wakes late reads run and number together.
 void Pool::start() { start_.set(((start_.value() >> kActiveBits) + 1) << kActiveBits | uint32_t(active_)); }
 
 void Pool::work(int thread) {
@@ -104,12 +104,12 @@ void Pool::run(Function function, void* context) {
     if (active_ > 1) judge(begin, Clock::now());
 }
 
-// While somebody else has a core, the thread that shares it makes all others wait at every barrier: runs are faster
-// with a thread fewer once waiting costs more than that thread gives. All are tried again after a pause, which doubles
-// while that stays slow. The kernel's turns are milliseconds, so a run that was shorter says nothing.
+// While another process uses a core, the thread on that core makes all others wait at every barrier. A run is faster
+// without one thread once waiting costs more than a thread contributes. After a pause all threads are tried again; the
+// pause doubles while runs stay slow. Time slices last milliseconds, so a shorter run tells nothing.
 void Pool::judge(Clock::time_point begin, Clock::time_point end) {
     if (end - begin < kTurn) return;
-    const Clock::duration lost(lost_.load(std::memory_order_relaxed) / (active_ - 1));  // by each of those that waited
+    const Clock::duration lost(lost_.load(std::memory_order_relaxed) / (active_ - 1));  // per waiting thread
     if (lost < kTurn || lost * (active_ + 1) < end - begin) {
         slow_runs_ = 0;
         pause_ = kShortPause;
@@ -123,7 +123,7 @@ void Pool::judge(Clock::time_point begin, Clock::time_point end) {
 }
 
 void Pool::barrier() {
-    const int active = active_;  // once all have arrived, the next run may have another number
+    const int active = active_;  // when all have arrived, the next run may change it
     if (active == 1) return;
     const uint32_t seen = passed_.value();
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active) {

@@ -1,4 +1,4 @@
-// A small thread pool: all threads run one function, meet at barriers and share the items of a phase.
+// A small thread pool: all threads run one function, wait at barriers, and take the items of a phase.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -11,17 +11,17 @@ namespace motet {
 
 using Clock = std::chrono::steady_clock;
 
-// Waiting spins for a moment, then gives the core away between looks, then sleeps in the kernel: so a quiet machine has
-// short barriers, a busy one loses little, and an idle one burns nothing.
+// A value that threads wait on. A wait spins for a moment, then yields the core between checks, then sleeps in the
+// operating system. So barriers are short on a quiet machine, cost little on a busy one, and an idle one uses no CPU.
 class Signal {
 public:
     struct Patience {
         int spins, yields;
     };
     uint32_t value() const { return value_.load(std::memory_order_acquire); }
-    // Returns how long it took after the spins: 0 where others are on time.
+    // Returns the time that it waited after the spins; 0 if the value changed while it spun.
     Clock::duration wait_while(uint32_t seen, Patience patience);
-    void set(uint32_t value);  // by one thread at a time
+    void set(uint32_t value);  // not from two threads at once
 
 private:
     std::atomic<uint32_t> value_{0};
@@ -34,15 +34,15 @@ public:
 
     explicit Pool(int threads);
     ~Pool();
-    int threads() const { return threads_; }  // at most: thread numbers are below
-    int active() const { return active_; }    // that take part in this run
+    int threads() const { return threads_; }  // most threads; thread numbers are below this
+    int active() const { return active_; }    // threads that take part in this run
 
-    // Run `function` on every active thread, the caller being thread 0; returns when all have.
+    // Run `function` on every active thread, with the caller as thread 0. Returns when all have finished.
     void run(Function function, void* context);
     void barrier();
 
-    // Items 0…count-1 of a phase: each thread takes those of its own share one by one, then helps the others. Phases
-    // are numbered by the caller, alike on all threads; `reset` makes the numbers free again.
+    // Call `body` once for each of the items 0…count-1 of a phase. Each thread takes the items of its own part one by
+    // one, then items of the others' parts. All threads must number the phases alike; `reset` frees the numbers.
     void reset(int phases);
     template <class Body>
     void distribute(int phase, int thread, int64_t count, Body body) {
@@ -74,9 +74,9 @@ private:
     bool stop_ = false;
     Signal start_, passed_;
     std::atomic<int> arrived_{0};
-    std::atomic<Clock::rep> lost_{0};  // waited for late threads in this run
-    int slow_runs_ = 0;                // in a row
-    Clock::duration pause_;            // with a thread fewer
+    std::atomic<Clock::rep> lost_{0};  // time waited for late threads in this run, of all threads
+    int slow_runs_ = 0;                // slow runs in a row
+    Clock::duration pause_;            // how long a thread is left out
     Clock::time_point retry_;          // when all threads are tried again
 };
 

@@ -1,5 +1,5 @@
-// Compile a whole file for an instruction set, without flags on the command line. Such a file must not instantiate
-// templates of the standard library: the linker could choose its copy for the others.
+// Macros that compile a whole file for an instruction set, without flags on the command line. Such a file must not
+// instantiate templates of the standard library: the linker could use its copy in the files for other CPUs.
 #pragma once
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define MOTET_X86 1

@@ -1,11 +1,11 @@
-// Vectors of 16 on AVX2: two registers each.
+// Vectors of 16 lanes on AVX2: two registers per vector.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
 
 namespace {
 
-constexpr int kRegisterRows = 2;  // rows whose sums over a panel fit the registers
+constexpr int kRegisterRows = 2;  // rows whose sums over a panel fit into the registers
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -58,7 +58,7 @@ INLINE float reduce_max(F x) {
     for (int i = 1; i < 8; i++) result = lanes[i] > result ? lanes[i] : result;
     return result;
 }
-// A bit a lane: x ≥ y (not for NaN), x is NaN.
+// One bit per lane: x ≥ y (0 for NaN); x is NaN.
 INLINE uint32_t at_least(F x, F y) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
            uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;
@@ -67,8 +67,8 @@ INLINE uint32_t is_nan(F x) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q))) |
            uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q))) << 8;
 }
-// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put
-// together.
+// 32-bit words in pairs: mul_even makes 64-bit products of the even lanes, upper takes the upper halves of such
+// products, and join puts even and odd lanes together.
 INLINE I count_from(int32_t first) {
     return {_mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
             _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
@@ -118,7 +118,7 @@ INLINE W low_nibbles(W x) {
 }
 INLINE W high_nibbles(W x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
 
-// Pairs of products fit 16 bits while the unsigned bytes stay below 128, so the top bit is a product of its own.
+// Sums of two products fit into 16 bits only if the unsigned bytes are below 128. So the top bit is multiplied apart.
 INLINE __m256i dot_half(__m256i sum, __m256i low_bytes, __m256i x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low_bytes, x), _mm256_set1_epi16(1)));
 }

@@ -1,11 +1,11 @@
-// Vectors of 16 on AVX-512: one register each.
+// Vectors of 16 lanes on AVX-512: one register per vector.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
 
 namespace {
 
-constexpr int kRegisterRows = 6;  // rows whose sums over a panel fit the registers
+constexpr int kRegisterRows = 6;  // rows whose sums over a panel fit into the registers
 
 using F = __m512;   // 16 f32
 using I = __m512i;  // 16 i32
@@ -34,11 +34,11 @@ INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 INLINE I bcast_int(int32_t a) { return _mm512_set1_epi32(a); }
 INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
-// A bit a lane: a ≥ b (not for NaN), a is NaN.
+// One bit per lane: a ≥ b (0 for NaN); a is NaN.
 INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INLINE uint32_t is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
-// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put
-// together.
+// 32-bit words in pairs: mul_even makes 64-bit products of the even lanes, upper takes the upper halves of such
+// products, and join puts even and odd lanes together.
 INLINE I count_from(int32_t first) {
     return _mm512_add_epi32(_mm512_set1_epi32(first),
                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -55,7 +55,7 @@ INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
 INLINE I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
 INLINE I shift_right_8(I a) { return _mm512_srai_epi32(a, 8); }
 INLINE void store_bytes(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
-// Lanes first + i < count keep their value, the others become `other`.
+// The first `count` lanes keep their value, the others become `other`.
 INLINE F keep_first(F a, int count, F other) {
     unsigned mask = count >= 16 ? 0xFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
     return _mm512_mask_mov_ps(other, (__mmask16)mask, a);
@@ -64,8 +64,8 @@ INLINE F keep_first(F a, int count, F other) {
 INLINE W load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
 INLINE W low_nibbles(W a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE W high_nibbles(W a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-// One broadcast for two dot products: a load a dot product is what limits otherwise. Written out, because gcc would
-// move the broadcasts of all rows to the front and spill.
+// One broadcast for two dot products: with one load per dot product, loads would be the limit. It is written in
+// assembly because gcc would move the broadcasts of all rows to the front and spill them.
 INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
     __m512i x;
     __asm__("vpbroadcastd %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
@@ -87,7 +87,7 @@ INLINE I load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // Pairs of bf16: 32 in a vector.
 using P = __m512i;
 INLINE P load_pairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
-INLINE void store_bf16(uint16_t* p, F a) {  // to the nearest, ties to even; no NaN comes here but from NaN
+INLINE void store_bf16(uint16_t* p, F a) {  // to nearest, ties to even; only a NaN becomes a NaN
     __m512i bits = _mm512_castps_si512(a);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));

@@ -1,11 +1,11 @@
-// Vectors of 16 in plain C++: what every other path is tested against.
+// Vectors of 16 lanes in plain C++. The other paths are tested against this one.
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 namespace {
 
-constexpr int kRegisterRows = 1;  // rows whose sums over a panel fit the registers
+constexpr int kRegisterRows = 1;  // rows whose sums over a panel fit into the registers
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -67,7 +67,7 @@ INLINE F vabs(F x) {
     EACH x.v[i] = __builtin_fabsf(x.v[i]);
     return x;
 }
-// Adding and taking away 1.5 · 2^23 rounds to the nearest whole number, ties to even, for |x| < 2^22.
+// Adding and subtracting 1.5 · 2^23 rounds to the nearest whole number, ties to even, for |x| < 2^22.
 INLINE float round_one(float x) {
     volatile float shifted = x + 12582912.0f;
     return shifted - 12582912.0f;
@@ -78,8 +78,8 @@ INLINE F round_near(F x) {
 }
 INLINE I to_int(F x) {
     I r;
-    EACH r.v[i] =
-        x.v[i] > -4.0e6f && x.v[i] < 4.0e6f ? int32_t(round_one(x.v[i])) : INT32_MIN;  // NaN too, as the others do
+    // NaN becomes INT32_MIN too, as on the other paths.
+    EACH r.v[i] = x.v[i] > -4.0e6f && x.v[i] < 4.0e6f ? int32_t(round_one(x.v[i])) : INT32_MIN;
     return r;
 }
 INLINE F pow2(F x) {
@@ -124,7 +124,7 @@ INLINE float reduce_max(F x) {
     EACH r = x.v[i] > r ? x.v[i] : r;
     return r;
 }
-// A bit a lane: x ≥ y (not for NaN), x is NaN.
+// One bit per lane: x ≥ y (0 for NaN); x is NaN.
 INLINE uint32_t at_least(F x, F y) {
     uint32_t r = 0;
     EACH r |= uint32_t(x.v[i] >= y.v[i]) << i;
@@ -135,8 +135,8 @@ INLINE uint32_t is_nan(F x) {
     EACH r |= uint32_t(x.v[i] != x.v[i]) << i;
     return r;
 }
-// 32-bit words of which the even lanes count: products of 64 bits, their upper halves, and both kinds of lanes put
-// together.
+// 32-bit words in pairs: mul_even makes 64-bit products of the even lanes, upper takes the upper halves of such
+// products, and join puts even and odd lanes together.
 INLINE I count_from(int32_t first) {
     I r;
     EACH r.v[i] = first + i;

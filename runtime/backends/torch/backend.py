@@ -1,10 +1,11 @@
-"""`TorchBackend`: a bundle on an NVIDIA GPU, paged, captured and fused; on a CPU the readable oracle of a whole step.
+"""`TorchBackend`: runs a bundle on an NVIDIA GPU, with a paged cache, captured graphs and fused kernels. On a CPU it is the
+readable oracle of a whole step.
 
-A step is: check the batch and lay its rows out (host) → the trunk over all rows, each tail over its rows (`torch_forward`) →
-mix, head and draw (`torch_sampler`) → one read of the tokens. Steps of decode rows alone are replayed from captured graphs
-(`cuda_graphs`). While the device runs the model, the host prepares the sampling; it waits for nothing but the tokens.
+A step checks the batch and plans its rows on the host, runs the trunk over all rows and each tail over its rows (`forward`),
+then mixes, computes the head and draws (`sampler`), and reads the tokens. Steps with only decode rows are replayed from
+captured graphs (`cuda_graphs`). The host prepares the sampling while the device runs the model, and waits only for the tokens.
 
-A sequence that cannot be run (a block table out of range) runs in the dummy block instead, and only its request has an error.
+A sequence that cannot be run, because its block table is out of range, runs in the dummy block. Only its request has an error.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from .sampler import TorchSampler
 from .weights import ModelWeights, Placement, load_weights
 
 BLOCK_SIZE = 16  # positions per block where the configuration does not say
-MAX_CAPTURED = (
-    256  # rows of the largest captured step: beyond, a step takes long enough to launch its kernels one by one
-)
+# Rows of the largest captured step. A larger step takes so long that launching its kernels one by one costs nothing.
+MAX_CAPTURED = 256
 
 Tensor = torch.Tensor
 I32 = npt.NDArray[np.int32]
@@ -43,24 +43,24 @@ I32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class TorchOptions:
-    """How a `TorchBackend` runs. The default is what the machine is best at: `TorchOptions.of_machine()`."""
+    """How a `TorchBackend` runs. `TorchOptions.of_machine()` is the default."""
 
     device: torch.device
-    dtype: torch.dtype  # of activations, and of what is not quantised
+    dtype: torch.dtype  # of activations and of weights that are not quantised
     kernels: Literal["triton", "eager"]
-    keep_quantised: bool  # run quantised weights as they are stored; else they are widened once
-    graphs: bool  # pad decode steps to a ladder of sizes, and on a GPU replay them
+    keep_quantised: bool  # keep weights quantised; else they are converted to `dtype` when they are loaded
+    graphs: bool  # pad decode steps to a ladder of sizes; on a GPU, replay them
 
     @classmethod
     def of_machine(cls) -> TorchOptions:
-        """A GPU with compiled kernels and graphs, or the CPU with the eager oracle in float32."""
+        """A GPU with Triton kernels and graphs if there is one, else the CPU with the eager oracle in float32."""
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), torch.bfloat16, "triton", keep_quantised=True, graphs=True)
         return cls(torch.device("cpu"), torch.float32, "eager", keep_quantised=False, graphs=False)
 
 
 def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
-    """The module of the ops. Raises `MissingPackageError` without Triton."""
+    """The module with the ops. Raises `MissingPackageError` if Triton is not installed."""
     if kernels == "eager":
         from ....kernels.oracle import eager
 
@@ -76,32 +76,32 @@ def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A batch's per-sequence and per-row arrays, with what cannot be run pointed at the dummy block."""
+    """The arrays of a batch, in which sequences that cannot be run use the dummy block."""
 
     token_ids: I32  # [rows]
     slots: I32  # [rows]
     lengths: I32  # [num_seqs]
     tables: I32  # [num_seqs, width]
-    errors: dict[int, str]  # sequence → what is wrong with it
+    errors: dict[int, str]  # sequence → why it cannot be run
 
 
 @dataclass(frozen=True, slots=True)
 class _Hidden:
-    """Hidden states [R, H] of a step, and where the row of (flat row, tail) is."""
+    """Hidden states [R, H] of a step, and where those of each tail and flat row are."""
 
     states: Tensor
-    places: dict[int, I32]  # tail → [rows of the batch] row of `states`, -1 where the tail did not run
+    places: dict[int, I32]  # tail → [rows of the batch] row of `states`; -1 if the tail did not run over it
 
 
 _KV_NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float32: "float32"}
 
 
 class TorchBackend:
-    """`Backend` over a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy one."""
+    """A `Backend` that runs a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy block."""
 
     name = "torch"
-    can_sample_prefill = False  # chunks and decode rows go through different kernels
-    can_verify = True  # several sampled rows a sequence are rows as any other
+    can_sample_prefill = False  # chunks and decode rows use different kernels
+    can_verify = True  # every sampled row is computed alone, also if a sequence has several
 
     def __init__(self, bundle: Bundle, config: EngineConfig, options: TorchOptions | None = None) -> None:
         options = options or TorchOptions.of_machine()
@@ -118,7 +118,7 @@ class TorchBackend:
     def from_weights(
         cls, decoder: DecoderConfig, weights: ModelWeights, config: EngineConfig, options: TorchOptions
     ) -> TorchBackend:
-        """A backend on weights that lie on the device already (benches: random ones)."""
+        """A backend for weights that are already on the device, such as the random ones of a bench."""
         backend = cls.__new__(cls)
         backend._start(decoder, weights, config, options)
         return backend
@@ -174,7 +174,7 @@ class TorchBackend:
         return self._cache.block_size
 
     def close(self) -> None:
-        """Nothing to give back: device memory ends with the object."""
+        """Nothing to release: the device memory is freed with the object."""
 
     def seconds(self) -> dict[str, float]:
         """Empty: parts of a step are not measured, because that would wait for the device."""
@@ -194,7 +194,10 @@ class TorchBackend:
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:
-        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing runs."""
+        """Logits f32 [S, vocab] of `member` at every position of one sequence.
+
+        It overwrites the first blocks of the cache, so no sequence may be running.
+        """
         size = len(token_ids)
         adapter = member if self._weights.adapter_of[member] >= 0 else -1
         batch = Batch(
@@ -221,7 +224,7 @@ class TorchBackend:
         every = np.arange(batch.num_seqs)
         plan = plan_rows(batch, every, checked.slots, checked.lengths, adapters)
         tails = tuple(sorted(frozenset().union(*wanted)))
-        # A captured step runs every tail over every row: worth it unless most rows of a tail would be for nothing.
+        # A captured step runs every tail over every row. It pays if at least half of each tail's rows are needed.
         common = all(2 * sum(tail in own for own in wanted) >= len(wanted) for tail in tails)
         if self._graphs is not None and plan.max_chunk == 0 and common:
             arrays = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
@@ -240,7 +243,7 @@ class TorchBackend:
         return self._run_plans(checked, plan, plans)
 
     def _run_plans(self, checked: _Checked, plan: RowPlan, plans: dict[int, RowPlan]) -> _Hidden:
-        """The trunk over `plan`, each tail over its own rows, without a graph."""
+        """Run the trunk over `plan` and each tail over its rows, without a graph."""
         own = {tail: f"{tail}." for tail, tail_plan in plans.items() if tail_plan is not plan}
         arrays: dict[str, I32] = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
         for tail, prefix in own.items():
@@ -265,11 +268,12 @@ class TorchBackend:
         return _Hidden(self._forward.run(device["token_ids"], trunk, tails), places)
 
     def _run_all_rows(self, token_ids: Tensor, rows: RowInputs, tails: tuple[int, ...]) -> Tensor:
-        """What a graph captures: every tail over all rows."""
+        """The step that a graph captures: every tail over all rows."""
         return self._forward.run(token_ids, rows, [(tail, None, rows) for tail in tails])
 
     def _terms(self, batch: Batch, checked: _Checked, hidden: _Hidden) -> tuple[list[Terms], dict[int, str]]:
-        """Each sample's (row of the hidden states, coefficient); none, and an error, where a sequence could not be run."""
+        """Each sample's (row of the hidden states, coefficient) pairs. A sample with a sequence that could not be run has none,
+        and an error under its index."""
         seq_of_row = np.repeat(np.arange(batch.num_seqs), np.diff(batch.cu_seqlens_q))
         terms: list[Terms] = []
         errors: dict[int, str] = {}
@@ -289,10 +293,10 @@ class TorchBackend:
         assert all(place >= 0 for place, _ in found), f"a member's tail did not run over its row: {sample.terms}"
         return found
 
-    # ---- what a batch may get wrong ----------------------------------------------------------------------------------
+    # ---- checks ------------------------------------------------------------------------------------------------------
 
     def _check(self, batch: Batch) -> _Checked:
-        """Find sequences that would read or write outside the cache or the tables; the device could not tell."""
+        """Find sequences that would read or write outside the cache or the tables. The device does not notice them."""
         counts = np.diff(batch.cu_seqlens_q)
         lengths = batch.context_lens.astype(np.int32)
         width = batch.block_tables.shape[1]
@@ -324,7 +328,7 @@ class TorchBackend:
     def _explain(self, batch: Batch, seq: int, too_long: bool, blocks: I32) -> str:
         if too_long:
             return (
-                f"the sequence has {int(batch.context_lens[seq])} positions; the cache holds {self._max_length} a sequence in "
+                f"the sequence has {int(batch.context_lens[seq])} positions; the cache holds {self._max_length} per sequence in "
                 f"{self._max_blocks} blocks; shorten the prompt or raise max_model_len"
             )
         if len(blocks):

@@ -1,8 +1,9 @@
-"""`DecodeGraphs`: decode steps captured once a batch size, padded up to it, and replayed.
+"""`DecodeGraphs`: decode steps are captured once per batch size, padded to that size, and replayed.
 
-A decode step of a small model is hundreds of launches of a few microseconds; replaying a captured graph is one. The sizes are
-a ladder; a batch takes the next rung, and its padded rows have length 0 and write to the dummy block. What runs is exactly
-what runs without a graph. A rung also depends on the tails that run (each over all rows) and on whether any row has an adapter.
+A decode step of a small model is hundreds of kernel launches of a few microseconds each; replaying a captured graph is one.
+The batch sizes form a ladder. A batch is padded to the next rung; its padding rows have length 0 and write to the dummy block.
+The kernels are the same as without a graph. There is a rung for each size, set of tails (each runs over all rows), and for
+whether any row has an adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_GRAPHS = 64
 
 
 def ladder(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then steps of 8 up to 64, of 16 up to 128, of 32 above; the last rung holds `largest`."""
+    """1, 2, 4, 8, then steps of 8 up to 64, 16 up to 128, and 32 above. The last rung is at least `largest`."""
     rungs = [1, 2, 4, 8]
     while rungs[-1] < largest:
         rungs.append(rungs[-1] + (8 if rungs[-1] < 64 else 16 if rungs[-1] < 128 else 32))
@@ -35,14 +36,19 @@ def ladder(largest: int) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Rung:
+    """One captured step, with the memory that it reads and writes."""
+
     inputs: Packed
     rows: RowInputs
     output: Tensor
-    graph: Any  # torch.cuda.CUDAGraph; None on a CPU, where the padded step runs as it is
+    graph: Any  # torch.cuda.CUDAGraph; None on a CPU, where the padded step runs without a graph
 
 
 class DecodeGraphs:
-    """capture, pad, replay. `run` is what is captured; `max_blocks` the width of a block table."""
+    """Captures, pads and replays decode steps.
+
+    `run`: the function to capture. `largest`: rows of the largest step. `max_blocks`: width of a block table.
+    """
 
     def __init__(
         self, run: Run, *, largest: int, max_blocks: int, block_size: int, dummy_slot: int, device: torch.device
@@ -57,19 +63,19 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def rung(self, rows: int) -> int | None:
-        """The size that `rows` rows are padded to; None if they are more than the largest."""
+        """The size that `rows` rows are padded to; None if there are more rows than in the largest rung."""
         return next((size for size in self._ladder if size >= rows), None)
 
     def warm_up(self, tails: tuple[int, ...], rows: int) -> None:
-        """Capture the rungs up to `rows` rows for these tails, the largest first: the others then fit its memory."""
+        """Capture the rungs up to `rows` rows for these tails. The largest is first, so the others can reuse its memory."""
         for size in reversed(ladder(rows)):
             self._find(size, tails, False)
 
     def step(self, arrays: Mapping[str, npt.NDArray[np.int32]], tails: tuple[int, ...]) -> tuple[Tensor, int] | None:
-        """Run one decode step, padded. arrays: `RowPlan.arrays`, and token_ids [rows], tables [seqs, width].
+        """Run one decode step, padded. `arrays`: `RowPlan.arrays`, token_ids [rows], and tables [seqs, width].
 
-        Returns (hidden states [tails · rung, H], rung): those of tail i and row r are row i · rung + r, valid until the next
-        step. None if there is no graph for it: too many rows, or too many kinds of steps.
+        Returns (hidden states [tails · rung, H], rung). Row i · rung + r belongs to tail i and row r. The states are valid
+        until the next step. Returns None if there is no graph: too many rows, or `MAX_GRAPHS` other rungs.
         """
         size = self.rung(len(arrays["token_ids"]))
         if size is None:
@@ -99,8 +105,8 @@ class DecodeGraphs:
             rung = self._new_rung(size, with_adapters)
             self._fill(rung.inputs, arrays or {})
             self._capture(rung, tails)
-            self._rungs[key] = rung  # only now: a capture that failed is tried again
-        elif rung.graph is None:  # a CPU: nothing is captured, the padded step runs
+            self._rungs[key] = rung  # after the capture, so that a failed one is tried again
+        elif rung.graph is None:  # on a CPU the padded step runs without a graph
             self._fill(rung.inputs, arrays or {})
             rung.output = self._run(rung.inputs.device["token_ids"], rung.rows, tails)
         return rung
@@ -125,8 +131,8 @@ class DecodeGraphs:
         if self._pool is None:
             rung.output = self._run(token_ids, rung.rows, tails)
             return
-        # Once outside: kernels are compiled and libraries start up, which a capture must not see. What it writes to the
-        # cache is what the step writes.
+        # Run once before the capture, in which kernels must not be compiled and libraries must not start. It writes to the
+        # cache what the step will write again.
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

@@ -1,7 +1,8 @@
-"""`Packed`: many small host arrays that go to the device as one copy.
+"""`Packed`: many small host arrays that go to the device in one copy.
 
-A step has a dozen small inputs; a copy each would cost more than the kernels that read them. So they lie in one buffer, pinned
-on a GPU machine, each at a multiple of 16 bytes; on the device each is a view. On a CPU host and device are the same memory.
+A step has a dozen small inputs. One copy per input would cost more than the kernels that read them. So all are in one buffer,
+each at a multiple of 16 bytes; the buffer is pinned if the device is a GPU, and each device array is a view of its copy. On a
+CPU, host and device arrays share memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 class Packed:
-    """Arrays of fixed names, shapes and dtypes. Fill `host[name]`, call `upload()`, read `device[name]`."""
+    """Arrays with fixed names, shapes and dtypes. Fill `host[name]`, call `upload()`, read `device[name]`.
+
+    `specs`: name → (shape, dtype), where the dtype is int32, int64 or float32.
+    """
 
     def __init__(self, specs: Mapping[str, tuple[tuple[int, ...], str]], device: torch.device) -> None:
         sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in specs.items()}
@@ -40,18 +44,18 @@ class Packed:
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array], device: torch.device) -> Packed:
-        """Made for these arrays, filled and uploaded."""
+        """A `Packed` with the shapes of `arrays`, filled and uploaded."""
         packed = cls({name: (array.shape, array.dtype.name) for name, array in arrays.items()}, device)
         packed.fill(arrays)
         packed.upload()
         return packed
 
     def fill(self, arrays: Mapping[str, Array]) -> None:
-        """Copy arrays in; a shorter one fills the beginning of its place."""
+        """Copy arrays to the host side. An array that is smaller than its place fills the beginning of it."""
         for name, array in arrays.items():
             self.host[name][tuple(slice(size) for size in array.shape)] = array
 
     def upload(self) -> None:
-        """One asynchronous copy. The host side may be filled again once the step that reads it has ended."""
+        """Start one asynchronous copy. Do not fill the host side again before the step that reads it has ended."""
         if self._buffer is not self._staging:
             self._buffer.copy_(self._staging, non_blocking=True)

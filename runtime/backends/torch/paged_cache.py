@@ -1,8 +1,8 @@
-"""`PagedCache`: keys and values of every layer in blocks, sized from the memory that is free.
+"""`PagedCache`: the keys and values of every layer in blocks; their number depends on the free memory.
 
-A block of the scheduler is `block_size` positions of the trunk's layers once and of each tail's layers once. One block more
-than the scheduler knows of is the *dummy block*: rows that only pad a captured batch, and rows of a sequence whose block
-table is out of range, write there.
+A block of the scheduler is `block_size` positions of all layers of the trunk and of every tail. There is one block that the
+scheduler does not know of, the *dummy block*. The rows that pad a captured batch write there, and so do the rows of a sequence
+whose block table is out of range.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from ....kernels.oracle.operands import LayerCache
 from ...errors import UnavailableError
 
 SCALED = (torch.int8, torch.float8_e4m3fn)
-SHARE_OF_FREE = 0.9  # of the memory left after the weights; the rest is for activations and captured graphs
+SHARE_OF_FREE = 0.9  # of the memory that the weights leave; the rest is for activations and captured graphs
 
 
 class PagedCache:
-    """`trunk[layer]` and `tails[tail][layer]` are `LayerCache`s of `num_blocks` + 1 blocks."""
+    """`trunk[layer]` and `tails[tail][layer]` are `LayerCache`s with `num_blocks` + 1 blocks.
+
+    Keys and values are [num_blocks + 1, kv_heads, block_size, head_size] of `dtype`. An 8-bit cache also has float32 scales
+    [num_blocks + 1, kv_heads, block_size].
+    """
 
     def __init__(
         self,
@@ -58,15 +62,15 @@ def _layer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def block_bytes(layers: int, kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a block over `layers` layers (trunk and all tails)."""
+    """Bytes of one block. `layers`: layers of the trunk and all tails together."""
     position = head_size * dtype.itemsize + (4 if dtype in SCALED else 0)
     return 2 * layers * kv_heads * block_size * position
 
 
 def blocks_that_fit(size: int, wanted: int, device: torch.device) -> int:
-    """How many blocks of `size` bytes there may be: what is wanted, or on a GPU as many more as the free memory holds.
+    """The number of blocks of `size` bytes: `wanted` on a CPU; on a GPU as many as fit into the free memory.
 
-    Raises `UnavailableError` if not even one fits.
+    Raises `UnavailableError` if none fits beside the dummy block.
     """
     if device.type != "cuda":
         return wanted
@@ -77,4 +81,4 @@ def blocks_that_fit(size: int, wanted: int, device: torch.device) -> int:
             f"after the weights {free / 1e9:.2f} GB of GPU memory are free, a block of the KV cache takes {size / 1e6:.1f} MB; "
             "use a smaller bundle, fewer tails or a larger GPU"
         )
-    return fit - 1  # the dummy block
+    return fit - 1  # one is the dummy block

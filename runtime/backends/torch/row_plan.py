@@ -1,7 +1,7 @@
-"""`RowPlan`: which rows of a batch go where, as flat int32 arrays: the host side of a forward pass.
+"""`RowPlan`: where each row of a batch goes, as flat int32 arrays. It is the host side of a forward pass.
 
-A sequence whose rows are sampled attends row by row, one row or several drafted ones; a prompt's rows attend as a chunk. So
-a token's result depends neither on the batch nor on whether it was drafted.
+The rows of a sampled sequence attend one by one, drafted rows too. The rows of a prompt attend as a chunk. So the result
+for a token depends neither on the batch nor on whether the token was drafted.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ I32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """A subset of a batch's sequences and their rows, renumbered 0, 1, … in order; `index` are the flat rows."""
+    """The rows of some of a batch's sequences, renumbered 0, 1, … in order."""
 
-    index: I32  # [rows]
-    arrays: dict[str, npt.NDArray[np.int32]]  # what the kernels read, by the names of `StepInputs`
-    max_chunk: int  # rows of the longest chunk; 0: decode rows only
+    index: I32  # [rows] flat row of the batch
+    arrays: dict[str, npt.NDArray[np.int32]]  # what the kernels read; the names are those of `RowInputs`
+    max_chunk: int  # rows of the longest chunk; 0 if there are only decode rows
 
     @property
     def num_rows(self) -> int:
@@ -31,7 +31,10 @@ class RowPlan:
 
 
 def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32, adapters: I32) -> RowPlan:
-    """Rows of the sequences `seqs` (ascending). slots [rows of the batch]; lengths and adapters [num_seqs]."""
+    """The plan for the sequences `seqs` (ascending indices).
+
+    slots: [rows of the batch] cache slot of each row. lengths, adapters: [num_seqs] context length, and adapter or -1.
+    """
     starts = batch.cu_seqlens_q[seqs].astype(np.int64)
     counts = np.diff(batch.cu_seqlens_q)[seqs].astype(np.int64)
     firsts = np.cumsum(counts) - counts  # renumbered first row of each sequence
@@ -42,7 +45,7 @@ def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32
     flat = [row for sample in batch.samples for row, _, _ in sample.terms]
     sampled[np.searchsorted(batch.cu_seqlens_q, flat, side="right") - 1] = True
     rows = np.flatnonzero(sampled[seqs][seq_of_row])
-    seen = lengths[seqs][seq_of_row] - counts[seq_of_row] + offset + 1  # positions that a row sees
+    seen = lengths[seqs][seq_of_row] - counts[seq_of_row] + offset + 1  # positions that the row attends to
     chunk = np.flatnonzero(~sampled[seqs])
     arrays = {
         "positions": batch.positions[index],
@@ -61,7 +64,7 @@ def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32
 
 
 def _adapter_tiles(adapters: npt.NDArray[np.int32]) -> dict[str, I32]:
-    """Rows grouped by adapter in tiles of `ADAPTER_TILE`; see `operands.AdapterTiles`."""
+    """The rows of each adapter, in tiles of `ADAPTER_TILE` rows; see `operands.AdapterTiles`."""
     order: list[I32] = []
     tiles: list[int] = []
     for adapter in np.unique(adapters[adapters >= 0]).tolist():

@@ -1,0 +1,70 @@
+"""`SearchParams`, `SearchSpace` and `FuseParams`: the settings of a search and of a fusion."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...runtime.api.request import Space
+from ...runtime.errors import ConfigError
+from ..params import TuneParams, described
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """What a search varies: ranges (lowest, highest), and choices from `layers` on. A single choice is fixed."""
+
+    learning_rate: tuple[float, float] = (1e-4, 5e-3)
+    weight_decay: tuple[float, float] = (1e-3, 0.3)
+    l1: tuple[float, float] = (1e-9, 1e-6)
+    dropout: tuple[float, float] = (0.0, 0.3)
+    label_smoothing: tuple[float, float] = (0.0, 0.15)
+    layers: tuple[int, ...] = described((1, 2, 4), "How many of the last layers to train: choices, for tails.")
+    rank: tuple[int, ...] = (4, 8, 16)
+    batch_tokens: tuple[int, ...] = (512, 1024, 2048)
+    schedule: tuple[str, ...] = ("cosine", "linear", "constant")
+    augmentation: tuple[str, ...] = described(("none",), "Choices; each but none costs one more pass of the trunk.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) for name, value in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParams:
+    """How to search. `base`: what all trials have in common (method, examples, epochs, bag …)."""
+
+    base: TuneParams = field(default_factory=lambda: TuneParams(bag=0.8, evaluations=3))
+    space: SearchSpace = field(default_factory=SearchSpace)
+    trials: int = described(16, "How many trials to run.")
+    seed: int = described(0, "Seed of the search; each trial has its own, made from it.")
+    sampler: Literal["gp", "random"] = described("gp", "gp: Bayesian, with a Gaussian process.")
+    startup: int = 5  # random trials before the Gaussian process suggests
+    prune: bool = described(True, "Stop trials early that are worse than most others at the same point.")
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ConfigError(f"trials must be at least 1, got {self.trials}")
+        if self.sampler not in ("gp", "random"):
+            raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
+        if self.base.epsilon is not None and self.base.augmentation != "none":
+            raise ConfigError("a private search cannot use augmentation; set augmentation to none")
+
+
+@dataclass(frozen=True, slots=True)
+class FuseParams:
+    """How to choose and measure an ensemble. `max_length`: as in `TuneParams`."""
+
+    space: Space = field(default=Space.LOGITS, metadata={"help": "Where members are mixed."})
+    max_members: int = described(4, "Members of the ensemble, at most.")
+    validation_examples: int = described(64, "Examples that members and mix are fitted on, at most.")
+    test_examples: int = described(128, "Examples for the final figure, at most; they decide nothing.")
+    max_length: int = described(320, "Tokens per example, at most.")
+    folds: int = 4  # of the nested cross-validation
+    with_base: bool = True  # the untuned base is a candidate too
+
+    def __post_init__(self) -> None:
+        if self.max_members < 1 or self.folds < 2:
+            raise ConfigError(
+                f"max_members must be at least 1 and folds at least 2, got {self.max_members} and {self.folds}"
+            )
