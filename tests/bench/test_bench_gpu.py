@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import motet
 import pytest
 
 torch = pytest.importorskip("torch", reason="the benches make torch tensors")
@@ -110,11 +111,12 @@ def test_goals_are_judged_by_what_was_measured():
 def test_the_tree_runs_without_an_installation():
     """What a GPU machine does: motet is not installed, the folders are found where they lie."""
     code = "import sys; sys.path.insert(0, 'bench/gpu'); import source_tree; source_tree.use()\n"
-    code += "import motet.bench.gpu.torch_decode as found; print(found.__file__)"
+    code += "import motet; import motet.bench.gpu.torch_decode as found; print(found.__file__, motet.__version__)"
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     environment = {**os.environ, "PYTHONPATH": packages}
     # -S: no .pth files, which is how an editable installation is found
     result = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert result.stdout.strip() == str(ROOT / "bench" / "gpu" / "torch_decode.py"), result.stderr
+    expected = f"{ROOT / 'bench' / 'gpu' / 'torch_decode.py'} {motet.__version__}"
+    assert result.stdout.strip() == expected, result.stderr

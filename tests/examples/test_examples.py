@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from helpers.models import make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
+from motet.runtime.serve.local import local_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIX = {"base": 0.25, "warm": 0.75}
@@ -57,3 +62,68 @@ def test_tiny_engine_gives_the_real_engines_tokens(members, mix, space):
     ) as engine:
         served = [choices[0].token_ids for choices in engine.complete(requests)]
     assert [sequence.output_ids for sequence in sequences] == served
+
+
+@pytest.fixture(scope="module")
+def address(members):
+    with local_server(members[2], EngineConfig(max_num_seqs=4, max_model_len=256, threads=1)) as address:
+        yield address
+
+
+def complete(address):
+    with Client(address) as client:
+        messages = [{"role": "user", "content": "Hello"}]
+        return client.complete(messages, mix=MIX, max_tokens=20, temperature=0.7, top_p=0.95, seed=7)[0]
+
+
+def run(*command, **options):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_python_client(address):
+    script = EXAMPLES / "client.py"
+    done = run(sys.executable, script, "Hello", "--mix", "base=0.25,warm=0.75", "--address", address)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\[(stop|length), \d+ tokens, seed \d+\]\n", done.stderr)
+    refused = run(sys.executable, script, "Hello", "--mix", "base=0.25,warm=0.25", "--address", address)
+    assert refused.returncode == 2
+    assert "the mix sums to 0.5; it must sum to 1" in refused.stderr
+    unknown = run(sys.executable, script, "Hello", "--mix", "nobody=1", "--address", address)
+    assert unknown.returncode == 1
+    assert "nobody" in unknown.stderr
+    away = run(sys.executable, script, "Hello", "--address", "127.0.0.1:1")
+    assert away.returncode == 1
+    assert "is `motet serve` running there?" in away.stderr
+
+
+@pytest.fixture(scope="module")
+def node_client(tmp_path_factory):
+    """The Node.js client beside its pinned packages and the proto, as in a checkout."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("Node.js is not installed (node and npm)")
+    root = tmp_path_factory.mktemp("node")
+    (root / "proto").mkdir()
+    shutil.copy(EXAMPLES.parent / "proto" / "inference.proto", root / "proto")
+    shutil.copytree(EXAMPLES / "node", root / "examples" / "node", ignore=shutil.ignore_patterns("node_modules"))
+    installed = run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=root / "examples" / "node")
+    if installed.returncode != 0 and "network" in installed.stderr.lower():
+        pytest.skip("the npm registry is out of reach")
+    assert installed.returncode == 0, installed.stderr
+    return root / "examples" / "node" / "client.mjs"
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_node_client(address, node_client):
+    options = ("--max-tokens", 20, "--seed", 7, "--address", address)
+    done = run("node", node_client, "Hello", "--mix", "base=0.25,warm=0.75", *options)
+    expected = complete(address)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.text + "\n"
+    assert done.stderr == f"[{expected.finish_reason}, {len(expected.token_ids)} tokens, seed 7]\n"
+    refused = run("node", node_client, "Hello", "--mix", "base=0.25,warm=0.25", *options)
+    assert refused.returncode == 2
+    assert "INVALID_ARGUMENT: the mix sums to 0.5; it must sum to 1" in refused.stderr
+    away = run("node", node_client, "Hello", "--address", "127.0.0.1:1")
+    assert away.returncode == 1
+    assert "UNAVAILABLE" in away.stderr

@@ -71,7 +71,7 @@ def _compiler_file(name):
     return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
-@pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built (no C++ compiler)")
+@pytest.mark.native
 def test_sanitised(tmp_path):
     """The tests of the kernels, on a build that stops at the first wrong address or undefined operation."""
     # The second too: exceptions are thrown through the first.

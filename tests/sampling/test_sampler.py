@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.kernels.native import binding as cpu
 from motet.kernels.oracle import reference
 from motet.runtime.api.request import SamplingParams, Space
 from motet.runtime.sampling import host as sampler
@@ -14,11 +13,9 @@ from motet.runtime.sampling.host import sample_rows
 from motet.runtime.schedule.batch import SampleRow
 
 
-@pytest.fixture(params=["native", "numpy"], autouse=True, scope="module")
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "numpy"], autouse=True, scope="module")
 def kind(request):
     """Both samplers behind `sample_rows`."""
-    if request.param == "native" and not cpu.is_available():
-        pytest.skip("the native kernels were not built")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "_has_native", lambda: request.param == "native")
         yield request.param

@@ -10,7 +10,6 @@ from helpers import fake_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.model_info import ModelInfo
 from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, SamplingParams, Space
@@ -347,10 +346,9 @@ def test_bad_sizes_are_refused(value):
         SamplingParams(speculative_tokens=value)
 
 
+@pytest.mark.native
 def test_native_answers_do_not_depend_on_drafts_or_cached_prefixes(tiny_model_dir, tmp_path):
     """A mix of two tails and two views on the native kernels: their rows have the same bits alone and together."""
-    if not cpu.is_available():
-        pytest.skip("the native kernels were not built")
     export_bundle(tiny_model_dir("llama"), tmp_path / "b", tails={"a": None, "b": None}, num_tail_layers=2)
     ensemble = Ensemble((Member("a", 0.9), Member("b", 0.4), Member("a", -0.3, 1)))
     prompts = ((*range(60), 5, 6, 7) * 2, (5, 6, 7))
