@@ -25,8 +25,9 @@ def stream(client: Client, prompt: str, mix: Mapping[str, float] | None) -> None
     for delta in client.generate(messages, mix=mix, max_tokens=200, temperature=0.7, top_p=0.95, timeout_s=60):
         print(delta.text, end="", flush=True)
         if delta.finish_reason is not None and delta.usage is not None:
+            print()
             print(
-                f"\n[{delta.finish_reason}, {delta.usage.completion_tokens} tokens, seed {delta.seed}]", file=sys.stderr
+                f"[{delta.finish_reason}, {delta.usage.completion_tokens} tokens, seed {delta.seed}]", file=sys.stderr
             )
 
 

@@ -40,6 +40,7 @@ def test_generate(bundle):
     assert "tokens" in result.stderr
 
 
+@pytest.mark.slow
 def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
     generate = ("generate", "hi", "--bundle", bundle)
     assert "sums to 0.5" in refused(*generate, "--mix", "base=0.5")
@@ -56,6 +57,7 @@ def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
     assert "No such option" in refused("export", "--wrong")
 
 
+@pytest.mark.slow
 def test_malformed_data(tmp_path, tiny_model_dir):
     data = tmp_path / "data.jsonl"
     for content, expected in (
@@ -74,6 +76,7 @@ def test_port_in_use(bundle):
         assert "cannot listen" in refused("serve", bundle, "--port", taken.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_wrong_family(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert "model family 'mamba'" in refused("export", tmp_path, tmp_path / "b")

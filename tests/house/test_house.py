@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("runtime", "kernels", "export", "finetune", "proto", "bench")
 
 
+@pytest.mark.slow
 def test_the_wheel_is_the_tree(tmp_path):
     command = [
         sys.executable,
@@ -115,6 +116,7 @@ def test_the_reference_has_the_public_names(tmp_path):
 KERNEL_TESTS = ("test_mix_sample", "test_mix_head_sample", "test_attention", "test_weight_matmul", "test_rotary_write")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["torch", "triton"])
 def test_without_torch_or_triton_kernel_tests_say_so_and_nothing_is_imported(package, tmp_path):
     """Where a package is missing, collecting the kernels' tests imports neither it nor fails."""

@@ -88,6 +88,7 @@ def test_rows_do_not_depend_on_the_batch():
     assert together.token_ids.tolist() == alone
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     """Chi-square of 20,000 draws at different positions."""
     logits = np.array([[0.0, 1.0, -1.0, 0.5, 2.0, -3.0]], np.float32)

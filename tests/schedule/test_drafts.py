@@ -278,6 +278,7 @@ def told(choices):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests(), st.sampled_from([1, 2, None]), st.integers(40, 80), st.integers(1, 24))
+@pytest.mark.slow
 def test_no_answer_depends_on_drafts(tokenizer, batch, order, num_blocks, max_rows):
     """Greedy and sampled, with penalties, stops and several views, while blocks and rows are short."""
     with make_engine(tokenizer, order=order, num_blocks=300, prefix_cache=False) as engine:
