@@ -46,6 +46,7 @@ def outcome(trials):
     return [(t.number, t.params, t.value, t.curve, t.state) for t in trials]
 
 
+@pytest.mark.slow
 def test_search_and_fuse(bench, tmp_path):
     params = SearchParams(BASE, SPACE, trials=7, startup=3, prune=False)
     result = search(bench, tmp_path / "s", params)
@@ -66,6 +67,7 @@ def test_search_and_fuse(bench, tmp_path):
         assert "nested CV" in (tmp_path / f"f-{space}" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom motet.finetune.params import TuneParams\n"
@@ -114,6 +116,7 @@ def test_hopeless_trials():
     assert not is_hopeless(trials, 1, 9.0)
 
 
+@pytest.mark.slow
 def test_a_private_search_composes(bench, tmp_path):
     base = TuneParams(
         examples=24, validation_examples=8, max_length=100, bag=1.0, epochs=1, epsilon=2.0, batch_examples=6
@@ -176,6 +179,7 @@ def test_nested_cross_validation_and_bootstrap_are_honest():
     assert (same.low, same.change, same.high) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
     with pytest.raises(DataError, match="nothing to fuse"):
         fuse(bench, {}, tmp_path / "f")
