@@ -115,6 +115,7 @@ def _teacher_forced(model, prompt, tokens):
     return np.concatenate([model._logits(row[None]) for row in rows]).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_solo_is_batched(bundles, backend):
     """64 prompts × 64 tokens: the same greedy tokens alone and in a full, changing batch, prefill chunks cut alike."""
     prompts = prompts_of(Bundle.load(bundles / "all"), 64)

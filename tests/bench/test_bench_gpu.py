@@ -38,6 +38,7 @@ TINY = DecoderConfig.from_dict(
 EAGER = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=True)
 
 
+@pytest.mark.slow
 def test_every_kernel_case_runs():
     """Each case of the kernel bench, once, through the interpreter (or compiled, on a GPU)."""
     tiny = kernels.Sizes(
@@ -51,6 +52,7 @@ def test_every_kernel_case_runs():
     assert len(names) == len(set(names)) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_decode_is_measured_on_random_weights(bits):
     rows = torch_decode.measure(
@@ -68,6 +70,7 @@ def test_random_weights_keep_the_scale_of_activations(bits):
     assert dequantise(weights.trunk[0].up.weight).std() == pytest.approx(64**-0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_slice_is_checked_against_the_oracle():
     assert torch_decode.check_slice(TINY, 8, EAGER) < 1e-5
 
@@ -108,6 +111,7 @@ def test_goals_are_judged_by_what_was_measured():
     assert met["times transformers, batch 1"] is True
 
 
+@pytest.mark.slow
 def test_the_tree_runs_without_an_installation():
     """What a GPU machine does: motet is not installed, the folders are found where they lie."""
     code = "import sys; sys.path.insert(0, 'bench/gpu'); import source_tree; source_tree.use()\n"

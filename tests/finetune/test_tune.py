@@ -70,6 +70,7 @@ def test_a_tail_of_another_base_is_refused(tiny_model_dir, data, tmp_path):
         read_tail(tmp_path / "tail")
 
 
+@pytest.mark.slow
 def test_built_in_sets():
     for name in ("stdlib-code", "stdlib-docs"):
         dataset = load_dataset(name)
@@ -82,6 +83,7 @@ def test_built_in_sets():
     assert example.completion not in example.messages[0]["content"]
 
 
+@pytest.mark.slow
 def test_heldout_text(tokenizer):
     chunks = heldout_token_ids(tokenizer, 4000)
     assert sum(len(chunk) - 1 for chunk in chunks) >= 4000
