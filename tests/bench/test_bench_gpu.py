@@ -82,6 +82,7 @@ def test_unknown_shapes_and_bits_are_said():
         RandomModel(TINY, 5, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU: the bench runs")
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(UnavailableError, match="needs an NVIDIA GPU"):

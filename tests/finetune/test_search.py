@@ -93,6 +93,7 @@ def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_pat
     assert outcome(read_trials(tmp_path / "killed")) == outcome(read_trials(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_gaussian_process_looks_where_it_is_good():
     """On a smooth function the posterior's suggestions are better than chance: closer to the optimum, on average."""
     space = SPACE.distributions("tail", 4)
