@@ -5,22 +5,39 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(or $(MOTET_HOME),$(CURDIR)/.motet)/peers/venv
 
-.PHONY: demo test lint bench peers proto clean
+MODELS := MOTET_HOME=$(or $(MOTET_HOME),$(CURDIR)/.motet)
+PACKAGE := build/lint/motet
+CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
+MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
+
+.PHONY: demo check test lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
 	$(BIN)/python -m motet.bench.demo
 
-test: lint
-	MOTET_HOME=$(or $(MOTET_HOME),$(CURDIR)/.motet) $(BIN)/python -m pytest
+# The fast loop, below a minute: what needs no model, no compiler and no patience.
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not network and not native"
 
-# Types and imports are checked on the package as it is installed, not on the tree. It needs no native kernels: no compiler.
+# All there is: what CI runs.
+test: lint
+	$(MODELS) $(BIN)/python -m pytest
+
+# Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint build/lib* build/bdist* && CC=no-compiler CXX=no-compiler $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
-	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python -p motet
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	rm -rf build/lint && mkdir -p $(PACKAGE)
+	ln -s $(addprefix $(CURDIR)/,$(wildcard src/motet/*) runtime kernels export finetune proto bench) $(PACKAGE)
+	cd build/lint && $(MYPY) -p motet
+	cd build/lint && MYPYPATH=. $(MYPY) ../../examples
 	cd build/lint && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
+
+# The API reference, from the docstrings: open build/docs/index.html.
+docs: $(READY)
+	$(BIN)/pdoc --output-directory build/docs motet motet.runtime '!motet.runtime.backends.torch' motet.kernels.oracle.reference motet.export motet.finetune
 
 bench: $(READY)
 	MOTET_HOME=.motet $(BIN)/motet bench decode .motet/bundles/demo --out .motet/results

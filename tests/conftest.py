@@ -17,11 +17,21 @@ if importlib.util.find_spec("motet") is None:  # a machine without an installer:
     source_tree.use()
 
 from helpers.models import write_model, write_tokenizer
+from motet.kernels.native import binding
 from motet.runtime.text.tokenizer import Tokenizer
 
 # Triton's kernels are compiled where there is an NVIDIA GPU and interpreted elsewhere; it looks when it is imported.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the real model are `network`, for it may have to be pulled. Tests that are `native` need the built library."""
+    for item in items:
+        if "real_model_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.network)
+        if item.get_closest_marker("native") is not None and not binding.is_available():
+            item.add_marker(pytest.mark.skip(reason="the native kernels were not built (no C++ compiler)"))
 
 
 @pytest.fixture(scope="session")

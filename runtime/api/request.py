@@ -26,6 +26,8 @@ class Space(StrEnum):
 
 
 class FinishReason(StrEnum):
+    """Why an answer has ended. STOP: a stop string or token, or the end of the text. LENGTH: `max_tokens` or the context."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"

@@ -11,14 +11,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any, TextIO
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..api.output import Completion
 from ..api.request import Ensemble, Request
@@ -32,6 +30,8 @@ INSTRUCTION = "Summarise the following text in a few sentences.\n\n"
 TEXT_FILES = (".txt", ".md", ".rst", ".py")
 _TEMPLATE_TOKENS = 64  # room for the chat template and the instruction
 _WINDOW = 8  # chunks of one document that are in flight
+
+OnProgress = Callable[[int, int], None]  # (records ended, records in all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,22 @@ class _Job:
     lock: Lock = field(default_factory=Lock)
 
 
+class _Progress:
+    """Counts ended records and reports them, in order and one call at a time."""
+
+    def __init__(self, total: int, report: OnProgress | None) -> None:
+        self._ended = 0
+        self._total = total
+        self._report = report or (lambda ended, total: None)
+        self._lock = Lock()
+        self._report(0, total)
+
+    def advance(self) -> None:
+        with self._lock:
+            self._ended += 1
+            self._report(self._ended, self._total)
+
+
 def summarise(
     engine: Engine,
     in_path: Path,
@@ -94,14 +110,15 @@ def summarise(
     *,
     ensemble: Ensemble | None = None,
     params: SummariseParams | None = None,
-    show_progress: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> SummariseReport:
     """Summarise every record of `in_path` into `out_path`.
 
     In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files. Out: {"id", "source",
     "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id", "source",
-    "error": {"type", "message"}} for a record that failed; the job goes on. Raises `NotFoundError`,
-    `InvalidRequestError` (in and out are one), `ConfigError`, before any work.
+    "error": {"type", "message"}} for a record that failed; the job goes on. `on_progress` is called before the first record
+    and after each, one call at a time, from any thread. Raises `NotFoundError`, `InvalidRequestError` (in and out are
+    one), `ConfigError`, before any work.
     """
     params = params or SummariseParams()
     if not in_path.exists():
@@ -116,16 +133,15 @@ def summarise(
         )
     started = time.monotonic()
     finished = _finished_keys(out_path)
-    columns = (TextColumn("summarising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with out_path.open("a", encoding="utf-8") as output, Progress(*columns, disable=not show_progress) as progress:
+    progress = _Progress(_count_records(in_path), on_progress)
+    with out_path.open("a", encoding="utf-8") as output:
         job = _Job(engine, ensemble or engine.model.default_ensemble, params, chunk_tokens, output)
-        task = progress.add_task("", total=_count_records(in_path))
-        _run(job, _records(in_path), finished, lambda: progress.advance(task))
+        _run(job, _records(in_path), finished, progress)
     job.report.seconds = time.monotonic() - started
     return job.report
 
 
-def _run(job: _Job, records: Iterator[_Record], finished: set[str], tick: Any) -> None:
+def _run(job: _Job, records: Iterator[_Record], finished: set[str], progress: _Progress) -> None:
     """A bounded number of records in flight, so that a large input is never in memory as a whole."""
     concurrency = job.params.concurrency or job.engine.config.max_num_seqs
     room = Semaphore(2 * concurrency)
@@ -133,13 +149,13 @@ def _run(job: _Job, records: Iterator[_Record], finished: set[str], tick: Any) -
 
     def done(future: Future[None]) -> None:
         room.release()
-        tick()
+        progress.advance()
 
     with ThreadPoolExecutor(concurrency) as pool:
         for record in records:
             if record.error is None and _key(job, record) in finished:
                 job.report.skipped += 1
-                tick()
+                progress.advance()
                 continue
             room.acquire()
             futures = {future for future in futures if not future.done() or future.exception() is not None}

@@ -218,6 +218,8 @@ def summarise(
     threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     from .runtime.engine.engine import Engine
     from .runtime.jobs.summarise import INSTRUCTION, SummariseParams
     from .runtime.jobs.summarise import summarise as run
@@ -226,8 +228,14 @@ def summarise(
     params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
     if not source.exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
-    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine:
-        report = run(engine, source, out, ensemble=ensemble, params=params)
+    columns = (TextColumn("summarising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, Progress(*columns) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(ended: int, total: int) -> None:
+            progress.update(task, completed=ended, total=total)
+
+        report = run(engine, source, out, ensemble=ensemble, params=params, on_progress=show)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
 

@@ -25,7 +25,7 @@ from motet.runtime.checkpoints.members.adapter import random_adapter, write_adap
 from motet.runtime.errors import BundleError, ConfigError, MotetError, UnavailableError
 from motet.runtime.model.bundle import Bundle
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built (no C++ compiler)")
+pytestmark = pytest.mark.native
 ISAS = cpu.isa_names() if cpu.is_available() else ()
 SCHEDULES = int(os.environ.get("MOTET_TEST_SCHEDULES", "120"))  # of each path; a sanitised run takes fewer
 BLOCK = cpu.BLOCK_SIZE

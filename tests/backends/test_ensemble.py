@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.models import make_tail
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
@@ -27,14 +26,12 @@ def make_bundles(model_dir, root, scale):
     return root
 
 
-@pytest.fixture(scope="module", params=["onnx", "cpu"])
+@pytest.fixture(scope="module", params=["onnx", pytest.param("cpu", marks=pytest.mark.native)])
 def backend(request):
-    if request.param == "cpu" and not cpu.is_available():
-        pytest.skip("the native kernels were not built (no C++ compiler)")
     return request.param
 
 
-@pytest.fixture(scope="module", params=["tiny", "real"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=pytest.mark.network)])
 def bundles(request, tmp_path_factory, tiny_model_dir):
     model_dir = tiny_model_dir("llama") if request.param == "tiny" else request.getfixturevalue("real_model_dir")
     return make_bundles(model_dir, tmp_path_factory.mktemp("bundles"), 0.3)
@@ -119,6 +116,7 @@ def _teacher_forced(model, prompt, tokens):
     return np.concatenate([model._logits(row[None]) for row in rows]).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_solo_is_batched(bundles, backend):
     """64 prompts × 64 tokens: the same greedy tokens alone and in a full, changing batch, prefill chunks cut alike."""
     prompts = prompts_of(Bundle.load(bundles / "all"), 64)

@@ -284,6 +284,7 @@ def test_the_real_model(real_model_dir, tmp_path):
 # ---- Triton against eager --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tails-32", "tails-8", "tails-4", "adapters-8"])
 def test_triton_steps_are_eager_steps(bundles, name):
     """Prefill and decode, chunks and single rows, mixed spaces, greedy and drawn, through every kernel."""
@@ -303,6 +304,7 @@ def test_triton_steps_are_eager_steps(bundles, name):
             assert a[0].logprobs == pytest.approx(b[0].logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_triton_with_a_quantised_cache(bundles, kv_dtype):
     bundle, tokens = Bundle.load(bundles / "base"), PROMPTS[0]

@@ -53,6 +53,7 @@ def test_summary_counts_goodput_and_failures():
     assert figures["itl_ms"]["p50"] == pytest.approx(100.0)
 
 
+@pytest.mark.slow
 def test_decode_report(bundle, tmp_path, capsys):
     result = decode.run(
         bundle, tmp_path, batch_sizes=[1, 2], prompt_tokens=24, context=20, new_tokens=6, repeats=1, threads=2
@@ -92,6 +93,7 @@ def test_a_shorter_prompt_is_the_beginning_of_a_longer_one(bundle):
     assert long[:23] == short
 
 
+@pytest.mark.slow
 def test_context_report(bundle, tmp_path, capsys):
     result = context.run(bundle, tmp_path, contexts=[24, 48, 96], new_tokens=4, repeats=1, threads=2)
     assert [row["context"] for row in result["contexts"]] == [24, 48, 96]
@@ -109,6 +111,7 @@ def test_a_line_is_found():
     assert context.fit([100, 200, 300], [1.0, 3.0, 2.0], 1)["largest_deviation"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_busy_report(bundle, tmp_path):
     result = busy.run(bundle, tmp_path, batch_sizes=[1, 2], context=20, new_tokens=8, repeats=1, threads=2)
     assert [row["batch_size"] for row in result["rows"]] == [1, 2]
@@ -117,6 +120,7 @@ def test_busy_report(bundle, tmp_path):
         assert row["busy_steps"] > 0
 
 
+@pytest.mark.slow
 def test_drafts_report(bundle, tmp_path):
     result = speculative.run(
         bundle, tmp_path, documents=2, source_tokens=40, max_tokens=12, repeats=1, temperatures=[0.0, 1.0], threads=2
@@ -132,6 +136,7 @@ def test_quoted_share():
     assert speculative._quoted([[1, 2, 3]], [[1, 2, 3]]) == 0.0
 
 
+@pytest.mark.slow
 def test_quality_report(bundle, tmp_path, tiny_model_dir):
     model = str(tiny_model_dir("llama"))
     result = quality.run([bundle], model, tmp_path, num_tokens=100, threads=2)
@@ -142,6 +147,7 @@ def test_quality_report(bundle, tmp_path, tiny_model_dir):
     assert "GGUF" in result["failed"]["llama.cpp"]
 
 
+@pytest.mark.slow
 def test_serve_report(bundle, tmp_path):
     result = serve.run(
         bundle, tmp_path, rates=[4.0], clients=[2], duration_s=0.5, prompt_tokens=8, new_tokens=4, threads=2
@@ -151,6 +157,7 @@ def test_serve_report(bundle, tmp_path):
     assert result["loads"][1]["tokens_s"] > 0
 
 
+@pytest.mark.slow
 def test_peers_that_are_unknown_or_absent(bundle, tmp_path, tiny_model_dir):
     with pytest.raises(ConfigError, match="unknown peers"):
         peers.run([bundle], "x", tmp_path, names=["vllm"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import motet
 import pytest
 
 torch = pytest.importorskip("torch", reason="the benches make torch tensors")
@@ -37,6 +38,7 @@ TINY = DecoderConfig.from_dict(
 EAGER = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=True)
 
 
+@pytest.mark.slow
 def test_every_kernel_case_runs():
     """Each case of the kernel bench, once, through the interpreter (or compiled, on a GPU)."""
     tiny = kernels.Sizes(
@@ -50,6 +52,7 @@ def test_every_kernel_case_runs():
     assert len(names) == len(set(names)) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_decode_is_measured_on_random_weights(bits):
     rows = torch_decode.measure(
@@ -67,6 +70,7 @@ def test_random_weights_keep_the_scale_of_activations(bits):
     assert dequantise(weights.trunk[0].up.weight).std() == pytest.approx(64**-0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_slice_is_checked_against_the_oracle():
     assert torch_decode.check_slice(TINY, 8, EAGER) < 1e-5
 
@@ -78,6 +82,7 @@ def test_unknown_shapes_and_bits_are_said():
         RandomModel(TINY, 5, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU: the bench runs")
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(UnavailableError, match="needs an NVIDIA GPU"):
@@ -107,14 +112,16 @@ def test_goals_are_judged_by_what_was_measured():
     assert met["times transformers, batch 1"] is True
 
 
+@pytest.mark.slow
 def test_the_tree_runs_without_an_installation():
     """What a GPU machine does: motet is not installed, the folders are found where they lie."""
     code = "import sys; sys.path.insert(0, 'bench/gpu'); import source_tree; source_tree.use()\n"
-    code += "import motet.bench.gpu.torch_decode as found; print(found.__file__)"
+    code += "import motet; import motet.bench.gpu.torch_decode as found; print(found.__file__, motet.__version__)"
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     environment = {**os.environ, "PYTHONPATH": packages}
     # -S: no .pth files, which is how an editable installation is found
     result = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert result.stdout.strip() == str(ROOT / "bench" / "gpu" / "torch_decode.py"), result.stderr
+    expected = f"{ROOT / 'bench' / 'gpu' / 'torch_decode.py'} {motet.__version__}"
+    assert result.stdout.strip() == expected, result.stderr

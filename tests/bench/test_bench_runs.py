@@ -123,6 +123,7 @@ def test_tpot_counts_tokens_not_messages():
     assert serve.Measured(num_tokens=5, arrivals=[0.1, 0.5], end=0.5).tpot == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_reported(tmp_path):
     with pytest.raises(UnavailableError, match="did not start"), serve.server_process(tmp_path / "nothing", 1):
         pass
@@ -131,6 +132,7 @@ def test_a_server_that_does_not_start_is_reported(tmp_path):
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_decode_rows_agree_with_themselves(bundle_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "measure", lambda _threads: LIMITS)
     result = decode.run(
@@ -288,6 +290,7 @@ def test_a_missing_peer_is_listed_as_not_installed():
     assert worker_answers(job, flags=("-S",)) == [{"error": "not installed (ctranslate2)"}]  # -S: no site-packages
 
 
+@pytest.mark.slow
 def test_the_motet_worker_generates_what_the_engine_does(bundle_dir):
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
     paths = {"bundle": str(bundle_dir)}
@@ -340,6 +343,7 @@ def test_onnxruntime_genai_is_told_the_thread_count(monkeypatch):
 # ---- probes and report -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_probes_measure_in_a_process_that_has_an_engine(bundle_dir):
     with Engine.from_bundle(bundle_dir, EngineConfig(threads=2, max_num_seqs=1, max_model_len=64)):
         found = probes.measure(1)

@@ -75,6 +75,7 @@ def test_merged_is_unmerged(tiny_model_dir, tmp_path, family):
     assert (merged - logits(read_config(model_dir), base)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj"), ("k_proj", "up_proj")])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_adapters_in_a_bundle_are_the_merged_weights(tiny_model_dir, tmp_path, family, targets):

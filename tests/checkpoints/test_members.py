@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import make_tail
+from motet.cli import export
 from motet.finetune.params import METHODS, TuneParams
 from motet.runtime.checkpoints.members.adapter import write_adapter
 from motet.runtime.checkpoints.members.files import first_layer
@@ -12,8 +13,6 @@ from motet.runtime.checkpoints.members.registry import FORMATS, format_at
 from motet.runtime.checkpoints.members.tail import write_tail
 from motet.runtime.errors import ConfigError, NotFoundError
 from motet.runtime.model.members import MemberKind
-
-from motet.cli import export
 
 PAIR = {"model.layers.3.mlp.up_proj.lora_a": torch.ones(2, 8), "model.layers.3.mlp.up_proj.lora_b": torch.ones(8, 2)}
 

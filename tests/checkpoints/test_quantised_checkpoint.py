@@ -41,6 +41,7 @@ def quantised(source: Path, out: Path, kind: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_4_bits_have_transformers_own_logits(

@@ -8,12 +8,11 @@ from typing import Literal
 
 import pytest
 import typer
+from motet import finetune_cli
 from motet.finetune.params import TuneParams
 from motet.finetune.search.params import FuseParams, SearchParams
-from motet.runtime.errors import ConfigError
-
-from motet import finetune_cli
 from motet.options import with_options
+from motet.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ def test_the_report_counts(tmp_path, tokenizer):
     assert report.parts["train"].too_long > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["token-dropout", "span-mask", "paraphrase"])
 def test_augmentation_is_seeded_and_leaves_the_answer(how, tokenizer, tmp_path):
     example = load_dataset("stdlib-code").splits["train"][0]

@@ -21,6 +21,7 @@ from motet.runtime.checkpoints.members.tail import read_tail
 from motet.runtime.errors import ConfigError, DataError, InvalidEnsembleError, NumericalError
 from motet.runtime.model.bundle import Bundle
 
+pytestmark = pytest.mark.slow  # each trains
 SMALL = {"examples": 32, "validation_examples": 8, "max_length": 100, "learning_rate": 3e-3, "batch_tokens": 256}
 
 KILLED = """

@@ -48,6 +48,7 @@ def outcome(trials):
     return [(t.number, t.params, t.value, t.curve, t.state) for t in trials]
 
 
+@pytest.mark.slow
 def test_search_and_fuse(bench, tmp_path):
     params = SearchParams(BASE, SPACE, trials=7, startup=3, prune=False)
     result = search(bench, tmp_path / "s", params)
@@ -68,6 +69,7 @@ def test_search_and_fuse(bench, tmp_path):
         assert "nested CV" in (tmp_path / f"f-{space}" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom motet.finetune.params import TuneParams\n"
@@ -94,6 +96,7 @@ def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_pat
     assert outcome(read_trials(tmp_path / "killed")) == outcome(read_trials(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_gaussian_process_looks_where_it_is_good():
     """On a smooth function the posterior's suggestions are better than chance: closer to the optimum, on average."""
     space = distributions(SPACE, "tail", 4)
@@ -117,6 +120,7 @@ def test_hopeless_trials():
     assert not is_hopeless(trials, 1, 9.0)
 
 
+@pytest.mark.slow
 def test_a_private_search_composes(bench, tmp_path):
     base = TuneParams(
         examples=24, validation_examples=8, max_length=100, bag=1.0, epochs=1, epsilon=2.0, batch_examples=6
@@ -179,6 +183,7 @@ def test_nested_cross_validation_and_bootstrap_are_honest():
     assert (same.low, same.change, same.high) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
     with pytest.raises(DataError, match="nothing to fuse"):
         fuse(bench, {}, tmp_path / "f")

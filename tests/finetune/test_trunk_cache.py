@@ -102,6 +102,7 @@ def test_the_bound(trunk, tmp_path):
     cache.hidden(never, "digest 3", 3, ITEMS)
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tiny_model_dir, tmp_path, trunk):
     """kill -9 after the first chunk: the next writer keeps it, and the entry is the one that an unharmed writer makes."""
     model_dir = tiny_model_dir("llama")
@@ -121,6 +122,7 @@ def test_killed_while_writing(tiny_model_dir, tmp_path, trunk):
     assert all(torch.equal(a, b) for a, b in zip(whole, kept))
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny_model_dir, tmp_path):
     """A file-size limit stands for the full disk: a clear error, and the next run goes on."""
     code = (
@@ -155,6 +157,7 @@ def test_only_the_answers_positions(tiny_model_dir, family):
         assert torch.allclose(found[row][wanted], expected[row][at], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_cached_and_uncached_train_alike(tiny_model_dir, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(

@@ -31,6 +31,7 @@ def data(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_loss_and_touches_only_the_tail(tiny_model_dir, data, tmp_path):
     model_dir = tiny_model_dir("llama")
     manifest = tune(model_dir, data, tmp_path / "tail", params=PARAMS, show_progress=False)
@@ -45,6 +46,7 @@ def test_tuning_lowers_the_loss_and_touches_only_the_tail(tiny_model_dir, data, 
     assert again["metrics"] == metrics
 
 
+@pytest.mark.slow
 def test_from_tail_to_parity(tiny_model_dir, data, tmp_path, tokenizer):
     model_dir = tiny_model_dir("llama")
     tune(model_dir, data, tmp_path / "tail", params=PARAMS, show_progress=False)
@@ -57,6 +59,7 @@ def test_from_tail_to_parity(tiny_model_dir, data, tmp_path, tokenizer):
     assert parity.overhead < 1.1
 
 
+@pytest.mark.slow
 def test_a_tail_of_another_base_is_refused(tiny_model_dir, data, tmp_path):
     tune(tiny_model_dir("llama"), data, tmp_path / "tail", params=PARAMS, show_progress=False)
     with pytest.raises(BundleError, match="was trained on a base"):
@@ -67,6 +70,7 @@ def test_a_tail_of_another_base_is_refused(tiny_model_dir, data, tmp_path):
         read_tail(tmp_path / "tail")
 
 
+@pytest.mark.slow
 def test_built_in_sets():
     for name in ("stdlib-code", "stdlib-docs"):
         dataset = load_dataset(name)
@@ -79,6 +83,7 @@ def test_built_in_sets():
     assert example.completion not in example.messages[0]["content"]
 
 
+@pytest.mark.slow
 def test_heldout_text(tokenizer):
     chunks = heldout_token_ids(tokenizer, 4000)
     assert sum(len(chunk) - 1 for chunk in chunks) >= 4000

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import motet
 import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("runtime", "kernels", "export", "finetune", "proto", "bench")
 
 
+@pytest.mark.slow
 def test_the_wheel_is_the_tree(tmp_path):
     command = [
         sys.executable,
@@ -29,7 +34,8 @@ def test_the_wheel_is_the_tree(tmp_path):
         str(ROOT),
     ]
     subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    built = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(built) as wheel:
         packed = {name for name in wheel.namelist() if ".dist-info" not in name}
     expected = {f"motet/{path.name}" for path in (ROOT / "src" / "motet").iterdir() if path.suffix in (".py", ".typed")}
     for folder in FOLDERS:
@@ -38,6 +44,7 @@ def test_the_wheel_is_the_tree(tmp_path):
     library = {name for name in packed if name.startswith("motet/kernels/native/_cpu") and name.endswith(".so")}
     assert len(library) == (shutil.which("c++") is not None)
     assert packed - library == expected
+    assert built.name.startswith(f"motet-{motet.__version__}-")
 
 
 def test_stubs_are_generated_from_the_protos(tmp_path):
@@ -67,9 +74,49 @@ def test_serving_needs_no_heavy_package(module):
     assert result.stdout.strip() == "[]"
 
 
+def loaded_by(statement, *modules):
+    """Which of `modules` a fresh interpreter has loaded after `statement`."""
+    code = f"import sys; {statement}; print(*(name for name in {modules!r} if name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_an_oracle_loads_nothing_of_the_server():
+    heavy = ("grpc", "jinja2", "tokenizers", "onnxruntime", "typer", "motet.runtime.engine.engine")
+    assert loaded_by("import motet.kernels.oracle.reference", *heavy) == []
+    assert loaded_by("import motet; motet.Engine", "grpc", "motet.runtime.engine.engine") == [
+        "motet.runtime.engine.engine"
+    ]
+
+
+def test_the_public_names():
+    """Each name of `__all__` is what a type checker sees under it; there are no others."""
+    tree = ast.parse(Path(motet.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    declared = {alias.name: node.module for node in imports for alias in node.names}
+    assert sorted(declared) == sorted(motet.__all__)
+    for name, module in declared.items():
+        assert getattr(motet, name) is getattr(importlib.import_module(f"motet.{module}"), name), name
+        assert name in dir(motet)
+    with pytest.raises(AttributeError, match="module 'motet' has no attribute 'Motor'"):
+        motet.Motor  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_reference_has_the_public_names(tmp_path):
+    """What `make docs` builds: an entry with a text for each public name."""
+    command = [sys.executable, "-m", "pdoc", "--output-directory", str(tmp_path), "motet"]
+    subprocess.run(command, check=True, capture_output=True)
+    page = (tmp_path / "motet.html").read_text()
+    sections = {section.split('"', 1)[0]: section for section in re.split(r'<section id="', page)[1:]}
+    assert set(motet.__all__) <= set(sections)
+    without = [name for name in motet.__all__ if 'class="docstring"' not in sections[name]]
+    assert without == ["Completion"]  # another name for Output
+
+
 KERNEL_TESTS = ("test_mix_sample", "test_mix_head_sample", "test_attention", "test_weight_matmul", "test_rotary_write")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["torch", "triton"])
 def test_without_torch_or_triton_kernel_tests_say_so_and_nothing_is_imported(package, tmp_path):
     """Where a package is missing, collecting the kernels' tests imports neither it nor fails."""

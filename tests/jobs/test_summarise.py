@@ -22,8 +22,8 @@ def engine(tiny_model_dir, tmp_path_factory):
         yield engine
 
 
-def run(engine, source, out, params=PARAMS):
-    return summarise(engine, source, out, params=params, show_progress=False)
+def run(engine, source, out, params=PARAMS, **options):
+    return summarise(engine, source, out, params=params, **options)
 
 
 def read(path):
@@ -55,7 +55,9 @@ def test_records_errors_and_reruns(engine, tmp_path):
 
     with out.open("a") as file:
         file.write('{"id": "torn", "summ')  # a kill in the middle of a line
-    again = run(engine, source, out)
+    progress = []
+    again = run(engine, source, out, on_progress=lambda *counts: progress.append(counts))
+    assert progress == [(ended, 6) for ended in range(7)]
     assert (again.done, again.skipped, again.failed) == (0, 2, 4)
     assert "torn" not in out.read_text()
     assert read(out)["good"] == records["good"]

@@ -13,6 +13,7 @@ from motet.kernels.oracle.operands import DecodeRows, LayerCache  # noqa: E402
 from motet.kernels.triton.paged_attention import SPLIT, decode_attention  # noqa: E402
 from motet.kernels.triton.prefill_attention import prefill_attention  # noqa: E402
 
+pytestmark = pytest.mark.slow  # Triton's interpreter loops over blocks in Python
 # By the dtype of queries and probabilities: the kernel rounds probabilities to it, the oracle does not.
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (8e-3, 2e-2), torch.float16: (1e-3, 2e-3)}
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn]

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 TENSOR_CORES = {"_small_kernel", "_large_kernel", "_head_kernel", "_prefill_kernel"}
 
 
+@pytest.mark.slow
 def test_all_launches_compile_for_sm90(tmp_path):
     """No spills, shared memory within a multiprocessor's, and the Hopper tensor cores where the work is products."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -114,6 +114,7 @@ def test_batch_invariance():
     assert torch.equal(alone[0], tokens[:1]) and torch.equal(alone[1], logprobs[:1])
 
 
+@pytest.mark.slow
 def test_kernel_draws_follow_the_distribution():
     """Chi-square of 500 draws at different positions against the exact mixed distribution."""
     rng = np.random.default_rng(0)

@@ -39,6 +39,7 @@ with Engine.from_bundle(Path(sys.argv[1]), EngineConfig(threads=1, max_model_len
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
     bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "bundle")
     source = tmp_path / "source"  # a copy: a build in the tree would find objects that are there already
@@ -72,7 +73,8 @@ def _compiler_file(name):
     return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
-@pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built (no C++ compiler)")
+@pytest.mark.slow
+@pytest.mark.native
 def test_sanitised(tmp_path):
     """The tests of the kernels, on a build that stops at the first wrong address or undefined operation."""
     # The second too: exceptions are thrown through the first.
@@ -107,6 +109,7 @@ def test_sanitised(tmp_path):
     assert " passed" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_threads(tmp_path):
     """The thread pool alone: who is late is left out for a while, and all items are done once (see pool_test.cpp)."""

@@ -18,7 +18,7 @@ from motet.kernels.oracle.edits import NO_EDITS, Edits, apply_edits
 from motet.runtime.errors import InvalidRequestError, UnavailableError
 from motet.runtime.sampling import host as sampler
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the native kernels were not built")
+pytestmark = pytest.mark.native
 ISAS = cpu.isa_names() if cpu.is_available() else ()
 VOCABULARIES = (1, 17, 320, 49152)
 

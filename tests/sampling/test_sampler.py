@@ -7,7 +7,6 @@ import pytest
 from helpers.samples import penalise, sample_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.kernels.native import binding as cpu
 from motet.kernels.oracle import reference
 from motet.kernels.oracle.truncation import truncate
 from motet.runtime.api.request import Space
@@ -15,11 +14,9 @@ from motet.runtime.sampling import host as sampler
 from motet.runtime.sampling.host import sample_rows
 
 
-@pytest.fixture(params=["native", "numpy"], autouse=True, scope="module")
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "numpy"], autouse=True, scope="module")
 def kind(request):
     """Both samplers behind `sample_rows`."""
-    if request.param == "native" and not cpu.is_available():
-        pytest.skip("the native kernels were not built")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "_has_native", lambda: request.param == "native")
         yield request.param
@@ -84,6 +81,7 @@ def test_rows_do_not_depend_on_the_batch():
     assert together.token_ids.tolist() == alone
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     """Chi-square of 20,000 draws at different positions."""
     logits = np.array([[0.0, 1.0, -1.0, 0.5, 2.0, -3.0]], np.float32)

@@ -11,7 +11,6 @@ from helpers.samples import edits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.model_info import ModelInfo
 from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, Space
@@ -297,6 +296,7 @@ def told(choices):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests(), st.sampled_from([1, 2, None]), st.integers(40, 80), st.integers(1, 24))
+@pytest.mark.slow
 def test_no_answer_depends_on_drafts(tokenizer, batch, order, num_blocks, max_rows):
     """Greedy and sampled, with penalties, stops and several views, while blocks and rows are short."""
     with make_engine(tokenizer, order=order, num_blocks=300, prefix_cache=False) as engine:
@@ -365,10 +365,9 @@ def test_bad_sizes_are_refused(value):
         SamplingParams(speculative_tokens=value)
 
 
+@pytest.mark.native
 def test_native_answers_do_not_depend_on_drafts_or_cached_prefixes(tiny_model_dir, tmp_path):
     """A mix of two tails and two views on the native kernels: their rows have the same bits alone and together."""
-    if not cpu.is_available():
-        pytest.skip("the native kernels were not built")
     export_bundle(tiny_model_dir("llama"), tmp_path / "b", tails={"a": None, "b": None}, num_tail_layers=2)
     ensemble = Ensemble((Member("a", 0.9), Member("b", 0.4), Member("a", -0.3, 1)))
     prompts = ((*range(60), 5, 6, 7) * 2, (5, 6, 7))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import pytest
 from helpers.fake_backend import make_engine
+from motet.cli import app
 from motet.proto import inference_pb2
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member, Request, Space
@@ -21,8 +22,6 @@ from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.service import Service
 from typer.testing import CliRunner
-
-from motet.cli import app
 
 
 def value_of(name):

@@ -12,6 +12,7 @@ from motet.runtime.text.tokenizer import Tokenizer
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(min_size=1, max_size=30), st.data())
+@pytest.mark.slow
 def test_incremental_decoding_in_any_split(tokenizer, text, data):
     """Pushes joined are the text, and no push ends in half a character."""
     ids = tokenizer.encode(text, add_special_tokens=False)
