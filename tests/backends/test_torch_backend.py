@@ -403,7 +403,7 @@ import sys
 sys.modules[sys.argv[2]] = None
 from motet.runtime.backends.base import open_backend
 from motet.runtime.model.bundle import Bundle
-from motet.runtime.model.config import EngineConfig
+from motet.runtime.api.config import EngineConfig
 from motet.runtime.errors import UnavailableError
 try:
     if sys.argv[2] == "torch":
