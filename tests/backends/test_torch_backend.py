@@ -401,7 +401,7 @@ def test_without_torch_or_triton_it_says_what_to_install(bundles):
     code = """
 import sys
 sys.modules[sys.argv[2]] = None
-from motet.runtime.backends.base import open_backend
+from motet.runtime.backends.open import open_backend
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.errors import UnavailableError
