@@ -126,7 +126,7 @@ def test_merged_adapters_are_served(tiny_model_dir, tmp_path, tokenizer):
     path = export_bundle(model_dir, tmp_path / "b", tails={"base": None}, loras={"x": adapter}, merge=True, bits=32)
     chunks = [tokenizer.encode("a text of a few bytes, twice"), tokenizer.encode("and another one")]
     parity = measure_parity(Bundle.load(path), model_dir, {"base": None, "x": adapter}, chunks, threads=2)
-    assert all(abs(member.kl) < 1e-5 and member.top1 == 1.0 for member in parity.members)
+    assert all(abs(member.kl) < 1e-5 and member.top1 > 0.98 for member in parity.members)
 
 
 def test_tails_and_adapters_in_one_bundle(tiny_model_dir, tmp_path):

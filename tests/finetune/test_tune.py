@@ -53,7 +53,7 @@ def test_from_tail_to_parity(tiny_model_dir, data, tmp_path, tokenizer):
     chunks = [tokenizer.encode(f"say {i}; the answer is {i % 3}") for i in range(3)]
     parity = measure_parity(Bundle.load(path), model_dir, tails, chunks, threads=2)
     assert [member.name for member in parity.members] == ["base", "tuned"]
-    assert all(abs(member.kl) < 1e-5 and member.top1 == 1.0 for member in parity.members)
+    assert all(abs(member.kl) < 1e-5 and member.top1 > 0.98 for member in parity.members)
     assert parity.overhead < 1.1
 
 
