@@ -28,7 +28,7 @@ from motet.runtime.model.bundle import Bundle
 from safetensors.numpy import load_file
 
 ROWS = torch.arange(40)[None]
-LIMIT = 1e-5  # of logits in float64: what is left is W + B A rounded to float32
+LIMIT = 2e-5  # of logits in float64: what is left is W + B A rounded to float32
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -76,7 +76,7 @@ def test_merged_is_unmerged(tiny_model_dir, tmp_path, family):
         beside = attach(Decoder.from_dir(model_dir), adapter).double()(ROWS)
     merged = logits(read_config(model_dir), {**base, **merge(base, adapter)})
     assert relative_error(merged, beside) < LIMIT
-    assert relative_error(logits(read_config(model_dir), base), merged) > 1e4 * LIMIT
+    assert relative_error(logits(read_config(model_dir), base), merged) > 0.1
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj"), ("k_proj", "up_proj")])
