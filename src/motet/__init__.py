@@ -58,7 +58,7 @@ _MODULES = {
     "MotetError": "errors",
     "Output": "api.output",
     "Request": "api.request",
-    "SamplingParams": "api.request",
+    "SamplingParams": "api.sampling",
     "Space": "api.request",
     "build_prompt": "text.prompt",
 }  # public name → its module in motet.runtime

@@ -32,30 +32,33 @@ def test_negative_coefficients_in_logits_space():
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "field", "parts"),
     [
-        {"temperature": math.nan},
-        {"temperature": -1},
-        {"top_p": 0},
-        {"top_p": 1.1},
-        {"min_p": 2},
-        {"top_k": -1},
-        {"max_tokens": 0},
-        {"min_tokens": 5, "max_tokens": 4},
-        {"repetition_penalty": 0},
-        {"n": 0},
-        {"n": 65},
-        {"logprobs": 65},
-        {"seed": 2**64},
-        {"stop": ("x",) * 65},
-        {"stop": ("",)},
-        {"logit_bias": {1: math.inf}},
+        ({"temperature": math.nan}, "temperature", ("0…100", "got nan")),
+        ({"temperature": -1}, "temperature", ("0…100", "got -1")),
+        ({"top_p": 0}, "top_p", ("(0, 1]", "got 0")),
+        ({"top_p": 1.1}, "top_p", ("(0, 1]", "got 1.1")),
+        ({"min_p": 2}, "min_p", ("[0, 1]", "got 2")),
+        ({"top_k": -1}, "top_k", ("at least 0", "got -1")),
+        ({"max_tokens": 0}, "max_tokens", ("at least 1", "got 0")),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", ("at most max_tokens (4)", "got 5")),
+        ({"repetition_penalty": 0}, "repetition_penalty", ("above 0", "got 0")),
+        ({"n": 0}, "n", ("1…64", "got 0")),
+        ({"n": 65}, "n", ("1…64", "got 65")),
+        ({"logprobs": 65}, "logprobs", ("0…64", "got 65")),
+        ({"seed": 2**64}, "seed", ("0…2^64-1", f"got {2**64}")),
+        ({"stop": ("x",) * 65}, "stop", ("stop strings", "at most 64", "65")),
+        ({"stop": ("",)}, "stop", ("stop string", "1 to 1024 bytes")),
+        ({"logit_bias": {1: math.inf}}, "logit_bias", ("logit_bias", "finite")),
     ],
     ids=str,
 )
-def test_bad_sampling(values):
-    with pytest.raises(InvalidRequestError):
+def test_bad_sampling(values, field, parts):
+    """The error names the field; the message has the limit and the value."""
+    with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**values)
+    assert caught.value.field == field
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_empty_prompt_and_unknown_view():

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch backend runs on torch")
 
+from helpers.compare import relative_error  # noqa: E402
 from helpers.models import FAMILIES  # noqa: E402
 from motet.export.bundle_writer import export_bundle  # noqa: E402
 from motet.export.quantise import HEAD_GROUP, dequantise, layer_group, quantise  # noqa: E402
@@ -30,6 +31,7 @@ from motet.runtime.text.tokenizer import Tokenizer  # noqa: E402
 
 MIX = {"a": 0.5, "b": 0.3, "c": 0.2}
 PROMPTS = [(5, 9, 200, 31, 7), (100, 3), tuple(range(40, 61))]
+FLOAT32 = 1e-4  # relative error of a whole step in float32 against float64
 
 
 def options(kernels="eager", **changes):
@@ -136,11 +138,11 @@ def stored_weights(model_dir, bits):
 def test_scores_are_the_torch_model_s(tmp_path, tiny_model_dir, family, bits):
     model_dir = tiny_model_dir(family)
     backend = TorchBackend(Bundle.load(export_bundle(model_dir, tmp_path / "b", bits=bits)), config(), options())
-    decoder = Decoder.from_weights(read_config(model_dir), stored_weights(model_dir, bits))
+    decoder = Decoder.from_weights(read_config(model_dir), stored_weights(model_dir, bits)).double()
     tokens = np.random.default_rng(0).integers(0, 300, 40).tolist()
     with torch.no_grad():
-        expected = decoder(torch.tensor([tokens]))[0].numpy()
-    np.testing.assert_allclose(backend.score(tokens, 0), expected, atol=2e-4, rtol=1e-4)
+        expected = decoder(torch.tensor([tokens]))[0]
+    assert relative_error(backend.score(tokens, 0), expected) < FLOAT32
 
 
 def test_widened_once_is_widened_every_step(bundles):
@@ -186,10 +188,10 @@ def test_low_rank_members_are_merged_models(bundles, tiny_model_dir, bits):
     backend = TorchBackend(Bundle.load(path), config(), options())
     for index, member in ((1, "d"), (2, "e")):
         update = merge(base, read_adapter(bundles / member)[1])
-        decoder = Decoder.from_weights(backend._decoder, {**base, **update})
+        decoder = Decoder.from_weights(backend._decoder, {**base, **update}).double()
         with torch.no_grad():
-            expected = decoder(torch.tensor([PROMPTS[2]]))[0].numpy()
-        np.testing.assert_allclose(backend.score(PROMPTS[2], index), expected, atol=2e-4, rtol=1e-4)
+            expected = decoder(torch.tensor([PROMPTS[2]]))[0]
+        assert relative_error(backend.score(PROMPTS[2], index), expected) < FLOAT32
     everyone = ensemble(base=0.2, d=0.5, e=0.3)
     requests = ask(PROMPTS, [everyone, ensemble(e=1.0), ensemble(base=1.0)], 6)
     alone = [run(path, options(), [request])[0] for request in requests]

@@ -1,23 +1,65 @@
-"""The benchmarks' arithmetic and structure, on tiny bundles; no figure is asserted."""
+"""The benchmarks' arithmetic and reports, on tiny bundles and a clock of the tests' own."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import re
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from motet.bench import busy, context, decode, quality, serve, speculative
+from motet.bench.lib import probes, timed
 from motet.bench.lib.report import Plot, table, write
 from motet.bench.lib.timed import attended_positions, kv_position_bytes, random_request
 from motet.bench.peers import compare as peers
 from motet.export.bundle_writer import export_bundle
+from motet.finetune.data.dataset import heldout_token_ids
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.backends.cpu.backend import CpuBackend
+from motet.runtime.backends.onnx.backend import OnnxBackend
+from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.errors import ConfigError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.layout import decoder_layout
+from motet.runtime.text.tokenizer import Tokenizer
+
+LIMITS = {"threads": 2, "read_gb_s": 10.0, "int8_gmac_s": 100.0}
+LAYER = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 128  # multiply-accumulates of a layer of the tiny model
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The benches' clock: it stands still but for `cost(batch)` seconds a step. The machine's limits are `LIMITS`."""
+    found = SimpleNamespace(now=0.0, cost=lambda _batch: 0.004)
+
+    def costing(step):
+        def run(self, batch):
+            output = step(self, batch)
+            found.now += found.cost(batch)
+            return output
+
+        return run
+
+    for backend in (CpuBackend, OnnxBackend):
+        monkeypatch.setattr(backend, "step", costing(backend.step))
+    fake = SimpleNamespace(perf_counter=lambda: found.now, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(timed, "time", fake)
+    monkeypatch.setattr(probes, "measure", lambda _threads: LIMITS)
+    return found
+
+
+def words(path: Path) -> str:
+    """The text of a report's tables, in one line without rules and markup."""
+    page = path.read_text().partition("<h2>Data")[0]
+    return " ".join(re.sub(r"<[^>]*>|[─-╿]", " ", html.unescape(page)).split())
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +96,28 @@ def test_summary_counts_goodput_and_failures():
 
 
 @pytest.mark.slow
-def test_decode_report(bundle, tmp_path, capsys):
+def test_decode_report(bundle, tmp_path, capsys, clock):
+    """Steps of 4 ms a sequence of the batch, 1 ms more for a second member."""
+    clock.cost = lambda batch: 0.004 * batch.num_seqs + 0.001 * (len(batch.members[0]) - 1)
     result = decode.run(
         bundle, tmp_path, batch_sizes=[1, 2], prompt_tokens=24, context=20, new_tokens=6, repeats=1, threads=2
     )
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert last["decode"] == json.loads((tmp_path / "decode.json").read_text())["decode"]
-    assert [(row["batch_size"], row["ensemble_size"]) for row in result["decode"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert "<svg" in (tmp_path / "decode.html").read_text()
+    assert last["decode"] == json.loads((tmp_path / "decode.json").read_text())["decode"] == result["decode"]
+    shown = words(tmp_path / "decode.html")
+    expected = {(1, 1): 4, (1, 2): 5, (2, 1): 8, (2, 2): 9}  # ms
+    assert [(row["batch_size"], row["ensemble_size"]) for row in result["decode"]] == list(expected)
+    for row, ((size, members), ms) in zip(result["decode"], expected.items(), strict=True):
+        ratio, tok_s = ms / expected[size, 1], 1000 * size / ms
+        macs = size * ((3 + members) * LAYER + 64 * 320)
+        assert row["step_ms"] == pytest.approx(ms)
+        assert row["tok_s"] == pytest.approx(tok_s)
+        assert row["ratio_to_one_member"] == pytest.approx(ratio)
+        assert row["macs"] == macs
+        assert row["share_of_int8"] == pytest.approx(macs / (ms * 1e8))
+        assert row["share_of_bandwidth"] == pytest.approx(row["bytes"] / (ms * 1e7))
+        assert f"{size} {members} {ms:.2f} {tok_s:,.0f} {ratio:.2f}" in shown
+    assert f"prefill {24 / 0.004:,.0f} tok/s" in shown
 
 
 def test_step_work(bundle):
@@ -94,10 +150,19 @@ def test_a_shorter_prompt_is_the_beginning_of_a_longer_one(bundle):
 
 
 @pytest.mark.slow
-def test_context_report(bundle, tmp_path, capsys):
+def test_context_report(bundle, tmp_path, capsys, clock):
+    """Steps of 1 ms and 10 µs a position: the line is found again."""
+    clock.cost = lambda batch: 1e-3 + 1e-5 * float(batch.context_lens.max())
     result = context.run(bundle, tmp_path, contexts=[24, 48, 96], new_tokens=4, repeats=1, threads=2)
-    assert [row["context"] for row in result["contexts"]] == [24, 48, 96]
+    assert {row["context"]: row["ms"] for row in result["contexts"]} == pytest.approx({24: 1.24, 48: 1.48, 96: 1.96})
+    assert (result["fixed_ms"], result["slope_us"], result["r2"]) == pytest.approx((1.0, 10.0, 1.0))
+    position = 4 * 2 * (32 + 2 * 4)  # layers, keys and values: two heads of 16 bytes and their scales
+    assert result["position_bytes"] == position
+    assert result["share_of_bandwidth"] == pytest.approx(position / 1e-5 / 10e9)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bench"] == "context"
+    shown = words(tmp_path / "context.html")
+    assert "1.00 ms + 10.000 µs a position" in shown
+    assert "24 1.24 806 1.24" in shown and "96 1.96 510 1.96" in shown
     with pytest.raises(ConfigError, match="two contexts"):
         context.run(bundle, tmp_path, contexts=[24])
 
@@ -112,12 +177,27 @@ def test_a_line_is_found():
 
 
 @pytest.mark.slow
-def test_busy_report(bundle, tmp_path):
+def test_busy_report(bundle, tmp_path, monkeypatch, clock):
+    """Steps of 4 ms, 10 ms while the other process runs."""
+    burner = busy._burner
+
+    @contextmanager
+    def slower():
+        with burner():
+            clock.cost = lambda _batch: 0.010
+            yield
+        clock.cost = lambda _batch: 0.004
+
+    monkeypatch.setattr(busy, "_burner", slower)
     result = busy.run(bundle, tmp_path, batch_sizes=[1, 2], context=20, new_tokens=8, repeats=1, threads=2)
+    shown = words(tmp_path / "busy.html")
     assert [row["batch_size"] for row in result["rows"]] == [1, 2]
     for row in result["rows"]:
-        assert row["share"] == pytest.approx(row["busy_tok_s"] / row["quiet_tok_s"])
-        assert row["busy_steps"] > 0
+        size = row["batch_size"]
+        assert (row["quiet_tok_s"], row["busy_tok_s"]) == pytest.approx((250 * size, 100 * size))
+        assert (row["quiet_worst_ms"], row["busy_worst_ms"], row["share"]) == pytest.approx((4, 10, 0.4))
+        assert 0 < row["busy_steps"] <= 7  # the first of the 8 tokens is drawn with the prompt
+        assert f"{size} {250 * size} {100 * size} 40% 4.0 10.0 {row['busy_steps']}" in shown
 
 
 @pytest.mark.slow
@@ -128,7 +208,13 @@ def test_drafts_report(bundle, tmp_path):
     assert [(row["set"], row["temperature"]) for row in result["sets"]] == [
         *(("extract", 0.0), ("extract", 1.0), ("chat", 0.0), ("chat", 1.0))
     ]
-    assert all(row["identical"] for row in result["sets"])
+    shown = words(tmp_path / "speculative.html")
+    for row in result["sets"]:
+        assert row["identical"]
+        assert row["requests"] == 2
+        assert 2 <= row["tokens"] <= 2 * 12
+        figures = f"{row['quoted']:.0%} {row['off_tok_s']:,.0f} {row['on_tok_s']:,.0f} {row['decode_ratio']:.2f}"
+        assert f"{row['set']} {row['temperature']:g} {row['tokens']} {figures}" in shown
 
 
 def test_quoted_share():
@@ -141,9 +227,17 @@ def test_quality_report(bundle, tmp_path, tiny_model_dir):
     model = str(tiny_model_dir("llama"))
     result = quality.run([bundle], model, tmp_path, num_tokens=100, threads=2)
     (row,) = result["rows"]
-    assert row["num_tokens"] == result["tokens"] >= 100
-    assert 0 <= row["kl"] < 0.1
+    decoder, losses = Decoder.from_dir(tiny_model_dir("llama")), []
+    for chunk in heldout_token_ids(Tokenizer.from_dir(bundle), 100):
+        with torch.no_grad():
+            logprobs = decoder(torch.tensor([chunk[:-1]]))[0].log_softmax(-1)
+        losses.append(-logprobs.gather(1, torch.tensor(chunk[1:])[:, None]))
+    assert row["num_tokens"] == result["tokens"] == sum(map(len, losses)) >= 100
+    assert row["nll"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+    assert 0 < row["kl"] < 0.1
     assert 0.5 < row["top1"] <= 1
+    shown = words(tmp_path / "quality.html")
+    assert f"motet tiny {row['nll']:.3f} {row['nll_change']:+.2%} {row['kl']:.4f} {row['top1']:.1%}" in shown
     assert "GGUF" in result["failed"]["llama.cpp"]
 
 
@@ -154,7 +248,11 @@ def test_serve_report(bundle, tmp_path):
     )
     assert [load["load"] for load in result["loads"]] == ["open", "closed"]
     assert all(load["failures"] == {} for load in result["loads"])
-    assert result["loads"][1]["tokens_s"] > 0
+    for load in result["loads"]:
+        assert load["requests"] >= load["rate_or_clients"] / 4
+        assert load["requests_s"] * load["seconds"] == pytest.approx(load["requests"])
+        assert load["tokens_s"] * load["seconds"] == pytest.approx(4 * load["requests"])  # new_tokens of each
+        assert 0 < load["ttft_ms"]["p50"] <= load["e2e_ms"]["p50"]
 
 
 @pytest.mark.slow

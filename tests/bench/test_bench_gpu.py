@@ -38,28 +38,62 @@ TINY = DecoderConfig.from_dict(
 EAGER = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=True)
 
 
+# What a case must move at the tiny sizes below, counted by hand.
+BYTES = {
+    "mix_sample 4 rows, 1 members, temperature 0.0": 4 * 300 * 4,
+    "mix_head_sample, 1 requests": 300 * 64 * 2,
+    "residual_norm, 2 rows, 4 parts": 4 * 2 * 64 * 4
+    + 2 * (2 * 64 * 4)
+    + 2 * 64 * 2,  # parts, stream in and out, normed
+    "activate, 2 rows": 2 * 256 * 4 + 2 * 128 * 2,
+    "add_adapter, 2 rows, 4 adapters of rank 8": 4 * (8 * 64 + 64 * 8) * 2 + 2 * 64 * 2 + 2 * (2 * 64 * 4),
+    "rotary_write bfloat16, 2 rows": 2 * 2 * 128 * 4
+    + 2 * 64 * 2
+    + 2 * 2 * 32 * 2,  # qkv in two parts, queries, K and V
+    "rotary_write int8, 2 rows": 2 * 2 * 128 * 4 + 2 * 64 * 2 + 2 * 2 * 32,
+    "decode_attention bfloat16, 2 × 48": 2 * 48 * 2 * 32 * 2,
+    "decode_attention int8, 2 × 48": 2 * 48 * 2 * (32 + 2 * 4),  # a float32 scale a head
+    "prefill_attention bfloat16, 66 rows of 81": 2 * 66 * 64 * 2 + 81 * 2 * 32 * 2,  # queries in, results out, K and V
+    "matmul down 16 bits, 1 rows": 64 * 128 * 2 + 128 * 2 + 64 * 4,
+    "matmul down 8 bits, 1 rows": 64 * 128 + 64 * 4 * 2 + 128 * 2 + 64 * 4,  # 4 groups a row
+    "matmul gate_up 4 bits, 66 rows": 256 * 64 // 2 + 256 * 2 * (2 + 2) + 66 * (64 * 2 + 256 * 4),  # scales and minima
+}
+
+
 @pytest.mark.slow
-def test_every_kernel_case_runs():
+def test_every_kernel_case_runs_and_counts_its_bytes():
     """Each case of the kernel bench, once, through the interpreter (or compiled, on a GPU)."""
     tiny = kernels.Sizes(
-        hidden=64, inner=128, heads=4, kv_heads=2, head_size=16, vocab=300, batch=2, context=32, chunk=66, sampled=4
+        hidden=64, inner=128, heads=4, kv_heads=2, head_size=16, vocab=300, batch=2, context=48, chunk=66, sampled=4
     )
-    names = []
+    found, flops = {}, {}
     for case in kernels.cases(tiny):
         case.run()
-        assert case.bytes > 0
-        names.append(case.name)
-    assert len(names) == len(set(names)) > 30
+        assert case.name not in found
+        found[case.name], flops[case.name] = case.bytes, case.flops
+    assert len(found) > 30
+    assert all(count > 0 for count in found.values())
+    assert {name: found.get(name) for name in BYTES} == BYTES
+    assert flops["matmul down 8 bits, 66 rows"] == 2 * 66 * 64 * 128
+    seen = sum(range(16, 82))  # positions that the rows of a chunk after 15 see
+    assert flops["prefill_attention bfloat16, 66 rows of 81"] == 2 * 2 * 4 * 16 * seen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_decode_is_measured_on_random_weights(bits):
+@pytest.mark.parametrize(("bits", "weight", "head"), [(16, 4.0, 4.0), (8, 1.125, 1.125), (4, 0.75, 1.125)])
+def test_decode_is_measured_on_random_weights(bits, weight, head):
+    """`weight`, `head`: bytes a value; scales and minima are float32, one for 32 values, and the head has 8 bits at least."""
     rows = torch_decode.measure(
         TINY, EAGER, 10.0, bits=bits, batch_sizes=(1, 3), members=2, tail_layers=1, context=20, repeats=2
     )
-    assert [row["batch_size"] for row in rows] == [1, 3]
-    assert all(row["tok_s"] > 0 and row["bytes"] > 0 for row in rows)
+    layer = (64 + 2 * 32) * 64 + 64 * 64 + 2 * 96 * 64 + 64 * 96
+    position = 5 * 2 * 32 * 4  # three shared layers and two tails of one; keys and values in float32
+    for row, size in zip(rows, (1, 3), strict=True):
+        moved = 5 * layer * weight + 128 * 64 * head + size * 20 * position
+        seconds = row["step_ms"] / 1e3
+        assert (row["batch_size"], row["ensemble_size"], row["bytes"]) == (size, 2, moved)
+        assert row["tok_s"] * seconds == pytest.approx(size)
+        assert row["share_of_copy_bandwidth"] * seconds == pytest.approx(moved / 10e9)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

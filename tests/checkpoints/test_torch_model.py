@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from helpers.compare import relative_error
 from helpers.models import FAMILIES, WINDOW
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
@@ -19,25 +20,24 @@ from motet.runtime.model.layout import decoder_layout
 LIMIT = 3e-5
 
 
-def relative_error(model_dir, token_ids) -> float:
-    """The largest difference from transformers' logits, in units of their standard deviation. Both sides compute in
-    float64: in float32 the difference is rounding, and how much of it depends on the CPU."""
+def error_against_transformers(model_dir, token_ids) -> float:
+    """Both sides compute in float64: in float32 the difference is rounding, and how much of it depends on the CPU."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
     with torch.no_grad():
         expected = reference(token_ids).logits
         found = Decoder.from_dir(model_dir).double()(token_ids)
-    return float((found - expected).abs().max() / expected.std())
+    return relative_error(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity_with_transformers(tiny_model_dir, family):
     token_ids = torch.randint(0, 320, (2, 65), generator=torch.Generator().manual_seed(1))
-    assert relative_error(tiny_model_dir(family), token_ids) <= LIMIT
+    assert error_against_transformers(tiny_model_dir(family), token_ids) <= LIMIT
 
 
 def test_parity_on_the_real_model(real_model_dir):
     token_ids = torch.randint(0, 49152, (1, 96), generator=torch.Generator().manual_seed(1))
-    assert relative_error(real_model_dir, token_ids) <= LIMIT
+    assert error_against_transformers(real_model_dir, token_ids) <= LIMIT
 
 
 def test_llama3_rope_scaling(tiny_model_dir, tmp_path):
@@ -53,7 +53,7 @@ def test_llama3_rope_scaling(tiny_model_dir, tmp_path):
         "original_max_position_embeddings": 64,
     }
     path.write_text(json.dumps(values))
-    assert relative_error(tmp_path / "m", torch.arange(100)[None]) <= LIMIT
+    assert error_against_transformers(tmp_path / "m", torch.arange(100)[None]) <= LIMIT
 
 
 def test_trunk_and_tail_are_the_whole(tiny_model_dir):

@@ -13,7 +13,8 @@ import pytest
 from helpers.models import make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member, Request, SamplingParams, Space
+from motet.runtime.api.request import Ensemble, Member, Request, Space
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.serve.local import local_server

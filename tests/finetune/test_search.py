@@ -24,6 +24,7 @@ from motet.finetune.training.trunk_cache import TrunkCache
 from motet.runtime.api.request import Space
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
+from motet.runtime.checkpoints.members.tail import read_tail
 from motet.runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 
 BASE = TuneParams(examples=24, validation_examples=8, max_length=100, batch_tokens=256, bag=0.7, epochs=1)
@@ -55,18 +56,57 @@ def test_search_and_fuse(bench, tmp_path):
     assert [trial.number for trial in result.trials] == list(range(7))
     assert result.best.value == min(trial.value for trial in result.trials)
     page = (tmp_path / "s" / "report.html").read_text()
-    assert all(heading in page for heading in ("History", "Importance", "Parallel coordinates"))
+    assert f"Best: trial {result.best.number}, validation loss {result.best.value:.4f} nats" in page
+    for trial in result.trials:
+        assert f"<td>{trial.number}</td><td>{trial.value:.4f}</td><td>{trial.state}</td>" in page
+        assert f"<td>{trial.params['learning_rate']:.3g}</td>" in page
     assert outcome(search(bench, tmp_path / "s", params).trials) == outcome(result.trials)  # done: nothing is run again
     with pytest.raises(ConfigError, match="other settings"):
         search(bench, tmp_path / "s", SearchParams(BASE, SPACE, trials=7, seed=1))
     members = {path.name: path for path in result.members()}
+    scored = {name: answer_logprobs(bench, path) for name, path in {"base": None, **members}.items()}
+    exact = Workbench(bench.model_dir, bench.data, None)  # no cache: it holds hidden states in bfloat16
     for space in Space:
-        fused = fuse(bench, members, tmp_path / f"f-{space}", FuseParams(space, test_examples=8, validation_examples=8))
-        assert sum(fused["mix"].values()) == pytest.approx(1, abs=1e-9)
-        assert 1 <= len(fused["mix"]) <= 4
-        report = fused["report"]
-        assert report["fitted"]["validation"] <= min(f["validation"] for f in report["members"].values()) + 1e-9
-        assert "nested CV" in (tmp_path / f"f-{space}" / "README.md").read_text()
+        fused = fuse(exact, members, tmp_path / f"f-{space}", FuseParams(space, test_examples=8, validation_examples=8))
+        mix, report = fused["mix"], fused["report"]
+        assert sum(mix.values()) == pytest.approx(1, abs=1e-9)
+        assert 1 <= len(mix) <= 4
+        assert set(report["members"]) == set(scored)
+        for name, figures in report["members"].items():
+            assert figures["validation"] == pytest.approx(mixed_nll(scored, {name: 1.0}, space), rel=1e-4)
+        fitted = mixed_nll(scored, mix, space)
+        assert report["fitted"]["validation"] == pytest.approx(fitted, rel=1e-4)
+        others = np.random.default_rng(0).dirichlet(
+            np.ones(len(mix)), 20
+        )  # other mixes of the same members are no better
+        assert fitted <= min(mixed_nll(scored, dict(zip(mix, other)), space) for other in others) + 1e-4
+        card = (tmp_path / f"f-{space}" / "README.md").read_text()
+        figures = " | ".join(f"{report['fitted'][name]:.4f}" for name in ("validation", "validation_nested", "test"))
+        assert f"| fitted mix | {figures} |" in card
+        assert ", ".join(f"{name} {value:.3f}" for name, value in mix.items()) in card
+
+
+def answer_logprobs(bench, member):
+    """Log-probabilities [T, vocab] of the validation answers' positions and their tokens [T], from a tail's checkpoint (None:
+    the base): whole texts, one at a time."""
+    weights = {**bench.base, **(read_tail(member)[1] if member else {})}
+    decoder, rows, targets = Decoder.from_weights(bench.config, weights), [], []
+    for item in bench.load(TuneParams(max_length=320), {"validation": 8}).parts["validation"]:
+        tokens, answer = torch.tensor(item.encoded.token_ids), item.encoded.answer
+        with torch.no_grad():
+            rows.append(decoder(tokens[None, :-1])[0, answer - 1 :].double().log_softmax(-1))
+        targets.append(tokens[answer:])
+    return torch.cat(rows), torch.cat(targets)
+
+
+def mixed_nll(scored, mix, space) -> float:
+    """Nats a token of a mix of members: of their logits, or of their probabilities."""
+    targets = next(iter(scored.values()))[1]
+    if space is Space.LOGITS:
+        mixed = sum(c * scored[name][0] for name, c in mix.items()).log_softmax(-1)
+    else:
+        mixed = sum(c * scored[name][0].exp() for name, c in mix.items()).log()
+    return float(-mixed.gather(1, targets[:, None]).mean())
 
 
 @pytest.mark.slow

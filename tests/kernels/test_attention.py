@@ -15,7 +15,7 @@ from motet.kernels.triton.prefill_attention import prefill_attention  # noqa: E4
 
 pytestmark = pytest.mark.slow  # Triton's interpreter loops over blocks in Python
 # By the dtype of queries and probabilities: the kernel rounds probabilities to it, the oracle does not.
-TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (8e-3, 2e-2), torch.float16: (1e-3, 2e-3)}
+TOLERANCE = {torch.float32: (4e-6, 2e-5), torch.bfloat16: (8e-3, 2e-2), torch.float16: (1e-3, 2e-3)}
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 SHAPES = [(4, 2, 16, 4), (3, 3, 20, 1), (9, 3, 64, 16), (16, 1, 8, 32)]  # heads, kv_heads, head size, block size
 
