@@ -64,7 +64,7 @@ def with_options(options: Mapping[str, tuple[Any, Any]]) -> Callable[[Command], 
     return decorate
 
 
-# Of a rule: the type of its option, how its values are named in the help, and how one is read.
+# Rule → the type of its option, and what the help calls a value.
 _OPTION_TYPES: Mapping[type[Rule], tuple[Any, str | None]] = {
     Integer: (int, None),
     Number: (float, None),

@@ -70,7 +70,7 @@ def succeeded(monkeypatch, capsys):
 
 def greedy_answer(bundle, message, max_tokens):
     """The text that the engine gives for a chat message, temperature 0."""
-    with Engine.from_bundle(bundle, EngineConfig(threads=1)) as engine:
+    with Engine.from_bundle(bundle, EngineConfig()) as engine:
         prompt = tuple(engine.tokenizer.encode_chat([{"role": "user", "content": message}]))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return engine.complete([Request("r", (prompt,), engine.model.default_ensemble, sampling)])[0][0].text

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from motet.export.bundle_writer import export_bundle
 from motet.finetune.params import TuneParams
 from motet.finetune.search.repro import repro
 from motet.finetune.training.privacy import PrivacyBudget, budget, epsilon_of
-from motet.finetune.training.train import tune
-from motet.runtime.checkpoints.members.adapter import read_adapter
+from motet.finetune.training.train import Workbench, tune
+from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.huggingface import read_config, read_weights
+from motet.runtime.checkpoints.members.adapter import attach, read_adapter
 from motet.runtime.checkpoints.members.tail import read_tail
 from motet.runtime.errors import ConfigError, DataError, InvalidEnsembleError, NumericalError
 from motet.runtime.model.bundle import Bundle
@@ -55,31 +58,75 @@ def data(tmp_path):
     return str(path)
 
 
+def written_loss(model_dir, member, items, base) -> float:
+    """Mean negative log-likelihood of the answers' tokens, nats, from the checkpoint alone: whole texts, one at a time."""
+    config = read_config(model_dir)
+    if (member / "adapter.json").is_file():
+        decoder = attach(Decoder.from_weights(config, base), read_adapter(member)[1])
+    else:
+        weights = {**base, **read_tail(member)[1]}
+        decoder = Decoder.from_weights(replace(config, tied_head="lm_head.weight" not in weights), weights)
+    losses = []
+    for encoded in items:
+        tokens = torch.tensor(encoded.token_ids)
+        with torch.no_grad():
+            logprobs = decoder(tokens[None, :-1])[0].log_softmax(-1)
+        losses.append(-logprobs.gather(1, tokens[1:, None])[encoded.answer - 1 :, 0])
+    return float(torch.cat(losses).mean())
+
+
+def base_weights(model_dir, method):
+    """The weights beside which an adapter was trained: for qlora the layers' are rounded to NF4."""
+    weights = read_weights(model_dir)
+    if method == "qlora":
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        for name in (n for n in weights if n.endswith("_proj.weight")):
+            weights[name] = dequantize_4bit(*quantize_4bit(weights[name], quant_type="nf4"))
+    return weights
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "learned"),  # the loss after / before at most: about twice what each method reaches
     [
-        {"method": "lora", "layers": 2, "targets": ("q_proj", "v_proj", "down_proj"), "learning_rate": 2e-2},
-        {"method": "qlora", "learning_rate": 2e-2},
-        {"method": "full"},
-        {"method": "tail", "head": True, "accumulate": 2, "precision": "bf16"},
-        {"l1": 1e-6, "label_smoothing": 0.1, "dropout": 0.1, "schedule": "linear", "augmentation": "span-mask"},
+        ({"method": "lora", "layers": 2, "targets": ("q_proj", "v_proj", "down_proj"), "learning_rate": 2e-2}, 0.3),
+        ({"method": "qlora", "learning_rate": 2e-2}, 0.4),
+        ({"method": "full"}, 0.1),
+        ({"method": "tail", "head": True, "accumulate": 2, "precision": "bf16"}, 0.3),
+        ({"l1": 1e-6, "label_smoothing": 0.1, "dropout": 0.1, "schedule": "linear", "augmentation": "span-mask"}, 0.4),
     ],
-    ids=lambda settings: settings.get("method", "regularised"),
+    ids=["lora", "qlora", "full", "tail", "regularised"],
 )
-def test_methods_learn(tiny_model_dir, data, tmp_path, settings):
-    params = TuneParams(**{**SMALL, "epochs": 3, **settings})
-    manifest = tune(tiny_model_dir("llama"), data, tmp_path / "m", params=params, show_progress=False)
+def test_methods_learn(tiny_model_dir, data, tmp_path, settings, learned):
+    params, model_dir = TuneParams(**{**SMALL, "epochs": 3, **settings}), tiny_model_dir("llama")
+    manifest = tune(model_dir, data, tmp_path / "m", params=params, show_progress=False)
     metrics = manifest["metrics"]
-    assert metrics["validation_loss_after"] < 0.97 * metrics["validation_loss_before"]
-    assert metrics["gap"] == metrics["validation_loss_after"] - metrics["train_loss_after"]
+    assert metrics["validation_loss_after"] < learned * metrics["validation_loss_before"]
+    counts = {"train": params.examples, "validation": params.validation_examples}
+    parts = Workbench(model_dir, data, None).load(replace(params, augmentation="none"), counts).parts
+    train, validation = ([item.encoded for item in parts[part]] for part in ("train", "validation"))
+    base = base_weights(model_dir, params.method)
+    after = written_loss(model_dir, tmp_path / "m", validation, base)
+    # hidden states below the trained layers are bfloat16, and so is qlora's arithmetic
+    rounding = (1e-4 if params.method == "full" else 0.02) * after
+    assert metrics["validation_loss_after"] == pytest.approx(after, abs=rounding)
+    if params.augmentation == "none":
+        gap = after - written_loss(model_dir, tmp_path / "m", train[: len(validation)], base)
+        assert metrics["gap"] == pytest.approx(gap, abs=2 * rounding)
     card = (tmp_path / "m" / "README.md").read_text()
     assert "motet repro" in card and f"| learning_rate | {params.learning_rate} |" in card
     if params.method in ("lora", "qlora"):
         stored, weights = read_adapter(tmp_path / "m")
         assert stored["rank"] == params.rank
-        assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("lora_b"))
-        bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "b", loras={"m": tmp_path / "m"}, merge=True)
+        adapted = {name.split(".")[-2] for name in weights}
+        assert adapted == set(params.targets)
+        assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("lora_b"))
+        bundle = export_bundle(model_dir, tmp_path / "b", loras={"m": tmp_path / "m"}, merge=True)
         assert Bundle.load(bundle).kinds == ("tail",)
+    else:
+        first = {"full": 0}.get(params.method, 2)
+        layers = {int(name.split(".")[2]) for name in read_tail(tmp_path / "m")[1] if ".layers." in name}
+        assert layers == set(range(first, 4))
 
 
 def test_a_head_of_its_own_is_exported_alone(tiny_model_dir, data, tmp_path):
