@@ -78,6 +78,7 @@ def test_a_permutation_of_members_changes_nothing(bundles, backend):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", list(Space))
 def test_shared_trunk_is_separate_models(bundles, backend, space):
     """32 prompts × 32 tokens: decoding with one trunk chooses what K whole models, each with its own cache and head and

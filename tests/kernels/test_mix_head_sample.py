@@ -13,6 +13,8 @@ from motet.kernels.oracle.operands import LinearWeight, Mixture  # noqa: E402
 from motet.kernels.triton.mix_head_sample import mix_head_sample, mix_rows  # noqa: E402
 from motet.kernels.triton.mix_sample import mix_sample  # noqa: E402
 
+pytestmark = pytest.mark.slow  # Triton's interpreter loops over blocks in Python
+
 
 def problem(members, vocab=333, size=96, bits=0, dtype=torch.float32, **params):
     head = make.weight(vocab, size, bits, dtype=dtype, seed=1)

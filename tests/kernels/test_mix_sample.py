@@ -15,6 +15,8 @@ from motet.kernels.oracle import eager, reference  # noqa: E402
 from motet.kernels.oracle.operands import Draw, Mixture  # noqa: E402
 from motet.kernels.triton.mix_sample import mix_sample  # noqa: E402
 
+pytestmark = pytest.mark.slow  # Triton's interpreter loops over blocks in Python
+
 # Tolerances of log-probabilities: float32 sums over the vocabulary; the inputs are exact in every dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 
