@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from motet.kernels.oracle.reference import mix, penalise, sample
+from motet.kernels.oracle.reference import mix, sample
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
 from motet.runtime.checkpoints.members.tail import read_tail
@@ -33,7 +33,6 @@ class Sequence:
     max_tokens: int = 32
     temperature: float = 0.0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
     seed: int = 0
     output_ids: list[int] = field(default_factory=list)
     is_finished: bool = False
@@ -107,16 +106,14 @@ class TinyEngine:
         return torch.stack(logits, dim=1).numpy()
 
     def draw(self, sequence: Sequence, member_logits: np.ndarray) -> int:
-        """Mix, penalise, sample. The noise depends on (seed, position, token id) only, so neighbours change nothing."""
+        """Mix and sample. The noise depends on (seed, position, token id) only, so neighbours change nothing."""
         mixed = mix(member_logits, self.coefficients, self.space)
-        prompt_ids, output_ids = np.array(sequence.prompt_ids), np.array(sequence.output_ids, np.int64)
-        adjusted = penalise(mixed, prompt_ids, output_ids, repetition=sequence.repetition_penalty)
         return sample(
-            adjusted,
+            mixed,
             temperature=sequence.temperature,
             top_p=sequence.top_p,
             seed=sequence.seed,
-            position=len(prompt_ids) + len(output_ids),
+            position=len(sequence.prompt_ids) + len(sequence.output_ids),
         )
 
 

@@ -48,7 +48,7 @@ def test_tiny_engine_gives_the_real_engines_tokens(members, mix, space):
         {},
         {"temperature": 1.0, "seed": 5},
         {"temperature": 0.8, "top_p": 0.9, "seed": 6},
-        {"repetition_penalty": 1.3, "max_tokens": 20},
+        {"temperature": 1.0, "top_p": 0.5, "seed": 8, "max_tokens": 20},
         {"temperature": 1.5, "seed": 7},
         {"max_tokens": 5},
     ]

@@ -99,7 +99,7 @@ struct AttendArgs {
     const int32_t* blocks;                   // blocks of the partition
     const uint8_t* ahead[kPartitionBlocks];  // blocks to prefetch, which are attended to next; null: none
     int head_size;
-    int queries;      // ≤ kMaxQueries
+    int queries;        // ≤ kMaxQueries
     const int* seen;    // [queries] positions of the partition up to each query's own; ≥ kPartition: all
     const int* unseen;  // [queries] those of them that lie before its window; ≤ 0: none
     const uint32_t*
