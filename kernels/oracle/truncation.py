@@ -45,10 +45,22 @@ def _min_p(tempered: F64, p: float) -> Kept:
     return np.asarray(tempered >= tempered.max() + np.log(p))
 
 
+def _typical_p(tempered: F64, p: float) -> Kept:
+    """The tokens whose surprisal is nearest the entropy, as many as it takes to reach p (Meister et al. 2022)."""
+    shifted = tempered - tempered.max()
+    surprisal = np.log(np.exp(shifted).sum()) - shifted
+    probabilities = np.exp(-surprisal)
+    distance = np.abs(surprisal - (probabilities * surprisal).sum())
+    order = np.argsort(distance, kind="stable")
+    last = int(np.searchsorted(np.cumsum(probabilities[order]), p))
+    return np.asarray(distance <= distance[order[min(last, len(order) - 1)]])
+
+
 RULES: Mapping[str, Rule] = {  # in the order of application
     "top_k": Rule(0, _top_k),
     "top_p": Rule(1.0, _top_p),
     "min_p": Rule(0.0, _min_p),
+    "typical_p": Rule(1.0, _typical_p),
 }
 
 

@@ -33,7 +33,7 @@ def _field(default: Any, rule: Rule, help: str) -> Any:
 class SamplingParams:
     """How to choose tokens and when to end. The defaults sample from the mixed distribution as it is.
 
-    Truncation order: top-k, top-p, min-p, all on the tempered distribution. Log-probabilities are the mixed
+    Truncation order: top-k, top-p, min-p, typical-p, all on the tempered distribution. Log-probabilities are the mixed
     distribution's, before penalties, temperature and truncation. A draft changes how fast an answer comes and nothing
     else; `speculative_tokens` 0 is none, None the engine's default. Raises `InvalidRequestError`, naming the field.
     """
@@ -45,6 +45,7 @@ class SamplingParams:
     top_k: int = _field(0, Integer(), "Draw from the k best tokens; 0 is off.")
     top_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the best tokens of this probability; 1 is off.")
     min_p: float = _field(0.0, Number(0, 1), "Drop tokens below this share of the best one's probability; 0 is off.")
+    typical_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the tokens nearest the entropy; 1 is off.")
     repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Of tokens in prompt or answer (CTRL, 2019); 1 is off.")
     presence_penalty: float = _field(0.0, Number(), "Taken from the logit of every token in the answer.")
     frequency_penalty: float = _field(0.0, Number(), "Taken from a token's logit for each time it is in the answer.")
