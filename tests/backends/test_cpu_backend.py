@@ -84,9 +84,9 @@ def make_adapter(model_dir, out, seed):
 
 
 def rounded_attention(kv):
-    """`scaled_dot_product_attention` (causal) over keys and values as the cache rounds them, in float64. With bf16, queries
-    and probabilities are rounded too; a partition of 128 positions is one softmax. With int8 they have 16 bits, which is exact
-    beside the rest."""
+    """`scaled_dot_product_attention` (causal, or with a mask) over keys and values as the cache rounds them, in float64. With
+    bf16, queries and probabilities are rounded too; a partition of 128 positions is one softmax. With int8 they have 16 bits,
+    which is exact beside the rest."""
 
     def bf16(x):
         return x.bfloat16().to(x.dtype)
@@ -97,12 +97,13 @@ def rounded_attention(kv):
 
     store, rounded = (bf16, bf16) if kv == "bf16" else (int8, lambda x: x)
 
-    def attention(q, k, v, *, is_causal, enable_gqa):
-        assert is_causal and enable_gqa
+    def attention(q, k, v, *, enable_gqa, is_causal=False, attn_mask=None):
+        assert enable_gqa and is_causal == (attn_mask is None)
         k, v = (store(x).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = rounded(q * q.shape[-1] ** -0.5 / math.log(2)) @ k.transpose(-1, -2)  # powers of 2
         count = scores.shape[-1]
-        scores = scores.masked_fill(torch.ones(count, count).triu(1).bool(), -torch.inf)
+        visible = torch.ones(count, count).tril().bool() if attn_mask is None else attn_mask
+        scores = scores.masked_fill(~visible, -torch.inf)
         top, out, total = scores.amax(-1, keepdim=True), 0, 0
         for part, values in zip(scores.split(128, -1), v.split(128, -2)):
             peak = part.amax(-1, keepdim=True).maximum(top - 1000)

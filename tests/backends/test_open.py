@@ -21,7 +21,7 @@ def bundle_dir(tmp_path_factory, tiny_model_dir):
 
 
 def block_size(bundle_dir, backend, size):
-    config = EngineConfig(backend=backend, block_size=size, max_num_seqs=2, max_model_len=64, threads=1)
+    config = EngineConfig(backend=backend, block_size=size, max_num_seqs=2, max_model_len=64, threads=2)
     opened = open_backend(Bundle.load(bundle_dir), config)
     try:
         return opened.block_size

@@ -22,7 +22,7 @@ BACKENDS = {
 
 
 def test_the_protocol_is_what_is_compared():
-    assert sorted(PROPERTIES) == ["block_size", "can_sample_prefill", "can_verify", "num_blocks"]
+    assert sorted(PROPERTIES) == ["block_size", "can_sample_prefill", "can_verify", "kv_dtype", "name", "num_blocks"]
     assert sorted(METHODS) == ["close", "score", "seconds", "step"]
 
 
@@ -39,7 +39,9 @@ def test_signatures_are_the_protocol_s(name):
         assert typing.get_type_hints(found) == typing.get_type_hints(expected), f"{name}.{method}"
     own = vars(FakeBackend()) if backend is FakeBackend else {}
     for attribute in PROPERTIES:
-        assert hasattr(backend, attribute) or attribute in own, f"{name} has no {attribute}"
+        assert hasattr(backend, attribute) or attribute in own or attribute in inspect.get_annotations(backend), (
+            f"{name} has no {attribute}"
+        )
 
 
 def test_the_fake_scores_as_it_steps(tokenizer):

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +22,6 @@ from motet.bench.peers import compare as peers
 from motet.export.bundle_writer import export_bundle
 from motet.finetune.data.dataset import heldout_token_ids
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.backends.cpu.backend import CpuBackend
-from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.errors import ConfigError
 from motet.runtime.model.bundle import Bundle
@@ -37,21 +34,15 @@ LAYER = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 128  # multiply-accumulates of a layer
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The benches' clock: it stands still but for `cost(batch)` seconds a step. The machine's limits are `LIMITS`."""
-    found = SimpleNamespace(now=0.0, cost=lambda _batch: 0.004)
+    """A step takes `cost(batch)` seconds, whatever the machine does. The machine's limits are `LIMITS`."""
+    found = SimpleNamespace(cost=lambda _batch: 0.004)
 
-    def costing(step):
-        def run(self, batch):
-            output = step(self, batch)
-            found.now += found.cost(batch)
-            return output
-
-        return run
-
-    for backend in (CpuBackend, OnnxBackend):
-        monkeypatch.setattr(backend, "step", costing(backend.step))
-    fake = SimpleNamespace(perf_counter=lambda: found.now, monotonic=time.monotonic, sleep=time.sleep)
-    monkeypatch.setattr(timed, "time", fake)
+    note = timed.StepTimer.on_step
+    monkeypatch.setattr(
+        timed.StepTimer,
+        "on_step",
+        lambda timer, step: note(timer, dataclasses.replace(step, seconds=found.cost(step.batch))),
+    )
     monkeypatch.setattr(probes, "measure", lambda _threads: LIMITS)
     return found
 
@@ -161,7 +152,7 @@ def test_context_report(bundle, tmp_path, capsys, clock):
     assert result["share_of_bandwidth"] == pytest.approx(position / 1e-5 / 10e9)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bench"] == "context"
     shown = words(tmp_path / "context.html")
-    assert "1.00 ms + 10.000 µs a position" in shown
+    assert "1.00 ms + 10.000 µs per position" in shown
     assert "24 1.24 806 1.24" in shown and "96 1.96 510 1.96" in shown
     with pytest.raises(ConfigError, match="two contexts"):
         context.run(bundle, tmp_path, contexts=[24])

@@ -33,6 +33,7 @@ class CpuBackend:
     """`Backend` over native kernels. `num_blocks`: as many as `max_num_seqs` sequences of `max_model_len` need."""
 
     name = "cpu"
+    kv_dtype: str
     can_verify = True
     can_sample_prefill = True
 

@@ -100,6 +100,7 @@ class TorchBackend:
     """A `Backend` that runs a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy block."""
 
     name = "torch"
+    kv_dtype: str
     can_sample_prefill = False  # chunks and decode rows use different kernels
     can_verify = True  # every sampled row is computed alone, also if a sequence has several
 
