@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.export.bundle_writer import export_bundle
 from motet.export.quantise import dequantise, quantise
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
+from motet.kernels.native.model import BLOCK_SIZE, ISA_VARIABLE, NativeModel, PackedBatch, Weight
 from motet.kernels.native.sampling import Sample, Sampling
+from motet.kernels.native.structs import LinearKind, ModelConfig, Vector
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.checkpoints.decoder import Decoder
@@ -29,9 +31,9 @@ from motet.runtime.errors import BundleError, ConfigError, MotetError, Unavailab
 from motet.runtime.model.bundle import Bundle
 
 pytestmark = pytest.mark.native
-ISAS = cpu.isa_names() if cpu.is_available() else ()
+ISAS = library.isa_names() if library.is_available() else ()
 SCHEDULES = int(os.environ.get("MOTET_TEST_SCHEDULES", "120"))  # of each path; a sanitised run takes fewer
-BLOCK = cpu.BLOCK_SIZE
+BLOCK = BLOCK_SIZE
 
 
 def backend(path, *, isa=None, threads=2, kv="int8", length=512, seqs=6):
@@ -156,25 +158,25 @@ def test_packed_weights_are_the_stored_ones(isa, bits, group):
     size = 256  # of the vocabulary, the hidden states and the MLP
     stored = quantise(np.random.default_rng(0).standard_normal((size, size)).astype(np.float32), bits, group)
     sizes = {"vocab_size": size, "hidden_size": size, "intermediate_size": size, "max_positions": size, "num_blocks": 8}
-    model, identity = cpu.NativeModel(model_config(**sizes), isa), np.eye(size, dtype=np.float32)
+    model, identity = NativeModel(model_config(**sizes), isa), np.eye(size, dtype=np.float32)
     dense = {
-        cpu.LinearKind.QKV: np.zeros((128, size), np.float32),
-        cpu.LinearKind.OUT: np.zeros((size, 64), np.float32),
-        cpu.LinearKind.UP: np.concatenate([identity, identity]),
-        cpu.LinearKind.HEAD: identity,  # and the embedding
+        LinearKind.QKV: np.zeros((128, size), np.float32),
+        LinearKind.OUT: np.zeros((size, 64), np.float32),
+        LinearKind.UP: np.concatenate([identity, identity]),
+        LinearKind.HEAD: identity,  # and the embedding
     }
     for which, weight in dense.items():
-        model.set_linear(which, 0, cpu.Weight(*weight.shape, dense=weight), which.name)
-    down = cpu.Weight(size, size, bits, group, stored.values, stored.scales, stored.zero_points)
-    model.set_linear(cpu.LinearKind.DOWN, 0, down, "down")
-    for vector in (cpu.Vector.ATTENTION_NORM, cpu.Vector.MLP_NORM, cpu.Vector.FINAL_NORM):
+        model.set_linear(which, 0, Weight(*weight.shape, dense=weight), which.name)
+    down = Weight(size, size, bits, group, stored.values, stored.scales, stored.zero_points)
+    model.set_linear(LinearKind.DOWN, 0, down, "down")
+    for vector in (Vector.ATTENTION_NORM, Vector.MLP_NORM, Vector.FINAL_NORM):
         model.set_vector(vector, 0, np.ones(size, np.float32), vector.name)
-    for vector in (cpu.Vector.COS, cpu.Vector.SIN):
+    for vector in (Vector.COS, Vector.SIN):
         model.set_vector(vector, 0, np.ones((size, 8), np.float32), vector.name)
     model.ready()
     rows = np.arange(size)
     hidden = model.step(
-        cpu.PackedBatch(
+        PackedBatch(
             token_ids=rows,
             positions=rows.astype(np.int32),
             slot_mapping=rows,
@@ -219,10 +221,10 @@ def test_every_path_is_the_portable_one(bundle_of, isa, bits, kv):
 
 
 def test_the_environment_chooses_the_path(bundle_of, monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")
+    monkeypatch.setenv(ISA_VARIABLE, "portable")
     chosen = backend(bundle_of("llama")).score(tokens_of(40).tolist(), 0)
     assert (chosen == backend(bundle_of("llama"), isa="portable").score(tokens_of(40).tolist(), 0)).all()
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
     with pytest.raises(UnavailableError, match="sse9"):
         backend(bundle_of("llama"))
 
@@ -248,7 +250,7 @@ class Driver:
         positions = [np.arange(first, last) for _, _, first, last in work]
         slots = [table[at // BLOCK].astype(np.int64) * BLOCK + at % BLOCK for table, at in zip(tables, positions)]
         outputs = sorted((member, int(starts[i] + row)) for (i, row), members in wanted.items() for member in members)
-        batch = cpu.PackedBatch(
+        batch = PackedBatch(
             token_ids=np.concatenate([self.texts[t][first:last] for t, _, first, last in work]),
             positions=np.concatenate(positions).astype(np.int32),
             slot_mapping=np.concatenate(slots),
@@ -416,15 +418,15 @@ def valid_step():
 )
 def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index, value, message):
     model = backend(bundle_of("llama"))._model
-    expected = model.step(cpu.PackedBatch(**valid_step()))
+    expected = model.step(PackedBatch(**valid_step()))
     bad = valid_step()
     bad[field][index] = value
     with pytest.raises(MotetError, match=message):
-        model.step(cpu.PackedBatch(**bad))
+        model.step(PackedBatch(**bad))
     for outputs in ([(0, 21)], [(0, -1)], [(1, 0)], [(-1, 0)], [(0, 5), (0, 5)], [(0, 6), (0, 5)]):
         with pytest.raises(MotetError, match="output"):
-            model.step(cpu.PackedBatch(**{**valid_step(), "outputs": outputs}))
-    assert (model.step(cpu.PackedBatch(**valid_step())) == expected).all()
+            model.step(PackedBatch(**{**valid_step(), "outputs": outputs}))
+    assert (model.step(PackedBatch(**valid_step())) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -439,7 +441,7 @@ def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index
 )
 def test_a_bad_mix_is_refused_before_anything_is_computed(bundle_of, terms, sample_terms, message):
     model = cached_model(bundle_of("llama"))
-    batch = cpu.PackedBatch(**{**valid_step(), "outputs": [(0, 5)]})
+    batch = PackedBatch(**{**valid_step(), "outputs": [(0, 5)]})
     sampling = Sampling([Sample(sample_terms, temperature=0.0)], model.vocab_size)
     sampling.result.token_ids[:] = 7
     with pytest.raises(MotetError, match=message):
@@ -468,7 +470,7 @@ def test_random_batches_do_not_crash(bundle_of, data):
         flat[data.draw(st.integers(0, flat.size - 1))] = value
     batch["outputs"] = data.draw(st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 25)), max_size=4))
     try:
-        hidden = model.step(cpu.PackedBatch(**batch))
+        hidden = model.step(PackedBatch(**batch))
     except MotetError:
         return
     assert hidden.shape == (len(batch["outputs"]), 64)
@@ -510,7 +512,7 @@ def model_config(**changes):
         "threads": 1,
         "norm_eps": 1e-5,
     }
-    return cpu.ModelConfig(**{**values, **changes})
+    return ModelConfig(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -530,16 +532,16 @@ def model_config(**changes):
 )
 def test_sizes_that_the_kernels_do_not_have(changes, message):
     with pytest.raises(UnavailableError, match=message):
-        cpu.NativeModel(model_config(**changes))
+        NativeModel(model_config(**changes))
 
 
 def test_weights_that_do_not_fit():
-    model = cpu.NativeModel(model_config())
+    model = NativeModel(model_config())
 
     def weight(rows=128, columns=64, bits=8, group=32, groups=2, **changes):
         values = np.zeros((rows, groups, group * bits // 8), np.uint8)
         fields = {"values": values, "scales": np.ones((rows, groups), np.float32)} | changes
-        return cpu.Weight(rows, columns, bits, group, **fields)
+        return Weight(rows, columns, bits, group, **fields)
 
     bad = {
         "the model needs": weight(rows=100),
@@ -552,22 +554,22 @@ def test_weights_that_do_not_fit():
     }
     for message, tensor in bad.items():
         with pytest.raises(BundleError, match=f"qkv.*{message}"):
-            model.set_linear(cpu.LinearKind.QKV, 0, tensor, "qkv")
+            model.set_linear(LinearKind.QKV, 0, tensor, "qkv")
     for layer in (-1, 1):
         with pytest.raises(BundleError, match="no layer"):
-            model.set_linear(cpu.LinearKind.QKV, layer, weight(), "qkv")
+            model.set_linear(LinearKind.QKV, layer, weight(), "qkv")
     with pytest.raises(BundleError, match="needs 64"):
-        model.set_vector(cpu.Vector.ATTENTION_NORM, 0, np.ones(63, np.float32), "norm")
+        model.set_vector(Vector.ATTENTION_NORM, 0, np.ones(63, np.float32), "norm")
     with pytest.raises(BundleError, match="an adapter comes after"):
-        model.set_adapter(cpu.LinearKind.QKV, 0, 0, np.ones((2, 64)), np.ones((128, 2)), "adapter")
-    model.set_linear(cpu.LinearKind.QKV, 0, weight(), "qkv")
+        model.set_adapter(LinearKind.QKV, 0, 0, np.ones((2, 64)), np.ones((128, 2)), "adapter")
+    model.set_linear(LinearKind.QKV, 0, weight(), "qkv")
     for a, b in (
         (np.ones((2, 63)), np.ones((128, 2))),
         (np.ones((2, 64)), np.ones((127, 2))),
         (np.ones((2, 64)), np.ones((128, 3))),
     ):
         with pytest.raises(BundleError, match="adapter"):
-            model.set_adapter(cpu.LinearKind.QKV, 0, 0, a, b, "adapter")
+            model.set_adapter(LinearKind.QKV, 0, 0, a, b, "adapter")
     with pytest.raises(BundleError, match="is missing"):
         model.ready()
     with pytest.raises(MotetError, match="not ready"):
@@ -577,9 +579,9 @@ def test_weights_that_do_not_fit():
 def test_scales_that_do_not_match_their_values(bundle_of):
     """A bundle whose arrays disagree is refused before a byte of it is read."""
     scales = np.ones((128, 1), np.float32)
-    weight = cpu.Weight(128, 64, 8, 32, values=np.zeros((128, 2, 32), np.uint8), scales=scales)
+    weight = Weight(128, 64, 8, 32, values=np.zeros((128, 2, 32), np.uint8), scales=scales)
     with pytest.raises(BundleError, match="scales"):
-        cpu.NativeModel(model_config()).set_linear(cpu.LinearKind.QKV, 0, weight, "qkv")
+        NativeModel(model_config()).set_linear(LinearKind.QKV, 0, weight, "qkv")
 
 
 def test_a_score_longer_than_the_cache(bundle_of):

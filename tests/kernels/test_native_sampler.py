@@ -10,16 +10,18 @@ import pytest
 from helpers.samples import edits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.kernels.native import sampling as cpu_sample
+from motet.kernels.native.model import NativeModel
 from motet.kernels.native.sampling import NOT_FINITE, NOTHING_LEFT, Sample, sample
+from motet.kernels.native.structs import ModelConfig
 from motet.kernels.oracle import reference
 from motet.kernels.oracle.edits import NO_EDITS, Edits, apply_edits
 from motet.runtime.errors import InvalidRequestError, UnavailableError
 from motet.runtime.sampling import host as sampler
 
 pytestmark = pytest.mark.native
-ISAS = cpu.isa_names() if cpu.is_available() else ()
+ISAS = library.isa_names() if library.is_available() else ()
 VOCABULARIES = (1, 17, 320, 49152)
 
 
@@ -210,7 +212,7 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_threads():
     ]  # fmt: skip
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
     more = {"max_positions": 8, "num_members": 1, "num_blocks": 1, "threads": 3, "norm_eps": 1e-5, "split_layer": 1}
-    model = cpu.NativeModel(cpu.ModelConfig(**dict.fromkeys(sizes, 16) | {"num_layers": 1} | more))
+    model = NativeModel(ModelConfig(**dict.fromkeys(sizes, 16) | {"num_layers": 1} | more))
     alone = [sample(logits, [one]) for one in samples]
     for together in (sample(logits, samples), sample(logits, samples, model)):
         assert np.flatnonzero(together.codes).tolist() == [4, 5]
@@ -342,7 +344,7 @@ def test_random_arguments_never_crash(data):
         logits.ctypes.data, 2, data.draw(st.sampled_from([32, 5, -1])), data.draw(st.sampled_from([32, 0, -1, 31])), 2,
         rows.ctypes.data, mix.ctypes.data, 1, ctypes.addressof(one), 3, *(array.ctypes.data for array in outputs),
     )  # fmt: skip
-    code = cpu.library().motet_sample(None, b"", ctypes.byref(sampling))
+    code = library.load().motet_sample(None, b"", ctypes.byref(sampling))
     used = (1, 1, 1, 3, 3, 2)
     for array, size in zip(outputs, used, strict=True):
         assert (array[size if code == 0 else 0 :] == 7).all()
