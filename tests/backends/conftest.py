@@ -19,3 +19,11 @@ def bundle_of(tmp_path_factory, tiny_model_dir):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torch_bundles(tmp_path_factory, tiny_model_dir):
+    """The folder of the bundles that `write_bundles` describes."""
+    from helpers.torch_backend import write_bundles
+
+    return write_bundles(tmp_path_factory.mktemp("torch"), tiny_model_dir("llama"))
