@@ -17,7 +17,7 @@ if importlib.util.find_spec("motet") is None:  # a machine without an installer:
     source_tree.use()
 
 from helpers.models import write_model, write_tokenizer
-from motet.kernels.native import binding
+from motet.kernels.native import library
 from motet.runtime.text.tokenizer import Tokenizer
 
 # Triton's kernels are compiled where there is an NVIDIA GPU and interpreted elsewhere; it looks when it is imported.
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real_model_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.network)
-        if item.get_closest_marker("native") is not None and not binding.is_available():
+        if item.get_closest_marker("native") is not None and not library.is_available():
             item.add_marker(pytest.mark.skip(reason="the native kernels were not built (no C++ compiler)"))
 
 

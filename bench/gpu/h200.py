@@ -34,6 +34,8 @@ TESTS = (
     "backends/test_row_plan",
     "backends/test_torch_sampler",
     "backends/test_torch_backend",
+    "backends/test_torch_invariance",
+    "backends/test_torch_faults",
 )
 NOT_THERE = "not real_model and not without_torch"  # these tests need a pulled model or an installed package
 CONTEXT = 1024

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels.native import binding as cpu
+from ...kernels.native import library
 from ...runtime.backends.onnx.backend import open_session
 
 
@@ -74,8 +74,8 @@ def int8_rate(threads: int, *, size: int = 1024, repeats: int = 5) -> float:
 
 def main(threads: int) -> None:
     """Print the result of `measure` as JSON."""
-    native = cpu.is_available()
-    read, dot = (cpu.probe_read, cpu.probe_dot) if native else (read_bandwidth, int8_rate)
+    native = library.is_available()
+    read, dot = (library.probe_read, library.probe_dot) if native else (read_bandwidth, int8_rate)
     values = {"threads": threads, "probes": "native" if native else "numpy, onnxruntime"}
     print(json.dumps({**values, "read_gb_s": read(threads), "int8_gmac_s": dot(threads)}))
 

@@ -1,1 +1,1 @@
-"""The native CPU kernels: C++ in `cpp/`, and their binding."""
+"""The native CPU kernels: C++ in `cpp/`, and the modules that call it through ctypes."""

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from ...runtime.errors import InvalidRequestError, MotetError, UnavailableError
 from ..oracle.edits import NO_EDITS, Edits
 from ..oracle.truncation import RULES
-from .binding import NativeModel, address, addresses, library
+from .library import address, addresses, load
+from .model import NativeModel
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -132,7 +133,7 @@ def sample(
     sampling = Sampling(samples, logits.shape[1])
     struct = sampling.struct
     struct.logits, struct.num_rows, struct.stride = logits.ctypes.data, len(logits), logits.strides[0] // 4
-    lib = library()
+    lib = load()
     handle = model.handle if model is not None else None
     code = lib.motet_sample(handle, (isa or "").encode(), ctypes.byref(struct))
     if code:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ...kernels.native import binding as cpu
+from ...kernels.native import library
 from ..api.config import EngineConfig
 from ..errors import MissingPackageError, UnavailableError
 from ..model.bundle import Bundle
@@ -25,12 +25,12 @@ def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
                 f"the torch backend needs {error.name}; install it with `pip install 'motet[gpu]'`"
             ) from error
         return TorchBackend(bundle, config)
-    if config.backend == "auto" and bundle.graphs is None and not cpu.is_available():
+    if config.backend == "auto" and bundle.graphs is None and not library.is_available():
         raise UnavailableError(
             f"'{bundle.name}' has no ONNX graphs and the native kernels were not built here; export it again with graphs, "
             "or install motet where there is a C++ compiler"
         )
-    if config.backend != "onnx" and (config.backend == "cpu" or cpu.is_available()):
+    if config.backend != "onnx" and (config.backend == "cpu" or library.is_available()):
         from .cpu.backend import CpuBackend
 
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...kernels.native import binding as cpu
+from ...kernels.native import library
 from ...kernels.native import sampling as cpu_sample
 from ...kernels.oracle.edits import apply_edits
 from ...kernels.oracle.reference import gumbel, mix
@@ -54,7 +54,7 @@ def sample_rows(logits: F32, row_terms: Sequence[Terms], samples: Sequence[Sampl
 
 @functools.cache
 def _has_native() -> bool:
-    return cpu.is_available()
+    return library.is_available()
 
 
 def split_fused(samples: Sequence[SampleRow], rules: Collection[str]) -> tuple[list[int], list[int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
+from motet.kernels.native.model import BLOCK_SIZE, PARTS
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
@@ -31,10 +32,10 @@ def block_size(bundle_dir, backend, size):
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
 def test_native_blocks_have_one_size(bundle_dir, backend):
-    if not cpu.is_available():
+    if not library.is_available():
         pytest.skip("the native kernels were not built")
-    assert block_size(bundle_dir, backend, 0) == block_size(bundle_dir, backend, cpu.BLOCK_SIZE) == cpu.BLOCK_SIZE
-    with pytest.raises(ConfigError, match=rf"block_size is 16; .* set it to {cpu.BLOCK_SIZE} or 0"):
+    assert block_size(bundle_dir, backend, 0) == block_size(bundle_dir, backend, BLOCK_SIZE) == BLOCK_SIZE
+    with pytest.raises(ConfigError, match=rf"block_size is 16; .* set it to {BLOCK_SIZE} or 0"):
         block_size(bundle_dir, backend, 16)
 
 
@@ -70,5 +71,5 @@ def test_an_opened_engine_tells_its_observers(bundle_dir):
     with open_engine(bundle_dir, EngineConfig(max_model_len=64, threads=1), observers=[ends]) as engine:
         engine.complete([Request("x", ((1, 2, 3),), engine.model.default_ensemble, SamplingParams(4))])
     assert ends.names == ["x"]
-    if cpu.is_available():
-        assert set(ends.parts) == set(cpu.PARTS)
+    if library.is_available():
+        assert set(ends.parts) == set(PARTS)

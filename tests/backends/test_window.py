@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers.models import WINDOW
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request, SamplingParams
 from motet.runtime.engine.engine import Engine
@@ -21,7 +21,7 @@ COUNT = 12
 @pytest.mark.parametrize("backend", ["cpu", "onnx", "torch"])
 def test_every_token_is_transformers_choice(tiny_model_dir, tmp_path, family, backend):
     """Each greedy token is transformers' first choice after the same tokens, or as good within the backend's rounding."""
-    if backend == "cpu" and not cpu.is_available():
+    if backend == "cpu" and not library.is_available():
         pytest.skip("the native kernels were not built (no C++ compiler)")
     model_dir = tiny_model_dir(family)
     path = export_bundle(model_dir, tmp_path / "b", bits=32)

@@ -10,7 +10,6 @@ import pytest
 from helpers.fake_backend import FakeBackend, ask, gather, hold_first_step, make_engine, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, FinishReason, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 
@@ -236,80 +235,6 @@ def test_timings_and_usage(tokenizer, clock):
     assert results["b", 0].timings.queue_s == 7.0
     usage = results["a", 0].usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (20, 4, 0)
-
-
-def test_nan_ends_that_request_alone(tokenizer):
-    backend = FakeBackend()
-    backend.nan_seeds = {13}
-    with make_engine(tokenizer, backend) as engine:
-        results = gather(engine, [ask("bad", seed=13), ask("good", seed=1)])
-    assert results["bad", 0].finish_reason is FinishReason.ERROR
-    assert isinstance(results["bad", 0].error, errors.NumericalError)
-    assert results["good", 0].finish_reason is FinishReason.LENGTH
-
-
-def test_a_failed_step_is_survived(tokenizer):
-    backend = FakeBackend()
-    with make_engine(tokenizer, backend) as engine:
-        backend.fail_next = True
-        with pytest.raises(errors.MotetError, match="told to fail"):
-            engine.complete([ask("x")])
-        assert len(engine.complete([ask("y")])[0][0].token_ids) == 12
-
-
-def test_a_failed_step_ends_its_requests_only(tokenizer):
-    """Three prompts of 20 and 16 rows a step: two chunks fit, the third request is not in the step that fails."""
-    batch = [ask(name, [index] * 20) for index, name in enumerate("abc")]
-    backend = FakeBackend()
-    with make_engine(tokenizer, backend, prefix_cache=False) as engine:
-        expected = engine.complete(batch)[2][0].token_ids
-        backend.fail_next = True
-        results = gather(engine, batch)
-        assert engine.stats().free_blocks == 32
-    assert [results[name, 0].finish_reason for name in "abc"] == [
-        FinishReason.ERROR,
-        FinishReason.ERROR,
-        FinishReason.LENGTH,
-    ]
-    assert results["c", 0].token_ids == expected
-
-
-def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
-    """Nobody waits for ever for an engine that is gone."""
-    backend = FakeBackend()
-    engine = make_engine(tokenizer, backend)
-    monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
-    results = gather(engine, [ask("a"), ask("b", n=2)])
-    assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
-    assert "restart it" in str(results["b", 1].error)
-    engine._thread.join(timeout=10)
-    with pytest.raises(errors.UnavailableError):
-        engine.submit(ask("c"), lambda output: None)
-    engine.close()
-    assert backend.closed == 1
-
-
-def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
-    with make_engine(tokenizer) as engine:
-
-        def fail():
-            raise AssertionError("a bug")
-
-        monkeypatch.setattr(engine._scheduler, "schedule", fail)
-        with pytest.raises(errors.MotetError, match="a bug"):
-            engine.complete([ask("x")])
-        with pytest.raises(errors.UnavailableError):
-            engine.submit(ask("y"), lambda output: None)
-
-
-def test_a_callback_that_fails_disturbs_nobody(tokenizer):
-    def fail(output):
-        raise RuntimeError("no")
-
-    with make_engine(tokenizer) as engine:
-        engine.submit(ask("bad"), fail)
-        assert len(engine.complete([ask("good")])[0][0].token_ids) == 12
-        assert len(engine.complete([ask("also bad")], on_output=fail)[0][0].token_ids) == 12
 
 
 def test_deltas_belong_to_the_callback(tokenizer):

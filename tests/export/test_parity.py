@@ -11,7 +11,7 @@ from helpers.models import make_tail
 from motet.export.base_model import BaseModel
 from motet.export.bundle_writer import export_bundle
 from motet.export.parity import HeldOut, read_parity
-from motet.kernels.native import binding
+from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends import open as backends
 from motet.runtime.backends.cpu.backend import CpuBackend
@@ -41,7 +41,7 @@ def measured(members, out, *, merge=False, bits=8, **config):
     return read_parity(export_bundle(model_dir, out, tails=tails, loras=loras, merge=merge, bits=bits, held_out=text))
 
 
-@pytest.mark.skipif(not binding.is_available(), reason="the native kernels were not built")
+@pytest.mark.skipif(not library.is_available(), reason="the native kernels were not built")
 @pytest.mark.parametrize("merge", [False, True])
 def test_every_member_is_measured_as_auto_serves_it(members, tmp_path, merge):
     report = measured(members, tmp_path / "b", merge=merge)
@@ -65,7 +65,7 @@ def test_every_member_is_measured_as_auto_serves_it(members, tmp_path, merge):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_kept_adapter_is_measured_against_itself(members, tmp_path, backend):
     """In 32 bits with a KV cache of 16 bits or more only rounding is left; another member would be far off."""
-    if backend == "cpu" and not binding.is_available():
+    if backend == "cpu" and not library.is_available():
         pytest.skip("the native kernels were not built")
     report = measured(members, tmp_path / "b", bits=32, backend=backend, kv_dtype="bf16")
     assert (report.backend, report.kv_dtype) == (backend, "bf16")
@@ -116,7 +116,7 @@ def test_a_bundle_without_graphs(members, tmp_path, monkeypatch):
     np.testing.assert_array_equal(TorchBackend(bundle, config).score(CHUNKS[0], 0), expected)
     with pytest.raises(ConfigError, match=r"needs graphs and 'bare' has none.*without --no-graphs"):
         backends.open_backend(bundle, EngineConfig(backend="onnx"))
-    monkeypatch.setattr(backends.cpu, "is_available", lambda: False)
+    monkeypatch.setattr(library, "is_available", lambda: False)
     with pytest.raises(UnavailableError, match="'bare' has no ONNX graphs and the native kernels were not built"):
         backends.open_backend(bundle, EngineConfig())
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, a byte-level tokenizer, and tails for them."""
+"""Tiny random models of every family, a byte-level tokenizer, and tails and adapters for them."""
 
 from __future__ import annotations
 
@@ -101,4 +101,16 @@ def make_tail(model_dir, out, name, seed, scale):
             )
     base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
     write_tail(out, {"name": name, "split_layer": split, "base": base}, weights)
+    return out
+
+
+def make_adapter(model_dir, out, seed, targets=None, rank=4):
+    """A random adapter over these projections; `targets` None: over all."""
+    from motet.runtime.checkpoints.decoder import Decoder
+    from motet.runtime.checkpoints.huggingface import checkpoint_digest
+    from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
+
+    adapter = random_adapter(Decoder.from_dir(model_dir), targets, rank, seed=seed, scale=0.05)
+    base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
+    write_adapter(out, {"base": base, "rank": rank}, adapter)
     return out

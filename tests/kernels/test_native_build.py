@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.runtime.errors import UnavailableError
 
 ROOT = Path(__file__).parents[2]
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
 from pathlib import Path
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import UnavailableError
 from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 
-assert not cpu.is_available()
+assert not library.is_available()
 try:
     Engine.from_bundle(Path(sys.argv[1]), EngineConfig(backend="cpu"))
 except UnavailableError as error:
@@ -92,17 +92,18 @@ def test_sanitised(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, extension["sources"]))
-    library = tmp_path / "sanitised.so"
+    sanitised = tmp_path / "sanitised.so"
     subprocess.run(
-        ["c++", "-shared", "-pthread", "-fsanitize=address,undefined", *objects, "-o", str(library)], check=True
+        ["c++", "-shared", "-pthread", "-fsanitize=address,undefined", *objects, "-o", str(sanitised)], check=True
     )
     environment = os.environ | {
         "LD_PRELOAD": " ".join(map(str, paths)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        cpu.LIBRARY_VARIABLE: str(library),
+        library.LIBRARY_VARIABLE: str(sanitised),
         "MOTET_TEST_SCHEDULES": "8",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_cpu_backend.py"]
+    files = [f"tests/backends/test_cpu_{name}.py" for name in ("invariance", "boundary")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["-k", "depend or crash or refused or nan or fit or sizes"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
@@ -124,11 +125,11 @@ def test_threads(tmp_path):
 
 
 def test_a_library_of_another_version_is_no_library(monkeypatch):
-    monkeypatch.setenv(cpu.LIBRARY_VARIABLE, "libc.so.6")  # loads, and has none of our functions
-    cpu.library.cache_clear()
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, "libc.so.6")  # loads, and has none of our functions
+    library.load.cache_clear()
     try:
         with pytest.raises(UnavailableError, match="another version"):
-            cpu.library()
-        assert not cpu.is_available()
+            library.load()
+        assert not library.is_available()
     finally:
-        cpu.library.cache_clear()
+        library.load.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 from helpers.models import make_tail
 from helpers.samples import sample_row
 from motet.export.bundle_writer import export_bundle
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.kernels.oracle.truncation import RULES, Rule
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Space
@@ -66,7 +66,7 @@ def bundle(tmp_path_factory, tiny_model_dir):
 def open_backend(request, bundle, monkeypatch):
     """linear_head → (backend, list that gets the number of head rows of each step)."""
     kind = request.param
-    if kind == "cpu" and not cpu.is_available():
+    if kind == "cpu" and not library.is_available():
         pytest.skip("the native kernels were not built (no C++ compiler)")
     if kind == "torch":
         pytest.importorskip("torch", reason="the torch backend runs on torch")

@@ -7,7 +7,7 @@ import pytest
 from helpers.samples import sample_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.kernels.native import binding as cpu
+from motet.kernels.native import library
 from motet.kernels.oracle import eager, reference
 from motet.kernels.oracle.operands import LinearWeight
 from motet.kernels.oracle.truncation import truncate
@@ -68,7 +68,7 @@ def test_it_crosses_the_wire():
 def draw(request, monkeypatch):
     """(hidden [R, H], head [vocab, H], terms, samples) → token ids, through one of the samplers."""
     if request.param in ("native", "numpy"):
-        if request.param == "native" and not cpu.is_available():
+        if request.param == "native" and not library.is_available():
             pytest.skip("the native kernels were not built")
         monkeypatch.setattr(host, "_has_native", lambda: request.param == "native")
         return lambda hidden, head, *rest: host.sample_rows((hidden @ head.t()).numpy(), *rest).token_ids

@@ -1,5 +1,5 @@
-/* The C interface of the native CPU kernels: what kernels/native/binding.py calls through ctypes. Nothing throws across
-   it; a function that fails returns a code and leaves a message for motet_error(). */
+/* The C interface of the native CPU kernels: what the modules of kernels/native call through ctypes. Nothing throws
+   across it; a function that fails returns a code and leaves a message for motet_error(). */
 #pragma once
 #include <stdint.h>
 

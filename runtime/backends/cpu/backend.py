@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from ....kernels.native.binding import BLOCK_SIZE, LinearKind, ModelConfig, NativeModel, PackedBatch, Vector, Weight
+from ....kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
 from ....kernels.native.sampling import FUSED_RULES, Sampling
+from ....kernels.native.structs import LinearKind, ModelConfig, Vector
 from ...api.config import EngineConfig
 from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle

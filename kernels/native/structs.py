@@ -1,0 +1,95 @@
+"""Structs and enumerations of `cpp/motet.h` that describe a model and a batch. Those of samples: `sampling.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+
+
+class LinearKind(IntEnum):
+    """Linear layers, as `motet.h` numbers them. `UP` is gate and up stacked where the activation is SwiGLU."""
+
+    QKV = 0
+    OUT = 1
+    UP = 2
+    DOWN = 3
+    HEAD = 4
+    EMBEDDING = 5
+
+
+class Vector(IntEnum):
+    """Vectors, as `motet.h` numbers them; indexed by layer, the final norms by member, the tables not at all."""
+
+    ATTENTION_NORM = 0
+    ATTENTION_NORM_BIAS = 1
+    MLP_NORM = 2
+    MLP_NORM_BIAS = 3
+    Q_NORM = 4
+    K_NORM = 5
+    FINAL_NORM = 6
+    FINAL_NORM_BIAS = 7
+    POSITIONS = 8
+    COS = 9
+    SIN = 10
+
+
+class ModelConfig(ctypes.Structure):
+    """`MotetConfig`."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+                *("head_size", "max_positions", "layer_norm", "gelu", "learned", "qk_norm", "tied_head", "split_layer"),
+                *("num_members", "kv_int8", "num_blocks", "threads"),
+            )
+        ],
+        ("norm_eps", ctypes.c_float),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    """`MotetTensor`."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("stored_groups", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zero_points", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class BatchArrays(ctypes.Structure):
+    """`MotetBatch`."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("num_rows", "num_seqs", "max_blocks")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                *("token_ids", "positions", "slot_mapping", "cu_seqlens", "context_lens", "block_tables", "adapters"),
+                *("member_offsets", "member_seqs"),
+            )
+        ],
+        ("num_outputs", ctypes.c_int64),
+        ("output_members", ctypes.c_void_p),
+        ("output_rows", ctypes.c_void_p),
+    ]
+
+
+class Mixes(ctypes.Structure):
+    """`MotetMixes`."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("offsets", "sources", "coefficients", "greedy")),
+        ("num_written", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("written_rows", "written")),
+    ]
