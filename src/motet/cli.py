@@ -110,7 +110,7 @@ def export(
     tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
     loras = dict(_adapter(text) for text in lora or [])
     tokenizer = Tokenizer.from_dir(base.path)
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         held_out = None
         if parity:
             chunks = heldout_token_ids(tokenizer, 4096)

@@ -115,7 +115,7 @@ def test_from_tune_to_a_mix(tiny_model_dir, data, tmp_path, succeeded):
     stored, weights = read_tail(tail)
     before, after = (stored["metrics"][f"validation_loss_{when}"] for when in ("before", "after"))
     assert after < before
-    assert told.splitlines()[-1] == f"{tail}: validation loss {before:.3f} → {after:.3f} nats a token"
+    assert told.splitlines()[-1] == f"{tail}: validation loss {before:.3f} → {after:.3f} nats per token"
     assert {name.split(".")[2] for name in weights if ".layers." in name} == {"3"}
     succeeded(
         "export",

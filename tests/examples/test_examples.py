@@ -60,7 +60,7 @@ def test_tiny_engine_gives_the_real_engines_tokens(members, mix, space):
     params = [SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **s}) for s in settings]
     requests = [Request(str(i), (tuple(p),), ensemble, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
     with Engine.from_bundle(
-        bundle, EngineConfig(backend="onnx", max_num_seqs=8, max_model_len=64, threads=1)
+        bundle, EngineConfig(backend="onnx", max_num_seqs=8, max_model_len=64, threads=2)
     ) as engine:
         served = [choices[0].token_ids for choices in engine.complete(requests)]
     assert [sequence.output_ids for sequence in sequences] == served

@@ -11,7 +11,7 @@ import typer
 from motet import finetune_cli
 from motet.finetune.params import TuneParams
 from motet.finetune.search.params import FuseParams, SearchParams
-from motet.options import with_options
+from motet.parameter_options import with_parameters
 from motet.runtime.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def called(command, *arguments):
 
 
 def command(**keywords):
-    @with_options("settings", Settings(hidden=8), **keywords)
+    @with_parameters("settings", Settings(hidden=8), **keywords)
     def run(name: str, settings: Settings, times: int = 1) -> tuple[str, Settings, int]:
         return name, settings, times
 
