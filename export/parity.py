@@ -82,6 +82,8 @@ def measure_parity(
 ) -> Parity:
     """Score `text` under each member of `bundle`, on the backend that `text.config` opens, and under its fp32 original:
     the weights `base` with the member's own. Raises `UnavailableError` if that backend cannot serve the bundle here."""
+    room = bundle.config.max_position_embeddings
+    text = dataclasses.replace(text, chunks=[chunk[:room] for chunk in text.chunks])
     longest = max(len(chunk) for chunk in text.chunks)
     try:
         backend = open_backend(bundle, dataclasses.replace(text.config, max_num_seqs=1, max_model_len=longest))

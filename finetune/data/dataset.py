@@ -6,6 +6,7 @@ held-out one, a built-in set leaves it out, and a user's data is refused.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def heldout_token_ids(
     It is conversations with their answers, as the model sees them. Use the test split to measure quality, the train split
     to calibrate.
     """
-    parts = [load_dataset(name).splits[split] for name in BUILT_IN]
+    parts = [_built_in(name).splits[split] for name in BUILT_IN]
     token_ids: list[int] = []
     for code, docs in zip(*parts, strict=False):
         for example in (code, docs):
@@ -130,3 +131,9 @@ def encode_prompt(tokenizer: Tokenizer, example: Example) -> list[int]:
     if tokenizer.has_chat_template:
         return tokenizer.encode_chat(example.messages)
     return tokenizer.encode(example.prompt + "\n\n")
+
+
+@functools.cache
+def _built_in(name: str) -> Dataset:
+    """A built-in set. Making one takes seconds, and an export needs both splits of it."""
+    return load_dataset(name)

@@ -122,7 +122,7 @@ def _answers(
                 loaded[count] = bench.load(encoding, counts)
         decoder, start = member_decoder(bench, path), bench.config.num_layers - layers
         for part, states in collected.items():
-            states.append(_states(bench, decoder, loaded[layers].parts[part], start))
+            states.append(_states(decoder, loaded[layers].parts[part], start))
     first = next(iter(loaded.values()))
     return _pack(collected["validation"], first.parts["validation"]), _pack(collected["test"], first.parts["test"])
 
@@ -150,7 +150,7 @@ def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
 
 
 @torch.no_grad()
-def _states(bench: Workbench, decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
+def _states(decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
     """[T, hidden] states after the final norm at the positions that predict the answers, in the items' order."""
     rows: list[Tensor | None] = [None] * len(items)
     for chosen in plan([len(item.encoded.token_ids) for item in items], 2048, None):

@@ -169,7 +169,7 @@ class NativeModel:
         """Final hidden states [outputs, hidden]."""
         hidden = np.empty((batch.struct.num_outputs, self.hidden_size), np.float32)
         code = self._library.motet_step(self._handle, ctypes.byref(batch.struct), hidden.ctypes.data)
-        self._check(code, "the batch")
+        self._check(code, "the batch", MotetError)
         return hidden
 
     def generate(
@@ -197,7 +197,7 @@ class NativeModel:
         code = self._library.motet_generate(
             self._handle, ctypes.byref(batch.struct), ctypes.byref(mixes), ctypes.byref(sampling)
         )
-        self._check(code, "the step")
+        self._check(code, "the step", MotetError)
         return logits
 
     def head(self, hidden: F32) -> F32:
@@ -205,7 +205,7 @@ class NativeModel:
         hidden = np.ascontiguousarray(hidden, np.float32)
         logits = np.empty((len(hidden), self._stride), np.float32)
         code = self._library.motet_head(self._handle, hidden.ctypes.data, len(hidden), logits.ctypes.data)
-        self._check(code, "the head")
+        self._check(code, "the head", MotetError)
         return logits[:, : self.vocab_size]
 
     def seconds(self) -> dict[str, float]:
@@ -214,11 +214,12 @@ class NativeModel:
         self._library.motet_seconds(self._handle, values.ctypes.data)
         return dict(zip(PARTS, values.tolist(), strict=True))
 
-    def _check(self, code: int, name: str) -> None:
+    def _check(self, code: int, name: str, invalid: type[MotetError] = BundleError) -> None:
+        """Raises `invalid` for arguments that do not fit: while loading they are the bundle's, in a step the caller's."""
         if code == 0:
             return
         message = f"{name}: {self._library.motet_error().decode()}"
-        raise {1: BundleError, 2: UnavailableError}.get(code, MotetError)(message)
+        raise {1: invalid, 2: UnavailableError}.get(code, MotetError)(message)
 
 
 def _contiguous(array: npt.NDArray[Any] | None, dtype: type) -> npt.NDArray[Any] | None:

@@ -58,6 +58,11 @@ class Ensemble:
                 f"space must be one of {[str(space) for space in Space]}, got {self.space!r}", field="ensemble.space"
             )
         object.__setattr__(self, "space", Space(self.space))
+        if not isinstance(self.members, tuple | list) or not all(isinstance(m, Member) for m in self.members):
+            raise InvalidEnsembleError(
+                f"members must be a list of Member, got {self.members!r}", field="ensemble.members"
+            )
+        object.__setattr__(self, "members", tuple(self.members))
         if not 1 <= len(self.members) <= MAX_MEMBERS:
             raise InvalidEnsembleError(
                 f"an ensemble has 1 to {MAX_MEMBERS} members, got {len(self.members)}", field="ensemble.members"
@@ -68,7 +73,7 @@ class Ensemble:
                 raise InvalidEnsembleError(
                     f"a member's name must be text, got {member.name!r}", field="ensemble.members.name"
                 )
-            if not isinstance(member.mix, Real) or not math.isfinite(member.mix):
+            if not isinstance(member.mix, Real) or isinstance(member.mix, bool) or not math.isfinite(member.mix):
                 raise InvalidEnsembleError(
                     f"the mix of member '{member.name}' is {member.mix!r}; it must be finite",
                     field="ensemble.members.mix",
@@ -112,6 +117,13 @@ class GenerateRequest:
     allow_negative: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequestError(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
+        if self.ensemble is not None and not isinstance(self.ensemble, Ensemble):
+            raise InvalidEnsembleError(f"ensemble must be an Ensemble or None, got {self.ensemble!r}", field="ensemble")
+        if not isinstance(self.views, tuple | list):
+            raise InvalidRequestError(f"views must be a list of prompts, got {self.views!r}", field="views")
+        object.__setattr__(self, "views", tuple(self.views))
         members = self.ensemble.members if self.ensemble is not None else ()
         _check_views(members, 1 + len(self.views))
         unseen = set(range(1, 1 + len(self.views))) - {member.view for member in members}
@@ -152,6 +164,10 @@ class Request:
             raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
         _check_views(self.ensemble.members, len(self.prompts))
         _check_options(self.time_limit_s, self.return_member_logprobs)
+        if not isinstance(self.cache_salt, bytes):
+            raise InvalidRequestError(
+                f"cache_salt must be bytes, got {self.cache_salt!r}; encode it", field="cache_salt"
+            )
 
 
 def _check_views(members: tuple[Member, ...], num_views: int) -> None:

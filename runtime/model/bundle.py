@@ -108,6 +108,10 @@ class Bundle:
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
         )
+        if not all(type(i) is int and 0 <= i < config.vocab_size for i in bundle.eos_token_ids):
+            raise BundleError(
+                f"eos_token_ids must be in 0…{config.vocab_size - 1}, the manifest has {bundle.eos_token_ids}"
+            )
         listed, needed = set(manifest["files"]), {*bundle.model_files, "tokenizer.json"}
         if not needed <= listed or any(Path(name).name != name for name in listed):
             raise BundleError(

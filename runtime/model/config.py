@@ -45,8 +45,13 @@ class DecoderConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window is {self.sliding_window}, it must be at least 1; null is no window")
+        limits = {"first_window_layer": 0} | ({} if self.sliding_window is None else {"sliding_window": 1})
+        for name, low in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value < 2**31:
+                raise ConfigError(
+                    f"{name} must be an integer in {low}…{2**31 - 1} (sliding_window null: none), got {value!r}"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:

@@ -32,6 +32,7 @@ def check_replaceable(out: Path, marker: str, what: str) -> None:
 def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
     """An empty directory to write into. It takes the place of `out` when the block ends, as a whole; if the block raises,
     it is removed and `out` stays as it was. Raises `ConfigError`: see `check_replaceable`."""
+    out = out.resolve()  # of a link, what it points to is replaced
     check_replaceable(out, marker, what)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = _beside(out, "new")

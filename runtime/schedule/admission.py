@@ -92,10 +92,6 @@ class Admission:
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
                 field="n",
             )
-        if not isinstance(request.cache_salt, bytes):  # it would end the engine's thread, not this request
-            raise InvalidRequestError(
-                f"cache_salt must be bytes, got {request.cache_salt!r}; encode it", field="cache_salt"
-            )
         _check_ids("logit_bias", params.logit_bias, self._model.vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, self._model.vocab_size)
         self._check_size(request)

@@ -42,7 +42,9 @@ class EngineMetrics(Observer):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._finished = Counter("motet_finished_choices", "Choices that ended", ["reason"], registry=registry)
-        self._rejected = Counter("motet_rejected_requests", "Requests not accepted", ["error"], registry=registry)
+        self._rejected = Counter(
+            "motet_rejected_requests", "Requests that the engine refused", ["error"], registry=registry
+        )
         self._step = Histogram("motet_step_seconds", "Seconds of a step", buckets=STEP_SECONDS, registry=registry)
         self._queue = Histogram(
             "motet_queue_seconds", "Seconds from arrival to admission", buckets=WAIT_SECONDS, registry=registry

@@ -237,7 +237,7 @@ def bench_speculative(
 
 
 def _gpu_bench(name: str) -> Any:
-    """Import a module of `bench.gpu`. Raises `UnavailableError` if torch or Triton is not installed."""
+    """Import a module of `bench.gpu`. Raises `MissingPackageError` if torch or Triton is not installed."""
     try:
         return import_module(f".bench.gpu.{name}", __package__)
     except ModuleNotFoundError as error:

@@ -85,6 +85,7 @@ def refused(*arguments):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
     model_dir, out = tiny_model_dir("llama"), tmp_path / "exported"
     lines = succeeded("export", model_dir, out)[0].splitlines()
@@ -107,6 +108,7 @@ def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
     assert 50 < float(top1.rstrip("%")) < 100
 
 
+@pytest.mark.slow
 def test_from_tune_to_a_mix(tiny_model_dir, data, tmp_path, succeeded):
     """A tail is trained, exported beside the base, and answers in a mix of its own."""
     model_dir, tail, out = tiny_model_dir("llama"), tmp_path / "tail", tmp_path / "bundle"
@@ -135,6 +137,7 @@ def test_from_tune_to_a_mix(tiny_model_dir, data, tmp_path, succeeded):
     assert succeeded(*greedy)[0] == greedy_answer(out, "say 7", 12) + "\n"
 
 
+@pytest.mark.slow
 def test_search_and_fuse(tiny_model_dir, data, tmp_path, succeeded):
     model_dir, found = tiny_model_dir("llama"), tmp_path / "s"
     common = (model_dir, "--data", data, "--validation-examples", 4, "--cache", tmp_path / "cache", "--max-length", 100)

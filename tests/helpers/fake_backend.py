@@ -216,8 +216,9 @@ def gather(engine, batch):
     return start(engine, batch)()
 
 
-def hold_first_step(backend):
+def hold_first_step(backend: FakeBackend):
     """(set when the backend is in its next step, set to let it go on)."""
+    assert isinstance(backend, FakeBackend), "the backend is held, not the engine"
     held, go = threading.Event(), threading.Event()
 
     def on_step(_batch):

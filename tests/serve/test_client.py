@@ -8,7 +8,7 @@ import time
 import grpc
 import numpy as np
 import pytest
-from helpers.fake_backend import hold_first_step, make_engine
+from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
 from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, Member, Space
@@ -22,8 +22,13 @@ SHORT = {"max_tokens": 4, "temperature": 0.0}
 
 
 @pytest.fixture
-def engine(tokenizer):
-    with make_engine(tokenizer) as engine:
+def backend():
+    return FakeBackend()
+
+
+@pytest.fixture
+def engine(tokenizer, backend):
+    with make_engine(tokenizer, backend) as engine:
         yield engine
 
 
@@ -153,9 +158,9 @@ def test_models_are_whole(client, engine):
     assert client.models() == [engine.model]
 
 
-def test_drain(client, engine):
+def test_drain(client, engine, backend):
     """Health turns NOT_SERVING, new requests are refused, and what is here runs to its end."""
-    held, go = hold_first_step(engine)
+    held, go = hold_first_step(backend)
     deltas = client.generate("abc", max_tokens=20, temperature=0.0, ignore_eos=True)
     assert held.wait(timeout=10)
     client.drain()

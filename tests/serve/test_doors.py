@@ -57,7 +57,7 @@ VIEWS = GenerateRequest(
 )
 PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
-MADE_BY_THE_SERVICE = {"request_id", "cache_salt"}  # fields of the engine's Request that no caller sets
+MADE_BY_THE_SERVICE = {"request_id", "cache_salt"}  # no caller of a door sets them; salts come with tenants
 
 
 def test_every_field_is_set():

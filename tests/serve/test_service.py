@@ -8,7 +8,7 @@ import time
 from contextlib import aclosing
 
 import pytest
-from helpers.fake_backend import hold_first_step, make_engine
+from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
 from motet.runtime import errors
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member
@@ -17,8 +17,13 @@ from motet.runtime.serve.service import OutputQueue, Service
 
 
 @pytest.fixture
-def engine(tokenizer):
-    with make_engine(tokenizer) as engine:
+def backend():
+    return FakeBackend()
+
+
+@pytest.fixture
+def engine(tokenizer, backend):
+    with make_engine(tokenizer, backend) as engine:
         yield engine
 
 
@@ -144,9 +149,9 @@ def test_closing_the_iterator_ends_the_request(engine):
     assert engine.stats().tokens < 80
 
 
-def test_cancelling_the_reader_ends_its_request_and_no_other(engine):
+def test_cancelling_the_reader_ends_its_request_and_no_other(engine, backend):
     """Both have the same id; the engine never sees it."""
-    held, go = hold_first_step(engine)
+    held, go = hold_first_step(backend)
 
     async def run():
         service = Service(engine)
@@ -203,8 +208,8 @@ def test_tokenize_and_models(engine, tokenizer):
     asyncio.run(run())
 
 
-def test_draining_ends_what_is_here_and_takes_no_more(engine):
-    held, go = hold_first_step(engine)
+def test_draining_ends_what_is_here_and_takes_no_more(engine, backend):
+    held, go = hold_first_step(backend)
 
     async def run():
         service = Service(engine)

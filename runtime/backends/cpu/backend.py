@@ -8,11 +8,12 @@ whatever else is in the batch, however its prompt was cut, and with any number o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ....kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
 from ....kernels.native.sampling import FUSED_RULES, Sampling
@@ -153,7 +154,7 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         isa,
     )
     layout = decoder_layout(decoder)
-    with safe_open(bundle.path / WEIGHTS, framework="numpy") as file:
+    with _open_weights(bundle.path / WEIGHTS) as file:
         loader = _Loader(model, file, bundle)
         for layer in range(split):
             loader.layer(layer, layout.layers[layer], None)
@@ -166,6 +167,14 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         loader.shared(layout)
     model.ready()
     return model
+
+
+def _open_weights(path: Path) -> Any:
+    """The weights file, its tensors read when they are asked for. Raises `BundleError` if it is torn."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"'{path}' is torn or damaged ({error}); copy or export the bundle again") from error
 
 
 class _Loader:

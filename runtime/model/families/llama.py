@@ -8,6 +8,8 @@ from ...errors import UnsupportedModelError
 from ..config import DecoderConfig
 from .family import Family, Json, require, rotary
 
+DEFAULT_WINDOW = 4096  # where config.json has no sliding_window: what transformers takes
+
 
 def llama_config(values: Json, **changes: Any) -> DecoderConfig:
     """A config.json with Llama's keys; `changes` are the fields in which a family differs."""
@@ -38,7 +40,7 @@ def late_window(values: Json) -> dict[str, Any]:
 
     Raises `UnsupportedModelError` if `layer_types` names other layers.
     """
-    window = values.get("sliding_window") if values.get("use_sliding_window", False) else None
+    window = values.get("sliding_window", DEFAULT_WINDOW) if values.get("use_sliding_window", False) else None
     first = values.get("max_window_layers", 28) if window else 0  # 28: what transformers takes
     count = values["num_hidden_layers"]
     derived = ["sliding_attention" if window and index >= first else "full_attention" for index in range(count)]

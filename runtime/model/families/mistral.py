@@ -1,14 +1,14 @@
-"""Mistral: Llama with attention over a sliding window, where config.json has one."""
+"""Mistral: Llama with attention over a sliding window, unless config.json says null."""
 
 from __future__ import annotations
 
 from ..config import DecoderConfig
 from .family import Family, Json
-from .llama import llama_config
+from .llama import DEFAULT_WINDOW, llama_config
 
 
 def _config(values: Json) -> DecoderConfig:
-    return llama_config(values, sliding_window=values.get("sliding_window"))
+    return llama_config(values, sliding_window=values.get("sliding_window", DEFAULT_WINDOW))
 
 
 MISTRAL = Family("mistral", _config)
