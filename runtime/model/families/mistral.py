@@ -1,4 +1,4 @@
-"""Mistral: Llama with attention over a sliding window, where config.json has one."""
+"""Mistral: Llama with attention over a sliding window, if config.json has one."""
 
 from __future__ import annotations
 
