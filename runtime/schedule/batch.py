@@ -24,9 +24,7 @@ class ResolvedSampling:
     """How the tokens of a group are drawn, the same for all of its rows (see `resolve.resolve_sampling`)."""
 
     temperature: float = 1.0  # 0: greedy
-    truncation: Mapping[str, float] = field(
-        default_factory=dict
-    )  # rule of `RULES` → value, without rules that are off
+    truncation: Mapping[str, float] = field(default_factory=dict)  # rule of `RULES` → value, without rules that are off
     seed: int = 0  # with the position, it determines the counter-based draw
     logprobs: int | None = None  # how many of the most probable tokens to report; None: no log-probabilities
     member_logprobs: bool = False  # report the chosen token's log-probability under each term alone
