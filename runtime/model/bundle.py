@@ -54,7 +54,7 @@ class Bundle:
 
     @property
     def has_tails(self) -> bool:
-        """Whether each member runs its own layers from `split_layer` on and its own final norm, after a shared
+        """Whether each member runs the layers from `split_layer` on and a final norm separately, after a shared
         trunk."""
         return have_tails(self.kinds)
 

@@ -85,7 +85,7 @@ class Forward:
         for layer, cache in zip(weights.trunk, self._cache.trunk, strict=True):
             branch = self._layer(layer, cache, residual, branch, rows)
         if len(tails) > 1 or tails[0][1] is not None:
-            # Add the trunk's last branch before the residual is copied, with the op of the norms: the bits are equal then.
+            # Add the trunk's last branch before the residual is copied, with the norms' op, so that the bits are equal.
             norm = weights.tails[tails[0][0]].norm
             self._ops.residual_norm(branch, residual, norm.weight, norm.bias, eps, self._dtype)
             branch = None
