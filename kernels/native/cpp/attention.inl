@@ -327,8 +327,7 @@ void pack_query(KV kind, const float* head, float scale, int head_size, uint32_t
 
 void merge(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size) {
     if (max2 == -__builtin_inff()) return;
-    if (*max ==
-        -__builtin_inff()) {  // the row sees nothing of the first part: the result has the bits of the later one
+    if (*max == -__builtin_inff()) {  // the row sees nothing of the first part: the result is the later one
         *max = max2;
         *sum = sum2;
         memcpy(out, out2, size_t(head_size) * sizeof(float));

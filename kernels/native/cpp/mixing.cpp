@@ -134,8 +134,7 @@ void Model::refine(float* logits, const float* fine, const Activations& x) {
     const int64_t blocks = head_blocks();
     std::vector<float> maxima(static_cast<size_t>(blocks)), reach(static_cast<size_t>(blocks), 0.0f);
     float largest;
-    if (!isa_->sample.block_maxima(logits, w.n, maxima.data(), &largest))
-        return;  // NaN: the row is refused when it is sampled
+    if (!isa_->sample.block_maxima(logits, w.n, maxima.data(), &largest)) return;  // NaN: no token will be drawn
     for (int g = 0; g < w.groups; g++) {
         const float norm = 1.03f * norm_of(fine + g * w.group, w.group);
         const float* columns = head_norms_.data() + g * blocks;

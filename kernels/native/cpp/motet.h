@@ -106,8 +106,7 @@ typedef struct {
     const double* edit_penalties;     /* [num_edits] */
     const double* edit_biases;        /* [num_edits] -infinity forbids the token */
     int64_t num_edits;
-    const uint32_t*
-        mask; /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: 1 if the token is allowed; null: all are */
+    const uint32_t* mask; /* [ceil(vocab_size / 32)] bit id % 32 of word id / 32: allowed; null: all are */
     uint64_t seed;
     uint32_t position;
 } MotetSample;

@@ -4,8 +4,7 @@
 
 namespace motet {
 
-constexpr int kSampleBlock =
-    64;  // logits per block; the maximum of each is kept, so that later passes skip most blocks
+constexpr int kSampleBlock = 64;  // logits per block; its maximum is kept, so that later passes skip most blocks
 
 // A row of logits as passes read it: `x - pivot` are distances from the largest value, at most 0. The exact values are
 // in `exact` if it is set, else in x.
