@@ -24,7 +24,7 @@ class SequenceStatus(Enum):
 
 
 class TokenBuffer:
-    """Token ids that grow at the end. `array()` is a view, not a copy."""
+    """Token ids that grow at the end. `array()` copies nothing."""
 
     def __init__(self, token_ids: tuple[int, ...] = ()) -> None:
         self._array = np.array(token_ids or (0,), np.int64)
