@@ -7,8 +7,8 @@ The division is folded into the module that makes the input (a norm's weight, th
 function is unchanged.
 
 s_j = sqrt(rms_j), normalised to a geometric mean of 1 within the group, so that only the spread *inside* a group
-changes. After SmoothQuant (Xiao et al. 2023), with the same migration strength, 0.5. Not used for 4 bits: the weights
-of a checkpoint that was trained on a 4-bit grid would leave the grid.
+changes. After SmoothQuant (Xiao et al. 2023), with the same migration strength, 0.5. Not used for 4 bits: weights
+that lie on a 4-bit grid would leave it.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 A linear layer's weight [N, K] is cut into groups of `group_size` along K.
 
-8 bits: symmetric, w ≈ (q − 128)·scale, q in 1…255. 4 bits: affine, w ≈ q·scale + minimum, q in 0…15. `MatMulNBits`
-accepts only whole-number zero points, and rounding the minimum to a whole step costs as much as quantising to 4 bits
-itself (10 % of NLL on a checkpoint trained on such a grid). So the part of the minimum that a whole zero point cannot
-express, r = minimum + zero_point·scale, is stored in further *group-sum columns*: column K + j of the quantised
-matrix holds r of group j, and multiplies the sum of the activations of group j. This is 1 / group_size more work, and
-r is exact to 4 bits. Source of the operator: ONNX Runtime, `com.microsoft.MatMulNBits`.
+    8 bits    symmetric: w ≈ (q − 128)·scale, q in 1…255
+    4 bits    affine: w ≈ q·scale + minimum, q in 0…15
+
+`MatMulNBits` accepts only whole-number zero points, and rounding the minimum to a whole step costs as much as quantising
+to 4 bits itself (10 % of NLL on a checkpoint whose weights lie on such a grid). So the part of the minimum that a whole
+zero point cannot express, r = minimum + zero_point·scale, is stored in further *group-sum columns*: column K + j of the
+quantised matrix holds r of group j, and multiplies the sum of the activations of group j. This is 1 / group_size more
+work, and r is exact to 4 bits. Source of the operator: ONNX Runtime, `com.microsoft.MatMulNBits`.
 """
 
 from __future__ import annotations
