@@ -1,11 +1,11 @@
-"""`motet bench decode`: prefill and decode speed of a bundle on the engine's own path, and the share of the limits.
+"""`motet bench decode`: prefill and decode speed of a bundle in the engine, and the share of the machine's limits.
 
-A decode figure is the median time of an engine step that samples one token for each of B sequences at a context of C
-positions, greedy. Ensemble sizes are interleaved in one run, so their ratio to a single member is of the same machine
-state. What a step must do at least:
+A decode figure is the median time of an engine step that samples one token, greedily, for each of B sequences at a
+context of C positions. Ensemble sizes are interleaved in one run, so that their ratios to a single member are
+measured in the same state of the machine. The least that a step must do:
 
-    bytes  = weights of the layers and the head once, each tail of the ensemble once, keys and values of B sequences
-    MACs   = B × (parameters of the layers, of the tails of the ensemble, and of the head); attention is not counted
+    bytes  = weights of the trunk and the head once, each tail of the ensemble once, keys and values of B sequences
+    MACs   = B × parameters of the trunk, the tails of the ensemble and the head; attention is not counted
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def run(
 ) -> dict[str, Any]:
     """Measure, write `out/<name>.json` and `.html`, print tables and one JSON line. Lengths are in tokens."""
     bundle = Bundle.load(bundle_path)
-    sizes = sorted({1, *(ensemble_sizes or (len(bundle.members),))})  # one member is what the others are compared with
+    sizes = sorted({1, *(ensemble_sizes or (len(bundle.members),))})  # the others are compared with one member
     if not 1 <= sizes[0] <= sizes[-1] <= len(bundle.members):
         raise ConfigError(f"ensemble sizes must be in 1…{len(bundle.members)} (the bundle's members), got {sizes}")
     config = EngineConfig(
         max_num_seqs=max(batch_sizes) * (1 + len(bundle.adapters)),  # a low-rank member is a sequence of its own
         max_model_len=max(prompt_tokens, context) + new_tokens + 8,
         threads=threads,
-        prefix_cache=False,  # a repetition has the same prompts, and is to compute them
+        prefix_cache=False,  # repetitions have the same prompts, and must compute them
     )
     limits = probes.measure(config.num_threads)
     with timed_engine(bundle_path, config) as (engine, timed):
@@ -104,7 +104,7 @@ def _decode(
     limits: dict[str, Any],
     kv_bytes: int,
 ) -> list[dict[str, Any]]:
-    """One row an ensemble size; the sizes take turns within each repeat."""
+    """One row per ensemble size; the sizes take turns within each repeat."""
     times: dict[int, list[float]] = {size: [] for size in sizes}
     parts: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     length = context - new_tokens // 2
@@ -138,7 +138,7 @@ def _decode(
 
 
 def _parts_ms(parts: Sequence[dict[str, float]], step_ms: float) -> dict[str, float]:
-    """Medians of the native parts, and "outside": what of a step is in none of them."""
+    """Medians of the native parts in ms, and "outside": the time of a step that is in none of them."""
     if not parts:
         return {}
     medians = {name: 1e3 * statistics.median(part[name] for part in parts) for name in parts[0]}
@@ -148,8 +148,8 @@ def _parts_ms(parts: Sequence[dict[str, float]], step_ms: float) -> dict[str, fl
 def step_work(
     bundle: Bundle, batch_size: int, ensemble_size: int, context: int, kv_bytes: int, *, native: bool
 ) -> tuple[int, int]:
-    """(bytes, multiply-accumulates) that a decode step must move and compute at least. `kv_bytes`: of a position's keys
-    and values in one layer. `native`: weights as the native kernels pack them, else as they are stored."""
+    """The least (bytes, multiply-accumulates) that a decode step must read and compute. `kv_bytes`: see
+    `kv_position_bytes`. `native`: count weights as the native kernels pack them, otherwise as they are stored."""
     config, layout = bundle.config, decoder_layout(bundle.config)
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
@@ -158,7 +158,7 @@ def step_work(
     def is_read(name: str) -> bool:
         if name.startswith("members."):
             return any(name.startswith(own_name(member, "model.")) for member in chosen)
-        needed = any(own_name(member, name) not in tensors for member in chosen)  # not by members with their own
+        needed = any(own_name(member, name) not in tensors for member in chosen)  # False if every member has its own
         return needed and not name.startswith(gathered)
 
     size = _packed_bytes if native else _stored_bytes
@@ -174,7 +174,7 @@ def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
 
 
 def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
-    """Scales, and minima instead of zero points and group-sum columns, have 2 bytes."""
+    """Packed scales have 2 bytes each, as have the minima that replace zero points and group-sum columns."""
     base, _, part = name.rpartition(".")
     if part not in ("values", "scales", "zero_points"):
         return tensors[name].length
@@ -195,7 +195,7 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     header = ["sequences", "members", "step ms", "tok/s", "× one member", "of bandwidth", "of int8"]
     rows = [
         [
-            *_who(row),
+            *_sizes(row),
             f"{row['step_ms']:.2f}",
             f"{row['tok_s']:,.0f}",
             f"{row['ratio_to_one_member']:.2f}",
@@ -207,11 +207,11 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     names = list(result["decode"][0]["parts_ms"]) if result["decode"] else []
     if not names:
         return [table(title, header, rows)]
-    parts = [[*_who(row), *(f"{row['parts_ms'][name]:.2f}" for name in names)] for row in result["decode"]]
+    parts = [[*_sizes(row), *(f"{row['parts_ms'][name]:.2f}" for name in names)] for row in result["decode"]]
     return [table(title, header, rows), table("Parts of a step, ms", ["sequences", "members", *names], parts)]
 
 
-def _who(row: dict[str, Any]) -> list[str]:
+def _sizes(row: dict[str, Any]) -> list[str]:
     return [str(row["batch_size"]), str(row["ensemble_size"])]
 
 

@@ -1,7 +1,8 @@
-"""`motet bench quality`: bundles as they are served (KV cache included) and llama.cpp's files of the same weights, against fp32.
+"""`motet bench quality`: bundles as they are served (KV cache included), and llama.cpp with the same weights, against
+fp32.
 
-On held-out text, token by token: how much likelier or less likely the text became (ΔNLL), the divergence of the
-distributions (KL), how often the best token is the same. All score the same chunks in one run.
+Measured per token of held-out text: the change of the negative log-likelihood (ΔNLL), the divergence of the
+distributions (KL), and how often the most probable token is the same. All of them score the same chunks in one run.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def run(
     python: Path | None = None,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure each bundle's base member, write `out/quality.json` and `.html`, print the table and one JSON line."""
+    """Measure each bundle's base member, write `out/quality.json` and `.html`, print the table and one JSON line.
+    Raises `ConfigError` for a bundle without such a member, or two bundles of one name."""
     directory = resolve_model(model)
     decoder = Decoder.from_weights(read_config(directory), read_weights(directory)).eval()
     chunks = heldout_token_ids(Tokenizer.from_dir(directory), num_tokens)
@@ -134,7 +136,7 @@ def _compare(
                 if name not in failed:
                     try:
                         sums[name].add(chunk, reference, score(chunk))
-                    except MotetError as error:  # a peer's; the others go on
+                    except MotetError as error:  # one failed; the others go on
                         failed[name] = str(error)
     return [asdict(total.result(name)) for name, total in sums.items() if name not in failed]
 

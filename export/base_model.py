@@ -1,4 +1,4 @@
-"""`BaseModel`: the model directory that a bundle is made of; each part is read once, when it is first asked for."""
+"""`BaseModel`: the model directory that a bundle is made from. Each part is read once, on first use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..runtime.checkpoints.huggingface import checkpoint_digest, read_config, re
 
 
 class BaseModel:
-    """A base model. Raises `NotFoundError` and `UnsupportedModelError` (its family) at once: see `read_config`."""
+    """A base model. The constructor raises `NotFoundError`, `BundleError` and `UnsupportedModelError` (see
+    `read_config`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -19,10 +20,10 @@ class BaseModel:
 
     @cached_property
     def digest(self) -> str:
-        """Of configuration and weight files: see `checkpoint_digest`."""
+        """Digest of configuration and weight files (see `checkpoint_digest`)."""
         return checkpoint_digest(self.path)
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
-        """In float32 under canonical names: see `read_weights`."""
+        """Weights in float32 under canonical names (see `read_weights`)."""
         return read_weights(self.path)

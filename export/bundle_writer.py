@@ -1,4 +1,5 @@
-"""Base model + members → bundle: weights fused and quantised into one safetensors file, graphs that point into it."""
+"""Writes a bundle from a base model and members: weights, fused and quantised, in one file, and graphs that point
+into it."""
 
 from __future__ import annotations
 
@@ -55,18 +56,20 @@ def export_bundle(
     graphs: bool = True,
     held_out: HeldOut | None = None,
 ) -> Path:
-    """Write a bundle to the directory `out` (replaced as a whole, only when complete).
+    """Write a bundle to the directory `out`, which is replaced as a whole when the bundle is complete.
 
-    `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`: member
-    name → adapter directory; its adapters are stored beside the base's weights, or with `merge` added to them (a member
-    then has all layers from the first that it changes). Without any member, the base is the only one. `mix`: member →
-    coefficient, uniform by default. `bits`: 8, 4 (head and embedding stay in 8) or 32 (not quantised). `group_size`: columns
-    of a group of the layers' weights (default: see `layer_group`). `num_tail_layers`: how many layers every member has of
-    its own; by default what the tails need. `calibration`: chunks of token ids by which an 8-bit bundle is equalised
-    (see `calibrate`); none, no equalisation. `graphs`: write ONNX graphs, which the onnx backend needs. `held_out`: text on
-    which every member is measured before the bundle takes its place; the report is a file of the bundle (see
-    `read_parity`). Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a tail of another base), `NotFoundError`,
-    `UnavailableError` (no backend here can be measured).
+    `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`:
+    member name → adapter directory. Adapters are stored beside the base's weights; with `merge` they are added to
+    them, and the member becomes a tail from the first layer that it changes. Without any member, the base is the only
+    one. `mix`: member → coefficient; default: all equal. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
+    quantised). `group_size`: columns per group of the layers' weights; default: see `layer_group`. `num_tail_layers`:
+    layers per tail; default: as many as the tails need. `calibration`: chunks of token ids on which an 8-bit bundle
+    is equalised (see `calibrate`); empty: no equalisation. `graphs`: write ONNX graphs, which the onnx backend needs.
+    `held_out`: text on which every member is measured before `out` is replaced. The report is a file of the bundle
+    (see `read_parity`).
+
+    Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a member of another base), `NotFoundError`,
+    `UnavailableError` (the bundle cannot be measured here).
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
@@ -85,7 +88,7 @@ def export_bundle(
     with new_directory(out, MANIFEST, "a bundle") as work:
         tensors = _bundle_tensors(decoder_layout(config), base, members, rms, bits, group_size)
         save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
-        del tensors  # a second copy of the weights, which measuring does not need
+        del tensors  # free a copy of the weights before measuring
         files = _write_graphs(config, members, split_layer, work) if graphs else None
         for file in COPIED:
             if (model.path / file).is_file():
@@ -143,7 +146,8 @@ def _read_members(
 def _own_head(
     config: DecoderConfig, base: Mapping[str, torch.Tensor], members: list[MemberWeights]
 ) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
-    """A single member may have trained the head: it is then no longer the embedding. An ensemble shares one head."""
+    """Configuration and base weights, with the head untied from the embedding if a single member has trained it. Raises
+    `InvalidEnsembleError` if one of several members has its own head: an ensemble shares one."""
     own = [member.name for member in members if HEAD in member.weights]
     if own and len(members) > 1:
         raise InvalidEnsembleError(
@@ -191,10 +195,11 @@ def _bundle_tensors(
     bits: int,
     group_size: int | None,
 ) -> dict[str, Array]:
-    """All stored tensors. A single member is folded into the base; several, and adapters, have `members.<name>.` tensors.
+    """All stored tensors. A single member replaces the base's weights; several members, and adapters, have tensors
+    named `members.<name>.…`.
 
-    What fine-tuning changed has 8 bits at least: its changes are smaller than a step of a 4-bit grid, and rounding them
-    away would give the base back.
+    Weights that fine-tuning changed keep at least 8 bits: the changes are smaller than a step of a 4-bit grid, so
+    rounding would undo them.
     """
     tensors: dict[str, Array] = {}
     if layout.config.positions == "rotary":
@@ -233,8 +238,8 @@ def _bundle_tensors(
 
 
 def _fuse(layout: Layout, weights: Mapping[str, F32]) -> dict[str, F32]:
-    """The linear layers as they are stored: their parts' rows, one part after the other. `weights` has all parts of a layer
-    or none."""
+    """Replace the parts of each linear layer by the fused layer: their rows, one part after the other. `weights` must
+    hold all parts of a layer or none."""
     fused = dict(weights)
     for linear in layout.linears:
         for kind in ("weight", "bias") if linear.bias else ("weight",):
@@ -267,7 +272,7 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
     tails = {}
     for member in members:
         if member.kind.own_sequence:
-            continue  # no graph of its own: a backend that knows adapters runs the base's layers
+            continue  # adapters have no graphs: backends that support them run the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
         writer = GraphWriter(config, tensors, WEIGHTS, member.name)
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)

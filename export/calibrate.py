@@ -1,12 +1,14 @@
-"""Equalisation before 8-bit quantisation: the activations' outliers move into the weights, where they cost nothing.
+"""Equalisation before 8-bit quantisation: outliers of the activations are moved into the weights, where they do no
+harm.
 
-The activations are quantised per row and group as they come, so a channel that is always large spoils its group. Each
-channel j of a linear layer's input is divided by s_j and the column j of the weight multiplied by it; the division is
-folded into what makes the input (a norm's weight, the rows of the up projection). The function computed is the same.
+Activations are quantised at run time per row and group, so a channel that is always large makes its whole group
+coarse. Equalisation divides channel j of a linear layer's input by s_j and multiplies column j of the weight by it.
+The division is folded into the module that makes the input (a norm's weight, the rows of the up projection). The
+function is unchanged.
 
 s_j = sqrt(rms_j), normalised to a geometric mean of 1 within the group, so that only the spread *inside* a group
-changes. After SmoothQuant (Xiao et al. 2023), whose migration strength is 0.5 as well. Not used for 4 bits: a checkpoint
-that lies on a 4-bit grid would leave it.
+changes. After SmoothQuant (Xiao et al. 2023), with the same migration strength, 0.5. Not used for 4 bits: weights
+that lie on a 4-bit grid would leave it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ F32 = npt.NDArray[np.float32]
 
 
 def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, F32]:
-    """Linear layer → root mean square of each of its input channels, over all tokens of `chunks`."""
+    """Name of a linear layer → root mean square [columns] of its input channels, over all tokens of `chunks`. Only
+    layers with a `source`."""
     sums: dict[str, torch.Tensor] = {}
 
     def observe(name: str, module: str) -> torch.utils.hooks.RemovableHandle:
@@ -36,7 +39,7 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
         return decoder.get_submodule(module).register_forward_pre_hook(hook)
 
     linears = [linear for linear in decoder_layout(decoder.config).linears if linear.source is not None]
-    handles = [observe(linear.name, linear.parts[0].name) for linear in linears]  # its parts have one input
+    handles = [observe(linear.name, linear.parts[0].name) for linear in linears]  # all parts have the same input
     try:
         with torch.no_grad():
             for chunk in chunks:
@@ -51,8 +54,8 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
 def equalise(
     layout: Layout, weights: Mapping[str, F32], rms: Mapping[str, F32], group_size: int | None
 ) -> dict[str, F32]:
-    """The same function with other weights. The same `rms` must be used for all members of a bundle; `group_size`: see
-    `layer_group`.
+    """Equalised weights, which compute the same function. All members of a bundle must use the same `rms` (see
+    `channel_rms`). `group_size`: see `layer_group`.
 
     `weights` may hold an adapter's `<module>.lora_a` and `.lora_b`: A has the columns of the weight, B its rows.
     """

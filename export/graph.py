@@ -1,8 +1,8 @@
-"""ONNX graphs written from `DecoderConfig`: any slice of the decoder is one graph.
+"""ONNX graphs written from `DecoderConfig`: any slice of the decoder can be a graph.
 
-A `Slice` says which part: the embedding, a run of layers, the final norm, the head. A bundle's trunk is (embedding,
-layers below the split), a member's tail (its layers, the final norm), the head (head). One `standard` graph of the whole
-decoder has the inputs and outputs that other runtimes expect.
+A `Slice` selects the parts: the embedding, a range of layers, the final norm, the head. In a bundle, the trunk has
+the embedding and the layers below the split, a tail has a member's layers and the final norm, the head has the head
+alone. A `standard` graph of the whole decoder has the inputs and outputs that other runtimes expect.
 
 Initializers are ONNX external data: name, offset and length *into* the bundle's `model.safetensors`, so all graphs and
 all backends share one copy of the weights.
@@ -11,8 +11,8 @@ Inputs of a slice with layers (B sequences, S positions each, C the length of th
 
     input_ids      [B, S] int64   or   hidden_states [B, S, hidden] float32
     position_ids   [B, S] int64                  (learned positions only)
-    seqlens_k      [B] int32                     positions in the cache after this run, less one
-    total_sequence_length [] int32               the longest of them (plus one)
+    seqlens_k      [B] int32                     positions in the cache after this run, minus 1
+    total_sequence_length [] int32               the largest number of positions
     past_key_values.{i}.key/value [B, kv_heads, C, head_size] float32
 
 Outputs: hidden_states [B, S, hidden] (normed if the slice has the norm), present.{i}.key/value, which may be bound to
@@ -50,7 +50,7 @@ class Slice:
 
 
 class GraphWriter:
-    """Writes slices of one decoder, as `member` has it; None: of the base."""
+    """Writes slices of one decoder with the weights of `member`; None: of the base."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class GraphWriter:
         self.member = member
 
     def write(self, part: Slice, path: Path, *, standard: bool = False) -> None:
-        """Write the graph of `part` to `path`, beside the weights file. `standard`: with the interface that other
-        runtimes expect (attention_mask in, last position's logits out)."""
+        """Write the graph of `part` to `path`, in the weights file's directory. `standard`: with the interface that
+        other runtimes expect (input attention_mask, output logits of the last position)."""
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -75,8 +75,8 @@ class GraphWriter:
         hidden = self._embed() if part.embedding else self._input(HIDDEN, TensorProto.FLOAT, self._hidden_shape(part))
         if part.stop > part.start:
             self._lengths(standard)
-        # The residual branch that is not added yet: a skip-norm adds and norms in one node. A tail begins with a branch
-        # of zeros: so it goes through the same kernel as in a whole graph, and is equal to it bit for bit.
+        # The residual branch that is not added yet: a skip-norm adds and normalises in one node. A tail begins with a
+        # branch of zeros, so it uses the same kernel as a graph of the whole decoder and has the same bits.
         pending = None if part.embedding or part.head else self._node("Sub", [hidden, hidden])
         for index in range(part.start, part.stop):
             hidden, pending = self._layer(index, self.layout.layers[index], hidden, pending)
@@ -137,7 +137,8 @@ class GraphWriter:
         return hidden, self._mlp(layer, normed)
 
     def _norm(self, norm: Norm, hidden: str, pending: str | None, *, residual: bool = True) -> tuple[str, str]:
-        """(normed, residual stream). With a pending branch: residual = hidden + pending, in the same node."""
+        """Returns (normed, residual stream). A pending branch is added in the same node: residual = hidden +
+        pending."""
         rms = norm.kind == "rms"
         weights = [self._tensor(name) for name in norm.tensors]
         epsilon: dict[str, Any] = {"epsilon": self.config.norm_eps}
@@ -208,7 +209,7 @@ class GraphWriter:
         return self._linear(layer.down, inner)
 
     def _head(self, hidden: str, *, last_position: bool) -> None:
-        """Logits of every row, or [B, 1, vocab] of the last position."""
+        """Add the head: logits [R, vocab] of every row, or [B, 1, vocab] of the last position."""
         weight = self._find_weight(self.layout.head)
         shape: list[str | int] = ["rows", self.config.vocab_size]
         if last_position:
@@ -225,7 +226,7 @@ class GraphWriter:
         return self._node("Add", [output, self._tensor(f"{linear.name}.bias")]) if linear.bias else output
 
     def _matmul(self, weight: StoredWeight, hidden: str) -> str:
-        """hidden [..., columns] → [..., rows]. `MatMulNBits` has activations quantised per row and group to 8 bits
+        """hidden [..., columns] → [..., rows]. `MatMulNBits` quantises activations to 8 bits per row and group
         (accuracy level 4)."""
         if weight.bits == 32:
             return self._node("FusedMatMul", [hidden, self._stored(weight.name)], domain=MICROSOFT, transB=1)
@@ -244,7 +245,7 @@ class GraphWriter:
         )
 
     def _with_group_sums(self, weight: StoredWeight, hidden: str) -> str:
-        """The activations with the sum of each group as further columns (see `quantise`)."""
+        """The activations, with the sum of each group appended as further columns (see `quantise`)."""
         grouped = np.array([0, 0, weight.groups, weight.group_size], np.int64)
         shape = self._constant(f"groups_{weight.columns}", grouped)
         last = self._constant("axis_last", np.array([-1], np.int64))
@@ -289,7 +290,7 @@ class GraphWriter:
         return self._stored(resolve(self.tensors, name, self.member))
 
     def _stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
-        """An initializer that points into the weights file; `shape` may view the same bytes differently."""
+        """An initializer that points into the weights file. `shape`: another shape for the same bytes."""
         tensor = self.tensors[name]
         key = name if shape is None else f"{name}:{'x'.join(map(str, shape))}"
         if key not in self._initializers:

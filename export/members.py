@@ -1,4 +1,4 @@
-"""What a bundle's members have of their own: a tail's weights, an adapter's (merged, or kept apart), or nothing."""
+"""What a bundle's members have of their own: the weights of a tail, an adapter (merged or separate), or nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ F32 = npt.NDArray[np.float32]
 class MemberWeights:
     """What a member has of its own, under canonical names; everything else is the base's.
 
-    `weights`: whole tensors. `adapters`: `<module>.lora_a` and `.lora_b`, for a member kept as an adapter.
+    `split_layer`: the first layer of which it has weights, the number of layers if there is none. `weights`: whole
+    tensors. `adapters`: `<module>.lora_a` and `.lora_b` of an adapter that is not merged.
     """
 
     name: str
@@ -38,9 +39,9 @@ class MemberWeights:
 
 
 def read_member(name: str, path: Path | None, kind: MemberKind, base: BaseModel, *, merge: bool) -> MemberWeights:
-    """The member of `kind` in the directory `path`; None is the base itself. A low-rank update is kept apart, or with `merge`
-    added to the base's weights: then it is a tail. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged, another
-    base), `NotFoundError`."""
+    """Read the member of `kind` from the directory `path`; None is the base itself. With `merge`, an adapter is added
+    to the base's weights, and the member is a tail. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged,
+    or of another base), `NotFoundError`."""
     if not name or not all(c.isalnum() or c in "-_." for c in name):
         raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
     num_layers = base.config.num_layers
@@ -65,8 +66,9 @@ def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:
 
 
 def fuse_adapters(layout: Layout, adapters: Mapping[str, F32]) -> dict[str, F32]:
-    """Adapters of the linear layers as they are stored: A of their parts stacked, B in blocks; a part without an adapter
-    has rows of zeros. Raises `BundleError` for an adapter of what is no linear layer's part."""
+    """Adapters of fused linear layers from those of their parts: the A are stacked, the B are blocks of a larger B. A
+    part without an adapter has rows of zeros in B. Raises `BundleError` if an adapter is for a module that is not
+    such a part."""
     left = set(adapted_modules(adapters))
     fused: dict[str, F32] = {}
     for linear in layout.linears:

@@ -1,4 +1,4 @@
-"""The parity report: every member of a bundle, as it is served, against the same member in fp32."""
+"""The parity report: every member of a bundle, as it is served, compared with the same member in fp32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORT = "parity.json"
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Text that a bundle is measured on: chunks of at least two token ids. `config`: how it is served meanwhile.
+    """Text on which a bundle is measured: chunks of at least two token ids. `config`: how the bundle is served for it.
     `on_chunk` is called after each chunk of each member."""
 
     chunks: Sequence[Sequence[int]]
@@ -39,20 +39,20 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class MemberParity:
-    """A member's agreement with its fp32 self over `num_tokens` predictions on held-out text."""
+    """How far a served member agrees with the same member in fp32, over `num_tokens` predictions on held-out text."""
 
     name: str
     num_tokens: int
     nll: float  # nats per token, fp32
     nll_change: float  # (served - fp32) / fp32
     kl: float  # mean KL(fp32 || served), nats per token
-    top1: float  # share of positions with the same best token
+    top1: float  # share of positions with the same most probable token
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A bundle's report. `backend` and `kv_dtype`: what served the members. `overhead`: size on disk of weights and graphs /
-    bytes of the tensors that they hold."""
+    """A bundle's report. `backend` and `kv_dtype` served the members. `overhead`: bytes on disk of weights and
+    graphs, divided by the bytes of the tensors in them."""
 
     bits: int
     backend: str
@@ -62,11 +62,13 @@ class Parity:
     members: tuple[MemberParity, ...]
 
     def write(self, path: Path) -> None:
+        """Write the report to a JSON file."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def read_parity(bundle: Path) -> Parity:
-    """A bundle's report. Raises `NotFoundError` if it was not measured, `BundleError` if the report is damaged."""
+    """The report of the bundle in a directory. Raises `NotFoundError` if it was not measured, `BundleError` if the
+    report is damaged."""
     path = bundle / REPORT
     if not path.is_file():
         raise NotFoundError(f"the bundle at '{bundle}' was not measured; export it again without --no-parity")
@@ -80,8 +82,8 @@ def read_parity(bundle: Path) -> Parity:
 def measure_parity(
     bundle: Bundle, base: Mapping[str, torch.Tensor], members: Sequence[MemberWeights], text: HeldOut
 ) -> Parity:
-    """Score `text` under each member of `bundle`, on the backend that `text.config` opens, and under its fp32 original:
-    the weights `base` with the member's own. Raises `UnavailableError` if that backend cannot serve the bundle here."""
+    """Score `text` under each member of `bundle` on the backend of `text.config`, and under the member in fp32: the
+    weights `base` with the member's own. Raises `UnavailableError` if the backend cannot serve the bundle here."""
     room = bundle.config.max_position_embeddings
     text = dataclasses.replace(text, chunks=[chunk[:room] for chunk in text.chunks])
     longest = max(len(chunk) for chunk in text.chunks)
@@ -102,7 +104,7 @@ def measure_parity(
 
 
 def _held_bytes(path: Path) -> int:
-    """Bytes of a safetensors file's tensors: all but 8 bytes of the header's length and the header."""
+    """Bytes of a safetensors file's tensors: the file without its header and the 8 bytes of the header's length."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
@@ -134,14 +136,14 @@ def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:
 
 
 class Agreement:
-    """Sums up how far served logits are from fp32 ones, chunk by chunk."""
+    """Accumulates how far served logits are from fp32 ones, chunk by chunk."""
 
     def __init__(self) -> None:
         self._count = self._same = 0
         self._nll = self._served_nll = self._kl = 0.0
 
     def add(self, token_ids: Sequence[int], reference: F32, served: F32) -> None:
-        """One chunk of S tokens, which makes S - 1 predictions; logits [S, vocab]."""
+        """Add a chunk of S tokens, which makes S - 1 predictions; both logits are [S, vocab]."""
         expected = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(reference[:-1])), -1)
         found = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(served[:-1])), -1)
         targets = torch.tensor(list(token_ids[1:]))[:, None]
@@ -152,6 +154,7 @@ class Agreement:
         self._same += int((expected.argmax(-1) == found.argmax(-1)).sum())
 
     def result(self, name: str) -> MemberParity:
+        """The means over all predictions so far."""
         return MemberParity(
             name,
             self._count,

@@ -2,13 +2,14 @@
 
 A linear layer's weight [N, K] is cut into groups of `group_size` along K.
 
-8 bits: symmetric, w ≈ (q − 128)·scale, q in 1…255.
-4 bits: affine, w ≈ q·scale + minimum, q in 0…15. `MatMulNBits` knows only whole-number zero points, and rounding the
-minimum to a whole step costs as much as 4 bits themselves (10 % of NLL on a checkpoint that lies on such a grid). So the
-part of the minimum that a whole zero point cannot say, r = minimum + zero_point·scale, is written as further *group-sum
-columns*: column K + j of the quantised matrix holds r of group j, and multiplies the sum of the activations of group j.
-It is 1/group_size more work, and exact to 4 bits *of the remainder*. Source of the operator: ONNX Runtime,
-`com.microsoft.MatMulNBits`.
+    8 bits    symmetric: w ≈ (q − 128)·scale, q in 1…255
+    4 bits    affine: w ≈ q·scale + minimum, q in 0…15
+
+`MatMulNBits` accepts only whole-number zero points, and rounding the minimum to a whole step costs as much as quantising
+to 4 bits itself (10 % of NLL on a checkpoint whose weights lie on such a grid). So the part of the minimum that a whole
+zero point cannot express, r = minimum + zero_point·scale, is stored in further *group-sum columns*: column K + j of the
+quantised matrix holds r of group j, and multiplies the sum of the activations of group j. This is 1 / group_size more
+work, and r is exact to 4 bits. Source of the operator: ONNX Runtime, `com.microsoft.MatMulNBits`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ HEAD_GROUP = 32  # the head's error is the largest part of all; its weights are 
 
 
 def layer_group(bits: int, columns: int, group_size: int | None) -> int:
-    """Columns of a group of a layer's weight: `group_size` if one is asked for, else 64 for 8 bits (scales cost a fifth of
-    the arithmetic with 32) and 32 for 4 bits, or where 64 does not divide the columns."""
+    """Columns per group of a layer's weight: `group_size` if it is set. Otherwise 64 for 8 bits (with 32, scales are
+    a fifth of the arithmetic), and 32 for 4 bits or if 64 does not divide the columns."""
     if group_size is not None:
         return group_size
     return 64 if bits == 8 and columns % 64 == 0 else 32
@@ -38,17 +39,17 @@ def layer_group(bits: int, columns: int, group_size: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A quantised weight. For 4 bits low nibble first, and the groups cover K plus the group-sum columns."""
+    """A quantised weight [N, K]. With 4 bits, the groups cover K and the group-sum columns; low nibbles come first."""
 
     bits: int
-    num_columns: int  # columns that the quantised matrix multiplies: K, for 4 bits K + K / group_size
+    num_columns: int  # of the quantised matrix: K, with 4 bits K + K / group_size
     values: U8  # [N, groups, group_size * bits / 8]
     scales: F32  # [N, groups]
-    zero_points: U8 | None  # 4 bits: [N, ceil(groups / 2)], two a byte, low nibble first
+    zero_points: U8 | None  # 4 bits only: [N, ceil(groups / 2)], two per byte, low nibble first
 
 
 def quantise(weight: F32, bits: int, group_size: int, *, name: str = "weight") -> Quantised:
-    """Quantise `weight` [N, K]. Raises `ConfigError` for sizes that no kernel reads."""
+    """Quantise `weight` [N, K]. Raises `ConfigError` for sizes that the kernels do not read."""
     if bits not in (4, 8):
         raise ConfigError(f"{name}: bits must be 4 or 8, got {bits}")
     if group_size not in GROUP_SIZES:
@@ -73,7 +74,7 @@ def _quantise_4(weight: F32, group_size: int) -> Quantised:
     scales = _nonzero((groups.max(axis=2) - minimum) / np.float32(15))
     values = np.clip(np.rint((groups - minimum[:, :, None]) / scales[:, :, None]), 0, 15)
     zero_points = np.clip(np.rint(-minimum / scales), 0, 15)
-    remainder = minimum + zero_points * scales  # [N, groups]: what the whole zero point leaves over
+    remainder = minimum + zero_points * scales  # [N, groups] what the whole zero point cannot express
     padding = -remainder.shape[1] % group_size
     sums = np.pad(remainder, ((0, 0), (0, padding))).reshape(len(weight), -1, group_size)
     sum_low = sums.min(axis=2).clip(max=0)
@@ -90,7 +91,7 @@ def _quantise_4(weight: F32, group_size: int) -> Quantised:
 
 
 def dequantise(quantised: Quantised) -> F32:
-    """The weight [N, K] that the quantised one stands for, group-sum columns folded back in."""
+    """The weight [N, K] that the quantised one represents, group-sum columns included."""
     groups, group_size = quantised.scales.shape[1], quantised.values.shape[2] * 8 // quantised.bits
     if quantised.bits == 8:
         steps = quantised.values.astype(np.float32) - 128
@@ -105,12 +106,12 @@ def dequantise(quantised: Quantised) -> F32:
 
 
 def _nonzero(scales: F32) -> F32:
-    """A group of equal values has no step; any will do."""
+    """Replace scales of 0 by 1: they belong to groups of equal values, for which any scale is right."""
     return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
 
 
 def _pack_nibbles(values: U8) -> U8:
-    """Two values a byte along the last axis, low nibble first; an odd end is padded with 0."""
+    """Pack two values per byte along the last axis, low nibble first; an odd end is padded with 0."""
     if values.shape[-1] % 2:
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
     return np.asarray(values[..., 0::2] | (values[..., 1::2] << 4))

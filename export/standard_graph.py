@@ -1,4 +1,4 @@
-"""One member of a bundle as a standard decoder graph, for other runtimes and for comparisons with them."""
+"""One member of a bundle as a standard decoder graph, for other runtimes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .graph import GraphWriter, Slice
 
 
 def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
-    """A directory with one member of a bundle as one standard decoder graph (attention_mask in, the last position's
-    logits out), the weights (linked) and onnxruntime-genai's configuration."""
+    """Write a directory with one member of a bundle as a standard decoder graph (input attention_mask, output logits
+    of the last position), the weights (linked) and onnxruntime-genai's configuration."""
     out.mkdir(parents=True, exist_ok=True)
     config, name = bundle.config, bundle.members[member]
     for file in ("tokenizer.json", "tokenizer_config.json", WEIGHTS):
@@ -31,7 +31,7 @@ def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link (ONNX Runtime refuses external data behind a symbolic one); a copy across file systems."""
+    """Make a hard link: ONNX Runtime refuses external data behind a symbolic one. Copy if that is impossible."""
     try:
         os.link(source, target)
     except OSError:

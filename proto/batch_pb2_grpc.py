@@ -61,7 +61,7 @@ class BatchServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Streams the job's state until it ends, and each record as it is done.
+        """Streams the job's state until it ends, and each record when it is finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

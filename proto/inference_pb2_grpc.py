@@ -62,7 +62,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Complete(self, request, context):
-        """The same, whole: one choice for each of `n`.
+        """The whole answer in one message: `n` choices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,21 +1,21 @@
 """Typed errors: each says what was wrong, the limit, the actual value and what to change.
 
-Every error a user can cause derives from `MotetError`. `exit_code` is what the CLI exits with (2: the input was wrong,
-1: something else failed). Each door maps the classes to its own statuses, in one table. A class is what a caller can act
-upon: two mistakes that call for the same act share one.
+Every error that a user can cause derives from `MotetError`. The command exits with `exit_code` (2: the input was
+wrong, 1: something else failed). Each door maps the classes to its own statuses, in one table. Two mistakes have
+different classes only if a caller would handle them differently.
 """
 
 from __future__ import annotations
 
 
 class MotetError(Exception):
-    """Base of all errors that Motet raises on purpose. The message is one line, fit to be shown as it is."""
+    """Base of all errors that Motet raises on purpose. The message is one line that can be shown to a user."""
 
     exit_code = 1
 
 
 class InvalidRequestError(MotetError, ValueError):
-    """A request field is out of its range."""
+    """A field of a request has a value that is not allowed; `field` names it."""
 
     exit_code = 2
 
@@ -25,7 +25,7 @@ class InvalidRequestError(MotetError, ValueError):
 
 
 class InvalidEnsembleError(InvalidRequestError):
-    """A mix, member or space is not usable."""
+    """A mix, a member or a space is invalid."""
 
 
 class ContextLengthError(InvalidRequestError):
@@ -45,13 +45,13 @@ class BundleError(MotetError):
 
 
 class UnsupportedModelError(MotetError):
-    """A model family or option that no `DecoderConfig` describes."""
+    """A model family or option that Motet cannot compute."""
 
     exit_code = 2
 
 
 class UnimplementedError(MotetError):
-    """This server does not offer the call; another one may."""
+    """The server does not offer this call."""
 
 
 class DataError(MotetError):
@@ -67,7 +67,7 @@ class ConfigError(MotetError, ValueError):
 
 
 class OverloadedError(MotetError):
-    """The waiting queue is full."""
+    """The waiting queue is full: try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -75,14 +75,14 @@ class OverloadedError(MotetError):
 
 
 class UnavailableError(MotetError):
-    """Not to be had here and now: a server that drains or does not answer, a source that cannot be reached, a disk or a
-    memory without room, a machine without what is asked for. Try later, elsewhere, or ask for something else."""
+    """Something is not available here and now: a server that drains or does not answer, a source that cannot be
+    reached, room on a disk or in memory, a capability of the machine. Try later, elsewhere, or with other options."""
 
     exit_code = 2
 
 
 class PortInUseError(UnavailableError):
-    """Another program listens on the port: choose another port."""
+    """The port is in use: choose another."""
 
 
 class MissingPackageError(MotetError):
@@ -92,4 +92,4 @@ class MissingPackageError(MotetError):
 
 
 class NumericalError(MotetError):
-    """A row's logits hold NaN: that request alone ends."""
+    """The logits of a row hold NaN or infinity, or leave no token to choose. Only that request ends."""

@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, made on the device: a step's speed does not depend on the values."""
+"""Models of known shapes with random weights, made on the device. The speed of a step does not depend on the values."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ SHAPES = {
 
 
 def shape(name: str) -> DecoderConfig:
-    """Raises `ConfigError` for an unknown name."""
+    """The configuration of a named shape. Raises `ConfigError` for an unknown name."""
     if name not in SHAPES:
         raise ConfigError(f"'{name}' is no known shape; known are {sorted(SHAPES)}")
     return SHAPES[name]
 
 
 class RandomModel:
-    """Makes `ModelWeights` of a shape. bits 16: dense in `dtype`; 8 and 4: group-wise (head and embedding in 8)."""
+    """Makes random `ModelWeights` of a shape. 16 bits: dense in `dtype`; 8 and 4: quantised in groups (head and
+    embedding keep 8)."""
 
     def __init__(
         self, config: DecoderConfig, bits: int, device: torch.device, dtype: torch.dtype, group_size: int = 32
@@ -100,7 +101,7 @@ class RandomModel:
             return LinearWeight((torch.randn(n, k, device=device, dtype=self._dtype) * k**-0.5).contiguous())
         values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device)
         kind = torch.float32 if self._dtype is torch.float32 else torch.float16
-        # uniform values of a step s have a deviation of s · 2^bits / √12: as a dense weight's, k^-0.5
+        # Uniform values with step s have a deviation of s · 2^bits / √12; it shall be k^-0.5, as of a dense weight.
         step = (12.0 / k) ** 0.5 / 2**bits
         scales = torch.full((k // self._group, n), step, dtype=kind, device=device)
         return LinearWeight(values, scales, None if bits == 8 else -7.5 * scales)

@@ -1,4 +1,4 @@
-"""An engine whose every step is timed, and what a position of its KV cache weighs."""
+"""An engine with a timer of its steps, and the size of its KV cache."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ...runtime.text.tokenizer import Tokenizer
 
 
 class StepTimer(Observer):
-    """Notes every step of an engine."""
+    """Records every step of an engine."""
 
     def __init__(self, *, is_native: bool) -> None:
         self.is_native = is_native  # the steps run on the native kernels
         self.steps: list[StepReport] = []
-        self.ready: Callable[[], bool] | None = None  # the engine waits for it after the next step, a second at most
+        self.ready: Callable[[], bool] | None = None  # after the next step the engine waits for it, at most one second
 
     def on_step(self, step: StepReport) -> None:
         self.steps.append(step)
@@ -41,7 +41,7 @@ class StepTimer(Observer):
 
 @contextmanager
 def timed_engine(path: Path, config: EngineConfig) -> Iterator[tuple[Engine, StepTimer]]:
-    """An engine on a bundle, and the timer of its steps."""
+    """An engine on a bundle, and a timer of its steps."""
     bundle = Bundle.load(path, verify=False)
     backend = open_backend(bundle, config)
     timer = StepTimer(is_native=isinstance(backend, CpuBackend))
@@ -52,8 +52,8 @@ def timed_engine(path: Path, config: EngineConfig) -> Iterator[tuple[Engine, Ste
 def random_request(
     bundle: Bundle, index: int, prompt_tokens: int, new_tokens: int, *, members: int = 1, seed: int | None = None
 ) -> Request:
-    """Greedy, exactly `new_tokens`, on random token ids; `seed` (default: the index) chooses them, and a shorter prompt
-    is the beginning of a longer one."""
+    """A greedy request for exactly `new_tokens` tokens on random token ids. `seed` (default: `index`) chooses the
+    ids; with one seed a shorter prompt is the beginning of a longer one."""
     rng = np.random.default_rng(index if seed is None else seed)
     prompt = tuple(int(t) for t in rng.integers(10, bundle.config.vocab_size - 10, prompt_tokens))
     mix = tuple(Member(name, 1 / members) for name in bundle.members[:members])
@@ -62,8 +62,8 @@ def random_request(
 
 
 def kv_position_bytes(bundle: Bundle, config: EngineConfig, *, native: bool) -> int:
-    """Bytes of one position's keys and values in one layer. Native int8 has a float32 scale a head for each of them, the
-    onnx backend holds float32."""
+    """Bytes of the keys and values of one position in one layer. The native int8 cache has a float32 scale per head
+    for each key and value; the onnx backend's cache is float32."""
     decoder = bundle.config
     if not native:
         return 2 * decoder.kv_size * 4
@@ -73,8 +73,8 @@ def kv_position_bytes(bundle: Bundle, config: EngineConfig, *, native: bool) -> 
 
 
 def cached_layers(bundle: Bundle, members: int = 1) -> list[Layer]:
-    """Layers that have keys and values for a request of the first `members`: the trunk's once and each tail's own; a
-    low-rank member has all of them for itself."""
+    """Layers that hold keys and values for a request of the first `members`: the trunk's once, and those of each
+    tail. Each low-rank member has all layers separately."""
     layers = list(decoder_layout(bundle.config).layers)
     chosen = range(members)
     adapters = sum(member in bundle.adapters for member in chosen)
@@ -90,7 +90,8 @@ def attended_positions(layers: Sequence[Layer], context: int) -> int:
 
 
 def run_together(engine: Engine, timer: StepTimer, requests: Sequence[Request]) -> list[StepReport]:
-    """Complete requests that have all come when the second step begins; the steps that decoded all of them at once."""
+    """Complete requests that have all arrived before the second step. Returns the steps that decoded all of them at
+    once."""
     timer.steps.clear()
     timer.ready = lambda: engine.stats().waiting + engine.stats().running >= len(requests)
     engine.complete(requests)
@@ -98,5 +99,5 @@ def run_together(engine: Engine, timer: StepTimer, requests: Sequence[Request]) 
 
 
 def _decodes(batch: Batch, num_seqs: int) -> bool:
-    """Whether the step drew one token for each of so many sequences, and did nothing else."""
+    """Whether the step drew one token for each of `num_seqs` sequences and did nothing else."""
     return len(batch.samples) == num_seqs and batch.num_seqs == batch.num_rows

@@ -1,11 +1,11 @@
 """Choosing members and fitting their mix.
 
-Greedy selection with replacement (Caruana et al. 2004): again and again the member is added that improves the mix most, so
-what counts is what a member adds and not how good it is alone. How often each was taken is a first mix; it is then fitted:
-EM on the simplex for `probs` (the classic mixture-weight update), a convex program for `logits`, whose loss is convex in
-the coefficients (log-sum-exp of an affine function, less a linear one).
+Greedy selection with replacement (Caruana et al. 2004): each round adds the member that improves the mix most, so a
+member is judged by what it adds, not by how good it is alone. The counts are a first mix, which is then fitted: with
+EM on the simplex for `probs` (the classic mixture-weight update), with a convex program for `logits`, whose loss is
+convex in the coefficients (log-sum-exp of an affine function minus a linear one).
 
-Everything is measured per token, so folds and bootstraps are sums over tokens that are already known.
+Losses are kept per token, so folds and bootstraps only sum over tokens that are already measured.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from ...runtime.api.request import Space
 
 F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-_ROWS = 512  # rows of the head at once: 512 × vocabulary
+_ROWS = 512  # rows per head product: at most 512 × vocabulary logits in memory
 
 
 @dataclass(slots=True)
 class Pool:
-    """Members' hidden states on one set of answers. T answer tokens, K members.
+    """The hidden states of K members on one set of answers with T tokens.
 
-    `states` [K, T, hidden] normed; `head` [vocab, hidden], linear; `targets` [T]. `nll(mix)` is remembered by mix.
+    `states` [K, T, hidden] normed; `head` [vocab, hidden], linear; `targets` [T] token ids. Results of `nll` are
+    cached by mix.
     """
 
     space: Space
     states: Tensor
     head: Tensor
     targets: Tensor
-    single: F64 = field(init=False)  # [K, T] each member alone
+    single: F64 = field(init=False)  # [K, T] negative log-likelihood of each member alone, nats
     _known: dict[tuple[float, ...], F64] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.single = np.stack([self._logits_nll(states) for states in self.states])
 
     def nll(self, mix: F64) -> F64:
-        """[T] negative log-likelihood of each token under the mix, nats."""
+        """[T] negative log-likelihood in nats of each token under the mix [K]."""
         key = tuple(round(float(m), 9) for m in mix)
         if key not in self._known:
             self._known[key] = self._nll(np.asarray(mix, np.float64))
@@ -71,7 +72,8 @@ class Pool:
         return np.asarray(torch.cat(parts).double().numpy())
 
     def gradient(self, mix: F64, used: Sequence[int], mask: Mask) -> tuple[float, F64]:
-        """(mean loss over the masked tokens, its gradient by the coefficients of `used`), `logits` space."""
+        """(mean loss over the masked tokens, its gradient by the coefficients `mix` of the members `used`), in
+        `logits` space."""
         rows = torch.from_numpy(np.flatnonzero(mask))
         coefficients = torch.tensor(mix, dtype=torch.float32, requires_grad=True)
         total = 0.0
@@ -87,7 +89,7 @@ class Pool:
 def greedy(
     num_members: int, loss: Callable[[F64], float], *, max_members: int, rounds: int, candidates: Sequence[int]
 ) -> F64:
-    """The mix [K] that greedy selection ends with: the best of its rounds. At most `max_members` distinct members."""
+    """The best mix [K] of the rounds of greedy selection, with at most `max_members` distinct members."""
     counts = np.zeros(num_members)
     best, best_loss = counts, np.inf
     for _ in range(rounds):
@@ -100,9 +102,10 @@ def greedy(
 
 
 def em(nll: F64, start: F64, *, steps: int = 500, tolerance: float = 1e-10) -> F64:
-    """Mixture weights of fixed components: `nll` [K, T], `start` [K] on the simplex. Each step raises the likelihood."""
+    """Mixture weights [K] of fixed components with `nll` [K, T], from `start` [K] on the simplex. Each step raises the
+    likelihood."""
     mix = start / start.sum()
-    likelihood = np.exp(-(nll - nll.min(axis=0)))  # scaled by each token's best: the responsibilities stay the same
+    likelihood = np.exp(-(nll - nll.min(axis=0)))  # scaled per token, which changes no responsibility
     for _ in range(steps):
         joint = mix[:, None] * likelihood
         update = (joint / joint.sum(axis=0)).mean(axis=1)
@@ -113,7 +116,7 @@ def em(nll: F64, start: F64, *, steps: int = 500, tolerance: float = 1e-10) -> F
 
 
 def convex(pool: Pool, start: F64, mask: Mask) -> F64:
-    """The coefficients ≥ 0 with sum 1 that minimise the mean loss in `logits` space, over `start`'s members."""
+    """The coefficients [K] ≥ 0 with sum 1, of the members of `start`, that minimise the mean loss in `logits` space."""
     used = np.flatnonzero(start)
     if len(used) == 1:
         return start
@@ -127,15 +130,15 @@ def convex(pool: Pool, start: F64, mask: Mask) -> F64:
         options={"maxiter": 25, "ftol": 1e-6},
     )
     values = np.clip(result.x, 0, None)
-    values[values < 1e-3] = 0.0  # a member that adds nothing costs a tail at every step
+    values[values < 1e-3] = 0.0  # a member that adds nothing still costs a tail at every step
     mix = np.zeros_like(start)
     mix[used] = values / values.sum()
     return mix
 
 
 def select_and_fit(pool: Pool, mask: Mask, *, max_members: int, rounds: int = 12, shortlist: int = 8) -> F64:
-    """The mix [K] chosen on the masked tokens alone. `logits` space evaluates the head for every candidate, so only the
-    `shortlist` best members alone are candidates there."""
+    """The mix [K] that is chosen and fitted on the masked tokens. In `logits` space every candidate costs a head
+    product, so only the `shortlist` members that are best alone are candidates."""
     order = list(np.argsort(pool.single[:, mask].mean(axis=1)))
     candidates = order[:shortlist] if pool.space is Space.LOGITS else order
     mix = greedy(
@@ -155,9 +158,10 @@ def select_and_fit(pool: Pool, mask: Mask, *, max_members: int, rounds: int = 12
 
 
 def cross_validated(pool: Pool, groups: npt.NDArray[np.int64], *, folds: int, max_members: int) -> float:
-    """Mean loss of mixes on documents that neither selected nor fitted them: the outer loop of nested cross-validation.
+    """Mean loss of mixes on documents that were used neither to select nor to fit them (the outer loop of nested
+    cross-validation).
 
-    `groups` [T]: the document of each token. A document is never on both sides.
+    `groups` [T]: the document of each token. No document is on both sides of a split.
     """
     rng = np.random.default_rng(0)
     documents = rng.permutation(np.unique(groups))
@@ -170,7 +174,7 @@ def cross_validated(pool: Pool, groups: npt.NDArray[np.int64], *, folds: int, ma
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Relative change of the mean loss, with its 95 % interval; negative is better."""
+    """Relative change of the mean loss and its 95 % interval. Negative is better."""
 
     change: float
     low: float
@@ -178,7 +182,8 @@ class Interval:
 
 
 def paired_bootstrap(before: F64, after: F64, groups: npt.NDArray[np.int64], *, draws: int = 10_000) -> Interval:
-    """`after` against `before`, both [T]; whole groups (examples, or documents) are drawn again together."""
+    """The change from `before` to `after`, losses [T]. The bootstrap draws whole groups (examples or documents,
+    [T])."""
     names, index = np.unique(groups, return_inverse=True)
     old = np.bincount(index, before)
     new = np.bincount(index, after)

@@ -1,11 +1,11 @@
-"""The methods: what of the decoder is trained, and how the result is written.
+"""The training methods: which part of the decoder is trained, and how the result is written.
 
 tail    the last n layers and the final norm            → a tail
 lora    low-rank adapters beside chosen projections     → an adapter (PEFT, Mangrulkar et al. 2022; Hu et al. 2021)
 qlora   the same over a base in NF4                     → an adapter (bitsandbytes; Dettmers et al. 2023)
 full    all layers and the final norm                   → a tail of all layers
 
-The embedding stays. The head is trained only if asked: members of an ensemble share one.
+The embedding is not trained. The head is trained only with `TuneParams.head`: members of an ensemble share one head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Base = Mapping[str, Tensor]
 
 
 class Learner(nn.Module):
-    """A decoder of which a part is trained. `split`: the first layer that is trained or adapted."""
+    """A decoder with a part that is trained. `split`: the first layer that is trained or adapted."""
 
     def __init__(self, config: DecoderConfig, base: Base, params: TuneParams) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Learner(nn.Module):
         self.base = base
         self.config = config
         torch.manual_seed(params.seed)
-        if params.head and config.tied_head:  # a head that is trained cannot be the embedding as well
+        if params.head and config.tied_head:  # a trained head cannot share the embedding's weight
             config = dataclasses.replace(config, tied_head=False)
             base = {**base, "lm_head.weight": base["model.embed_tokens.weight"]}
         self.decoder = (
@@ -52,23 +52,24 @@ class Learner(nn.Module):
         )
         if params.head:
             self.decoder.lm_head.weight = nn.Parameter(base["lm_head.weight"].clone())
-        self._trunk: list[Decoder] = []  # in a list: no part of this module's state
+        self._trunk: list[Decoder] = []  # in a list, so that it is not a submodule
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)
         if (
             self.params.method == "qlora"
-        ):  # in evaluation mode bitsandbytes repacks a CPU's weights for inference, for good
+        ):  # in evaluation mode bitsandbytes repacks weights on a CPU for inference, irreversibly
             for module in self.decoder.modules():
                 if hasattr(module, "quant_state"):
                     module.training = True
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
 
     def trunk(self) -> Decoder:
-        """The base in bfloat16, for the layers below the split; the first use makes it."""
+        """The base in bfloat16, for the layers below the split. It is made on first use."""
         if not self._trunk:
             self._trunk.append(make_trunk(self.config, self.base).to(self.device))
         return self._trunk[0]
@@ -78,14 +79,14 @@ class Learner(nn.Module):
         return self.decoder.model.embed_tokens.weight.device
 
     def loss(self, batch: TrainBatch, smoothing: float = 0.0) -> Tensor:
-        """Mean negative log-likelihood of the answers' tokens, nats (with label smoothing, if any)."""
+        """Mean negative log-likelihood of the answers' tokens in nats. `smoothing`: share of label smoothing."""
         targets = batch.targets.to(self.device)
         states = self._states(batch)
         wanted = targets >= 0
         return F.cross_entropy(self.decoder.head(states[wanted]).float(), targets[wanted], label_smoothing=smoothing)
 
     def example_losses(self, batch: TrainBatch) -> Tensor:
-        """[B] mean negative log-likelihood of each example's answer: what DP-SGD clips the gradient of."""
+        """[B] mean negative log-likelihood of each example's answer in nats. DP-SGD clips the gradient of each."""
         targets = batch.targets.to(self.device)
         losses = F.cross_entropy(
             self.decoder.head(self._states(batch)).float().transpose(1, 2), targets, ignore_index=-1, reduction="none"
@@ -116,7 +117,7 @@ class Learner(nn.Module):
         return run_trunk(self.trunk(), [item.encoded for item in batch.items], self.split).float()
 
     def change(self) -> Tensor:
-        """Summed absolute change of the trained weights (of an adapter: its own), for L1."""
+        """Sum of the absolute changes of the trained weights, for L1; of an adapter, of its weights themselves."""
         total = torch.zeros((), device=self.device)
         for name, parameter in self.trained().items():
             origin = None if self.adapts else self.base.get(name)
@@ -129,11 +130,13 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Set the trained tensors to those of `state`."""
         for name, parameter in self.trained().items():
             parameter.copy_(state[name])
 
     def write(self, out: Path, manifest: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """The result as a tail or an adapter, with `files` (name → text) beside it."""
+        """Write the result as a tail or an adapter, with `files` (name → text) beside it. Raises `ConfigError` if
+        `out` exists and is something else."""
         if self.adapts:
             extra = {"rank": self.params.rank, "alpha": self.params.alpha, "targets": list(self.params.targets)}
             write_adapter(out, {**manifest, **extra}, _adapter_tensors(self.decoder), files)
@@ -142,13 +145,13 @@ class Learner(nn.Module):
 
 
 def make_trunk(config: DecoderConfig, base: Base) -> Decoder:
-    """The base in bfloat16. The cache and an uncached run use the same, so that they train on the same numbers."""
+    """The base in bfloat16. Runs with and without the cache use it, so that they train on the same numbers."""
     return Decoder.from_weights(config, {name: tensor.to(torch.bfloat16) for name, tensor in base.items()}).eval()
 
 
 def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
     prefixes = (*(f"model.layers.{i}." for i in range(split, config.num_layers)), "model.norm.")
-    weights = {n: t.clone() if n.startswith(prefixes) else t for n, t in base.items()}  # the base is shared by trials
+    weights = {n: t.clone() if n.startswith(prefixes) else t for n, t in base.items()}  # copies: trials share the base
     decoder = Decoder.from_weights(config, weights)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
@@ -175,8 +178,8 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
 
 
 def _to_nf4(decoder: Decoder) -> None:
-    """The layers' weights in 4-bit NormalFloat, in place. Raises `MissingPackageError` without
-    bitsandbytes, `UnavailableError` where it cannot."""
+    """Quantise the layers' weights to 4-bit NormalFloat, in place. Raises `MissingPackageError` without bitsandbytes,
+    `UnavailableError` if it does not support this machine."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -207,7 +210,7 @@ def _device() -> str:
 
 
 def _adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """PEFT's tensors under canonical names, alpha / rank folded into B."""
+    """PEFT's tensors under canonical names, with alpha / rank folded into B."""
     tensors = {}
     for name, module in decoder.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "scaling"):

@@ -1,14 +1,14 @@
-"""The trunk cache: what the frozen layers make of every example, computed once and read by every trial.
+"""The trunk cache: the outputs of the frozen layers for every example, computed once and read by every trial.
 
-An entry is a directory named by the digest of (base model, split layer, token ids of all examples), so another model,
-split, tokenizer, template, data set or augmentation is another entry and a stale one cannot be hit:
+An entry is a directory, named by a digest of (base model, split layer, token ids of all examples). So another model,
+split, tokenizer, template, data set or augmentation has another entry, and a stale entry is never used:
 
     hidden.bin     bfloat16 rows [tokens, hidden], memory-mapped; examples in order of length
     index.json     row counts, chunk digests
 
-It is written in chunks, each with its SHA-256 in a journal; a writer that was killed goes on after the last whole chunk.
-An entry of an earlier split is where a later split's computation starts. The least recently used entries are
-removed when the cache would exceed its bound.
+It is written in chunks, each with its SHA-256 in a journal; after a kill, the next writer goes on after the last
+whole chunk. The entry of a later split is computed from that of an earlier split if there is one. The least recently
+used entries are removed if the cache would exceed its bound.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ...runtime.model.files import put_in_place, remove_directory
 from ..data.encode import Encoded, encoded_digest
 
 FORMAT = 2
-CHUNK = 8  # examples computed, written and checked together
-# PyTorch's attention on a CPU works in blocks of queries, of 32 up to a length of 192: padded to whole ones, a row rounds as in
-# any batch.
+CHUNK = 8  # examples that are computed, written and checked together
+# PyTorch's attention on a CPU works in blocks of 32 queries up to a length of 192. With whole blocks, a row has the
+# same bits in any batch.
 BLOCK = 32
 DEFAULT_BYTES = 8 << 30
 
@@ -58,21 +58,22 @@ class TrunkCache:
         model_digest: str,
         split: int,
         items: Sequence[Encoded],
-        tick: Callable[[int], None] = lambda _count: None,
+        on_progress: Callable[[int], None] = lambda _count: None,
     ) -> list[Tensor]:
         """[S - 1, hidden] bfloat16 of each item (all its tokens but the last): the input of layer `split`.
 
-        `make_trunk` gives the base in bfloat16; it is called only if something has to be computed. `tick` is told how many
-        more examples are done. Raises `ConfigError` (larger than the bound), `UnavailableError` (the disk is full).
+        `make_trunk` returns the base in bfloat16; it is called only if something has to be computed. `on_progress` is
+        called with the number of further examples that are done. Raises `ConfigError` (the entry is larger than the
+        bound), `UnavailableError` (the disk is full).
         """
         order = sorted(range(len(items)), key=lambda i: len(items[i].token_ids))
         ordered = [items[i] for i in order]
         path = self._path(model_digest, split, items)
         with self._locked(path):
             if not (path / "index.json").is_file() or not self._is_intact(path):
-                self._write(path, make_trunk, model_digest, split, items, ordered, tick)
+                self._write(path, make_trunk, model_digest, split, items, ordered, on_progress)
             else:
-                tick(len(items))
+                on_progress(len(items))
             os.utime(path)
         arrays = _read(path, [len(item.token_ids) - 1 for item in ordered])
         result: list[Tensor | None] = [None] * len(items)
@@ -86,14 +87,14 @@ class TrunkCache:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """One writer an entry; a second one waits and finds it done."""
+        """Allow one writer per entry; a second one waits and then finds the entry complete."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / f"{path.name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _is_intact(self, path: Path) -> bool:
-        """Every chunk has the digest that was recorded; a damaged entry is removed."""
+        """Whether every chunk has its recorded digest. A damaged entry is removed."""
         chunks = json.loads((path / "index.json").read_bytes())["chunks"]
         with (path / "hidden.bin").open("rb") as file:
             intact = all(hashlib.sha256(file.read(c["bytes"])).hexdigest() == c["sha256"] for c in chunks)
@@ -110,7 +111,7 @@ class TrunkCache:
         split: int,
         items: Sequence[Encoded],
         ordered: Sequence[Encoded],
-        tick: Callable[[int], None],
+        on_progress: Callable[[int], None],
     ) -> None:
         trunk = make_trunk()
         self._make_room(path, 2 * trunk.config.hidden_size * sum(len(item.token_ids) - 1 for item in items))
@@ -119,7 +120,7 @@ class TrunkCache:
         try:
             partial.mkdir(exist_ok=True)
             journal = _resume(partial)
-            tick(CHUNK * len(journal))
+            on_progress(CHUNK * len(journal))
             with (partial / "hidden.bin").open("r+b") as data, (partial / "journal").open("a") as log:
                 data.seek(0, os.SEEK_END)
                 for first in range(CHUNK * len(journal), len(ordered), CHUNK):
@@ -131,7 +132,7 @@ class TrunkCache:
                     journal.append({"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
                     log.write(json.dumps(journal[-1]) + "\n")
                     _flush(log)
-                    tick(len(chunk))
+                    on_progress(len(chunk))
             (partial / "index.json").write_text(json.dumps({"format": FORMAT, "split": split, "chunks": journal}))
             put_in_place(partial, path)
         except OSError as error:
@@ -143,7 +144,7 @@ class TrunkCache:
     def _earlier(
         self, model_digest: str, split: int, items: Sequence[Encoded], ordered: Sequence[Encoded]
     ) -> tuple[int, list[Tensor] | None]:
-        """The latest earlier split whose entry is there, and its rows: a later split goes on from it."""
+        """The latest earlier split that has an entry, and its rows; (0, None) if there is none."""
         for start in range(split - 1, 0, -1):
             path = self._path(model_digest, start, items)
             if (path / "index.json").is_file() and self._is_intact(path):
@@ -151,7 +152,8 @@ class TrunkCache:
         return 0, None
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Remove the least recently used entries until `size` more bytes are within the bound."""
+        """Remove the least recently used entries until `size` more bytes are within the bound. Raises `ConfigError`
+        if `size` alone exceeds it."""
         if size > self.max_bytes:
             raise ConfigError(
                 f"the trunk cache may hold {self.max_bytes / 1e9:.2f} GB, this data set takes {size / 1e9:.2f} GB; "
@@ -172,7 +174,7 @@ def _flush(file: Any) -> None:
 
 
 def _resume(partial: Path) -> list[dict[str, Any]]:
-    """The chunks that a killed writer finished; what it wrote beyond them is cut off."""
+    """The journal's entries of the chunks that a killed writer finished. What it wrote after them is removed."""
     data, log = partial / "hidden.bin", partial / "journal"
     data.touch()
     journal: list[dict[str, Any]] = []
@@ -182,7 +184,7 @@ def _resume(partial: Path) -> list[dict[str, Any]]:
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # the line that the writer died in
+                break  # the line that the writer did not finish
             content = file.read(entry["bytes"])
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 break
@@ -202,7 +204,8 @@ def _compute(trunk: Decoder, items: Sequence[Encoded], start: int, split: int, k
 
 @torch.no_grad()
 def run_trunk(trunk: Decoder, items: Sequence[Encoded], split: int) -> Tensor:
-    """[B, S, hidden]: the input of layer `split`, padded at the end (causal, so it does not matter)."""
+    """[B, S, hidden]: the input of layer `split`, padded at the end; attention is causal, so padding changes
+    nothing."""
     lengths = [len(item.token_ids) - 1 for item in items]
     tokens = torch.zeros(len(items), _whole_blocks(trunk, max(lengths)), dtype=torch.long)
     for row, item in enumerate(items):
@@ -213,7 +216,7 @@ def run_trunk(trunk: Decoder, items: Sequence[Encoded], split: int) -> Tensor:
 
 @torch.no_grad()
 def run_from(trunk: Decoder, known: Sequence[Tensor], start: int, split: int) -> Tensor:
-    """`run_trunk` of the items whose inputs of layer `start` are known."""
+    """As `run_trunk`, from known inputs of layer `start`, each [S, hidden]."""
     hidden = torch.nn.utils.rnn.pad_sequence(list(known), batch_first=True)
     longest = hidden.shape[1]
     hidden = torch.nn.functional.pad(hidden, (0, 0, 0, _whole_blocks(trunk, longest) - longest))

@@ -1,6 +1,6 @@
 """Mix and sample on the native CPU kernels (`kernels/native/cpp/sample.cpp`): the same tokens as `kernels.oracle.reference`.
 
-One call for a packed batch of samples over rows of logits. It needs no model; with one it runs on the model's threads.
+One call samples a packed batch from rows of logits. It needs no model; if there is one, it runs on the model's threads.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-NOT_FINITE, NOTHING_LEFT = 1, 2  # codes of samples without a token, as `motet.h` numbers them
+NOT_FINITE, NOTHING_LEFT = 1, 2  # codes of samples without a token (`MotetSampleCode`)
 
 FUSED_RULES = ("top_k", "top_p", "min_p")  # truncation rules that the library computes
 
 
 @dataclass(slots=True)
 class Sample:
-    """How one token is chosen; the parameters are those of `kernels.oracle.reference`."""
+    """How one token is chosen. The parameters are those of `kernels.oracle.reference`."""
 
     terms: Sequence[tuple[int, float]]  # (row of the logits, coefficient), at least one
-    probs: bool = False  # the space of the mix
+    probs: bool = False  # space of the mix: True for `probs`, False for `logits`
     temperature: float = 1.0
     truncation: Mapping[str, float] = field(default_factory=dict)  # rule of `FUSED_RULES` → value
     edits: Edits = NO_EDITS
     seed: int = 0
     position: int = 0
-    logprobs: int | None = None  # how many of the best tokens are reported; None: no log-probabilities at all
+    logprobs: int | None = None  # how many of the most probable tokens to report; None: no log-probabilities
     member_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What became of a batch. Log-probabilities are those of the mix before edits, temperature and truncation."""
+    """The result of a batch. Log-probabilities are those of the mix before edits, temperature and truncation."""
 
     token_ids: I64  # [samples], -1 where there is none
     codes: I32  # [samples] 0, `NOT_FINITE` (the logits hold NaN or +inf) or `NOTHING_LEFT`
-    logprobs: F64  # [samples] of the chosen token, NaN where not asked
-    top_ids: I64  # [samples, n] best first, -1 beyond what was asked
+    logprobs: F64  # [samples] of the chosen token, NaN if not requested
+    top_ids: I64  # [samples, n] best first, -1 after the requested ones
     top_logprobs: F64  # [samples, n]
-    member_logprobs: F64  # [terms of all samples] of the chosen token under each term alone, NaN where not asked
+    member_logprobs: F64  # [terms of all samples] of the chosen token under each term alone, NaN if not requested
 
 
 class _Sample(ctypes.Structure):
-    """`MotetSample`."""
+    """`MotetSample` of motet.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("first_term", "num_terms")),
@@ -72,7 +72,7 @@ class _Sample(ctypes.Structure):
 
 
 class _Sampling(ctypes.Structure):
-    """`MotetSampling`."""
+    """`MotetSampling` of motet.h."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -87,10 +87,10 @@ class _Sampling(ctypes.Structure):
 
 
 class Sampling:
-    """Samples as the library reads them, and where it writes what it draws: `result`, once a call has had `struct`."""
+    """Samples in the library's form. A call that gets `struct` writes its results into `result`."""
 
     def __init__(self, samples: Sequence[Sample], vocab: int) -> None:
-        """Raises `InvalidRequestError` for a parameter that the library cannot see to be wrong."""
+        """Raises `InvalidRequestError` for a wrong parameter that the library could not detect (see `_check`)."""
         terms = [term for one in samples for term in one.terms]
         rows = np.array([row for row, _ in terms], np.int64)
         coefficients = np.array([c for _, c in terms], np.float64)
@@ -121,8 +121,8 @@ class Sampling:
 def sample(
     logits: F32, samples: Sequence[Sample], model: NativeModel | None = None, *, isa: str | None = None
 ) -> Sampled:
-    """Draw a token for each sample. logits [rows, vocab]; on the threads of `model` if there is one; `isa` chooses an
-    instruction set where there is none.
+    """Draw a token for each sample. logits [rows, vocab]. With `model`, it runs on the model's threads and
+    instruction set; without, `isa` chooses the instruction set (default: the best).
 
     Raises `InvalidRequestError` for a parameter or id out of its range, `UnavailableError` without the native kernels.
     """
@@ -143,7 +143,7 @@ def sample(
 
 
 def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[Any]) -> None:
-    """Fill a `_Sample`; its arrays go to `keep`."""
+    """Fill a `_Sample`. Its arrays are appended to `keep`, which must live as long as it."""
 
     def kept(values: Any, dtype: type) -> int:
         array: npt.NDArray[Any] = np.ascontiguousarray(values, dtype)
@@ -169,7 +169,8 @@ def _pack(target: _Sample, one: Sample, first_term: int, vocab: int, keep: list[
 
 
 def _check(one: Sample, vocab: int) -> None:
-    """What the library cannot see because the numbers would not fit, or the array's length does not reach it."""
+    """Check what the library cannot: numbers that do not fit its types, and lengths of arrays, which it does not
+    get."""
     if not 0 <= one.seed < 2**64:
         raise InvalidRequestError(f"seed must be in 0…2^64-1, got {one.seed}", field="seed")
     if unknown := set(one.truncation) - set(FUSED_RULES):

@@ -1,6 +1,6 @@
-"""`Edits`: how one row of mixed logits is changed before the draw, and the oracle of applying them.
+"""`Edits`: how a row of mixed logits is changed before the draw, and the oracle that applies them.
 
-Whoever knows the text computes them once, on the host; every executor applies just this.
+Edits are computed once, on the host, from the text so far; every executor only applies them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ U32 = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edits:
-    """A token's logit x becomes (x > 0: x / divisor, else x · divisor) − penalty + bias; the others stay as they are.
+    """A token's logit x becomes (x > 0: x / divisor, else x · divisor) − penalty + bias; other logits are
+    unchanged. Then, if there is a mask, tokens whose bit is 0 become -inf.
 
-    Then, with a mask, tokens without their bit become -inf. The order of the operations is part of the definition: results
-    are compared bit for bit.
+    The order of the operations is part of the definition: results are compared bit for bit.
     """
 
-    ids: I64  # [n] each token once
-    divisors: F64  # [n] above 0; 1: none
+    ids: I64  # [n] no token twice
+    divisors: F64  # [n] above 0; 1: no effect
     penalties: F64  # [n] subtracted
     biases: F64  # [n] added; -inf forbids the token
-    mask: U32 | None = None  # [ceil(vocab / 32)] bit id % 32 of word id // 32: the token is allowed
+    mask: U32 | None = None  # [ceil(vocab / 32)] bit id % 32 of word id // 32 is 1 if the token is allowed
 
     @property
     def is_empty(self) -> bool:
@@ -39,7 +39,7 @@ NO_EDITS = Edits(np.empty(0, np.int64), _NONE, _NONE, _NONE)
 
 
 def apply_edits(mixed: F64, edits: Edits) -> F64:
-    """Edited mixed logits [vocab]; `mixed` itself where there is nothing to edit."""
+    """Edited mixed logits [vocab]; `mixed` itself if there is nothing to edit."""
     if edits.is_empty:
         return mixed
     edited = mixed.copy()

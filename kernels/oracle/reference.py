@@ -1,4 +1,4 @@
-"""The plain oracle of mixing and sampling, in numpy. Slow, short, and the only one: tests and benches compare with it.
+"""The oracle of mixing and sampling, in numpy: slow and short. Tests and benches compare every executor with it.
 
 For one request: member logits z_m [members, vocab], coefficients c with Σ c = 1.
 
@@ -6,13 +6,13 @@ For one request: member logits z_m [members, vocab], coefficients c with Σ c = 
     logprob   log_softmax(mixed)[token]
     adjusted  penalties, biases and masks on `mixed` (`edits.py`)
     tempered  adjusted / temperature
-    kept      what the truncation rules leave of `tempered` (`truncation.py`)
+    kept      the tokens that the truncation rules keep (`truncation.py`)
     token     argmax over kept of tempered + gumbel;   temperature 0: argmax of adjusted;   ties: the lowest id
 
 The draw is counter-based (Salmon et al. 2011): Philox4x32-10, key = the two words of the seed, counter = (token id,
-position, 0, 0), first word x → u = ((x >> 9) + 0.5) · 2⁻²³, gumbel = −log(−log u). It depends on nothing but (seed,
-position, token id): not on the batch, the vocabulary's order of visit, or the machine. 23 bits, because with the half they
-fill the 24 of a float32: one bit more would round the largest u to 1, whose noise is infinite.
+position, 0, 0), first word x → u = ((x >> 9) + 0.5) · 2⁻²³, gumbel = −log(−log u). It depends only on (seed,
+position, token id), not on the batch, the order in which tokens are visited, or the machine. It has 23 bits because
+with the half they fill the 24 of a float32: one more bit would round the largest u to 1, whose noise is infinite.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def gumbel(token_ids: I64, position: int, seed: int) -> F64:
 
 
 def log_softmax(logits: F64) -> F64:
-    """Over the last axis."""
+    """Log-softmax over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
-    """Mixed logits [vocab] of member logits [members, vocab]. Members with coefficient 0 do not take part."""
+    """Mixed logits [vocab] of member logits [members, vocab]. Members with coefficient 0 are ignored. `space`:
+    "logits" or "probs"."""
     chosen = [(row.astype(np.float64), c) for row, c in zip(logits, coefficients, strict=True) if c != 0]
     if len(chosen) == 1 and chosen[0][1] == 1:
         return np.asarray(chosen[0][0])
@@ -78,7 +79,7 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
 
 
 def sample(adjusted: F64, *, temperature: float, seed: int, position: int, **rules: float) -> int:
-    """The token drawn from adjusted mixed logits [vocab]. `rules`: values of truncation rules by name."""
+    """The token drawn from adjusted mixed logits [vocab]. `rules`: truncation rule → value."""
     if temperature == 0:
         return int(np.argmax(adjusted))
     tempered = adjusted / temperature

@@ -1,8 +1,9 @@
-"""Truncation rules, the one list of them: which tokens of a tempered distribution stay in the draw.
+"""Truncation rules: which tokens of a tempered distribution are kept for the draw. `RULES` is the only list of them.
 
-A rule is a name, the value that means "off", and a body in numpy. `truncate` applies the rules in the order of `RULES`,
-each to what those before it left. An executor that computes some of them itself says which; rows that use another rule
-come here. A new rule is an entry here and a field of the same name in the sampling parameters.
+A rule is a name, the value that means "off", and a function in numpy. `truncate` applies the rules in the order of
+`RULES`, each to the tokens that the ones before it kept. An executor that has some of the rules itself lists them;
+samples that use another rule are truncated here. A new rule is an entry here and a field of the same name in the
+sampling parameters.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ Kept = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`keep(tempered, value)`: which of the tokens stay, [n] of [n] finite logits / temperature, n ≥ 1. Equal logits stay
-    or go together, and at least one token stays."""
+    """`keep(tempered, value)`: which tokens are kept, [n], of [n] finite logits / temperature, n ≥ 1. Of equal logits
+    all or none are kept, and at least one token is kept."""
 
-    off: float  # the value with which nothing goes
+    off: float  # the value at which all tokens are kept
     keep: Callable[[F64, float], Kept]
 
 
 def _top_k(tempered: F64, k: float) -> Kept:
-    """Not below the k-th largest."""
+    """Tokens that are not below the k-th largest."""
     place = max(len(tempered) - int(k), 0)
     return np.asarray(tempered >= np.partition(tempered, place)[place])
 
@@ -41,12 +42,13 @@ def _top_p(tempered: F64, p: float) -> Kept:
 
 
 def _min_p(tempered: F64, p: float) -> Kept:
-    """Probability at least p of the largest (Nguyen et al. 2024)."""
+    """Tokens with at least the share p of the largest probability (Nguyen et al. 2024)."""
     return np.asarray(tempered >= tempered.max() + np.log(p))
 
 
 def _typical_p(tempered: F64, p: float) -> Kept:
-    """The tokens whose surprisal is nearest the entropy, as many as it takes to reach p (Meister et al. 2022)."""
+    """The tokens whose surprisal is nearest to the entropy, as many as are needed to reach probability p (Meister et
+    al. 2022)."""
     shifted = tempered - tempered.max()
     surprisal = np.log(np.exp(shifted).sum()) - shifted
     probabilities = np.exp(-surprisal)
@@ -65,8 +67,8 @@ RULES: Mapping[str, Rule] = {  # in the order of application
 
 
 def active_rules(values: Mapping[str, float]) -> dict[str, float]:
-    """Those of the values (rule → value) that are not off, in the order of application. Raises `KeyError` for a name that
-    is no rule."""
+    """The values (rule → value) without rules that are off, in the order of application. Raises `KeyError` for an
+    unknown rule."""
     unknown = set(values) - set(RULES)
     if unknown:
         raise KeyError(f"no truncation rule is called {sorted(unknown)}; there are {list(RULES)}")
@@ -74,7 +76,7 @@ def active_rules(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def truncate(tempered: F64, **values: float) -> Kept:
-    """Which tokens [vocab] stay; a rule that is not named is off. Tokens at -inf never stay."""
+    """Which tokens [vocab] are kept; a rule that is not named is off. Tokens at -inf are never kept."""
     kept = tempered > -np.inf
     for name, value in active_rules(values).items():
         alive = np.flatnonzero(kept)

@@ -1,1 +1,1 @@
-"""The operations on a GPU, in Triton, one a file. Needs torch and triton."""
+"""The operations on a GPU, in Triton, one per file. Needs torch and triton."""

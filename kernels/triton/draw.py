@@ -1,8 +1,8 @@
 """The draw, shared by `mix_sample` and `mix_head_sample`: noise, the best token of a tile, and joining partial results.
 
-A vocabulary is cut into parts. Of each part a kernel keeps the largest mixed logit, the sum of exponentials, and the token
-with the best score so far; `join_parts` makes one token and its log-probability of them. The noise is the oracle's
-(`kernels.oracle.reference`), word for word.
+A vocabulary is cut into parts. For each part a kernel keeps the largest mixed logit, the sum of exponentials, and the
+token with the best score; `join_parts` turns them into one token and its log-probability. The random words are those
+of the oracle (`kernels.oracle.reference`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 LARGEST_GUMBEL = tl.constexpr(16.7)  # −log(−log(1 − 2⁻²⁴)), rounded up
 LEAST_INT32 = tl.constexpr(-(2**31))
 LARGEST_INT32 = tl.constexpr(2**31 - 1)
-UNIFORM_STEP = tl.constexpr(2.0**-23)  # between two uniforms
+UNIFORM_STEP = tl.constexpr(2.0**-23)  # distance between two uniforms
 
 
 @triton.jit
@@ -31,8 +31,9 @@ def gumbel(token, position, seed):
 
 @triton.jit
 def best_of_tile(z, token, inside, temperature, seed, position):
-    """Of mixed logits z [T, M], token ids [T, 1], for each of M requests (temperature, seed, position [M]): the largest
-    logit, the sum of exponentials (NaN if any logit is), and the best score with its logit and token."""
+    """For each of M requests (temperature, seed, position [M]), from mixed logits z [T, M] of token ids [T, 1]: the
+    largest logit, the sum of exponentials (NaN if a logit is NaN), the best score, and its logit and token, each
+    [M]."""
     z = tl.where(inside, z, float("-inf"))
     number = tl.where(z == z, z, float("-inf"))
     largest = tl.max(number, axis=0)
@@ -59,8 +60,8 @@ def _join_kernel(
     num_splits,
     SPLITS: tl.constexpr,
 ):
-    """The splits of one request → its token and log-probability. Ties take the lowest id: the lowest split's. The token is
-    -1 where a logit is NaN or +inf, or where none is left."""
+    """Join the splits of one request into its token and log-probability. Ties take the lowest id. The token is -1 if
+    a logit is NaN or +inf, or if no token is left."""
     request = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     inside = splits < num_splits
@@ -72,7 +73,7 @@ def _join_kernel(
     candidates = tl.load(part_token_ptr + at, mask=inside, other=LARGEST_INT32)
     largest = tl.max(maxima, axis=0)
     best = tl.max(scores, axis=0)
-    weights = tl.where(maxima > float("-inf"), tl.exp(maxima - largest), 1.0)  # 1: a sum that is NaN stays so
+    weights = tl.where(maxima > float("-inf"), tl.exp(maxima - largest), 1.0)  # 1 keeps a sum that is NaN
     total = tl.sum(sums * weights, axis=0)
     lse = largest + tl.log(total)
     token = tl.min(tl.where(inside & (scores == best), candidates, LARGEST_INT32), axis=0)
@@ -83,7 +84,8 @@ def _join_kernel(
 
 
 def join_parts(parts: list[torch.Tensor], part_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four partial results [B, splits] (see `best_of_tile`) and tokens [B, splits] → tokens and log-probabilities [B]."""
+    """From the four partial results [B, splits] (see `best_of_tile`) and tokens [B, splits] to tokens and
+    log-probabilities [B]."""
     count, num_splits = part_tokens.shape
     tokens = torch.empty(count, dtype=torch.int32, device=part_tokens.device)
     logprobs = torch.empty(count, dtype=torch.float32, device=part_tokens.device)

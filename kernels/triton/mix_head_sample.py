@@ -1,15 +1,16 @@
 """Fused mix + head + sample, in Triton: from normed hidden states to tokens, with no logits in device memory.
 
-For requests in logits space that are not truncated and want no more than the token and its log-probability:
+For requests in logits space without truncation that need only the token and its log-probability:
 
     1. `mix_rows`     Σ wᵢ·hᵢ of each request, float32
-    2. one tile of the vocabulary a program: head tile · mixed rows in registers, and of them at once the largest logit, the
-       sum of exponentials, and the Gumbel-max winner (after fused-head sampling, "FlashSampling", 2026)
-    3. the tiles are joined by the kernel that also ends `mix_sample`
+    2. one tile of the vocabulary per program: head tile · mixed rows in registers, reduced to the largest logit,
+       the sum of exponentials, and the Gumbel-max winner (after fused-head sampling, "FlashSampling", 2026)
+    3. the tiles are joined by the same kernel as in `mix_sample`
 
-The mix goes into the head as two rows of the weights' dtype, its rounding and the rest, so that rounding a mix to bfloat16
-costs nothing; a single member with coefficient 1 has no rest and is what it is alone. Bytes: the head once, per 64 requests.
-Oracle: `kernels.oracle.eager` (the same composition) and `kernels.oracle.reference` (mix, sample).
+The mix goes into the head as two rows of the weights' dtype, its rounding and the remainder, so rounding a mix to
+bfloat16 costs no precision. A single member with coefficient 1 has no remainder and the same result as alone. Bytes
+read: the head once per 64 requests. Oracle: `kernels.oracle.eager` (the same composition) and
+`kernels.oracle.reference` (mix, sample).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _mix_rows_kernel(hidden, starts, rows, coefficients, mixed, size, BLOCK: tl.
 
 
 def mix_rows(hidden: torch.Tensor, mixture: Mixture) -> torch.Tensor:
-    """Σ coefficient · hidden[row] of each request, [B, H] float32; hidden [R, H]. Raises `ValueError` for what does not fit."""
+    """Σ coefficient · hidden[row] of each request, [B, H] float32; hidden [R, H]. Raises `ValueError` for wrong
+    shapes, dtypes or devices."""
     rows, size = hidden.shape
     count = len(mixture.starts) - 1
     check("hidden", hidden, (rows, size), FLOATS, hidden)
@@ -118,10 +120,11 @@ def _head_kernel(
 def mix_head_sample(
     hidden: torch.Tensor, head: LinearWeight, mixture: Mixture, draw: Draw
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a request: tokens [B] int32 (-1: NaN, or nothing to choose) and log-probabilities [B] float32.
+    """Draw one token per request: tokens [B] int32 (-1: NaN, or no token is left) and log-probabilities [B] float32.
 
     hidden [R, H], normed, of the head's dtype where it is dense; head [vocab, H]. Every request is in logits space and
-    untruncated: `mixture.any_probs` and `draw.any_cut` are False. Raises `ValueError` for arguments that do not fit.
+    untruncated: `mixture.any_probs` and `draw.any_cut` are False. Raises `ValueError` for arguments with other
+    shapes, dtypes or devices, and for these two.
     """
     check_weight(hidden, head)
     if mixture.any_probs or draw.any_cut:

@@ -1,18 +1,18 @@
-"""Fused mix + sample, in Triton: from the members' logits to one token and its log-probability a request.
+"""Fused mix + sample, in Triton: from the members' logits to one token and its log-probability per request.
 
-The oracle is `kernels.oracle.reference`; the draw is the same, word for word. The mixed logits are never written to memory: each
-pass mixes a tile of the vocabulary in registers and reduces it.
+The oracle is `kernels.oracle.reference`, whose random words are the same. The mixed logits are never written to
+memory: each pass mixes a tile of the vocabulary in registers and reduces it.
 
     logits space, no truncation    1 pass over the logits
     probs space                    1 more, for each row's log-sum-exp
-    top-k, top-p                   up to 9 more each: the cut is found digit by digit in the order of floats, exactly
-    min-p                          1 more, for the largest mixed logit
+    top-k, top-p                   8 more each: the cut is found exactly, one hexadecimal digit of the float per pass
+    any truncation                 1 more, for the largest mixed logit
 
-The vocabulary is cut into splits of a fixed size, so that a small batch fills a GPU and a result does not depend on the
-batch; a second, small kernel joins the splits. Penalties, biases and forbidden tokens are not done here: they change few
-logits, and a caller adds them to the rows before.
+The vocabulary is cut into splits of a fixed size, so that a small batch fills a GPU and a result does not depend on
+the batch. A second, small kernel joins the splits. Penalties, biases and forbidden tokens are not handled here: the
+caller edits the rows before.
 
-Runs on an NVIDIA GPU, and on the CPU through Triton's interpreter (TRITON_INTERPRET=1), which is how the tests run it.
+It runs on an NVIDIA GPU, and on a CPU through Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import triton.language as tl
 from ..oracle.operands import Draw, Mixture
 from .draw import LARGEST_GUMBEL, LARGEST_INT32, LEAST_INT32, gumbel, join_parts
 
-SPLIT = 8192  # tokens of the vocabulary a program
+SPLIT = 8192  # tokens of the vocabulary per program
 TILE = 1024
-CUT_TILE = 512  # of the pass that counts under 16 thresholds at once
+CUT_TILE = 512  # tile of the pass that compares with 16 thresholds at once
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _mixed_tile(logits_ptr, stride, lse_ptr, rows_ptr, coefficients_ptr, start, 
 def _split_lse_kernel(
     logits_ptr, stride, part_max_ptr, part_sum_ptr, vocab, num_splits, SPLIT: tl.constexpr, TILE: tl.constexpr
 ):
-    """Largest logit and sum of exponentials of one split of one row, online."""
+    """Largest logit and sum of exponentials of one split of one row, in one pass."""
     row = tl.program_id(0)
     split = tl.program_id(1)
     largest = tl.full((), float("-inf"), tl.float32)
@@ -70,7 +70,7 @@ def _split_lse_kernel(
 
 @triton.jit
 def _row_lse_kernel(part_max_ptr, part_sum_ptr, lse_ptr, num_splits, SPLITS: tl.constexpr):
-    """The splits of one row → its log-sum-exp."""
+    """Join the splits of one row into its log-sum-exp."""
     row = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     at = row * num_splits + splits
@@ -82,14 +82,14 @@ def _row_lse_kernel(part_max_ptr, part_sum_ptr, lse_ptr, num_splits, SPLITS: tl.
 
 @triton.jit
 def _order(z):
-    """A float's place in the order of floats: int32, growing with z."""
+    """The place of a float32 in the order of floats: an int32 that grows with z."""
     bits = z.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ LARGEST_INT32, bits)
 
 
 @triton.jit
 def _thresholds(low, digit):
-    """The 16 thresholds of one digit [16], of which the first is `low`."""
+    """The 16 thresholds [16] of one digit; the first is `low`."""
     return (low.to(tl.int64) + (tl.arange(0, 16).to(tl.int64) << (28 - 4 * digit))).to(tl.int32)
 
 
@@ -110,7 +110,7 @@ def _cut_kernel(
     vocab,
     TILE: tl.constexpr,
 ):
-    """The place (see `_order`) of the least mixed logit that truncation keeps; the lowest int32 where nothing is cut."""
+    """The place (see `_order`) of the least mixed logit that truncation keeps; the lowest int32 if nothing is cut."""
     request = tl.program_id(0)
     start = tl.load(starts_ptr + request)
     end = tl.load(starts_ptr + request + 1)
@@ -129,7 +129,7 @@ def _cut_kernel(
             )
             largest = tl.maximum(largest, tl.max(z, axis=0))
         if (top_k > 0) & (top_k < vocab):
-            low = tl.full((), LEAST_INT32, tl.int32)  # keeps at least top_k
+            low = tl.full((), LEAST_INT32, tl.int32)  # keeps at least top_k tokens
             for digit in range(8):
                 thresholds = _thresholds(low, digit)
                 counts = tl.zeros((16,), tl.int32)
@@ -144,7 +144,7 @@ def _cut_kernel(
                 low = tl.max(tl.where(counts >= top_k, thresholds, low), axis=0)
             cut = low
         if top_p < 1.0:
-            low = tl.full((), LEAST_INT32, tl.int32)  # keeps at least the share top_p of what is above the cut
+            low = tl.full((), LEAST_INT32, tl.int32)  # keeps at least the share top_p of the mass above the cut
             share = tl.full((), 0.0, tl.float32)
             for digit in range(8):
                 thresholds = _thresholds(low, digit)
@@ -219,7 +219,7 @@ def _partial_kernel(
         tile_best = tl.full((), float("-inf"), tl.float32)
         score = tl.where(kept, number, float("-inf"))
         if temperature > 0.0:
-            # Noise is bounded: where even the largest could not make a tile's best win, none is drawn.
+            # Noise is bounded. If even the largest could not make the best of this tile win, none is drawn.
             if tile_max / temperature + LARGEST_GUMBEL > best_score:
                 score = tl.where(kept, number / temperature + gumbel(offsets, position, seed), float("-inf"))
                 tile_best = tl.max(score, axis=0)
@@ -239,11 +239,11 @@ def _partial_kernel(
 
 
 def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a request.
+    """Draw one token per request.
 
-    logits [R, vocab] float32, bfloat16 or float16, rows contiguous. Returns token ids [B] int32 (-1: a logit is NaN or +inf,
-    or none is left to choose) and the tokens' log-probabilities under the mixed distribution (before temperature and
-    truncation) [B] float32. Raises `ValueError` for shapes, dtypes, devices or strides that do not fit.
+    logits [R, vocab] float32, bfloat16 or float16, rows contiguous. Returns token ids [B] int32 (-1 if a logit is NaN
+    or +inf, or no token is left) and the tokens' log-probabilities [B] float32 under the mixed distribution, before
+    temperature and truncation. Raises `ValueError` for wrong shapes, dtypes, devices or strides.
     """
     num_requests = _check(logits, mixture, draw)
     device, (num_rows, vocab) = logits.device, logits.shape
@@ -255,7 +255,7 @@ def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torc
     lse = torch.empty(num_rows if mixture.any_probs else 0, dtype=torch.float32, device=device)
     rows = (logits, logits.stride(0), lse)
     mix = (mixture.starts, mixture.rows, mixture.coefficients, mixture.is_probs)
-    # Where some requests need a pass and others do not, the latter skip it inside: the host reads no values.
+    # Requests that do not need a pass skip it inside the kernel, because the host reads no values.
     if mixture.any_probs and num_rows:
         maxima, sums = (torch.empty(num_rows, num_splits, dtype=torch.float32, device=device) for _ in range(2))
         _split_lse_kernel[(num_rows, num_splits)](logits, logits.stride(0), maxima, sums, vocab, num_splits, **splits)

@@ -1,1 +1,1 @@
-"""What a caller says and gets: requests, their parameters, outputs, how to serve."""
+"""What a caller sends and receives: requests, their parameters, outputs; and how to serve."""

@@ -19,7 +19,7 @@ _CHOICES = {
 
 
 def check_keys(cls: type, values: dict[str, Any]) -> None:
-    """Raises `ConfigError` for keys that are no fields of the dataclass `cls`."""
+    """Raises `ConfigError` for keys that are not fields of the dataclass `cls`."""
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -28,21 +28,22 @@ def check_keys(cls: type, values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How to serve a bundle. Unknown keys are refused, nothing is adjusted silently."""
+    """How to serve a bundle. Values are used as they are or refused, never adjusted. Raises `ConfigError`, naming the
+    key."""
 
-    backend: Literal["auto", "cpu", "onnx", "torch"] = "auto"  # auto: native kernels where they were built, else onnx
-    # Of a paged KV cache: auto is int8 on cpu and the activations' dtype on torch; fp8 is torch's; onnx has float32.
+    backend: Literal["auto", "cpu", "onnx", "torch"] = "auto"  # auto: the native kernels if they were built, else onnx
+    # What the KV cache holds. auto: int8 on cpu, the activations' dtype on torch. fp8: torch only. onnx: always float32.
     kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = "auto"
     onnx_provider: Literal["cpu", "cuda"] = "cpu"  # where the onnx backend runs its graphs; cuda needs onnxruntime-gpu
-    max_num_seqs: int = 16  # sequences that hold KV at once; a request needs one a view
-    max_model_len: int = 2048  # positions a sequence, prompt and answer together
-    max_num_batched_tokens: int = 512  # rows a step: decode rows first, then prefill chunks
-    prefill_chunk: int = 256  # rows a prefill chunk: fixed cuts, so that a result does not depend on the batch
-    max_waiting: int = 256  # groups that may queue before OverloadedError
-    block_size: int = 0  # positions per block of the KV cache; 0: the backend's own (only torch can have another)
+    max_num_seqs: int = 16  # sequences that hold KV at once; a choice needs one per view and adapter
+    max_model_len: int = 2048  # positions per sequence, prompt and answer together
+    max_num_batched_tokens: int = 512  # rows per step: decode rows first, then prefill chunks
+    prefill_chunk: int = 256  # rows per prefill chunk; the cuts are fixed, so a result does not depend on the batch
+    max_waiting: int = 256  # choices that may queue before OverloadedError
+    block_size: int = 0  # positions per block of the KV cache; 0: the backend's own (only torch accepts another)
     prefix_cache: bool = True  # share the blocks of prompts that begin alike
-    speculative_tokens: int = 0  # tokens a draft at most, where a request does not say; 0: no drafts
-    threads: int = 0  # 0: as many as CPUs that this process may use
+    speculative_tokens: int = 0  # most tokens per draft, if the request sets no limit; 0: no drafts
+    threads: int = 0  # 0: one per CPU that this process may use
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

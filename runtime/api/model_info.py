@@ -9,12 +9,12 @@ from .request import Ensemble
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a request is checked against."""
+    """A served model, as requests are checked against it and clients see it."""
 
     name: str
     members: tuple[str, ...]
     default_ensemble: Ensemble
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    max_model_len: int
-    adapters: frozenset[str] = frozenset()  # the members that are low-rank updates
+    max_model_len: int  # positions per sequence, prompt and answer together
+    adapters: frozenset[str] = frozenset()  # names of the members that are low-rank updates

@@ -1,4 +1,4 @@
-"""What the engine gives back: `Output`, a delta of one choice, and `Completion`, a finished choice."""
+"""What the engine returns: `Output`, a delta of one choice, and `Completion`, a finished choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts of tokens; `prompt_tokens` is of the request's own prompt (view 0)."""
+    """Counts of tokens. `prompt_tokens` counts the request's own prompt (view 0), `cached_tokens` those of it that
+    were found in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,7 +20,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds: waiting for admission, from there to the first token, from the first token to the last."""
+    """Seconds from arrival to admission, from admission to the first token, and from the first token to the last."""
 
     queue_s: float
     prefill_s: float
@@ -28,7 +29,11 @@ class Timings:
 
 @dataclass(slots=True)
 class Output:
-    """Tokens and text of one choice that became ready together. The last one has a `finish_reason`, usage, timings."""
+    """Tokens and text of one choice that became ready together. The last delta has a `finish_reason`, usage and
+    timings.
+
+    The lists have one entry per token, or none if the request did not ask for them.
+    """
 
     request_id: str
     choice: int
@@ -45,7 +50,7 @@ class Output:
     error: MotetError | None = None
 
     def extend(self, other: Output) -> None:
-        """Coalesce: `other` is the next delta of the same choice."""
+        """Append `other`, the next delta of the same choice."""
         self.text += other.text
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
@@ -56,11 +61,11 @@ class Output:
         self.usage, self.timings, self.error = other.usage, other.timings, other.error
 
 
-Completion = Output  # all deltas of a choice, coalesced
+Completion = Output  # all deltas of a choice, joined
 
 
 def join(choices: dict[int, Completion], delta: Output) -> None:
-    """Add a delta to what there is of its choice."""
+    """Append a delta to its choice in `choices`."""
     if delta.choice in choices:
         choices[delta.choice].extend(delta)
     else:

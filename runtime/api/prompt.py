@@ -1,4 +1,4 @@
-"""A prompt as a caller gives it: text, token ids, or a conversation."""
+"""A prompt as a caller passes it: text, token ids, or a conversation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _TOKEN_ID = Integer()
 
 @dataclass(frozen=True, slots=True)
 class PromptContent:
-    """What a prompt holds: exactly one of the three is not None. Whether it is empty, and which ids and roles there
-    are, the tokenizer and the model say later."""
+    """The content of a prompt: exactly one of the three is not None. That it is not empty, and that ids and roles
+    exist, is checked later, by the tokenizer and the model."""
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
@@ -26,7 +26,8 @@ class PromptContent:
 
     @classmethod
     def read(cls, prompt: Prompt) -> PromptContent:
-        """Tell the three kinds apart. Raises `InvalidRequestError` for anything else, or a mixture."""
+        """Find out which of the three kinds a prompt is. Raises `InvalidRequestError` for any other kind and for a
+        mixture."""
         if isinstance(prompt, str):
             if not _has_utf8(prompt):
                 raise InvalidRequestError("the prompt is not valid Unicode text", field="prompt")

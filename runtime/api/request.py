@@ -1,4 +1,4 @@
-"""What a caller asks: prompts, an ensemble, sampling parameters. Frozen, checked at construction."""
+"""Requests: prompts, an ensemble, sampling parameters. Frozen, checked at construction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Space(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why an answer has ended. STOP: a stop string or token, or the end of the text. LENGTH: `max_tokens` or the context."""
+    """Why an answer has ended. STOP: a stop string, a stop token or the model's end of text. LENGTH: `max_tokens`, or
+    the context is full."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -37,7 +38,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One voice: a member of the bundle, the view (index into `Request.prompts`) it sees, and its coefficient."""
+    """A member of the bundle, its coefficient in the mix, and the view (index into `Request.prompts`) that it sees."""
 
     name: str
     mix: float
@@ -46,8 +47,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """Members and their mix; `space` may be given by its name. Raises `InvalidEnsembleError` unless the mix is finite and
-    sums to 1 (±1e-6)."""
+    """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
+    too many members, a (name, view) pair that occurs twice, or a mix that is not finite or does not sum to 1
+    (±1e-6)."""
 
     members: tuple[Member, ...]
     space: Space = Space.LOGITS
@@ -99,12 +101,12 @@ class Ensemble:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a caller asks, before tokenisation, in the words of no transport.
+    """A request before tokenisation. It depends on no transport.
 
-    `ensemble` None is the bundle's own. A member with view i sees `views[i - 1]`; view 0 is `prompt`. `allow_negative`:
-    the caller means the negative coefficients; without it they are refused. `request_id` is echoed; empty: the service
-    makes one. `time_limit_s` ends the answer with what there is, counted from its arrival. Raises `InvalidRequestError`,
-    `InvalidEnsembleError`.
+    `ensemble` None is the bundle's own. A member with view i sees `views[i - 1]`; view 0 is `prompt`. Negative
+    coefficients are refused unless `allow_negative` is set. `request_id` is returned with every output; if it is
+    empty, the service makes one. `time_limit_s`: seconds after arrival at which the answer ends with the tokens that
+    it has. Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
 
     prompt: Prompt
@@ -146,9 +148,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as the engine takes it. `prompts[view]` are token ids; view 0 is the request's own prompt.
+    """A request as the engine accepts it. `prompts[view]` are token ids; view 0 is the request's own prompt.
 
-    `time_limit_s` ends the request with what it has (FinishReason.TIME_LIMIT), counted from its arrival.
+    `time_limit_s`: seconds after arrival at which its answers end with the tokens that they have
+    (FinishReason.TIME_LIMIT). Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
 
     request_id: str
@@ -157,7 +160,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     time_limit_s: float | None = None
     return_member_logprobs: bool = False
-    cache_salt: bytes = b""  # requests with different salts share no cached prefixes (one per tenant)
+    cache_salt: bytes = b""  # requests with different salts share no cached prefixes; use one salt per tenant
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt for prompt in self.prompts):

@@ -1,7 +1,8 @@
-"""Rules for the values of a request's fields: what is allowed, in words, and a check that gives the value its one type.
+"""Rules for the values of a request's fields. A rule describes in words what is allowed, and checks and converts a
+value.
 
-`check` takes what a caller gave, numpy scalars included, and returns plain Python values; it raises `InvalidRequestError`
-that names the field, the limit and the value.
+`check` accepts what a caller may pass, numpy scalars included, and returns plain Python values. It raises
+`InvalidRequestError`, naming the field, the limit and the value.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from typing import Any, Protocol, SupportsIndex
 
 from ..errors import InvalidRequestError
 
-MAX_INT32 = 2**31 - 1  # what the wire and the kernels hold
-_SHOWN = 80  # characters of a refused value in the message
+MAX_INT32 = 2**31 - 1  # the largest integer that the protos and the kernels hold
+_SHOWN = 80  # characters of a refused value that a message shows
 
 
 class Rule(Protocol):
-    """What the values of one field must be."""
+    """The condition that the values of one field must meet."""
 
     @property
     def limit(self) -> str:
-        """In words, to follow "must be"."""
+        """The condition in words that follow "must be"."""
 
     def check(self, name: str, value: Any) -> Any:
-        """The value in the field's own type. Raises `InvalidRequestError`."""
+        """The value, converted to the field's type. Raises `InvalidRequestError`."""
 
 
 def _refusal(name: str, rule: Rule, value: object, label: str = "") -> InvalidRequestError:
-    """`label`: how the message calls what was refused, where that is not the field itself."""
+    """`label`: what was refused, in words, if it is not the field itself."""
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
     return InvalidRequestError(f"{label or name} must be {rule.limit}, got {shown}", field=name)
@@ -39,7 +40,7 @@ def _refusal(name: str, rule: Rule, value: object, label: str = "") -> InvalidRe
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """A whole number in low…high. Any type with `__index__` is taken, but not a bool."""
+    """A whole number in low…high. Any type with `__index__` is accepted, except bool."""
 
     low: int = 0
     high: int = MAX_INT32
@@ -52,7 +53,7 @@ class Integer:
         if isinstance(value, SupportsIndex) and not isinstance(value, bool):
             try:
                 number = operator.index(value)
-            except TypeError:  # an array of several numbers has the method and cannot answer
+            except TypeError:  # an array of several numbers has the method, but raises
                 raise _refusal(name, self, value, label) from None
             if self.low <= number <= self.high:
                 return number
@@ -61,7 +62,7 @@ class Integer:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number in [low, high], or in (low, high] where `is_above`. Any real type is taken, but not a bool."""
+    """A finite number in [low, high], or in (low, high] if `is_above`. Any real type is accepted, except bool."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -101,7 +102,7 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Strings:
-    """Up to `max_items` strings of 1 to `max_bytes` bytes of UTF-8. One string alone is a list of one."""
+    """Up to `max_items` strings of 1 to `max_bytes` bytes of UTF-8. A single string counts as a list of one."""
 
     noun: str  # plural, for messages
     max_items: int
@@ -120,7 +121,7 @@ class Strings:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Up to `max_items` token ids; which ids there are, the model says later."""
+    """Up to `max_items` token ids. That they are in the vocabulary is checked later, against the model."""
 
     noun: str  # plural, for messages
     max_items: int
@@ -154,7 +155,7 @@ _BIAS = Number()
 
 
 def _items(name: str, rule: Rule, value: object, noun: str, max_items: int) -> Collection[Any]:
-    """The items of a list-like value. Counted before any of them is looked at or copied."""
+    """The items of a list-like value. They are counted before any of them is checked or copied."""
     if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
         raise _refusal(name, rule, value)
     if len(value) > max_items:
@@ -163,7 +164,7 @@ def _items(name: str, rule: Rule, value: object, noun: str, max_items: int) -> C
 
 
 def _num_bytes(text: str) -> int:
-    """Bytes of UTF-8; 0 for text that has no UTF-8, such as half of a surrogate pair."""
+    """Bytes of the text in UTF-8; 0 for text that cannot be encoded, such as half of a surrogate pair."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:

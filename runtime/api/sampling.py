@@ -1,8 +1,8 @@
 """`SamplingParams`: how to choose tokens and when to end. The table of its fields is the only list of them.
 
-A field's line states its type, its default, its rule and its help. From the table come the check at construction, the
-wire's conversion both ways (the field of `proto/inference.proto` has the same name), the client's keywords and the
-CLI's options. A new parameter is a line here and a line there.
+Each line of the table states a field's type, default, rule and help. The check at construction, the conversion to and
+from protos, the client's keywords and the options of the command line are made from it. A new parameter is a line
+here and a field of the same name in `proto/inference.proto`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LOGPROBS = 64
 
 
 def _field(default: Any, rule: Rule, help: str) -> Any:
-    """A line of the table. Where the default is None, None is allowed."""
+    """A line of the table. None is an allowed value if it is the default."""
     metadata = {"rule": rule, "help": help}
     return (
         field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
@@ -31,32 +31,33 @@ def _field(default: Any, rule: Rule, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to end. The defaults sample from the mixed distribution as it is.
+    """How to choose tokens and when to end. The defaults sample from the mixed distribution unchanged.
 
-    Truncation order: top-k, top-p, min-p, typical-p, all on the tempered distribution. Log-probabilities are the mixed
-    distribution's, before penalties, temperature and truncation. A draft changes how fast an answer comes and nothing
-    else; `speculative_tokens` 0 is none, None the engine's default. Raises `InvalidRequestError`, naming the field.
+    Truncation rules apply to the tempered distribution, in the order top-k, top-p, min-p, typical-p.
+    Log-probabilities are those of the mixed distribution before penalties, temperature and truncation. Drafts change
+    the speed of an answer only; `speculative_tokens` 0 turns them off, None uses the engine's default. Raises
+    `InvalidRequestError`, naming the field.
     """
 
     # fmt: off
-    max_tokens: int | None = _field(None, Integer(1), "Tokens of the answer at most; default: up to the end of the context.")
-    min_tokens: int = _field(0, Integer(), "No stop token or stop string ends the answer before so many tokens.")
+    max_tokens: int | None = _field(None, Integer(1), "Most tokens of the answer; default: up to the end of the context.")
+    min_tokens: int = _field(0, Integer(), "Before this many tokens, no stop token or stop string ends the answer.")
     temperature: float = _field(1.0, Number(0, 100), "Divides the logits; 0 is greedy.")
-    top_k: int = _field(0, Integer(), "Draw from the k best tokens; 0 is off.")
-    top_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the best tokens of this probability; 1 is off.")
-    min_p: float = _field(0.0, Number(0, 1), "Drop tokens below this share of the best one's probability; 0 is off.")
-    typical_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the tokens nearest the entropy; 1 is off.")
-    repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Of tokens in prompt or answer (CTRL, 2019); 1 is off.")
-    presence_penalty: float = _field(0.0, Number(), "Taken from the logit of every token in the answer.")
-    frequency_penalty: float = _field(0.0, Number(), "Taken from a token's logit for each time it is in the answer.")
+    top_k: int = _field(0, Integer(), "Draw from the k most probable tokens; 0 is off.")
+    top_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the best tokens that sum to this; 1 is off.")
+    min_p: float = _field(0.0, Number(0, 1), "Drop tokens below this share of the highest probability; 0 is off.")
+    typical_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the typical tokens that sum to this; 1 is off.")
+    repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Penalises tokens of prompt and answer (CTRL); 1 is off.")
+    presence_penalty: float = _field(0.0, Number(), "Subtracted from the logit of every token in the answer.")
+    frequency_penalty: float = _field(0.0, Number(), "Subtracted from a token's logit per occurrence in the answer.")
     logit_bias: Mapping[int, float] = _field({}, Biases(), "Token id → number added to its logit.")
-    seed: int | None = _field(None, Integer(0, 2**64 - 1), "Of the draws; default: drawn, and reported with the answer.")
+    seed: int | None = _field(None, Integer(0, 2**64 - 1), "Of the draws; default: random, reported with the answer.")
     stop: tuple[str, ...] = _field((), Strings("stop strings", MAX_STOPS, MAX_STOP_BYTES), "Text that ends the answer.")
     stop_token_ids: tuple[int, ...] = _field((), TokenIds("stop token ids", MAX_STOPS), "Token id that ends the answer.")
     ignore_eos: bool = _field(False, Flag(), "Go on after an end-of-sequence token.")
-    n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: answers to the same prompt.")
-    logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: the chosen token's, the k best's.")
-    speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Tokens of a draft at most: speed only.")
+    n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: how many answers to the prompt.")
+    logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: chosen token and k best.")
+    speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Most tokens per draft: speed only.")
     # fmt: on
 
     def __post_init__(self) -> None:

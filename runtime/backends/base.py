@@ -16,16 +16,16 @@ F32 = npt.NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """forward (trunk once, tails over their rows) → mix → sample. Not thread-safe: one engine loop owns it."""
+    """Computes a batch: forward (the trunk once, each tail over its rows) → mix → sample. Not thread-safe."""
 
     @property
     def name(self) -> str:
-        """As `EngineConfig.backend` names it."""
+        """The backend's name in `EngineConfig.backend`."""
         ...
 
     @property
     def kv_dtype(self) -> str:
-        """What the KV cache holds: int8, bf16, fp8 or float32."""
+        """The type of the KV cache: int8, bf16, fp8 or float32."""
         ...
 
     @property
@@ -40,34 +40,36 @@ class Backend(Protocol):
 
     @property
     def can_verify(self) -> bool:
-        """May a sequence have several sampled rows in a step? Only if each is what it would be alone, bit for bit."""
+        """Whether a sequence may have several sampled rows in a step: only if each has the same bits as alone."""
         ...
 
     @property
     def can_sample_prefill(self) -> bool:
-        """May a sequence's last row be sampled in the step that computes rows before it?"""
+        """Whether a sequence's last row may be sampled in the step that computes the rows before it."""
         ...
 
     def step(self, batch: Batch) -> StepOutput:
-        """Run one batch. A bad row ends in `StepOutput.errors`; an exception means that the whole step failed."""
+        """Run one batch. A row that cannot be sampled has an entry in `StepOutput.errors`; an exception means that
+        the whole step failed."""
         ...
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
-        """Logits [S, vocab] of `member` (its index in the bundle) at every position of one sequence. Writes over the first
-        blocks of the KV cache: only while nothing runs."""
+        """Logits [S, vocab] of `member` (its index in the bundle) at every position of one sequence. It overwrites the
+        first blocks of the KV cache, so it may be called only while no request runs."""
         ...
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the backend's parts since the last call, by name; empty where it does not measure them."""
+        """Seconds spent in each part of the backend since the last call, by name; empty if it does not measure them."""
         ...
 
     def close(self) -> None:
-        """Give memory and threads back."""
+        """Free memory and threads."""
         ...
 
 
 def check_block_size(config: EngineConfig, block_size: int, reason: str) -> None:
-    """For a backend whose block size is not chosen. Raises `ConfigError` if the configuration asks for another one."""
+    """For a backend with a fixed block size. Raises `ConfigError` if the configuration has another one; `reason` says
+    why."""
     if config.block_size not in (0, block_size):
         raise ConfigError(
             f"block_size is {config.block_size}; {reason}: leave it out, or set it to {block_size} or 0 (the backend's own)"

@@ -14,8 +14,8 @@ log = logging.getLogger("motet.backend")
 
 
 def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
-    """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime where they were not built or
-    do not have the model's sizes. Raises `UnavailableError` for a backend that this machine does not have,
+    """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime if they were not built
+    or do not support the model's sizes. Raises `UnavailableError` for a backend that this machine cannot run,
     `MissingPackageError` for one that is not installed, `ConfigError` for one that cannot serve the bundle."""
     if config.backend == "torch":
         try:

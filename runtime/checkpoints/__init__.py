@@ -1,1 +1,1 @@
-"""Checkpoints as fine-tuning and export read them: Hugging Face directories, the decoder in torch. Needs torch."""
+"""Checkpoints: Hugging Face directories, members, the local store, and the decoder in torch. Needs torch."""

@@ -1,12 +1,13 @@
-"""Checkpoints whose weights bitsandbytes has quantised (LLM.int8, NF4, FP4), widened by bitsandbytes itself. Needs torch.
+"""Checkpoints that bitsandbytes has quantised (LLM.int8, NF4, FP4). bitsandbytes itself widens them. Needs torch.
 
-Such a directory has `quantization_config` in its config.json, and beside each quantised weight what it is read with:
+Such a directory has `quantization_config` in its config.json, and, beside each quantised weight, the tensors
+that are needed to read it:
 
     8 bits    `.weight` int8 [out, in], `.SCB` float32 [out] (largest magnitude of each row)
     4 bits    `.weight` uint8 [out · in / 2, 1], `.weight.absmax`, `.weight.quant_map`, `.weight.quant_state.bitsandbytes__nf4`,
-              and `.weight.nested_*` where the scales are quantised too
+              and `.weight.nested_*` if the scales are quantised too
 
-Widened once, a weight is a weight like any other: it is exported and fine-tuned as one from a plain checkpoint.
+Weights are widened once, when they are read; export and fine-tuning then treat them like those of any checkpoint.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ _PARTS = (
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that bitsandbytes made the weights. Raises `UnsupportedModelError` for another tool's."""
+    """Whether config.json says that bitsandbytes quantised the weights. Raises `UnsupportedModelError` for another
+    method."""
     found = config.get("quantization_config")
     if found is None:
         return False
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     if method is None and isinstance(found, Mapping) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        method = "bitsandbytes"  # written before there were others
+        method = "bitsandbytes"  # written by releases without quant_method
     if method != "bitsandbytes":
         raise UnsupportedModelError(
             f"checkpoints quantised by {method!r} are not supported, bitsandbytes' are; pull the model in float"
@@ -40,7 +42,7 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
 
 
 def owner(name: str) -> str | None:
-    """The weight that a stored tensor belongs to as a part of its quantisation; None for a weight or a bias."""
+    """The weight whose quantisation a stored tensor is a part of; None if the tensor is a weight or a bias."""
     for part in _PARTS:
         if name.endswith(f".{part}"):
             return f"{name.removesuffix(f'.{part}')}.weight"
@@ -48,7 +50,7 @@ def owner(name: str) -> str | None:
 
 
 def widen(name: str, stored: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """`stored` and its `parts` (name → tensor) as float32 [out, in].
+    """Widen the weight `stored`, with its `parts` (name → tensor), to float32 [out, in].
 
     Raises `MissingPackageError` without bitsandbytes, `BundleError` if the parts do not fit the weight.
     """

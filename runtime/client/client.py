@@ -1,4 +1,4 @@
-"""`Client` and `AsyncClient`: a Motet server as a Python object. Errors arrive as the classes the server raised."""
+"""`Client` and `AsyncClient`: call a Motet server from Python. They raise the error classes that the server raised."""
 
 from __future__ import annotations
 
@@ -42,10 +42,14 @@ def _message(
     sampling: SamplingParams | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateRequest:
-    """The options of a request, which all calls share. `mix`: member → coefficient, or an `Ensemble`, whose members with
-    view i see `views[i - 1]`; None is the bundle's own. `space`, of a mapping: LOGITS unless it is named. `request_id` is
-    echoed. `time_limit_s` ends the answer with what there is. `sampling`, or its fields as keywords. All is checked here,
-    before anything is sent: an option that would have no effect is refused."""
+    """The options of a request, which all calls share, as a proto.
+
+    `mix`: a mapping member → coefficient, or an `Ensemble`, whose members with view i see `views[i - 1]`; None is the
+    bundle's own. `space`: of a `mix` that is a mapping; default LOGITS. `request_id` is returned with every output.
+    `time_limit_s`: seconds after which the answer ends with what it has. Sampling parameters are passed as `sampling`
+    or as keywords. Everything is checked before anything is sent; an option that would have no effect is refused.
+    Raises `InvalidRequestError`, `InvalidEnsembleError`.
+    """
     check_names(fields, _OPTIONS)
     if sampling is not None and fields:
         raise InvalidRequestError(
@@ -88,8 +92,9 @@ class Client:
     ...         print(delta.text, end="", flush=True)
 
     `prompt`: text, token ids, or messages ({"role", "content"}). Options: see `_message` (mix, space, views,
-    request_id, time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the call's
-    deadline, past which it fails; `time_limit_s` ends the answer with what there is.
+    request_id, time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the
+    call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has. Raises the errors of
+    the server, and `UnavailableError` if there is no answer from it.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
@@ -108,7 +113,7 @@ class Client:
         self._channel.close()
 
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[Output]:
-        """Deltas as they come. Leaving the loop early cancels the request."""
+        """Stream the deltas of all choices. Leaving the loop early cancels the request."""
         message = _message(prompt, **options)
         return self._deltas(self._inference.Generate(message, timeout=timeout_s))
 
@@ -122,7 +127,7 @@ class Client:
             call.cancel()
 
     def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> list[Completion]:
-        """The whole answer: one completion for each of `n`."""
+        """The whole answer: `n` completions, in the order of the choices."""
         message = _message(prompt, **options)
         try:
             response = self._inference.Complete(message, timeout=timeout_s)
@@ -131,6 +136,7 @@ class Client:
         return [output_from_response(choice) for choice in response.choices]
 
     def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, chat template applied."""
         try:
             response = self._inference.Tokenize(inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt)))
         except grpc.RpcError as error:
@@ -138,6 +144,7 @@ class Client:
         return list(response.token_ids)
 
     def models(self) -> list[ModelInfo]:
+        """The models that the server serves."""
         try:
             response = self._admin.ListModels(admin_pb2.ListModelsRequest())
         except grpc.RpcError as error:
@@ -145,14 +152,14 @@ class Client:
         return [model_from_proto(model) for model in response.models]
 
     def drain(self) -> None:
-        """Tell the server to finish what it has and end."""
+        """Let the server finish its requests, accept no more, and end."""
         try:
             self._admin.Drain(admin_pb2.DrainRequest())
         except grpc.RpcError as error:
             raise error_of(error) from error
 
     def is_serving(self, timeout_s: float = 5.0) -> bool:
-        """The health service's answer; False if there is none."""
+        """Whether the server's health service reports SERVING within `timeout_s` seconds."""
         try:
             response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError:
@@ -161,7 +168,7 @@ class Client:
 
 
 class AsyncClient:
-    """The streaming call for asyncio programs; arguments as `Client.generate`."""
+    """The streaming call for asyncio programs. Arguments and errors are those of `Client.generate`."""
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)

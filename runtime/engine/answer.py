@@ -1,4 +1,4 @@
-"""`Answer`: one choice of a request on its way to the client. It alone decides which token is the last."""
+"""`Answer`: one choice of a request on its way to the client. Only it decides which token is the last."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Answer:
     arrived: float
     admitted: float | None = None
     first_token: float | None = None
-    delta: Output = field(init=False)  # what the client has not got yet
+    delta: Output = field(init=False)  # tokens and text that were not sent yet
 
     def __post_init__(self) -> None:
         self.delta = self._empty()
 
     def push(self, token_id: int) -> FinishReason | None:
-        """Take the token that was appended to the group. Returns why it is the last one, if it is. A stop token gives no
-        text."""
+        """Add the token that was just appended to the group. Returns the reason if it is the last one, else None. A
+        stop token adds no text."""
         group, delta = self.group, self.delta
         delta.token_ids.append(token_id)
         if token_id in group.stop_ids:
@@ -47,7 +47,7 @@ class Answer:
         return FinishReason.LENGTH if len(group.output) >= group.max_tokens else None
 
     def add_logprobs(self, run: GroupTokens, output: StepOutput) -> None:
-        """What a step says of the tokens that it gave the group, as far as the request asks for it."""
+        """Add the log-probabilities of the tokens that a step drew for the group, those that the request asks for."""
         samples = slice(run.first, run.first + run.count)
         if self.group.params.logprobs is not None:
             self.delta.logprobs += output.logprobs[samples].tolist()
@@ -56,12 +56,13 @@ class Answer:
             self.delta.member_logprobs += output.member_logprobs[samples]
 
     def take_delta(self) -> Output:
-        """What became ready since the last call; it belongs to the caller."""
+        """What became ready since the last call. The caller owns it."""
         delta, self.delta = self.delta, self._empty()
         return delta
 
     def last_delta(self, reason: FinishReason, error: MotetError | None, now: float) -> Output:
-        """The rest, with why the answer ended, usage and timings. The last characters may complete a stop string."""
+        """The rest of the answer, with the reason, usage and timings. Its last characters may complete a stop
+        string."""
         delta = self.take_delta()
         delta.text += self.text.flush()
         if reason is FinishReason.LENGTH and self.text.stopped is not None:

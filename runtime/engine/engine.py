@@ -1,4 +1,4 @@
-"""`Engine`: the loop schedule → step → commit → stream, on one thread, and the thread-safe door to it."""
+"""`Engine`: the loop schedule → step → commit → stream, on one thread, and thread-safe calls into it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ log = logging.getLogger("motet.engine")
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    waiting: int  # groups
-    running: int  # groups
+    """Counts of an engine; those of tokens and steps are since its start."""
+
+    waiting: int  # choices in the queue
+    running: int  # choices that hold KV cache
     free_blocks: int
     num_blocks: int
     steps: int
-    tokens: int  # sampled since the start
-    prompt_tokens: int  # of all views and adapters whose answer has begun
-    cached_tokens: int  # of them, found in the prefix cache
-    drafted_tokens: int  # rows of drafts that were verified, a group's once
-    accepted_tokens: int  # of them, right
+    tokens: int  # sampled
+    prompt_tokens: int  # of all sequences (view, adapter) whose answer has begun
+    cached_tokens: int  # of these, found in the prefix cache
+    drafted_tokens: int  # verified; counted once per group, not per sequence
+    accepted_tokens: int  # of the drafted ones, those that were drawn
 
 
 class Engine:
-    """Serves requests on one backend, which it closes in the end. `submit` and `abort` may be called from any thread."""
+    """Serves requests on one backend, which `close` closes too. `submit` and `abort` may be called from any thread."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Engine:
         )
         self._answers: dict[Group, Answer] = {}
         self._wake = threading.Condition()
-        # Guarded by _wake, as are the next three. In order: an abort does not reach requests that come after it.
+        # _wake guards this and the next three. The order matters: an abort does not end requests submitted after it.
         self._inbox: deque[list[Answer] | tuple[str, FinishReason]] = deque()
         self._num_queued = 0
         self._draining = False
@@ -87,8 +89,8 @@ class Engine:
 
     @classmethod
     def from_bundle(cls, path: Path | str, config: EngineConfig | None = None, *, verify: bool = True) -> Engine:
-        """Load a bundle and start an engine on it: `open_engine`."""
-        from .open import open_engine  # which imports this module
+        """Load a bundle and start an engine on it (see `open_engine`)."""
+        from .open import open_engine  # here, because it imports this module
 
         return open_engine(path, config, verify=verify)
 
@@ -98,7 +100,7 @@ class Engine:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # ---- the door ------------------------------------------------------------------------------------------------
+    # ---- calls from other threads --------------------------------------------------------------------------------
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
         """Queue a request. `on_output` gets every delta, from the engine's thread; it must not block.
@@ -134,23 +136,25 @@ class Engine:
         notify(self._observers, lambda observer: observer.on_reject(request, error))
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End all requests of this id that were submitted so far, with what they have. None is fine."""
+        """End all requests with this id that were submitted so far; their answers keep what they have. There may be
+        none."""
         with self._wake:
             self._inbox.append((request_id, reason))
             self._wake.notify()
 
     def subscribe(self, observer: Observer) -> None:
-        """Let one more observer hear of everything from now on."""
+        """Add an observer; it hears of everything from now on."""
         with self._wake:
             self._observers = (*self._observers, observer)
 
     def complete(self, requests: Sequence[Request], on_output: OnOutput | None = None) -> list[list[Completion]]:
-        """Run requests to their end and return their choices, for offline use. Raises what `submit` raises (then the
-        other requests are cancelled), and the error of a choice that failed. Not for the engine's own thread."""
+        """Run requests to their end and return the choices of each, for offline use. Raises what `submit` raises (the
+        other requests are then cancelled) and the error of a choice that failed. Not to be called from the engine's
+        thread."""
         for request in requests:
             self._admission.check(request)
         choices: list[dict[int, Completion]] = [{} for _ in requests]
-        room = threading.Semaphore(self.config.max_waiting)  # never more in flight than the queue takes
+        room = threading.Semaphore(self.config.max_waiting)  # never more in flight than the queue holds
 
         def collector(index: int) -> OnOutput:
             def collect(delta: Output) -> None:
@@ -170,7 +174,7 @@ class Engine:
                 for _ in range(request.sampling.n):
                     room.acquire()
                 self.submit(request, collector(index))
-            for _ in range(self.config.max_waiting):  # all came back: everything has ended
+            for _ in range(self.config.max_waiting):  # all permits are back: every choice has ended
                 room.acquire()
         except BaseException:  # an interrupt too
             for request in requests:
@@ -198,13 +202,13 @@ class Engine:
         )
 
     def drain(self) -> None:
-        """Take no more requests; those that are here run to their end. Returns at once."""
+        """Accept no more requests; those already accepted run to their end. Returns at once."""
         with self._wake:
             self._draining = True
             self._wake.notify()
 
     def close(self) -> None:
-        """End all requests (CANCELLED, with what they have) and the thread."""
+        """End all requests (CANCELLED, with what they have), the thread and the backend."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -213,14 +217,14 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing waits, nothing runs."""
+        """Whether no request is queued or running."""
         with self._wake:
             return not self._inbox and not self._answers
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """The thread. Whatever ends the loop, every answer gets its last output."""
+        """The engine's thread. Whatever ends the loop, every answer gets a last output."""
         end = partial(self._finish, reason=FinishReason.CANCELLED)
         try:
             while self._take_inbox():
@@ -228,7 +232,7 @@ class Engine:
         except Exception as cause:  # internal error: every answer must still get a last output
             log.exception("the engine stopped")
             error = MotetError(f"the engine stopped: {cause}; restart it")
-            end = partial(self._end, reason=FinishReason.ERROR, error=error)  # the scheduler may be what is broken
+            end = partial(self._end, reason=FinishReason.ERROR, error=error)  # without the scheduler: it may be broken
         with self._wake:
             self._closed = True
             arrived = [answer for item in self._inbox if isinstance(item, list) for answer in item]
@@ -238,7 +242,7 @@ class Engine:
         self._backend.close()
 
     def _take_inbox(self) -> bool:
-        """Take in what came; sleep while there is nothing to do. False: the engine is closed."""
+        """Process the inbox; sleep while there is nothing to do. False if the engine is closed."""
         ended: list[tuple[Answer, FinishReason]] = []
         with self._wake:
             while not (self._inbox or self._closed or self._answers):
@@ -254,7 +258,7 @@ class Engine:
                     ended += [(a, reason) for a in self._answers.values() if a.request.request_id == request_id]
             closed = self._closed
         for answer, reason in ended:
-            if answer.group in self._answers:  # not aborted twice
+            if answer.group in self._answers:  # it may be aborted twice
                 self._finish(answer, reason)
         return not closed
 
@@ -295,13 +299,13 @@ class Engine:
                 self._finish(answer, FinishReason.TIME_LIMIT)
 
     def _fail_step(self, scheduled: ScheduledBatch, error: Exception) -> None:
-        """A step failed as a whole: its groups end with the error, all others go on."""
+        """A whole step failed: its groups end with an error, all others go on."""
         log.exception("a step failed; its requests end with an error")
         for group in self._scheduler.fail(scheduled):
             self._finish(self._answers[group], FinishReason.ERROR, MotetError(f"the backend failed: {error}"))
 
     def _emit(self, run: GroupTokens, output: StepOutput, now: float) -> None:
-        """One delta of all tokens that a step gave the group."""
+        """Send the tokens that a step drew for a group, as one delta."""
         answer, group = self._answers[run.group], run.group
         if run.count and answer.first_token is None:
             answer.first_token = now
@@ -322,7 +326,7 @@ class Engine:
         self._end(answer, reason, error)
 
     def _end(self, answer: Answer, reason: FinishReason, error: MotetError | None = None) -> None:
-        """Send the last output."""
+        """Send the last output of an answer."""
         if answer.admitted is None:
             self._leave_queue()
         self._answers.pop(answer.group, None)

@@ -1,4 +1,4 @@
-"""`Observer`: what hears of every step and every answer. Metrics, measurements, tracing and audit subscribe to an engine."""
+"""`Observer`: is called for every step and every answer. Metrics and benches subscribe to an engine."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ log = logging.getLogger("motet.engine")
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step of the backend that did not fail. Batch and output are the engine's own: to be read, not changed."""
+    """One successful step of the backend. Batch and output belong to the engine: read them, do not change them."""
 
     batch: Batch
     output: StepOutput
     seconds: float  # wall clock, of `Backend.step`
-    parts: dict[str, float]  # seconds of the backend's parts since the last report; empty where it does not measure
+    parts: dict[str, float]  # seconds of the backend's parts since the last report; empty if it does not measure them
 
 
 class Observer:
-    """Hears of an engine. A subclass defines the calls that it needs; the others do nothing.
+    """Base of observers. A subclass defines the methods that it needs; the others do nothing.
 
-    They come from the engine's thread (`on_reject` from the submitting one), before the client hears of the same, and the
-    engine waits for them: they must not block. An exception is logged and changes nothing.
+    They are called on the engine's thread (`on_reject` on the submitting one), before the client gets the same
+    output. The engine waits for them, so they must not block. An exception is logged and changes nothing.
     """
 
     def on_step(self, step: StepReport) -> None:
-        """A step has run; its tokens are not yet taken."""
+        """A step has run; its tokens are not yet appended to the answers."""
 
     def on_finish(self, request: Request, last: Output) -> None:
         """A choice ended: `last` is its last delta, with finish reason, usage, timings and perhaps an error."""
@@ -42,7 +42,7 @@ class Observer:
 
 
 def notify(observers: Iterable[Observer], call: Callable[[Observer], None]) -> None:
-    """Make one call of every observer. A failure is logged and disturbs neither the engine nor the other observers."""
+    """Call every observer. An exception is logged and affects neither the engine nor the other observers."""
     for observer in observers:
         try:
             call(observer)

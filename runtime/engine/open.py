@@ -1,4 +1,4 @@
-"""`open_engine`: a bundle, the backend that runs it and its tokenizer, put together as an engine."""
+"""`open_engine`: an engine made from a bundle: its backend and its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_engine(
 
 
 def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
-    """What callers are told of a bundle that is served with this configuration."""
+    """What callers see of a bundle that is served with this configuration."""
     return ModelInfo(
         name=bundle.name,
         members=bundle.members,

@@ -1,1 +1,1 @@
-"""Work over whole archives."""
+"""Jobs over whole archives of documents."""

@@ -1,8 +1,8 @@
 """Offline summarisation: JSONL or a folder of text files in, JSONL out, through the same engine as the server.
 
-A document that is too long is cut into chunks, each is summarised, and the summaries joined are summarised again until
-one is left. Records are written whole, in the order in which they are done. A rerun keeps what is finished (same id, text
-and settings), redoes errors, and cuts off a line that a kill left torn.
+A document that is too long is cut into chunks. Each is summarised, and the joined summaries are summarised again
+until one is left. Records are written whole, in the order in which they are finished. A rerun keeps finished records
+(same id, text and settings), repeats failed ones, and removes a line that a killed run left incomplete.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from ..text.prompt import build_prompt
 INSTRUCTION = "Summarise the following text in a few sentences.\n\n"
 TEXT_FILES = (".txt", ".md", ".rst", ".py")
 _TEMPLATE_TOKENS = 64  # room for the chat template and the instruction
-_WINDOW = 8  # chunks of one document that are in flight
+_WINDOW = 8  # most chunks of one document in flight
 
-OnProgress = Callable[[int, int], None]  # (records ended, records in all)
+OnProgress = Callable[[int, int], None]  # (records ended, all records)
 
 
 @dataclass(frozen=True, slots=True)
 class SummariseParams:
-    """Settings of a job. Lengths are in tokens; `chunk_tokens` None: as long as the context allows, at most 1,024."""
+    """Settings of a job. Lengths are in tokens. `chunk_tokens` None: as long as the context allows, at most 1,024.
+    Raises `ConfigError`."""
 
     instruction: str = INSTRUCTION
     max_summary_tokens: int = 96
@@ -44,8 +45,8 @@ class SummariseParams:
     temperature: float = 0.0
     repetition_penalty: float = 1.05
     seed: int = 0
-    speculative_tokens: int = 8  # a draft at most: summaries copy from their source; 0: no drafts
-    concurrency: int | None = None  # records in flight; None: as many as the engine runs
+    speculative_tokens: int = 8  # most per draft; summaries copy from their source. 0: no drafts
+    concurrency: int | None = None  # records in flight; None: the engine's max_num_seqs
 
     def __post_init__(self) -> None:
         for name in ("max_summary_tokens", "chunk_tokens", "concurrency"):
@@ -56,7 +57,7 @@ class SummariseParams:
 
 @dataclass(slots=True)
 class SummariseReport:
-    """Counts of records and tokens, wall-clock seconds."""
+    """Counts of records (done, skipped, failed) and tokens, and wall-clock seconds."""
 
     done: int = 0
     skipped: int = 0
@@ -76,7 +77,7 @@ class _Record:
 
 @dataclass(slots=True)
 class _Job:
-    """What the workers share."""
+    """A running job, shared by its worker threads. `lock` guards `output` and `report`."""
 
     engine: Engine
     ensemble: Ensemble
@@ -88,7 +89,7 @@ class _Job:
 
 
 class _Progress:
-    """Counts ended records and reports them, in order and one call at a time."""
+    """Counts ended records and reports the count, one call at a time."""
 
     def __init__(self, total: int, report: OnProgress | None) -> None:
         self._ended = 0
@@ -117,8 +118,8 @@ def summarise(
     In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files. Out: {"id", "source",
     "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id", "source",
     "error": {"type", "message"}} for a record that failed; the job goes on. `on_progress` is called before the first record
-    and after each, one call at a time, from any thread. Raises `NotFoundError`, `InvalidRequestError` (in and out are
-    one), `ConfigError`, before any work.
+    and after each, one call at a time, from any thread. Before any work, raises `NotFoundError`,
+    `InvalidRequestError` (the output is the input or a folder) or `ConfigError`.
     """
     params = params or SummariseParams()
     if not in_path.exists():
@@ -142,7 +143,7 @@ def summarise(
 
 
 def _run(job: _Job, records: Iterator[_Record], finished: set[str], progress: _Progress) -> None:
-    """A bounded number of records in flight, so that a large input is never in memory as a whole."""
+    """Keep a bounded number of records in flight, so that a large input is never wholly in memory."""
     concurrency = job.params.concurrency or job.engine.config.max_num_seqs
     room = Semaphore(2 * concurrency)
     futures: set[Future[None]] = set()
@@ -163,7 +164,7 @@ def _run(job: _Job, records: Iterator[_Record], finished: set[str], progress: _P
             future.add_done_callback(done)
             futures.add(future)
     for future in futures:
-        future.result()  # a full disk or a bug ends the job with its own error
+        future.result()  # raises: a full disk or a bug ends the job
 
 
 def _summarise_record(job: _Job, record: _Record) -> None:
@@ -188,7 +189,7 @@ def _summarise_record(job: _Job, record: _Record) -> None:
 
 
 def _reduce(job: _Job, record: _Record) -> tuple[Completion, dict[str, int]]:
-    """Map and reduce: summaries of the chunks, joined, are the next text, until one chunk is left."""
+    """Summarise the chunks of a text; the joined summaries are the next text, until there is only one chunk."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "chunks": 0}
     text = record.text
     while True:
@@ -233,15 +234,17 @@ def _mix(ensemble: Ensemble) -> dict[str, float]:
 
 
 def _key(job: _Job, record: _Record) -> str:
-    """What a finished record is recognised by: its text, the model, the ensemble, the settings."""
+    """The key by which a rerun recognises a finished record: a digest of its id and text, the model, ensemble and
+    settings."""
     settings = asdict(job.params) | {"concurrency": None, "chunk_tokens": job.chunk_tokens}
-    del settings["speculative_tokens"]  # no summary depends on it
+    del settings["speculative_tokens"]  # summaries do not depend on it
     parts = (record.id, record.text, job.engine.model.name, repr(job.ensemble), json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _finished_keys(out_path: Path) -> set[str]:
-    """Keys of the finished records of an earlier run. Errors and a torn last line are taken out of the file."""
+    """Keys of the finished records of an earlier run. Removes failed records and an incomplete last line from the
+    file."""
     if not out_path.exists():
         out_path.parent.mkdir(parents=True, exist_ok=True)
         return set()

@@ -1,4 +1,5 @@
-"""`Bundle`: the artifact on disk that every backend loads. Safe to load: no pickle, no code, every file's digest checked."""
+"""`Bundle`: the artifact on disk that every backend loads. It is safe to load: no pickle, no code, and digests of all
+files."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """File names of the ONNX graphs. Without tails the trunk holds all layers: one member, or a base and its adapters."""
+    """File names of the ONNX graphs. If members have no tails (see `have_tails`), `trunk` holds all layers and
+    `tails` is empty."""
 
     trunk: str
     tails: Mapping[str, str]  # member → graph
@@ -30,8 +32,8 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A loaded manifest. `split_layer` is the first layer that members have of their own, the number of layers if none has
-    any. `graphs` is None if the bundle was exported without them: it is then for backends that read the tensors alone."""
+    """A loaded manifest. `split_layer` is the first layer of the members' tails, the number of layers if there are no
+    tails. `graphs` is None if the bundle was exported without them; the cpu and torch backends do not need them."""
 
     path: Path
     name: str
@@ -52,12 +54,13 @@ class Bundle:
 
     @property
     def has_tails(self) -> bool:
-        """Whether members run layers from `split_layer` on and a final norm each, after a shared trunk."""
+        """Whether each member runs the layers from `split_layer` on and a final norm separately, after a shared
+        trunk."""
         return have_tails(self.kinds)
 
     @property
     def model_files(self) -> tuple[str, ...]:
-        """Names of the weights file and the graphs."""
+        """File names of the weights and the graphs."""
         graphs = self.graphs
         return (WEIGHTS,) if graphs is None else (WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values())
 
@@ -65,8 +68,8 @@ class Bundle:
     def load(cls, path: Path | str, *, verify: bool = True) -> Bundle:
         """Read and check a bundle directory.
 
-        Raises `NotFoundError` if there is none, `BundleError` if a file is missing, does not have the digest that the
-        manifest records, or the manifest is of an unknown version or inconsistent.
+        Raises `NotFoundError` if there is none, `BundleError` if the manifest has an unknown version or is
+        inconsistent, or, with `verify`, if a file is missing or its digest is not the manifest's.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""`DecoderConfig`: a model's sizes and arithmetic, which the backends and the exporter are derived from."""
+"""`DecoderConfig`: a model's sizes and arithmetic. Backends and exporter derive everything from it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder-only transformer, said once. `layout.decoder_layout` makes the table of its weights.
+    """A decoder-only transformer. `layout.decoder_layout` makes the table of its weights.
 
-    Sizes are counts of elements. `family` names how checkpoints store it (`families.FAMILIES`); everything that changes
-    the arithmetic has a field of its own, so a new family is a file in `families/` and not a branch elsewhere.
+    Sizes are counts of elements. `family` says how checkpoints store the model (`families.FAMILIES`). Whatever
+    changes the arithmetic has a field of its own, so a new family is a file in `families/` and not a branch
+    elsewhere. Raises `ConfigError` for an impossible window.
     """
 
     family: str
@@ -31,17 +32,17 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # only "llama3" and "linear" are known; None is plain rotary
-    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, one up and one down projection
+    rope_scaling: dict[str, Any] | None = None  # kinds "llama3" and "linear"; None: no scaling
+    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, without a gate
     qkv_bias: bool = False
-    out_bias: bool = False  # of the attention's output projection
+    out_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
     sliding_window: int | None = None  # positions that a row attends to, itself included; None: all before it
     first_window_layer: int = 0  # the layers before it attend to all positions
     tied_head: bool = True
     linear_head: bool = (
-        True  # False: something after the head bends its logits, as a soft cap; states cannot be mixed before it
+        True  # False: logits are changed after the head, as by a soft cap, so hidden states cannot be mixed before it
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Files and directories on disk: digests, and the one way in which a finished directory takes its place."""
+"""Files and directories on disk: digests, and replacing a directory as a whole."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def file_digest(path: Path) -> str:
 
 
 def check_replaceable(out: Path, marker: str, what: str) -> None:
-    """Raises `ConfigError` if `out` is there and is not `what` ("a bundle"), which has the file `marker`."""
+    """Raises `ConfigError` if `out` exists but lacks the file `marker`, so it is not `what` ("a bundle")."""
     if out.exists() and not (out / marker).is_file():
         raise ConfigError(f"'{out}' exists and is not {what}; choose another directory")
 
 
 @contextmanager
 def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
-    """An empty directory to write into. It takes the place of `out` when the block ends, as a whole; if the block raises,
-    it is removed and `out` stays as it was. Raises `ConfigError`: see `check_replaceable`."""
-    out = out.resolve()  # of a link, what it points to is replaced
+    """An empty directory to write into. When the `with` block ends, it replaces `out` as a whole. If the block
+    raises, it is removed and `out` stays as it was. Raises `ConfigError` (see `check_replaceable`)."""
+    out = out.resolve()  # if it is a link, the directory that it points to is replaced
     check_replaceable(out, marker, what)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = _beside(out, "new")
@@ -45,18 +45,18 @@ def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, out: Path) -> None:
-    """Move the finished directory `work` to `out` (same file system), in place of what is there; it is on the disk then.
+    """Replace `out` by the finished directory `work` on the same file system, and wait until it is on the disk.
 
-    A reader sees the old directory or the new one, and a kill at any moment leaves one of them whole at `out`. Where two
-    directories cannot be exchanged in one step (not Linux, some network file systems), there is nothing at `out` for the
-    moment between two renames; a kill in that moment leaves the old directory whole beside it, as `.<name>-old-…`.
+    A reader sees the old directory or the new one, and a kill at any moment leaves one of them whole at `out`. If two
+    directories cannot be exchanged in one step (not Linux, some network file systems), `out` is missing between two
+    renames; a kill at that moment leaves the old directory whole beside it, as `.<name>-old-…`.
     """
     for path in (*sorted(work.rglob("*")), work):
         _sync(path)
     if not out.exists():
         os.rename(work, out)
     elif _exchange(work, out):
-        shutil.rmtree(work, ignore_errors=True)  # it holds the old one now
+        shutil.rmtree(work, ignore_errors=True)  # it is the old directory now
     else:
         old = _beside(out, "old")
         os.rename(out, old)
@@ -70,7 +70,8 @@ def put_in_place(work: Path, out: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory under its name in one step: a kill leaves no half of it there, but beside it as `.<name>-old-…`."""
+    """Remove a directory. Its name disappears in one step; a kill may leave the rest of it beside, as
+    `.<name>-old-…`."""
     old = _beside(path, "old")
     os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
@@ -90,7 +91,7 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two directories in one step; False where the system cannot (renameat2(2))."""
+    """Exchange two directories in one step (renameat2(2)); False if the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

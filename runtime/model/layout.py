@@ -1,10 +1,10 @@
-"""What a decoder is made of, derived from `DecoderConfig` and said once: every weight, its shape, and how it is stored.
+"""The table of a decoder's weights, derived from `DecoderConfig`: every weight, its shape, and how it is stored.
 
-The torch page, calibration, fusing, the graphs, the loaders of all backends, random models and the counts of the benches
-read this table. Names are canonical (Hugging Face's llama names) and whole: `model.layers.3.self_attn.qkv_proj`.
+The decoder in torch, calibration, fusing, the graphs, the loaders of all backends, random models and the benches read
+this table. Names are canonical (Hugging Face's llama names) and complete: `model.layers.3.self_attn.qkv_proj`.
 
-A checkpoint stores the *parts* of a linear layer (q, k, v), a bundle the linear layer itself: the parts' rows, one part
-after the other, because they read the same input.
+A checkpoint stores the *parts* of a linear layer (q, k, v). A bundle stores the fused linear layer: the parts' rows,
+one part after the other, because they have the same input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import DecoderConfig
 EMBEDDING = "model.embed_tokens.weight"
 POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
-COS, SIN = "rotary.cos", "rotary.sin"  # tables that a bundle holds; no checkpoint does
+COS, SIN = "rotary.cos", "rotary.sin"  # tables that are in a bundle but in no checkpoint
 
 Epilogue = Literal["store", "add", "swiglu", "gelu"]
 
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def short_name(self) -> str:
-        """What users call it: `q_proj`."""
+        """The name that users write, such as `q_proj`."""
         return self.name.rpartition(".")[2]
 
 
@@ -40,9 +40,10 @@ class Part:
 class Linear:
     """A linear layer as a bundle stores it: `<name>.weight` [rows, columns], and `<name>.bias` [rows] with `bias`.
 
-    `epilogue` says what becomes of the product: stored, added to the residual stream, or activated (swiglu: the parts are
-    gate and up, and half of the rows are left). `source` is the module whose output channels scale this layer's input
-    channels one by one: the norm that feeds it, or the up projection of a gated MLP; None if there is none.
+    `epilogue` says what happens to the product: it is stored, added to the residual stream, or activated (swiglu: the
+    parts are gate and up, and the result has half as many rows). `source` is the module whose output channels scale
+    this layer's input channels one to one: the norm before it, or the up projection of a gated MLP; None if there is
+    none.
     """
 
     name: str
@@ -67,28 +68,28 @@ class Norm:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that it has."""
+        """Names of its tensors: the weight, then the bias of a layer norm."""
         return (f"{self.name}.weight", f"{self.name}.bias") if self.kind == "layer" else (f"{self.name}.weight",)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer. `head_norms`: over each head of q and of k, before rotary. `rotary`: q and k are rotated. `window`: how
-    many positions a row attends to, itself included; None: all before it."""
+    """One layer. `head_norms`: norms over each head of q and of k, before rotary. `rotary`: whether q and k are
+    rotated. `window`: how many positions a row attends to, its own included; None: its own and all before it."""
 
     attention_norm: Norm
     qkv: Linear
     head_norms: tuple[Norm, Norm] | None
     out: Linear
     mlp_norm: Norm
-    up: Linear  # gate and up, where the activation is gated
+    up: Linear  # gate and up, if the activation is gated
     down: Linear
     rotary: bool
     window: int | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order in which they run."""
+        """The linear layers, in the order in which they run."""
         return self.qkv, self.out, self.up, self.down
 
     @property
@@ -106,7 +107,7 @@ class Layout:
 
     @property
     def head(self) -> str:
-        """The head's weight: the embedding where they are tied."""
+        """Name of the head's weight: the embedding if they are tied."""
         return EMBEDDING if self.config.tied_head else HEAD
 
     @property
@@ -115,11 +116,11 @@ class Layout:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Short names of the projections that an adapter may change: all of a layer's."""
+        """Short names of the projections that an adapter may change: all of a layer."""
         return tuple(part.short_name for linear in self.layers[0].linears for part in linear.parts)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint under its canonical name, and its shape."""
+        """Canonical name → shape of every tensor of a checkpoint."""
         config = self.config
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
         if config.positions == "learned":
@@ -135,7 +136,7 @@ class Layout:
 
 
 def decoder_layout(config: DecoderConfig) -> Layout:
-    """The table of a decoder."""
+    """The table of a decoder's weights."""
     layers = tuple(_layer(config, index) for index in range(config.num_layers))
     return Layout(config, layers, Norm("model.norm", config.hidden_size, config.norm))
 
@@ -184,5 +185,5 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
 
 
 def _whole(part: Part, columns: int, bias: bool, epilogue: Epilogue, source: str | None) -> Linear:
-    """A linear layer of one part: a bundle stores it as the checkpoint does."""
+    """A linear layer of one part, which a bundle stores as the checkpoint does."""
     return Linear(part.name, (part,), columns, bias, epilogue, source)

@@ -1,4 +1,4 @@
-"""`MemberKind`: what a member of an ensemble has of its own. Bundle, export, command, backends and training ask here."""
+"""`MemberKind`: the kinds of members, and what each has of its own. No other file lists them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ K = TypeVar("K", bound="MemberKind")
 
 
 class MemberKind(StrEnum):
-    """A kind of member; the value is its name in manifests. How one lies on disk: `checkpoints/members/registry.py`."""
+    """A kind of member. Its value is its name in manifests. Its format on disk is in
+    `checkpoints/members/registry.py`."""
 
     article: str
-    own_layers: bool  # the last layers and the final norm
-    own_sequence: bool  # other keys and values from the first layer on: a KV cache of its own
+    own_layers: bool  # has its own last layers and final norm
+    own_sequence: bool  # has other keys and values from the first layer on, so it needs a sequence of its own
     flag: str  # `motet export --<flag> name=DIR`
-    methods: tuple[str, ...]  # of `motet tune` that make one
+    methods: tuple[str, ...]  # the methods of `motet tune` that make one
 
     def __new__(
         cls: type[K],
@@ -43,12 +44,12 @@ class MemberKind(StrEnum):
 
     @classmethod
     def of_method(cls, method: str) -> MemberKind:
-        """What a method of `motet tune` makes."""
+        """The kind of member that a method of `motet tune` makes."""
         return next(kind for kind in cls if method in kind.methods)
 
 
 def have_tails(kinds: Iterable[MemberKind]) -> bool:
-    """Whether members run layers (perhaps none) and a final norm each, after a trunk that they share.
+    """Whether each member runs some layers (perhaps none) and a final norm separately, after a shared trunk.
 
     Base and adapter members share one set of layers. If there are several members and no adapters, each gets a tail,
     even one equal to the base.

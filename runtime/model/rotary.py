@@ -12,7 +12,7 @@ from .config import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig) -> npt.NDArray[np.float64]:
-    """[head_size / 2] radians a position. Raises `UnsupportedModelError` for an unknown scaling."""
+    """[head_size / 2], in radians per position. Raises `UnsupportedModelError` for an unknown scaling."""
     exponents = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling

@@ -1,14 +1,15 @@
-"""How a bundle's weights file holds tensors, and how they are found. The file is safetensors; names are those of `layout`.
+"""How a bundle's weights file stores tensors, and how to find them. The file is safetensors; names are those of
+`layout`.
 
-A member's own tensor is stored as `members.<member>.<name>`, and goes before the base's. A weight [rows, columns] is one
-tensor in float32, or quantised in groups of columns, and is then three:
+A member's own tensor is stored as `members.<member>.<name>` and is preferred to the base's. A weight [rows, columns]
+is one tensor in float32, or it is quantised in groups of columns and stored as two or three tensors:
 
     <weight>.values        [rows, stored groups, group_size * bits / 8] u8; 4 bits: low nibble first
     <weight>.scales        [rows, stored groups] float32
-    <weight>.zero_points   [rows, ceil(stored groups / 2)] u8, two a byte, low nibble first; 4 bits only
+    <weight>.zero_points   [rows, ceil(stored groups / 2)] u8, two per byte, low nibble first; 4 bits only
 
-4 bits: *group-sum columns* follow the columns, one for each of their groups (why: `export/quantise.py`). The stored groups
-cover both, the last of them padded.
+With 4 bits, the columns are followed by *group-sum columns*, one per group of the columns (why:
+`export/quantise.py`). The stored groups cover both; the last one is padded.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in the weights file: bytes `offset` … `offset + length`."""
+    """The place of a tensor in the weights file: bytes `offset` … `offset + length`."""
 
-    dtype: str  # as safetensors names it: F32, U8
+    dtype: str  # the name in safetensors: F32, U8
     shape: tuple[int, ...]
     offset: int
     length: int
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors file lies (header: 8 bytes length, JSON; offsets count from its end)."""
+    """The place of each tensor of a safetensors file (header: 8 bytes length, then JSON; its offsets count from its
+    end)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -62,12 +64,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def own_name(member: str, name: str) -> str:
-    """What a member's own tensor is stored as."""
+    """The stored name of a member's own tensor."""
     return f"members.{member}.{name}"
 
 
 def resolve(tensors: Container[str], name: str, member: str | None) -> str:
-    """The stored name of a tensor as `member` has it: its own, else the base's. None: the base's."""
+    """The stored name of a tensor as `member` has it: its own if there is one, else the base's. `member` None: the
+    base's."""
     if member is None:
         return name
     own = own_name(member, name)
@@ -76,7 +79,7 @@ def resolve(tensors: Container[str], name: str, member: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """How one weight [rows, columns] is stored, under `name`. `bits` 32: one tensor, and no groups."""
+    """How the weight `name` [rows, columns] is stored. `bits` 32: as one tensor, without groups."""
 
     name: str
     rows: int
@@ -98,17 +101,18 @@ class StoredWeight:
 
     @property
     def groups(self) -> int:
-        """Groups of the columns, without those of the group-sum columns. Only of a quantised weight."""
+        """Number of groups of the columns, without those of the group-sum columns. Quantised weights only."""
         return self.columns // self.group_size
 
     @property
     def multiplied_columns(self) -> int:
-        """Columns that the stored matrix multiplies: for 4 bits with the group-sum columns."""
+        """Columns of the stored matrix; with 4 bits they include the group-sum columns."""
         return self.columns + self.groups if self.bits == 4 else self.columns
 
 
 def stored_weight(tensors: Mapping[str, HasShape], name: str) -> StoredWeight:
-    """How the weight with the stored name `name` lies in a file. Raises `BundleError` if it is not whole."""
+    """How the weight with the stored name `name` is stored. Raises `BundleError` if a tensor is missing or
+    misshapen."""
     if name in tensors:
         shape = tensors[name].shape
         if len(shape) != 2:
@@ -126,14 +130,14 @@ def stored_weight(tensors: Mapping[str, HasShape], name: str) -> StoredWeight:
 
 
 def own_groups(stored_groups: int, group_size: int) -> int:
-    """Groups of the columns of a 4-bit weight: the stored ones less those of the group-sum columns."""
+    """Number of groups of a 4-bit weight's columns: the stored groups without those of the group-sum columns."""
     return stored_groups * group_size // (group_size + 1)
 
 
 def fold_group_sums(values: Array, scales: Array, zero_points: Array) -> tuple[Array, Array, Array]:
-    """A 4-bit weight's arrays → (values [rows, groups, group_size / 2], scales and minima [rows, groups]).
+    """From the arrays of a 4-bit weight to (values [rows, groups, group_size / 2], scales, minima [rows, groups]).
 
-    The group-sum columns and the whole zero points become one minimum for each group: w = value · scale + minimum.
+    Group-sum columns and whole zero points become one minimum per group: w = value · scale + minimum.
     """
     stored = scales.shape[1]
     own = own_groups(stored, 2 * values.shape[2])
@@ -145,5 +149,5 @@ def fold_group_sums(values: Array, scales: Array, zero_points: Array) -> tuple[A
 
 
 def unpack_nibbles(packed: Array) -> Array:
-    """Two values a byte along the last axis, low nibble first."""
+    """Unpack two values per byte along the last axis, low nibble first."""
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

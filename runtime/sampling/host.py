@@ -1,9 +1,9 @@
 """Mixing and sampling on the host, for backends whose logits arrive as numpy rows. Same tokens as `kernels.oracle.reference`.
 
-The native kernels do it where they were built (`kernels.native.sampling`), for samples whose truncation rules they have;
-what follows is for the others. What makes it fast: a greedy row is one argmax; otherwise only candidates that can still win
-are drawn. The noise of a 23-bit uniform lies in [−2.81, 16.64], so a token more than its span below the best score so far
-has no chance.
+If the native kernels were built (`kernels.native.sampling`), they sample the rows whose truncation rules they have;
+the numpy code of this file samples the others. A greedy row is one argmax. Otherwise noise is drawn only for tokens
+that can still win: the noise of a 23-bit uniform lies in [−2.81, 16.64], so most tokens are too far below the best
+score so far.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..schedule.batch import SampleRow, StepOutput
 from .terms import Terms, is_single
 
 F32 = npt.NDArray[np.float32]
-Row = npt.NDArray[Any]  # [vocab] float32 (a member as it is) or float64 (a mix)
+Row = npt.NDArray[Any]  # [vocab] float32 (one member) or float64 (a mix)
 
 LARGEST_GUMBEL = -math.log(-math.log(1 - 2.0**-24))
 _FIRST_DRAWN = 32
@@ -38,8 +38,9 @@ _NOTHING_LEFT = "no token is left to choose"
 def sample_rows(logits: F32, row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
     """Draw one token for each sample.
 
-    logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Rows are independent: a result
-    does not depend on what else is in the batch. A row with NaN or +inf, or with no token left, has an entry in `errors`.
+    logits [R, vocab]; `row_terms[i]` are the (row, coefficient) terms of `samples[i]`. Samples are independent: a
+    result does not depend on the rest of the batch. A sample whose mix has NaN or +inf, or no token left, has an
+    entry in `errors`.
     """
     if not samples or not _has_native():
         return _sample_numpy(logits, row_terms, samples)
@@ -58,14 +59,14 @@ def _has_native() -> bool:
 
 
 def split_fused(samples: Sequence[SampleRow], rules: Collection[str]) -> tuple[list[int], list[int]]:
-    """Indices of the samples that are truncated by nothing but these rules, and of the others."""
+    """Indices of the samples that use no truncation rules but `rules`, and of the others."""
     known = set(rules)
     fused = [sample.sampling.truncation.keys() <= known for sample in samples]
     return [i for i, can in enumerate(fused) if can], [i for i, can in enumerate(fused) if not can]
 
 
 def empty_output(count: int) -> StepOutput:
-    """An output to be filled in: token 0, nothing else."""
+    """An output for `count` samples, to be filled in: every token is 0, the rest is empty."""
     return StepOutput(
         token_ids=np.zeros(count, np.int64),
         logprobs=np.full(count, np.nan),
@@ -75,7 +76,7 @@ def empty_output(count: int) -> StepOutput:
 
 
 def merge_outputs(parts: Sequence[tuple[Sequence[int], StepOutput]]) -> StepOutput:
-    """One output of several: (indices of the samples, their output); each sample in one of them."""
+    """Join several outputs. Each part is (indices of its samples, their output); every sample is in one part."""
     merged = empty_output(sum(len(index) for index, _ in parts))
     for index, output in parts:
         put_output(merged, index, output)
@@ -83,7 +84,7 @@ def merge_outputs(parts: Sequence[tuple[Sequence[int], StepOutput]]) -> StepOutp
 
 
 def put_output(target: StepOutput, index: Sequence[int], output: StepOutput) -> None:
-    """Copy the entries of `output` to the places `index`."""
+    """Copy the entries of `output` to the indices `index` of `target`."""
     target.token_ids[index], target.logprobs[index] = output.token_ids, output.logprobs
     for place, top, members in zip(index, output.top_logprobs, output.member_logprobs, strict=True):
         target.top_logprobs[place], target.member_logprobs[place] = top, members
@@ -91,12 +92,12 @@ def put_output(target: StepOutput, index: Sequence[int], output: StepOutput) -> 
 
 
 def native_samples(row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> list[cpu_sample.Sample]:
-    """As the native kernels take them."""
+    """The samples in the native kernels' form."""
     return [_native(terms, sample) for terms, sample in zip(row_terms, samples, strict=True)]
 
 
 def step_output(natives: Sequence[cpu_sample.Sample], result: cpu_sample.Sampled) -> StepOutput:
-    """What the native kernels have drawn."""
+    """The native kernels' result as a `StepOutput`."""
     output = StepOutput(result.token_ids, result.logprobs, [[] for _ in natives], [[] for _ in natives])
     for index, code in enumerate(result.codes.tolist()):
         if code:
@@ -150,7 +151,7 @@ def _sample_numpy(logits: F32, row_terms: Sequence[Terms], samples: Sequence[Sam
 
 
 def _draw(mixed: Row, sample: SampleRow) -> int | str:
-    """The token, or why there is none."""
+    """The token, or the reason why there is none."""
     sampling = sample.sampling
     adjusted: Row = mixed if sample.edits.is_empty else apply_edits(mixed.astype(np.float64), sample.edits)
     best = int(np.argmax(adjusted))
@@ -167,7 +168,7 @@ def _draw(mixed: Row, sample: SampleRow) -> int | str:
 
 
 def _gumbel_argmax(tempered: npt.NDArray[np.float64], sample: SampleRow) -> int:
-    """argmax of tempered + noise, drawing only for tokens that can win: first the best few, then what they leave over."""
+    """argmax of tempered + noise. Noise is drawn for the best few tokens first, then for all that can still win."""
     count, seed = min(_FIRST_DRAWN, len(tempered)), sample.sampling.seed
     first = np.argpartition(tempered, len(tempered) - count)[-count:]
     score = tempered[first] + gumbel(first, sample.position, seed)
@@ -186,6 +187,6 @@ def _top(logprobs: npt.NDArray[np.float64], count: int) -> list[tuple[int, float
         return []
     count = min(count, len(logprobs))
     least = np.partition(logprobs, len(logprobs) - count)[-count]
-    best = np.flatnonzero(logprobs >= least)  # more than count where the last ones are equal
+    best = np.flatnonzero(logprobs >= least)  # more than `count` if the last ones are equal
     best = best[np.lexsort((best, -logprobs[best]))][:count]
     return [(int(token_id), float(logprobs[token_id])) for token_id in best]

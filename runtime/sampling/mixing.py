@@ -1,4 +1,4 @@
-"""Hidden states mixed on the host before the head, for backends whose head is a graph of its own."""
+"""Mixing hidden states on the host before the head, for backends whose head is a separate graph."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ F32 = npt.NDArray[np.float32]
 
 
 def head_group(bundle: Bundle) -> int | None:
-    """Columns of a group by which the bundle's head rounds its input to 8 bits; None if it does not."""
+    """Columns per group in which the bundle's head rounds its input to 8 bits; None if it does not round."""
     return bundle.quantisation["head_group_size"] if bundle.quantisation["head_bits"] < 32 else None
 
 
 def mixed_rows(rows: Sequence[Terms], hidden: Sequence[F32], group: int | None) -> tuple[F32, list[tuple[int, int]]]:
-    """(rows [R, hidden] for the head, (row, row whose logits are added to it)): first a row for each of `rows`, the terms of
-    hidden states that it mixes, then what a quantised head needs besides (see `_linear_rows`).
+    """Returns the head's input rows [R, hidden], and pairs (row, extra row whose logits must be added to it).
 
-    A single state with coefficient 1 is itself, bit for bit; a mix is Σ coefficient · state in the order of the terms.
+    The first rows are those of `rows`, each given by its (hidden state, coefficient) terms; the extra rows, which a
+    quantised head needs (see `_linear_rows`), follow. A single state with coefficient 1 is unchanged, bit for bit; a
+    mix is Σ coefficient · state in the order of the terms. `group`: see `head_group`.
     """
     found: list[F32] = []
     fine: list[tuple[int, F32]] = []
@@ -42,9 +43,9 @@ def mixed_rows(rows: Sequence[Terms], hidden: Sequence[F32], group: int | None) 
 def _linear_rows(terms: list[tuple[F32, float]], group: int | None) -> list[F32]:
     """Head rows whose logits add up to Σ coefficient · logits of the member.
 
-    A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members
-    would choose other tokens at near ties. So the members are rounded as the head would round them, then mixed, and
-    the mix goes in as its own rounding and the rest: exact to the square of the 8-bit step.
+    A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members would
+    choose other tokens at near ties. So each member is rounded as the head would round it, then they are mixed. The
+    mix goes into the head as two rows, its own rounding and the remainder: exact to the square of the 8-bit step.
     """
     if group is None:
         return [_weighted_sum(terms)]
@@ -54,7 +55,7 @@ def _linear_rows(terms: list[tuple[F32, float]], group: int | None) -> list[F32]
 
 
 def _round_groups(row: F32, group_size: int) -> F32:
-    """[hidden] rounded to 8 bits with a scale a group, as `MatMulNBits` rounds its activations."""
+    """[hidden] rounded to 8 bits with one scale per group, as `MatMulNBits` rounds its activations."""
     groups = row.reshape(-1, group_size)
     steps = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
     return np.asarray((np.rint(groups / steps) * steps).reshape(-1), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""`plan_head`: which rows a backend's head computes for the samples of a batch, and which of them make each sample's mix."""
+"""`plan_head`: which rows a backend's head computes for the samples of a batch, and how each sample mixes them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ..schedule.batch import SampleRow
 
 Terms = Sequence[
     tuple[int, float]
-]  # (index, coefficient): of a hidden state for a head row, of a head row for a sample
+]  # (index, coefficient). The index of a hidden state in a head row's terms, of a head row in a sample's
 
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
     """Head rows, and the samples that draw from them."""
 
-    rows: list[Terms]  # [head rows] (hidden state, coefficient) of what goes into the head
-    mixes: list[Terms]  # [samples] (head row, coefficient)
-    greedy: list[bool]  # [head rows] of the row's logits, only the largest is used
+    rows: list[Terms]  # [head rows] (hidden state, coefficient) terms of its input
+    mixes: list[Terms]  # [samples] (head row, coefficient) terms of its mixed logits
+    greedy: list[bool]  # [head rows] only the largest logit of the row is used
 
 
 def plan_head(hidden: Sequence[Terms], samples: Sequence[SampleRow], linear_head: bool) -> HeadPlan:
     """`hidden[i]` are the (hidden state, coefficient) terms of `samples[i]`, none with coefficient 0.
 
-    Where a head is linear, mixing hidden states is mixing logits: in `logits` space a sample has one row. Otherwise, and
-    where its members' log-probabilities are asked for, every term has a row of its own and their logits are mixed.
+    With a linear head, mixing hidden states is mixing logits: a sample in `logits` space needs one row. Otherwise,
+    and if the members' log-probabilities are requested, every term has a row of its own and their logits are mixed.
     """
     plan = HeadPlan([], [], [])
     for terms, sample in zip(hidden, samples, strict=True):
@@ -43,14 +43,15 @@ def plan_head(hidden: Sequence[Terms], samples: Sequence[SampleRow], linear_head
 
 
 def is_mixed_before_head(terms: Terms, sample: SampleRow, linear_head: bool) -> bool:
-    """The sample needs the logits of one head row only."""
+    """Whether the sample needs the logits of only one head row."""
     if sample.sampling.member_logprobs:
         return False
     return is_single(terms) or (linear_head and sample.space is Space.LOGITS)
 
 
 def is_single(terms: Terms) -> bool:
-    """One member as it is: in every space, and under every head, the mix is that member bit for bit."""
+    """Whether the mix is one member with coefficient 1: then it equals that member bit for bit, in any space, with
+    any head."""
     return len(terms) == 1 and terms[0][1] == 1
 
 

@@ -17,7 +17,7 @@ from .sequence import Group, Sequence
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """Seed of a choice: the request's own for choice 0, else splitmix64 of it (Steele et al. 2014)."""
+    """Seed of a choice: the request's own for choice 0, else splitmix64 of seed and choice (Steele et al. 2014)."""
     if choice == 0:
         return seed
     z = (seed + choice * 0x9E3779B97F4A7C15) & (2**64 - 1)
@@ -27,7 +27,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 class Admission:
-    """Thread-safe: it reads constants only."""
+    """Checks requests and makes their groups. Thread-safe: it reads constants only."""
 
     def __init__(self, model: ModelInfo, config: EngineConfig, blocks: BlockManager, *, can_verify: bool) -> None:
         self._model = model
@@ -97,7 +97,7 @@ class Admission:
         self._check_size(request)
 
     def _check_size(self, request: Request) -> None:
-        """Can the group run when it is alone? Then it can always run in the end."""
+        """Check that the group can run when it is alone: then it is certain to run at some time."""
         limit = self._model.max_model_len
         prompts = [request.prompts[view] for view, _ in {self._sequence_key(m) for m in request.ensemble.members}]
         if len(prompts) > self._config.max_num_seqs:
@@ -124,14 +124,14 @@ class Admission:
             )
 
     def _answer_room(self, request: Request) -> int:
-        """Tokens that the answer may have."""
+        """Most tokens that the answer may have."""
         longest = max(len(request.prompts[member.view]) for member in request.ensemble.members)
         room = self._model.max_model_len - longest
         return room if request.sampling.max_tokens is None else min(room, request.sampling.max_tokens)
 
     def _sequence_key(self, member: Member) -> tuple[int, int]:
-        """(view, adapter): members with equal ones share a sequence. A low-rank update changes keys and values from the
-        first layer on, so it has a sequence of its own."""
+        """(view, adapter, -1 for none): members with the same pair share a sequence. A low-rank update changes keys and
+        values from the first layer on, so it needs a sequence of its own."""
         return member.view, self._index_of[member.name] if member.name in self._model.adapters else -1
 
     def _drafter(self, params: SamplingParams) -> Drafter | None:

@@ -1,6 +1,6 @@
-"""`Batch`: what one step computes, and `StepOutput`: what it yields. The only things that cross to a backend.
+"""`Batch`: what one step computes, and `StepOutput`: what it yields. Nothing else passes between scheduler and backend.
 
-Both are flat arrays; the scheduler fills every field of `Batch` and the backend every field of `StepOutput`.
+Both consist of flat arrays. The scheduler fills every field of `Batch`, the backend every field of `StepOutput`.
 """
 
 from __future__ import annotations
@@ -21,47 +21,45 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSampling:
-    """How a group's tokens are drawn, the same for all of its rows: numbers, not what a user asked."""
+    """How the tokens of a group are drawn, the same for all of its rows (see `resolve.resolve_sampling`)."""
 
     temperature: float = 1.0  # 0: greedy
-    truncation: Mapping[str, float] = field(
-        default_factory=dict
-    )  # rule of `RULES` → value; those that are off are not in it
-    seed: int = 0  # with the position, the key of the counter-based draw
-    logprobs: int | None = None  # how many of the best tokens are reported; None: no log-probabilities at all
-    member_logprobs: bool = False  # report the chosen token's under each term alone
+    truncation: Mapping[str, float] = field(default_factory=dict)  # rule of `RULES` → value, without rules that are off
+    seed: int = 0  # with the position, it determines the counter-based draw
+    logprobs: int | None = None  # how many of the most probable tokens to report; None: no log-probabilities
+    member_logprobs: bool = False  # report the chosen token's log-probability under each term alone
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One token to be drawn: which (row, member) logits are mixed, how, and how to sample from the mix. All terms are rows of
-    one group; a sequence may have several sampled rows in one step."""
+    """One token to draw: which (row, member) logits are mixed and how, and how to sample from the mix. All terms
+    belong to one group. A sequence may have several sampled rows in a step."""
 
     terms: tuple[tuple[int, int, float], ...]  # (flat row of the batch, member index of the bundle, coefficient)
     space: Space
     sampling: ResolvedSampling
     position: int  # index of the token to draw in its sequence (view 0): prompt length + tokens already drawn
-    edits: Edits = NO_EDITS  # of the mix
+    edits: Edits = NO_EDITS  # of the mixed row
 
 
 @dataclass(slots=True)
 class Batch:
     """The rows of one step. A row is one position of one sequence; sequence s owns rows cu_seqlens_q[s]…[s+1]-1.
 
-    Sequences that are sampled come first, then prefill chunks. Of a sequence that is sampled all rows are; where the backend
-    can sample prefill, they may follow rows of its prompt.
+    Sampled sequences come first, then prefill chunks. Every row of a sampled sequence is sampled, except prompt rows
+    that a backend with `can_sample_prefill` computes in the same step.
     """
 
     token_ids: I64  # [rows]
     positions: I32  # [rows] position of each row in its sequence
-    slot_mapping: I64  # [rows] block_id * block_size + offset where the row's K and V are written
+    slot_mapping: I64  # [rows] block_id * block_size + offset: where the row's keys and values are written
     cu_seqlens_q: I32  # [num_seqs + 1]
     context_lens: I32  # [num_seqs] positions in the KV cache after this step
-    block_tables: I32  # [num_seqs, max_blocks] block ids, -1 padded
+    block_tables: I32  # [num_seqs, max_blocks] block ids, padded with -1
     members: list[tuple[int, ...]]  # [num_seqs] member indices whose tails run over the sequence's rows, ascending
     adapters: I32  # [num_seqs] member whose low-rank update applies to all rows of the sequence, -1 for none
     samples: list[SampleRow]  # tokens to draw; prefill chunks have none
-    freed_blocks: I32  # blocks freed since the previous step: their content is dead
+    freed_blocks: I32  # blocks whose content died since the previous step
 
     @property
     def num_seqs(self) -> int:
@@ -74,10 +72,11 @@ class Batch:
 
 @dataclass(slots=True)
 class StepOutput:
-    """One entry per `Batch.samples`, in order. A row whose logits hold NaN has its message in `errors`."""
+    """One entry per sample of the batch, in order. A sample for which no token could be drawn has a message in
+    `errors`."""
 
     token_ids: I64  # [samples]
-    logprobs: F64  # [samples] log-probability under the mixed distribution; NaN where sampling.logprobs is None
+    logprobs: F64  # [samples] of the token, under the mixed distribution; NaN if sampling.logprobs is None
     top_logprobs: list[list[tuple[int, float]]]  # [samples] the n best (token id, log-probability), best first
-    member_logprobs: list[list[float]]  # [samples] the chosen token under each term alone; empty where not asked
+    member_logprobs: list[list[float]]  # [samples] of the token, under each term alone; empty if not requested
     errors: dict[int, str] = field(default_factory=dict)  # sample index → why it has no token

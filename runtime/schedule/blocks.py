@@ -1,4 +1,5 @@
-"""`BlockManager`: which blocks of the KV cache are used, idle or empty. It knows counts, ids and digests, no tensors."""
+"""`BlockManager`: which blocks of the KV cache are used, idle or empty. It handles counts, ids and digests, not
+tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from .prefix import PrefixIndex
 class BlockManager:
     """`num_blocks` blocks of `block_size` positions.
 
-    A block is used (it has owners), idle (free, but its content may still be shared: the least recently used one goes
-    first) or empty. Idle blocks count as free. A block whose content is dead is reported once by `take_freed`.
+    A block is used (sequences refer to it), idle (nothing refers to it, but its content can still be shared) or
+    empty. Idle blocks count as free, and the least recently used is taken first. A block whose content dies is
+    reported once by `take_freed`.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._empty = list(range(num_blocks))[::-1]  # the last one freed is taken first: its memory is at hand
+        self._empty = list(range(num_blocks))[::-1]  # the last one freed is reused first: its memory may be cached
         self._idle: dict[int, None] = {}  # in the order in which they became idle
         self._owners: dict[int, int] = {}  # used block → reference count
         self._prefixes = PrefixIndex()
@@ -33,7 +35,7 @@ class BlockManager:
         return -(-positions // self.block_size)
 
     def can_allocate(self, count: int, shared: Iterable[int] = ()) -> bool:
-        """Are there `count` blocks, when those of `shared` are taken too?"""
+        """Whether `count` blocks are free beside those of `shared`, which may be idle."""
         return count + len(self._idle.keys() & set(shared)) <= self.num_free
 
     def allocate(self, count: int) -> list[int]:
@@ -43,7 +45,7 @@ class BlockManager:
         return blocks
 
     def retain(self, blocks: Iterable[int]) -> None:
-        """One owner more for blocks that are used or idle; a block is free again when its last owner has freed it."""
+        """Add a reference to each block, used or idle. A block is free again when all its references were freed."""
         for block in blocks:
             if block in self._idle:
                 del self._idle[block]
@@ -64,12 +66,13 @@ class BlockManager:
                     self._give_back(block)
 
     def publish(self, block: int, digest: bytes, members: Iterable[int]) -> None:
-        """A used block is full, and may be shared from now on."""
+        """A used block is full and can be shared from now on. `members`: those whose tails ran over it."""
         assert block in self._owners
         self._prefixes.add(block, digest, members)
 
     def find(self, digests: Iterable[bytes], members: Iterable[int]) -> list[int]:
-        """The blocks that hold the content of these digests, up to the first that none holds."""
+        """The blocks that hold the content of these digests, for all of `members`, up to the first digest that no
+        block has."""
         found: list[int] = []
         for digest in digests:
             block = self._prefixes.find(digest, members)
@@ -79,7 +82,7 @@ class BlockManager:
         return found
 
     def forget(self, blocks: Iterable[int] | None = None) -> None:
-        """What these blocks hold (None: all) cannot be trusted: it is not shared any more."""
+        """The content of these blocks (None: of all blocks) cannot be trusted: stop sharing it."""
         for block in range(self.num_blocks) if blocks is None else blocks:
             if block in self._prefixes:
                 self._prefixes.remove(block)
@@ -88,7 +91,7 @@ class BlockManager:
                     self._give_back(block)
 
     def take_freed(self) -> list[int]:
-        """Blocks whose content died since the last call: the backend may forget what they hold."""
+        """Blocks whose content died since the last call; the backend may drop it."""
         freed, self._freed = self._freed, []
         return freed
 
@@ -104,8 +107,8 @@ class BlockManager:
         self._freed.append(block)
 
     def check_integrity(self, tables: Iterable[Iterable[int]]) -> None:
-        """Assert that each used block is in as many of `tables` as it has owners, that all others are idle or empty, once,
-        and that what is indexed is used or idle."""
+        """Assert that each used block is in as many of `tables` as it has references, that every other block is
+        either idle or empty, and that indexed blocks are used or idle."""
         owned = dict(Counter(block for table in tables for block in table))
         assert owned == self._owners, f"owners {self._owners}, in tables {owned}"
         assert sorted([*self._owners, *self._idle, *self._empty]) == list(range(self.num_blocks)), "not a partition"

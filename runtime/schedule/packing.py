@@ -1,4 +1,4 @@
-"""`ScheduledBatch`: what the scheduler chose for a step, and `pack`: the same laid out as a `Batch`."""
+"""`ScheduledBatch`: the rows that the scheduler chose for a step, and `pack`, which lays them out as a `Batch`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GroupRows:
 
 @dataclass(slots=True, eq=False)
 class PrefillRows:
-    """The next `count` positions of a sequence; none is sampled."""
+    """The next `count` positions of a sequence, none of them sampled."""
 
     sequence: Sequence
     count: int
@@ -41,7 +41,8 @@ class PrefillRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScheduledBatch:
-    """A batch and whose rows it has: what `Scheduler.schedule` returns and `Scheduler.commit` or `fail` takes back."""
+    """A batch, and the groups and sequences of its rows: `Scheduler.schedule` returns it, `commit` or `fail` takes
+    it."""
 
     batch: Batch
     decodes: list[GroupRows]  # in the order of the batch's samples
@@ -49,14 +50,14 @@ class ScheduledBatch:
 
 
 def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
-    """The batch of at least one row: sequences of `decodes` first, then those of `prefills`."""
+    """Lay out a batch of at least one row: the sequences of `decodes` first, then those of `prefills`."""
     parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
     parts += [(p.sequence, p.sequence.tokens.tail(p.sequence.num_computed, p.count)) for p in prefills]
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
-    first_sampled: dict[Sequence, int] = {}  # row of the last token
+    first_sampled: dict[Sequence, int] = {}  # row of the sequence's last token
     width = max(len(sequence.block_table) for sequence, _ in parts)
     tables = []
     for sequence, ids in parts:
@@ -83,7 +84,7 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
 
 
 def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[SampleRow]:
-    """One for each row of the group's sequences: what is drawn there if the draft is right up to it."""
+    """One sample for the last token and one per draft token: each as if the draft were right up to it."""
     group = decode.group
     num_tokens = len(group.sequences[0].tokens)
     return [

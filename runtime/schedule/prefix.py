@@ -1,4 +1,4 @@
-"""Prefix sharing: which full blocks of the KV cache hold what, by digest."""
+"""Prefix sharing: an index of the full blocks of the KV cache by the digest of their content."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DIGEST_BYTES = 16
 def extend_digests(
     digests: list[bytes], root: bytes, adapter: int, token_ids: I64, count: int, block_size: int
 ) -> None:
-    """Make `digests` those of the first `count` full blocks of a sequence. A block's digest covers its adapter and all
-    tokens up to its end, because keys and values depend on all of them, and `root`, which keeps sequences apart that must
-    not share although these are equal."""
+    """Extend `digests` to the first `count` full blocks of a sequence. A block's digest covers the adapter and all
+    tokens up to its end, because keys and values depend on them, and `root`: sequences with different roots never
+    share blocks."""
     for index in range(len(digests), count):
         before = digests[-1] if digests else _digest(adapter.to_bytes(_DIGEST_BYTES, "little", signed=True) + root)
         digests.append(_digest(before + token_ids[index * block_size : (index + 1) * block_size].tobytes()))
@@ -28,8 +28,8 @@ def _digest(content: bytes) -> bytes:
 
 
 class PrefixIndex:
-    """Digest → blocks. The trunk's part of equal digests is equal, but a tail's part is there only for the members that
-    ran over the block: it serves a sequence whose members are among them."""
+    """Digest → blocks. Blocks with equal digests hold the same keys and values of the trunk, but those of tails only
+    for the members that ran over the block. So a block serves only sequences whose members are among these."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, list[int]] = {}
@@ -39,14 +39,14 @@ class PrefixIndex:
         return block in self._held
 
     def find(self, digest: bytes, members: Iterable[int]) -> int | None:
-        """A block with this content for all of these members."""
+        """A block with this digest that all of `members` ran over; None if there is none."""
         for block in self._blocks.get(digest, ()):
             if self._held[block][1].issuperset(members):
                 return block
         return None
 
     def add(self, block: int, digest: bytes, members: Iterable[int]) -> None:
-        """A block is full. One whose content another block has already is not indexed."""
+        """Index a full block, unless another block already has its content."""
         if self.find(digest, members) is None:
             assert block not in self._held, f"block {block} is full twice"
             self._blocks.setdefault(digest, []).append(block)
@@ -59,6 +59,6 @@ class PrefixIndex:
             del self._blocks[digest]
 
     def check_integrity(self) -> None:
-        """Assert that both directions agree."""
+        """Assert that both maps agree."""
         pairs = [(block, digest) for digest, blocks in self._blocks.items() for block in blocks]
         assert sorted(pairs) == sorted((block, digest) for block, (digest, _) in self._held.items())

@@ -1,7 +1,5 @@
-"""What a request's sampling parameters come to: the numbers of a draw, and the edits of the logits before it.
-
-`SamplingParams` say what a user wants; a backend gets what follows from it for one row.
-"""
+"""From a request's sampling parameters to what a backend needs: the numbers of a draw, and the edits of the logits
+before it."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ I64 = npt.NDArray[np.int64]
 
 
 def resolve_sampling(params: SamplingParams, seed: int, member_logprobs: bool) -> ResolvedSampling:
-    """A greedy draw is truncated by no rule: none takes the most probable token away."""
+    """The numbers of a group's draws. A greedy draw needs no truncation: no rule removes the most probable token."""
     return ResolvedSampling(
         temperature=params.temperature,
         truncation=active_rules({name: getattr(params, name) for name in RULES}) if params.temperature else {},
@@ -34,8 +32,8 @@ class LogitEditor:
     """The edits of one group's next token, kept up to date as its text grows.
 
     In this order (see `Edits`): `repetition_penalty` on every token of prompt and answer, `presence_penalty` plus
-    `frequency_penalty` times its count on every token of the answer, `logit_bias`, and -inf on the stop ids while fewer
-    than `min_tokens` tokens are drawn. A token costs one table look-up, a step one copy of what is edited.
+    `frequency_penalty` times its count on every token of the answer, `logit_bias`, and -inf on the stop ids until
+    `min_tokens` tokens are drawn. Each token costs one look-up, each step one copy of the edited entries.
     """
 
     def __init__(self, params: SamplingParams, stop_ids: Iterable[int], prompt_ids: Iterable[int]) -> None:
@@ -49,26 +47,26 @@ class LogitEditor:
         seen = np.unique(np.fromiter(prompt_ids if self._repetition != 1 else (), np.int64))
         biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
         ids = np.union1d(seen, biased)
-        self._size = len(ids)  # of the arrays below, what is in use; the rest is room to grow
+        self._size = len(ids)  # entries in use of the arrays below; the rest is room to grow
         self._ids: I64 = ids
         self._divisors = np.where(np.isin(ids, seen), self._repetition, 1.0)
-        self._counts = np.zeros(len(ids), np.int64)  # in the answer
+        self._counts = np.zeros(len(ids), np.int64)  # how often each token is in the answer
         self._biases = np.zeros(len(ids), np.float64)
         self._biases[np.searchsorted(ids, biased)] = np.fromiter(params.logit_bias.values(), np.float64, len(biased))
         self._places = dict(zip(ids.tolist(), range(len(ids)), strict=True))
         self._latest: Edits | None = None
 
     def fork(self) -> LogitEditor:
-        """One that goes on alone from here."""
+        """An independent copy."""
         other = copy.copy(self)
-        if self._counts_answer:  # else nothing in them changes any more
+        if self._counts_answer:  # otherwise the arrays do not change any more
             other._ids, other._divisors = self._ids.copy(), self._divisors.copy()
             other._counts, other._biases = self._counts.copy(), self._biases.copy()
             other._places = dict(self._places)
         return other
 
     def observe(self, token_id: int) -> None:
-        """A token was drawn."""
+        """Note that a token was drawn."""
         if self._counts_answer or self._num_drawn < self._min_tokens:
             self._latest = None
         self._num_drawn += 1
@@ -81,13 +79,13 @@ class LogitEditor:
         self._counts[place] += 1
 
     def edits(self) -> Edits:
-        """For the token after those observed."""
+        """Edits for the token after those observed."""
         if self._latest is None:
             self._latest = self._edits()
         return self._latest
 
     def edits_along(self, draft: Iterable[int]) -> list[Edits]:
-        """For the next token, and for the one after each token of the draft, as if the draft were drawn up to there."""
+        """Edits for the next token, then for the token after each draft token, as if the draft were drawn up to it."""
         found = [self.edits()]
         ahead = None
         for token_id in draft:
@@ -112,7 +110,7 @@ class LogitEditor:
         return Edits(ids, divisors, penalties, biases) if len(ids) else NO_EDITS
 
     def _add(self, token_id: int) -> int:
-        """A place for a token that was not edited before."""
+        """Make an entry for a token that has none; returns its index."""
         place = self._size
         if place == len(self._ids):
             room = max(16, place)

@@ -1,13 +1,13 @@
 """`Scheduler`: which rows the next step computes. It knows nothing of text or tensors.
 
-A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`; the last token is a
-decode row, as is every sampled token after it. So the rows that are sampled are always decode rows, views of different
-lengths meet in one step, and how a prompt is cut does not depend on what else is in the batch. Where the backend can sample
-prefill, the step that ends the prompts of a group computes their last tokens too.
+A sequence is prefilled up to its last token, in chunks cut at fixed multiples of `prefill_chunk`. The last token is a
+decode row, as is every sampled token after it. So only decode rows are sampled, views of different lengths meet in
+one step, and where a prompt is cut does not depend on the rest of the batch. If the backend can sample prefill, the
+step that ends the prompts of a group computes their last tokens too.
 
-Where there is room, a draft of what may come next has rows too, all of them sampled: what was drawn in a row holds if all
-of the draft before it is what was drawn in the rows before it. Draws depend on seed, position and the tokens before
-alone, so an answer is the same with drafts and without.
+If there is room, a step also has rows for a draft of what may come next, and all of them are sampled. A token drawn
+at a draft row is kept if the draft up to that row equals the tokens drawn at the rows before it. Draws depend only on
+the seed, the position and the tokens before, so an answer is the same with drafts and without.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
 from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
 
-# A group and its newest token → why it is the answer's last, None if it is not.
+# (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTokens:
-    """What a step gave a group: the tokens of samples `first`…`first + count - 1` of the output."""
+    """The tokens that a step drew for a group: samples `first`…`first + count - 1` of the output."""
 
     group: Group
     first: int
     count: int
-    reason: FinishReason | None  # why the answer ends with them, None if it goes on
-    error: str | None  # why no token follows them
+    reason: FinishReason | None  # why the answer ends with the last of them; None if it goes on
+    error: str | None  # why no more tokens could be drawn; None if there was no error
 
 
 class Scheduler:
-    """First come, first served. When blocks run out, the latest group gives all of its blocks back and waits again.
+    """First come, first served. When blocks run out, the latest group frees all of its blocks and waits again.
 
-    A step has at most `max_num_batched_tokens` rows, or one prefill chunk more where decode rows leave no room for any:
-    so neither waits for the other. With `prefix_cache`, full blocks are shared between sequences that begin alike; the
-    block of the last token never is, because its row must be computed.
+    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if the decode rows leave no room for any:
+    so neither kind waits for the other. With `prefix_cache`, sequences that begin alike share full blocks, except the
+    block of the last token, because that row must be computed.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Scheduler:
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
         self._sample_prefill = sample_prefill
-        self.num_drafted = 0  # tokens of drafts since the start
-        self.num_accepted = 0  # of them, those that were drawn
+        self.num_drafted = 0  # draft tokens since the start
+        self.num_accepted = 0  # of these, those that were drawn
 
     def add(self, group: Group) -> None:
         self.waiting.append(group)
 
     def abort(self, group: Group) -> None:
-        """Take a group out, wherever it is, and free its blocks. Not while a batch is under way."""
+        """Remove a group, queued or running, and free its blocks. Not between `schedule` and `commit`."""
         if group.status is SequenceStatus.RUNNING:
             self.running.remove(group)
         elif group.status is SequenceStatus.WAITING:
@@ -82,7 +82,8 @@ class Scheduler:
         group.status = SequenceStatus.FINISHED
 
     def preempt(self, group: Group) -> None:
-        """Free a running group's blocks; it waits in front and is recomputed, its tokens are kept."""
+        """Free a running group's blocks and put it at the front of the queue. Its tokens are kept and recomputed
+        later."""
         self.running.remove(group)
         self._release(group)
         group.status = SequenceStatus.WAITING
@@ -90,7 +91,7 @@ class Scheduler:
         self.waiting.appendleft(group)
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next batch, None if there is nothing to compute. It is given back to `commit` or `fail`."""
+        """The next batch, to be passed to `commit` or `fail`; None if there is nothing to compute."""
         self._admit()
         self._adopt()
         decodes = self._schedule_decode()
@@ -104,8 +105,8 @@ class Scheduler:
         return ScheduledBatch(batch, decodes, prefills)
 
     def commit(self, scheduled: ScheduledBatch, output: StepOutput, end_of: EndOf) -> list[GroupTokens]:
-        """Append the drawn tokens to their groups, in the order of the output. `end_of` is asked once per token, after it was
-        appended; what a draft has after the last token of an answer is dropped."""
+        """Append the drawn tokens to their groups, in the order of the output. `end_of` is called once per token,
+        after the token was appended. Draft tokens after the last token of an answer are dropped."""
         for prefill in scheduled.prefills:
             self._advance(prefill.sequence, prefill.count)
         drawn, first = [], 0
@@ -115,7 +116,7 @@ class Scheduler:
         return drawn
 
     def _commit_decode(self, decode: GroupRows, first: int, output: StepOutput, end_of: EndOf) -> GroupTokens:
-        """Tokens are taken up to the first that the draft does not have, or that ends the answer."""
+        """Keeps tokens up to and including the first that differs from the draft or ends the answer."""
         group, count, reason, error = decode.group, 0, None, None
         for ahead in range(1 + len(decode.draft)):
             error = output.errors.get(first + ahead)
@@ -133,12 +134,12 @@ class Scheduler:
             if error is None:
                 self._advance(sequence, prompt_rows + count)
             else:
-                self.blocks.forget(sequence.block_table)  # it may hold NaN: no other sequence may read it
+                self.blocks.forget(sequence.block_table)  # they may hold NaN: no other sequence may read them
         return GroupTokens(group, first, count, reason, error)
 
     def _advance(self, sequence: Sequence, count: int) -> None:
-        """The cache holds so many positions more; the blocks that they fill may be shared. What rejected rows of a draft
-        have written after them is overwritten before it is read."""
+        """The cache now holds `count` more positions. Blocks that they fill may be shared. What rejected draft rows
+        wrote after these positions is overwritten before it is read."""
         sequence.num_computed += count
         size = self.blocks.block_size
         full, before = sequence.num_computed // size, (sequence.num_computed - count) // size
@@ -148,8 +149,8 @@ class Scheduler:
                 self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
 
     def fail(self, scheduled: ScheduledBatch) -> list[Group]:
-        """The batch failed: return its groups, which the caller ends. The others that run are preempted, because it is
-        unknown what the step left in the cache; for the same reason nothing in it is shared any more."""
+        """The batch failed: return its groups, which the caller ends. It is unknown what the step left in the cache,
+        so the other running groups are preempted and nothing in the cache is shared any more."""
         self.blocks.forget()
         under_way = {prefill.sequence for prefill in scheduled.prefills}
         under_way |= {sequence for decode in scheduled.decodes for sequence in decode.group.sequences}
@@ -160,13 +161,14 @@ class Scheduler:
         return failed
 
     def check_integrity(self) -> None:
-        """Assert that every block is free or owned once."""
+        """Assert that the running sequences' tables account for every used block (see
+        `BlockManager.check_integrity`)."""
         self.blocks.check_integrity(s.block_table for group in self.running for s in group.sequences)
 
     # ---- steps of schedule() -------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move groups from the queue while all their sequences find a place for all of their tokens."""
+        """Start groups from the queue, in order, as long as there are blocks for all tokens of all their sequences."""
         num_seqs = sum(len(group.sequences) for group in self.running)
         while self.waiting:
             group = self.waiting[0]
@@ -190,7 +192,7 @@ class Scheduler:
             num_seqs += len(group.sequences)
 
     def _adopt(self) -> None:
-        """What others have computed since a running sequence was admitted, it need not compute."""
+        """Let running sequences share blocks that others have computed since they were admitted."""
         for group in self.running:
             for sequence in group.sequences:
                 if sequence.num_prefill and (found := self._shareable(sequence)):
@@ -202,7 +204,7 @@ class Scheduler:
                     self._take_over(group, sequence, len(found))
 
     def _shareable(self, sequence: Sequence) -> list[int]:
-        """Blocks with the content that the sequence needs next."""
+        """Cached blocks that hold the next positions of the sequence."""
         done, odd = divmod(sequence.num_computed, self.blocks.block_size)
         if odd or not self._prefix_cache:
             return []
@@ -215,13 +217,13 @@ class Scheduler:
             sequence.num_cached += count * self.blocks.block_size
 
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Digests of the first `count` blocks, which must be full."""
+        """Digests of the first `count` blocks of the sequence; its tokens must fill them."""
         size, token_ids = self.blocks.block_size, sequence.tokens.array()
         extend_digests(sequence.digests, sequence.root, sequence.adapter, token_ids, count, size)
         return sequence.digests[:count]
 
     def _schedule_decode(self) -> list[GroupRows]:
-        """One row per sequence of every group whose prefill is complete; the oldest first."""
+        """One row per sequence of every group whose prefill is complete, the oldest group first."""
         decodes: list[GroupRows] = []
         rows = 0
         for group in list(self.running):
@@ -236,21 +238,22 @@ class Scheduler:
         return decodes
 
     def _grow(self, group: Group) -> bool:
-        """Blocks for the row to be written; preempts the latest groups until there are, at last the group itself."""
+        """Allocate blocks for the next row of each sequence. Preempts the latest groups until there are enough, in
+        the end the group itself; False then."""
         for sequence in group.sequences:
             while self._missing(sequence, 0):
                 if self.blocks.can_allocate(1):
                     sequence.block_table += self.blocks.allocate(1)
                     continue
-                victim = self.running[-1]  # never one that is scheduled already: those are older
+                victim = self.running[-1]  # never one that is already in this step: those are older
                 self.preempt(victim)
                 if victim is group:
                     return False
         return True
 
     def _schedule_prefill(self, rows: int) -> list[PrefillRows]:
-        """Whole chunks beside so many decode rows, the oldest group first, as long as the step has room; one at least. A
-        sequence whose next block another one computes in this step waits for it."""
+        """Whole chunks beside `rows` decode rows, the oldest group first, as long as the step has room, but at least
+        one. A sequence whose next block is computed by another one in this step waits for it."""
         prefills: list[PrefillRows] = []
         under_way: set[tuple[bytes, tuple[int, ...]]] = set()
         for sequence in self._prefilling():
@@ -268,8 +271,8 @@ class Scheduler:
     def _sample_ended_prompts(
         self, decodes: list[GroupRows], prefills: list[PrefillRows]
     ) -> tuple[list[GroupRows], list[PrefillRows]]:
-        """Groups whose prompts end in this step, and whose last tokens find room in it too, draw in it: their prefill rows
-        become decode rows."""
+        """If the prompts of a group end in this step and there is room for their last tokens, the group draws in this
+        step: its prefill rows become rows of `decodes`."""
         rows = _num_rows(decodes, prefills)
         ends = {p.sequence for p in prefills if p.count == p.sequence.num_prefill}
         drawing: list[GroupRows] = []
@@ -285,7 +288,7 @@ class Scheduler:
         return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
 
     def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
-        """(digest, members) of the blocks that the next `count` positions lie in and that prefill will fill."""
+        """(digest, members) of the blocks that the next `count` positions lie in, if prefill fills them."""
         if not self._prefix_cache:
             return []
         size, start = self.blocks.block_size, sequence.num_computed
@@ -297,7 +300,7 @@ class Scheduler:
             yield from (sequence for sequence in group.sequences if sequence.num_prefill)
 
     def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:
-        """Drafts for the groups that are sampled, in rows and blocks that the step's `rows` leave."""
+        """Add drafts to the groups that draw, within the rows and blocks that the step's `rows` leave free."""
         load = StepLoad(rows, len(decodes))
         for decode in decodes:
             group = decode.group
@@ -311,13 +314,13 @@ class Scheduler:
                     sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))
 
     def _fitting(self, group: Group, limit: int) -> int:
-        """The longest draft, at most `limit`, that there are blocks for."""
+        """The longest draft, up to `limit` tokens, for which there are blocks."""
         while limit > 0 and not self.blocks.can_allocate(sum(self._missing(s, limit) for s in group.sequences)):
             limit -= 1
         return max(limit, 0)
 
     def _missing(self, sequence: Sequence, ahead: int) -> int:
-        """Blocks that the sequence lacks for so many positions after its last token."""
+        """How many more blocks the sequence needs for `ahead` positions after its last token."""
         return max(0, self.blocks.blocks_for(len(sequence.tokens) + ahead) - len(sequence.block_table))
 
     def _release(self, group: Group) -> None:

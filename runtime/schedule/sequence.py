@@ -24,7 +24,7 @@ class SequenceStatus(Enum):
 
 
 class TokenBuffer:
-    """Token ids that grow at the end; `array()` costs nothing."""
+    """Token ids that grow at the end. `array()` copies nothing."""
 
     def __init__(self, token_ids: tuple[int, ...] = ()) -> None:
         self._array = np.array(token_ids or (0,), np.int64)
@@ -39,7 +39,7 @@ class TokenBuffer:
         self._array[self._size] = token_id
         self._size += 1
 
-    def array(self) -> I64:
+    def array(self) -> I64:  # [tokens]
         return self._array[: self._size]
 
     def tail(self, first: int, count: int | None = None) -> list[int]:
@@ -50,7 +50,8 @@ class TokenBuffer:
 
 
 class Sequence:
-    """One (view, adapter) of a group: prompt and answer, how much of it the KV cache holds, and where."""
+    """The tokens of one (view, adapter) of a group, prompt and answer, and where the KV cache holds how many of
+    them."""
 
     __slots__ = (
         "adapter",
@@ -70,22 +71,23 @@ class Sequence:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
         self.members = members  # indices of the bundle's members that run over its rows, ascending
-        self.adapter = adapter  # the one of them whose low-rank update changes its keys and values, -1 for none
+        self.adapter = adapter  # the member whose low-rank update changes its keys and values, -1 for none
         self.root = root  # sequences with different roots share no blocks, whatever their tokens are
         self.num_computed = 0  # positions in the KV cache
-        self.num_cached = 0  # of them, those that were there for other sequences when this one came first
+        self.num_cached = 0  # of these, positions found in the prefix cache before the first preemption
         self.block_table: list[int] = []
-        self.digests: list[bytes] = []  # of its full blocks, as far as they were asked for
+        self.digests: list[bytes] = []  # of its first full blocks; extended on demand
 
     @property
     def num_prefill(self) -> int:
-        """Rows to compute before the last token's, which is always a decode row."""
+        """Rows still to compute before the row of the last token, which is always a decode row."""
         return len(self.tokens) - 1 - self.num_computed
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Admitted, preempted, cancelled and freed as one; every token is appended to all of its sequences."""
+    """All sequences of one choice. They are admitted, preempted, cancelled and freed together, and every token of the
+    answer is appended to all of them."""
 
     request_id: str
     choice: int
@@ -96,7 +98,7 @@ class Group:
     seed: int
     max_tokens: int
     stop_ids: frozenset[int]  # end-of-sequence and stop token ids
-    editor: LogitEditor  # observes every token of the answer
+    editor: LogitEditor  # sees every token of the answer
     return_member_logprobs: bool = False
     drafter: Drafter | None = None  # None: no speculation
     status: SequenceStatus = SequenceStatus.WAITING

@@ -1,1 +1,1 @@
-"""Servers around one engine."""
+"""Serving one engine: the service, and the doors to it."""

@@ -1,4 +1,4 @@
-"""`local_server`: an engine and its gRPC server inside this process, so that there is one way to ask: the client's."""
+"""`local_server`: an engine and its gRPC server inside this process, so that every caller uses the client."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .grpc.server import Server
 
 @contextmanager
 def local_server(bundle: Path, config: EngineConfig | None = None) -> Iterator[str]:
-    """Load a bundle and serve it on a free port of 127.0.0.1 until the end of the block; yields the address."""
+    """Load a bundle and serve it on a free port of 127.0.0.1 until the `with` block ends; yields host:port."""
     with Engine.from_bundle(bundle, config) as engine, serve_engine(engine) as address:
         yield address
 
 
 @contextmanager
 def serve_engine(engine: Engine) -> Iterator[str]:
-    """Serve a running engine on a free port of 127.0.0.1, from a thread of its own; yields the address."""
+    """Serve a running engine on a free port of 127.0.0.1, from a thread of its own; yields host:port."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="motet-server", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Prometheus metrics of an engine: its counters, read when they are scraped, and what an observer hears of it."""
+"""Prometheus metrics of an engine: its own counters, read at each scrape, and those that an observer keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0
 
 
 class EngineCollector:
-    """`motet_*` gauges and counters; nothing is counted twice, the engine's own numbers are the truth."""
+    """`motet_*` gauges and counters, read from `Engine.stats` at each scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -32,13 +32,13 @@ class EngineCollector:
         yield CounterMetricFamily("motet_steps", "Engine steps", stats.steps)
         yield CounterMetricFamily("motet_tokens", "Tokens sampled", stats.tokens)
         yield CounterMetricFamily("motet_prompt_tokens", "Prompt tokens of answers begun", stats.prompt_tokens)
-        yield CounterMetricFamily("motet_cached_tokens", "Of them, found in the prefix cache", stats.cached_tokens)
+        yield CounterMetricFamily("motet_cached_tokens", "Prompt tokens found in the prefix cache", stats.cached_tokens)
         yield CounterMetricFamily("motet_drafted_tokens", "Drafted tokens verified", stats.drafted_tokens)
         yield CounterMetricFamily("motet_accepted_tokens", "Drafted tokens that were right", stats.accepted_tokens)
 
 
 class EngineMetrics(Observer):
-    """`motet_*` counters and histograms of what ends, is refused or takes time."""
+    """`motet_*` counters of ended choices and refused requests, and histograms of times in seconds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._finished = Counter("motet_finished_choices", "Choices that ended", ["reason"], registry=registry)
@@ -53,7 +53,7 @@ class EngineMetrics(Observer):
             "motet_first_token_seconds", "Seconds from arrival to first token", buckets=WAIT_SECONDS, registry=registry
         )
         for reason in FinishReason:
-            self._finished.labels(reason.value)  # there from the start, as 0
+            self._finished.labels(reason.value)  # exported from the start, as 0
 
     def on_step(self, step: StepReport) -> None:
         self._step.observe(step.seconds)
@@ -70,7 +70,7 @@ class EngineMetrics(Observer):
 
 
 def engine_registry(engine: Engine) -> CollectorRegistry:
-    """All metrics of an engine, from now on."""
+    """A registry with all metrics of an engine, counted from now on."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
     engine.subscribe(EngineMetrics(registry))

@@ -1,8 +1,8 @@
-"""`Service`: what every door calls. It takes requests in the words of no transport and answers in deltas.
+"""`Service`: what every door calls. It accepts requests that depend on no transport, and answers with deltas.
 
-A door translates its messages to `GenerateRequest`, its calls to these methods, and `MotetError` to its statuses. All
-else is here, so that it holds for every door: checks and defaults, tokenising off the event loop, an id of the engine's
-own, choices, slow readers, cancelling, draining.
+A door translates its messages to `GenerateRequest`, its calls to these methods, and `MotetError` to its statuses.
+Everything else is done here, once for all doors: checks and defaults, tokenising off the event loop, unique request
+ids, choices, slow readers, cancelling, draining.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ _IDLE_POLL_S = 0.02
 
 
 class OutputQueue:
-    """Deltas on their way from the engine's thread to one reader on the event loop. `put` never waits for the reader:
-    deltas of one choice that it has not taken yet are joined, so the queue holds at most one delta per choice."""
+    """Deltas on their way from the engine's thread to one reader on the event loop.
+
+    `put` never waits for the reader. Deltas of a choice that the reader has not taken yet are joined, so the queue
+    holds at most one per choice.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -37,7 +40,7 @@ class OutputQueue:
         self._ready = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        """From any thread."""
+        """Add a delta. May be called from any thread."""
         self._loop.call_soon_threadsafe(self._add, output)
 
     def _add(self, output: Output) -> None:
@@ -45,7 +48,7 @@ class OutputQueue:
         self._ready.set()
 
     async def take(self) -> list[Output]:
-        """All deltas that are ready; waits for one."""
+        """All deltas that are ready; waits until there is one."""
         await self._ready.wait()
         self._ready.clear()
         pending, self._pending = list(self._pending.values()), {}
@@ -66,7 +69,7 @@ class Service:
 
         Closing the iterator (`contextlib.aclosing`) or cancelling the task that reads it ends the request and frees its
         blocks. Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError`,
-        `UnavailableError`, and what ended a choice, such as `NumericalError`.
+        `UnavailableError`, and the error that ended a choice, such as `NumericalError`.
         """
         tokenised = await _in_thread(lambda: self._tokenise(request))
         queue = OutputQueue(asyncio.get_running_loop())
@@ -96,11 +99,11 @@ class Service:
         return await _in_thread(lambda: build_prompt(self._engine.tokenizer, prompt))
 
     def _tokenise(self, request: GenerateRequest) -> Request:
-        """The request as the engine takes it. Views with equal tokens are one. Its id is our own: two clients may choose
-        the same one, and must not cancel each other."""
+        """The request as the engine accepts it. Views with equal tokens become one. The engine's id is new: two
+        clients may choose the same id, and must not cancel each other's request."""
         tokenizer = self._engine.tokenizer
         prompts = [build_prompt(tokenizer, request.prompt)]
-        view_of = [0]  # view as asked → index into `prompts`
+        view_of = [0]  # view of the request → index into `prompts`
         for view in request.views:
             token_ids = build_prompt(tokenizer, view)
             if token_ids not in prompts:
@@ -125,7 +128,7 @@ class Service:
         return [self._engine.model]
 
     def model(self, name: str = "") -> ModelInfo:
-        """The model of that name; without a name, the one that is served. Raises `NotFoundError`."""
+        """The model of that name; the served one if the name is empty. Raises `NotFoundError`."""
         model = self._engine.model
         if name not in ("", model.name):
             raise NotFoundError(f"there is no model '{name}' here; this server serves '{model.name}'")
@@ -137,23 +140,23 @@ class Service:
     # ---- going out of service ------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take no more requests; those that are here run to their end. Returns at once."""
+        """Accept no more requests; those already accepted run to their end. Returns at once."""
         self._engine.drain()
         self._draining.set()
 
     async def wait_draining(self) -> None:
-        """Until `drain` was called."""
+        """Wait until `drain` is called."""
         await self._draining.wait()
 
     async def wait_idle(self) -> None:
-        """Until no request is waiting or running."""
+        """Wait until no request is queued or running."""
         while not self._engine.is_idle:
             await asyncio.sleep(_IDLE_POLL_S)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """Work that takes a while, such as tokenising a long prompt, off the event loop. Errors that are not typed are bugs of
-    ours: they are logged and become `MotetError`."""
+    """Run slow work, such as tokenising a long prompt, in a thread. An exception that is not a `MotetError` is a bug:
+    it is logged and raised as `MotetError`."""
     try:
         return await asyncio.to_thread(work)
     except MotetError:

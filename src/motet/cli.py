@@ -1,6 +1,6 @@
 """The `motet` command. Each subcommand parses its options and calls one function.
 
-A user's mistake ends with exit code 2 and one line on stderr; another failure with 1; Ctrl-C with 130.
+A user's mistake ends with exit code 2 and one line on stderr, any other failure with 1, Ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .runtime.errors import ConfigError, MotetError, NotFoundError
 from .runtime.model.members import MemberKind
 from .tables import table
 
-# Typer keeps its parser's exceptions to itself; this is the base of what a wrong option raises.
+# Typer does not export its parser's exceptions; this is the base class of those for wrong options.
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -61,7 +61,7 @@ def main() -> None:
 @app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, a GGUF file, or a hub id.")],
-    name: Annotated[str | None, typer.Option(help="Name in the local store.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the local store; default: from the source.")] = None,
     force: Annotated[bool, typer.Option(help="Fetch again even if it is intact.")] = False,
 ) -> None:
     """Bring a model into the local store."""
@@ -88,10 +88,10 @@ def export(
     group: Annotated[
         int | None,
         typer.Option(
-            help="Columns a quantisation group of the layers; default: 64 for 8 bits, 32 for 4. The head has 32."
+            help="Columns per quantisation group of the layers; default: 64 for 8 bits, 32 for 4. The head has 32."
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers per tail; default: what the tails need.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers per tail; default: as many as the tails need.")] = None,
     graphs: Annotated[bool, typer.Option(help="Write ONNX graphs, which the onnx backend needs.")] = True,
     parity: Annotated[bool, typer.Option(help="Measure every member, as it is served, against fp32.")] = True,
 ) -> None:
@@ -176,9 +176,9 @@ def serve(
     max_model_len: int = 2048,
     max_num_batched_tokens: int = 512,
     backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto, int8, bf16 or fp8.")] = "auto",
-    onnx_provider: Annotated[str, typer.Option(help="Of the onnx backend: cpu or cuda.")] = "cpu",
-    speculative_tokens: Annotated[int, typer.Option(help="Tokens a prompt-lookup draft at most; 0: none.")] = 0,
+    kv_dtype: Annotated[str, typer.Option(help="What the KV cache holds: auto, int8, bf16 or fp8.")] = "auto",
+    onnx_provider: Annotated[str, typer.Option(help="Where the onnx backend runs: cpu or cuda.")] = "cpu",
+    speculative_tokens: Annotated[int, typer.Option(help="Most tokens per prompt-lookup draft; 0: none.")] = 0,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
 ) -> None:
@@ -206,14 +206,14 @@ mount_generate(app)
 @app.command()
 def summarise(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="JSONL with a text a record, or a folder of text files.")
+        Path, typer.Argument(metavar="IN", help="JSONL with one text per record, or a folder of text files.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL; finished records are kept on a rerun.")],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
     mix: MixOption = None,
     space: SpaceOption = None,
     max_summary_tokens: int = 96,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens a piece of a long document.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens per chunk of a long document.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
     threads: Threads = 0,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`motet generate` and `motet chat`: one prompt, or a conversation, from the terminal."""
+"""`motet generate` and `motet chat`: one prompt or a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def generate(
     ] = None,
     member: Annotated[str | None, typer.Option(help="The member that reads --context; default: the first.")] = None,
     raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
-    request_id: Annotated[str, typer.Option(help="A name for the request; default: the server's own.")] = "",
+    request_id: Annotated[str, typer.Option(help="An id for the request; default: the server makes one.")] = "",
     time_limit_s: Annotated[
-        float | None, typer.Option(help="Seconds after which the answer ends with what there is.")
+        float | None, typer.Option(help="Seconds after which the answer ends with what it has.")
     ] = None,
     return_member_logprobs: Annotated[
-        bool, typer.Option("--member-logprobs", help="Report what each member thought of the tokens.")
+        bool, typer.Option("--member-logprobs", help="Report each member's log-probabilities of the tokens.")
     ] = False,
     **values: Any,
 ) -> None:
@@ -97,7 +97,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     **values: Any,
 ) -> None:
-    """Talk in several turns; an empty line or end of file ends."""
+    """Chat in several turns. An empty line or the end of the input ends it."""
     sampling = read_sampling(values)
     ensemble = read_ensemble(mix, space)
     messages = [{"role": "system", "content": system}] if system else []
@@ -120,7 +120,7 @@ def _as_prompt(text: str, raw: bool) -> Prompt:
 
 @contextmanager
 def _client(bundle: Path | None, address: str) -> Iterator[Any]:
-    """A client of the server at `address`, or of an engine in this process behind a port of its own."""
+    """A client of the server at `address`, or, with `bundle`, of a server in this process on a free port."""
     from .runtime.client.client import Client
     from .runtime.serve.local import local_server
 
@@ -133,8 +133,8 @@ def _client(bundle: Path | None, address: str) -> Iterator[Any]:
 
 
 def _print(deltas: Iterator[Output]) -> str:
-    """Print the first choice as it comes, and each other one after the choice before it has ended. Figures go to stderr.
-    Returns the text of the first."""
+    """Print the first choice as it streams, and each other choice when the one before it has ended. Figures go to
+    stderr. Returns the text of the first choice."""
     started = time.monotonic()
     answers: dict[int, Completion] = {}
     shown = 0  # the choice that is being printed
@@ -151,7 +151,7 @@ def _print(deltas: Iterator[Output]) -> str:
 
 
 def _print_figures(answer: Completion, seconds: float) -> None:
-    """A line for each token where log-probabilities were asked for, and one for the answer."""
+    """Print one line per token if log-probabilities were requested, and one line for the answer."""
     print()
     for index, token_id in enumerate(answer.token_ids):
         line = f"token {token_id}"

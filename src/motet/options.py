@@ -1,4 +1,4 @@
-"""Options that several commands share, and options that come from a table instead of being written out."""
+"""Options that several commands share, and options that are made from the table of sampling parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def coefficients(text: str) -> dict[str, float]:
 
 
 def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:
-    """Of --mix and --space; without --mix the bundle's own, None. Raises `InvalidEnsembleError`."""
+    """The ensemble of --mix and --space; None, the bundle's own, without --mix. Raises `InvalidEnsembleError`."""
     if mix is None:
         if space is not None:
             raise InvalidEnsembleError("--space is where the members of --mix are mixed; give --mix too")
@@ -48,8 +48,8 @@ def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:
 
 
 def with_options(options: Mapping[str, tuple[Any, Any]]) -> Callable[[Command], Command]:
-    """Decorates a command whose last parameter is `**values`: it gets these options there, by name. An option is (type,
-    `typer.Option`), as Typer reads it from a command's signature."""
+    """Decorate a command whose last parameter is `**values`, to which these options are passed by name. An option is
+    (type, `typer.Option`), which Typer reads from the command's signature."""
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
@@ -64,7 +64,7 @@ def with_options(options: Mapping[str, tuple[Any, Any]]) -> Callable[[Command], 
     return decorate
 
 
-# Rule → the type of its option, and what the help calls a value.
+# Rule → the type of its option, and the name of a value in the help.
 _OPTION_TYPES: Mapping[type[Rule], tuple[Any, str | None]] = {
     Integer: (int, None),
     Number: (float, None),
@@ -76,7 +76,8 @@ _OPTION_TYPES: Mapping[type[Rule], tuple[Any, str | None]] = {
 
 
 def sampling_options(*, without: Collection[str] = (), **defaults: Any) -> dict[str, tuple[Any, Any]]:
-    """An option for each field of `SamplingParams`, for `with_options`. `defaults`: the command's own."""
+    """An option for each field of `SamplingParams`, for `with_options`. `defaults`: defaults that differ from the
+    field's, by name. `without`: fields to leave out."""
     options = {}
     for name, rule in RULES.items():
         if name in without:
@@ -93,7 +94,7 @@ def sampling_options(*, without: Collection[str] = (), **defaults: Any) -> dict[
 
 
 def read_sampling(values: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` of the values of such options; what was not given has its default. Raises `InvalidRequestError`."""
+    """`SamplingParams` from the values of these options; None means the default. Raises `InvalidRequestError`."""
     given = {name: value for name, value in values.items() if value is not None}
     for name, value in given.items():
         if isinstance(RULES[name], Biases):

@@ -1,4 +1,4 @@
-"""`with_parameters`: the options of a command, made from the fields of the dataclass that it takes."""
+"""`with_parameters`: options of a command, made from the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def with_parameters(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace `parameter` of a command by one option per field of `defaults`, a dataclass instance.
 
-    The command is then called with a copy of `defaults` that has the options' values; the dataclass checks them. A field
-    is an option if its metadata has a "help" text; "option" is the option's name where it is not the field's. `only`
-    limits the fields. A tuple is written as one text with commas. Raises `ConfigError` if an element of it is no number
-    where numbers are wanted.
+    The command is called with a copy of `defaults` that has the options' values; the dataclass checks them. A field
+    is an option if its metadata has a "help" text; "option" in the metadata is the option's name if it is not the
+    field's. `only` limits the fields. A tuple is written as one text with commas; the command raises `ConfigError` if
+    an element does not have the tuple's type.
     """
     types = get_type_hints(type(defaults))
     fields = [f for f in dataclasses.fields(defaults) if "help" in f.metadata and (not only or f.name in only)]
@@ -36,7 +36,7 @@ def with_parameters(
         signature = inspect.signature(command, eval_str=True)
         others = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != parameter]
         run.__annotations__ = {p.name: p.annotation for p in (*others, *options)}
-        run.__dict__["__signature__"] = signature.replace(parameters=[*others, *options])  # what Typer reads
+        run.__dict__["__signature__"] = signature.replace(parameters=[*others, *options])  # Typer reads it
         return run
 
     return decorate
@@ -51,7 +51,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, default: Any) -> inspect.P
 
 
 def _value(value: Any, kind: Any) -> Any:
-    """What the user wrote, as the field's type: `kind` is that type, and Typer has converted all but tuples."""
+    """Convert what the user wrote to the field's type `kind`. Typer has converted everything but tuples."""
     if get_origin(kind) is not tuple:
         return value
     element = get_args(kind)[0]
@@ -62,5 +62,5 @@ def _value(value: Any, kind: Any) -> Any:
 
 
 def words(text: str) -> list[str]:
-    """The parts of a list with commas, without spaces and empty parts."""
+    """The parts of a comma-separated list, without spaces and empty parts."""
     return [word.strip() for word in text.split(",") if word.strip()]

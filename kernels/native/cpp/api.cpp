@@ -1,4 +1,4 @@
-// The C interface: validation, and no exception leaves it.
+// The C interface: it validates arguments, and no exception leaves it.
 #include <algorithm>
 #include <chrono>
 #include <cstring>

@@ -1,4 +1,4 @@
-// Attention of a step: the new keys and values, then the units of the plan over the cache's partitions.
+// Attention of a step: writes the new keys and values, then runs the plan's units over the cache's partitions.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,8 +18,8 @@ int Step::first_partition(int32_t context, int32_t window) {
     return context > window ? (context - window) / kPartition : 0;
 }
 
-// Where many rows are decoded, multiplying leaves the memory idle and attention waits for it: so the cache's blocks
-// that a thread will attend to in the next layer are fetched while it multiplies.
+// Lists the cache's blocks that a thread will attend to in the next layer, to be prefetched while it multiplies. When
+// many rows are decoded, multiplying leaves the memory idle, and attention would wait for it.
 void Step::collect_blocks(const RowSet& set, int32_t window, int thread) {
     std::vector<int64_t>& blocks = scratch_[size_t(thread)].blocks;
     blocks.clear();
@@ -35,7 +35,7 @@ void Step::collect_blocks(const RowSet& set, int32_t window, int thread) {
     }
 }
 
-// From here on the thread fetches the blocks of `layer`; -1: none.
+// From here on the thread prefetches the blocks of `layer`; -1: of none.
 void Step::start_prefetch(int layer, int thread) {
     Scratch& s = scratch_[size_t(thread)];
     if (layer < 0 || s.blocks.empty()) {
@@ -72,7 +72,7 @@ void Step::attend(const RowSet& set, const Layer& layer, int index, const float*
                      [&](int64_t item) { attend_unit(set, item, layer, index, qkv, write, quantise_to, thread); });
 }
 
-// Chunks of kMaxQueries; query i is row i / group, head i % group.
+// Packs queries in chunks of kMaxQueries; query i is head i % group of row i / group.
 void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
                         Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
@@ -88,7 +88,8 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
     }
 }
 
-// The blocks that are attended to after partition `p` of an item: the unit's next partition or the next item's first.
+// The blocks that are attended to after partition `p` of an item: those of the unit's next partition or of the next
+// item's first.
 void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, int32_t window,
                       const uint8_t* (&ahead)[kPartitionBlocks]) const {
     const Unit* unit = &set.units[size_t(item / c_.num_kv_heads)];
@@ -103,8 +104,7 @@ void Step::look_ahead(const RowSet& set, int64_t item, int p, int index, int32_t
         ahead[b] = b < blocks ? kv.data + unit->table[p * kPartitionBlocks + b] * kv.block_bytes : nullptr;
 }
 
-// `write`: the unit is one row, whose own position is stored before the partition that holds it: it is in the cache by
-// then.
+// `write`: the unit is one row; its key and value are written before its last partition is attended to.
 void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int index, const float* qkv, bool write,
                        Activations* quantise_to, int thread) {
     const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
@@ -114,7 +114,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     const int seen_first = first_partition(set.contexts[size_t(unit.row0)], layer.window);
     const int first = std::max(unit.partition, seen_first);
     const int last = unit.partition < 0 ? unit.partitions : unit.partition + 1;
-    if (first < last) pack_queries(set, unit, layer, kv_head, qkv, s);  // else the partition lies before the window
+    if (first < last) pack_queries(set, unit, layer, kv_head, qkv, s);  // otherwise the partition is before the window
     for (int p = first; p < last; p++) {
         AttendArgs args;
         args.kv = m_.cache(index, kv_head);
@@ -139,7 +139,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
             args.maxima = p == first ? s.maxima + from : s.later_maxima;
             args.sums = p == first ? s.sums + from : s.later_sums;
             isa_.attend(args);
-            std::fill_n(args.ahead, kPartitionBlocks, nullptr);  // once is enough
+            std::fill_n(args.ahead, kPartitionBlocks, nullptr);  // prefetch once only
             for (int i = 0; p > first && i < args.queries; i++)
                 isa_.merge(&s.maxima[from + i], &s.sums[from + i], s.outs + int64_t(from + i) * d, s.later_maxima[i],
                            s.later_sums[i], s.later + int64_t(i) * d, d);
@@ -163,7 +163,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     }
 }
 
-// The same merges in the same order as when one thread does all partitions.
+// Merges in the same order as when one thread computes all partitions, so the bits are the same.
 void Step::merge_partials(const Unit& unit, int first, int kv_head, Activations* quantise_to) {
     const int d = c_.head_size;
     auto partial = [&](int p) { return partials_ + ((unit.partial0 + p) * c_.num_kv_heads + kv_head) * partial_size_; };
@@ -177,8 +177,8 @@ void Step::merge_partials(const Unit& unit, int first, int kv_head, Activations*
     finish_row(all, all + group_ * (d + 1), unit.row0, kv_head, quantise_to);
 }
 
-// The heads of a row that share a KV head: divided by their sums, and quantised if they are quantised for the next
-// layer.
+// Divides the heads of a row that share a KV head by their sums, and quantises them for the next linear layer if
+// `quantise_to` is set.
 void Step::finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to) {
     const int d = c_.head_size, first = kv_head * group_ * d;
     float* to = attended_ + row * q_size_;

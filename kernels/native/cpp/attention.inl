@@ -1,7 +1,7 @@
 // Attention over the paged cache. Included by kernels.inl.
 //
-// A partition of 128 positions is one softmax; partitions are merged in order. A query's result depends on what it sees
-// alone.
+// Each partition of 128 positions has its own softmax; partitions are merged in order. A query's result depends only on
+// the positions that it sees.
 
 INLINE uint16_t to_bf16(float x) {
     uint32_t bits;
@@ -22,7 +22,7 @@ INLINE float quantise_head(const float* x, int size, int8_t* q) {
     return peak / 127.0f;
 }
 
-// One position of the int8 cache; bytes are unsigned, 128 more than the value.
+// Writes one position of the int8 cache; bytes are unsigned, value + 128.
 INLINE void write_int8(uint8_t* data, int d, int offset, const float* k, const float* v) {
     int8_t q[kMaxHeadSize];
     float* scales = (float*)(data + d * kBlock * 2);
@@ -34,8 +34,8 @@ INLINE void write_int8(uint8_t* data, int d, int offset, const float* k, const f
     for (int i = 0; i < d; i++) values[i * 4] = uint8_t(q[i] ^ -128);
 }
 
-// One position of the bf16 cache. The odd partner of an even position's values is cleared: it may hold anything, and 0
-// · NaN is not 0.
+// Writes one position of the bf16 cache. At an even position, the values of the odd one beside it are cleared: they
+// could be NaN, and 0 · NaN is not 0.
 INLINE void write_bf16(uint8_t* data, int d, int offset, const float* k, const float* v) {
     const int odd = offset & 1;
     uint16_t* keys = (uint16_t*)data + offset / kLanes * d * kLanes + offset % kLanes * 2;
@@ -55,8 +55,7 @@ void write_kv(const CacheView& cache, int block, int offset, const float* k, con
         write_int8(data, cache.head_size, offset, k, v);
 }
 
-// ---- bf16
-// ---------------------------------------------------------------------------------------------------------------
+// ---- bf16 -----------------------------------------------------------------------------------------------------------
 
 template <int Q>
 INLINE void scores_bf16(const AttendArgs& a, const uint8_t* keys, float (*scores)[kPartition]) {
@@ -101,14 +100,14 @@ INLINE void values_bf16(const AttendArgs& a, int pairs, const uint32_t (*probs)[
     for (int n = 0; n < N; n++) store(a.out + q * d + first + n * kLanes, acc[q][n]);
 }
 
-// Of tile t's numbers those of the positions that query q sees, and `other` elsewhere.
+// The numbers x of tile t at positions that query q sees, and `other` at the rest.
 INLINE F keep_seen(const AttendArgs& a, int q, int t, F x, F other) {
     const int seen = a.seen[q] - t * kLanes, unseen = a.unseen[q] - t * kLanes;
     x = keep_first(x, seen, other);
     return unseen > 0 ? keep_first(other, unseen, x) : x;
 }
 
-// The largest score of a query; of what it does not see, scores do not count.
+// The largest score of a query among the positions that it sees.
 INLINE float peak_score(const AttendArgs& a, int q, const float* scores, int tiles) {
     const F nothing = bcast(-__builtin_inff());
     F largest = nothing;
@@ -139,8 +138,9 @@ void attend_bf16(const AttendArgs& a) {
     for (; first < d; first += kLanes) values_bf16<Q, 1>(a, pairs, probs, first);
 }
 
-// ---- int8: queries and probabilities in 16 bits, as a high and a low byte, so that all sums are exact
-// ---------------------
+// ---- int8 -----------------------------------------------------------------------------------------------------------
+//
+// Queries and probabilities have 16 bits, as a high and a low byte, so that all sums are exact.
 
 constexpr float kSteps = 32512.0f;  // 127 · 256: the largest magnitude whose high byte fits
 
@@ -170,8 +170,8 @@ INLINE F combine(I high, I low, int32_t start, float step) {
     return mul(to_float(sub_int(add_int(shift_left_8(high), low), bcast_int(start))), bcast(step));
 }
 
-// What is attended to next is fetched meanwhile, keys and scales by the scores, values by the sums of values: spread
-// over all of the work, because a core waits once too many lines are on their way.
+// The blocks that are attended to next are prefetched meanwhile: keys and scales in scores_int8, values in values_int8.
+// Prefetches are spread over all of the work, because a core stalls if too many lines are in flight.
 INLINE void fetch(const uint8_t* from, int bytes) {
     for (int at = 0; at < bytes; at += 64) prefetch_far(from + at);
 }
@@ -208,13 +208,13 @@ INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, const uint8_t*
     }
 }
 
-struct Weights16 {  // of a query over a partition: probability times scale of the value
+struct Weights16 {  // a query's weights over a partition: probability · scale of the value
     alignas(64) int8_t high[kPartition], low[kPartition];
     float step;
     int32_t start;
 };
 
-// Softmax of a query's scores; the scores' memory is used up.
+// Softmax of a query's scores. It overwrites the scores.
 INLINE void softmax_int8(const AttendArgs& a, int q, int tiles, float* scores, Weights16& out) {
     const float peak = peak_score(a, q, scores, tiles);
     F total = zero(), largest = zero();
@@ -295,10 +295,10 @@ void attend_int8(const AttendArgs& a) {
     for (int b = 0; b < kPartitionBlocks; b++) {
         if (!a.ahead[b]) continue;
         fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
-        if (b >= blocks) fetch(a.ahead[b], d * kBlock);  // what comes next is longer
+        if (b >= blocks) fetch(a.ahead[b], d * kBlock);  // the next partition has more blocks
     }
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
-    constexpr int kWide = Q <= 3 ? 2 : 1;  // what the registers hold
+    constexpr int kWide = Q <= 3 ? 2 : 1;  // as many as the registers hold
     int first = 0;
     for (; first + kWide * 2 * kLanes <= d; first += kWide * 2 * kLanes)
         values_int8<Q, kWide>(a, quads, weights, first);
@@ -327,7 +327,7 @@ void pack_query(KV kind, const float* head, float scale, int head_size, uint32_t
 
 void merge(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size) {
     if (max2 == -__builtin_inff()) return;
-    if (*max == -__builtin_inff()) {  // the row sees nothing of the first: its bits are those of the later one
+    if (*max == -__builtin_inff()) {  // the row sees nothing of the first part: the result is the later one
         *max = max2;
         *sum = sum2;
         memcpy(out, out2, size_t(head_size) * sizeof(float));

@@ -1,7 +1,7 @@
-// The kernels, written once over the vectors of vec_*.h. Included by each isa_*.cpp, which sets MOTET_ISA.
+// The kernels, written once with the vectors of vec_*.h. Included by each isa_*.cpp, which sets MOTET_ISA.
 //
-// Every sum of floats runs in an order that depends on the row alone (its groups, its positions), never on the other
-// rows of the batch, the split over threads or the size of a register block: so a row has the same bits in any batch.
+// The order of every sum of floats depends only on the row (its groups, its positions), never on the other rows of the
+// batch, the threads or the size of a register block: so a row has the same bits in any batch.
 #include <string.h>
 
 #include "isa.h"
@@ -12,8 +12,7 @@ using namespace motet;
 
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
-// 2^x for x ≤ 127; below -126 it stays at 2^-126. Relative error < 3e-7 (minimax polynomial of degree 6 on [-0.5,
-// 0.5]).
+// 2^x, with x clamped to [-126, 127]. Relative error < 3e-7 (minimax polynomial of degree 6 on [-0.5, 0.5]).
 INLINE F exp2_vec(F x) {
     x = vmax(vmin(x, bcast(127.0f)), bcast(-126.0f));
     F whole = round_near(x);
@@ -78,7 +77,7 @@ void scale_to(const float* x, float factor, int64_t size, float* out) {
     for (int64_t i = 0; i < size; i += kLanes) store(out + i, mul(load(x + i), bcast(factor)));
 }
 
-// Halves, not pairs: out[i] = x[i] cos - x[i + d/2] sin, out[i + d/2] = x[i + d/2] cos + x[i] sin.
+// Channel i is paired with i + d/2: out[i] = x[i] cos - x[i + d/2] sin, out[i + d/2] = x[i + d/2] cos + x[i] sin.
 void rotate(float* head, const float* cos, const float* sin, int head_size) {
     int half = head_size / 2, i = 0;
     for (; i + kLanes <= half; i += kLanes) {

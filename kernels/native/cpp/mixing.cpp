@@ -1,9 +1,9 @@
-// Members are mixed before the one shared head.
+// Members are mixed before the head that they share.
 //
 // A head with 8-bit activations rounds its input, so it is not linear: rounding the mix instead of the members would
-// choose other tokens at near ties. So the members are rounded as the head would round them, then mixed, and the mix
-// goes in as its own rounding (the coarse row) and the rest (the fine row): exact to the square of the 8-bit step. For
-// a greedy choice the fine row is computed only for columns that can still become the largest.
+// choose other tokens at near ties. So each member is rounded as the head would round it, then they are mixed. The mix
+// goes into the head as two rows, its own rounding (coarse) and the remainder (fine): exact to the square of the 8-bit
+// step. For a greedy choice the fine row is computed only for columns that can still become the largest.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -22,7 +22,7 @@ float norm_of(const float* x, int64_t size) {
 
 }  // namespace
 
-// The longest part of a column in each (group, block of columns) of the head.
+// For each (group, block of columns) of the head, the largest norm of a column's part in the group.
 void Model::measure_head() {
     const PackedLinear& w = head_.packed;
     if (config_.num_members < 2 || w.bits == 32) return;
@@ -68,7 +68,7 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     const int64_t size = config_.hidden_size, stride = logits_stride();
     const int group = head_.packed.bits == 32 ? 0 : head_.packed.group;
     std::vector<float> rows(size_t(mixes.rows * size)), fines, rounded(static_cast<size_t>(size));
-    std::vector<int64_t> refined, added;  // rows with a fine row: for the columns that matter, for all
+    std::vector<int64_t> refined, added;  // rows with a fine row: computed for some columns, for all columns
     std::vector<float> refined_fines;
     for (int64_t r = 0; r < mixes.rows; r++) {
         const int64_t first = mixes.offsets[r], last = mixes.offsets[r + 1];
@@ -126,15 +126,15 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     return out;
 }
 
-// Adds the fine row's logits where they can matter. In a block of columns no logit moves by more than Σ over groups of
-// the fine row's norm times the longest column's (Cauchy-Schwarz; 3 % are for the rounding of the fine row itself), so
-// what lies further below the largest than both can move stays below it.
+// Adds the fine row's logits to the columns that can become the largest. In a block of columns no logit changes by more
+// than Σ over groups of the fine row's norm times the largest norm of a column (Cauchy-Schwarz; 3 % are added for the
+// rounding of the fine row). A logit that is further below the largest than both can change cannot pass it.
 void Model::refine(float* logits, const float* fine, const Activations& x) {
     const PackedLinear& w = head_.packed;
     const int64_t blocks = head_blocks();
     std::vector<float> maxima(static_cast<size_t>(blocks)), reach(static_cast<size_t>(blocks), 0.0f);
     float largest;
-    if (!isa_->sample.block_maxima(logits, w.n, maxima.data(), &largest)) return;  // NaN: there is nothing to choose
+    if (!isa_->sample.block_maxima(logits, w.n, maxima.data(), &largest)) return;  // NaN: no token will be drawn
     for (int g = 0; g < w.groups; g++) {
         const float norm = 1.03f * norm_of(fine + g * w.group, w.group);
         const float* columns = head_norms_.data() + g * blocks;

@@ -14,7 +14,7 @@ namespace motet {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kSlack = 1 << 16;  // prefetches and whole vectors may run past the end
+constexpr size_t kSlack = 1 << 16;  // prefetches and whole vectors may read past the end
 
 }  // namespace
 
@@ -61,7 +61,7 @@ uint8_t* Arena::take_bytes(size_t bytes) {
 }
 
 ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, bool dense, bool adapters) {
-    const int64_t groups = k / 16;  // the smallest
+    const int64_t groups = k / 16;  // of the smallest size
     ActivationStore store;
     store.quads = arena.take<int32_t>(rows * k / 4);
     store.starts = arena.take<int32_t>(rows * groups);
@@ -100,7 +100,7 @@ Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(
     head_bytes_ = config.kv_int8 ? d * kBlock * 2 + 2 * kBlock * int64_t(sizeof(float)) : d * kBlock * 4;
     layer_bytes_ = head_bytes_ * config.num_kv_heads;
     block_bytes_ =
-        layer_bytes_ * int64_t(layers_.size());  // all layers side by side: memory is taken as blocks are used
+        layer_bytes_ * int64_t(layers_.size());  // a block holds all layers, so memory is touched as blocks are used
     cache_ = Pages(size_t(block_bytes_) * size_t(config.num_blocks));
 }
 

@@ -26,7 +26,7 @@ private:
     size_t size_ = 0;
 };
 
-// Memory that a step takes piece by piece and gives back at its end, kept from step to step.
+// Memory that a step takes piece by piece and frees at its end. The pages are kept for the next step.
 class Arena {
 public:
     template <class T>
@@ -38,7 +38,7 @@ public:
 private:
     uint8_t* take_bytes(size_t bytes);
     std::vector<Pages> chunks_;
-    size_t used_ = 0;  // of the last chunk
+    size_t used_ = 0;  // bytes of the last chunk
 };
 
 // Storage for activations of any layer.
@@ -57,15 +57,15 @@ struct Linear {
     explicit operator bool() const { return packed.data != nullptr; }
 };
 
-// Where column `lane` of a panel comes from; -1 for padding.
+// The weight's row that is column `lane` of a panel; -1 for padding.
 int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs);
-// Repack a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i are neighbours, panel by panel (gate and
-// up).
+// Repacks a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i (gate and up) become neighbours in each
+// panel.
 Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool);
-// Row `row` of a packed matrix as f32: the embedding of a token whose head shares the matrix.
+// Row `row` of a packed matrix as f32: used for embeddings, which may share the head's matrix.
 void unpack_row(const PackedLinear& w, int64_t row, float* out);
 
-enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a layer, as MotetLinear numbers them
+enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a layer, with the numbers of MotetLinear
 
 // A member's low-rank update of one linear layer.
 struct Adapter {
@@ -75,11 +75,11 @@ struct Adapter {
 };
 
 struct Layer {
-    std::shared_ptr<const Linear> linears[kModules];  // members share what they do not have of their own
-    std::vector<Adapter> adapters[kModules];          // [members], or empty when no member has one
+    std::shared_ptr<const Linear> linears[kModules];  // shared by the members that have no own weight
+    std::vector<Adapter> adapters[kModules];          // [members], or empty if no member has one
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
-    int32_t window = 0;  // positions that a row attends to, itself included; as many as there may be: all
+    int32_t window = 0;  // positions that a row attends to, its own included; max_positions: all
 };
 
 enum Part { kLinears, kAttention, kHead, kOther, kParts };
@@ -94,9 +94,9 @@ public:
                      const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
     void set_window(int layer, int32_t window);
-    std::string missing() const;  // what has not been set; empty when the model is whole
+    std::string missing() const;  // what has not been set; empty if the model is complete
 
-    std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty when it can
+    std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty if it can
     void step(const MotetBatch& batch, float* hidden);
     void head(const float* hidden, int64_t rows, float* logits);  // logits [rows, logits_stride()]
     std::string check(const MotetMixes& mixes, int64_t num_hidden) const;
@@ -107,7 +107,7 @@ public:
 
     const MotetConfig& config() const { return config_; }
     int64_t logits_stride() const { return (int64_t(config_.vocab_size) + kLanes - 1) / kLanes * kLanes; }
-    // Tails may have no layers at all: then members differ in their final norm, or in low-rank updates.
+    // Tails may have no layers: then members differ only in their final norms or low-rank updates.
     bool has_tails() const { return config_.num_members > 1 || config_.split_layer < config_.num_layers; }
     const double* seconds() const { return seconds_; }
     void reset_seconds();
@@ -126,16 +126,16 @@ private:
     const Isa* isa_;
     Pool pool_;
     std::vector<Layer> layers_;                                        // trunk, then each member's tail
-    std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one without tails
-    Linear head_, embedding_;                                          // embedding_ only where the head is untied
+    std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one if there are no tails
+    Linear head_, embedding_;                                          // embedding_ only if the head is untied
     std::vector<float> positions_, cos_, sin_;
     Pages cache_, hidden_, logits_;
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
     int64_t widest_ = 0;             // columns of the widest matrix
-    std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty where nothing is mixed
-    bool dense_ = false;             // some matrix is not quantised
-    bool adapters_ = false;          // some member has low-rank updates
+    std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty if nothing is mixed
+    bool dense_ = false;             // whether some matrix is not quantised
+    bool adapters_ = false;          // whether some member has low-rank updates
     double seconds_[kParts] = {};
 };
 

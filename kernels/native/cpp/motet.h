@@ -1,5 +1,5 @@
-/* The C interface of the native CPU kernels: what the modules of kernels/native call through ctypes. Nothing throws
-   across it; a function that fails returns a code and leaves a message for motet_error(). */
+/* The C interface of the native CPU kernels, which the modules of kernels/native call through ctypes. No exception leaves
+   it: a function that fails returns a code, and motet_error() returns the message. */
 #pragma once
 #include <stdint.h>
 
@@ -28,23 +28,23 @@ typedef enum {
 
 typedef struct {
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, max_positions;
-    int32_t layer_norm; /* 0: RMS */
-    int32_t gelu;       /* 0: SwiGLU */
-    int32_t learned;    /* positions; 0: rotary */
+    int32_t layer_norm; /* 1: layer norm, 0: RMS norm */
+    int32_t gelu;       /* 1: GELU, 0: SwiGLU */
+    int32_t learned;    /* positions: 1: learned, 0: rotary */
     int32_t qk_norm, tied_head;
-    int32_t split_layer; /* first layer of the tails; num_layers without tails */
+    int32_t split_layer; /* first layer of the tails; num_layers if there are none */
     int32_t num_members;
     int32_t kv_int8;
     int32_t num_blocks, threads;
     float norm_eps;
 } MotetConfig;
 
-/* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. 4 bits: the group-sum
-   columns follow the columns, and groups, scales and zero points cover both. */
+/* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. With 4 bits, group-sum
+   columns follow the columns; groups, scales and zero points cover both. */
 typedef struct {
     int64_t rows, columns;
     int32_t bits, group_size;
-    int64_t stored_groups;      /* of a row, with those of the group-sum columns */
+    int64_t stored_groups;      /* per row, with those of the group-sum columns */
     const uint8_t* values;      /* [rows, stored_groups, group_size * bits / 8] */
     const float* scales;        /* [rows, stored_groups] */
     const uint8_t* zero_points; /* [rows, ceil(stored_groups / 2)], 4 bits only */
@@ -61,7 +61,7 @@ typedef struct {
     const int32_t* context_lens;   /* [num_seqs] */
     const int32_t* block_tables;   /* [num_seqs, max_blocks] */
     const int32_t* adapters;       /* [num_seqs] member whose low-rank adapter applies, -1 for none */
-    const int64_t* member_offsets; /* [num_members + 1] into member_seqs; null without tails */
+    const int64_t* member_offsets; /* [num_members + 1] into member_seqs; null if there are no tails */
     const int32_t* member_seqs;    /* sequences whose rows the member's tail runs over, ascending */
     int64_t num_outputs;
     const int32_t* output_members; /* [num_outputs] ascending */
@@ -72,7 +72,7 @@ typedef struct MotetModel MotetModel;
 
 MOTET_API const char* motet_error(void);
 MOTET_API int motet_isa_count(void);
-MOTET_API const char* motet_isa_name(int index); /* best first; only those that this CPU runs */
+MOTET_API const char* motet_isa_name(int index); /* best first; only those that this CPU supports */
 
 MOTET_API int motet_create(const MotetConfig*, const char* isa, MotetModel** out);
 MOTET_API void motet_destroy(MotetModel*);
@@ -82,11 +82,11 @@ MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
-/* Rows attend to the last `window` positions in this layer, their own included; unless set, to all. */
+/* In this layer rows attend to the last `window` positions, their own included. Unless it is set, to all. */
 MOTET_API int motet_set_window(MotetModel*, int layer, int window);
 MOTET_API int motet_ready(MotetModel*);
 
-/* Hidden states [num_outputs, hidden], after the final norm, of the (row, member) pairs asked for. */
+/* Hidden states [num_outputs, hidden] of the batch's (row, member) outputs, after the final norm. */
 MOTET_API int motet_step(MotetModel*, const MotetBatch*, float* hidden);
 /* Logits [rows, motet_logits_stride] of hidden states [rows, hidden]. */
 MOTET_API int motet_head(MotetModel*, const float* hidden, int64_t rows, float* logits);
@@ -96,12 +96,12 @@ MOTET_API int64_t motet_logits_stride(const MotetModel*);
    x * divisor) - penalty + bias, in this order; then the mask. Null lists have count 0. */
 typedef struct {
     int64_t first_term, num_terms;    /* into the terms of MotetSampling, at least one */
-    int32_t probs;                    /* space of the mix; 0: logits */
-    int32_t logprobs;                 /* -1: none, else how many of the best tokens are reported */
-    int32_t member_logprobs;          /* 1: the chosen token's under every term alone */
+    int32_t probs;                    /* space of the mix: 1: probs, 0: logits */
+    int32_t logprobs;                 /* how many of the most probable tokens to report; -1: no log-probabilities */
+    int32_t member_logprobs;          /* 1: report the chosen token's under each term alone */
     int64_t top_k;                    /* 0: off */
-    double top_p, min_p, temperature; /* 1, 0: off; 0: greedy */
-    const int64_t* edit_ids;          /* [num_edits], each token once */
+    double top_p, min_p, temperature; /* off: 1 and 0; temperature 0: greedy */
+    const int64_t* edit_ids;          /* [num_edits] no token twice */
     const double* edit_divisors;      /* [num_edits] above 0 */
     const double* edit_penalties;     /* [num_edits] */
     const double* edit_biases;        /* [num_edits] -infinity forbids the token */
@@ -111,27 +111,27 @@ typedef struct {
     uint32_t position;
 } MotetSample;
 
-/* A packed batch of samples over rows of logits, and what becomes of it. */
+/* A packed batch of samples over rows of logits, and the results. */
 typedef struct {
     const float* logits; /* [num_rows, stride] */
     int64_t num_rows, stride, vocab_size;
     int64_t num_terms;
     const int64_t* term_rows;   /* [num_terms] */
-    const double* coefficients; /* [num_terms]; a term of 0 takes no part in the mix */
+    const double* coefficients; /* [num_terms] a term with 0 is ignored */
     int64_t num_samples;
     const MotetSample* samples;
-    int64_t top_stride;      /* entries of a sample in the two tables; no sample reports more */
-    int64_t* token_ids;      /* [num_samples] -1 where there is none */
+    int64_t top_stride;      /* entries per sample in the two tables; no sample may report more */
+    int64_t* token_ids;      /* [num_samples] -1 if there is none */
     int32_t* codes;          /* [num_samples] MotetSampleCode */
-    double* logprobs;        /* [num_samples] of the mix before edits, temperature and truncation; NaN: not asked */
-    int64_t* top_ids;        /* [num_samples, top_stride] best first, -1 where there are fewer */
+    double* logprobs;        /* [num_samples] of the mix before edits, temperature and truncation; NaN: not requested */
+    int64_t* top_ids;        /* [num_samples, top_stride] best first, -1 if there are fewer */
     double* top_logprobs;    /* [num_samples, top_stride] */
-    double* member_logprobs; /* [num_terms] NaN: not asked */
+    double* member_logprobs; /* [num_terms] NaN: not requested */
 } MotetSampling;
 
-/* Rows of logits to sample from: row r is the head over the terms offsets[r]…offsets[r + 1] - 1, Σ coefficient · the
-   hidden state of output sources[i]. `greedy` [rows]: only the largest logit has to be right to the last bit. The
-   logits of `written_rows` are for the caller, who samples from them: they are copied out. */
+/* Rows of logits to sample from. The head's input of row r is Σ coefficients[i] · hidden state of output sources[i],
+   over i in offsets[r]…offsets[r + 1] - 1. `greedy` [rows]: only the largest logit has to be exact. The logits of
+   `written_rows` are copied out, so that the caller can sample from them. */
 typedef struct {
     int64_t rows;
     const int64_t* offsets; /* [rows + 1] */
@@ -145,15 +145,16 @@ typedef struct {
 
 typedef enum { MOTET_SAMPLED, MOTET_NOT_FINITE, MOTET_NOTHING_LEFT } MotetSampleCode;
 
-/* Mix and sample as kernels/oracle/reference.py does, token for token. With a model: on its threads and its path, and
-   `isa` is not read; model null: on this thread. A bad argument fails the call; bad logits end in the sample's code. */
+/* Mixes and samples; the tokens are those of kernels/oracle/reference.py. With a model it runs on the model's threads
+   and path, and `isa` is ignored; without, on this thread. A bad argument fails the call; bad logits set the code of
+   the sample. */
 MOTET_API int motet_sample(MotetModel*, const char* isa, const MotetSampling*);
-/* A step whole: the batch's outputs, the logits of their mixes, a token for each sample. Of the sampling, the logits
-   and their sizes are not read: they are those of the mixes. A bad argument fails the call before anything is computed.
+/* A whole step: the batch's outputs, the logits of their mixes, and a token for each sample. The logits and their sizes
+   in MotetSampling are ignored: those of the mixes are used. A bad argument fails the call before anything is computed.
  */
 MOTET_API int motet_generate(MotetModel*, const MotetBatch*, const MotetMixes*, const MotetSampling*);
 
-/* Seconds of thread 0 since the last call, [linears, attention, head, other]. */
+/* Seconds of thread 0 since the last call: [linears, attention, head, other]. */
 MOTET_API void motet_seconds(MotetModel*, double* out);
 MOTET_API double motet_probe_dot(const char* isa, int threads);  /* GMAC/s */
 MOTET_API double motet_probe_read(const char* isa, int threads); /* GB/s */

@@ -10,9 +10,9 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kLeastTemperature = 1e-200;  // below, quotients overflow: greedy
-constexpr int64_t kSorted = 1024;             // candidates of top-p that are sorted at once
-constexpr double kSumError = 1e-11;           // relative, of sums of probabilities in another order than the oracle's
+constexpr double kLeastTemperature = 1e-200;  // below it quotients overflow, so the draw is greedy
+constexpr int64_t kSorted = 1024;             // up to so many candidates of top-p are sorted directly
+constexpr double kSumError = 1e-11;  // relative error of sums of probabilities in another order than the oracle's
 
 std::string out_of_range(const char* what, int64_t sample, int64_t value, int64_t limit) {
     return "sample " + std::to_string(sample) + ": " + what + " is " + std::to_string(value) + ", it must be in 0…" +
@@ -188,7 +188,7 @@ bool Sampler::mix() {
     return true;
 }
 
-// The largest of a member's row; false where the row has no softmax.
+// The largest logit of a member's row; false if the row has no softmax.
 bool Sampler::largest_of(const float* row, float* largest) {
     scratch_.resize(size_t(size_ / kSampleBlock + 1));
     return isa_->block_maxima(row, size_, scratch_.data(), largest) && std::isfinite(*largest);
@@ -250,17 +250,17 @@ void Sampler::adjust() {
 void Sampler::collect_largest(int64_t count) {
     const int64_t blocks = (size_ + kSampleBlock - 1) / kSampleBlock;
     float least = -std::numeric_limits<float>::infinity();
-    if (count <= blocks) {  // so many blocks have a largest that reaches the count-th of the largest
+    if (count <= blocks) {  // `count` blocks have a maximum that reaches the count-th largest maximum
         scratch_.assign(maxima_.begin(), maxima_.begin() + blocks);
         std::nth_element(scratch_.begin(), scratch_.begin() + (count - 1), scratch_.end(), std::greater<float>());
         const double distance = double(scratch_[size_t(count - 1)] - row_.pivot);
-        // A margin for values that only rounding tells apart.
+        // A margin for values that differ only by rounding.
         least = float(distance - 1e-6 * std::fabs(distance) - 1e-15 * std::fabs(top_) - 1e-12);
     }
     collect(least);
 }
 
-// ids_[0…found_ - 1]: the tokens at this distance from the largest or nearer.
+// Sets ids_[0…found_ - 1] to the tokens whose value - largest is at least `distance`.
 void Sampler::collect(float distance) {
     ids_.resize(size_t(std::max<int64_t>(size_, int64_t(ids_.size()))));
     found_ = isa_->collect(row_, distance, ids_.data());
@@ -275,7 +275,7 @@ double Sampler::cut(double tempered_top) {
     return least;
 }
 
-// Those of ids_ that reach `least`, with their probabilities (not normalised).
+// Sets weighted_ to those of ids_ that reach `least`, with their probabilities (not normalised).
 void Sampler::gather(double least, double tempered_top) {
     weighted_.clear();
     for (int64_t i = 0; i < found_; i++) {
@@ -300,7 +300,7 @@ double Sampler::top_k(double tempered_top) {
 double Sampler::top_p(double tempered_top, double least) {
     bool sure = false;
     double result = 0.0;
-    if (sample_->top_k > 0 && sample_->top_k < size_) {  // weighted_ is what top-k left
+    if (sample_->top_k > 0 && sample_->top_k < size_) {  // weighted_ holds the tokens that top-k kept
         if (int64_t(weighted_.size()) <= kSorted) return nucleus_sorted();
         double total = 0.0;
         for (const Weighted& one : weighted_) total += one.weight;
@@ -322,7 +322,7 @@ double Sampler::top_p(double tempered_top, double least) {
     return nucleus_sorted();
 }
 
-// The oracle's own arithmetic on all of weighted_.
+// The cut of top-p on all of weighted_, with the oracle's own arithmetic.
 double Sampler::nucleus_sorted() {
     std::sort(weighted_.begin(), weighted_.end(),
               [](const Weighted& a, const Weighted& b) { return a.tempered > b.tempered; });
@@ -334,8 +334,8 @@ double Sampler::nucleus_sorted() {
     return last == weighted_.end() ? weighted_.back().tempered : last->tempered;
 }
 
-// The same by selection: of three parts around a pivot, the one in which the sum reaches p is looked at again. Sums are
-// in another order than the oracle's, so a result that this could change is not `sure`.
+// The same by selection: the values are partitioned in three around a pivot, and the part in which the sum reaches p is
+// partitioned further. Sums have another order than the oracle's; a result that this could change is not `sure`.
 double Sampler::nucleus(double total, bool* sure) {
     const double target = sample_->top_p * total,
                  margin = (kSumError + 1e-15 * std::fabs(top_ / sample_->temperature)) * total;

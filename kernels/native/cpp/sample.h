@@ -1,4 +1,4 @@
-// Mixing and sampling on the host: the rules of kernels/oracle/reference.py over the passes of sample.inl.
+// Mixing and sampling on the host, as kernels/oracle/reference.py defines them, with the passes of sample.inl.
 #pragma once
 #include <string>
 #include <vector>
@@ -9,12 +9,12 @@
 
 namespace motet {
 
-std::string check(const MotetSampling&);  // why it cannot run; empty when it can
+std::string check(const MotetSampling&);  // why the samples cannot be drawn; empty if they can
 
-// Every sample for itself, so neither its neighbours nor the threads matter; `pool` may be null.
+// Samples are independent, so a result depends neither on the others nor on the threads. `pool` may be null.
 void sample(const SampleIsa&, Pool* pool, const MotetSampling&);
 
-// The work space of one thread, and one sample at a time in it.
+// The work space of one thread, which draws one sample at a time.
 class Sampler {
 public:
     void run(const SampleIsa&, const MotetSampling&, int64_t index);
@@ -25,14 +25,14 @@ private:
         double tempered, weight;
     };
 
-    bool mix();       // the mixed row; false: nothing takes part, or a row has no softmax
-    State measure();  // top_ of the mixed or adjusted row
-    void view();      // row_: what the passes over it need
+    bool mix();       // makes the mixed row; false: all coefficients are 0, or a row has no softmax
+    State measure();  // sets top_ of the mixed or adjusted row
+    void view();      // sets row_, from which the later passes read
     bool is_adjusted() const;
-    void adjust();               // edits and mask, on exact_
+    void adjust();               // applies edits and mask to exact_
     int64_t largest_id() const;  // lowest id with the largest value
     void collect(float distance);
-    void collect_largest(int64_t count);  // at least the `count` largest
+    void collect_largest(int64_t count);  // the `count` largest, perhaps more
     double cut(double tempered_top);      // the value / temperature that a token must reach
     double top_k(double tempered_top);
     double top_p(double tempered_top, double least);
@@ -60,7 +60,7 @@ private:
         double before;
     };
     std::vector<Change> changes_;
-    const float* plain_ = nullptr;  // the row itself, where the mix is one member and nothing is adjusted
+    const float* plain_ = nullptr;  // the member's row if the mix is one member and nothing is adjusted
     RowView row_;
     double top_ = 0.0;      // the largest value
     double log_sum_ = 0.0;  // log Σ exp(value - mixed_top_) of the mixed row

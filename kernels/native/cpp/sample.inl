@@ -1,11 +1,12 @@
 // Passes of mixing and sampling over a row of logits, for every path. Part of kernels.inl.
 //
-// Doubles are computed by plain loops without contraction, in one order: a result has the same bits on every path.
+// Doubles are computed in plain loops without contraction, in one order, so a result has the same bits on every path.
 
-// ---- doubles: exp and log of fdlibm (below 1 ulp), without branches so that loops over 16 become vectors
-// --------------
+// ---- doubles --------------------------------------------------------------------------------------------------------
+//
+// exp and log are those of fdlibm (error below 1 ulp), without branches, so that loops over 16 become vectors.
 
-constexpr double kLeastExponent = -708.0;  // exp of less is taken for 0
+constexpr double kLeastExponent = -708.0;  // below it exp is taken to be 0
 
 INLINE double exp_one(double x) {
     const double shift = 6755399441055744.0;  // 1.5 · 2^52: adding it leaves the nearest whole number in the low bits
@@ -26,7 +27,7 @@ INLINE double exp_one(double x) {
     return x < kLeastExponent ? 0.0 : y * power;
 }
 
-// x is positive and not denormal.
+// log(x); x must be positive and not denormal.
 INLINE double log_one(double x) {
     uint64_t bits;
     memcpy(&bits, &x, 8);
@@ -87,7 +88,7 @@ void mix_logits(const MixTerm* terms, int64_t count, int64_t size, double* out) 
     }
 }
 
-// Probabilities too small for exp_one and log_one, or none at all.
+// A mixed logit whose probability is 0 or too small for exp_one and log_one.
 double mix_small(const MixTerm* terms, int64_t count, int64_t i) {
     double total = 0.0;
     for (int64_t t = 0; t < count; t++)
@@ -101,7 +102,7 @@ INLINE double sum_lanes(double* sums) {
     return sums[0];
 }
 
-// Σ exp((x - top) · scale), each also in `out` unless that is null.
+// Σ exp((x - top) · scale). The exponentials are stored in `out` unless it is null.
 template <class T>
 INLINE double exp_row(const T* x, int64_t size, double top, double scale, double* out) {
     double sums[16] = {}, exps[16];
@@ -185,7 +186,7 @@ int64_t collect(const RowView& row, float distance, int32_t* ids) {
 
 constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
 
-struct Half {  // the even lanes of 16 counters, or the odd ones
+struct Half {  // the even or the odd lanes of 16 counters
     I c0, c1, c2, c3;
 };
 
@@ -199,7 +200,7 @@ INLINE Half philox_round(Half h, I k0, I k1) {
     return {exclusive(upper(p1), h.c1, k0), p1, exclusive(upper(p0), h.c3, k1), p0};
 }
 
-// First words of Philox4x32-10 at counters (first + i, position, 0, 0): see kernels/oracle/reference.py.
+// First words of Philox4x32-10 at counters (first + i, position, 0, 0), see kernels/oracle/reference.py.
 INLINE I philox(int32_t first, uint32_t position, uint64_t seed) {
     const I ids = count_from(first);
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -222,10 +223,10 @@ struct Winner {
     const DrawArgs& args;
     int64_t id = -1;
     double score = 0.0;
-    float least = 0.0f;  // distances (x - pivot) / temperature below it cannot win
+    float least = 0.0f;  // tokens whose distance (x - pivot) / temperature is below it cannot win
     float gain = 0.0f;   // log2 of the chance that a token at distance 0 wins
 
-    // Exact: the token `candidate` with the first word of its draw.
+    // Compares the exact score of a token with the best one so far. `word`: the first word of its draw.
     void consider(int64_t candidate, uint32_t word) {
         const double tempered = args.row.value(candidate) / args.temperature;
         if (!(tempered >= args.cut && tempered > -__builtin_inf())) return;
@@ -234,8 +235,7 @@ struct Winner {
         if (id >= 0 && !(other > score || (other == score && candidate < id))) return;
         id = candidate;
         score = other;
-        // The filters are looser than float rounding (of distances: relative), and than rounding of the scores
-        // themselves.
+        // The filters leave a margin for the rounding of floats (relative, for distances) and of the scores.
         const double ahead = score - args.top, rounding = __builtin_fabs(args.top) * 1e-15;
         double limit = ahead - kLargestGumbel;
         limit = args.cut - args.top > limit ? args.cut - args.top : limit;
@@ -245,9 +245,9 @@ struct Winner {
     }
 };
 
-// argmax of value / temperature + noise over the tokens that the cut leaves; the lowest id of equal ones. A token at
-// distance d from the best score wins only if -log u < e^d, hence only if 1 - u < e^d: checked in floats, with a
-// margin, before the exact score.
+// argmax of value / temperature + noise over the tokens that are not below the cut; of equal ones the lowest id. A
+// token at distance d from the best score wins only if -log u < e^d, hence only if 1 - u < e^d. This is checked in
+// floats, with a margin, before the exact score is computed.
 int64_t draw(const DrawArgs& args) {
     const RowView& row = args.row;
     Winner winner{args};
@@ -256,7 +256,7 @@ int64_t draw(const DrawArgs& args) {
     memcpy(words, &guess, sizeof words);
     winner.consider(args.first, words[0]);
     const double inverse = 1.0 / args.temperature;
-    const float scale = inverse < 1e30 ? float(inverse) : 1e30f;  // less than it is only lets more through
+    const float scale = inverse < 1e30 ? float(inverse) : 1e30f;  // a smaller scale only lets more tokens pass
     const F pivot = bcast(row.pivot), scales = bcast(scale);
     int64_t block = 0;
     for (int64_t at = 0; at < row.size; at += kSampleBlock, block++) {

@@ -1,13 +1,13 @@
-// What a path provides for mixing and sampling: passes over one row of logits. Part of the table of `isa.h`.
+// Passes over one row of logits, which each path provides for mixing and sampling. Part of the table of `isa.h`.
 #pragma once
 #include <stdint.h>
 
 namespace motet {
 
-constexpr int kSampleBlock = 64;  // logits whose largest is kept, so that later passes skip most of a row
+constexpr int kSampleBlock = 64;  // logits per block; its maximum is kept, so that later passes skip most blocks
 
-// A row of logits as passes read it: `x - pivot` are distances from the largest, at most 0. The values themselves are
-// `exact` where there is such an array, else x.
+// A row of logits as passes read it: `x - pivot` are distances from the largest value, at most 0. The exact values are
+// in `exact` if it is set, else in x.
 struct RowView {
     const float* x = nullptr;
     const double* exact = nullptr;
@@ -21,7 +21,7 @@ struct DrawArgs {
     RowView row;
     double temperature = 1.0;
     double top = 0.0;   // the largest value / temperature
-    double cut = 0.0;   // tokens below it, in the same measure, are not drawn
+    double cut = 0.0;   // tokens whose value / temperature is below it are not drawn
     int64_t first = 0;  // a token with the largest value
     uint64_t seed = 0;
     uint32_t position = 0;
@@ -30,13 +30,13 @@ struct DrawArgs {
 struct MixTerm {
     const float* row;
     double coefficient;
-    double largest, log_sum;  // probs space, finite: log-softmax of the row is (row - largest) - log_sum
+    double largest, log_sum;  // probs space only: log-softmax of the row is (row - largest) - log_sum
 };
 
 struct SampleIsa {
-    // Largest of each block; false where there is NaN.
+    // The largest of each block and of all; false if there is NaN.
     bool (*block_maxima)(const float* x, int64_t size, float* maxima, float* largest);
-    // Largest of a row of doubles; false where there is NaN.
+    // The largest of a row of doubles; false if there is NaN.
     bool (*largest)(const double* x, int64_t size, double* result);
     void (*narrow)(const double* x, int64_t size, double pivot, float* out);  // float(x - pivot)
     void (*mix_logits)(const MixTerm* terms, int64_t count, int64_t size, double* out);

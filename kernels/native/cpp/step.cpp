@@ -6,11 +6,11 @@
 namespace motet {
 namespace {
 
-constexpr int64_t kFew = 6;        // rows that every thread prepares for itself: cheaper than a barrier
-constexpr int kSuperblock = 48;    // register blocks at most whose activations stay in the L2 cache
+constexpr int64_t kFew = 6;        // up to so many rows every thread prepares all of them: cheaper than a barrier
+constexpr int kSuperblock = 48;    // most register blocks whose activations stay in the L2 cache
 constexpr int64_t kUnitRows = 16;  // prompt rows that share a widened partition
-constexpr int64_t kFewUnits = 4;   // a thread: with fewer, the partitions of a row are spread over the threads
-constexpr int64_t kFetch = 16384;  // bytes of the next weights that are fetched before a barrier
+constexpr int64_t kFewUnits = 4;   // per thread; with fewer, the partitions of a row are spread over the threads
+constexpr int64_t kFetch = 16384;  // bytes of the next weights that a thread prefetches before a barrier
 
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
@@ -72,7 +72,7 @@ void Step::plan_units(RowSet& set) const {
     const int64_t few = kFewUnits * pool_.threads();
     const bool apart = int64_t(set.sequences.size()) == set.rows() && set.rows() * c_.num_kv_heads < few;
     for (const RowSequence& s : set.sequences) {
-        // Cut between tiles of positions: two positions share a word of the cache.
+        // Runs begin at tiles of positions: two positions share a word of the cache, and must have one writer.
         for (int64_t row = s.row0; row < s.row0 + s.rows; row++)
             if (row == s.row0 || set.slots[size_t(row)] % kLanes == 0) set.writes.push_back(row);
         const int64_t last = s.row0 + s.rows;
@@ -165,7 +165,7 @@ void Step::run_segment(const Segment& segment, int thread) {
         barrier_and_time(kOther, thread);
     }
     const std::vector<float> none;
-    bool gathered = segment.member >= 0 && segment.first_layer == segment.last_layer;  // no layers: the norm alone
+    bool gathered = segment.member >= 0 && segment.first_layer == segment.last_layer;  // no layers: only the norm
     if (gathered) gather(segment, x, false, thread);
     if (segment.first_layer < segment.last_layer) {
         collect_blocks(segment.all, m_.layers_[size_t(segment.first_layer)].window, thread);
@@ -200,7 +200,7 @@ void Step::run_segment(const Segment& segment, int thread) {
                 gathered = true;
             }
         }
-        // Many rows are quantised by the thread that computed the columns, as soon as it has a group of them.
+        // With many rows, a thread quantises a group of columns as soon as it has computed them.
         const bool quantise_early = set->rows() > kFew;
         Activations attended = many_.take(set->rows(), to_out), inner = many_inner_.take(set->rows(), down);
         const bool quantise_attended =
@@ -240,7 +240,7 @@ void Step::run_segment(const Segment& segment, int thread) {
     barrier_and_time(kOther, thread);
 }
 
-// The rows that are asked for, one after the other.
+// Copies the rows that are outputs, one after the other.
 void Step::gather(const Segment& segment, const float* x, bool with_queries, int thread) {
     pool_.distribute(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
         const int64_t from = segment.outputs[size_t(row)];
@@ -250,8 +250,8 @@ void Step::gather(const Segment& segment, const float* x, bool with_queries, int
     barrier_and_time(kOther, thread);
 }
 
-// x normed and quantised for a linear layer, and A x of the rows that have a low-rank update of it. A few rows: by
-// every thread for itself.
+// x normed and quantised for a linear layer, and A x for rows with a low-rank update of it. If there are few rows,
+// every thread computes all of them.
 Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
                           const std::vector<float>& weight, const std::vector<float>& bias, int thread) {
     const PackedLinear& w = layer.packed(module);
@@ -279,7 +279,7 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
         for (int64_t row = 0; row < set.rows(); row++) one(row, 0, w.k);
         return out;
     }
-    // The rows of a register block lie interleaved: a thread takes some columns of all of them, not some of the rows.
+    // The rows of a register block are interleaved, so a thread takes some columns of all of them, not some rows.
     const int64_t unit = out.unit(), units = w.k / unit;
     const int64_t cuts = std::min<int64_t>(units, out.blocks >= 4 * pool_.threads() ? 1 : 2 * pool_.threads());
     pool_.distribute(next_phase(thread), thread, out.blocks * cuts, [&](int64_t item) {
@@ -310,7 +310,7 @@ void Step::linear(const PackedLinear& w, const Activations& x, const Output& out
         for (int64_t row = x.first_row(first); row < x.first_row(last); row++)
             isa_.quantise(out.to + row * out.ld, {}, {}, from, size, *out.quantise_to, row);
     });
-    if (!next || superblocks > 1) return;  // the first of the next weights arrive during the barrier
+    if (!next || superblocks > 1) return;  // prefetch: the first of the next weights arrive during the barrier
     const uint8_t* mine = next->data + next->panels * thread / pool_.active() * next->panel_bytes;
     for (int64_t at = 0; at < std::min(kFetch, next->panel_bytes); at += 64) __builtin_prefetch(mine + at, 0, 2);
 }

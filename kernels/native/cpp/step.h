@@ -1,4 +1,4 @@
-// One step: every thread runs the same plan and meets the others at barriers.
+// One step: every thread runs the same plan and waits for the others at barriers.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -14,33 +14,33 @@ struct RowSequence {  // the rows of a sequence in a row set
     const int32_t* table;  // its block table
 };
 
-// A stretch of attention work: some rows of a sequence over all partitions, or one row over one of them.
+// A unit of attention work: some rows of a sequence over all partitions, or one row over one partition.
 struct Unit {
     const int32_t* table;
     int64_t row0, rows;
     int partition;  // -1: all
     int partitions;
-    int64_t partial0;  // index of the row's first partial result, where partitions are apart
+    int64_t partial0;  // index of the row's first partial result, if partitions are separate units
 };
 
 // Rows that run through the same layers.
 struct RowSet {
-    std::vector<int32_t> contexts;  // [rows] positions that a row sees, itself included
+    std::vector<int32_t> contexts;  // [rows] positions up to the row's own, which is included
     std::vector<int64_t> slots;     // [rows]
     std::vector<int32_t> adapters;  // [rows] member, -1 for none
     std::vector<RowSequence> sequences;
     std::vector<Unit> units;
-    std::vector<int64_t> writes;  // first rows of stretches whose keys and values one thread writes, then rows()
+    std::vector<int64_t> writes;  // first rows of runs whose keys and values one thread writes, then rows()
     int64_t num_partials = 0;
     int64_t rows() const { return int64_t(contexts.size()); }
 };
 
-// The trunk over all rows, or one member's tail over those that it sees.
+// The trunk over all rows, or one member's tail over the rows of its sequences.
 struct Segment {
     int first_layer, last_layer;
-    int member;                    // whose final norm follows; -1 if none does
+    int member;                    // the member whose final norm follows; -1: none
     std::vector<int32_t> source;   // [all.rows] row of the batch
-    RowSet all, needed;            // needed: the rows that are asked for, all that the last layer has to finish
+    RowSet all, needed;            // needed: the rows that are outputs; the last layer finishes only these
     std::vector<int32_t> outputs;  // [needed.rows] row of `all`
     std::vector<int32_t> targets;  // [needed.rows] row of the result
 };
@@ -51,17 +51,17 @@ public:
     void execute();
 
 private:
-    struct Scratch {  // of one thread
+    struct Scratch {  // work space of one thread
         ActivationStore activations;
         float* row;        // a normed row
-        float* head;       // a head, roped
+        float* head;       // a head, rotated
         uint32_t* packed;  // [chunk][head size / 2][queries of the chunk]
         float* steps;      // [queries], see AttendArgs
         int32_t* starts;
         float *outs, *later;  // [queries][head size]
         float *maxima, *sums, *later_maxima, *later_sums;
-        std::vector<int64_t> blocks;  // offsets in a layer's cache of what the thread will attend to
-        PrefetchList prefetch_list;   // those of the next layer that it has not fetched yet
+        std::vector<int64_t> blocks;  // offsets in a layer's cache of the blocks that the thread will attend to
+        PrefetchList prefetch_list;   // blocks of the next layer that are not prefetched yet
     };
 
     void add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences);
@@ -74,13 +74,13 @@ private:
 
     Activations prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
                         const std::vector<float>& weight, const std::vector<float>& bias, int thread);
-    struct Output {  // of a linear layer: [rows][ld]; quantised as well if `quantise_to` is set
+    struct Output {  // of a linear layer: [rows][ld]; also quantised if `quantise_to` is set
         float* to;
         int64_t ld;
         Epilogue epilogue;
         Activations* quantise_to = nullptr;
     };
-    // `next`: the weights that are used after these.
+    // `next`: the weights that are used after `w`, or null.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
     static int first_partition(int32_t context, int32_t window);
     void collect_blocks(const RowSet& set, int32_t window, int thread);
@@ -109,7 +109,7 @@ private:
     Pool& pool_;
     float* hidden_;
     const int64_t q_size_, kv_size_, qkv_ld_;
-    const int group_;  // query heads of a KV head
+    const int group_;  // query heads per KV head
     const Norm norm_;
     int64_t partial_size_;
     std::vector<Segment> segments_;

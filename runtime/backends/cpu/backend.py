@@ -1,8 +1,8 @@
-"""`CpuBackend`: a bundle on the native kernels of `kernels/cpu`, the default on x86-64.
+"""`CpuBackend`: a bundle on the native kernels of `kernels/native`, the default if they were built.
 
-A step is one native call: the whole packed batch (trunk once, each tail over its rows, low-rank adapters per row), the head
-over the mixes that are sampled, and a token for each sample. The KV cache is paged. A row's result has the same bits
-whatever else is in the batch, however its prompt was cut, and with any number of threads.
+A step is one native call. It computes the whole packed batch (the trunk once, each tail over its rows, low-rank
+adapters per row), the head over the mixed rows, and one token per sample. The KV cache is paged. A row's result has
+the same bits whatever else is in the batch, however its prompt was cut, and with any number of threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ F32 = npt.NDArray[np.float32]
 
 
 class CpuBackend:
-    """`Backend` over native kernels. `num_blocks`: as many as `max_num_seqs` sequences of `max_model_len` need."""
+    """`Backend` over the native kernels. It has as many blocks as `max_num_seqs` sequences of `max_model_len`
+    positions need.
+
+    `isa` chooses an instruction set (default: the best that this CPU has). Raises `ConfigError`, `BundleError`,
+    `UnavailableError` (see `_load`).
+    """
 
     name = "cpu"
     kv_dtype: str
@@ -60,11 +65,11 @@ class CpuBackend:
         return BLOCK_SIZE
 
     def close(self) -> None:
-        """Give the native memory back."""
+        """Free the native memory and threads."""
         self._model.close()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the native parts since the last call: linears, attention, head, other."""
+        """Seconds spent since the last call in linears, attention, head and other."""
         return self._model.seconds()
 
     def step(self, batch: Batch) -> StepOutput:
@@ -101,8 +106,8 @@ class CpuBackend:
         return merge_outputs([(fused, output), (others, rest)])
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
-        """Logits [S, vocab] of `member` at every position of one sequence. Takes the first blocks: only while nothing
-        runs."""
+        """Logits [S, vocab] of `member` at every position of one sequence (see `Backend.score`). Raises `ConfigError`
+        for more tokens than the cache holds."""
         count = len(token_ids)
         blocks = -(-count // BLOCK_SIZE)
         if blocks > self._num_blocks:
@@ -124,10 +129,10 @@ class CpuBackend:
 
 
 def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None) -> NativeModel:
-    """Pack a bundle's tensors. Raises `BundleError` for a missing or misshapen tensor,
-    `UnavailableError` for sizes that the kernels do not have."""
+    """Pack a bundle's tensors into a native model. Raises `BundleError` for a tensor that is missing or has another
+    shape, `UnavailableError` for sizes that the kernels do not support."""
     decoder = bundle.config
-    members = bundle.members if len(bundle.members) > 1 else ()  # that have a final norm each, and perhaps layers
+    members = bundle.members if len(bundle.members) > 1 else ()  # each has its own final norm, perhaps layers
     split = bundle.split_layer
     model = NativeModel(
         ModelConfig(
@@ -178,17 +183,17 @@ def _open_weights(path: Path) -> Any:
 
 
 class _Loader:
-    """Moves tensors from the weights file into a native model. A member's own tensor goes before the base's."""
+    """Moves tensors from the weights file into a native model. A member's own tensor is preferred to the base's."""
 
     def __init__(self, model: NativeModel, file: Any, bundle: Bundle) -> None:
         self._model = model
         self._file = file
         self._bundle = bundle
         self._tensors = stored_tensors(bundle.path / WEIGHTS)
-        self._places: dict[tuple[LinearKind, str], int] = {}  # stored weight → layer that holds it already
+        self._places: dict[tuple[LinearKind, str], int] = {}  # (kind, stored name) → layer that has it already
 
     def shared(self, layout: Layout) -> None:
-        """What all members share: head, embedding and the tables of positions."""
+        """Load what all members share: head, embedding and the tables of positions."""
         self.linear(LinearKind.HEAD, 0, layout.head, None)
         if layout.head != EMBEDDING:
             self.linear(LinearKind.EMBEDDING, 0, EMBEDDING, None)
@@ -199,7 +204,7 @@ class _Loader:
             self.vector(Vector.SIN, 0, SIN, None)
 
     def layer(self, target: int, layer: Layer, member: str | None) -> None:
-        """A layer of the decoder, as `member` has it, becomes the model's layer `target`."""
+        """Load a layer of the decoder, as `member` has it, as the model's layer `target`."""
         for which, linear in zip(_LINEARS, layer.linears, strict=True):
             bias = f"{linear.name}.bias" if linear.bias else None
             self.linear(which, target, f"{linear.name}.weight", member, bias)
@@ -224,7 +229,7 @@ class _Loader:
         self._places[which, stored] = target
 
     def norm(self, vectors: tuple[Vector, ...], index: int, norm: Norm, member: str | None) -> None:
-        """`vectors`: of its weight, and of its bias if it may have one."""
+        """`vectors`: the model's places for its weight and, if it may have one, its bias."""
         for vector, name in zip(vectors, norm.tensors):
             self.vector(vector, index, name, member)
 

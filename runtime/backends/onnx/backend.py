@@ -1,11 +1,11 @@
-"""`OnnxBackend`: a bundle's graphs on ONNX Runtime, on its CPU provider or, if asked, on CUDA's.
+"""`OnnxBackend`: a bundle's graphs on ONNX Runtime, with its CPU provider or with the CUDA provider.
 
-A step runs each prefill chunk at batch 1 and all decode rows as one batch: the trunk once, each tail over the rows that
-want it, then one head over the rows that are sampled. In `logits` space the members' hidden states are mixed before the
-head (the head is shared and linear), in `probs` space every member has its own head row.
+A step runs each prefill chunk at batch 1 and all decode rows as one batch: the trunk once, each tail over its rows,
+then one head over the rows that are sampled. In `logits` space the members' hidden states are mixed before the head,
+which is shared and linear; in `probs` space every member has its own head row.
 
-Past and present keys and values are one bound buffer, so nothing is copied from step to step; a decode batch of the same
-size as the last one binds nothing at all.
+Past and present keys and values are one bound buffer, so nothing is copied from step to step. The bindings of each
+decode batch size are made once and reused.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _pool_threads: int | None = None
 
 
 def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort.InferenceSession:
-    """A session on a graph (path or bytes). All graphs of a process share one thread pool: with a pool each, the
-    spinning threads of one graph take the cores from the next. `provider`: cpu or cuda; what CUDA has no kernel for
-    (attention in float32) runs on the CPU. Raises `UnavailableError` for a second pool size,
-    `MissingPackageError` without CUDA."""
+    """A session on a graph (path or bytes). All graphs of a process share one thread pool: if each had its own, the
+    spinning threads of one graph would take the cores from the next. `provider`: cpu or cuda; operators without a
+    CUDA kernel (attention in float32) run on the CPU. Raises `UnavailableError` if the process already uses another
+    number of threads, `MissingPackageError` if ONNX Runtime has no CUDA provider."""
     global _pool_threads
     if provider == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise MissingPackageError(
@@ -69,7 +69,8 @@ def _bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.Infe
 
 
 class GraphRunner:
-    """One graph with its slots. Rows in: token ids or hidden states; rows out: hidden states [B, S, hidden]."""
+    """One graph and its slots. Its input rows are token ids or hidden states, its output hidden states [B, S,
+    hidden]."""
 
     def __init__(self, session: ort.InferenceSession, bundle: Bundle, num_slots: int, slot_size: int) -> None:
         config = bundle.config
@@ -86,7 +87,7 @@ class GraphRunner:
         self._decode_bindings: dict[int, ort.IOBinding] = {}
 
     def prefill(self, block: int, rows: npt.NDArray[Any], start: int) -> F32:
-        """Run rows [S] or [S, hidden] of one sequence at positions start…; hidden states [S, hidden]."""
+        """Run rows [S] or [S, hidden] of one sequence, from position `start` on. Returns hidden states [S, hidden]."""
         size = len(rows)
         inputs = self._new_inputs(1, size)
         self._fill(inputs, rows[None], np.array([start + size], np.int32), np.arange(start, start + size)[None])
@@ -97,7 +98,8 @@ class GraphRunner:
         return np.asarray(output[0])
 
     def decode(self, blocks: Sequence[int], rows: npt.NDArray[Any], context_lens: npt.NDArray[np.int32]) -> F32:
-        """Run one row a sequence, [B] or [B, hidden]; `context_lens` [B] count it. Hidden states [B, hidden]."""
+        """Run one row per sequence, [B] or [B, hidden]; `context_lens` [B] include it. Returns hidden states [B,
+        hidden]."""
         slots = self.cache.compact(blocks)
         size = len(blocks)
         in_slot_order = np.argsort(slots)
@@ -157,10 +159,10 @@ class GraphRunner:
 
 
 class OnnxBackend:
-    """`Backend` over a bundle's ONNX graphs. A block is as long as the context and lies in one slot of each graph.
+    """`Backend` over a bundle's ONNX graphs. A block is as long as the context, and has one slot in each graph's cache.
 
-    Raises `ConfigError` for a bundle without graphs, and for one with low-rank members: a graph has one set of weights for
-    all of its rows.
+    Raises `ConfigError` for a bundle without graphs, and for one with low-rank members: all rows of a graph use the
+    same weights. Raises `BundleError` for a damaged graph.
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
@@ -203,18 +205,19 @@ class OnnxBackend:
 
     name = "onnx"
     kv_dtype = "float32"
-    can_sample_prefill = False  # a chunk goes through the graphs alone, without the head
+    can_sample_prefill = False  # a prefill chunk runs alone, and without the head
 
     @property
     def can_verify(self) -> bool:
-        """No: several rows of a sequence run other kernels of ONNX Runtime than one, which round differently."""
+        """False: for several rows of a sequence ONNX Runtime uses other kernels than for one, and they round
+        differently."""
         return False
 
     def close(self) -> None:
-        """Nothing to give back: sessions and arrays end with the object."""
+        """Nothing to do: sessions and arrays are freed with the object."""
 
     def seconds(self) -> dict[str, float]:
-        """Empty: ONNX Runtime does not say what its parts take."""
+        """Empty: ONNX Runtime does not report the times of its parts."""
         return {}
 
     def step(self, batch: Batch) -> StepOutput:
@@ -232,7 +235,8 @@ class OnnxBackend:
         return sample_rows(logits, plan.mixes, batch.samples)
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
-        """Logits [S, vocab] of `member` at every position of one sequence. Takes block 0: only while nothing runs."""
+        """Logits [S, vocab] of `member` at every position of one sequence (see `Backend.score`). It overwrites block
+        0."""
         tokens = np.asarray(token_ids, np.int64)
         hidden = self._trunk.prefill(0, tokens, 0)
         tails = self._tails[member : member + 1]
@@ -276,7 +280,7 @@ class OnnxBackend:
                 hidden[int(batch.cu_seqlens_q[decoding[i]]), member] = row
 
     def _logits(self, hidden: F32) -> F32:
-        """[R, vocab] of hidden states [R, hidden]."""
+        """Logits [R, vocab] of hidden states [R, hidden]."""
         if not len(hidden):
             return np.empty((0, 0), np.float32)
         return np.asarray(self._head.run(None, {"hidden_states": hidden})[0])

@@ -1,9 +1,10 @@
 """The forward pass of the torch backend: flat rows of any sequences through the trunk, then through the tails.
 
-    residual  [rows, H] float32          branch  [splits, rows, H], what the next norm adds to it
+    residual  [rows, H] float32          branch  [splits, rows, H], added to it by the next norm
 
-Every op has two forms with one signature: Triton kernels (`kernels.gpu`) and the eager oracle (`kernels.eager`); this file
-does not know which it runs. It looks at no value on the device, so it can be captured in a CUDA graph.
+Every op exists twice with the same signature: as a Triton kernel (`kernels.triton.ops`) and in the eager oracle
+(`kernels.oracle.eager`). This file works with either. It reads no value on the device, so it can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .weights import LayerWeights, LinearLayer, ModelWeights, Norm
 
 Tensor = torch.Tensor
 
-HEAD_ROWS = 32  # hidden states a head call: with what their rounding left over, as many rows as the small matmul takes
+HEAD_ROWS = 32  # hidden states per head call: with their remainders, as many rows as the small matmul accepts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class RowInputs:
     def of(
         cls, device: Mapping[str, Tensor], tables: Tensor, *, max_length: int, max_chunk: int, prefix: str = ""
     ) -> RowInputs:
-        """From uploaded arrays, under the names of `RowPlan.arrays` with a prefix."""
+        """Made from uploaded arrays, which have the names of `RowPlan.arrays` with a prefix."""
 
         def get(name: str) -> Tensor:
             return device[prefix + name]
@@ -58,7 +59,7 @@ class RowInputs:
 
 
 class Forward:
-    """The model over one paged cache."""
+    """A model and its paged KV cache."""
 
     def __init__(
         self, config: DecoderConfig, weights: ModelWeights, cache: PagedCache, ops: ModuleType, dtype: torch.dtype
@@ -75,16 +76,16 @@ class Forward:
         rows: RowInputs,
         tails: Sequence[tuple[int, Tensor | None, RowInputs]],
     ) -> Tensor:
-        """Normed hidden states of every tail's rows, one tail after the other, [Σ rows, H].
+        """Normed hidden states [Σ rows, H] of every tail's rows, one tail after the other.
 
-        token_ids [rows] int32. tails: (tail, flat rows it runs over or None for all of them, these rows' inputs).
+        token_ids [rows] int32. tails: (tail, the flat rows that it runs over, None for all; the inputs of these rows).
         """
         weights, eps = self._weights, self._config.norm_eps
         residual, branch = self._embed(token_ids, rows.positions), None
         for layer, cache in zip(weights.trunk, self._cache.trunk, strict=True):
             branch = self._layer(layer, cache, residual, branch, rows)
         if len(tails) > 1 or tails[0][1] is not None:
-            # The trunk's last branch joins the stream before the stream is copied; added as a norm would, for equal bits.
+            # Add the trunk's last branch before the residual is copied, with the norms' op, so that the bits are equal.
             norm = weights.tails[tails[0][0]].norm
             self._ops.residual_norm(branch, residual, norm.weight, norm.bias, eps, self._dtype)
             branch = None
@@ -93,7 +94,7 @@ class Forward:
     def _tail(
         self, tail: int, residual: Tensor, branch: Tensor | None, index: Tensor | None, rows: RowInputs
     ) -> Tensor:
-        if branch is None:  # others read the stream too
+        if branch is None:  # other tails read the residual too
             residual = residual.clone() if index is None else residual.index_select(0, index)
         own = self._weights.tails[tail]
         for layer, cache in zip(own.layers, self._cache.tails[tail], strict=True):
@@ -103,8 +104,8 @@ class Forward:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 of mixed hidden states [rows, H] float32.
 
-        A mix is not a number of the model's dtype: it goes in as its rounding and the rest. Few rows at a time, because
-        that is how the logits of a row do not depend on how many others are asked for.
+        A mix is not exact in the model's dtype, so it goes in as two rows, its rounding and the remainder. At most
+        `HEAD_ROWS` rows are computed at once, so that the logits of a row do not depend on how many others there are.
         """
         pieces = []
         for part in torch.split(hidden, HEAD_ROWS):
@@ -131,7 +132,7 @@ class Forward:
     def _layer(
         self, layer: LayerWeights, cache: LayerCache, residual: Tensor, branch: Tensor | None, rows: RowInputs
     ) -> Tensor:
-        """One layer; returns its last branch, which is not in the stream yet."""
+        """Run one layer. Returns its last branch, which is not yet added to the residual."""
         config, ops, tiles = self._config, self._ops, rows.tiles
         qkv = self._linear(self._norm(layer.attention_norm, residual, branch), layer.qkv, tiles)
         tables = self._weights.rotary
@@ -162,7 +163,7 @@ class Forward:
 
 
 def _rows_of(table: LinearWeight, token_ids: Tensor) -> Tensor:
-    """Rows of an embedding [tokens, H] float32; dense or 8 bits."""
+    """Rows of an embedding, dense or 8 bits, as [tokens, H] float32."""
     rows = table.values.index_select(0, token_ids).float()
     if table.scales is None:
         return rows

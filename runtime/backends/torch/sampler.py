@@ -1,14 +1,14 @@
-"""Mix and sample on the device, for the torch backend: hidden states in, one `StepOutput` out, one read by the host.
+"""Mix and sample on the device, for the torch backend: from hidden states to one `StepOutput`. The host waits once.
 
-A sample takes one of three ways:
+A sample is drawn in one of three ways:
 
-    fused    one row before a linear head, no truncation, no edits, no alternatives asked for: `mix_head_sample`, no logits
-             in memory
+    fused    one row before a linear head, no truncation, no edits, no top log-probabilities: `mix_head_sample`, which
+             writes no logits to memory
     logits   head rows (see `plan_head`), then `mix_sample`
-    host     a truncation rule that the ops do not have: head rows, read by the host, which samples as other backends do
+    host     a truncation rule that the ops do not have: the host reads the head rows and samples as other backends do
 
-Edits change few logits, but of the *mixed* row, and log-probabilities are of the row before them: such samples have their
-mixed row written out. Same results as `runtime.sampling.host` to float32.
+Edits apply to the *mixed* row, and log-probabilities are those of the mixed row before edits. So for samples with
+either, the mixed row is written to memory. Results equal those of `runtime.sampling.host` up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NO_TOKEN = "the logits hold NaN or leave no token to choose"
 
 
 @dataclass(slots=True)
-class _Found:
-    """Device tensors that the host reads together at the end of a step, for samples `index`."""
+class _DeviceResult:
+    """Results of the samples `index` on the device, which the host reads together at the end of a step."""
 
     index: list[int]
     tokens: Tensor  # [B] int32
     logprobs: Tensor  # [B]
-    top_index: list[int] = field(default_factory=list)  # samples whose best tokens are asked for
+    top_index: list[int] = field(default_factory=list)  # samples that request top log-probabilities
     top_values: Tensor | None = None  # [T, n] log-probabilities
     top_tokens: Tensor | None = None  # [T, n]
     member_index: list[tuple[int, int]] = field(default_factory=list)  # (sample, number of terms)
@@ -49,8 +49,8 @@ class _Found:
 
 
 class TorchSampler:
-    """`head` yields logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`). Where they are no more than
-    the product with `head_weight`, it is linear."""
+    """`head` returns logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`). `linear_head`: they
+    are just the product with `head_weight`."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class TorchSampler:
         self._linear_head = linear_head
 
     def sample(self, hidden: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
-        """One token a sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]`, none with coefficient 0; a
-        sample without terms is left out (its error is known already)."""
+        """Draw one token per sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]`, none with
+        coefficient 0. A sample without terms is skipped: its error is already known."""
         on_device, on_host = split_fused(samples, FUSED_RULES)
         fused = [i for i in on_device if terms[i] and self._is_fused(terms[i], samples[i])]
         others = [i for i in on_device if terms[i] and not self._is_fused(terms[i], samples[i])]
@@ -92,23 +92,23 @@ class TorchSampler:
 
     def _sample_fused(
         self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
-    ) -> _Found:
+    ) -> _DeviceResult:
         chosen = [samples[i] for i in index]
         arrays = _mixture_arrays([terms[i] for i in index], "") | _draw_arrays(chosen)
         device = Packed.of(arrays, self._device).device
         flags = torch.zeros(len(index), dtype=torch.int32, device=self._device)
         mixture = Mixture(device["starts"], device["rows"], device["coefficients"], flags, any_probs=False)
         tokens, logprobs = self._ops.mix_head_sample(hidden, self._head_weight, mixture, _draw(device, chosen))
-        return _Found(index, tokens, logprobs)
+        return _DeviceResult(index, tokens, logprobs)
 
     def _sample_logits(
         self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
-    ) -> _Found:
+    ) -> _DeviceResult:
         chosen = [samples[i] for i in index]
         plan = plan_head([terms[i] for i in index], chosen, self._linear_head)
         written = [i for i, sample in enumerate(chosen) if not sample.edits.is_empty or sample.sampling.logprobs]
         draw_terms = list(plan.mixes)
-        for place, i in enumerate(written):  # these draw from a written row, which lies behind the head's
+        for place, i in enumerate(written):  # these draw from a written row, which follows the head's rows
             draw_terms[i] = [(len(plan.rows) + place, 1.0)]
         is_probs = [int(len(draw_terms[i]) > 1 and sample.space is Space.PROBS) for i, sample in enumerate(chosen)]
         device = Packed.of(
@@ -127,7 +127,7 @@ class TorchSampler:
             device["starts"], device["rows"], device["coefficients"], device["is_probs"], any_probs=any(is_probs)
         )
         tokens, logprobs = self._ops.mix_sample(rows, mixture, _draw(device, chosen))
-        found = _Found(index, tokens, logprobs)
+        found = _DeviceResult(index, tokens, logprobs)
         if written:
             self._alternatives(found, mixed, written, chosen)
         self._member_logprobs(found, logits, plan.mixes, chosen)
@@ -143,14 +143,14 @@ class TorchSampler:
         return sample_rows(logits, plan.mixes, chosen)
 
     def _head_logits(self, hidden: Tensor, device: dict[str, Tensor]) -> Tensor:
-        """Logits [head rows, vocab] of the mixtures "head_" on the device."""
+        """Logits [head rows, vocab] of the mixtures that `device` holds with the prefix "head_"."""
         starts = device["head_starts"]
         flags = torch.zeros(len(starts) - 1, dtype=torch.int32, device=self._device)
         mixture = Mixture(starts, device["head_rows"], device["head_coefficients"], flags, any_probs=False)
         return self._head(self._ops.mix_rows(hidden, mixture))
 
     def _mixed_rows(self, logits: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> Tensor:
-        """The mixed row of each sample written out, [W, vocab] float32."""
+        """The mixed rows of the samples, [W, vocab] float32."""
         mixed = logits.new_empty(len(terms), logits.shape[1])
         for target, own, sample in zip(mixed, terms, samples, strict=True):
             if is_single(own):
@@ -163,7 +163,7 @@ class TorchSampler:
         return mixed
 
     def _edit(self, mixed: Tensor, samples: Sequence[SampleRow]) -> Tensor:
-        """Edited mixed rows [W, vocab] (see `Edits`), all in one gather and one scatter."""
+        """Apply the samples' edits to their mixed rows [W, vocab], with one gather and one scatter."""
         edits = [sample.edits for sample in samples]
         sizes = [len(one.ids) for one in edits]
         masked = [row for row, one in enumerate(edits) if one.mask is not None]
@@ -191,8 +191,10 @@ class TorchSampler:
             edited[device["masked"]] = edited[device["masked"]].masked_fill(allowed == 0, float("-inf"))
         return edited
 
-    def _alternatives(self, found: _Found, mixed: Tensor, written: list[int], samples: Sequence[SampleRow]) -> None:
-        """Log-probabilities of written rows: of the token, before edits, and the best ones."""
+    def _alternatives(
+        self, found: _DeviceResult, mixed: Tensor, written: list[int], samples: Sequence[SampleRow]
+    ) -> None:
+        """Log-probabilities of written rows before edits: of the drawn token and of the most probable ones."""
         lse = mixed.logsumexp(-1)
         where = Packed.of({"written": np.array(written, np.int64)}, self._device).device["written"]
         tokens = found.tokens[where].long().clamp_min(0)
@@ -204,7 +206,7 @@ class TorchSampler:
             found.top_values, found.top_tokens = best.values - lse[:, None], best.indices
 
     def _member_logprobs(
-        self, found: _Found, logits: Tensor, row_terms: Sequence[Terms], samples: Sequence[SampleRow]
+        self, found: _DeviceResult, logits: Tensor, row_terms: Sequence[Terms], samples: Sequence[SampleRow]
     ) -> None:
         asked = [i for i, sample in enumerate(samples) if sample.sampling.member_logprobs]
         if not asked:
@@ -220,7 +222,7 @@ class TorchSampler:
 
     # ---- the one read ------------------------------------------------------------------------------------------------
 
-    def _read(self, found: list[_Found], samples: Sequence[SampleRow]) -> StepOutput:
+    def _read(self, found: list[_DeviceResult], samples: Sequence[SampleRow]) -> StepOutput:
         tensors = [
             t
             for part in found
@@ -281,13 +283,13 @@ def _draw(device: dict[str, Tensor], samples: Sequence[SampleRow]) -> Draw:
 
 
 def _best(values: npt.NDArray[np.generic], ids: npt.NDArray[np.generic], count: int) -> list[tuple[int, float]]:
-    """The `count` best, best first, the lower id first among equals."""
+    """The `count` most probable tokens, best first; of equal ones the lower id first."""
     pairs = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
     return [(int(token_id), float(value)) for token_id, value in pairs[:count]]
 
 
 def _to_host(tensors: Sequence[Tensor | None], device: torch.device) -> list[npt.NDArray[np.generic] | None]:
-    """All copies are under way before the host waits, once."""
+    """Copy to the host. All copies are started before the host waits, once."""
     copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -1,7 +1,8 @@
-"""A bundle's tensors as the torch backend uses them: on the device, in its dtype, stacked where kernels want it.
+"""A bundle's tensors as the torch backend uses them: on the device, in its dtype, stacked if the kernels need it.
 
-Quantised weights stay as they are stored ("stored"), or are widened once ("dense": for a CPU, where widening at every step
-would be all that it does). A bundle's 4-bit group-sum columns and whole zero points become one minimum a group:
+Quantised weights are kept as they are stored, or widened once when they are loaded (on a CPU, where widening at every
+step would take most of the time). A bundle's 4-bit group-sum columns and whole zero points become one minimum per
+group:
 
     minimum = −zero_point · scale + group-sum column        w = q · scale + minimum
 """
@@ -45,7 +46,7 @@ def linear_weight(values: Array, scales: Array, zero_points: Array | None) -> Li
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how tensors are kept. `keep_quantised` False: widened to `dtype`."""
+    """Where and how tensors are kept. If `keep_quantised` is False, quantised weights are widened to `dtype`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -58,7 +59,7 @@ class Placement:
         bias = None if weight.bias is None else weight.bias.float().to(self.device)
         if weight.scales is None or not self.keep_quantised:
             return LinearWeight(self.dense(dequantise(weight)), bias=bias)
-        # float16 on a GPU: 11 bits of a scale are more than 8-bit values need, and it halves what a step reads of them
+        # float16 on a GPU: 11 bits are more than 8-bit values need, and a step reads half as many bytes of scales
         kind = torch.float32 if self.dtype is torch.float32 else torch.float16
         scales = [None if t is None else t.to(kind).to(self.device) for t in (weight.scales, weight.minima)]
         return LinearWeight(weight.values.to(self.device), scales[0], scales[1], bias)
@@ -67,12 +68,12 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Norm:
     weight: Tensor  # [size] float32
-    bias: Tensor | None  # of a layer norm
+    bias: Tensor | None  # [size] float32, layer norms only
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
-    """A fused projection and its low-rank updates, if any member has one here."""
+    """A fused projection, and the members' low-rank updates of it if there are any."""
 
     weight: LinearWeight
     adapter: AdapterWeight | None
@@ -82,18 +83,18 @@ class LinearLayer:
 class LayerWeights:
     attention_norm: Norm
     qkv: LinearLayer
-    head_norms: tuple[Tensor, Tensor] | None  # of query and key heads
+    head_norms: tuple[Tensor, Tensor] | None  # weights [head_size] of the norms of query and key heads
     out: LinearLayer
     mlp_norm: Norm
     up: LinearLayer
-    gated: bool  # up is gate and up, for SwiGLU; else GELU
+    gated: bool  # True: `up` is gate and up, SwiGLU; False: GELU
     down: LinearLayer
     window: int | None = None  # positions that a row attends to, itself included; None: all before it
 
 
 @dataclass(frozen=True, slots=True)
 class TailWeights:
-    """Layers from the split on, and the final norm."""
+    """The layers from the split on, and the final norm."""
 
     layers: Sequence[LayerWeights]
     norm: Norm
@@ -101,8 +102,8 @@ class TailWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All of a bundle. `tail_of[member]` indexes `tails`: members without layers of their own share the base's.
-    `adapter_of[member]` indexes the stacked low-rank updates, -1 for none."""
+    """All weights of a bundle. `tail_of[member]` is an index into `tails`: members without layers of their own share
+    the base's. `adapter_of[member]` is an index into the stacked low-rank updates, -1 for none."""
 
     embedding: LinearWeight
     position_embedding: Tensor | None
@@ -115,7 +116,7 @@ class ModelWeights:
 
     @property
     def num_bytes(self) -> int:
-        """What one decode step with every tail reads."""
+        """Bytes of weights that a decode step with every tail reads."""
         layers = [*self.trunk, *(layer for tail in self.tails for layer in tail.layers)]
         linears = [linear.weight for layer in layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
         return sum(weight.num_bytes for weight in (*linears, self.head))
@@ -132,7 +133,7 @@ def load_weights(bundle: Bundle, placement: Placement) -> ModelWeights:
 
 
 class ModelReader:
-    """From named arrays (`model.stored`) to `ModelWeights`."""
+    """Makes `ModelWeights` from named arrays (see `model.stored`)."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class ModelReader:
         return Norm(weight, bias[0] if bias else None)
 
     def _linear(self, linear: layout.Linear, member: str | None) -> LinearLayer:
-        adapters = [] if member else self._adapters  # a low-rank update is of the base
+        adapters = [] if member else self._adapters  # low-rank updates belong to the base's layers only
         bias = f"{linear.name}.bias" if linear.bias else None
         weight = self._linear_weight(f"{linear.name}.weight", bias, member)
         return LinearLayer(weight, self._adapter(linear.name, adapters))
@@ -218,7 +219,8 @@ class ModelReader:
         return self._placement.linear(LinearWeight(found.values, found.scales, found.minima, bias))
 
     def _adapter(self, name: str, members: Iterable[str]) -> AdapterWeight | None:
-        """The members' low-rank updates of one module, padded to the largest rank; zeros for who has none here."""
+        """The members' low-rank updates of one module, padded to the largest rank. A member without an update has
+        zeros."""
         pairs = [
             tuple(self._tensors.get(own_name(member, f"{name}.{half}")) for half in ("lora_a", "lora_b"))
             for member in members
@@ -244,7 +246,8 @@ class ModelReader:
         return found
 
     def _exact(self, name: str, member: str | None) -> Tensor:
-        """In float32, whatever the model's dtype: small, and outlier channels are moved into norms."""
+        """A tensor in float32, whatever the model's dtype: norms are small, and equalisation moves outlier channels
+        into them."""
         return torch.from_numpy(self._array(name, member)).float().to(self._placement.device)
 
     def _dense(self, name: str) -> Tensor:

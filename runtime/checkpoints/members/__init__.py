@@ -1,1 +1,1 @@
-"""Checkpoints of members: a tail, a low-rank adapter."""
+"""Checkpoints of members: tails and low-rank adapters."""

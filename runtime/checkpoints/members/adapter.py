@@ -1,11 +1,11 @@
-"""The adapter checkpoint (LoRA, Hu et al. 2021): adapter.safetensors and its manifest, adapter.json.
+"""The adapter checkpoint (LoRA, Hu et al. 2021): adapter.safetensors and its manifest adapter.json.
 
 For every adapted linear layer, under its canonical module name (`model.layers.0.self_attn.q_proj` …):
 
     <module>.lora_a   [rank, K] float32
     <module>.lora_b   [N, rank] float32, with the scale alpha / rank folded in
 
-so that y = W x + B (A x), and W + B A is the merged weight. No pickle, no code; safe to load.
+The layer computes y = W x + B (A x); the merged weight is W + B A. The files hold no pickle and no code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .files import MemberFormat
 def write_adapter(
     out: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor], files: Mapping[str, str] | None = None
 ) -> None:
-    """Write an adapter directory, as a whole or not at all. Raises `ConfigError` if `out` is something else already."""
+    """Write an adapter directory, as a whole or not at all. Raises `ConfigError` if `out` exists and is something
+    else."""
     ADAPTER.write(out, manifest, {name: tensor.float() for name, tensor in weights.items()}, files)
 
 
@@ -49,7 +50,7 @@ def adapted_modules(weights: Mapping[str, Any]) -> list[str]:
 
 
 def check_shapes(weights: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Raises `BundleError` unless every pair fits its linear layer in `base` (canonical names → arrays [N, K])."""
+    """Raises `BundleError` unless every pair fits its linear layer in `base` (canonical name → array [N, K])."""
     for module in adapted_modules(weights):
         a, b, weight = weights[f"{module}.lora_a"], weights[f"{module}.lora_b"], base.get(f"{module}.weight")
         if weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
@@ -61,7 +62,7 @@ def check_shapes(weights: Mapping[str, Any], base: Mapping[str, Any]) -> None:
 
 
 def merge(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Only the changed weights: W + B A, float32. Raises `BundleError` if the adapter does not fit."""
+    """The changed weights W + B A, and no others, in float32. Raises `BundleError` if the adapter does not fit."""
     check_shapes(adapter, base)
     return {
         f"{module}.weight": base[f"{module}.weight"].float() + adapter[f"{module}.lora_b"] @ adapter[f"{module}.lora_a"]
@@ -73,7 +74,7 @@ ADAPTER = MemberFormat(MemberKind.ADAPTER, 1, check=adapted_modules, merged=merg
 
 
 class AdapterLinear(nn.Module):
-    """y = W x + B (A x): an adapter beside its frozen layer."""
+    """A frozen linear layer with an adapter: y = W x + B (A x)."""
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class AdapterLinear(nn.Module):
 
 
 def attach(decoder: Decoder, adapter: Mapping[str, Tensor]) -> Decoder:
-    """Put an adapter beside the layers of `decoder`, in place. Raises `BundleError` if it does not fit."""
+    """Add an adapter to the layers of `decoder`, in place. Raises `BundleError` if it does not fit."""
     check_shapes(adapter, dict(decoder.named_parameters()))
     for module in adapted_modules(adapter):
         parent, _, name = module.rpartition(".")
@@ -101,8 +102,8 @@ def attach(decoder: Decoder, adapter: Mapping[str, Tensor]) -> Decoder:
 def random_adapter(
     decoder: Decoder, targets: tuple[str, ...] | None, rank: int, *, seed: int, scale: float
 ) -> dict[str, Tensor]:
-    """An untrained adapter whose B is not zero: for tests and for timing. B A x is about `scale` · |x|. `targets` None:
-    every projection."""
+    """A random adapter, for tests and for timing. B A x has about the size `scale` · |x|. `targets`: short names of
+    projections; None: all. Raises `ConfigError`."""
     known = decoder_layout(decoder.config).targets
     targets = known if targets is None else targets
     unknown = sorted(set(targets) - set(known))

@@ -1,4 +1,4 @@
-"""What a tail and an adapter on disk have in common: one safetensors file, one JSON manifest, written as a whole."""
+"""`MemberFormat`: a member on disk is one safetensors file and one JSON manifest, written as a whole."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def first_layer(names: Iterable[str], num_layers: int) -> int:
-    """The first layer that tensors of these canonical names belong to; `num_layers` if they belong to none."""
+    """The first layer to which any of these tensors (canonical names) belongs; `num_layers` if there is none."""
     return min((int(name.split(".")[2]) for name in names if ".layers." in name), default=num_layers)
 
 
 @dataclass(frozen=True, slots=True)
 class MemberFormat:
-    """How a kind of member lies on disk: `<kind>.json` beside `<kind>.safetensors`.
+    """How a kind of member is stored: `<kind>.json` beside `<kind>.safetensors`.
 
-    `check` raises `BundleError` for tensors that cannot be such a member's. `merged(base, tensors)`: the whole weights that
-    the member changes.
+    `check` raises `BundleError` for tensors that such a member cannot have. `merged(base, tensors)` returns the
+    member's changed weights, whole.
     """
 
     kind: MemberKind
@@ -46,11 +46,11 @@ class MemberFormat:
         return f"{self.kind}.safetensors"
 
     def is_at(self, path: Path) -> bool:
-        """Whether the directory holds such a member, be it damaged."""
+        """Whether the directory holds such a member, intact or damaged."""
         return (path / self.manifest).is_file()
 
     def check_replaceable(self, out: Path) -> None:
-        """Raises `ConfigError` if `out` is something else already."""
+        """Raises `ConfigError` if `out` exists and is something else."""
         check_replaceable(out, self.manifest, f"{self.kind.article} {self.kind}")
 
     def write(
@@ -62,7 +62,7 @@ class MemberFormat:
     ) -> None:
         """Write the directory `out`, as a whole or not at all, with `files` (name → text) beside the weights.
 
-        Raises `ConfigError` if `out` is something else already.
+        Raises `ConfigError` if `out` exists and is something else.
         """
         with new_directory(out, self.manifest, f"{self.kind.article} {self.kind}") as work:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, work / self.weights)

@@ -1,4 +1,4 @@
-"""The formats of member checkpoints: the one list, by kind (see `MemberKind` for what a kind has of its own)."""
+"""The formats of member checkpoints, by kind. `MemberKind` says what each kind has of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tail checkpoint: a member's own last layers and final norm (tail.safetensors) and its manifest (tail.json)."""
+"""The tail checkpoint: a member's own last layers and final norm (tail.safetensors), and its manifest (tail.json)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_tail(
     weights: Mapping[str, torch.Tensor],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a tail directory, as a whole or not at all. Raises `ConfigError` if `out` is something else already."""
+    """Write a tail directory, as a whole or not at all. Raises `ConfigError` if `out` exists and is something else."""
     TAIL.write(out, manifest, weights, files)
 
 

@@ -1,4 +1,4 @@
-"""The model families: Hugging Face `config.json` → `DecoderConfig`, and how their checkpoints store it.
+"""The model families: from Hugging Face's `config.json` to `DecoderConfig`, and how their checkpoints name tensors.
 
 A new architecture is a file here, a row in `FAMILIES`, and a parity test against transformers.
 """
@@ -20,7 +20,8 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MIST
 
 
 def decoder_config(values: Json) -> DecoderConfig:
-    """`DecoderConfig` of a parsed config.json. Raises `UnsupportedModelError` for a family or option it cannot say."""
+    """`DecoderConfig` of a parsed config.json. Raises `UnsupportedModelError` for an unknown family or option,
+    `ConfigError` if a key is missing or has the wrong type."""
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedModelError(f"model family {family!r} is not supported; known are {sorted(FAMILIES)}")

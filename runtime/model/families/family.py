@@ -1,4 +1,4 @@
-"""`Family`: what Motet knows of one model family, and what the families' files are written with."""
+"""`Family`: what Motet knows about one model family, and functions that the families' files share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # not we
 class Family:
     """How a family's checkpoints are read.
 
-    `name`: config.json's `model_type`. `config` translates a parsed config.json; it raises `UnsupportedModelError` for
-    what Motet cannot compute. `modules`: the checkpoint's module names → canonical ones, `{}` for the layer's number;
-    empty where they are canonical already. `prefix`: what may stand before them. `transposed`: the layers' weights are
-    stored as [in, out].
+    `name`: config.json's `model_type`. `config` translates a parsed config.json and raises `UnsupportedModelError`
+    for options that Motet cannot compute. `modules`: module names of the checkpoint → canonical ones, with `{}` for
+    the layer's number; empty if they are canonical already. `prefix`: an optional prefix of the checkpoint's names.
+    `transposed`: the layers' weights are stored as [in, out].
     """
 
     name: str
@@ -32,7 +32,7 @@ class Family:
     transposed: bool = False
 
     def canonical_name(self, name: str) -> str | None:
-        """A checkpoint's tensor name as the canonical one; None for buffers that are not weights.
+        """The canonical name of a checkpoint's tensor; None for buffers that are not weights.
 
         Raises `UnsupportedModelError` for a module that the family does not have.
         """
@@ -49,13 +49,14 @@ class Family:
 
 
 def require(values: Json, option: str, allowed: tuple[object, ...]) -> None:
-    """Raises `UnsupportedModelError` unless `option` has one of the values; the first is the default."""
+    """Raises `UnsupportedModelError` unless `option` has one of the `allowed` values. The first of them is the
+    default."""
     if values.get(option, allowed[0]) not in allowed:
         raise UnsupportedModelError(f"{option}={values[option]!r} is not supported; allowed: {allowed}")
 
 
 def rotary(values: Json) -> dict[str, Any]:
-    """Theta and scaling, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) writes them."""
+    """`rope_theta` and `rope_scaling`, read as transformers 5 (`rope_parameters`) or 4 writes them."""
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))

@@ -1,4 +1,4 @@
-"""GPT-2: layer norms, learned positions, one up projection with GELU, and biases everywhere."""
+"""GPT-2: layer norms, learned positions, one up projection with GELU, and biases on all linear layers."""
 
 from __future__ import annotations
 

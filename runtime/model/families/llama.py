@@ -1,4 +1,4 @@
-"""Llama and what is written like it: the family whose names are the canonical ones."""
+"""Llama, whose tensor names are the canonical ones, and what families derived from it share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_WINDOW = 4096  # where config.json has no sliding_window: what transform
 
 
 def llama_config(values: Json, **changes: Any) -> DecoderConfig:
-    """A config.json with Llama's keys; `changes` are the fields in which a family differs."""
+    """`DecoderConfig` from a config.json with Llama's keys. `changes`: the fields in which a family differs."""
     require(values, "hidden_act", ("silu",))
     heads = values["num_attention_heads"]
     fields: dict[str, Any] = {
@@ -36,12 +36,12 @@ def llama_config(values: Json, **changes: Any) -> DecoderConfig:
 
 
 def late_window(values: Json) -> dict[str, Any]:
-    """The sliding window of the layers from `max_window_layers` on, where `use_sliding_window` says so.
+    """The fields of a sliding window in the layers from `max_window_layers` on, if `use_sliding_window` is set.
 
-    Raises `UnsupportedModelError` if `layer_types` names other layers.
+    Raises `UnsupportedModelError` if `layer_types` does not agree with these.
     """
     window = values.get("sliding_window", DEFAULT_WINDOW) if values.get("use_sliding_window", False) else None
-    first = values.get("max_window_layers", 28) if window else 0  # 28: what transformers takes
+    first = values.get("max_window_layers", 28) if window else 0  # 28: the default of transformers
     count = values["num_hidden_layers"]
     derived = ["sliding_attention" if window and index >= first else "full_attention" for index in range(count)]
     if (values.get("layer_types") or derived) != derived:

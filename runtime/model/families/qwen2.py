@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on q, k and v, and perhaps a sliding window in the layers from `max_window_layers` on."""
+"""Qwen2: Llama with biases on q, k and v, and optionally a sliding window in the layers from `max_window_layers` on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with an RMS norm over each head of q and k, and perhaps a sliding window as Qwen2's."""
+"""Qwen3: Llama with an RMS norm over each head of q and k, and optionally a sliding window as in Qwen2."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SERVICES = ("motet.v1.Inference", "motet.v1.Batch", "motet.v1.Admin")
 
 
 class _Statuses:
-    """A block whose typed errors end the call with their status."""
+    """A context manager: a typed error in its block ends the call with the error's status."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -49,8 +49,8 @@ class _Statuses:
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
-    """When a stream is dropped, cancelled, or its deadline passes, gRPC cancels the call's task, and the service ends the
-    request."""
+    """The `Inference` service. If the client drops or cancels a call, or its deadline passes, gRPC cancels the call's
+    task and the service ends the request."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -81,6 +81,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 
 
 class Admin(admin_pb2_grpc.AdminServicer):
+    """The `Admin` service."""
+
     def __init__(self, service: Service) -> None:
         self._service = service
 
@@ -100,7 +102,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
 
 class BatchJobs(batch_pb2_grpc.BatchServicer):
-    """Not served yet: `motet summarise` runs jobs offline."""
+    """The `Batch` service, which is not implemented: every call is refused. `motet summarise` runs jobs offline."""
 
     async def Submit(self, _message: batch_pb2.SubmitRequest, context: Context) -> None:
         await self._refuse(context)
@@ -118,7 +120,7 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
 
 
 class Server:
-    """A gRPC server over an engine. `start` binds; `stop` drains."""
+    """A gRPC server over an engine. `start` binds the port, `stop` drains. `port` is the bound port once started."""
 
     def __init__(
         self, engine: Engine, host: str = "127.0.0.1", port: int = 0, *, with_reflection: bool = False
@@ -142,7 +144,7 @@ class Server:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"{self._host}:{self._wanted_port}"
         try:
-            # Asked first, because gRPC writes a log line of its own when it cannot bind.
+            # Tried first, because gRPC writes a log line of its own when it cannot bind.
             socket.create_server((self._host, self._wanted_port)).close()
             self.port = self._server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
@@ -152,13 +154,13 @@ class Server:
         self._unhealthy = asyncio.create_task(self._end_health())
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Drain, give the requests that are here `grace_s` seconds, and end what is left."""
+        """Drain, let running requests go on for `grace_s` seconds, and end those that are left."""
         self.service.drain()
         await self._unhealthy
         await self._server.stop(grace_s)
 
     async def _end_health(self) -> None:
-        """NOT_SERVING as soon as the service drains, whoever asked for it."""
+        """Report NOT_SERVING as soon as the service drains, for whatever reason."""
         await self.service.wait_draining()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
@@ -176,8 +178,9 @@ def serve(
     metrics_port: int | None = None,
     with_reflection: bool = False,
 ) -> None:
-    """Load a bundle and serve it. Prints one line when it is ready. Admin.Drain lets the requests that are here run to
-    their end; SIGINT and SIGTERM give them ten seconds."""
+    """Load a bundle and serve it. Prints one line when it is ready. After Admin.Drain the accepted requests run to
+    their end; after SIGINT or SIGTERM they have ten seconds. Raises what `open_engine` raises, and
+    `PortInUseError`."""
     with Engine.from_bundle(bundle, config) as engine:
         if metrics_port is not None:
             serve_metrics(engine, host, metrics_port)
@@ -199,6 +202,6 @@ async def _serve(engine: Engine, host: str, port: int, with_reflection: bool) ->
 
 
 async def _drained(service: Service) -> None:
-    """Until the service was told to drain and its last request has ended."""
+    """Wait until the service drains and its last request has ended."""
     await service.wait_draining()
     await service.wait_idle()

@@ -1,4 +1,4 @@
-"""Protocol buffers ↔ requests, outputs and errors. The only file that knows both."""
+"""Protocol buffers ↔ requests, outputs and errors. No other file knows both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
-# The status of a class is its own, or else that of the class it derives from.
+# A class that is not listed has the status of the class that it derives from.
 _CODES: Mapping[type, grpc.StatusCode] = {
     errors.MotetError: grpc.StatusCode.INTERNAL,
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -89,8 +89,9 @@ def error_of(call_error: Any) -> MotetError:
 
 
 def _part_of(name: str) -> str:
-    """The part of a GenerateRequest that holds a field of `SamplingParams`. A field that does not cross, or a scalar whose
-    absence cannot be told from its zero, is a mistake of the .proto and found when this module is loaded."""
+    """The message of a GenerateRequest, Sampling or Stopping, that has the field `name` of `SamplingParams`. Raises
+    `TypeError`, when this module is loaded, if the .proto lacks the field, or if an absent scalar would look like
+    zero."""
     for part in _PARTS:
         message = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[part].message_type
         field = message.fields_by_name.get(name) if message is not None else None
@@ -104,8 +105,8 @@ _PART_OF = {name: _part_of(name) for name in RULES}
 
 
 def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
-    """Raises `InvalidRequestError` and its kin, naming the field. The time it takes grows with the message: not
-    for the event loop."""
+    """Raises `InvalidRequestError` or a class derived from it, naming the field. Do not call it on the event loop: it
+    takes longer the larger the message is."""
     ensemble = _ensemble_from_proto(message.ensemble) if message.HasField("ensemble") else None
     views = (member.view.prompt for member in message.ensemble.members if member.HasField("view"))
     return GenerateRequest(
@@ -131,7 +132,7 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
 
 
 def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
-    """Every member with a view has one of its own: 1, 2, … in the order of the members."""
+    """Each member with a view gets a view of its own; they are numbered 1, 2, … in the order of the members."""
     numbers = itertools.count(1)
     members = (Member(m.name, m.mix, next(numbers) if m.HasField("view") else 0) for m in message.members)
     return Ensemble(tuple(members), _space_from_proto(message.space))
@@ -150,8 +151,8 @@ def _sampling_from_proto(message: inference_pb2.GenerateRequest) -> SamplingPara
 
 
 def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateRequest:
-    """For clients. `fields` are those of `GenerateRequest`, which checks them. A client's negative coefficients are meant:
-    they stand in its program."""
+    """For clients. `fields` are those of `GenerateRequest`, which checks them. `allow_negative` is set if a
+    coefficient is negative: in a program that is on purpose."""
     ensemble: Ensemble | None = fields.get("ensemble")
     is_negative = ensemble is not None and any(member.mix < 0 for member in ensemble.members)
     request = GenerateRequest(prompt, allow_negative=is_negative, **fields)
@@ -181,7 +182,7 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
 
 
 def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
-    """Raises `InvalidRequestError` for what is neither text, token ids nor messages."""
+    """Raises `InvalidRequestError` if the prompt is neither text, token ids nor messages."""
     content = PromptContent.read(prompt)
     if content.text is not None:
         return inference_pb2.Prompt(text=content.text)
@@ -195,7 +196,7 @@ _SPACES = {Space.LOGITS: inference_pb2.LOGITS, Space.PROBS: inference_pb2.PROBS}
 
 
 def _space_from_proto(value: int) -> Space:
-    """Absent is LOGITS. Raises `InvalidEnsembleError` for a number that this version does not know."""
+    """LOGITS if it is absent. Raises `InvalidEnsembleError` for a number that this version does not know."""
     if value == inference_pb2.SPACE_UNSPECIFIED:
         return Space.LOGITS
     for space, number in _SPACES.items():
