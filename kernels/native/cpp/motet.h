@@ -1,5 +1,5 @@
-/* The C interface of the native CPU kernels, which the modules of kernels/native call through ctypes. No exception leaves
-   it: a function that fails returns a code, and motet_error() returns the message. */
+/* The C interface of the native CPU kernels, which the modules of kernels/native call through ctypes. No exception
+   leaves it: a function that fails returns a code, and motet_error() returns the message. */
 #pragma once
 #include <stdint.h>
 
