@@ -104,6 +104,33 @@ def test_a_space_by_its_name():
         Ensemble((Member("a", 1.0),), "sums")
 
 
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"sampling": {"n": 2}}, "sampling"),
+        ({"ensemble": {"a": 1.0}}, "ensemble"),
+        ({"views": "ab"}, "views"),
+        ({"request_id": 5}, "request_id"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type(values, field):
+    with pytest.raises((InvalidRequestError, InvalidEnsembleError), match=field) as caught:
+        GenerateRequest("x", **values)
+    assert caught.value.field == field
+
+
+def test_members_are_kept_as_they_were():
+    members = [Member("a", 1.0)]
+    ensemble = Ensemble(members)
+    members.append(Member("b", 1.0))
+    assert ensemble.members == (Member("a", 1.0),)
+    with pytest.raises(InvalidEnsembleError, match="members must be a list of Member"):
+        Ensemble(("a",))
+    with pytest.raises(InvalidEnsembleError, match="must be finite"):
+        Ensemble((Member("a", True),))
+
+
 def test_unknown_configuration_keys_are_refused():
     with pytest.raises(ConfigError, match="max_seqs"):
         EngineConfig.from_dict({"max_seqs": 3})

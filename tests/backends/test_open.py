@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import library
@@ -12,7 +14,7 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.open import open_backend
 from motet.runtime.engine.observer import Observer
 from motet.runtime.engine.open import open_engine
-from motet.runtime.errors import ConfigError
+from motet.runtime.errors import BundleError, ConfigError
 from motet.runtime.model.bundle import Bundle
 
 
@@ -43,6 +45,23 @@ def test_onnx_blocks_are_as_long_as_the_context(bundle_dir):
     assert block_size(bundle_dir, "onnx", 0) == block_size(bundle_dir, "onnx", 64) == 64
     with pytest.raises(ConfigError, match=r"block_size is 32; .* set it to 64 or 0"):
         block_size(bundle_dir, "onnx", 32)
+
+
+def test_the_onnx_cache_has_one_type(bundle_dir):
+    config = EngineConfig(backend="onnx", kv_dtype="int8", max_model_len=64, threads=2)
+    with pytest.raises(ConfigError, match="kv_dtype is int8, and the onnx backend's KV cache is float32"):
+        open_backend(Bundle.load(bundle_dir), config)
+
+
+@pytest.mark.native
+def test_torn_weights_are_a_damaged_bundle(bundle_dir, tmp_path):
+    shutil.copytree(bundle_dir, tmp_path / "b")
+    weights = tmp_path / "b" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="torn or damaged"):
+        open_backend(
+            Bundle.load(tmp_path / "b", verify=False), EngineConfig(backend="cpu", max_model_len=64, threads=1)
+        )
 
 
 def test_torch_blocks_have_the_size_that_is_asked_for(bundle_dir):

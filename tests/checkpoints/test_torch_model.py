@@ -13,6 +13,7 @@ from helpers.models import FAMILIES, WINDOW
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config, read_weights
 from motet.runtime.errors import BundleError, ConfigError, NotFoundError, UnsupportedModelError
+from motet.runtime.model.config import DecoderConfig
 from motet.runtime.model.families import decoder_config
 from motet.runtime.model.layout import decoder_layout
 
@@ -99,11 +100,16 @@ def test_unsupported_models(tiny_model_dir, change, message):
         decoder_config(values | change)
 
 
-def test_a_window_of_nothing(tiny_model_dir):
+def test_windows(tiny_model_dir):
     values = json.loads((tiny_model_dir("mistral") / "config.json").read_text())
-    with pytest.raises(ConfigError, match="sliding_window is 0"):
-        decoder_config(values | {"sliding_window": 0})
+    for window in (0, -1, 2.5, True, 2**31, "8"):
+        with pytest.raises(ConfigError, match=f"sliding_window must be an integer in 1…2147483647 .* got {window!r}"):
+            decoder_config(values | {"sliding_window": window})
+    with pytest.raises(ConfigError, match="first_window_layer must be"):
+        DecoderConfig.from_dict(decoder_config(values).to_dict() | {"first_window_layer": -1})
     assert decoder_config(values | {"sliding_window": None}).sliding_window is None
+    del values["sliding_window"]  # the default is transformers'
+    assert decoder_config(values).sliding_window == transformers.MistralConfig().sliding_window
 
 
 def test_damaged_and_missing_weights(tiny_model_dir, tmp_path):

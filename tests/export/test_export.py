@@ -166,7 +166,13 @@ def test_damage_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(BundleError, match="lacks"):
         Bundle.load(path)
     manifest = json.loads((path / "motet.json").read_text())
-    for change in ({"format": 99}, {"members": []}, {"config": {"family": "llama"}}, {"files": {"../x": ""}}):
+    for change in (
+        {"format": 99},
+        {"members": []},
+        {"config": {"family": "llama"}},
+        {"files": {"../x": ""}},
+        {"eos_token_ids": [320]},
+    ):
         (path / "motet.json").write_text(json.dumps(manifest | change))
         with pytest.raises(BundleError):
             Bundle.load(path)
