@@ -25,6 +25,7 @@ from ...errors import BundleError
 from ...model import layout
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
+from ...model.members import MemberKind
 from ...model.stored import fold_group_sums, own_name, resolve, stored_weight
 
 Array = npt.NDArray[Any]
@@ -141,13 +142,13 @@ class ModelReader:
         config: DecoderConfig,
         placement: Placement,
         members: Sequence[str],
-        kinds: Sequence[str],
+        kinds: Sequence[MemberKind],
     ) -> None:
         self._tensors = tensors
         self._config = config
         self._placement = placement
         self._members = members
-        self._adapters = [name for name, kind in zip(members, kinds, strict=True) if kind == "adapter"]
+        self._adapters = [name for name, kind in zip(members, kinds, strict=True) if kind.own_sequence]
 
     def read(self, split_layer: int) -> ModelWeights:
         config, placement = self._config, self._placement
