@@ -67,5 +67,5 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="values must be"):
         matmul(make.normal(2, 64), make.weight(8, 64, 0, dtype=torch.float16))
     odd = LinearWeight(torch.zeros(4, 24, dtype=torch.uint8, device=make.DEVICE), make.normal(1, 4))
-    with pytest.raises(ValueError, match="a group has"):
+    with pytest.raises(ValueError, match="a group must have"):
         matmul(make.normal(2, 24), odd)
