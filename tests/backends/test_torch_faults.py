@@ -49,6 +49,7 @@ def test_nan_ends_its_request_alone(torch_bundles):
     assert [ends[name][0] for name in ("1", "2")] == [tokens for tokens, _ in expected[1:]]
 
 
+@pytest.mark.slow
 def test_without_torch_or_triton_it_says_what_to_install(torch_bundles):
     code = """
 import sys

@@ -19,6 +19,8 @@ from helpers.torch_backend import (
     run,
 )
 
+pytestmark = pytest.mark.slow  # Triton's interpreter, or many steps through torch
+
 
 def test_solo_is_batched_chunked_and_prefix_cached(torch_bundles):
     rng = np.random.default_rng(1)

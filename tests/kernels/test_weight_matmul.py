@@ -13,6 +13,8 @@ from motet.kernels.oracle import eager  # noqa: E402
 from motet.kernels.oracle.operands import LinearWeight  # noqa: E402
 from motet.kernels.triton.weight_matmul import BLOCK_N, PROGRAMS, matmul, num_splits  # noqa: E402
 
+pytestmark = pytest.mark.slow  # Triton's interpreter, or many steps through torch
+
 # By the dtype of x: weights are rounded to it before the product, sums are float32; M > 64 rounds the result too.
 TOLERANCE = {torch.float32: (1.5e-5, 3e-5), torch.bfloat16: (3e-2, 2e-2), torch.float16: (3e-3, 3e-3)}
 
