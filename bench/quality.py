@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 
 from ..export.parity import Agreement, reference_logits
@@ -127,7 +128,7 @@ def _compare(
     decoder: Decoder, scores: dict[str, Score], chunks: Sequence[Sequence[int]], failed: dict[str, str]
 ) -> list[dict[str, Any]]:
     sums = {name: Agreement() for name in scores}
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
         task = progress.add_task("quality", total=len(chunks) * len(scores))
         for chunk in chunks:
             reference = reference_logits(decoder, chunk)

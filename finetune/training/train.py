@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -119,9 +120,9 @@ def tune(
 
 
 def progress_bar(show: bool) -> Progress:
-    """A progress bar that disappears when it is done."""
+    """A progress bar on stderr that disappears when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not show, transient=True)
+    return Progress(*columns, console=Console(stderr=True), disable=not show, transient=True)
 
 
 def run(

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from ..errors import BundleError, DataError, MotetError, NotFoundError, UnavailableError
@@ -56,7 +57,9 @@ def pull(source: str, *, name: str | None = None, force: bool = False, show_prog
         return target
     with new_directory(target, MANIFEST, "a pulled model") as work:
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), disable=not show_progress
+            *(TextColumn("{task.description}"), BarColumn(), DownloadColumn()),
+            console=Console(stderr=True),  # stdout is for the result
+            disable=not show_progress,
         ) as progress:
             _fetch(source, work, progress)
         read_config(work)  # an unknown family is refused before it is kept

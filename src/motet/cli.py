@@ -218,6 +218,7 @@ def summarise(
     threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .runtime.engine.engine import Engine
@@ -229,7 +230,8 @@ def summarise(
     if not source.exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
     columns = (TextColumn("summarising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, Progress(*columns) as progress:
+    bar = Progress(*columns, console=Console(stderr=True))
+    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, bar as progress:
         task = progress.add_task("", total=None)
 
         def show(ended: int, total: int) -> None:
