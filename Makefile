@@ -51,12 +51,10 @@ $(PEERS)/.ready: bench/peers/requirements.txt
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python -r bench/peers/requirements.txt
 	touch $@
 
-# Generated stubs import motet.proto; they are committed, and a test compares them.
+# The stubs of Python, in proto/, from the root that every language loads, proto/motet/v1. They are committed, and a test
+# compares them.
 proto: $(READY)
-	cd $(CURDIR) && rm -rf build/proto && mkdir -p build/proto && $(BIN)/python -m grpc_tools.protoc -Imotet/proto=proto \
-		--python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto \
-		motet/proto/inference.proto motet/proto/batch.proto motet/proto/admin.proto
-	cp build/proto/motet/proto/* proto/
+	$(BIN)/python -m motet.proto.generate proto
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Motet needs Python 3.11 or newer; run make PYTHON=python3.12")'

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from .limits import MAX_SPECULATIVE_TOKENS
 
-MAX_SPECULATIVE_TOKENS = 64
-_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
+_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "max_requests")
 _CHOICES = {
     "backend": ("auto", "cpu", "onnx", "torch"),
     "kv_dtype": ("auto", "int8", "bf16", "fp8"),
@@ -40,6 +40,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # rows per step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows per prefill chunk; the cuts are fixed, so a result does not depend on the batch
     max_waiting: int = 256  # choices that may queue before OverloadedError
+    # Requests of a server that are read, queued, running, or ended and not yet read by their clients; more are refused.
+    max_requests: int = 1024
     block_size: int = 0  # positions per block of the KV cache; 0: the backend's own (only torch accepts another)
     prefix_cache: bool = True  # share the blocks of prompts that begin alike
     speculative_tokens: int = 0  # most tokens per draft, if the request sets no limit; 0: no drafts

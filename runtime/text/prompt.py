@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from ..api.prompt import Prompt, PromptContent
-from ..errors import InvalidRequestError
+from ..errors import ContextLengthError, InvalidRequestError
 from .tokenizer import Tokenizer
 
 
-def build_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None) -> tuple[int, ...]:
     """Token ids of a prompt: text, a list of token ids, or a list of chat messages ({"role", "content"}).
 
-    Raises `InvalidRequestError` if it is empty, mixes these kinds, or has a message that the chat template cannot take.
+    With `max_tokens`, what cannot have so few tokens is refused before it is read, rendered or tokenised; the result
+    may still be longer. Raises `InvalidRequestError` if the prompt is empty, mixes these kinds, or has a message that
+    the chat template cannot take, `ContextLengthError` if it is too long.
     """
+    if max_tokens is not None and isinstance(prompt, list | tuple) and len(prompt) > max_tokens:
+        # Each item is a token at least. It is asked before the items are checked one by one.
+        raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
     content = PromptContent.read(prompt)
     if content.text is not None:
-        token_ids = tuple(tokenizer.encode(content.text))
+        token_ids = _encode(tokenizer, content.text, max_tokens, add_special_tokens=True)
     elif content.messages is not None:
-        token_ids = tuple(tokenizer.encode_chat(content.messages))
+        # Only the template adds special tokens.
+        text = tokenizer.apply_chat_template(content.messages)
+        token_ids = _encode(tokenizer, text, max_tokens, add_special_tokens=False)
     else:
         token_ids = content.token_ids or ()
     if not token_ids:
         raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
     return token_ids
+
+
+def _encode(tokenizer: Tokenizer, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
+    """A text that certainly has too many tokens is refused first: tokenising it would take seconds."""
+    if max_tokens is not None and (limit := tokenizer.max_token_bytes) is not None:
+        size = len(text.encode())
+        if size > limit * max_tokens:
+            raise _too_long(f"a text of {size} bytes, which is at least {-(-size // limit)} tokens", max_tokens)
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def _too_long(what: str, max_tokens: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"the prompt has {what}; the context holds {max_tokens} with at least one for the answer; shorten it",
+        field="prompt",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..api.prompt import Message
-from ..errors import BundleError, InvalidRequestError, NotFoundError
+from ..errors import BundleError, InvalidRequestError, NotFoundError, shown
 
 ROLES = ("system", "user", "assistant")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -58,8 +59,22 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """Most bytes of UTF-8 that one token can stand for; None if there is no bound, because text may be dropped or
+        rewritten before it is cut into tokens."""
+        state = json.loads(self._tokenizer.to_str())
+        added = state["added_tokens"]
+        rewritten = _NORMALIZERS.get((state["normalizer"] or {}).get("type"))
+        if rewritten is None or not _keeps_bytes(state) or any(token["lstrip"] or token["rstrip"] for token in added):
+            return None
+        # In a byte-level vocabulary a character is a byte.
+        longest = max((len(token) for token in state["model"]["vocab"]), default=0)
+        return rewritten * max(longest, *(len(token["content"].encode()) for token in added), 1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The same ids as `encode`, which holds the GIL: other threads would stand still while a long text is read.
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -83,7 +98,8 @@ class Tokenizer:
         for message in messages:
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise InvalidRequestError(
-                    f"a message has a role of {ROLES} and a content, got role {message.get('role')!r}", field="messages"
+                    f"a message has a role of {ROLES} and a content, got role {shown(message.get('role'))}",
+                    field="messages",
                 )
         try:
             return self._template.render(
@@ -141,6 +157,23 @@ class IncrementalDecoder:
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return window[len(before) :]
+
+
+# How many times shorter a normaliser can make a text. NFC joins decomposed characters: Unicode bounds it by 3.
+_NORMALIZERS = {None: 1, "NFC": 3}
+
+
+def _keeps_bytes(state: Mapping[str, Any]) -> bool:
+    """Whether a serialised tokenizer is byte-level BPE whose pre-tokenizers drop nothing."""
+    found = state["pre_tokenizer"] or {}
+    steps = found.get("pretokenizers", [found])
+    return (
+        state["model"]["type"] == "BPE"
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and all(
+            step.get("type") in ("ByteLevel", "Digits", "Split") and step.get("behavior") != "Removed" for step in steps
+        )
+    )
 
 
 def _content(value: Any) -> str:

@@ -5,6 +5,7 @@ A user's mistake ends with exit code 2 and one line on stderr, any other failure
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ mount(app, bench)
 
 def main() -> None:
     """Entry point: runs the app and turns errors into exit codes."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -181,8 +183,13 @@ def serve(
     speculative_tokens: Annotated[int, typer.Option(help="Most tokens per prompt-lookup draft; 0: none.")] = 0,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
+    allow_drain: Annotated[bool, typer.Option(help="Whoever reaches the port may call Admin.Drain.")] = False,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that accepted requests have after SIGTERM, SIGINT or Drain.")
+    ] = 300.0,
 ) -> None:
     """Serve a bundle over gRPC."""
+    logging.getLogger("motet").setLevel(logging.INFO)
     from .runtime.serve.grpc.server import serve as run
 
     config = EngineConfig.from_dict(
@@ -197,7 +204,16 @@ def serve(
             "speculative_tokens": speculative_tokens,
         }
     )
-    run(bundle, host=host, port=port, config=config, metrics_port=metrics_port, with_reflection=reflection)
+    run(
+        bundle,
+        host=host,
+        port=port,
+        config=config,
+        metrics_port=metrics_port,
+        with_reflection=reflection,
+        allow_drain=allow_drain,
+        drain_timeout_s=drain_timeout,
+    )
 
 
 mount_generate(app)

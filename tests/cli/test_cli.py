@@ -237,7 +237,7 @@ def test_port_in_use(bundle):
 
 
 def test_drain_lets_the_answer_end_and_then_the_server_ends(bundle):
-    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0", "--allow-drain"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
