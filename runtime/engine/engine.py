@@ -22,7 +22,7 @@ from ..schedule.blocks import BlockManager
 from ..schedule.packing import ScheduledBatch
 from ..schedule.scheduler import GroupTokens, Scheduler
 from ..schedule.sequence import Group
-from ..text.stream import TextStream
+from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
 from .observer import Observer, StepReport, notify
@@ -102,7 +102,9 @@ class Engine:
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
         answers = [
-            Answer(request, group, TextStream(self.tokenizer.stream(), request.sampling.stop), on_output, now)
+            Answer(
+                request, group, answer_stream(self.tokenizer, request.prompts[0], request.sampling.stop), on_output, now
+            )
             for group in self._admission.groups_of(request)
         ]
         with self._wake:

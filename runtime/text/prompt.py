@@ -18,12 +18,15 @@ def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = 
         # Each item is a token at least. It is asked before the items are checked one by one.
         raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
     content = PromptContent.read(prompt)
+    # A text that certainly has too many tokens is refused first: tokenising it would take seconds.
+    longest = tokenizer.max_token_bytes if max_tokens is not None else None
+    max_bytes = None if longest is None or max_tokens is None else longest * max_tokens
     if content.text is not None:
-        token_ids = _encode(tokenizer, content.text, max_tokens, add_special_tokens=True)
+        if max_bytes is not None and (size := len(content.text.encode())) > max_bytes:
+            raise _too_long(f"a text of {size} bytes, which is more than {max_tokens} tokens", max_tokens)
+        token_ids = tuple(tokenizer.encode(content.text))
     elif content.messages is not None:
-        # Only the template adds special tokens.
-        text = tokenizer.apply_chat_template(content.messages)
-        token_ids = _encode(tokenizer, text, max_tokens, add_special_tokens=False)
+        token_ids = tuple(tokenizer.encode_chat(content.messages, max_bytes))
     else:
         token_ids = content.token_ids or ()
     if not token_ids:
@@ -31,16 +34,7 @@ def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = 
     return token_ids
 
 
-def _encode(tokenizer: Tokenizer, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
-    """A text that certainly has too many tokens is refused first: tokenising it would take seconds."""
-    if max_tokens is not None and (limit := tokenizer.max_token_bytes) is not None:
-        size = len(text.encode())
-        if size > limit * max_tokens:
-            raise _too_long(f"a text of {size} bytes, which is at least {-(-size // limit)} tokens", max_tokens)
-    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-
-
-def _too_long(what: str, max_tokens: int) -> ContextLengthError:
+def _too_long(what: str, max_tokens: int | None) -> ContextLengthError:
     return ContextLengthError(
         f"the prompt has {what}; the context holds {max_tokens} with at least one for the answer; shorten it",
         field="prompt",
