@@ -246,11 +246,11 @@ def _configure(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], speci
                 f"tokenizer_config.json gives '{token['content']}' the id {token_id}, tokenizer.json "
                 f"{tokenizer.token_to_id(token['content'])}; save the tokenizer again"
             )
+    added = tokenizer.get_added_tokens_decoder()
     for content in special.values():
-        if tokenizer.token_to_id(content) is not None:
-            known = tokenizer.get_added_tokens_decoder().get(tokenizer.token_to_id(content))
-            if known is None or not known.special:
-                tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+        token_id = tokenizer.token_to_id(content)
+        if token_id is not None and (token_id not in added or not added[token_id].special):
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
 
 
 def _default_template(value: Any) -> str | None:

@@ -18,7 +18,7 @@ from .wire import status_of
 log = logging.getLogger("motet.server")
 
 
-class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Typed errors end a call with their status. Any other exception is a fault of ours: it is logged under a number, and
     the client gets the number and not its text. Bytes that are no message of the method are INVALID_ARGUMENT."""
 
