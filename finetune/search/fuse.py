@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import attach
-from ...runtime.checkpoints.members.files import first_layer
+from ...runtime.checkpoints.members.adapter import attach, fit, is_separable
+from ...runtime.checkpoints.members.files import check_base, first_layer
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.members import MemberKind
@@ -130,10 +130,9 @@ def _answers(
 def _first_layer(bench: Workbench, path: Path | None) -> int:
     if path is None:
         return bench.config.num_layers
-    manifest, weights = format_at(path).read(path)
-    if manifest["base"]["digest"] != bench.digest:
-        raise BundleError(f"the member '{path}' was trained on another base than '{bench.model_dir.name}'")
-    if "lm_head.weight" in weights:
+    manifest, weights = format_at(path).read(path, bench.config)
+    check_base(path, manifest, bench.digest)
+    if any(name.startswith("lm_head.") for name in weights):
         raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
     return first_layer(weights, bench.config.num_layers)
 
@@ -143,10 +142,12 @@ def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
     if path is None:
         return Decoder.from_weights(bench.config, bench.base).eval()
     form = format_at(path)
-    own = form.read(path)[1]
+    own = form.read(path, bench.config)[1]
     if form.kind is MemberKind.ADAPTER:
-        return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
-    return Decoder.from_weights(bench.config, {**bench.base, **own}).eval()
+        own = fit(bench.base, own)
+        if is_separable(own):
+            return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
+    return Decoder.from_weights(bench.config, {**bench.base, **form.merged(bench.base, own)}).eval()
 
 
 @torch.no_grad()

@@ -138,8 +138,8 @@ class Learner(nn.Module):
         """Write the result as a tail or an adapter, with `files` (name → text) beside it. Raises `ConfigError` if
         `out` exists and is something else."""
         if self.adapts:
-            extra = {"rank": self.params.rank, "alpha": self.params.alpha, "targets": list(self.params.targets)}
-            write_adapter(out, {**manifest, **extra}, _adapter_tensors(self.decoder), files)
+            scale = self.params.alpha / self.params.rank
+            write_adapter(out, self.config, _pairs(self.decoder), manifest, scale=scale, files=files)
         else:
             write_tail(out, {**manifest, "split_layer": self.split}, self.state(), files)
 
@@ -209,12 +209,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """PEFT's tensors under canonical names, with alpha / rank folded into B."""
+def _pairs(decoder: Decoder) -> dict[str, Tensor]:
+    """PEFT's trained tensors under canonical names."""
     tensors = {}
     for name, module in decoder.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-            scaling: float = module.scaling["default"]
+        if hasattr(module, "lora_A"):
             tensors[f"{name}.lora_a"] = module.lora_A["default"].weight.detach().float().cpu()
-            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu() * scaling
+            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu()
     return tensors
