@@ -35,4 +35,5 @@ def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
         vocab_size=bundle.config.vocab_size,
         max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
         adapters=frozenset(bundle.members[member] for member in bundle.adapters),
+        digest=bundle.digest,
     )

@@ -61,13 +61,15 @@ def main() -> None:
 @app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, a GGUF file, or a hub id.")],
-    name: Annotated[str | None, typer.Option(help="Name in the local store; default: from the source.")] = None,
-    force: Annotated[bool, typer.Option(help="Fetch again even if it is intact.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name in the local store; default: the directory's, the file's, or the hub id.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Fetch again, even if the copy is intact or another model's.")] = False,
 ) -> None:
     """Bring a model into the local store."""
     from .runtime.checkpoints import store
 
-    print(store.pull(source, name=name, force=force))
+    print(store.pull(source, name=name, force=force, on_status=lambda text: print(text, file=sys.stderr)))
 
 
 @app.command()
