@@ -30,7 +30,7 @@ from .base_model import BaseModel
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice
 from .members import MemberWeights, fuse_adapters, read_member
-from .parity import REPORT, HeldOut, measure_parity
+from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
@@ -68,13 +68,16 @@ def export_bundle(
     `held_out`: text on which every member is measured before `out` is replaced. The report is a file of the bundle
     (see `read_parity`).
 
-    Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a member of another base), `NotFoundError`,
-    `UnavailableError` (the bundle cannot be measured here).
+    Raises `ConfigError` (also for chunks that are longer than the model's context), `InvalidEnsembleError`, `BundleError`
+    (a member of another base), `NotFoundError`, `UnsupportedModelError`, `UnavailableError` (the bundle cannot be
+    measured here).
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
     check_replaceable(out, MANIFEST, "a bundle")  # fail early: before weights are read
     model = model if isinstance(model, BaseModel) else BaseModel(model)
+    check_chunks(calibration, model.config, "calibration")
+    check_chunks(held_out.chunks if held_out else (), model.config, "held-out")
     given: dict[MemberKind, Mapping[str, Path | None]] = {
         MemberKind.TAIL: tails or {},
         MemberKind.ADAPTER: {**(loras or {})},

@@ -158,13 +158,18 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
     return decoder
 
 
+def check_targets(config: DecoderConfig, params: TuneParams) -> None:
+    """Raises `ConfigError` if an adapter's targets are no projections of the model."""
+    known = decoder_layout(config).targets
+    if params.kind is MemberKind.ADAPTER and not (params.targets and set(params.targets) <= set(known)):
+        raise ConfigError(f"targets must be some of {list(known)}, got {list(params.targets)}")
+
+
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
     from peft import LoraConfig, inject_adapter_in_model
 
+    check_targets(config, params)
     layout = decoder_layout(config)
-    unknown = sorted(set(params.targets) - set(layout.targets))
-    if unknown or not params.targets:
-        raise ConfigError(f"targets must be some of {list(layout.targets)}, got {list(params.targets)}")
     decoder = Decoder.from_weights(config, base)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)

@@ -111,11 +111,11 @@ def export(
     base = BaseModel(resolve_model(model))
     tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
     loras = dict(_adapter(text) for text in lora or [])
-    tokenizer = Tokenizer.from_dir(base.path)
+    tokenizer, context = Tokenizer.from_dir(base.path), base.config.max_position_embeddings
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         held_out = None
         if parity:
-            chunks = heldout_token_ids(tokenizer, 4096)
+            chunks = heldout_token_ids(tokenizer, 4096, context=context)
             task = progress.add_task("parity", total=len(chunks) * max(1, len(tails) + len(loras)))
             held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
         export_bundle(
@@ -129,7 +129,7 @@ def export(
             bits=bits,
             group_size=group,
             num_tail_layers=layers,
-            calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
+            calibration=heldout_token_ids(tokenizer, 1024, context=context, split="train") if bits == 8 else (),
             graphs=graphs,
             held_out=held_out,
         )
@@ -175,7 +175,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 50051,
     threads: Threads = 0,
     max_num_seqs: int = 16,
-    max_model_len: int = 2048,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Positions per sequence; default: 2048, or the model's context if that is shorter."),
+    ] = None,
     max_num_batched_tokens: int = 512,
     backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="What the KV cache holds: auto, int8, bf16 or fp8.")] = "auto",
