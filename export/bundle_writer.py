@@ -47,6 +47,7 @@ def export_bundle(
     loras: Mapping[str, Path] | None = None,
     merge: bool = False,
     mix: Mapping[str, float] | None = None,
+    mix_chosen_by: Mapping[str, Any] | None = None,
     space: Space = Space.LOGITS,
     bits: int = 8,
     group_size: int | None = None,
@@ -61,7 +62,8 @@ def export_bundle(
     `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`:
     member name → adapter directory. Adapters are stored beside the base's weights; with `merge` they are added to
     them, and the member becomes a tail from the first layer that it changes. Without any member, the base is the only
-    one. `mix`: member → coefficient; default: all equal. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
+    one. `mix`: member → coefficient; default: all equal. `mix_chosen_by`: on which data the mix was fitted, for the
+    manifest. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
     quantised). `group_size`: columns per group of the layers' weights; default: see `layer_group`. `num_tail_layers`:
     layers per tail; default: as many as the tails need. `calibration`: chunks of token ids on which an 8-bit bundle
     is equalised (see `calibrate`); empty: no equalisation. `graphs`: write ONNX graphs, which the onnx backend needs.
@@ -115,7 +117,11 @@ def export_bundle(
             "space": str(space),
             "graphs": files,
             "eos_token_ids": list(eos_token_ids(model.path)),
-            "provenance": {"base": model.path.name, "base_digest": model.digest},
+            "provenance": {
+                "base": model.path.name,
+                "base_digest": model.digest,
+                "mix_chosen_by": None if mix_chosen_by is None else dict(mix_chosen_by),
+            },
             "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
         }
         _write_manifest(work, manifest)

@@ -24,15 +24,17 @@ from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.members import MemberKind
 from ..data.batches import Item, make_batch, plan
+from ..data.encode import encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
-from ..training.provenance import environment
+from ..training.provenance import choice_line, chosen_by, environment
 from ..training.train import RunData, Workbench
+from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
 
 BASE = "base"
-FUSION, REPORT = "fusion.json", "README.md"
+REPORT = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Answers:
     targets: Tensor  # [T] token ids
     examples: npt.NDArray[np.int64]  # [T] index of the example
     documents: npt.NDArray[np.int64]  # [T] index of the example's document
+    digest: str  # of the examples, as the model sees them
 
 
 def fuse(
@@ -89,6 +92,8 @@ def fuse(
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
+        "weights": {name: weights_digest(path) for name, path in members.items()},
+        "chosen_by": chosen_by(bench.dataset, len(set(validation.examples.tolist())), validation.digest),
         "report": report,
         "base": {"name": bench.model_dir.name, "digest": bench.digest},
         "data": {"name": bench.dataset.name, "digest": bench.dataset.digest},
@@ -179,6 +184,7 @@ def _pack(states: Sequence[Tensor], items: Sequence[Item]) -> Answers:
         torch.tensor(targets),
         np.repeat(np.arange(len(items)), counts),
         np.repeat([sources[item.encoded.source] for item in items], counts),
+        encoded_digest([item.encoded for item in items]),
     )
 
 
@@ -231,6 +237,8 @@ def fusion_card(result: Mapping[str, Any]) -> str:
             f"# A fused ensemble of {result['base']['name']} on {result['data']['name']}",
             "",
             f"Mix ({result['space']} space): {mix}.",
+            "",
+            choice_line("Members and mix were chosen", result["chosen_by"]),
             "",
             "Negative log-likelihood of the answers, nats per token:",
             "",

@@ -23,12 +23,12 @@ from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
-from ..data.encode import DataReport, Encoded, encode_parts
+from ..data.encode import DataReport, Encoded, encode_parts, encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
 from .loop import Outcome, TuneModule, Watch, cut, fit, open_work
 from .methods import Learner, check_targets, make_trunk
-from .provenance import CARD, environment, model_card
+from .provenance import CARD, chosen_by, environment, model_card
 from .trunk_cache import TrunkCache
 
 __all__ = ["TuneParams", "Workbench", "tune"]
@@ -168,6 +168,7 @@ def run(
         "hyper_parameters": params.to_dict(),
         "metrics": metrics,
         "cached": bench.cache is not None,
+        "chosen_by": chosen_by(bench.dataset, len(validation), encoded_digest([item.encoded for item in validation])),
         "environment": environment(),
         "privacy": privacy,
     }

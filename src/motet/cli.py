@@ -15,10 +15,10 @@ from rich.table import Table
 from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
-from .options import MixOption, SpaceOption, Threads, coefficients, read_ensemble
+from .options import MixOption, SpaceOption, Threads, by_name, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
-from .runtime.errors import ConfigError, MotetError, NotFoundError
+from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
 from .runtime.model.members import MemberKind
 from .tables import table
 
@@ -83,9 +83,13 @@ def export(
     lora: Annotated[
         list[str] | None, typer.Option(f"--{MemberKind.ADAPTER.flag}", help="name=DIR of an adapter.")
     ] = None,
+    fusion: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a fusion: the members, mix and space that `motet fuse` has chosen."),
+    ] = None,
     merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping them apart.")] = False,
     mix: MixOption = None,
-    space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
+    space: Annotated[Space | None, typer.Option(help="Where members are mixed; default: logits.")] = None,
     bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
     group: Annotated[
         int | None,
@@ -109,23 +113,25 @@ def export(
     from .runtime.text.tokenizer import Tokenizer
 
     base = BaseModel(resolve_model(model))
-    tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
-    loras = dict(_adapter(text) for text in lora or [])
+    if fusion is None:
+        chosen = _members(tail or [], lora or [], mix, space or Space.LOGITS)
+    elif tail or lora or mix is not None or space is not None:
+        raise ConfigError("--fusion has its own members, mix and space; leave out --tail, --lora, --mix and --space")
+    else:
+        chosen = _fused_members(fusion, base.digest)
+    num_members = len(chosen["tails"]) + len(chosen["loras"])
     tokenizer, context = Tokenizer.from_dir(base.path), base.config.max_position_embeddings
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         held_out = None
         if parity:
             chunks = heldout_token_ids(tokenizer, 4096, context=context)
-            task = progress.add_task("parity", total=len(chunks) * max(1, len(tails) + len(loras)))
+            task = progress.add_task("parity", total=len(chunks) * max(1, num_members))
             held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
         export_bundle(
             base,
             out,
-            tails=tails,
-            loras=loras,
+            **chosen,
             merge=merge,
-            mix=None if mix is None else coefficients(mix),
-            space=space,
             bits=bits,
             group_size=group,
             num_tail_layers=layers,
@@ -151,6 +157,34 @@ def _parity_table(bundle: Path) -> Table:
         f"served by the {report.backend} backend, KV cache {report.kv_dtype}"
     )
     return table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
+
+
+def _members(tail: list[str], lora: list[str], mix: str | None, space: Space) -> dict[str, Any]:
+    """Members, mix and space, as `export_bundle` takes them, from what the user wrote."""
+    return {
+        "tails": by_name(map(_tail, tail)),
+        "loras": by_name(map(_adapter, lora)),
+        "mix": None if mix is None else coefficients(mix),
+        "space": space,
+    }
+
+
+def _fused_members(directory: Path, base_digest: str) -> dict[str, Any]:
+    """The same from the directory of a fusion."""
+    from .finetune.search.fusion import read_fusion
+    from .runtime.checkpoints.members.registry import format_at
+
+    fusion = read_fusion(directory)
+    if fusion.base_digest != base_digest:
+        raise BundleError(f"the fusion at '{directory}' is of members of another base; export it with that one")
+    kinds = {name: MemberKind.BASE if path is None else format_at(path).kind for name, path in fusion.members.items()}
+    return {
+        "tails": {n: path for n, path in fusion.members.items() if not kinds[n].own_sequence},
+        "loras": {n: path for n, path in fusion.members.items() if kinds[n].own_sequence},
+        "mix": fusion.mix,
+        "mix_chosen_by": fusion.chosen_by,
+        "space": fusion.space,
+    }
 
 
 def _tail(text: str) -> tuple[str, Path | None]:
