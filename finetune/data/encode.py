@@ -63,6 +63,7 @@ def encode_parts(
     Only training examples are augmented. `end`: token ids that end an answer. Raises `DataError` if no example of a split
     fits.
     """
+    assert params.max_length is not None, "set by `TuneParams.fitted`"
     report = DataReport(dataset.name, dataset.digest, dataset.num_duplicates)
     parts: dict[Split, list[Encoded]] = {}
     for part, count in counts.items():

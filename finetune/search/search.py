@@ -65,6 +65,7 @@ def search(
 
     Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), and what `tune` raises.
     """
+    params.base.fitted(bench.config.max_position_embeddings)  # fail early: before anything is written
     _open(bench, out, params)
     space = distributions(params.space, params.base.method, bench.config.num_layers)
     if params.base.epsilon is not None:  # DP-SGD cannot be used with these

@@ -23,12 +23,12 @@ from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
-from ..data.encode import DataReport, Encoded, encode_parts
+from ..data.encode import DataReport, Encoded, encode_parts, encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
 from .loop import Outcome, TuneModule, Watch, cut, fit, open_work
-from .methods import Learner, make_trunk
-from .provenance import CARD, environment, model_card
+from .methods import Learner, check_targets, make_trunk
+from .provenance import CARD, chosen_by, environment, model_card
 from .trunk_cache import TrunkCache
 
 __all__ = ["TuneParams", "Workbench", "tune"]
@@ -73,6 +73,7 @@ class Workbench:
         `on_progress(what, items more, items in all)` is called as hidden states are computed. Raises `DataError`, and what
         the cache raises.
         """
+        params = params.fitted(self.config.max_position_embeddings)
         end = eos_token_ids(self.model_dir)[:1]
         encoded, report = encode_parts(self.tokenizer, self.dataset, counts, params, end)
         split = self.config.num_layers - params.num_layers(self.config.num_layers)
@@ -112,8 +113,10 @@ def tune(
     token. Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (a loss or gradient is not
     finite), `UnavailableError` (a full disk), `MissingPackageError`.
     """
-    params = params or TuneParams()
-    params.num_layers(read_config(model_dir).num_layers)  # fail early: check before loading weights
+    params, config = params or TuneParams(), read_config(model_dir)
+    params.num_layers(config.num_layers)  # fail early: check before loading weights
+    params.fitted(config.max_position_embeddings)
+    check_targets(config, params)
     bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None)
     with progress_bar(show_progress) as progress:
         return run(bench, out, params, name=name or out.name, progress=progress)
@@ -137,6 +140,7 @@ def run(
 ) -> dict[str, Any]:
     """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it."""
     progress = progress or progress_bar(False)
+    params = params.fitted(bench.config.max_position_embeddings)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
     loaded = loaded or bench.load(params, counts, _on_progress(progress))
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
@@ -164,6 +168,7 @@ def run(
         "hyper_parameters": params.to_dict(),
         "metrics": metrics,
         "cached": bench.cache is not None,
+        "chosen_by": chosen_by(bench.dataset, len(validation), encoded_digest([item.encoded for item in validation])),
         "environment": environment(),
         "privacy": privacy,
     }

@@ -248,8 +248,8 @@ def _configure(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], speci
             )
     added = tokenizer.get_added_tokens_decoder()
     for content in special.values():
-        token_id = tokenizer.token_to_id(content)
-        if token_id is not None and (token_id not in added or not added[token_id].special):
+        found = tokenizer.token_to_id(content)
+        if found is not None and (found not in added or not added[found].special):
             tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
 
 
