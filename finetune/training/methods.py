@@ -11,7 +11,9 @@ The embedding is not trained. The head is trained only with `TuneParams.head`: m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +161,10 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
 
 
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    from peft import LoraConfig, inject_adapter_in_model
-
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        from peft import LoraConfig, inject_adapter_in_model
     layout = decoder_layout(config)
     unknown = sorted(set(params.targets) - set(layout.targets))
     if unknown or not params.targets:
@@ -175,6 +179,19 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
     inject_adapter_in_model(lora, decoder)
     return decoder
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Let what is imported here find no bitsandbytes, unless it is loaded already."""
+    hidden = "bitsandbytes" not in sys.modules
+    if hidden:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["bitsandbytes"]
 
 
 def _to_nf4(decoder: Decoder) -> None:

@@ -38,7 +38,7 @@ model, data, out, cache, params, pause = sys.argv[1:]
 bench = train.Workbench(Path(model), data, TrunkCache(Path(cache)))
 def validated(step, loss):
     print(step, flush=True)
-def stepped(loss):
+def stepped(step, loss):
     time.sleep(float(pause))
 train.run(bench, Path(out), TuneParams(**json.loads(params)), name="x", watch=Watch(stepped, validated))
 """
