@@ -177,13 +177,16 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    inject_adapter_in_model(lora, decoder)
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        inject_adapter_in_model(lora, decoder)
     return decoder
 
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Let what is imported here find no bitsandbytes, unless it is loaded already."""
+    """Let an import find no bitsandbytes here, unless it is loaded already, as for qlora."""
     hidden = "bitsandbytes" not in sys.modules
     if hidden:
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from rich.table import Table
 from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
+from .openmp import wait_passively
 from .options import MixOption, SpaceOption, Threads, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
@@ -32,6 +33,7 @@ mount(app, bench)
 
 def main() -> None:
     """Entry point: runs the app and turns errors into exit codes."""
+    wait_passively()
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -31,6 +31,7 @@ def mount(app: typer.Typer, bench: typer.Typer) -> None:
     for command in (tune, search, fuse, repro):
         app.command()(command)
     bench.command("finetune")(bench_finetune)
+    bench.command("busy-finetune")(bench_busy_finetune)
 
 
 def _cache(root: Path | None, gigabytes: float) -> Any:
@@ -199,6 +200,19 @@ def bench_finetune(
         raise ConfigError(f"parts are {', '.join(PARTS)}, got {unknown}")
     budget = Budget(examples=examples, trials=trials, seeds=seeds, spaces=tuple(Space(word) for word in words(spaces)))
     run_bench(model, data, work, out, chosen, budget)
+
+
+def bench_busy_finetune(
+    model: Annotated[str, typer.Argument(help="A pulled model's name.")] = "smollm2-135m",
+    data: str = "stdlib-code",
+    out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
+    examples: int = 64,
+    repeats: int = 3,
+) -> None:
+    """Measure training while another process burns a core, against training alone."""
+    from .bench.busy_finetune import run_bench
+
+    run_bench(model, data, out, examples=examples, repeats=repeats)
 
 
 def _pair(text: str) -> tuple[str, Path]:

@@ -234,7 +234,7 @@ def test_the_budget():
     spent = budget(TuneParams(epsilon=8.0, epochs=3, batch_examples=10), 200)
     assert isinstance(spent, PrivacyBudget)
     assert 7.9 < spent.epsilon <= 8.0
-    assert spent.epsilon == epsilon_of(spent.history, spent.delta)
+    assert spent.epsilon == epsilon_of([(spent.noise_multiplier, spent.sample_rate, spent.steps)], spent.delta)
     assert (spent.steps, spent.sample_rate) == (60, 0.05)
     with pytest.raises(ConfigError, match="1 / N"):
         budget(TuneParams(epsilon=8.0, delta=0.01), 200)
