@@ -202,7 +202,7 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}: a {type(message).__name__}; a message is an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
-    role = given.pop("role", None) or _SHAREGPT_ROLES.get(given.get("from"))
+    role = given.pop("role", None) or _SHAREGPT_ROLES.get(str(given.get("from")))
     content = given.pop("content", given.get("value"))
     if role not in _ROLES or not isinstance(content, str):
         raise DataError(
