@@ -100,7 +100,19 @@ class TuneParams:
                 raise ConfigError(f"{name} must be a number above 0, got {getattr(self, name)}")
         if self.bag > 1:
             raise ConfigError(f"bag must be at most 1 (all examples), got {self.bag}")
+        self._check_method()
         self._check_private()
+
+    def _check_method(self) -> None:
+        adapts = self.kind is MemberKind.ADAPTER
+        if adapts and self.head:
+            raise ConfigError(f"head cannot be trained with method '{self.method}': an adapter has no head")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("rank", "alpha", "targets"):
+            if not adapts and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} is a setting of adapters, and method '{self.method}' makes none; leave it out"
+                )
 
     def _check_private(self) -> None:
         if self.epsilon is None:

@@ -28,7 +28,7 @@ from ..data.example import Split
 from ..params import TuneParams
 from ..training.progress import Progress
 from ..training.provenance import environment
-from ..training.train import RunData, Workbench
+from ..training.train import RunData, Workbench, note_duplicates
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
 
@@ -74,6 +74,7 @@ def fuse(
     paths: dict[str, Path | None] = {**({BASE: None} if params.with_base else {}), **members}
     if len(paths) < 2:
         raise DataError("there is nothing to fuse: give at least two members")
+    note_duplicates(bench, progress)
     names = list(paths)
     counts: dict[Split, int] = {"validation": params.validation_examples, "test": params.test_examples}
     validation, test = _answers(bench, paths, params, counts, progress)

@@ -28,7 +28,7 @@ from ..params import TuneParams
 from ..training.loop import Watch
 from ..training.progress import Progress
 from ..training.provenance import environment
-from ..training.train import RunData, Workbench, privacy_record, run, work_dir
+from ..training.train import RunData, Workbench, note_duplicates, privacy_record, run, work_dir
 from .params import SearchParams
 from .report import write_report
 from .space import Trial, as_params, distributions, fixed, is_hopeless, suggest
@@ -75,6 +75,7 @@ def search(
         space = {name: d for name, d in space.items() if name not in ("l1", "label_smoothing", "augmentation")}
     trials = read_trials(out)
     progress = progress or Progress(False)
+    note_duplicates(bench, progress)
     data = _Data(bench, params, progress)
     while len(trials) < params.trials:
         trial = _one(bench, out, params, trials, space, data, progress)

@@ -92,7 +92,7 @@ def search(
     from .finetune.search.search import REPORT, private_budget
     from .finetune.search.search import search as run
     from .finetune.training.progress import Progress
-    from .finetune.training.train import Workbench, note_duplicates
+    from .finetune.training.train import Workbench
     from .runtime.checkpoints.store import resolve_model
 
     params = dataclasses.replace(params, base=base, space=space)
@@ -106,7 +106,6 @@ def search(
         )
 
     with Progress() as progress:
-        note_duplicates(bench, progress)
         result = run(bench, out, params, on_trial=on_trial, progress=progress)
     print(f"{out}: best validation loss {result.best.value:.4f}; see {out / REPORT}, then `motet fuse`")
     if base.epsilon is not None:

@@ -248,6 +248,10 @@ def test_private_runs(tiny_model_dir, data, tmp_path, method):
     manifest = tune(tiny_model_dir("llama"), data, tmp_path / "p", params=params, show_progress=False)
     assert manifest["privacy"]["epsilon"] <= 8.0
     assert manifest["metrics"]["steps"] == 12
+    assert not {"train_loss_after", "gap", "loss_curve"} & set(manifest["metrics"])  # no noise covers them
+    assert "not the validation set" in manifest["privacy"]["covers"]
+    examples = manifest["data"]["parts"]["validation"]["examples"]
+    assert manifest["selection"] == {"chosen": "checkpoint", "by": "validation loss", "examples": examples}
     assert manifest["metrics"]["validation_loss_after"] < manifest["metrics"]["validation_loss_before"]
     options = {"tails": {"p": tmp_path / "p"}} if method == "tail" else {"loras": {"p": tmp_path / "p"}}
     bundle = Bundle.load(export_bundle(tiny_model_dir("llama"), tmp_path / "b", **options))

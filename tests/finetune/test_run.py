@@ -15,6 +15,7 @@ import torch
 from motet.finetune.data.batches import Item
 from motet.finetune.data.encode import Encoded
 from motet.finetune.params import NearDuplicates, TuneParams
+from motet.finetune.search.params import SearchParams, SearchSpace
 from motet.finetune.training import progress as progress_module
 from motet.finetune.training.loop import LAST, TuneModule, Watch, fit, open_work
 from motet.finetune.training.methods import Learner
@@ -224,8 +225,22 @@ def test_a_users_wait_policy_stays():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"epsilon": 8.0, "accumulate": 2}, {"batch_examples": 4}, {"epsilon": 8.0, "batch_examples": 0}, {"loss": "some"}],
+    [
+        {"epsilon": 8.0, "accumulate": 2},
+        {"batch_examples": 4},
+        {"epsilon": 8.0, "batch_examples": 0},
+        {"loss": "some"},
+        {"rank": 4},
+        {"targets": ("q_proj",)},
+        {"method": "lora", "head": True},
+    ],
 )
 def test_options_are_used_or_refused(settings):
     with pytest.raises(ConfigError, match=next(reversed(settings))):
         TuneParams(**settings)
+
+
+def test_a_search_over_adapters_has_no_choice_of_layers():
+    with pytest.raises(ConfigError, match="layers are choices for tails"):
+        SearchParams(TuneParams(method="lora"), SearchSpace(layers=(1,)))
+    assert SearchParams(TuneParams(method="lora")).base.method == "lora"

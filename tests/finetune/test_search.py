@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from motet.finetune.params import TuneParams
 from motet.finetune.search.fuse import fuse
 from motet.finetune.search.mixfit import Pool, convex, cross_validated, em, greedy, paired_bootstrap, select_and_fit
 from motet.finetune.search.params import FuseParams, SearchParams, SearchSpace
+from motet.finetune.search.repro import repro
 from motet.finetune.search.search import private_budget, read_trials, search
 from motet.finetune.search.space import Trial, distributions, is_hopeless, suggest
 from motet.finetune.training.train import Workbench
@@ -158,6 +161,30 @@ def test_hopeless_trials():
     assert not is_hopeless(trials, 0, 2.5)
     assert not is_hopeless(trials[:3], 0, 9.0)  # too few to tell
     assert not is_hopeless(trials, 1, 9.0)
+
+
+@pytest.mark.slow
+def test_only_the_same_search_goes_on(bench, tmp_path, tiny_model_dir):
+    """Another tokenizer, template or split: a search is refused, a member is not fused, its run not repeated."""
+    params, out = SearchParams(BASE, SPACE, trials=1), tmp_path / "s"
+    (member,) = search(bench, out, params).members()
+    model_dir = tmp_path / "other"
+    shutil.copytree(bench.model_dir, model_dir)
+    template = model_dir / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
+    other = Workbench(model_dir, bench.data, bench.cache)
+    other.model_dir = bench.model_dir  # the name is in the settings too
+    with pytest.raises(ConfigError, match="tokenizer or data"):
+        search(other, out, params)
+    with pytest.raises(BundleError, match="tokenizer has the digest"):
+        repro(member, model_dir, bench.cache)
+    records = [json.loads(line) for line in Path(bench.data).read_text().splitlines()]
+    Path(bench.data).write_text("".join(json.dumps({**r, "source": f"s{i}"}) + "\n" for i, r in enumerate(records)))
+    moved = Workbench(bench.model_dir, bench.data, bench.cache)
+    with pytest.raises(ConfigError, match="tokenizer or data"):
+        search(moved, out, params)
+    with pytest.raises(BundleError, match="among the test examples"):
+        fuse(moved, {"m": member}, tmp_path / "f")
 
 
 def composed_by_hand(records, delta) -> float:
