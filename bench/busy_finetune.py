@@ -1,8 +1,8 @@
 """`motet bench busy-finetune`: training while another process burns one core, against training alone.
 
 PyTorch's OpenMP threads meet at the end of every operation. If they spin there, they take the core from the thread that they
-wait for; `motet` makes them sleep (`OMP_WAIT_POLICY=PASSIVE`), unless the environment says otherwise. To measure the default
-of OpenMP, run this with `OMP_WAIT_POLICY=ACTIVE` or `GOMP_SPINCOUNT=300000`. Quiet and busy runs alternate.
+wait for; `motet` makes them sleep soon (`motet.openmp`), unless the environment says otherwise. To measure libgomp's default,
+run this with `GOMP_SPINCOUNT=300000`. Quiet and busy runs alternate.
 """
 
 from __future__ import annotations

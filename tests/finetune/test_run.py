@@ -216,7 +216,7 @@ def test_lines_of_progress(monkeypatch, capfd):
 def test_a_users_wait_policy_stays():
     environment: dict[str, str] = {}
     wait_passively(environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         chosen = {name: "ACTIVE"}
         wait_passively(chosen)
