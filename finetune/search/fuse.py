@@ -7,7 +7,7 @@ nested cross-validation. The test set is used once, at the end, and decides noth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from ..data.batches import Item, make_batch, plan
 from ..data.encode import encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
+from ..training.progress import Progress
 from ..training.provenance import choice_line, chosen_by, environment
-from ..training.train import RunData, Workbench
+from ..training.train import RunData, Workbench, note_duplicates
 from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
@@ -54,17 +55,18 @@ def fuse(
     out: Path,
     params: FuseParams | None = None,
     *,
-    on_progress: Callable[[str], None] = lambda _what: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Choose members, fit their mix, and write fusion.json and a report to `out`.
 
     Returns the content of fusion.json: the mix, the members' paths, the figures.
 
-    `members`: name → directory of a tail or adapter, from a search or elsewhere. `on_progress` gets each step's name.
-    Raises `ConfigError`, `DataError` (fewer than two members), `BundleError` (a member has another base, or its own
-    head), `NotFoundError`, `UnsupportedModelError` (the head is not linear: `Pool` multiplies states by the head).
+    `members`: name → directory of a tail or adapter, from a search or elsewhere. Raises `ConfigError`, `DataError` (fewer
+    than two members), `BundleError` (a member has another base, its own head, or was trained on another version of the
+    data set, whose training examples may be test examples of this one), `NotFoundError`, `UnsupportedModelError` (the
+    head is not linear: `Pool` multiplies states by the head).
     """
-    params = params or FuseParams()
+    params, progress = params or FuseParams(), progress or Progress(False)
     if not bench.config.linear_head:
         raise UnsupportedModelError(
             f"the head of '{bench.model_dir.name}' is not linear (linear_head is false); a mix can be fitted only where "
@@ -75,25 +77,26 @@ def fuse(
     paths: dict[str, Path | None] = {**({BASE: None} if params.with_base else {}), **members}
     if len(paths) < 2:
         raise DataError("there is nothing to fuse: give at least two members")
+    note_duplicates(bench, progress)
     names = list(paths)
     counts: dict[Split, int] = {"validation": params.validation_examples, "test": params.test_examples}
-    validation, test = _answers(bench, paths, params, counts, on_progress)
+    validation, test = _answers(bench, paths, params, counts, progress)
     head = bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"])
 
-    on_progress("selecting")
+    progress.note("selecting")
     pool = Pool(params.space, validation.states, head, validation.targets)
     everything = np.ones(len(validation.targets), np.bool_)
     mix = select_and_fit(pool, everything, max_members=params.max_members)
-    on_progress("cross-validating")
+    progress.note("cross-validating")
     nested = cross_validated(pool, validation.documents, folds=params.folds, max_members=params.max_members)
-    on_progress("testing")
+    progress.note("testing")
     report = _report(names, pool, Pool(params.space, test.states, head, test.targets), test, mix, nested)
     result = {
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
         "weights": {name: weights_digest(path) for name, path in members.items()},
-        "chosen_by": chosen_by(bench.dataset, len(set(validation.examples.tolist())), validation.digest),
+        "chosen_by": chosen_by(bench.dataset, len(np.unique(validation.examples)), validation.digest),
         "report": report,
         "base": {"name": bench.model_dir.name, "digest": bench.digest},
         "data": {"name": bench.dataset.name, "digest": bench.dataset.digest},
@@ -111,7 +114,7 @@ def _answers(
     paths: Mapping[str, Path | None],
     params: FuseParams,
     counts: dict[Split, int],
-    on_progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Answers, Answers]:
     """Every member's states at the answer tokens of (validation, test)."""
     splits = {name: _first_layer(bench, path) for name, path in paths.items()}
@@ -119,12 +122,12 @@ def _answers(
     loaded: dict[int, RunData] = {}
     collected: dict[Split, list[Tensor]] = {"validation": [], "test": []}
     for name, path in paths.items():
-        on_progress(f"member {name}")
+        progress.note(f"member {name}")
         layers = bench.config.num_layers - splits[name] or deepest  # the base has no split: use the deepest
         for count in dict.fromkeys((deepest, layers)):
             if count not in loaded:
                 encoding = TuneParams(layers=count, max_length=params.max_length)
-                loaded[count] = bench.load(encoding, counts)
+                loaded[count] = bench.load(encoding, counts, progress.advance)
         decoder, start = member_decoder(bench, path), bench.config.num_layers - layers
         for part, states in collected.items():
             states.append(_states(decoder, loaded[layers].parts[part], start))
@@ -137,6 +140,12 @@ def _first_layer(bench: Workbench, path: Path | None) -> int:
         return bench.config.num_layers
     manifest, weights = format_at(path).read(path, bench.config)
     check_base(path, manifest, bench.digest)
+    trained_on = manifest.get("data", {})
+    if trained_on.get("name") == bench.dataset.name and trained_on.get("digest") != bench.dataset.digest:
+        raise BundleError(
+            f"the member '{path}' was trained on another version or split of '{bench.dataset.name}', so its training examples "
+            "may be among the test examples; use the same file and the same near_duplicates, or tune it again"
+        )
     if any(name.startswith("lm_head.") for name in weights):
         raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
     return first_layer(weights, bench.config.num_layers)
@@ -177,7 +186,7 @@ def _states(decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
 
 def _pack(states: Sequence[Tensor], items: Sequence[Item]) -> Answers:
     counts = [item.encoded.num_targets for item in items]
-    targets = [token for item in items for token in item.encoded.token_ids[item.encoded.answer :]]
+    targets = [item.encoded.token_ids[index] for item in items for index in item.encoded.targets]
     sources = {source: i for i, source in enumerate(dict.fromkeys(item.encoded.source for item in items))}
     return Answers(
         torch.stack(list(states)),

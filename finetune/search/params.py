@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ...runtime.api.request import Space
 from ...runtime.errors import ConfigError
+from ...runtime.model.members import MemberKind
 from ..params import MAX_LENGTH_HELP, TuneParams, described
 
 
@@ -47,6 +48,10 @@ class SearchParams:
             raise ConfigError(f"trials must be at least 1, got {self.trials}")
         if self.sampler not in ("gp", "random"):
             raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
+        if self.base.kind is MemberKind.ADAPTER and self.space.layers != SearchSpace().layers:
+            raise ConfigError(
+                f"layers are choices for tails; method '{self.base.method}' adapts all layers: leave them out"
+            )
         if self.base.epsilon is not None and self.base.augmentation != "none":
             raise ConfigError("a private search cannot use augmentation; set augmentation to none")
 

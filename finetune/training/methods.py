@@ -11,7 +11,9 @@ The embedding is not trained. The head is trained only with `TuneParams.head`: m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,10 @@ def check_targets(config: DecoderConfig, params: TuneParams) -> None:
 
 
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    from peft import LoraConfig, inject_adapter_in_model
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        from peft import LoraConfig, inject_adapter_in_model
 
     check_targets(config, params)
     layout = decoder_layout(config)
@@ -178,8 +183,24 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    inject_adapter_in_model(lora, decoder)
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        inject_adapter_in_model(lora, decoder)
     return decoder
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Let an import find no bitsandbytes here, unless it is loaded already, as for qlora."""
+    hidden = "bitsandbytes" not in sys.modules
+    if hidden:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["bitsandbytes"]
 
 
 def _to_nf4(decoder: Decoder) -> None:

@@ -80,9 +80,10 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         *_table(("nats per token", "before", "after"), _losses(metrics)),
         "",
-        f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples). "
+        *_gap(metrics),
         f"Best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of {metrics['steps']}"
-        + (", stopped early." if metrics["stopped_early"] else "."),
+        + (", stopped early." if metrics["stopped_early"] else ".")
+        + " Its validation loss is a little too good, because it was chosen by it.",
         "",
         choice_line("The checkpoint was chosen", manifest["chosen_by"]),
         "",
@@ -96,7 +97,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             ],
         ),
         "",
-        f"Near-duplicates of held-out examples left out of training: {data['near_duplicates']}.",
+        f"Near-duplicates of held-out examples: {data['num_duplicates']} ({data['near_duplicates']}).",
         "",
         "## Regularisation",
         "",
@@ -123,6 +124,13 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _gap(metrics: Mapping[str, Any]) -> list[str]:
+    """A private run has no train loss."""
+    if "gap" not in metrics:
+        return []
+    return [f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples)."]
+
+
 def _losses(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows = [("validation", metrics["validation_loss_before"], metrics["validation_loss_after"])]
     if "train_loss_after" in metrics:
@@ -139,8 +147,8 @@ def _privacy_lines(manifest: Mapping[str, Any]) -> list[str]:
         "",
         f"(ε = {spent['epsilon']:.3f}, δ = {spent['delta']:.3g}) for each training example: noise multiplier "
         f"{spent['noise_multiplier']:.3f}, sampling rate {spent['sample_rate']:.4f}, {spent['steps']} steps, gradients "
-        f"clipped at {spent['clip']:g}; {spent['accountant']}. Other runs on the "
-        "same data add to ε.",
+        f"clipped at {spent['clip']:g}; {spent['accountant']}. ε covers {spent['covers']}. Other runs on the same data add "
+        "to ε.",
         "",
     ]
 

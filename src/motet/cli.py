@@ -16,6 +16,7 @@ from rich.table import Table
 from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
+from .openmp import wait_passively
 from .options import MixOption, SpaceOption, Threads, by_name, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
@@ -34,6 +35,7 @@ mount(app, bench)
 def main() -> None:
     """Entry point: runs the app and turns errors into exit codes."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    wait_passively()
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

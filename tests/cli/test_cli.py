@@ -223,7 +223,7 @@ def test_malformed_data(tmp_path, tiny_model_dir):
     for content, expected in (
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
         (b"{\n", "not JSON"),
-        (b'{"text": 1}\n', "keys ['text']"),
+        (b'{"txt": 1}\n', "keys ['txt']"),
     ):
         data.write_bytes(content)
         message = refused("tune", tiny_model_dir("llama"), "--data", data, "--out", tmp_path / "t")

@@ -38,7 +38,7 @@ model, data, out, cache, params, pause = sys.argv[1:]
 bench = train.Workbench(Path(model), data, TrunkCache(Path(cache)))
 def validated(step, loss):
     print(step, flush=True)
-def stepped(loss):
+def stepped(step, loss):
     time.sleep(float(pause))
 train.run(bench, Path(out), TuneParams(**json.loads(params)), name="x", watch=Watch(stepped, validated))
 """
@@ -234,7 +234,7 @@ def test_the_budget():
     spent = budget(TuneParams(epsilon=8.0, epochs=3, batch_examples=10), 200)
     assert isinstance(spent, PrivacyBudget)
     assert 7.9 < spent.epsilon <= 8.0
-    assert spent.epsilon == epsilon_of(spent.history, spent.delta)
+    assert spent.epsilon == epsilon_of([(spent.noise_multiplier, spent.sample_rate, spent.steps)], spent.delta)
     assert (spent.steps, spent.sample_rate) == (60, 0.05)
     with pytest.raises(ConfigError, match="1 / N"):
         budget(TuneParams(epsilon=8.0, delta=0.01), 200)
@@ -248,6 +248,10 @@ def test_private_runs(tiny_model_dir, data, tmp_path, method):
     manifest = tune(tiny_model_dir("llama"), data, tmp_path / "p", params=params, show_progress=False)
     assert manifest["privacy"]["epsilon"] <= 8.0
     assert manifest["metrics"]["steps"] == 12
+    assert not {"train_loss_after", "gap", "loss_curve"} & set(manifest["metrics"])  # no noise covers them
+    assert "not the validation set" in manifest["privacy"]["covers"]
+    examples = manifest["data"]["parts"]["validation"]["examples"]
+    assert manifest["chosen_by"]["examples"] == examples
     assert manifest["metrics"]["validation_loss_after"] < manifest["metrics"]["validation_loss_before"]
     options = {"tails": {"p": tmp_path / "p"}} if method == "tail" else {"loras": {"p": tmp_path / "p"}}
     bundle = Bundle.load(export_bundle(tiny_model_dir("llama"), tmp_path / "b", **options))

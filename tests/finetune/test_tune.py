@@ -98,7 +98,7 @@ def test_heldout_text(tokenizer):
         (b"not json", "line 2: not JSON"),
         (b"[]", "line 2: a list"),
         (b'{"prompt": "x"}', "line 2: has the keys"),
-        (b'{"prompt": "x", "completion": " "}', "completion is empty"),
+        (b'{"prompt": "x", "completion": " "}', "the answer is empty"),
         (
             b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
             "must be the assistant's",
