@@ -118,7 +118,7 @@ def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
     layout = decoder_layout(config)
     writer = Writer(rng, bits, group, head_group, huge=0.3 if rng.random() < 0.05 else 0.0)
     head_bits = max(bits, 8)
-    for name in {EMBEDDING, layout.head}:
+    for name in dict.fromkeys((EMBEDDING, layout.head)):
         gain = 3.0 if name in (HEAD, layout.head) else 1.0
         writer.weight(name, config.vocab_size, config.hidden_size, head_bits, head_group, gain)
     if config.positions == "learned":
