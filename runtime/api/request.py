@@ -14,6 +14,7 @@ from .sampling import SamplingParams
 
 MIX_TOLERANCE = 1e-6
 MAX_MEMBERS = 64
+MAX_MIX = 1000.0  # members are float32, 7 digits; terms a thousand times the mix that cancel leave 4 of them
 _FLAG = Flag()
 _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
@@ -48,7 +49,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Ensemble:
     """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
-    too many members, a (name, view) pair that occurs twice, or a mix that is not finite or does not sum to 1
+    too many members, a (name, view) pair that occurs twice, or a mix that is not in ±`MAX_MIX` or does not sum to 1
     (±1e-6)."""
 
     members: tuple[Member, ...]
@@ -75,9 +76,11 @@ class Ensemble:
                 raise InvalidEnsembleError(
                     f"a member's name must be text, got {member.name!r}", field="ensemble.members.name"
                 )
-            if not isinstance(member.mix, Real) or isinstance(member.mix, bool) or not math.isfinite(member.mix):
+            is_number = isinstance(member.mix, Real) and not isinstance(member.mix, bool)
+            if not is_number or not abs(member.mix) <= MAX_MIX:
                 raise InvalidEnsembleError(
-                    f"the mix of member '{member.name}' is {member.mix!r}; it must be finite",
+                    f"the mix of member '{member.name}' is {member.mix!r}; it must be a number in "
+                    f"-{MAX_MIX:g}…{MAX_MIX:g}, or what cancels leaves only rounding",
                     field="ensemble.members.mix",
                 )
             if member.mix < 0 and self.space is Space.PROBS:

@@ -11,7 +11,7 @@ from motet.runtime.api.request import MAX_MEMBERS, Ensemble, Member, Request, Sp
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.errors import MotetError
 
-EXTREMES = (0.0, 1e-300, -1e-300, 1e30, -1e30, 1e308, -1e308)
+EXTREMES = (1e-300, -1e-300, 5e-324, 1000.0, -1000.0, 999.0, 1e30, -1e308)
 
 
 def random_engine(rng: np.random.Generator, kv_dtype: str) -> EngineConfig:
