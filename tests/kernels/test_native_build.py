@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers.sanitised import ROOT, compiler_file, sanitised_environment
@@ -17,7 +16,6 @@ from motet.runtime.errors import UnavailableError
 
 SERVE = """
 import sys
-from pathlib import Path
 from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
