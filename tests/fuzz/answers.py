@@ -63,12 +63,13 @@ class Judge:
         """The native logits of a sequence are the oracle's, up to float32 and values at a rounding boundary."""
         if not self.oracle.is_finite:
             return
-        expected = self.oracle.logits(tokens, self._adapter(member), member)
+        states, head = self.oracle.hidden(tokens, self._adapter(member), member), self.oracle.head
         found = self.backend._model.head(self.hidden(tokens, member))
-        scale = max(float(expected.std()), 0.1)
-        error = np.abs(found - expected) / scale
+        norms = [np.square(x).sum(-1).mean() for x in (states, head.values)]
+        size = np.sqrt(norms[0] * norms[1] / states.shape[1])  # of a logit, were states and columns independent
+        error = np.abs(found - head(states)) / size
         if not error.max() < 0.3:
-            raise Wrong(f"member {member} on {tokens}: logits are off by {error.max():.3g} of their deviation")
+            raise Wrong(f"member {member} on {tokens}: logits are off by {error.max():.3g} of their size")
         self.compared.append((float(error.max()), float(error.mean())))
 
     def check(self, request: Request, choice: int, answer: Output) -> int:

@@ -64,7 +64,7 @@ class Weight:
 
 
 class Oracle:
-    """`logits(tokens, adapter, member)` of a bundle over a cache of this kind."""
+    """The final states of a bundle's members over a cache of this kind, and the head that makes them logits."""
 
     def __init__(self, bundle: Bundle, kv_dtype: str) -> None:
         self.bundle, self.config, self.layout = bundle, bundle.config, decoder_layout(bundle.config)
@@ -96,10 +96,6 @@ class Oracle:
             inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), adapter, owner)
             x = x + self._linear(layer.down, self._activate(inner), adapter, owner)
         return self._norm(self.layout.norm, x, self.bundle.members[member] if len(self.bundle.members) > 1 else None)
-
-    def logits(self, tokens: list[int], adapter: int, member: int) -> F64:
-        """[tokens, vocab]."""
-        return self.head(self.hidden(tokens, adapter, member))
 
     def _weight(self, name: str, owner: str | None = None) -> Weight:
         stored = resolve(self.tensors, name, owner)

@@ -106,7 +106,7 @@ def _judge(judge: Judge, requests: list[Request], answers: Answers, rng: np.rand
             judge.compare_logits(text, judge.bundle.members.index(member.name))
     errors = [mean for _, mean in judge.compared]
     if errors and not np.mean(errors) < 0.03:
-        raise Wrong(f"logits are off by {np.mean(errors):.3g} of their deviation on average")
+        raise Wrong(f"logits are off by {np.mean(errors):.3g} of their size on average")
 
 
 def _answers(engine: Engine, requests: list[Request], max_num_seqs: int) -> Answers:
