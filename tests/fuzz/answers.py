@@ -217,7 +217,8 @@ class _Answer:
 
 def _all_close(found: F64, expected: F64, limit: float) -> bool:
     with np.errstate(invalid="ignore"):
-        return bool(((np.abs(found - expected) <= limit) | (found == expected)).all())
+        same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+        return bool((same | (np.abs(found - expected) <= limit)).all())
 
 
 def _moved(tempered: F64, rules: dict[str, float], by: float) -> dict[str, float]:
