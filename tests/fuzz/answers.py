@@ -67,7 +67,7 @@ class Judge:
         found = self.backend._model.head(self.hidden(tokens, member))
         norms = [np.square(x).sum(-1).mean() for x in (states, head.values)]
         size = np.sqrt(norms[0] * norms[1] / states.shape[1])  # of a logit, were states and columns independent
-        error = np.abs(found - head(states)) / size
+        error = np.abs(found - head(states)) / max(size, 1e-30)  # a head of zeros has logits of 0
         if not error.max() < 0.3:
             raise Wrong(f"member {member} on {tokens}: logits are off by {error.max():.3g} of their size")
         self.compared.append((float(error.max()), float(error.mean())))
@@ -151,7 +151,7 @@ class _Answer:
             logit_bias=params.logit_bias,
             forbidden=sorted(self.stops) if step < params.min_tokens else (),
         )
-        steep = max(params.repetition_penalty, 1 / params.repetition_penalty)
+        steep = min(max(params.repetition_penalty, 1 / params.repetition_penalty), 1e300)
         finite = adjusted[np.isfinite(adjusted)]
         largest = float(np.abs(finite).max()) if finite.size else 0.0
         return mixed, adjusted, self.tolerance(step) * steep + EXACT * largest
