@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test lint docs bench peers proto clean
+.PHONY: demo check test fuzz lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -23,6 +23,12 @@ check: lint
 # All there is: what CI runs.
 test: lint
 	$(MODELS) $(BIN)/python -m pytest
+
+# The whole fuzz of the native backend, under sanitisers: see tests/fuzz. CASES, SEED: how many requests, and which.
+CASES ?= 20000
+SEED ?= 0
+fuzz: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz --sanitised --cases $(CASES) --seed $(SEED)
 
 # Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)

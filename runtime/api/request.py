@@ -51,7 +51,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Ensemble:
     """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
-    more than 64 members, a (name, view) pair that occurs twice, or a mix that is not in ±1e6 or does not sum to 1
+    more than 64 members, a (name, view) pair that occurs twice, or a mix that is not in ±1000 or does not sum to 1
     (±1e-6)."""
 
     members: tuple[Member, ...]

@@ -161,6 +161,13 @@ def test_generate_streams_the_greedy_answer(bundle, succeeded):
     assert "8 tokens" in err
 
 
+def test_generate_with_a_context_mixes_the_only_member_with_itself(bundle, succeeded, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear all, the meeting is on Monday.")
+    ask = ("generate", "When is it?", "--bundle", bundle, "--context", tmp_path / "letter.txt", "--max-tokens", 8)
+    _, err = succeeded(*ask, "--temperature", 0)
+    assert "8 tokens" in err
+
+
 def test_a_turn_of_chat(bundle, succeeded):
     """One message and an empty line: the answer, then the end."""
     out, _ = succeeded("chat", "--bundle", bundle, "--max-tokens", 8, "--temperature", 0, stdin="hello\n\n")

@@ -22,7 +22,7 @@ from ...errors import BundleError, ConfigError, MissingPackageError, MotetError,
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, mixed_rows
-from ...sampling.terms import plan_head
+from ...sampling.terms import needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 from .slot_cache import SlotCache
@@ -226,7 +226,7 @@ class OnnxBackend:
             graph.cache.free(batch.freed_blocks.tolist())
         hidden = self._forward(batch)
         at = {place: index for index, place in enumerate(hidden)}
-        terms = [[(at[row, member], c) for row, member, c in s.terms if c != 0] for s in batch.samples]
+        terms = [[(at[row, member], c) for row, member, c in needed_terms(s)] for s in batch.samples]
         plan = plan_head(terms, batch.samples, self._linear_head)
         rows, fine_rows = mixed_rows(plan.rows, list(hidden.values()), self._head_group)
         logits = self._logits(rows)

@@ -23,7 +23,7 @@ from ...api.config import EngineConfig
 from ...errors import MissingPackageError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
-from ...sampling.terms import Terms
+from ...sampling.terms import Terms, needed_terms
 from ...schedule.batch import Batch, SampleRow, StepOutput
 from .cuda_graphs import DecodeGraphs
 from .forward import Forward, RowInputs
@@ -288,9 +288,7 @@ class TorchBackend:
         return terms, errors
 
     def _sample_terms(self, sample: SampleRow, hidden: _Hidden) -> list[tuple[int, float]]:
-        found = [
-            (int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in sample.terms if c != 0
-        ]
+        found = [(int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in needed_terms(sample)]
         assert all(place >= 0 for place, _ in found), f"a member's tail did not run over its row: {sample.terms}"
         return found
 
