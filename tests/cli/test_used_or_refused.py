@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -13,7 +14,9 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import BundleError, UnsupportedModelError
+from motet.runtime.errors import BundleError, ConfigError, UnsupportedModelError
+from motet.runtime.model.bundle import MANIFEST
+from motet.runtime.model.files import file_digest
 from motet.runtime.model.generation import recommended_sampling
 from motet.runtime.serve.local import serve_engine
 
@@ -84,20 +87,19 @@ def test_refused_before_any_work(command, arguments, message):
     assert error.count("\n") == 1
 
 
-def test_export_refuses_what_it_would_not_use(command, tiny_model_dir, tmp_path):
-    for options, message in (
-        (("--merge",), "merge is for adapters"),
-        (("--bits", "32", "--group", "16"), "group_size is for 4 and 8 bits"),
-    ):
-        code, _, error = command("export", tiny_model_dir("llama"), tmp_path / "b", "--no-parity", *options)
-        assert code == 2
-        assert message in error
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"merge": True}, "merge is for adapters"), ({"bits": 32, "group_size": 16}, "group_size is for 4 and 8 bits")],
+)
+def test_export_refuses_what_it_would_not_use(tiny_model_dir, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        export_bundle(tiny_model_dir("llama"), tmp_path / "b", **options)
     assert not (tmp_path / "b").exists()
 
 
 def test_a_context_file(command, bundle, tmp_path):
     """With and without a byte order mark it is the same text; what cannot be read is refused."""
-    options = ("generate", "x", "--bundle", bundle, "--max-tokens", 4, "--temperature", 0, "--member", "base")
+    options = ("generate", "x", "--bundle", bundle, "--max-tokens", 4, "--seed", 3, "--member", "base")
     answers = []
     for content in (b"a letter", b"\xef\xbb\xbfa letter"):
         (tmp_path / "letter").write_bytes(content)
@@ -155,11 +157,14 @@ def test_a_job_with_a_failed_record_exits_with_1(command, bundle, tmp_path):
 @pytest.mark.parametrize("max_tokens", [12, 400])
 def test_chat_leaves_out_the_oldest_turns(command, bundle, monkeypatch, max_tokens):
     """Each request has the system message, the line just typed, and as many turns before it as fit."""
-    sent, generate = [], Client.generate
+    sent, answers, generate = [], [], Client.generate
 
     def spy(client, messages, **options):
         sent.append([dict(message) for message in messages])
-        return generate(client, messages, **options)
+        answers.append("")
+        for delta in generate(client, messages, **options):
+            answers[-1] += delta.text
+            yield delta
 
     monkeypatch.setattr(Client, "generate", spy)
     context, lines = 400, [f"line {i} " + "x" * 30 for i in range(6)]
@@ -175,30 +180,24 @@ def test_chat_leaves_out_the_oldest_turns(command, bundle, monkeypatch, max_toke
     assert error.count("does not fit the context of 400 tokens") == 1
     assert error.count("were left out") >= 1
     assert [messages[-1]["content"] for messages in sent] == lines
-    room = min(max_tokens, context // 2)
-    whole = [{"role": "system", "content": "be kind"}]
-    for index, messages in enumerate(sent):
-        assert messages[0] == whole[0]
-        kept = len(messages) - 2  # answers and questions before the line
-        assert kept % 2 == 0
-        assert [m["content"] for m in messages[1::2]] == lines[index - kept // 2 : index + 1]
-        if kept:
-            assert len(tokenizer.encode_chat(messages)) + room <= context
-        if kept < 2 * index and index and len(sent[index - 1]) >= kept + 2:
-            # One turn more would not fit: those of the request before, and its answer, which is in none but later ones.
-            before = [m for m in sent[index - 1] if m["role"] != "system"]
-            assert len(tokenizer.encode_chat([whole[0], *before[-(kept + 1) :], messages[-1]])) + room <= context + 400
+    system, turns = {"role": "system", "content": "be kind"}, []
+    for messages, line, answer in zip(sent, lines, answers, strict=True):
+        turns.append({"role": "user", "content": line})
+        for start in range(0, len(turns), 2):
+            room = 1 if start == len(turns) - 1 else min(max_tokens, context // 2)
+            if len(tokenizer.encode_chat([system, *turns[start:]])) + room <= context:
+                break
+        assert messages == [system, *turns[start:]]
+        turns = [*turns[start:], {"role": "assistant", "content": answer}]
 
 
 def test_recommended_sampling_is_used(command, bundle, tmp_path):
     """`do_sample: false` is greedy; what is typed comes first."""
-    import shutil
-
     model = shutil.copytree(bundle, tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "max_new_tokens": 5, "top_k": 7}))
-    manifest = json.loads((model / "manifest.json").read_text())
-    manifest["files"].pop("generation_config.json", None)
-    (model / "manifest.json").write_text(json.dumps(manifest))
+    manifest = json.loads((model / MANIFEST).read_text())
+    manifest["files"]["generation_config.json"] = file_digest(model / "generation_config.json")
+    (model / MANIFEST).write_text(json.dumps(manifest))
     common = ("generate", "x", "--bundle", model, "--json", "--ignore-eos")
 
     def tokens(*options):
