@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test lint docs bench peers proto clean
+.PHONY: demo check test fuzz lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -23,6 +23,12 @@ check: lint
 # All there is: what CI runs.
 test: lint
 	$(MODELS) $(BIN)/python -m pytest
+
+# The whole fuzz of the native backend, under sanitisers: see tests/fuzz. CASES, SEED: how many requests, and which.
+CASES ?= 20000
+SEED ?= 0
+fuzz: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz --sanitised --cases $(CASES) --seed $(SEED)
 
 # Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)
@@ -51,12 +57,10 @@ $(PEERS)/.ready: bench/peers/requirements.txt
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python -r bench/peers/requirements.txt
 	touch $@
 
-# Generated stubs import motet.proto; they are committed, and a test compares them.
+# The stubs of Python, in proto/, from the root that every language loads, proto/motet/v1. They are committed, and a test
+# compares them.
 proto: $(READY)
-	cd $(CURDIR) && rm -rf build/proto && mkdir -p build/proto && $(BIN)/python -m grpc_tools.protoc -Imotet/proto=proto \
-		--python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto \
-		motet/proto/inference.proto motet/proto/batch.proto motet/proto/admin.proto
-	cp build/proto/motet/proto/* proto/
+	$(BIN)/python -m motet.proto.generate proto
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Motet needs Python 3.11 or newer; run make PYTHON=python3.12")'

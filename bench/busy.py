@@ -48,7 +48,7 @@ def run(
             for size in batch_sizes:
                 requests = [random_request(bundle, i, context - new_tokens // 2, new_tokens) for i in range(size)]
                 quiet = run_together(engine, timed, requests)
-                with _burner():
+                with burner():
                     busy = run_together(engine, timed, requests)
                 if repeat:
                     phases[size]["quiet"].append(quiet)
@@ -68,7 +68,7 @@ def run(
 
 
 @contextmanager
-def _burner() -> Iterator[None]:
+def burner() -> Iterator[None]:
     """Run a process that keeps one core busy."""
     process = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE, text=True

@@ -1,10 +1,11 @@
-"""`TuneParams`: everything that a training run depends on besides the model and the data."""
+"""`TuneParams`: everything that a training run depends on besides the model and the data; `NearDuplicates`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..runtime.errors import ConfigError
@@ -13,11 +14,21 @@ from ..runtime.model.members import MemberKind
 METHODS = tuple(method for kind in MemberKind for method in kind.methods)
 
 _COUNTS = (
-    "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "max_length", "evaluations",
+    "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "evaluations",
 )  # fmt: skip
+MAX_LENGTH_HELP = "Tokens per example, at most; default: 320, or the model's context if that is shorter."
 _SHARES = ("warmup", "label_smoothing", "dropout")
 _NOT_NEGATIVE = ("weight_decay", "l1", "clip", "patience")
-_CHOICES = ("schedule", "augmentation", "precision")
+_CHOICES = ("schedule", "augmentation", "precision", "loss")
+
+
+class NearDuplicates(StrEnum):
+    """What is done with training examples that nearly repeat a held-out one, and validation examples that nearly repeat
+    a test one."""
+
+    DROP = "drop"  # leave them out
+    KEEP = "keep"  # keep and count them
+    REFUSE = "refuse"  # raise `DataError`
 
 
 def described(default: Any, text: str, option: str | None = None) -> Any:
@@ -50,7 +61,10 @@ class TuneParams:
     batch_tokens: int = described(1024, "Tokens per batch, padding included.")
     accumulate: int = described(1, "Batches per optimiser step.")
     clip: float = described(1.0, "Largest norm of the gradient; 0: no limit.")
-    max_length: int = described(320, "Tokens per example, at most.")
+    max_length: int | None = described(None, MAX_LENGTH_HELP)
+    loss: Literal["answer", "all"] = described(
+        "answer", "Turns that the loss is taken on: the last, or all the assistant's."
+    )
     precision: Literal["fp32", "bf16"] = described("fp32", "bf16 is mixed: the weights stay fp32.")
     evaluations: int = described(2, "Validations per run, evenly spread.")
     patience: int = described(0, "Stop after this many validations without a new best; 0: never.")
@@ -61,7 +75,9 @@ class TuneParams:
     seed: int = described(0, "Seed of the run.")
     epsilon: float | None = described(None, "Train with DP-SGD, with this privacy budget per run.")
     delta: float | None = described(None, "DP-SGD: below 1 / N for N training examples; default: 1 / (10 N).")
-    batch_examples: int = described(8, "DP-SGD: examples per step, on average (Poisson sampling).")
+    batch_examples: int | None = described(
+        None, "DP-SGD: examples per step, on average (Poisson sampling); default: 8."
+    )
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
@@ -71,8 +87,9 @@ class TuneParams:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.layers is not None and self.layers < 1:
-            raise ConfigError(f"layers must be at least 1, got {self.layers}")
+        for name in ("layers", "max_length", "batch_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _SHARES:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -84,19 +101,35 @@ class TuneParams:
                 raise ConfigError(f"{name} must be a number above 0, got {getattr(self, name)}")
         if self.bag > 1:
             raise ConfigError(f"bag must be at most 1 (all examples), got {self.bag}")
+        self._check_method()
         self._check_private()
+
+    def _check_method(self) -> None:
+        adapts = self.kind is MemberKind.ADAPTER
+        if adapts and self.head:
+            raise ConfigError(f"head cannot be trained with method '{self.method}': an adapter has no head")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("rank", "alpha", "targets"):
+            if not adapts and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} is a setting of adapters, and method '{self.method}' makes none; leave it out"
+                )
 
     def _check_private(self) -> None:
         if self.epsilon is None:
-            if self.delta is not None:
-                raise ConfigError("delta is set without epsilon; a private run needs epsilon")
+            for name in ("delta", "batch_examples"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is set without epsilon; a private run needs epsilon")
             return
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ConfigError(f"epsilon must be a number above 0, got {self.epsilon}")
         if self.method not in ("tail", "lora"):
             raise ConfigError(f"DP-SGD trains tails and adapters (tail, lora), got method '{self.method}'")
-        if self.augmentation != "none" or self.label_smoothing or self.l1 or self.patience:
-            raise ConfigError("DP-SGD cannot be used with augmentation, label_smoothing, l1 or patience")
+        if self.augmentation != "none" or self.label_smoothing or self.l1 or self.patience or self.accumulate > 1:
+            raise ConfigError(
+                "DP-SGD cannot be used with augmentation, label_smoothing, l1, patience or accumulate (batch_examples is "
+                "the size of its step)"
+            )
 
     @property
     def kind(self) -> MemberKind:
@@ -109,6 +142,14 @@ class TuneParams:
         if count > of:
             raise ConfigError(f"layers must be at most {of}, the model's, got {count}")
         return count
+
+    def fitted(self, context: int) -> TuneParams:
+        """These, with a `max_length` that is set: by default 320, or `context`, the model's positions, if these are
+        fewer. Raises `ConfigError` if it is set to more than that."""
+        length = min(320, context) if self.max_length is None else self.max_length
+        if length > context:
+            raise ConfigError(f"max_length must be at most {context}, the model's context, got {length}")
+        return dataclasses.replace(self, max_length=length)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "targets": list(self.targets)}

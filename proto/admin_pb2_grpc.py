@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from motet.proto import admin_pb2 as motet_dot_proto_dot_admin__pb2
+from . import admin_pb2 as motet_dot_v1_dot_admin__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in motet/proto/admin_pb2_grpc.py depends on'
+        + ' but the generated code in motet/v1/admin_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class AdminStub:
         """
         self.ListModels = channel.unary_unary(
                 '/motet.v1.Admin/ListModels',
-                request_serializer=motet_dot_proto_dot_admin__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_admin__pb2.ListModelsResponse.FromString,
+                request_serializer=motet_dot_v1_dot_admin__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_admin__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/motet.v1.Admin/GetModel',
-                request_serializer=motet_dot_proto_dot_admin__pb2.GetModelRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_admin__pb2.GetModelResponse.FromString,
+                request_serializer=motet_dot_v1_dot_admin__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_admin__pb2.GetModelResponse.FromString,
                 _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/motet.v1.Admin/Drain',
-                request_serializer=motet_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_admin__pb2.DrainResponse.FromString,
+                request_serializer=motet_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
 
 
@@ -78,18 +78,18 @@ def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
-                    request_deserializer=motet_dot_proto_dot_admin__pb2.ListModelsRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_admin__pb2.ListModelsResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_admin__pb2.ListModelsRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_admin__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
-                    request_deserializer=motet_dot_proto_dot_admin__pb2.GetModelRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_admin__pb2.GetModelResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_admin__pb2.GetModelRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_admin__pb2.GetModelResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
-                    request_deserializer=motet_dot_proto_dot_admin__pb2.DrainRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_admin__pb2.DrainResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -117,8 +117,8 @@ class Admin:
             request,
             target,
             '/motet.v1.Admin/ListModels',
-            motet_dot_proto_dot_admin__pb2.ListModelsRequest.SerializeToString,
-            motet_dot_proto_dot_admin__pb2.ListModelsResponse.FromString,
+            motet_dot_v1_dot_admin__pb2.ListModelsRequest.SerializeToString,
+            motet_dot_v1_dot_admin__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -144,8 +144,8 @@ class Admin:
             request,
             target,
             '/motet.v1.Admin/GetModel',
-            motet_dot_proto_dot_admin__pb2.GetModelRequest.SerializeToString,
-            motet_dot_proto_dot_admin__pb2.GetModelResponse.FromString,
+            motet_dot_v1_dot_admin__pb2.GetModelRequest.SerializeToString,
+            motet_dot_v1_dot_admin__pb2.GetModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -171,8 +171,8 @@ class Admin:
             request,
             target,
             '/motet.v1.Admin/Drain',
-            motet_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
-            motet_dot_proto_dot_admin__pb2.DrainResponse.FromString,
+            motet_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            motet_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

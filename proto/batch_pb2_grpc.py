@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from motet.proto import batch_pb2 as motet_dot_proto_dot_batch__pb2
+from . import batch_pb2 as motet_dot_v1_dot_batch__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in motet/proto/batch_pb2_grpc.py depends on'
+        + ' but the generated code in motet/v1/batch_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class BatchStub:
         """
         self.Submit = channel.unary_unary(
                 '/motet.v1.Batch/Submit',
-                request_serializer=motet_dot_proto_dot_batch__pb2.SubmitRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_batch__pb2.SubmitResponse.FromString,
+                request_serializer=motet_dot_v1_dot_batch__pb2.SubmitRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.SubmitResponse.FromString,
                 _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/motet.v1.Batch/Watch',
-                request_serializer=motet_dot_proto_dot_batch__pb2.WatchRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_batch__pb2.WatchResponse.FromString,
+                request_serializer=motet_dot_v1_dot_batch__pb2.WatchRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.WatchResponse.FromString,
                 _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/motet.v1.Batch/Cancel',
-                request_serializer=motet_dot_proto_dot_batch__pb2.CancelRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_batch__pb2.CancelResponse.FromString,
+                request_serializer=motet_dot_v1_dot_batch__pb2.CancelRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.CancelResponse.FromString,
                 _registered_method=True)
 
 
@@ -78,18 +78,18 @@ def add_BatchServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
-                    request_deserializer=motet_dot_proto_dot_batch__pb2.SubmitRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_batch__pb2.SubmitResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.SubmitRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.SubmitResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
-                    request_deserializer=motet_dot_proto_dot_batch__pb2.WatchRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_batch__pb2.WatchResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.WatchRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.WatchResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
-                    request_deserializer=motet_dot_proto_dot_batch__pb2.CancelRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_batch__pb2.CancelResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.CancelRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -117,8 +117,8 @@ class Batch:
             request,
             target,
             '/motet.v1.Batch/Submit',
-            motet_dot_proto_dot_batch__pb2.SubmitRequest.SerializeToString,
-            motet_dot_proto_dot_batch__pb2.SubmitResponse.FromString,
+            motet_dot_v1_dot_batch__pb2.SubmitRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.SubmitResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -144,8 +144,8 @@ class Batch:
             request,
             target,
             '/motet.v1.Batch/Watch',
-            motet_dot_proto_dot_batch__pb2.WatchRequest.SerializeToString,
-            motet_dot_proto_dot_batch__pb2.WatchResponse.FromString,
+            motet_dot_v1_dot_batch__pb2.WatchRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -171,8 +171,8 @@ class Batch:
             request,
             target,
             '/motet.v1.Batch/Cancel',
-            motet_dot_proto_dot_batch__pb2.CancelRequest.SerializeToString,
-            motet_dot_proto_dot_batch__pb2.CancelResponse.FromString,
+            motet_dot_v1_dot_batch__pb2.CancelRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

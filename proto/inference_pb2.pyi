@@ -20,6 +20,7 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LENGTH: _ClassVar[FinishReason]
     CANCELLED: _ClassVar[FinishReason]
     TIME_LIMIT: _ClassVar[FinishReason]
+    SHUTDOWN: _ClassVar[FinishReason]
 SPACE_UNSPECIFIED: Space
 LOGITS: Space
 PROBS: Space
@@ -28,6 +29,7 @@ STOP: FinishReason
 LENGTH: FinishReason
 CANCELLED: FinishReason
 TIME_LIMIT: FinishReason
+SHUTDOWN: FinishReason
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")

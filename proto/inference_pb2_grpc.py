@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from motet.proto import inference_pb2 as motet_dot_proto_dot_inference__pb2
+from . import inference_pb2 as motet_dot_v1_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in motet/proto/inference_pb2_grpc.py depends on'
+        + ' but the generated code in motet/v1/inference_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class InferenceStub:
         """
         self.Generate = channel.unary_stream(
                 '/motet.v1.Inference/Generate',
-                request_serializer=motet_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
+                request_serializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Complete = channel.unary_unary(
                 '/motet.v1.Inference/Complete',
-                request_serializer=motet_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_inference__pb2.CompleteResponse.FromString,
+                request_serializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/motet.v1.Inference/Tokenize',
-                request_serializer=motet_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=motet_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+                request_serializer=motet_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
 
 
@@ -79,18 +79,18 @@ def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=motet_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_inference__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
-                    request_deserializer=motet_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_inference__pb2.CompleteResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_inference__pb2.CompleteResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
-                    request_deserializer=motet_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
-                    response_serializer=motet_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,8 +118,8 @@ class Inference:
             request,
             target,
             '/motet.v1.Inference/Generate',
-            motet_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-            motet_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
+            motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            motet_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -145,8 +145,8 @@ class Inference:
             request,
             target,
             '/motet.v1.Inference/Complete',
-            motet_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-            motet_dot_proto_dot_inference__pb2.CompleteResponse.FromString,
+            motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            motet_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -172,8 +172,8 @@ class Inference:
             request,
             target,
             '/motet.v1.Inference/Tokenize',
-            motet_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-            motet_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+            motet_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            motet_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

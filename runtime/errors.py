@@ -7,6 +7,14 @@ different classes only if a caller would handle them differently.
 
 from __future__ import annotations
 
+_SHOWN = 80  # characters of a refused value that a message shows
+
+
+def shown(value: object) -> str:
+    """A value as an error's text shows it: its `repr`, cut after 80 characters."""
+    text = repr(value[: _SHOWN + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
 
 class MotetError(Exception):
     """Base of all errors that Motet raises on purpose. The message is one line that can be shown to a user."""
@@ -48,6 +56,10 @@ class UnsupportedModelError(MotetError):
     """A model family or option that Motet cannot compute."""
 
     exit_code = 2
+
+
+class PermissionDeniedError(MotetError):
+    """The caller may not do this."""
 
 
 class UnimplementedError(MotetError):

@@ -1,5 +1,5 @@
 // Ask a Motet server from Node.js: stream an answer of an ensemble, and tell the errors apart. The protocol is read from
-// proto/inference.proto as it is; nothing is generated.
+// proto/ as it is; nothing is generated.
 //
 //     npm ci --prefix examples/node
 //     node examples/node/client.mjs "What is a motet?" --mix code=0.3,docs=0.7 --address 127.0.0.1:50051
@@ -10,9 +10,14 @@ import { parseArgs } from "node:util";
 import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
-const PROTO = fileURLToPath(new URL("../../proto/inference.proto", import.meta.url));
+const ROOT = fileURLToPath(new URL("../../proto", import.meta.url));
 // 64-bit seeds as strings (a JavaScript number holds 53 bits), enums by name, and only those fields that were sent.
-const definition = protoLoader.loadSync(PROTO, { keepCase: true, longs: String, enums: String });
+const definition = protoLoader.loadSync(["motet/v1/inference.proto", "motet/v1/admin.proto"], {
+  includeDirs: [ROOT],
+  keepCase: true,
+  longs: String,
+  enums: String,
+});
 const { Inference } = grpc.loadPackageDefinition(definition).motet.v1;
 
 const { values, positionals } = parseArgs({

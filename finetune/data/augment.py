@@ -7,6 +7,7 @@ paraphrase      the instruction gets other words (built-in sets), or the message
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 
@@ -34,7 +35,7 @@ def augment(example: Example, how: str, rng: random.Random) -> Example:
         return example
     *before, last = example.messages
     text = {"token-dropout": _drop, "span-mask": _mask, "paraphrase": _paraphrase}[how](last["content"], rng)
-    return Example((*before, {**last, "content": text}), example.completion, example.source)
+    return dataclasses.replace(example, messages=(*before, {**last, "content": text}))
 
 
 def _drop(text: str, rng: random.Random) -> str:

@@ -22,7 +22,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """B items, padded at the end. A is the largest number of answer tokens in an item."""
+    """B items, padded at the end. A is the largest number of tokens in an item that the loss is taken on."""
 
     items: tuple[Item, ...]
     positions: Tensor  # [B, A] the position that predicts the token; 0 where padded
@@ -38,9 +38,9 @@ def make_batch(items: Sequence[Item]) -> TrainBatch:
     positions = torch.zeros(len(items), width, dtype=torch.long)
     targets = torch.full((len(items), width), -1)
     for row, item in enumerate(items):
-        answer, count = item.encoded.answer, item.encoded.num_targets
-        positions[row, :count] = torch.arange(answer - 1, answer - 1 + count)
-        targets[row, :count] = torch.tensor(item.encoded.token_ids[answer:])
+        indices = torch.tensor(item.encoded.targets)
+        positions[row, : len(indices)] = indices - 1
+        targets[row, : len(indices)] = torch.tensor(item.encoded.token_ids)[indices]
     return TrainBatch(tuple(items), positions, targets)
 
 

@@ -1,7 +1,7 @@
 """Data sets: files and two built-in sets, split into train, validation and test without leakage.
 
-Examples are split by document: all examples of a document are in the same split. If a training example nearly repeats a
-held-out one, a built-in set leaves it out, and a user's data is refused.
+Examples are split by document: all examples of a document are in the same split. A training example that nearly repeats a
+held-out one would make the held-out figures too good: `NearDuplicates` says what is done with it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
+from ..params import NearDuplicates
 from .built_in import BUILT_IN, CODE_INSTRUCTION, DOCS_INSTRUCTION, built_in_examples
 from .example import Example, Split
 from .formats import read_examples
-from .leakage import near_duplicates
+from .leakage import common_ngrams, near_duplicates
 
 __all__ = ["BUILT_IN", "CODE_INSTRUCTION", "DOCS_INSTRUCTION", "Dataset", "Example", "Split", "load_dataset"]
 
@@ -26,12 +27,13 @@ __all__ = ["BUILT_IN", "CODE_INSTRUCTION", "DOCS_INSTRUCTION", "Dataset", "Examp
 class Dataset:
     name: str
     spec: str  # the argument of `load_dataset`
-    digest: str  # SHA-256 over all examples
+    digest: str  # SHA-256 over the examples of each split, with their documents
     splits: dict[Split, list[Example]]
-    num_duplicates: int  # examples left out because they nearly repeat a held-out one
+    near_duplicates: NearDuplicates
+    num_duplicates: int  # near-duplicates of held-out examples that were found
 
 
-def load_dataset(spec: str) -> Dataset:
+def load_dataset(spec: str, near_duplicates: NearDuplicates = NearDuplicates.DROP) -> Dataset:
     """Load a data set. `spec` is the name of a built-in set or a path (see `formats`).
 
     The examples of a split are shuffled, always in the same way. Raises `NotFoundError`, and `DataError`, which names the
@@ -41,17 +43,18 @@ def load_dataset(spec: str) -> Dataset:
     examples = list(built_in_examples(spec) if built_in else read_examples(Path(spec)))
     if not examples:
         raise DataError(f"'{spec}' holds no examples")
-    digest = hashlib.sha256()
     splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     for example in examples:
-        digest.update(repr((example.messages, example.completion)).encode())
         splits[_split_of(example.source)].append(example)
     if not built_in and not (splits["validation"] and splits["train"]):
         splits = _split_small(examples)
-    num_duplicates = _remove_leaks(spec, splits, refuse=not built_in)
-    for part in splits.values():
+    num_duplicates = _treat_leaks(spec, splits, near_duplicates)
+    digest = hashlib.sha256()
+    for name, part in splits.items():
         random.Random(0).shuffle(part)
-    return Dataset(Path(spec).name, spec, digest.hexdigest(), splits, num_duplicates)
+        for example in part:
+            digest.update(repr((name, example.messages, example.completion, example.source)).encode())
+    return Dataset(Path(spec).name, spec, digest.hexdigest(), splits, near_duplicates, num_duplicates)
 
 
 def _split_of(source: str) -> Split:
@@ -78,38 +81,41 @@ def _split_small(examples: list[Example]) -> dict[Split, list[Example]]:
     return splits
 
 
-def _remove_leaks(spec: str, splits: dict[Split, list[Example]], *, refuse: bool) -> int:
-    """Remove training examples that nearly repeat a held-out one, and validation examples that nearly repeat a test one.
-
-    Returns how many were removed. With `refuse`, raises `DataError` instead.
-    """
-    removed = 0
+def _treat_leaks(spec: str, splits: dict[Split, list[Example]], choice: NearDuplicates) -> int:
+    """Find training examples that nearly repeat a held-out one, and validation examples that nearly repeat a test one,
+    and do with them what `choice` says. Returns how many there are. Raises `DataError` if nothing else is left."""
+    found = 0
+    common = common_ngrams([example for part in splits.values() for example in part])
     pairs_of: tuple[tuple[Split, list[Example]], ...] = (
         ("train", splits["validation"] + splits["test"]),
         ("validation", splits["test"]),
     )
     for part, held_out in pairs_of:
-        pairs = near_duplicates(splits[part], held_out)
-        if pairs and refuse:
+        pairs = near_duplicates(splits[part], held_out, common)
+        found += len(pairs)
+        if not pairs or choice is NearDuplicates.KEEP:
+            continue
+        leaked = {index for index, _ in pairs}
+        left = [example for index, example in enumerate(splits[part]) if index not in leaked]
+        if choice is NearDuplicates.REFUSE or not left:
             first, other = splits[part][pairs[0][0]], held_out[pairs[0][1]]
             raise DataError(
-                f"'{spec}': {len(pairs)} {part} examples nearly repeat a held-out one, the first from '{first.source}' "
-                f"that from '{other.source}'; remove them, or give both the same source to keep them on one side"
+                f"'{spec}': {len(pairs)} of {len(splits[part])} {part} examples nearly repeat a held-out one, the first "
+                f"from '{first.source}' that from '{other.source}'; remove them, give both the same source to keep them "
+                "on one side, or set near_duplicates to keep" + (" or drop" if left else "")
             )
-        leaked = {index for index, _ in pairs}
-        splits[part] = [example for index, example in enumerate(splits[part]) if index not in leaked]
-        removed += len(leaked)
-    return removed
+        splits[part] = left
+    return found
 
 
-def heldout_token_ids(
-    tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512
-) -> list[list[int]]:
-    """Text from a split of the built-in sets, as chunks of `chunk` token ids that make at least `num_tokens` predictions.
+def heldout_token_ids(tokenizer: Tokenizer, num_tokens: int, *, context: int, split: Split = "test") -> list[list[int]]:
+    """Text from a split of the built-in sets, as chunks that make at least `num_tokens` predictions: of 512 token ids, or
+    of as many as the model's `context` has positions, if these are fewer.
 
     It is conversations with their answers, as the model sees them. Use the test split to measure quality, the train split
     to calibrate.
     """
+    chunk = min(512, context)
     parts = [_built_in(name).splits[split] for name in BUILT_IN]
     token_ids: list[int] = []
     for code, docs in zip(*parts, strict=False):

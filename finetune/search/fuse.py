@@ -7,7 +7,7 @@ nested cross-validation. The test set is used once, at the end, and decides noth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,24 @@ import torch
 from torch import Tensor
 
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import attach
-from ...runtime.checkpoints.members.files import first_layer
+from ...runtime.checkpoints.members.adapter import attach, fit, is_separable
+from ...runtime.checkpoints.members.files import check_base, first_layer
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.members import MemberKind
 from ..data.batches import Item, make_batch, plan
+from ..data.encode import encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
-from ..training.provenance import environment
-from ..training.train import RunData, Workbench
+from ..training.progress import Progress
+from ..training.provenance import choice_line, chosen_by, environment
+from ..training.train import RunData, Workbench, note_duplicates
+from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
 
 BASE = "base"
-FUSION, REPORT = "fusion.json", "README.md"
+REPORT = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Answers:
     targets: Tensor  # [T] token ids
     examples: npt.NDArray[np.int64]  # [T] index of the example
     documents: npt.NDArray[np.int64]  # [T] index of the example's document
+    digest: str  # of the examples, as the model sees them
 
 
 def fuse(
@@ -51,17 +55,18 @@ def fuse(
     out: Path,
     params: FuseParams | None = None,
     *,
-    on_progress: Callable[[str], None] = lambda _what: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Choose members, fit their mix, and write fusion.json and a report to `out`.
 
     Returns the content of fusion.json: the mix, the members' paths, the figures.
 
-    `members`: name → directory of a tail or adapter, from a search or elsewhere. `on_progress` gets each step's name.
-    Raises `ConfigError`, `DataError` (fewer than two members), `BundleError` (a member has another base, or its own
-    head), `NotFoundError`, `UnsupportedModelError` (the head is not linear: `Pool` multiplies states by the head).
+    `members`: name → directory of a tail or adapter, from a search or elsewhere. Raises `ConfigError`, `DataError` (fewer
+    than two members), `BundleError` (a member has another base, its own head, or was trained on another version of the
+    data set, whose training examples may be test examples of this one), `NotFoundError`, `UnsupportedModelError` (the
+    head is not linear: `Pool` multiplies states by the head).
     """
-    params = params or FuseParams()
+    params, progress = params or FuseParams(), progress or Progress(False)
     if not bench.config.linear_head:
         raise UnsupportedModelError(
             f"the head of '{bench.model_dir.name}' is not linear (linear_head is false); a mix can be fitted only where "
@@ -72,23 +77,26 @@ def fuse(
     paths: dict[str, Path | None] = {**({BASE: None} if params.with_base else {}), **members}
     if len(paths) < 2:
         raise DataError("there is nothing to fuse: give at least two members")
+    note_duplicates(bench, progress)
     names = list(paths)
     counts: dict[Split, int] = {"validation": params.validation_examples, "test": params.test_examples}
-    validation, test = _answers(bench, paths, params, counts, on_progress)
+    validation, test = _answers(bench, paths, params, counts, progress)
     head = bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"])
 
-    on_progress("selecting")
+    progress.note("selecting")
     pool = Pool(params.space, validation.states, head, validation.targets)
     everything = np.ones(len(validation.targets), np.bool_)
     mix = select_and_fit(pool, everything, max_members=params.max_members)
-    on_progress("cross-validating")
+    progress.note("cross-validating")
     nested = cross_validated(pool, validation.documents, folds=params.folds, max_members=params.max_members)
-    on_progress("testing")
+    progress.note("testing")
     report = _report(names, pool, Pool(params.space, test.states, head, test.targets), test, mix, nested)
     result = {
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
+        "weights": {name: weights_digest(path) for name, path in members.items()},
+        "chosen_by": chosen_by(bench.dataset, len(np.unique(validation.examples)), validation.digest),
         "report": report,
         "base": {"name": bench.model_dir.name, "digest": bench.digest},
         "data": {"name": bench.dataset.name, "digest": bench.dataset.digest},
@@ -106,7 +114,7 @@ def _answers(
     paths: Mapping[str, Path | None],
     params: FuseParams,
     counts: dict[Split, int],
-    on_progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Answers, Answers]:
     """Every member's states at the answer tokens of (validation, test)."""
     splits = {name: _first_layer(bench, path) for name, path in paths.items()}
@@ -114,12 +122,12 @@ def _answers(
     loaded: dict[int, RunData] = {}
     collected: dict[Split, list[Tensor]] = {"validation": [], "test": []}
     for name, path in paths.items():
-        on_progress(f"member {name}")
+        progress.note(f"member {name}")
         layers = bench.config.num_layers - splits[name] or deepest  # the base has no split: use the deepest
         for count in dict.fromkeys((deepest, layers)):
             if count not in loaded:
                 encoding = TuneParams(layers=count, max_length=params.max_length)
-                loaded[count] = bench.load(encoding, counts)
+                loaded[count] = bench.load(encoding, counts, progress.advance)
         decoder, start = member_decoder(bench, path), bench.config.num_layers - layers
         for part, states in collected.items():
             states.append(_states(decoder, loaded[layers].parts[part], start))
@@ -130,10 +138,15 @@ def _answers(
 def _first_layer(bench: Workbench, path: Path | None) -> int:
     if path is None:
         return bench.config.num_layers
-    manifest, weights = format_at(path).read(path)
-    if manifest["base"]["digest"] != bench.digest:
-        raise BundleError(f"the member '{path}' was trained on another base than '{bench.model_dir.name}'")
-    if "lm_head.weight" in weights:
+    manifest, weights = format_at(path).read(path, bench.config)
+    check_base(path, manifest, bench.digest)
+    trained_on = manifest.get("data", {})
+    if trained_on.get("name") == bench.dataset.name and trained_on.get("digest") != bench.dataset.digest:
+        raise BundleError(
+            f"the member '{path}' was trained on another version or split of '{bench.dataset.name}', so its training examples "
+            "may be among the test examples; use the same file and the same near_duplicates, or tune it again"
+        )
+    if any(name.startswith("lm_head.") for name in weights):
         raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
     return first_layer(weights, bench.config.num_layers)
 
@@ -143,10 +156,12 @@ def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
     if path is None:
         return Decoder.from_weights(bench.config, bench.base).eval()
     form = format_at(path)
-    own = form.read(path)[1]
+    own = form.read(path, bench.config)[1]
     if form.kind is MemberKind.ADAPTER:
-        return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
-    return Decoder.from_weights(bench.config, {**bench.base, **own}).eval()
+        own = fit(bench.base, own)
+        if is_separable(own):
+            return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
+    return Decoder.from_weights(bench.config, {**bench.base, **form.merged(bench.base, own)}).eval()
 
 
 @torch.no_grad()
@@ -171,13 +186,14 @@ def _states(decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
 
 def _pack(states: Sequence[Tensor], items: Sequence[Item]) -> Answers:
     counts = [item.encoded.num_targets for item in items]
-    targets = [token for item in items for token in item.encoded.token_ids[item.encoded.answer :]]
+    targets = [item.encoded.token_ids[index] for item in items for index in item.encoded.targets]
     sources = {source: i for i, source in enumerate(dict.fromkeys(item.encoded.source for item in items))}
     return Answers(
         torch.stack(list(states)),
         torch.tensor(targets),
         np.repeat(np.arange(len(items)), counts),
         np.repeat([sources[item.encoded.source] for item in items], counts),
+        encoded_digest([item.encoded for item in items]),
     )
 
 
@@ -230,6 +246,8 @@ def fusion_card(result: Mapping[str, Any]) -> str:
             f"# A fused ensemble of {result['base']['name']} on {result['data']['name']}",
             "",
             f"Mix ({result['space']} space): {mix}.",
+            "",
+            choice_line("Members and mix were chosen", result["chosen_by"]),
             "",
             "Negative log-likelihood of the answers, nats per token:",
             "",

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ...runtime.api.request import Space
 from ...runtime.errors import ConfigError
-from ..params import TuneParams, described
+from ...runtime.model.members import MemberKind
+from ..params import MAX_LENGTH_HELP, TuneParams, described
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class SearchParams:
             raise ConfigError(f"trials must be at least 1, got {self.trials}")
         if self.sampler not in ("gp", "random"):
             raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
+        if self.base.kind is MemberKind.ADAPTER and self.space.layers != SearchSpace().layers:
+            raise ConfigError(
+                f"layers are choices for tails; method '{self.base.method}' adapts all layers: leave them out"
+            )
         if self.base.epsilon is not None and self.base.augmentation != "none":
             raise ConfigError("a private search cannot use augmentation; set augmentation to none")
 
@@ -59,7 +64,7 @@ class FuseParams:
     max_members: int = described(4, "Members of the ensemble, at most.")
     validation_examples: int = described(64, "Examples that members and mix are fitted on, at most.")
     test_examples: int = described(128, "Examples for the final figure, at most; they decide nothing.")
-    max_length: int = described(320, "Tokens per example, at most.")
+    max_length: int | None = described(None, MAX_LENGTH_HELP)
     folds: int = 4  # of the nested cross-validation
     with_base: bool = True  # the untuned base is a candidate too
 

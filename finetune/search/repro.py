@@ -10,7 +10,7 @@ from typing import Any
 
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, NotFoundError
-from ..params import TuneParams
+from ..params import NearDuplicates, TuneParams
 from ..training.provenance import environment
 from ..training.train import Workbench, run
 from ..training.trunk_cache import TrunkCache
@@ -38,22 +38,26 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
     Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run, whose noise is not kept).
     """
     found = format_at(directory)
-    manifest, _ = found.read(directory)
+    manifest = found.read_manifest(directory)
     if "hyper_parameters" not in manifest or "environment" not in manifest:
         raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be repeated")
     params = TuneParams.from_dict(manifest["hyper_parameters"])
     if params.epsilon is not None:
         raise ConfigError("a private run cannot be repeated: its noise is destroyed at its end")
-    bench = Workbench(model_dir, manifest["data"]["spec"], (cache or TrunkCache()) if manifest["cached"] else None)
+    data = manifest["data"]
+    store = (cache or TrunkCache()) if manifest["cached"] else None
+    bench = Workbench(model_dir, data["spec"], store, NearDuplicates(data["near_duplicates"]))
+    loaded = bench.load(params, {"train": params.examples, "validation": params.validation_examples})
     for what, old, new in (
         ("base", manifest["base"]["digest"], bench.digest),
-        ("data set", manifest["data"]["digest"], bench.dataset.digest),
+        ("data set", data["digest"], bench.dataset.digest),
+        ("tokenizer", data["encoded"], loaded.report.encoded),  # or the chat template
     ):
         if old != new:
             raise BundleError(f"the {what} has the digest {new[:12]}…, the run's had {old[:12]}…; use the same {what}")
     with tempfile.TemporaryDirectory(prefix="motet-repro-") as work:
-        repeated = run(bench, Path(work) / "run", params, name=manifest["name"])
-        weights = found.read(Path(work) / "run")[0]["sha256"]
+        repeated = run(bench, Path(work) / "run", params, name=manifest["name"], loaded=loaded)
+        weights = found.read_manifest(Path(work) / "run")["sha256"]
     rows = tuple((name, float(manifest["metrics"][name]), float(repeated["metrics"][name])) for name in _COMPARED)
     return Comparison(rows, _changes(manifest["environment"]), weights == manifest["sha256"])
 

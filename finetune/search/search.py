@@ -4,6 +4,7 @@
     trials.jsonl        finished trials, one per line, appended and flushed
     trials/NNN/         each trial's tail or adapter
     report.html         history, importance, parallel coordinates
+    privacy.json        what the trials of a private search spend together
 
 The same call resumes a search that was killed. Finished trials are read back, the running one continues from its last
 segment (`loop`), and the suggestions are those of an uninterrupted search.
@@ -13,22 +14,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, MotetError, NumericalError
+from ..data.example import Split
 from ..params import TuneParams
 from ..training.loop import Watch
+from ..training.progress import Progress
 from ..training.provenance import environment
-from ..training.train import RunData, Workbench, run
+from ..training.train import RunData, Workbench, note_duplicates, privacy_record, run, work_dir
 from .params import SearchParams
 from .report import write_report
 from .space import Trial, as_params, distributions, fixed, is_hopeless, suggest
 
-SETTINGS, TRIALS, REPORT = "search.json", "trials.jsonl", "report.html"
+SETTINGS, TRIALS, REPORT, PRIVACY = "search.json", "trials.jsonl", "report.html", "privacy.json"
 
 
 class _Pruned(Exception):
@@ -58,26 +63,31 @@ def search(
     params: SearchParams,
     *,
     on_trial: Callable[[Trial, Trial], None] = lambda _trial, _best: None,
-    on_progress: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+    progress: Progress | None = None,
 ) -> SearchResult:
-    """Run or resume a search. `on_trial(trial, best so far)` is called after each trial; `on_progress` as in
-    `Workbench.load`.
+    """Run or resume a search. `on_trial(trial, best so far)` is called after each trial.
 
     Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), and what `tune` raises.
     """
+    params.base.fitted(bench.config.max_position_embeddings)  # fail early: before anything is written
     _open(bench, out, params)
     space = distributions(params.space, params.base.method, bench.config.num_layers)
     if params.base.epsilon is not None:  # DP-SGD cannot be used with these
         space = {name: d for name, d in space.items() if name not in ("l1", "label_smoothing", "augmentation")}
     trials = read_trials(out)
-    data = _Data(bench, params, on_progress)
+    progress = progress or Progress(False)
+    note_duplicates(bench, progress)
+    data = _Data(bench, params, progress)
     while len(trials) < params.trials:
-        trial = _one(bench, out, params, trials, space, data)
+        trial = _one(bench, out, params, trials, space, data, progress)
         with (out / TRIALS).open("a") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         trials.append(trial)
+        shutil.rmtree(work_dir(trial_dir(out, trial.number)), ignore_errors=True)  # of a trial that was stopped
+        if trial.privacy is not None:
+            (out / PRIVACY).write_text(json.dumps(private_budget(trials), indent=1) + "\n")
         on_trial(trial, min(trials, key=lambda t: t.value))
         write_report(out / REPORT, out.name, trials, space)
     best = min(trials, key=lambda t: t.value)
@@ -93,18 +103,25 @@ def _open(bench: Workbench, out: Path, params: SearchParams) -> None:
         "model_digest": bench.digest,
         "data": bench.data,
         "data_digest": bench.dataset.digest,
+        "encoded": bench.encode(params.base, _counts(params.base))[1].encoded,  # also changes with the tokenizer
+        "near_duplicates": bench.dataset.near_duplicates,
+        "selection": {"chosen": "hyper-parameters and checkpoints", "by": "validation loss"},
     }
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
     path = out / SETTINGS
     if path.is_file() and path.read_text() != text:
         raise ConfigError(
-            f"'{out}' holds a search with other settings, model or data ({SETTINGS}); choose another directory"
+            f"'{out}' holds a search with other settings, model, tokenizer or data ({SETTINGS}); choose another directory"
         )
     if out.exists() and not path.is_file() and any(out.iterdir()):
         raise ConfigError(f"'{out}' exists and is not a search; choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     (out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def _counts(params: TuneParams) -> dict[Split, int]:
+    return {"train": params.examples, "validation": params.validation_examples}
 
 
 def read_trials(out: Path) -> list[Trial]:
@@ -128,8 +145,8 @@ class _Data:
     The split with the most trained layers is loaded first: the trunk caches of the other splits are computed from it.
     """
 
-    def __init__(self, bench: Workbench, params: SearchParams, on_progress: Callable[[str, int, int], None]) -> None:
-        self._bench, self._params, self._on_progress = bench, params, on_progress
+    def __init__(self, bench: Workbench, params: SearchParams, progress: Progress) -> None:
+        self._bench, self._params, self._progress = bench, params, progress
         self._loaded: dict[tuple[int, str], RunData] = {}
 
     def get(self, params: TuneParams) -> RunData:
@@ -141,13 +158,18 @@ class _Data:
     def _load(self, params: TuneParams) -> RunData:
         key = params.num_layers(self._bench.config.num_layers), params.augmentation
         if key not in self._loaded:
-            counts: Any = {"train": params.examples, "validation": params.validation_examples}
-            self._loaded[key] = self._bench.load(params, counts, self._on_progress)
+            self._loaded[key] = self._bench.load(params, _counts(params), self._progress.advance)
         return self._loaded[key]
 
 
 def _one(
-    bench: Workbench, out: Path, params: SearchParams, trials: list[Trial], space: dict[str, Any], data: _Data
+    bench: Workbench,
+    out: Path,
+    params: SearchParams,
+    trials: list[Trial],
+    space: dict[str, Any],
+    data: _Data,
+    progress: Progress,
 ) -> Trial:
     number = len(trials)
     values = suggest(trials, space, sampler=params.sampler, seed=params.seed, startup=params.startup)
@@ -166,11 +188,16 @@ def _one(
     loaded = data.get(settings)
     started = time.monotonic()
     state: Literal["complete", "pruned", "diverged"] = "complete"
-    path = trial_dir(out, number)
+    path, name = trial_dir(out, number), f"{out.name}-{number:03d}"
+    privacy = privacy_record(
+        settings, len(loaded.parts["train"])
+    )  # a trial that is stopped early counts as a whole one
     try:
-        metrics = run(
-            bench, path, settings, name=f"{out.name}-{number:03d}", watch=Watch(validated=validated), loaded=loaded
-        )["metrics"]
+        manifest = _finished(path, settings)
+        if manifest is None:
+            watch = Watch(validated=validated)
+            manifest = run(bench, path, settings, name=name, progress=progress, watch=watch, loaded=loaded)
+        metrics = manifest["metrics"]
         value = float(metrics["validation_loss_after"])
         curve = [(i, float(loss)) for i, (_, loss) in enumerate(metrics["validation_curve"])]
     except _Pruned:
@@ -178,17 +205,25 @@ def _one(
     except NumericalError:
         worst = max((trial.value for trial in trials), default=10.0)
         state, value = "diverged", max([worst, *(loss for _, loss in curve)])
-    return Trial(number, values, value, tuple(curve), state, time.monotonic() - started)
+    return Trial(number, values, value, tuple(curve), state, time.monotonic() - started, privacy)
 
 
-def private_epsilon(result: SearchResult, num_examples: int, params: SearchParams) -> tuple[float, float]:
-    """(ε, δ) of a whole private search. Every trial trained on the data, so the privacy losses of all trials compose.
+def _finished(path: Path, settings: TuneParams) -> dict[str, Any] | None:
+    """The manifest of a trial that ended just before the search was killed. To run it again would spend ε again."""
+    if not path.is_dir():
+        return None
+    manifest = dict(format_at(path).read_manifest(path))
+    return manifest if manifest["hyper_parameters"] == settings.to_dict() else None
+
+
+def private_budget(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What a private search spends (see `privacy.composed`). All trials trained on the data, so all of them compose.
 
     Raises `MotetError` if the search is not private.
     """
-    from ..training.privacy import budget, epsilon_of
+    from ..training.privacy import composed
 
-    if params.base.epsilon is None:
+    records = [trial.privacy for trial in trials if trial.privacy is not None]
+    if not records:
         raise MotetError("this search is not private; its trials have no privacy budget")
-    spent = budget(params.base, num_examples)
-    return epsilon_of([*spent.history] * len(result.trials), spent.delta), spent.delta
+    return composed(records)

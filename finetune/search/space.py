@@ -62,6 +62,7 @@ class Trial:
     curve: tuple[tuple[int, float], ...]  # (index of the validation, loss)
     state: Literal["complete", "pruned", "diverged"]
     seconds: float
+    privacy: Mapping[str, Any] | None = None  # of a private trial, `PrivacyBudget.to_dict`
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:

@@ -28,7 +28,7 @@ from ..data.batches import Item, TrainBatch, make_batch, plan
 from ..params import TuneParams
 from .methods import Learner
 
-LAST, BEST, KEY = "last.ckpt", "best.safetensors", "key.json"
+LAST, BEST, KEY, SECRET = "last.ckpt", "best.safetensors", "key.json", "secret"
 SEGMENT = 50  # batches between two checkpoints, at most
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -36,9 +36,9 @@ logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Callbacks. `validated(batches done, loss)` may raise an exception to end the run."""
+    """Callbacks, with the batches done and a loss. `validated` may raise an exception to end the run."""
 
-    stepped: Callable[[float], None] = lambda _loss: None  # the loss of a batch
+    stepped: Callable[[int, float], None] = lambda _step, _loss: None  # the loss of the batch
     validated: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -90,14 +90,25 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
     def transfer_batch_to_device(self, batch: Any, _device: torch.device, _index: int) -> Any:
         return batch  # the learner moves what it needs
 
-    def training_step(self, batch: TrainBatch, _index: int) -> Tensor:
+    def training_step(self, batch: TrainBatch, index: int) -> Tensor:
         torch.manual_seed(
             self.params.seed * 1_000_003 + len(self.losses)
         )  # so that dropout is the same in a resumed run
         loss = self.learner.loss(batch, self.params.label_smoothing)
         self.check(float(loss.detach()), "loss")
         self.losses.append(float(loss.detach()))
-        return loss + self.params.l1 * self.learner.change() if self.params.l1 else loss
+        total = loss + self.params.l1 * self.learner.change() if self.params.l1 else loss
+        return total * self._weight(index)
+
+    def _weight(self, index: int) -> float:
+        """Factor of a batch's loss that makes Lightning's gradient, a sum over the window's batches divided by
+        `accumulate`, that of the mean over all tokens of the window. The last window may have fewer batches."""
+        accumulate, segment = self.params.accumulate, self.segments[self.current_epoch]
+        first = index - index % accumulate
+        counts = [
+            sum(self.train_items[i].encoded.num_targets for i in batch) for batch in segment[first : first + accumulate]
+        ]
+        return accumulate * counts[index - first] / sum(counts)
 
     def on_before_optimizer_step(self, _optimizer: torch.optim.Optimizer) -> None:
         norms = [p.grad.norm() for p in self.learner.trained().values() if p.grad is not None]
@@ -166,7 +177,7 @@ class _Keep(Callback):  # type: ignore[misc]
         self.watch = watch
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.watch.stepped(self.module.losses[-1] if self.module.losses else math.nan)
+        self.watch.stepped(len(self.module.losses), self.module.losses[-1])
 
     def on_validation_end(self, *_: Any) -> None:
         self.watch.validated(*self.module.history[-1])
@@ -240,11 +251,14 @@ def fit(module: TuneModule, validation: Sequence[Item], every: int, watch: Watch
     )
 
 
-def open_work(work: Path, key: dict[str, Any]) -> None:
-    """Make a run's working directory. Files of a run with another `key` (settings, model, data) are removed."""
+def open_work(work: Path, key: dict[str, Any]) -> bool:
+    """Make a run's working directory. Returns whether it holds the beginning of the run with this `key`: all that the
+    run's result depends on. The files of a run with another key are removed, a private run's secret too."""
     text = json.dumps(key, sort_keys=True)
-    if work.exists() and (not (work / KEY).is_file() or (work / KEY).read_text() != text):
-        for file in (LAST, BEST, KEY):
+    is_same = (work / KEY).is_file() and (work / KEY).read_text() == text
+    if work.exists() and not is_same:
+        for file in (LAST, BEST, KEY, SECRET):
             (work / file).unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     (work / KEY).write_text(text)
+    return is_same

@@ -11,7 +11,9 @@ The embedding is not trained. The head is trained only with `TuneParams.head`: m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +140,8 @@ class Learner(nn.Module):
         """Write the result as a tail or an adapter, with `files` (name → text) beside it. Raises `ConfigError` if
         `out` exists and is something else."""
         if self.adapts:
-            extra = {"rank": self.params.rank, "alpha": self.params.alpha, "targets": list(self.params.targets)}
-            write_adapter(out, {**manifest, **extra}, _adapter_tensors(self.decoder), files)
+            scale = self.params.alpha / self.params.rank
+            write_adapter(out, self.config, _pairs(self.decoder), manifest, scale=scale, files=files)
         else:
             write_tail(out, {**manifest, "split_layer": self.split}, self.state(), files)
 
@@ -158,13 +160,21 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
     return decoder
 
 
-def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    from peft import LoraConfig, inject_adapter_in_model
+def check_targets(config: DecoderConfig, params: TuneParams) -> None:
+    """Raises `ConfigError` if an adapter's targets are no projections of the model."""
+    known = decoder_layout(config).targets
+    if params.kind is MemberKind.ADAPTER and not (params.targets and set(params.targets) <= set(known)):
+        raise ConfigError(f"targets must be some of {list(known)}, got {list(params.targets)}")
 
+
+def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        from peft import LoraConfig, inject_adapter_in_model
+
+    check_targets(config, params)
     layout = decoder_layout(config)
-    unknown = sorted(set(params.targets) - set(layout.targets))
-    if unknown or not params.targets:
-        raise ConfigError(f"targets must be some of {list(layout.targets)}, got {list(params.targets)}")
     decoder = Decoder.from_weights(config, base)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
@@ -173,8 +183,24 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    inject_adapter_in_model(lora, decoder)
+    with (
+        _without_bitsandbytes()
+    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+        inject_adapter_in_model(lora, decoder)
     return decoder
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Let an import find no bitsandbytes here, unless it is loaded already, as for qlora."""
+    hidden = "bitsandbytes" not in sys.modules
+    if hidden:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["bitsandbytes"]
 
 
 def _to_nf4(decoder: Decoder) -> None:
@@ -209,12 +235,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """PEFT's tensors under canonical names, with alpha / rank folded into B."""
+def _pairs(decoder: Decoder) -> dict[str, Tensor]:
+    """PEFT's trained tensors under canonical names."""
     tensors = {}
     for name, module in decoder.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-            scaling: float = module.scaling["default"]
+        if hasattr(module, "lora_A"):
             tensors[f"{name}.lora_a"] = module.lora_A["default"].weight.detach().float().cpu()
-            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu() * scaling
+            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu()
     return tensors

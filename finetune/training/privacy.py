@@ -1,7 +1,8 @@
 """DP-SGD (Abadi et al. 2016) with Opacus: Poisson sampling, per-example clipping, Gaussian noise, the RDP accountant.
 
-The unit of privacy is a training example: its conversation and answer. ε does not cover the validation set, by which the
-best checkpoint is chosen, nor the test set: use public data for them.
+The unit of privacy is a training example: its conversation and answer. ε covers the weights. It does not cover the
+validation set, by which the best checkpoint is chosen, nor the test set: use public data for them. It does not cover the
+counts and the digest of the data either, which are in the run's record; losses on training examples are left out there.
 
 The noise and the sampling come from a secret, drawn for each run. It is kept in the working directory, so that a killed run
 can be resumed, and destroyed when the run ends. After that a private run cannot be reproduced exactly.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from torch import Tensor
 from ...runtime.errors import ConfigError
 from ..data.batches import Item, make_batch, poisson_plan
 from ..params import TuneParams
-from .loop import Loader, TuneModule
+from .loop import SECRET, Loader, TuneModule
 from .methods import Learner
 
-SECRET = "secret"
+ACCOUNTANT = "RDP, Poisson-subsampled Gaussian"
+DEFAULT_BATCH = 8  # examples
 CHUNK = 4  # examples whose gradients are in memory at the same time
 History = Sequence[tuple[float, float, int]]  # (noise multiplier, sampling rate, steps)
 
@@ -45,12 +47,10 @@ class PrivacyBudget:
     noise_multiplier: float  # standard deviation of the noise, in units of `clip`
     sample_rate: float  # chance that an example is in a batch
     steps: int
+    batch_examples: int  # examples in a batch, on average
     clip: float  # largest norm of an example's gradient
-    accountant: str = "RDP, Poisson-subsampled Gaussian"
-
-    @property
-    def history(self) -> History:
-        return [(self.noise_multiplier, self.sample_rate, self.steps)]
+    accountant: str = ACCOUNTANT
+    covers: str = "the weights, for each training example; not the validation set, which chose the checkpoint"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +63,19 @@ def epsilon_of(history: History, delta: float) -> float:
     return float(accountant.get_epsilon(delta=delta))
 
 
+def composed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The privacy that runs on the same data spend together, from their records (`PrivacyBudget.to_dict`): {"epsilon",
+    "delta", "runs", "accountant"}. δ is the smallest of the records'."""
+    history = [(r["noise_multiplier"], r["sample_rate"], r["steps"]) for r in records]
+    delta = min(float(record["delta"]) for record in records)
+    return {
+        "epsilon": epsilon_of(history, delta),
+        "delta": delta,
+        "runs": len(records),
+        "accountant": ACCOUNTANT,
+    }
+
+
 def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
     """The budget whose noise keeps a run within `params.epsilon`.
 
@@ -72,13 +85,12 @@ def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
     delta = params.delta if params.delta is not None else 0.1 / num_examples
     if not 0 < delta < 1 / num_examples:
         raise ConfigError(f"delta must be above 0 and below 1 / N = {1 / num_examples:.3g}, got {delta}")
-    if params.batch_examples > num_examples:
-        raise ConfigError(
-            f"batch_examples must be at most the {num_examples} training examples, got {params.batch_examples}"
-        )
+    batch = params.batch_examples or DEFAULT_BATCH
+    if batch > num_examples:
+        raise ConfigError(f"batch_examples must be at most the {num_examples} training examples, got {batch}")
     if not params.clip:
         raise ConfigError("DP-SGD clips each example's gradient; clip must be above 0")
-    rate = params.batch_examples / num_examples
+    rate = batch / num_examples
     steps = max(1, math.ceil(params.epochs / rate))
     noise = float(
         get_noise_multiplier(
@@ -86,7 +98,7 @@ def budget(params: TuneParams, num_examples: int) -> PrivacyBudget:
         )
     )
     spent = epsilon_of([(noise, rate, steps)], delta)
-    return PrivacyBudget(spent, params.epsilon, delta, noise, rate, steps, params.clip)
+    return PrivacyBudget(spent, params.epsilon, delta, noise, rate, steps, batch, params.clip)
 
 
 def secret_of(work: Path) -> bytes:
@@ -143,12 +155,12 @@ class PrivateModule(TuneModule):
                 self.optimizers(use_pl_optimizer=False),
                 noise_multiplier=self.budget.noise_multiplier,
                 max_grad_norm=self.budget.clip,
-                expected_batch_size=self.params.batch_examples,
+                expected_batch_size=self.budget.batch_examples,
             )
         return self._private
 
 
-def private_segments(params: TuneParams, spent: PrivacyBudget, num_examples: int, work: Path) -> list[list[int]]:
+def private_segments(spent: PrivacyBudget, num_examples: int, work: Path) -> list[list[int]]:
     """The Poisson batches of a run; the random numbers come from its secret."""
     seed = random.Random(secret_of(work) + b"sampling").getrandbits(63)
-    return poisson_plan(num_examples, params.batch_examples, spent.steps, seed)
+    return poisson_plan(num_examples, spent.batch_examples, spent.steps, seed)

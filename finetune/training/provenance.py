@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ... import __version__, finetune, runtime
+from ..data.dataset import Dataset
 
 CARD = "README.md"
 _PACKAGES = ("torch", "pytorch-lightning", "peft", "optuna", "opacus", "tokenizers", "numpy", "bitsandbytes")
@@ -48,6 +49,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def chosen_by(dataset: Dataset, examples: int, digest: str) -> dict[str, Any]:
+    """What chose a checkpoint, or members and their mix: validation examples of a data set, for a manifest. `digest`:
+    of the examples as the model sees them. A privacy budget covers training examples alone, so none covers these."""
+    return {
+        "data": dataset.name,
+        "data_digest": dataset.digest,
+        "split": "validation",
+        "examples": examples,
+        "examples_digest": digest,
+        "private": False,
+    }
+
+
+def choice_line(what: str, choice: Mapping[str, Any]) -> str:
+    """The same as a sentence that begins with `what`."""
+    return (
+        f"{what} on {choice['examples']} validation examples of `{choice['data']}` (data {choice['data_digest'][:16]}…, "
+        f"examples {choice['examples_digest'][:16]}…). No privacy budget covers them."
+    )
+
+
 def model_card(manifest: Mapping[str, Any]) -> str:
     """The model card in Markdown: losses, data, regularisation, privacy, settings and versions."""
     metrics, settings, data = manifest["metrics"], manifest["hyper_parameters"], manifest["data"]
@@ -58,9 +80,12 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         *_table(("nats per token", "before", "after"), _losses(metrics)),
         "",
-        f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples). "
+        *_gap(metrics),
         f"Best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of {metrics['steps']}"
-        + (", stopped early." if metrics["stopped_early"] else "."),
+        + (", stopped early." if metrics["stopped_early"] else ".")
+        + " Its validation loss is a little too good, because it was chosen by it.",
+        "",
+        choice_line("The checkpoint was chosen", manifest["chosen_by"]),
         "",
         "## Data",
         "",
@@ -72,7 +97,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             ],
         ),
         "",
-        f"Near-duplicates of held-out examples left out of training: {data['near_duplicates']}.",
+        f"Near-duplicates of held-out examples: {data['num_duplicates']} ({data['near_duplicates']}).",
         "",
         "## Regularisation",
         "",
@@ -99,6 +124,13 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _gap(metrics: Mapping[str, Any]) -> list[str]:
+    """A private run has no train loss."""
+    if "gap" not in metrics:
+        return []
+    return [f"Train/validation gap: {metrics['gap']:+.4f} nats (train in evaluation mode, on as many examples)."]
+
+
 def _losses(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows = [("validation", metrics["validation_loss_before"], metrics["validation_loss_after"])]
     if "train_loss_after" in metrics:
@@ -115,8 +147,8 @@ def _privacy_lines(manifest: Mapping[str, Any]) -> list[str]:
         "",
         f"(ε = {spent['epsilon']:.3f}, δ = {spent['delta']:.3g}) for each training example: noise multiplier "
         f"{spent['noise_multiplier']:.3f}, sampling rate {spent['sample_rate']:.4f}, {spent['steps']} steps, gradients "
-        f"clipped at {spent['clip']:g}; {spent['accountant']}. The validation set is not covered. Other runs on the "
-        "same data add to ε.",
+        f"clipped at {spent['clip']:g}; {spent['accountant']}. ε covers {spent['covers']}. Other runs on the same data add "
+        "to ε.",
         "",
     ]
 

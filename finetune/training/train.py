@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ...runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
@@ -23,12 +21,13 @@ from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
-from ..data.encode import DataReport, Encoded, encode_parts
+from ..data.encode import DataReport, Encoded, encode_parts, encoded_digest
 from ..data.example import Split
-from ..params import TuneParams
-from .loop import Outcome, TuneModule, Watch, cut, fit, open_work
-from .methods import Learner, make_trunk
-from .provenance import CARD, environment, model_card
+from ..params import NearDuplicates, TuneParams
+from .loop import KEY, Outcome, TuneModule, Watch, cut, fit, open_work
+from .methods import Learner, check_targets, make_trunk
+from .progress import Progress
+from .provenance import CARD, chosen_by, environment, model_card
 from .trunk_cache import TrunkCache
 
 __all__ = ["TuneParams", "Workbench", "tune"]
@@ -45,13 +44,19 @@ class RunData:
 class Workbench:
     """A base model and a data set. If `cache` is None, the trunk is run anew for every batch."""
 
-    def __init__(self, model_dir: Path, data: str, cache: TrunkCache | None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        data: str,
+        cache: TrunkCache | None,
+        near_duplicates: NearDuplicates = NearDuplicates.DROP,
+    ) -> None:
         self.model_dir = model_dir
         self.data = data
         self.cache = cache
         self.config = read_config(model_dir)
         self.digest = checkpoint_digest(model_dir)
-        self.dataset = load_dataset(data)
+        self.dataset = load_dataset(data, near_duplicates)
         self.tokenizer = Tokenizer.from_dir(model_dir)
         self._base: dict[str, Tensor] = {}
 
@@ -61,6 +66,11 @@ class Workbench:
         if not self._base:
             self._base = read_weights(self.model_dir)
         return self._base
+
+    def encode(self, params: TuneParams, counts: dict[Split, int]) -> tuple[dict[Split, list[Encoded]], DataReport]:
+        """The first examples of each split that fit, encoded, and the report on them. Raises `DataError`."""
+        params = params.fitted(self.config.max_position_embeddings)
+        return encode_parts(self.tokenizer, self.dataset, counts, params, eos_token_ids(self.model_dir)[:1])
 
     def load(
         self,
@@ -73,8 +83,7 @@ class Workbench:
         `on_progress(what, items more, items in all)` is called as hidden states are computed. Raises `DataError`, and what
         the cache raises.
         """
-        end = eos_token_ids(self.model_dir)[:1]
-        encoded, report = encode_parts(self.tokenizer, self.dataset, counts, params, end)
+        encoded, report = self.encode(params, counts)
         split = self.config.num_layers - params.num_layers(self.config.num_layers)
         parts = {part: self._items(part, items, split, on_progress) for part, items in encoded.items()}
         return RunData(parts, report)
@@ -104,6 +113,7 @@ def tune(
     params: TuneParams | None = None,
     cache: TrunkCache | None = None,
     use_cache: bool = True,
+    near_duplicates: NearDuplicates = NearDuplicates.DROP,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Train on `data` (see `load_dataset`), write a tail or an adapter to `out`, and return its manifest.
@@ -112,17 +122,24 @@ def tune(
     token. Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (a loss or gradient is not
     finite), `UnavailableError` (a full disk), `MissingPackageError`.
     """
-    params = params or TuneParams()
-    params.num_layers(read_config(model_dir).num_layers)  # fail early: check before loading weights
-    bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None)
-    with progress_bar(show_progress) as progress:
+    params, config = params or TuneParams(), read_config(model_dir)
+    params.num_layers(config.num_layers)  # fail early: check before loading weights
+    params.fitted(config.max_position_embeddings)
+    check_targets(config, params)
+    bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None, near_duplicates)
+    with Progress(show_progress) as progress:
+        note_duplicates(bench, progress)
         return run(bench, out, params, name=name or out.name, progress=progress)
 
 
-def progress_bar(show: bool) -> Progress:
-    """A progress bar on stderr that disappears when it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show, transient=True)
+def note_duplicates(bench: Workbench, progress: Progress) -> None:
+    """Say how many near-duplicates the data set has, and what is done with them."""
+    if bench.dataset.num_duplicates:
+        done = "kept" if bench.dataset.near_duplicates is NearDuplicates.KEEP else "left out"
+        progress.note(
+            f"{bench.dataset.num_duplicates} examples nearly repeat a held-out one and are {done} (near_duplicates "
+            f"{bench.dataset.near_duplicates})"
+        )
 
 
 def run(
@@ -136,27 +153,34 @@ def run(
     loaded: RunData | None = None,
 ) -> dict[str, Any]:
     """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it."""
-    progress = progress or progress_bar(False)
+    progress = progress or Progress(False)
+    params = params.fitted(bench.config.max_position_embeddings)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
-    loaded = loaded or bench.load(params, counts, _on_progress(progress))
+    loaded = loaded or bench.load(params, counts, progress.advance)
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
-    work = out.parent / f".{out.name}.run"
+    work = work_dir(out)
     FORMATS[params.kind].check_replaceable(out)
     key = {
         "params": params.to_dict(),
         "base": bench.digest,
-        "data": bench.dataset.digest,
+        "encoded": loaded.report.encoded,  # changes with the data, its split, the tokenizer and the chat template
         "cached": bench.cache is not None,
     }
-    open_work(work, key)
+    had_files, is_same = (work / KEY).is_file(), open_work(work, key)
+    if had_files and not is_same:
+        progress.note(f"'{work}' held an unfinished run with other settings, model or data: starting anew")
 
     learner = Learner(bench.config, bench.base, params)
-    before = evaluate(learner, validation, params)
     module, every, privacy = _module(learner, params, train, work)
-    watch = watch or _bar(progress, sum(map(len, module.segments)))
-    outcome = fit(module, validation, every, watch, automatic=privacy is None)
-    sample = train[: len(validation)]
-    metrics = _metrics(before, evaluate(learner, validation, params), evaluate(learner, sample, params), outcome)
+    batches = [batch for segment in module.segments for batch in segment]
+    shown = progress.training(name, [sum(len(train[i].encoded.token_ids) for i in batch) for batch in batches])
+    before = evaluate(learner, validation, params)
+    outcome = fit(module, validation, every, _both(shown, watch), automatic=privacy is None)
+    metrics = _metrics(before, evaluate(learner, validation, params), outcome)
+    if privacy is None:  # DP-SGD does not cover losses on training examples
+        trained = evaluate(learner, train[: len(validation)], params)
+        metrics |= {"train_loss_after": trained, "gap": metrics["validation_loss_after"] - trained}
+        metrics["loss_curve"] = outcome.losses
     manifest = {
         "name": name,
         "base": {"name": bench.model_dir.name, "digest": bench.digest},
@@ -164,6 +188,7 @@ def run(
         "hyper_parameters": params.to_dict(),
         "metrics": metrics,
         "cached": bench.cache is not None,
+        "chosen_by": chosen_by(bench.dataset, len(validation), encoded_digest([item.encoded for item in validation])),
         "environment": environment(),
         "privacy": privacy,
     }
@@ -172,15 +197,50 @@ def run(
     return manifest
 
 
+def work_dir(out: Path) -> Path:
+    """Where the run that will write `out` keeps its state."""
+    return out.parent / f".{out.name}.run"
+
+
+def _both(first: Watch, second: Watch | None) -> Watch:
+    """A watch that calls two."""
+    if second is None:
+        return first
+
+    def stepped(step: int, loss: float) -> None:
+        first.stepped(step, loss)
+        second.stepped(step, loss)
+
+    def validated(step: int, loss: float) -> None:
+        first.validated(step, loss)
+        second.validated(step, loss)
+
+    return Watch(stepped, validated)
+
+
 def _bag(items: list[Item], params: TuneParams) -> list[Item]:
     """The run's share of the training examples, drawn by its seed. Raises `DataError` if it is less than 2 examples."""
-    count = round(params.bag * len(items))
+    count = _bag_size(params, len(items))
     if count < 2:
         raise DataError(f"a run needs at least 2 training examples, it has {count}; give more data or a larger bag")
     if count == len(items):
         return items
     chosen = sorted(random.Random(f"bag {params.seed}").sample(range(len(items)), count))
     return [items[i] for i in chosen]
+
+
+def _bag_size(params: TuneParams, num_examples: int) -> int:
+    return round(params.bag * num_examples)
+
+
+def privacy_record(params: TuneParams, num_examples: int) -> dict[str, Any] | None:
+    """What a private run spends that draws its bag from `num_examples` training examples; None if it is not private.
+    Raises as `privacy.budget`."""
+    if params.epsilon is None:
+        return None
+    from .privacy import budget
+
+    return budget(params, _bag_size(params, num_examples)).to_dict()
 
 
 def _module(
@@ -194,7 +254,7 @@ def _module(
     from .privacy import PrivateModule, budget, private_segments
 
     spent = budget(params, len(train))
-    segments, every = cut(private_segments(params, spent, len(train), work), params)
+    segments, every = cut(private_segments(spent, len(train), work), params)
     return PrivateModule(learner, segments, train, work, spent), every, spent.to_dict()
 
 
@@ -211,35 +271,12 @@ def evaluate(learner: Learner, items: list[Item], params: TuneParams) -> float:
     return total / count
 
 
-def _metrics(before: float, after: float, train: float, outcome: Outcome) -> dict[str, Any]:
+def _metrics(before: float, after: float, outcome: Outcome) -> dict[str, Any]:
     return {
         "validation_loss_before": before,
         "validation_loss_after": after,
-        "train_loss_after": train,
-        "gap": after - train,
         "best_step": outcome.best_step,
         "steps": outcome.steps,
         "stopped_early": outcome.stopped_early,
-        "loss_curve": outcome.losses,
         "validation_curve": [list(entry) for entry in outcome.validation],
     }
-
-
-def _on_progress(progress: Progress) -> Callable[[str, int, int], None]:
-    tasks: dict[str, Any] = {}
-
-    def advance(what: str, count: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = progress.add_task(what, total=total)
-        progress.advance(tasks[what], count)
-
-    return advance
-
-
-def _bar(progress: Progress, steps: int) -> Watch:
-    task = progress.add_task("training", total=steps)
-
-    def stepped(loss: float) -> None:
-        progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
-
-    return Watch(stepped)

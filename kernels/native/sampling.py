@@ -132,7 +132,8 @@ def sample(
         logits = np.ascontiguousarray(logits, np.float32)
     sampling = Sampling(samples, logits.shape[1])
     struct = sampling.struct
-    struct.logits, struct.num_rows, struct.stride = logits.ctypes.data, len(logits), logits.strides[0] // 4
+    stride = logits.strides[0] // 4 if len(logits) > 1 else logits.shape[1]  # numpy's stride of one row may be anything
+    struct.logits, struct.num_rows, struct.stride = logits.ctypes.data, len(logits), stride
     lib = load()
     handle = model.handle if model is not None else None
     code = lib.motet_sample(handle, (isa or "").encode(), ctypes.byref(struct))

@@ -9,6 +9,8 @@ For one request: member logits z_m [members, vocab], coefficients c with Σ c = 
     kept      the tokens that the truncation rules keep (`truncation.py`)
     token     argmax over kept of tempered + gumbel;   temperature 0: argmax of adjusted;   ties: the lowest id
 
+A temperature so small that the largest quotient overflows is 0 (`is_greedy`).
+
 The draw is counter-based (Salmon et al. 2011): Philox4x32-10, key = the two words of the seed, counter = (token id,
 position, 0, 0), first word x → u = ((x >> 9) + 0.5) · 2⁻²³, gumbel = −log(−log u). It depends only on (seed,
 position, token id), not on the batch, the order in which tokens are visited, or the machine. It has 23 bits because
@@ -78,11 +80,20 @@ def mix(logits: F32, coefficients: Sequence[float], space: str) -> F64:
         return np.asarray(np.log(sum(c * np.exp(log_softmax(row)) for row, c in chosen)), dtype=np.float64)
 
 
+LEAST_TEMPERATURE = 1e-200  # below it quotients of logits overflow
+
+
+def is_greedy(largest: float, temperature: float) -> bool:
+    """Whether the draw is the argmax: the temperature is 0, or so small that `largest` / temperature overflows."""
+    return temperature < LEAST_TEMPERATURE or not np.isfinite(np.float64(largest) / temperature)
+
+
 def sample(adjusted: F64, *, temperature: float, seed: int, position: int, **rules: float) -> int:
     """The token drawn from adjusted mixed logits [vocab]. `rules`: truncation rule → value."""
-    if temperature == 0:
-        return int(np.argmax(adjusted))
-    tempered = adjusted / temperature
+    with np.errstate(over="ignore"):
+        if is_greedy(adjusted.max(), temperature):
+            return int(np.argmax(adjusted))
+        tempered = adjusted / temperature
     kept = truncate(tempered, **rules)
     noise = gumbel(np.arange(len(adjusted)), position, seed)
     return int(np.argmax(np.where(kept, tempered + noise, -np.inf)))

@@ -52,7 +52,8 @@ def _typical_p(tempered: F64, p: float) -> Kept:
     shifted = tempered - tempered.max()
     surprisal = np.log(np.exp(shifted).sum()) - shifted
     probabilities = np.exp(-surprisal)
-    distance = np.abs(surprisal - (probabilities * surprisal).sum())
+    entropy = np.where(probabilities > 0, probabilities * surprisal, 0.0).sum()  # 0 · infinity is 0 here
+    distance = np.abs(surprisal - entropy)
     order = np.argsort(distance, kind="stable")
     last = int(np.searchsorted(np.cumsum(probabilities[order]), p))
     return np.asarray(distance <= distance[order[min(last, len(order) - 1)]])

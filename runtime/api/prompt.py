@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
-from ..errors import InvalidRequestError
-from .rules import Integer
+from ..errors import InvalidRequestError, shown
+from .limits import MAX_MESSAGES
+from .rules import Integer, num_bytes
 
 Message = Mapping[str, str]  # {"role", "content"}
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -29,7 +30,7 @@ class PromptContent:
         """Find out which of the three kinds a prompt is. Raises `InvalidRequestError` for any other kind and for a
         mixture."""
         if isinstance(prompt, str):
-            if not _has_utf8(prompt):
+            if num_bytes(prompt) is None:
                 raise InvalidRequestError("the prompt is not valid Unicode text", field="prompt")
             return cls(text=prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
@@ -41,20 +42,19 @@ class PromptContent:
             return cls(
                 token_ids=tuple(_TOKEN_ID.check("prompt", item, "every token id of a prompt") for item in prompt)
             )
+        if len(prompt) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"a conversation has at most {MAX_MESSAGES} messages, got {len(prompt)}", field="messages"
+            )
         messages = [item for item in prompt if isinstance(item, Mapping)]
         if len(messages) != len(prompt):
             raise InvalidRequestError("a prompt is text, token ids or messages, not a mixture", field="prompt")
         for message in messages:
-            if set(message) != _KEYS or not all(isinstance(text, str) and _has_utf8(text) for text in message.values()):
+            if set(message) != _KEYS or not all(
+                isinstance(text, str) and num_bytes(text) is not None for text in message.values()
+            ):
                 raise InvalidRequestError(
-                    f"a message has a role and a content, both text, got {sorted(map(str, message))}", field="messages"
+                    f"a message has a role and a content, both text, got {shown(sorted(map(str, message)))}",
+                    field="messages",
                 )
         return cls(messages=tuple(messages))
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True

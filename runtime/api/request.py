@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from numbers import Real
 
-from ..errors import InvalidEnsembleError, InvalidRequestError
+from ..errors import InvalidEnsembleError, InvalidRequestError, shown
+from .limits import MAX_MEMBERS, MAX_MIX, MAX_NAME_BYTES, MAX_REQUEST_ID_BYTES
 from .prompt import Prompt
-from .rules import Flag, Number
+from .rules import Flag, Number, Text
 from .sampling import SamplingParams
 
 MIX_TOLERANCE = 1e-6
-MAX_MEMBERS = 64
 _FLAG = Flag()
+_NAME = Text(MAX_NAME_BYTES, min_bytes=1)
+_MIX = Number(-MAX_MIX, MAX_MIX)
+_REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
 
@@ -27,12 +29,13 @@ class Space(StrEnum):
 
 class FinishReason(StrEnum):
     """Why an answer has ended. STOP: a stop string, a stop token or the model's end of text. LENGTH: `max_tokens`, or
-    the context is full."""
+    the context is full. SHUTDOWN: the server went out of service before the answer was complete."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     TIME_LIMIT = "time_limit"
+    SHUTDOWN = "shutdown"
     ERROR = "error"
 
 
@@ -48,7 +51,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Ensemble:
     """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
-    too many members, a (name, view) pair that occurs twice, or a mix that is not finite or does not sum to 1
+    more than 64 members, a (name, view) pair that occurs twice, or a mix that is not in ±1000 or does not sum to 1
     (±1e-6)."""
 
     members: tuple[Member, ...]
@@ -57,12 +60,13 @@ class Ensemble:
     def __post_init__(self) -> None:
         if self.space not in tuple(Space):
             raise InvalidEnsembleError(
-                f"space must be one of {[str(space) for space in Space]}, got {self.space!r}", field="ensemble.space"
+                f"space must be one of {[str(space) for space in Space]}, got {shown(self.space)}",
+                field="ensemble.space",
             )
         object.__setattr__(self, "space", Space(self.space))
         if not isinstance(self.members, tuple | list) or not all(isinstance(m, Member) for m in self.members):
             raise InvalidEnsembleError(
-                f"members must be a list of Member, got {self.members!r}", field="ensemble.members"
+                f"members must be a list of Member, got {shown(self.members)}", field="ensemble.members"
             )
         object.__setattr__(self, "members", tuple(self.members))
         if not 1 <= len(self.members) <= MAX_MEMBERS:
@@ -71,15 +75,11 @@ class Ensemble:
             )
         seen: set[tuple[str, int]] = set()
         for member in self.members:
-            if not isinstance(member.name, str):
-                raise InvalidEnsembleError(
-                    f"a member's name must be text, got {member.name!r}", field="ensemble.members.name"
-                )
-            if not isinstance(member.mix, Real) or isinstance(member.mix, bool) or not math.isfinite(member.mix):
-                raise InvalidEnsembleError(
-                    f"the mix of member '{member.name}' is {member.mix!r}; it must be finite",
-                    field="ensemble.members.mix",
-                )
+            try:
+                _NAME.check("ensemble.members.name", member.name, "a member's name")
+                _MIX.check("ensemble.members.mix", member.mix, f"the mix of member '{member.name}'")
+            except InvalidRequestError as error:
+                raise InvalidEnsembleError(str(error), field=error.field) from None
             if member.mix < 0 and self.space is Space.PROBS:
                 raise InvalidEnsembleError(
                     f"the mix of member '{member.name}' is {member.mix}; negative coefficients need space LOGITS",
@@ -120,11 +120,13 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, SamplingParams):
-            raise InvalidRequestError(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
+            raise InvalidRequestError(f"sampling must be SamplingParams, got {shown(self.sampling)}", field="sampling")
         if self.ensemble is not None and not isinstance(self.ensemble, Ensemble):
-            raise InvalidEnsembleError(f"ensemble must be an Ensemble or None, got {self.ensemble!r}", field="ensemble")
+            raise InvalidEnsembleError(
+                f"ensemble must be an Ensemble or None, got {shown(self.ensemble)}", field="ensemble"
+            )
         if not isinstance(self.views, tuple | list):
-            raise InvalidRequestError(f"views must be a list of prompts, got {self.views!r}", field="views")
+            raise InvalidRequestError(f"views must be a list of prompts, got {shown(self.views)}", field="views")
         object.__setattr__(self, "views", tuple(self.views))
         members = self.ensemble.members if self.ensemble is not None else ()
         _check_views(members, 1 + len(self.views))
@@ -141,8 +143,7 @@ class GenerateRequest:
                     f"the mix of member '{member.name}' is {member.mix}; set allow_negative if that is meant",
                     field="ensemble.members.mix",
                 )
-        if not isinstance(self.request_id, str):
-            raise InvalidRequestError(f"request_id must be text, got {self.request_id!r}", field="request_id")
+        _REQUEST_ID.check("request_id", self.request_id)
         _check_options(self.time_limit_s, self.return_member_logprobs)
 
 
@@ -169,7 +170,7 @@ class Request:
         _check_options(self.time_limit_s, self.return_member_logprobs)
         if not isinstance(self.cache_salt, bytes):
             raise InvalidRequestError(
-                f"cache_salt must be bytes, got {self.cache_salt!r}; encode it", field="cache_salt"
+                f"cache_salt must be bytes, got {shown(self.cache_salt)}; encode it", field="cache_salt"
             )
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, SupportsIndex
 
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, shown
 
 MAX_INT32 = 2**31 - 1  # the largest integer that the protos and the kernels hold
-_SHOWN = 80  # characters of a refused value that a message shows
 
 
 class Rule(Protocol):
@@ -33,9 +32,7 @@ class Rule(Protocol):
 
 def _refusal(name: str, rule: Rule, value: object, label: str = "") -> InvalidRequestError:
     """`label`: what was refused, in words, if it is not the field itself."""
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
-    return InvalidRequestError(f"{label or name} must be {rule.limit}, got {shown}", field=name)
+    return InvalidRequestError(f"{label or name} must be {rule.limit}, got {shown(value)}", field=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +98,26 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """Text of `min_bytes` to `max_bytes` bytes of UTF-8."""
+
+    max_bytes: int
+    min_bytes: int = 0
+
+    @property
+    def limit(self) -> str:
+        return f"text of {self.min_bytes} to {self.max_bytes} bytes of UTF-8"
+
+    def check(self, name: str, value: object, label: str = "") -> str:
+        # A character has at least one byte: a long text is refused before it is encoded.
+        if isinstance(value, str) and len(value) <= self.max_bytes:
+            size = num_bytes(value)
+            if size is not None and self.min_bytes <= size <= self.max_bytes:
+                return value
+        raise _refusal(name, self, value, label)
+
+
+@dataclass(frozen=True, slots=True)
 class Strings:
     """Up to `max_items` strings of 1 to `max_bytes` bytes of UTF-8. A single string counts as a list of one."""
 
@@ -114,9 +131,8 @@ class Strings:
 
     def check(self, name: str, value: object) -> tuple[str, ...]:
         items = _items(name, self, (value,) if isinstance(value, str) else value, self.noun, self.max_items)
-        if not all(isinstance(item, str) and 1 <= _num_bytes(item) <= self.max_bytes for item in items):
-            raise _refusal(name, self, value)
-        return tuple(items)
+        rule = Text(self.max_bytes, min_bytes=1)
+        return tuple(rule.check(name, item, f"every one of the {self.noun}") for item in items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +153,18 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class Biases:
-    """Token id → a finite number."""
+    """Up to `max_items` pairs of a token id and a finite number."""
 
-    limit: str = "a mapping of token ids to finite numbers"
+    max_items: int
+
+    @property
+    def limit(self) -> str:
+        return f"a mapping of at most {self.max_items} token ids to finite numbers"
 
     def check(self, name: str, value: object) -> dict[int, float]:
         if not isinstance(value, Mapping):
             raise _refusal(name, self, value)
+        _check_count(name, value, "token ids", self.max_items)
         return {
             _TOKEN_ID.check(name, token_id, f"every id in {name}"): _BIAS.check(name, bias, f"every {name}")
             for token_id, bias in value.items()
@@ -158,14 +179,18 @@ def _items(name: str, rule: Rule, value: object, noun: str, max_items: int) -> C
     """The items of a list-like value. They are counted before any of them is checked or copied."""
     if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
         raise _refusal(name, rule, value)
-    if len(value) > max_items:
-        raise InvalidRequestError(f"{len(value)} {noun}; at most {max_items} are allowed", field=name)
+    _check_count(name, value, noun, max_items)
     return value
 
 
-def _num_bytes(text: str) -> int:
-    """Bytes of the text in UTF-8; 0 for text that cannot be encoded, such as half of a surrogate pair."""
+def _check_count(name: str, value: Sized, noun: str, max_items: int) -> None:
+    if len(value) > max_items:
+        raise InvalidRequestError(f"{len(value)} {noun}; at most {max_items} are allowed", field=name)
+
+
+def num_bytes(text: str) -> int | None:
+    """Bytes of the text in UTF-8; None for text that cannot be encoded, such as half of a surrogate pair."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        return 0
+        return None

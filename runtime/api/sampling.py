@@ -2,7 +2,7 @@
 
 Each line of the table states a field's type, default, rule and help. The check at construction, the conversion to and
 from protos, the client's keywords and the options of the command line are made from it. A new parameter is a line
-here and a field of the same name in `proto/inference.proto`.
+here and a field of the same name in `proto/motet/v1/inference.proto`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import InvalidRequestError
-from .config import MAX_SPECULATIVE_TOKENS
+from .limits import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_SPECULATIVE_TOKENS,
+    MAX_STOP_BYTES,
+    MAX_STOPS,
+)
 from .rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
-
-MAX_STOPS = 64
-MAX_STOP_BYTES = 1024
-MAX_CHOICES = 64
-MAX_LOGPROBS = 64
 
 
 def _field(default: Any, rule: Rule, help: str) -> Any:
@@ -50,7 +52,7 @@ class SamplingParams:
     repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Penalises tokens of prompt and answer (CTRL); 1 is off.")
     presence_penalty: float = _field(0.0, Number(), "Subtracted from the logit of every token in the answer.")
     frequency_penalty: float = _field(0.0, Number(), "Subtracted from a token's logit per occurrence in the answer.")
-    logit_bias: Mapping[int, float] = _field({}, Biases(), "Token id → number added to its logit.")
+    logit_bias: Mapping[int, float] = _field({}, Biases(MAX_LOGIT_BIASES), "Token id → number added to its logit.")
     seed: int | None = _field(None, Integer(0, 2**64 - 1), "Of the draws; default: random, reported with the answer.")
     stop: tuple[str, ...] = _field((), Strings("stop strings", MAX_STOPS, MAX_STOP_BYTES), "Text that ends the answer.")
     stop_token_ids: tuple[int, ...] = _field((), TokenIds("stop token ids", MAX_STOPS), "Token id that ends the answer.")

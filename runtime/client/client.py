@@ -11,14 +11,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ..api.limits import MAX_MESSAGE_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, Member, Space
 from ..api.sampling import SamplingParams, check_names
-from ..errors import InvalidEnsembleError, InvalidRequestError
+from ..errors import InvalidEnsembleError, InvalidRequestError, shown
 from ..serve.grpc.wire import (
-    MAX_MESSAGE_BYTES,
     error_of,
     model_from_proto,
     output_from_response,
@@ -27,7 +27,14 @@ from ..serve.grpc.wire import (
 )
 
 Mix = Ensemble | Mapping[str, float] | None
-_CHANNEL_OPTIONS = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A connection that broke without a word is noticed while an answer is awaited.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 def _message(
@@ -66,7 +73,7 @@ def _message(
         mix = Ensemble(members, Space.LOGITS if space is None else space)
     elif not isinstance(mix, Ensemble | None):
         raise InvalidEnsembleError(
-            f"mix must be a mapping of member names to coefficients or an Ensemble, got {mix!r}", field="ensemble"
+            f"mix must be a mapping of member names to coefficients or an Ensemble, got {shown(mix)}", field="ensemble"
         )
     return request_to_proto(
         prompt,
@@ -127,13 +134,11 @@ class Client:
             call.cancel()
 
     def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> list[Completion]:
-        """The whole answer: `n` completions, in the order of the choices."""
-        message = _message(prompt, **options)
-        try:
-            response = self._inference.Complete(message, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        return [output_from_response(choice) for choice in response.choices]
+        """The whole answer: `n` completions, in the order of the choices. It is streamed: its size has no limit."""
+        choices: dict[int, Completion] = {}
+        for delta in self.generate(prompt, timeout_s=timeout_s, **options):
+            join(choices, delta)
+        return [choices[choice] for choice in sorted(choices)]
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, chat template applied."""

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,28 +22,13 @@ from ..schedule.blocks import BlockManager
 from ..schedule.packing import ScheduledBatch
 from ..schedule.scheduler import GroupTokens, Scheduler
 from ..schedule.sequence import Group
-from ..text.stream import TextStream
+from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
 from .observer import Observer, StepReport, notify
+from .stats import EngineStats
 
 log = logging.getLogger("motet.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts of an engine; those of tokens and steps are since its start."""
-
-    waiting: int  # choices in the queue
-    running: int  # choices that hold KV cache
-    free_blocks: int
-    num_blocks: int
-    steps: int
-    tokens: int  # sampled
-    prompt_tokens: int  # of all sequences (view, adapter) whose answer has begun
-    cached_tokens: int  # of these, found in the prefix cache
-    drafted_tokens: int  # verified; counted once per group, not per sequence
-    accepted_tokens: int  # of the drafted ones, those that were drawn
 
 
 class Engine:
@@ -76,10 +60,11 @@ class Engine:
         self._answers: dict[Group, Answer] = {}
         self._wake = threading.Condition()
         # _wake guards this and the next three. The order matters: an abort does not end requests submitted after it.
-        self._inbox: deque[list[Answer] | tuple[str, FinishReason]] = deque()
+        self._inbox: deque[list[Answer] | tuple[str | None, FinishReason]] = deque()
         self._num_queued = 0
         self._draining = False
         self._closed = False
+        self._failure: MotetError | None = None
         self._steps = 0
         self._tokens = 0
         self._prompt_tokens = 0
@@ -117,10 +102,14 @@ class Engine:
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
         answers = [
-            Answer(request, group, TextStream(self.tokenizer.stream(), request.sampling.stop), on_output, now)
+            Answer(
+                request, group, answer_stream(self.tokenizer, request.prompts[0], request.sampling.stop), on_output, now
+            )
             for group in self._admission.groups_of(request)
         ]
         with self._wake:
+            if self._failure is not None:
+                raise UnavailableError(str(self._failure))
             if self._draining or self._closed:
                 raise UnavailableError("the engine is shutting down; send the request to another server")
             if self._num_queued + len(answers) > self.config.max_waiting:
@@ -135,9 +124,9 @@ class Engine:
     def _note_rejected(self, request: Request, error: MotetError) -> None:
         notify(self._observers, lambda observer: observer.on_reject(request, error))
 
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """End all requests with this id that were submitted so far; their answers keep what they have. There may be
-        none."""
+    def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End all requests with this id, or with any if it is None, that were submitted so far; their answers keep what
+        they have. There may be none."""
         with self._wake:
             self._inbox.append((request_id, reason))
             self._wake.notify()
@@ -216,6 +205,11 @@ class Engine:
             self._thread.join()
 
     @property
+    def failure(self) -> MotetError | None:
+        """Why the loop ended by itself; None while it runs, and after `close`. Such an engine refuses every request."""
+        return self._failure
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is queued or running."""
         with self._wake:
@@ -226,15 +220,16 @@ class Engine:
     def _run(self) -> None:
         """The engine's thread. Whatever ends the loop, every answer gets a last output."""
         end = partial(self._finish, reason=FinishReason.CANCELLED)
+        error: MotetError | None = None
         try:
             while self._take_inbox():
                 self._step()
-        except Exception as cause:  # internal error: every answer must still get a last output
+        except Exception:  # internal error: every answer must still get a last output
             log.exception("the engine stopped")
-            error = MotetError(f"the engine stopped: {cause}; restart it")
+            error = MotetError("the engine stopped after an internal error; the log has it; restart the server")
             end = partial(self._end, reason=FinishReason.ERROR, error=error)  # without the scheduler: it may be broken
         with self._wake:
-            self._closed = True
+            self._closed, self._failure = True, error
             arrived = [answer for item in self._inbox if isinstance(item, list) for answer in item]
             self._inbox.clear()
         for answer in (*self._answers.values(), *arrived):
@@ -255,7 +250,7 @@ class Engine:
                         self._scheduler.add(answer.group)
                 else:
                     request_id, reason = item
-                    ended += [(a, reason) for a in self._answers.values() if a.request.request_id == request_id]
+                    ended += [(a, reason) for a in self._answers.values() if request_id in (None, a.request.request_id)]
             closed = self._closed
         for answer, reason in ended:
             if answer.group in self._answers:  # it may be aborted twice
@@ -272,8 +267,8 @@ class Engine:
         start = time.monotonic()
         try:
             output = self._backend.step(scheduled.batch)
-        except Exception as error:  # whatever the backend raises must not end the engine
-            self._fail_step(scheduled, error)
+        except Exception:  # whatever the backend raises must not end the engine
+            self._fail_step(scheduled)
             return
         now = time.monotonic()
         self._steps += 1
@@ -298,11 +293,12 @@ class Engine:
             if limit is not None and now - answer.arrived >= limit:
                 self._finish(answer, FinishReason.TIME_LIMIT)
 
-    def _fail_step(self, scheduled: ScheduledBatch, error: Exception) -> None:
+    def _fail_step(self, scheduled: ScheduledBatch) -> None:
         """A whole step failed: its groups end with an error, all others go on."""
         log.exception("a step failed; its requests end with an error")
         for group in self._scheduler.fail(scheduled):
-            self._finish(self._answers[group], FinishReason.ERROR, MotetError(f"the backend failed: {error}"))
+            failure = MotetError("the backend failed in a step of this request; the server's log has the error")
+            self._finish(self._answers[group], FinishReason.ERROR, failure)
 
     def _emit(self, run: GroupTokens, output: StepOutput, now: float) -> None:
         """Send the tokens that a step drew for a group, as one delta."""

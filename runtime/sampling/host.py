@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ...kernels.native import library
 from ...kernels.native import sampling as cpu_sample
 from ...kernels.oracle.edits import apply_edits
-from ...kernels.oracle.reference import gumbel, mix
+from ...kernels.oracle.reference import gumbel, is_greedy, mix
 from ...kernels.oracle.truncation import truncate
 from ..api.request import Space
 from ..schedule.batch import SampleRow, StepOutput
@@ -150,6 +150,7 @@ def _sample_numpy(logits: F32, row_terms: Sequence[Terms], samples: Sequence[Sam
     return output
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite or NaN, and is told apart here
 def _draw(mixed: Row, sample: SampleRow) -> int | str:
     """The token, or the reason why there is none."""
     sampling = sample.sampling
@@ -159,7 +160,7 @@ def _draw(mixed: Row, sample: SampleRow) -> int | str:
         return _NOT_FINITE
     if adjusted[best] == -np.inf:
         return _NOTHING_LEFT
-    if sampling.temperature == 0:
+    if is_greedy(adjusted[best], sampling.temperature):
         return best
     tempered = adjusted.astype(np.float64) / sampling.temperature
     if sampling.truncation:

@@ -22,8 +22,14 @@ class HeadPlan:
     greedy: list[bool]  # [head rows] only the largest logit of the row is used
 
 
+def needed_terms(sample: SampleRow) -> list[tuple[int, int, float]]:
+    """The terms of a sample whose logits it needs: those that take part in the mix, and all if each member's own
+    log-probability is requested."""
+    return [term for term in sample.terms if term[2] != 0 or sample.sampling.member_logprobs]
+
+
 def plan_head(hidden: Sequence[Terms], samples: Sequence[SampleRow], linear_head: bool) -> HeadPlan:
-    """`hidden[i]` are the (hidden state, coefficient) terms of `samples[i]`, none with coefficient 0.
+    """`hidden[i]` are the (hidden state, coefficient) terms of `samples[i]`, those of `needed_terms`.
 
     With a linear head, mixing hidden states is mixing logits: a sample in `logits` space needs one row. Otherwise,
     and if the members' log-probabilities are requested, every term has a row of its own and their logits are mixed.

@@ -97,7 +97,10 @@ class LogitEditor:
     def _edits(self) -> Edits:
         used = slice(self._size)
         counts, biases = self._counts[used], self._biases[used].copy()
-        penalties = np.where(counts > 0, self._presence + self._frequency * counts, 0.0)
+        with np.errstate(
+            over="ignore"
+        ):  # a penalty that overflows is infinite: it forbids the token, or ends the answer
+            penalties = np.where(counts > 0, self._presence + self._frequency * counts, 0.0)
         ids, divisors = self._ids[used].copy(), self._divisors[used].copy()
         if self._num_drawn < self._min_tokens:
             biases[[self._places[token_id] for token_id in self._stop_ids if token_id in self._places]] = -np.inf

@@ -41,11 +41,11 @@ class GroupTokens:
 
 
 class Scheduler:
-    """First come, first served. When blocks run out, the latest group frees all of its blocks and waits again.
+    """First come, first served, but small groups may pass a large one. When blocks run out, the latest group frees all
+    of its blocks and waits again.
 
-    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if the decode rows leave no room for any:
-    so neither kind waits for the other. With `prefix_cache`, sequences that begin alike share full blocks, except the
-    block of the last token, because that row must be computed.
+    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. With
+    `prefix_cache`, sequences that begin alike share full blocks, but not that of the last token: its row is computed.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Scheduler:
         self.waiting: deque[Group] = deque()
         self.running: list[Group] = []
         self._max_num_seqs = max_num_seqs
+        self._max_passed = 4 * max_num_seqs  # by so many groups a waiting one may be passed
         self._max_rows = max_num_batched_tokens
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._prefix_cache = prefix_cache
@@ -168,28 +169,43 @@ class Scheduler:
     # ---- steps of schedule() -------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Start groups from the queue, in order, as long as there are blocks for all tokens of all their sequences."""
+        """Start groups from the queue, in order. A group with fewer sequences may pass one that has to wait for room, but
+        a limited number of times, so that no group waits for ever."""
         num_seqs = sum(len(group.sequences) for group in self.running)
-        while self.waiting:
-            group = self.waiting[0]
-            if num_seqs + len(group.sequences) > self._max_num_seqs:
+        smallest = self._max_num_seqs + 1  # sequences of the smallest group that has to wait
+        passed: list[Group] = []
+        for group in list(self.waiting):
+            if num_seqs >= self._max_num_seqs or smallest == 1:
                 return
-            shared = [self._shareable(sequence) for sequence in group.sequences]
-            needed = sum(
-                self.blocks.blocks_for(len(sequence.tokens)) - len(found)
-                for sequence, found in zip(group.sequences, shared, strict=True)
-            )
-            if not self.blocks.can_allocate(needed, chain.from_iterable(shared)):
+            if len(group.sequences) < smallest and self._start(group, self._max_num_seqs - num_seqs):
+                num_seqs += len(group.sequences)
+                for other in passed:
+                    other.num_passed += 1
+                continue
+            # A preempted group is not passed: it holds the oldest of what was drawn.
+            if group.num_preemptions or group.num_passed >= self._max_passed:
                 return
-            self.waiting.popleft()
-            self.blocks.retain(chain.from_iterable(shared))
-            for sequence, found in zip(group.sequences, shared, strict=True):
-                rest = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
-                sequence.block_table = found + self.blocks.allocate(rest)
-                self._take_over(group, sequence, len(found))
-            group.status = SequenceStatus.RUNNING
-            self.running.append(group)
-            num_seqs += len(group.sequences)
+            passed.append(group)
+            smallest = min(smallest, len(group.sequences))
+
+    def _start(self, group: Group, free_seqs: int) -> bool:
+        """Start a group of the queue if there are blocks for all tokens of all its sequences; False if not."""
+        if len(group.sequences) > free_seqs:
+            return False
+        shared = [self._shareable(sequence) for sequence in group.sequences]
+        rest = [
+            self.blocks.blocks_for(len(s.tokens)) - len(found) for s, found in zip(group.sequences, shared, strict=True)
+        ]
+        if not self.blocks.can_allocate(sum(rest), chain.from_iterable(shared)):
+            return False
+        self.waiting.remove(group)
+        self.blocks.retain(chain.from_iterable(shared))
+        for sequence, found, count in zip(group.sequences, shared, rest, strict=True):
+            sequence.block_table = found + self.blocks.allocate(count)
+            self._take_over(group, sequence, len(found))
+        group.status = SequenceStatus.RUNNING
+        self.running.append(group)
+        return True
 
     def _adopt(self) -> None:
         """Let running sequences share blocks that others have computed since they were admitted."""

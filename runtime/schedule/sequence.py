@@ -103,6 +103,7 @@ class Group:
     drafter: Drafter | None = None  # None: no speculation
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
+    num_passed: int = 0  # groups that came later and were started before it
     output: TokenBuffer = field(default_factory=TokenBuffer)
     sampling: ResolvedSampling = field(init=False)
 

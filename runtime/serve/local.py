@@ -28,7 +28,7 @@ def serve_engine(engine: Engine) -> Iterator[str]:
     thread.start()
 
     async def start() -> Server:
-        server = Server(engine)  # its events belong to this loop
+        server = Server(engine, allow_drain=True)  # its events belong to this loop
         await server.start()
         return server
 
@@ -37,7 +37,7 @@ def serve_engine(engine: Engine) -> Iterator[str]:
         try:
             yield f"127.0.0.1:{server.port}"
         finally:
-            asyncio.run_coroutine_threadsafe(server.stop(grace_s=1.0), loop).result()
+            asyncio.run_coroutine_threadsafe(server.stop(drain_timeout_s=1.0), loop).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -25,6 +25,8 @@ class EngineCollector:
 
     def collect(self) -> Iterable[Metric]:
         stats = self._engine.stats()
+        is_up = self._engine.failure is None
+        yield GaugeMetricFamily("motet_engine_up", "1 while the engine's loop runs, 0 after it failed", is_up)
         yield GaugeMetricFamily("motet_waiting_choices", "Choices in the queue", stats.waiting)
         yield GaugeMetricFamily("motet_running_choices", "Choices that hold KV cache", stats.running)
         yield GaugeMetricFamily("motet_free_blocks", "Free blocks of the KV cache", stats.free_blocks)

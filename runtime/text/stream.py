@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from .tokenizer import IncrementalDecoder
+from collections.abc import Mapping
+
+from .tokenizer import IncrementalDecoder, Tokenizer
+
+
+def answer_stream(tokenizer: Tokenizer, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
+    """The stream of an answer to `prompt`. Special tokens are no part of its text, but stop strings may contain them."""
+    special = tokenizer.special_tokens
+    named = any(text in string for string in stop for text in special.values())
+    return TextStream(tokenizer.stream(prompt), stop, special if named else {})
 
 
 class TextStream:
     """Feed tokens with `push`. `stopped` is the stop string that ended the text, which is not part of the text.
 
     The stop string that is complete first wins; if several end at the same character, the longest. So the cut does not
-    depend on how the text is divided into tokens.
+    depend on how the text is divided into tokens. `hidden`: token id → its text, which stop strings are compared with
+    and which is not sent.
     """
 
-    def __init__(self, decoder: IncrementalDecoder, stop: tuple[str, ...]) -> None:
+    def __init__(self, decoder: IncrementalDecoder, stop: tuple[str, ...], hidden: Mapping[int, str] = {}) -> None:
         self._decoder = decoder
         self._stop = stop
+        self._hidden = hidden
         self._longest = max((len(string) for string in stop), default=0)
         self._held = ""  # the longest end of the text that is the start of a stop string
+        self._is_hidden: list[bool] = []  # of each character held
         self.stopped: str | None = None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """The text that can be sent after this token. If `may_stop` is false, no stop string ends in this token."""
-        return self._cut(self._decoder.push([token_id]), may_stop=may_stop, final=False)
+        hidden = self._hidden.get(token_id)
+        if hidden is None:
+            return self._cut(self._decoder.push([token_id]), may_stop=may_stop)
+        text = self._cut(self._decoder.flush(), may_stop=may_stop)  # no character goes on after it
+        return text if self.stopped is not None else text + self._cut(hidden, may_stop=may_stop, is_hidden=True)
 
     def flush(self) -> str:
         """The rest of the text at the end of the answer; empty after a stop string. The rest may complete one."""
-        return "" if self.stopped is not None else self._cut(self._decoder.flush(), may_stop=True, final=True)
+        return "" if self.stopped is not None else self._cut(self._decoder.flush(), is_final=True)
 
-    def _cut(self, text: str, *, may_stop: bool, final: bool) -> str:
+    def _cut(self, text: str, *, may_stop: bool = True, is_hidden: bool = False, is_final: bool = False) -> str:
         if not self._stop:
             return text
         seen, self._held = len(self._held), self._held + text
+        self._is_hidden += [is_hidden] * len(text)
         if text and may_stop and (match := self._first_match(seen)):
             at, self.stopped = match
-            text, self._held = self._held[:at], ""
-            return text
-        keep = 0 if final else self._possible_start()
-        text = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+            self._held = self._held[:at]
+            return self._send(at)
+        return self._send(len(self._held) - (0 if is_final else self._possible_start()))
+
+    def _send(self, count: int) -> str:
+        """Take the first characters off the held text; returns those that are not hidden."""
+        pairs = zip(self._held[:count], self._is_hidden, strict=False)
+        text = "".join(character for character, is_hidden in pairs if not is_hidden)
+        self._held, self._is_hidden = self._held[count:], self._is_hidden[count:]
         return text
 
     def _first_match(self, seen: int) -> tuple[int, str] | None:

@@ -1,18 +1,19 @@
-"""Text ↔ token ids: encoding, the model's chat template (sandboxed), and incremental decoding (UTF-8-safe)."""
+"""Text ↔ token ids: encoding, conversations, and incremental decoding (UTF-8-safe)."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..api.prompt import Message
-from ..errors import BundleError, InvalidRequestError, NotFoundError
+from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
+from .template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -21,32 +22,41 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """A model's tokenizer.json and chat template. Safe to share between threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special: Mapping[str, str]) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
-        self._special = dict(special)
-        self._template: jinja2.Template | None = None
-        if chat_template is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            environment.globals["raise_exception"] = _raise_exception
-            self._template = environment.from_string(chat_template)
+        self._template = template
+        added = tokenizer.get_added_tokens_decoder()
+        # Token ids that are left out of an answer's text, with their own text.
+        self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
+        names = (
+            t.content for t in added.values() if t.special or (template is not None and template.mentions(t.content))
+        )
+        # What a message's content must not be able to write: its tokens are commands to the model.
+        self._control_tokens = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     @classmethod
     def from_dir(cls, path: Path | str) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a model or bundle directory.
 
-        Raises `NotFoundError` without tokenizer.json, `BundleError` if a file is damaged.
+        Truncation and padding that tokenizer.json may hold are the settings of a program that used it once: they are
+        dropped. Raises `NotFoundError` without tokenizer.json, `BundleError` if a file is damaged or the two disagree.
         """
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
             raise NotFoundError(f"'{path / 'tokenizer.json'}' does not exist; pull or export the model again")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
             config = path / "tokenizer_config.json"
             values: dict[str, Any] = json.loads(config.read_bytes()) if config.is_file() else {}
+            special = {name: _content(values[name]) for name in _SPECIAL_NAMES if values.get(name)}
+            _configure(tokenizer, values, special)
             file = path / "chat_template.jinja"
-            template = file.read_text() if file.is_file() else values.get("chat_template")
-            special = {name: _content(values[name]) for name in ("bos_token", "eos_token") if values.get(name)}
-            return cls(tokenizer, template, special)
+            source = file.read_text() if file.is_file() else _default_template(values.get("chat_template"))
+            return cls(tokenizer, None if source is None else ChatTemplate(source, special))
+        except BundleError:
+            raise
         except Exception as error:  # the tokenizers library raises plain Exception
             raise BundleError(f"the tokenizer of '{path}' is damaged: {error}; pull or export it again") from error
 
@@ -58,8 +68,22 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """Most bytes of UTF-8 that one token can stand for; None if there is no bound, because text may be dropped or
+        rewritten before it is cut into tokens."""
+        state = json.loads(self._tokenizer.to_str())
+        added = state["added_tokens"]
+        rewritten = _NORMALIZERS.get((state["normalizer"] or {}).get("type"))
+        if rewritten is None or not _keeps_bytes(state) or any(token["lstrip"] or token["rstrip"] for token in added):
+            return None
+        # In a byte-level vocabulary a character is a byte.
+        longest = max((len(token) for token in state["model"]["vocab"]), default=0)
+        return rewritten * max(longest, *(len(token["content"].encode()) for token in added), 1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The same ids as `encode`, which holds the GIL: other threads would stand still while a long text is read.
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -73,8 +97,8 @@ class Tokenizer:
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, in the format that the model was trained on.
 
-        The template comes from the model, never from a request. Raises `InvalidRequestError` for an empty conversation,
-        a wrong message, a conversation that the template refuses, or a model without a template.
+        Raises `InvalidRequestError` for an empty conversation, a wrong message, a conversation that the template
+        refuses, or a model without a template.
         """
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; send a text prompt", field="messages")
@@ -83,25 +107,65 @@ class Tokenizer:
         for message in messages:
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise InvalidRequestError(
-                    f"a message has a role of {ROLES} and a content, got role {message.get('role')!r}", field="messages"
+                    f"a message has a role of {ROLES} and a content, got role {shown(message.get('role'))}",
+                    field="messages",
                 )
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{"bos_token": "", "eos_token": "", **self._special},
+        return self._template.render(messages, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Message], max_bytes: int | None = None) -> list[int]:
+        """The conversation's token ids, up to where the answer begins. Only the template adds special tokens: a
+        control token that a message's content spells, such as `<|im_end|>`, is encoded as plain text.
+
+        Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
+        `max_bytes` bytes of UTF-8.
+        """
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+        marks = None
+        if any(map(self._control_tokens.search, contents)):
+            marks = _unused_characters(contents)
+            messages = [
+                {**m, "content": self._control_tokens.sub(rf"{marks[0]}\g<0>{marks[1]}", m["content"])}
+                for m in messages
+            ]
+        text = self.apply_chat_template(messages)
+        if max_bytes is not None and len(text.encode()) > max_bytes:
+            raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
+        return self.encode(text, add_special_tokens=False) if marks is None else self._encode_marked(text, *marks)
+
+    def _encode_marked(self, text: str, start: str, end: str) -> list[int]:
+        """Token ids of a rendered conversation in which control tokens between `start` and `end` are plain text. A mark
+        without its partner, which a template may leave, only divides the text."""
+        ids: list[int] = []
+        pieces = re.split(f"{start}({self._control_tokens.pattern}){end}|[{start}{end}]", text)
+        for index, piece in enumerate(pieces):
+            if piece:
+                ids += self._encode_inside(piece, is_plain=index % 2 == 1, is_first=not ids)
+        return ids
+
+    def _encode_inside(self, piece: str, *, is_plain: bool, is_first: bool) -> list[int]:
+        """Token ids of a piece within a text. It is encoded after a line break, whose ids are then removed: at the start
+        of a text some tokenizers add a space."""
+        encoder = self._plain if is_plain else self._tokenizer
+        if is_first:
+            found: list[int] = encoder.encode(piece, add_special_tokens=False).ids
+        else:
+            line, both = (encoder.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + piece))
+            found = (
+                both[len(line) :] if both[: len(line)] == line else encoder.encode(piece, add_special_tokens=False).ids
             )
-        except jinja2.TemplateError as error:
-            raise InvalidRequestError(
-                f"the chat template refuses this conversation: {error}", field="messages"
-            ) from error
+        if is_plain and self._tokenizer.token_to_id(piece) in found:  # the vocabulary itself has it as a piece
+            return [token_id for letter in piece for token_id in encoder.encode(letter, add_special_tokens=False).ids]
+        return found
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation's token ids, up to where the answer begins. Only the template adds special tokens."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same vocabulary without added tokens: it has no other way to write one than in pieces."""
+        state = json.loads(self._tokenizer.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
 
-    def stream(self) -> IncrementalDecoder:
-        return IncrementalDecoder(self)
+    def stream(self, prompt: Sequence[int] = ()) -> IncrementalDecoder:
+        """A decoder of the tokens that follow `prompt`."""
+        return IncrementalDecoder(self, prompt)
 
 
 class IncrementalDecoder:
@@ -109,18 +173,23 @@ class IncrementalDecoder:
 
     It decodes a short window: the tokens since the last but one clean cut, less the text that is already out. A cut is
     clean if the window does not end in U+FFFD, which the decoder writes for an unfinished character. The texts of all
-    pushes and of the flush, joined, are the text of all tokens.
+    pushes and of the flush, joined, are the text of prompt and tokens less that of the prompt: the window begins with
+    the prompt's last tokens, because some decoders drop the first space of a text.
     """
 
     # A longer run of unfinished bytes is no character: let it out instead of waiting for ever.
     _LONGEST_WAIT = 64
+    _PROMPT_TOKENS = 8  # of the prompt's end: more than a character has bytes
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids: list[int] = list(prompt[-self._PROMPT_TOKENS :])
         # First token of the window. It is before the new tokens: the first token of a text may decode differently.
         self._prefix = 0
-        self._read = 0  # number of tokens whose text is out
+        self._read = len(self._ids)  # number of tokens whose text is out
+        # A character that the prompt left unfinished comes out with the answer's first tokens, which finish it.
+        while self._read and tokenizer.decode(self._ids[: self._read]).endswith(REPLACEMENT):
+            self._read -= 1
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The complete characters that these tokens add. An unfinished character waits for the next push."""
@@ -143,9 +212,61 @@ class IncrementalDecoder:
         return window[len(before) :]
 
 
+# How many times shorter a normaliser can make a text. NFC joins decomposed characters: Unicode bounds it by 3.
+_NORMALIZERS = {None: 1, "NFC": 3}
+
+
+def _keeps_bytes(state: Mapping[str, Any]) -> bool:
+    """Whether a serialised tokenizer is byte-level BPE whose pre-tokenizers drop nothing."""
+    found = state["pre_tokenizer"] or {}
+    steps = found.get("pretokenizers", [found])
+    return (
+        state["model"]["type"] == "BPE"
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and all(
+            step.get("type") in ("ByteLevel", "Digits", "Split") and step.get("behavior") != "Removed" for step in steps
+        )
+    )
+
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _configure(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Apply those settings of tokenizer_config.json that change token ids, as transformers does. Whether a text begins
+    with a special token, and with a space, is tokenizer.json's to say. Raises `BundleError` if the two disagree on ids."""
+    if config.get("split_special_tokens"):
+        tokenizer.encode_special_tokens = True
+    declared = {int(token_id): token for token_id, token in config.get("added_tokens_decoder", {}).items()}
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    for token_id, token in sorted(declared.items()):
+        tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **{f: token[f] for f in flags if f in token})])
+        if tokenizer.token_to_id(token["content"]) != token_id:
+            raise BundleError(
+                f"tokenizer_config.json gives '{token['content']}' the id {token_id}, tokenizer.json "
+                f"{tokenizer.token_to_id(token['content'])}; save the tokenizer again"
+            )
+    added = tokenizer.get_added_tokens_decoder()
+    for content in special.values():
+        found = tokenizer.token_to_id(content)
+        if found is not None and (found not in added or not added[found].special):
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+
+
+def _default_template(value: Any) -> str | None:
+    """The template of tokenizer_config.json: text, or a list of named ones, of which the default is for chat."""
+    if isinstance(value, list):
+        value = {item["name"]: item["template"] for item in value}
+    return value.get("default") if isinstance(value, dict) else value
+
+
+def _unused_characters(texts: Sequence[str]) -> tuple[str, str]:
+    """Two characters that none of the texts has. Unicode reserves these for use inside a program."""
+    used = set().union(*texts)
+    candidates = map(chr, (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE)))
+    free = (character for character in candidates if character not in used)
+    return next(free), next(free)
+
+
 def _content(value: Any) -> str:
     return value["content"] if isinstance(value, dict) else str(value)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -8,19 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from .finetune.params import TuneParams
+from .finetune.params import NearDuplicates, TuneParams
 from .finetune.search.params import FuseParams, SearchParams, SearchSpace
+from .options import by_name
 from .parameter_options import with_parameters, words
 from .runtime.api.request import Space
 from .runtime.errors import ConfigError, NotFoundError
-from .runtime.model.members import MemberKind
 
 Model = Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")]
-Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, Parquet or text file.")]
+NearDuplicatesOption = Annotated[
+    NearDuplicates, typer.Option(help="What is done with training examples that nearly repeat a held-out one.")
+]
+Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, JSON, Parquet or text file.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Trunk cache; default: $MOTET_HOME/trunk-cache.")]
 CacheSize = Annotated[float, typer.Option(min=0.0, help="Largest size of the trunk cache, GB.")]
 # What all trials of a search have in common.
-SEARCH_BASE = ("method", "examples", "validation_examples", "epochs", "bag", "max_length", "epsilon")
+SEARCH_BASE = ("method", "examples", "validation_examples", "epochs", "bag", "max_length", "loss", "epsilon")
 
 
 def mount(app: typer.Typer, bench: typer.Typer) -> None:
@@ -28,6 +31,7 @@ def mount(app: typer.Typer, bench: typer.Typer) -> None:
     for command in (tune, search, fuse, repro):
         app.command()(command)
     bench.command("finetune")(bench_finetune)
+    bench.command("busy-finetune")(bench_busy_finetune)
 
 
 def _cache(root: Path | None, gigabytes: float) -> Any:
@@ -45,6 +49,7 @@ def tune(
     name: Annotated[str | None, typer.Option(help="The member's name; default: the directory's.")] = None,
     cache: CacheDir = None,
     cache_gb: CacheSize = 8.0,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
     no_cache: Annotated[bool, typer.Option(help="Run the trunk anew for every batch.")] = False,
 ) -> None:
     """Fine-tune a frozen model: a tail, an adapter, or all layers."""
@@ -52,7 +57,16 @@ def tune(
     from .runtime.checkpoints.store import resolve_model
 
     store = _cache(cache, cache_gb)
-    manifest = train(resolve_model(model), data, out, name=name, params=params, cache=store, use_cache=not no_cache)
+    manifest = train(
+        resolve_model(model),
+        data,
+        out,
+        name=name,
+        params=params,
+        cache=store,
+        use_cache=not no_cache,
+        near_duplicates=near_duplicates,
+    )
     before, after = (manifest["metrics"][f"validation_loss_{when}"] for when in ("before", "after"))
     print(f"{out}: validation loss {before:.3f} → {after:.3f} nats per token")
     if manifest["privacy"]:
@@ -72,15 +86,17 @@ def search(
     params: SearchParams,
     cache: CacheDir = None,
     cache_gb: CacheSize = 8.0,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
 ) -> None:
     """Search hyper-parameters by Bayesian optimisation over one cached trunk. Each trial can become a member."""
-    from .finetune.search.search import REPORT, private_epsilon
+    from .finetune.search.search import REPORT, private_budget
     from .finetune.search.search import search as run
+    from .finetune.training.progress import Progress
     from .finetune.training.train import Workbench
     from .runtime.checkpoints.store import resolve_model
 
     params = dataclasses.replace(params, base=base, space=space)
-    bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb))
+    bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb), near_duplicates)
 
     def on_trial(trial: Any, best: Any) -> None:
         print(
@@ -89,11 +105,15 @@ def search(
             flush=True,
         )
 
-    result = run(bench, out, params, on_trial=on_trial)
+    with Progress() as progress:
+        result = run(bench, out, params, on_trial=on_trial, progress=progress)
     print(f"{out}: best validation loss {result.best.value:.4f}; see {out / REPORT}, then `motet fuse`")
     if base.epsilon is not None:
-        spent, delta = private_epsilon(result, base.examples, params)
-        print(f"the whole search: ε = {spent:.3f} at δ = {delta:.2g}, composed over {len(result.trials)} trials")
+        spent = private_budget(result.trials)
+        print(
+            f"the whole search: ε = {spent['epsilon']:.3f} at δ = {spent['delta']:.2g}, the trials' smallest, composed over "
+            f"{spent['runs']} trials; the validation set is not covered"
+        )
 
 
 @with_parameters("params", FuseParams())
@@ -106,31 +126,22 @@ def fuse(
     member: Annotated[list[str] | None, typer.Option(help="name=DIR of a tail or adapter; may be repeated.")] = None,
     cache: CacheDir = None,
     cache_gb: CacheSize = 8.0,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
 ) -> None:
     """Choose members, fit their mix, and measure it on a test set that took no part in either."""
     from .finetune.search.fuse import fuse as run
     from .finetune.search.fuse import fusion_card
+    from .finetune.training.progress import Progress
     from .finetune.training.train import Workbench
     from .runtime.checkpoints.store import resolve_model
 
-    members = {name: path for item in member or [] for name, path in [_pair(item)]}
-    for directory in search or []:
-        members |= _trials(directory)
-    bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb))
-    result = run(bench, members, out, params, on_progress=lambda what: print(f"{what} …", flush=True))
+    trials = (trial for directory in search or [] for trial in _trials(directory).items())
+    members = by_name([*map(_pair, member or []), *trials])
+    bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb), near_duplicates)
+    with Progress() as progress:
+        result = run(bench, members, out, params, progress=progress)
     print(fusion_card(result))
-    given = " ".join(_export_option(name, path) for name, path in result["members"].items())
-    mix = ",".join(f"{name}={value:.6f}" for name, value in result["mix"].items())
-    print(f"motet export {model} BUNDLE {given} --mix {mix} --space {params.space}")
-
-
-def _export_option(name: str, path: str) -> str:
-    """The option of `motet export` for a member; without a path it is the base."""
-    from .runtime.checkpoints.members.registry import format_at
-
-    if not path:
-        return f"--{MemberKind.BASE.flag} {name}"
-    return f"--{format_at(Path(path)).kind.flag} {name}={path}"
+    print(f"motet export {model} BUNDLE --fusion {out}")
 
 
 def repro(
@@ -176,6 +187,19 @@ def bench_finetune(
         raise ConfigError(f"parts are {', '.join(PARTS)}, got {unknown}")
     budget = Budget(examples=examples, trials=trials, seeds=seeds, spaces=tuple(Space(word) for word in words(spaces)))
     run_bench(model, data, work, out, chosen, budget)
+
+
+def bench_busy_finetune(
+    model: Annotated[str, typer.Argument(help="A pulled model's name.")] = "smollm2-135m",
+    data: str = "stdlib-code",
+    out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
+    examples: int = 64,
+    repeats: int = 3,
+) -> None:
+    """Measure training while another process burns a core, against training alone."""
+    from .bench.busy_finetune import run_bench
+
+    run_bench(model, data, out, examples=examples, repeats=repeats)
 
 
 def _pair(text: str) -> tuple[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from .runtime.text.documents import decode_text
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 Command = TypeVar("Command", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
 Address = Annotated[str | None, typer.Option(help=f"A server's host:port; default: {DEFAULT_ADDRESS}.")]
@@ -51,6 +52,16 @@ def coefficients(text: str) -> dict[str, float]:
         except ValueError:
             raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
     return pairs
+
+
+def by_name(members: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """Member → what belongs to it. Raises `InvalidEnsembleError` for a name that is given twice."""
+    found: dict[str, Value] = {}
+    for name, value in members:
+        if name in found:
+            raise InvalidEnsembleError(f"two members are called '{name}'; give each a name of its own")
+        found[name] = value
+    return found
 
 
 def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:

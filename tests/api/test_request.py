@@ -17,7 +17,10 @@ from motet.runtime.model.config import DecoderConfig
     [
         ([("a", 0.5), ("b", 0.6)], Space.LOGITS, "sums to 1.1"),
         ([("a", 1.5), ("b", -0.5)], Space.PROBS, "need space LOGITS"),
-        ([("a", math.nan)], Space.LOGITS, "must be finite"),
+        ([("a", math.nan)], Space.LOGITS, r"must be a number in \[-1000, 1000\], got nan"),
+        ([("a", 1e308), ("b", -1e308), ("c", 1.0)], Space.LOGITS, r"in \[-1000, 1000\], got 1e\+308"),
+        ([("a", 1.7e308), ("b", 1.7e308)], Space.PROBS, "must be a number in"),
+        ([("a", 1000.5), ("b", -999.5)], Space.LOGITS, "got 1000.5"),
         ([("a", 0.5), ("a", 0.5)], Space.LOGITS, "named twice"),
         ([], Space.LOGITS, "1 to 64 members, got 0"),
     ],
@@ -127,7 +130,7 @@ def test_members_are_kept_as_they_were():
     assert ensemble.members == (Member("a", 1.0),)
     with pytest.raises(InvalidEnsembleError, match="members must be a list of Member"):
         Ensemble(("a",))
-    with pytest.raises(InvalidEnsembleError, match="must be finite"):
+    with pytest.raises(InvalidEnsembleError, match="must be a number in"):
         Ensemble((Member("a", True),))
 
 

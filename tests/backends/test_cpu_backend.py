@@ -16,10 +16,17 @@ from motet.export.bundle_writer import export_bundle
 from motet.export.quantise import dequantise, quantise
 from motet.kernels.native.model import ISA_VARIABLE, NativeModel, PackedBatch, Weight
 from motet.kernels.native.structs import LinearKind, Vector
+from motet.kernels.oracle import reference
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Ensemble, Member, Request
+from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.engine.engine import Engine
+from motet.runtime.engine.open import model_info
 from motet.runtime.errors import UnavailableError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.native
 
@@ -157,6 +164,25 @@ def test_every_path_is_the_portable_one(bundle_of, isa, bits, kv):
     expected = cpu_backend(bundle_of("qwen3", bits), isa=ISAS[-1], kv=kv).score(tokens, 0)
     found = cpu_backend(bundle_of("qwen3", bits), isa=isa, kv=kv).score(tokens, 0)
     assert np.abs(found - expected).mean() < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("isa", ISAS)
+def test_two_views_of_the_only_member(bundle_of, isa, bits):
+    """A request can mix the only member of a bundle with itself. Greedy, so before the head: the tokens that the oracle
+    chooses from the logits of each view alone."""
+    config = EngineConfig(max_num_seqs=4, max_model_len=96, threads=2, backend="cpu")
+    bundle, mix = Bundle.load(bundle_of("llama-untied", bits)), (1.5, -0.5)
+    prompts = tuple(tuple(tokens_of(length, length).tolist()) for length in (40, 7))
+    ensemble = Ensemble(tuple(Member(bundle.members[0], c, view) for view, c in enumerate(mix)))
+    model, tokenizer = model_info(bundle, config), Tokenizer.from_dir(bundle.path)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with Engine(CpuBackend(bundle, config, isa=isa), tokenizer, model, config) as engine:
+        [[answer]] = engine.complete([Request("views", prompts, ensemble, params)])
+    alone = cpu_backend(bundle.path, isa=isa)
+    rows = [alone.score([*prompt, *answer.token_ids], 0)[len(prompt) - 1 :] for prompt in prompts]
+    expected = [int(reference.mix(np.stack(pair), mix, "logits").argmax()) for pair in zip(*rows)]
+    assert answer.token_ids == expected[:12]
 
 
 def test_the_environment_chooses_the_path(bundle_of, monkeypatch):

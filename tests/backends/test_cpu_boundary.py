@@ -68,6 +68,7 @@ def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index
         ([[(1, 1.0)]], [(0, 1.0)], "a hidden state that is not there"),
         ([[(-1, 1.0)]], [(0, 1.0)], "a hidden state that is not there"),
         ([[]], [(0, 1.0)], "row 0 has no terms"),
+        ([[(0, float("inf"))]], [(0, 1.0)], "a coefficient of row 0 is not finite"),
         ([[(0, 1.0)]], [(1, 1.0)], "term 0 has row 1 of 1"),
         ([[(0, 1.0)]], [(0, float("nan"))], "not finite"),
     ],

@@ -95,7 +95,7 @@ def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
         re.split(r"\W* {2,}\W*|\s*[│┃]\s*", line.strip("│┃ ")) for line in lines if line.strip("│┃ ").startswith("base")
     ]
     _, num_tokens, nll, _, kl, top1 = row
-    chunks, losses = heldout_token_ids(Tokenizer.from_dir(model_dir), 4096), []
+    chunks, losses = heldout_token_ids(Tokenizer.from_dir(model_dir), 4096, context=512), []
     decoder = Decoder.from_dir(model_dir)
     with torch.no_grad():
         for chunk in chunks:
@@ -161,6 +161,13 @@ def test_generate_streams_the_greedy_answer(bundle, succeeded):
     assert "8 tokens" in err
 
 
+def test_generate_with_a_context_mixes_the_only_member_with_itself(bundle, succeeded, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear all, the meeting is on Monday.")
+    ask = ("generate", "When is it?", "--bundle", bundle, "--context", tmp_path / "letter.txt", "--max-tokens", 8)
+    _, err = succeeded(*ask, "--temperature", 0)
+    assert "8 tokens" in err
+
+
 def test_a_turn_of_chat(bundle, succeeded):
     """One message and an empty line: the answer, then the end."""
     out, _ = succeeded("chat", "--bundle", bundle, "--max-tokens", 8, "--temperature", 0, stdin="hello\n\n")
@@ -223,7 +230,7 @@ def test_malformed_data(tmp_path, tiny_model_dir):
     for content, expected in (
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
         (b"{\n", "not JSON"),
-        (b'{"text": 1}\n', "keys ['text']"),
+        (b'{"txt": 1}\n', "keys ['txt']"),
     ):
         data.write_bytes(content)
         message = refused("tune", tiny_model_dir("llama"), "--data", data, "--out", tmp_path / "t")
@@ -237,7 +244,7 @@ def test_port_in_use(bundle):
 
 
 def test_drain_lets_the_answer_end_and_then_the_server_ends(bundle):
-    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0", "--allow-drain"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()

@@ -22,7 +22,7 @@ def test_a_failed_step_is_survived(tokenizer):
     backend = FakeBackend()
     with make_engine(tokenizer, backend) as engine:
         backend.fail_next = True
-        with pytest.raises(errors.MotetError, match="told to fail"):
+        with pytest.raises(errors.MotetError, match="the backend failed"):
             engine.complete([ask("x")])
         assert len(engine.complete([ask("y")])[0][0].token_ids) == 12
 
@@ -51,10 +51,11 @@ def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
     monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
     results = gather(engine, [ask("a"), ask("b", n=2)])
     assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
-    assert "restart it" in str(results["b", 1].error)
+    assert "restart the server" in str(results["b", 1].error)
     engine._thread.join(timeout=10)
-    with pytest.raises(errors.UnavailableError):
+    with pytest.raises(errors.UnavailableError, match="the engine stopped"):
         engine.submit(ask("c"), lambda output: None)
+    assert "the engine stopped" in str(engine.failure)
     engine.close()
     assert backend.closed == 1
 
@@ -66,7 +67,7 @@ def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
             raise AssertionError("a bug")
 
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
-        with pytest.raises(errors.MotetError, match="a bug"):
+        with pytest.raises(errors.MotetError, match="internal error"):
             engine.complete([ask("x")])
         with pytest.raises(errors.UnavailableError):
             engine.submit(ask("y"), lambda output: None)

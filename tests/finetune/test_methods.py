@@ -38,7 +38,7 @@ model, data, out, cache, params, pause = sys.argv[1:]
 bench = train.Workbench(Path(model), data, TrunkCache(Path(cache)))
 def validated(step, loss):
     print(step, flush=True)
-def stepped(loss):
+def stepped(step, loss):
     time.sleep(float(pause))
 train.run(bench, Path(out), TuneParams(**json.loads(params)), name="x", watch=Watch(stepped, validated))
 """
@@ -62,7 +62,7 @@ def written_loss(model_dir, member, items, base) -> float:
     """Mean negative log-likelihood of the answers' tokens, nats, from the checkpoint alone: whole texts, one at a time."""
     config = read_config(model_dir)
     if (member / "adapter.json").is_file():
-        decoder = attach(Decoder.from_weights(config, base), read_adapter(member)[1])
+        decoder = attach(Decoder.from_weights(config, base), read_adapter(member, config)[1])
     else:
         weights = {**base, **read_tail(member)[1]}
         decoder = Decoder.from_weights(replace(config, tied_head="lm_head.weight" not in weights), weights)
@@ -116,8 +116,8 @@ def test_methods_learn(tiny_model_dir, data, tmp_path, settings, learned):
     card = (tmp_path / "m" / "README.md").read_text()
     assert "motet repro" in card and f"| learning_rate | {params.learning_rate} |" in card
     if params.method in ("lora", "qlora"):
-        stored, weights = read_adapter(tmp_path / "m")
-        assert stored["rank"] == params.rank
+        stored, weights = read_adapter(tmp_path / "m", read_config(model_dir))
+        assert stored["peft"]["r"] == params.rank
         adapted = {name.split(".")[-2] for name in weights}
         assert adapted == set(params.targets)
         assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("lora_b"))
@@ -234,7 +234,7 @@ def test_the_budget():
     spent = budget(TuneParams(epsilon=8.0, epochs=3, batch_examples=10), 200)
     assert isinstance(spent, PrivacyBudget)
     assert 7.9 < spent.epsilon <= 8.0
-    assert spent.epsilon == epsilon_of(spent.history, spent.delta)
+    assert spent.epsilon == epsilon_of([(spent.noise_multiplier, spent.sample_rate, spent.steps)], spent.delta)
     assert (spent.steps, spent.sample_rate) == (60, 0.05)
     with pytest.raises(ConfigError, match="1 / N"):
         budget(TuneParams(epsilon=8.0, delta=0.01), 200)
@@ -248,6 +248,10 @@ def test_private_runs(tiny_model_dir, data, tmp_path, method):
     manifest = tune(tiny_model_dir("llama"), data, tmp_path / "p", params=params, show_progress=False)
     assert manifest["privacy"]["epsilon"] <= 8.0
     assert manifest["metrics"]["steps"] == 12
+    assert not {"train_loss_after", "gap", "loss_curve"} & set(manifest["metrics"])  # no noise covers them
+    assert "not the validation set" in manifest["privacy"]["covers"]
+    examples = manifest["data"]["parts"]["validation"]["examples"]
+    assert manifest["chosen_by"]["examples"] == examples
     assert manifest["metrics"]["validation_loss_after"] < manifest["metrics"]["validation_loss_before"]
     options = {"tails": {"p": tmp_path / "p"}} if method == "tail" else {"loras": {"p": tmp_path / "p"}}
     bundle = Bundle.load(export_bundle(tiny_model_dir("llama"), tmp_path / "b", **options))

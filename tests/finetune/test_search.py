@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from motet.finetune.params import TuneParams
 from motet.finetune.search.fuse import fuse
 from motet.finetune.search.mixfit import Pool, convex, cross_validated, em, greedy, paired_bootstrap, select_and_fit
 from motet.finetune.search.params import FuseParams, SearchParams, SearchSpace
-from motet.finetune.search.search import private_epsilon, read_trials, search
+from motet.finetune.search.repro import repro
+from motet.finetune.search.search import private_budget, read_trials, search
 from motet.finetune.search.space import Trial, distributions, is_hopeless, suggest
 from motet.finetune.training.train import Workbench
 from motet.finetune.training.trunk_cache import TrunkCache
@@ -161,14 +164,70 @@ def test_hopeless_trials():
 
 
 @pytest.mark.slow
-def test_a_private_search_composes(bench, tmp_path):
+def test_only_the_same_search_goes_on(bench, tmp_path, tiny_model_dir):
+    """Another tokenizer, template or split: a search is refused, a member is not fused, its run not repeated."""
+    params, out = SearchParams(BASE, SPACE, trials=1), tmp_path / "s"
+    (member,) = search(bench, out, params).members()
+    model_dir = tmp_path / "other"
+    shutil.copytree(bench.model_dir, model_dir)
+    template = model_dir / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
+    other = Workbench(model_dir, bench.data, bench.cache)
+    other.model_dir = bench.model_dir  # the name is in the settings too
+    with pytest.raises(ConfigError, match="tokenizer or data"):
+        search(other, out, params)
+    with pytest.raises(BundleError, match="tokenizer has the digest"):
+        repro(member, model_dir, bench.cache)
+    records = [json.loads(line) for line in Path(bench.data).read_text().splitlines()]
+    Path(bench.data).write_text("".join(json.dumps({**r, "source": f"s{i}"}) + "\n" for i, r in enumerate(records)))
+    moved = Workbench(bench.model_dir, bench.data, bench.cache)
+    with pytest.raises(ConfigError, match="tokenizer or data"):
+        search(moved, out, params)
+    with pytest.raises(BundleError, match="among the test examples"):
+        fuse(moved, {"m": member}, tmp_path / "f")
+
+
+def composed_by_hand(records, delta) -> float:
+    """ε of all the steps of `records` in one accountant, step by step, as Opacus' own training loop counts them."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    for record in records:
+        for _ in range(record["steps"]):
+            accountant.step(noise_multiplier=record["noise_multiplier"], sample_rate=record["sample_rate"])
+    return float(accountant.get_epsilon(delta=delta))
+
+
+@pytest.mark.slow
+def test_a_private_search_composes_its_trials(bench, tmp_path):
+    """The limit of examples is far above what there is, and each trial sees a bag: what counts is what trained."""
     base = TuneParams(
-        examples=24, validation_examples=8, max_length=100, bag=1.0, epochs=1, epsilon=2.0, batch_examples=6
+        examples=1000, validation_examples=8, max_length=100, bag=0.5, epochs=1, epsilon=2.0, batch_examples=6
     )
     params = SearchParams(base, SPACE, trials=2)
-    epsilon, delta = private_epsilon(search(bench, tmp_path / "s", params), 24, params)
-    assert 2.0 < epsilon < 4.0  # more than one trial's, less than their sum
-    assert delta < 1 / 24
+    out = tmp_path / "s"
+    result = search(bench, out, params)
+    assert all(trial.state == "complete" for trial in result.trials)
+    records = [read_tail(path)[0]["privacy"] for path in result.members()]
+    num_examples = read_tail(result.members()[0])[0]["data"]["trained_on"]
+    assert num_examples < 40 and records[0]["sample_rate"] == 6 / num_examples
+    spent = private_budget(result.trials)
+    assert spent["delta"] == min(record["delta"] for record in records) < 1 / num_examples
+    assert spent["epsilon"] == pytest.approx(composed_by_hand(records, spent["delta"]), rel=1e-6)
+    assert spent == json.loads((out / "privacy.json").read_text())
+    assert not list((out / "trials").glob(".*.run"))  # no secret is left
+    # The last trial ended, and the search was killed before it wrote that: it must not train, and spend, again.
+    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
+    (out / "trials.jsonl").write_text("".join(lines[:-1]))
+    kept = (out / "trials" / "001" / "tail.safetensors").stat().st_mtime_ns
+    assert outcome(search(bench, out, params).trials) == outcome(result.trials)
+    assert (out / "trials" / "001" / "tail.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_stopped_trial_counts_as_a_whole_one():
+    record = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 30, "delta": 1e-3}
+    whole = [Trial(i, {}, 1.0, (), state, 0.0, record) for i, state in enumerate(("complete", "pruned", "diverged"))]
+    assert private_budget(whole)["epsilon"] == pytest.approx(composed_by_hand([record] * 3, 1e-3), rel=1e-6)
 
 
 # ---- fitting a mix ---------------------------------------------------------------------------------------------------
@@ -235,6 +294,6 @@ def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
         fuse(bench, {"a": tmp_path}, tmp_path / "f")
     bench.config = linear
     adapter = random_adapter(Decoder.from_dir(tiny_model_dir("llama")), ("q_proj",), 2, seed=0, scale=0.1)
-    write_adapter(tmp_path / "a", {"base": {"digest": "other"}}, adapter)
-    with pytest.raises(BundleError, match="another base"):
+    write_adapter(tmp_path / "a", linear, adapter, {"base": {"name": "x", "digest": "other"}})
+    with pytest.raises(BundleError, match="trained on a base with digest"):
         fuse(bench, {"a": tmp_path / "a"}, tmp_path / "f")

@@ -85,9 +85,10 @@ def test_built_in_sets():
 
 @pytest.mark.slow
 def test_heldout_text(tokenizer):
-    chunks = heldout_token_ids(tokenizer, 4000)
-    assert sum(len(chunk) - 1 for chunk in chunks) >= 4000
-    assert max(map(len, chunks)) <= 512
+    for context, longest in ((2048, 512), (100, 100)):
+        chunks = heldout_token_ids(tokenizer, 4000, context=context)
+        assert sum(len(chunk) - 1 for chunk in chunks) >= 4000
+        assert max(map(len, chunks)) == longest
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_heldout_text(tokenizer):
         (b"not json", "line 2: not JSON"),
         (b"[]", "line 2: a list"),
         (b'{"prompt": "x"}', "line 2: has the keys"),
-        (b'{"prompt": "x", "completion": " "}', "completion is empty"),
+        (b'{"prompt": "x", "completion": " "}', "the answer is empty"),
         (
             b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
             "must be the assistant's",

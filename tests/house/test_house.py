@@ -14,6 +14,8 @@ from pathlib import Path
 
 import motet
 import pytest
+from google.protobuf import descriptor_pb2
+from motet.proto.generate import generate
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("runtime", "kernels", "export", "finetune", "proto", "bench")
@@ -48,13 +50,20 @@ def test_the_wheel_is_the_tree(tmp_path):
 
 
 def test_stubs_are_generated_from_the_protos(tmp_path):
-    names = [f"motet/proto/{path.name}" for path in sorted((ROOT / "proto").glob("*.proto"))]
-    outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-Imotet/proto=proto", *outs, *names]
-    subprocess.run(command, check=True, cwd=ROOT)
-    generated = {path.name: path.read_text() for path in (tmp_path / "motet" / "proto").iterdir()}
+    generate(tmp_path)
+    generated = {path.name: path.read_text() for path in tmp_path.iterdir()}
     committed = {path.name: path.read_text() for path in (ROOT / "proto").glob("*_pb2*")}
     assert generated == committed
+
+
+def test_the_folder_of_protos_is_a_root_that_loaders_take_as_it_is(tmp_path):
+    """Every import is found below proto/, from wherever the loader is started, and so are all three services."""
+    names = sorted(path.relative_to(ROOT / "proto").as_posix() for path in (ROOT / "proto").rglob("*.proto"))
+    command = ["grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"-o{tmp_path / 'set'}", *names]
+    subprocess.run([sys.executable, "-m", *command], check=True, cwd=tmp_path)
+    found = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes())
+    assert sorted(file.name for file in found.file) == names
+    assert sorted(service.name for file in found.file for service in file.service) == ["Admin", "Batch", "Inference"]
 
 
 @pytest.mark.parametrize(

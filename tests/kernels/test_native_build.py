@@ -7,20 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from helpers.sanitised import ROOT, compiler_file, sanitised_environment
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import library
 from motet.runtime.errors import UnavailableError
 
-ROOT = Path(__file__).parents[2]
-
 SERVE = """
 import sys
-from pathlib import Path
 from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
@@ -67,44 +62,17 @@ def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
     assert count == "4"
 
 
-def _compiler_file(name):
-    """Where the compiler has a library; the name alone where it has none."""
-    command = ["c++", f"-print-file-name={name}"]
-    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-
-
 @pytest.mark.slow
 @pytest.mark.native
-def test_sanitised(tmp_path):
+def test_sanitised():
     """The tests of the kernels, on a build that stops at the first wrong address or undefined operation."""
-    # The second too: exceptions are thrown through the first.
-    paths = [_compiler_file(name) for name in ("libasan.so", "libstdc++.so")]
-    if not all(path.is_absolute() for path in paths):
+    environment = sanitised_environment()
+    if environment is None:
         pytest.skip("the compiler has no address sanitiser")
-    extension = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
-    flags = [flag for flag in extension["extra-compile-args"] if flag != "-O3"]
-    flags += ["-O1", "-g1", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-
-    def build(source):
-        target = tmp_path / f"{Path(source).stem}.o"
-        subprocess.run(["c++", *flags, "-c", str(ROOT / source), "-o", str(target)], check=True)
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, extension["sources"]))
-    sanitised = tmp_path / "sanitised.so"
-    subprocess.run(
-        ["c++", "-shared", "-pthread", "-fsanitize=address,undefined", *objects, "-o", str(sanitised)], check=True
-    )
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(map(str, paths)),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        library.LIBRARY_VARIABLE: str(sanitised),
-        "MOTET_TEST_SCHEDULES": "8",
-    }
     files = [f"tests/backends/test_cpu_{name}.py" for name in ("invariance", "boundary")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["-k", "depend or crash or refused or nan or fit or sizes"]
+    environment["MOTET_TEST_SCHEDULES"] = "8"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
@@ -117,7 +85,7 @@ def test_threads(tmp_path):
     program = tmp_path / "pool_test"
     sources = [str(ROOT / "tests" / "kernels" / "pool_test.cpp"), str(ROOT / "kernels" / "native" / "cpp" / "pool.cpp")]
     command = ["c++", "-std=c++17", "-O2", "-g1", "-pthread", *sources, "-o", str(program)]
-    if _compiler_file("libtsan.so").is_absolute():  # stops at the first data race
+    if compiler_file("libtsan.so") is not None:  # stops at the first data race
         command.append("-fsanitize=thread")
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True)

@@ -26,6 +26,27 @@ def row(count=1, space=Space.LOGITS, **values):
     return sample_row([(i, i, 1.0) for i in range(count)], space, **values)
 
 
+@pytest.mark.parametrize("rule", [{}, {"typical_p": 0.5}, {"top_p": 0.9}])
+@pytest.mark.parametrize(
+    ("temperature", "bias", "token"),
+    [
+        (1e-300, {}, 9),
+        (0.01, {2: 1e308}, 2),
+        (1e-200, {2: 1e10}, 2),
+        (1.0, {2: 1e308}, 2),
+        (0.01, {token: -1e308 for token in range(10) if token != 7}, 7),
+        (100.0, {token: -1e308 for token in range(10) if token != 7}, 7),
+    ],
+)
+def test_quotients_that_overflow_leave_the_most_probable_token(temperature, bias, token, rule):
+    """Logits 0…9, some of them biased: the draw is certain, and it is not that of a NaN."""
+    logits = np.arange(10, dtype=np.float32)[None]
+    sample = row(temperature=temperature, logit_bias=bias, seed=5, **rule)
+    result = sample_rows(logits, [[(0, 1.0)]], [sample])
+    assert not result.errors
+    assert result.token_ids.tolist() == [token]
+
+
 def test_philox_known_answer():
     """Random123's vector for counter and key 0 begins with 0x6627e8d5."""
     assert int(reference.philox4x32(np.array([0]), 0, 0)[0]) == 0x6627E8D5

@@ -146,6 +146,24 @@ def test_a_head_that_is_not_linear_has_a_row_a_member_and_says_the_same(open_bac
     np.testing.assert_allclose(found.member_logprobs[1], expected.member_logprobs[1], atol=1e-4)
 
 
+def test_members_with_coefficient_0_have_log_probabilities_of_their_own(open_backend):
+    """One per member of the ensemble, in its order: each is the member's when it is asked alone."""
+    backend, _ = open_backend()
+    mixes = [(0.0, 1.0, 0.0), (0.4, 0.0, 0.6)]
+    samples = [
+        sample_row([(0, member, c) for member, c in enumerate(mix)], space, position=4, members=True, temperature=0.0)
+        for mix in mixes
+        for space in Space
+    ]
+    found = step(backend, samples)
+    alone = step(open_backend()[0], [sample_row([(0, m, 1.0)], position=4, logprobs=64) for m in range(len(MIX))])
+    for token_id, values in zip(found.token_ids.tolist(), found.member_logprobs, strict=True):
+        assert len(values) == len(MIX)
+        for value, top in zip(values, alone.top_logprobs, strict=True):
+            if token_id in dict(top):
+                assert value == pytest.approx(dict(top)[token_id], abs=1e-4)
+
+
 def test_a_plain_draw_is_not_mixed_before_a_head_that_is_not_linear(open_backend):
     """What needs neither log-probabilities nor edits takes the shortest way a backend has."""
     terms = tuple((0, member, c) for member, c in enumerate(MIX))

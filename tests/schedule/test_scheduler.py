@@ -121,18 +121,37 @@ def test_slots_follow_the_block_table():
     assert (batch.block_tables >= 0).sum(axis=1).tolist() == [1, 3]
 
 
-def test_first_come_first_served_and_groups_whole():
-    """The second group does not fit; the third would, but waits behind it."""
+def test_a_small_group_passes_a_large_one_that_waits():
+    """The second group does not fit; the third does and starts, the fourth, as large as the second, stays behind it."""
     scheduler = make_scheduler(max_num_seqs=3)
-    groups = [make_group("a", 2, 2), make_group("b", 2, 2), make_group("c", 2)]
+    groups = [make_group("a", 2, 2), make_group("b", 2, 2), make_group("c", 2), make_group("d", 2, 2)]
     for group in groups:
         scheduler.add(group)
     run(scheduler)
     waiting, running = SequenceStatus.WAITING, SequenceStatus.RUNNING
-    assert [group.status for group in groups] == [running, waiting, waiting]
+    assert [group.status for group in groups] == [running, waiting, running, waiting]
     scheduler.abort(groups[0])
     run(scheduler)
-    assert [group.status for group in groups[1:]] == [running, running]
+    assert [group.status for group in groups[1:]] == [running, running, waiting]
+
+
+def test_a_large_group_is_passed_a_limited_number_of_times():
+    """Small groups come without end and one of two places is always taken, yet the group of two starts."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    small = make_group("0", 2)
+    large = make_group("large", 2, 2)
+    scheduler.add(small)
+    scheduler.add(large)
+    for number in range(1, 50):
+        following = make_group(str(number), 2)
+        scheduler.add(following)
+        run(scheduler)
+        if large.status is SequenceStatus.RUNNING:
+            break
+        scheduler.abort(small)
+        small = following
+    assert large.num_passed == 8  # 4 × max_num_seqs
+    assert number in (8, 9, 10)
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from motet.runtime.text.stream import TextStream
+from motet.runtime.text.stream import TextStream, answer_stream
 
 
 class Pieces:
@@ -112,3 +112,25 @@ def test_characters_of_several_tokens(tokenizer):
     assert "".join(deltas) == "grün €, sch"
     assert text.stopped == "ön!"
     assert all("\N{REPLACEMENT CHARACTER}" not in delta for delta in deltas)
+
+
+def test_a_stop_string_may_contain_special_tokens(tokenizer):
+    """They are compared with it, and are no part of the text that is sent."""
+    start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+    ids = [*tokenizer.encode("ab"), start, *tokenizer.encode("cd"), end, *tokenizer.encode("\nef")]
+
+    def sent(*stop):
+        stream, deltas = answer_stream(tokenizer, (), stop), []
+        for token_id in ids:
+            deltas.append(stream.push(token_id))
+            if stream.stopped is not None:
+                break
+        return "".join([*deltas, stream.flush()]), stream.stopped
+
+    assert sent() == ("abcd\nef", None)
+    assert sent("<|im_end|>") == ("abcd", "<|im_end|>")
+    assert sent("d<|im_end|>\n") == ("abc", "d<|im_end|>\n")
+    assert sent("b<|im_start|>c") == ("a", "b<|im_start|>c")
+    assert sent("<|im_end|>x", "ef") == ("abcd\n", "ef")
+    assert sent("bc") == ("a", "bc")  # as long as no stop string names a special token, there are none in the text
+    assert sent("<|im_end|>x") == ("abcd\nef", None)

@@ -22,10 +22,11 @@ float norm_of(const float* x, int64_t size) {
 
 }  // namespace
 
-// For each (group, block of columns) of the head, the largest norm of a column's part in the group.
+// For each (group, block of columns) of the head, the largest norm of a column's part in the group. Any quantised head
+// needs it: with views, a request can mix the only member of a model with itself.
 void Model::measure_head() {
     const PackedLinear& w = head_.packed;
-    if (config_.num_members < 2 || w.bits == 32) return;
+    if (w.bits == 32) return;
     head_norms_.assign(size_t(w.groups * head_blocks()), 0.0f);
     pool_.reset(1);
     pool_.run(
@@ -55,6 +56,8 @@ std::string Model::check(const MotetMixes& mixes, int64_t num_hidden) const {
         for (int64_t i = mixes.offsets[r]; i < mixes.offsets[r + 1]; i++)
             if (mixes.sources[i] < 0 || mixes.sources[i] >= num_hidden)
                 return "row " + std::to_string(r) + " mixes a hidden state that is not there";
+            else if (!std::isfinite(mixes.coefficients[i]))
+                return "a coefficient of row " + std::to_string(r) + " is not finite";
     }
     if (mixes.num_written < 0) return "there is a negative number of written rows";
     for (int64_t i = 0; i < mixes.num_written; i++)

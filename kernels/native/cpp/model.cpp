@@ -10,6 +10,13 @@
 
 #include "step.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
 namespace motet {
 namespace {
 
@@ -40,7 +47,9 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 }
 
 Pages::~Pages() {
-    if (data_) munmap(data_, size_);
+    if (!data_) return;
+    ASAN_UNPOISON_MEMORY_REGION(data_, size_);
+    munmap(data_, size_);
 }
 
 void Arena::reset() {
@@ -56,6 +65,8 @@ uint8_t* Arena::take_bytes(size_t bytes) {
         used_ = 0;
     }
     uint8_t* result = chunks_.back().data() + used_;
+    ASAN_POISON_MEMORY_REGION(result, padded);
+    ASAN_UNPOISON_MEMORY_REGION(result, bytes);
     used_ += padded;
     return result;
 }

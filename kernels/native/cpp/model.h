@@ -133,7 +133,7 @@ private:
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
     Arena arena_;
     int64_t widest_ = 0;             // columns of the widest matrix
-    std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty if nothing is mixed
+    std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty if the head is dense
     bool dense_ = false;             // whether some matrix is not quantised
     bool adapters_ = false;          // whether some member has low-rank updates
     double seconds_[kParts] = {};

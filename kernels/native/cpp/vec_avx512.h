@@ -49,7 +49,14 @@ INLINE I exclusive(I a, I b, I c) { return _mm512_ternarylogic_epi64(a, b, c, 0x
 INLINE I join(I even, I odd) { return _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32)); }
 INLINE I shift_right_9_unsigned(I a) { return _mm512_srli_epi32(a, 9); }
 INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
-INLINE int32_t reduce_add_int(I a) { return _mm512_reduce_add_epi32(a); }
+// In wrapping additions: _mm512_reduce_add_epi32 may be made of signed ones, and the sum of a row with a NaN wraps
+// around.
+INLINE int32_t reduce_add_int(I a) {
+    const __m256i x = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xB1)));
+}
 INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
 INLINE I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }

@@ -24,7 +24,7 @@ from ...model.bundle import WEIGHTS, Bundle
 from ...model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Layout, Norm, decoder_layout
 from ...model.stored import own_name, resolve, stored_tensors, stored_weight
 from ...sampling.host import merge_outputs, native_samples, sample_rows, split_fused, step_output
-from ...sampling.terms import plan_head
+from ...sampling.terms import needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 
@@ -48,7 +48,7 @@ class CpuBackend:
         if config.kv_dtype == "fp8":
             raise ConfigError("kv_dtype fp8 is the torch backend's; the cpu backend has int8 and bf16")
         check_block_size(config, BLOCK_SIZE, f"the cpu backend's kernels have blocks of {BLOCK_SIZE} positions")
-        length = min(config.max_model_len, bundle.config.max_position_embeddings)
+        length = config.positions(bundle.config.max_position_embeddings)
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
         self._linear_head = bundle.config.linear_head
@@ -75,9 +75,10 @@ class CpuBackend:
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""
         tails = self._tells_members
-        outputs = sorted({(m if tails else 0, row) for s in batch.samples for row, m, c in s.terms if c != 0})
+        needed = [[((m if tails else 0, row), c) for row, m, c in needed_terms(s)] for s in batch.samples]
+        outputs = sorted({output for terms in needed for output, _ in terms})
         at = {output: index for index, output in enumerate(outputs)}
-        terms = [[(at[m if tails else 0, row], c) for row, m, c in s.terms if c != 0] for s in batch.samples]
+        terms = [[(at[output], c) for output, c in terms] for terms in needed]
         plan = plan_head(terms, batch.samples, self._linear_head)
         seqs = None
         if tails:

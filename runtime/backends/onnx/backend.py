@@ -22,7 +22,7 @@ from ...errors import BundleError, ConfigError, MissingPackageError, MotetError,
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, mixed_rows
-from ...sampling.terms import plan_head
+from ...sampling.terms import needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size
 from .slot_cache import SlotCache
@@ -182,7 +182,7 @@ class OnnxBackend:
                 f"kv_dtype is {config.kv_dtype}, and the onnx backend's KV cache is float32; leave it out, or use backend cpu"
             )
         self._num_blocks = config.max_num_seqs
-        self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
+        self._block_size = config.positions(bundle.config.max_position_embeddings)
         check_block_size(config, self._block_size, "a block of the onnx backend is as long as the context")
         self._num_members = len(bundle.members)
 
@@ -226,7 +226,7 @@ class OnnxBackend:
             graph.cache.free(batch.freed_blocks.tolist())
         hidden = self._forward(batch)
         at = {place: index for index, place in enumerate(hidden)}
-        terms = [[(at[row, member], c) for row, member, c in s.terms if c != 0] for s in batch.samples]
+        terms = [[(at[row, member], c) for row, member, c in needed_terms(s)] for s in batch.samples]
         plan = plan_head(terms, batch.samples, self._linear_head)
         rows, fine_rows = mixed_rows(plan.rows, list(hidden.values()), self._head_group)
         logits = self._logits(rows)

@@ -23,7 +23,7 @@ from ...api.config import EngineConfig
 from ...errors import MissingPackageError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
-from ...sampling.terms import Terms
+from ...sampling.terms import Terms, needed_terms
 from ...schedule.batch import Batch, SampleRow, StepOutput
 from .cuda_graphs import DecodeGraphs
 from .forward import Forward, RowInputs
@@ -131,7 +131,7 @@ class TorchBackend:
         if options.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         self._decoder, self._weights, self._options = decoder, weights, options
-        self._max_length = min(config.max_model_len, decoder.max_position_embeddings)
+        self._max_length = config.positions(decoder.max_position_embeddings)
         block_size = config.block_size or BLOCK_SIZE
         self._max_blocks = -(-self._max_length // block_size)
         kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -288,9 +288,7 @@ class TorchBackend:
         return terms, errors
 
     def _sample_terms(self, sample: SampleRow, hidden: _Hidden) -> list[tuple[int, float]]:
-        found = [
-            (int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in sample.terms if c != 0
-        ]
+        found = [(int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in needed_terms(sample)]
         assert all(place >= 0 for place, _ in found), f"a member's tail did not run over its row: {sample.terms}"
         return found
 

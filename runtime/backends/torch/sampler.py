@@ -68,8 +68,8 @@ class TorchSampler:
         self._linear_head = linear_head
 
     def sample(self, hidden: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
-        """Draw one token per sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]`, none with
-        coefficient 0. A sample without terms is skipped: its error is already known."""
+        """Draw one token per sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]` (see
+        `needed_terms`). A sample without terms is skipped: its error is already known."""
         on_device, on_host = split_fused(samples, FUSED_RULES)
         fused = [i for i in on_device if terms[i] and self._is_fused(terms[i], samples[i])]
         others = [i for i in on_device if terms[i] and not self._is_fused(terms[i], samples[i])]
@@ -152,7 +152,8 @@ class TorchSampler:
     def _mixed_rows(self, logits: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> Tensor:
         """The mixed rows of the samples, [W, vocab] float32."""
         mixed = logits.new_empty(len(terms), logits.shape[1])
-        for target, own, sample in zip(mixed, terms, samples, strict=True):
+        for target, planned, sample in zip(mixed, terms, samples, strict=True):
+            own = [(row, c) for row, c in planned if c != 0]
             if is_single(own):
                 target.copy_(logits[own[0][0]])
             elif sample.space is Space.LOGITS:

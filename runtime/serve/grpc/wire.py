@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -14,14 +14,13 @@ from grpc_status import rpc_status
 
 from ....proto import admin_pb2, inference_pb2
 from ... import errors
+from ...api.limits import MAX_DELTA_BYTES, MAX_ERROR_BYTES, MAX_MEMBERS, MAX_MESSAGE_BYTES, MAX_MESSAGES
 from ...api.model_info import ModelInfo
 from ...api.output import Output, Timings, Usage
 from ...api.prompt import Prompt, PromptContent
 from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
 from ...api.sampling import RULES, SamplingParams
 from ...errors import InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
-
-MAX_MESSAGE_BYTES = 4 * 2**20
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -35,6 +34,7 @@ _CODES: Mapping[type, grpc.StatusCode] = {
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnsupportedModelError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.MissingPackageError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
@@ -45,15 +45,17 @@ _DOMAIN = "motet"
 def status_of(error: MotetError) -> grpc.Status:
     """The gRPC status of an error, with google.rpc details: ErrorInfo, BadRequest, RetryInfo."""
     code = next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
+    text = str(error).encode()
+    message = str(error) if len(text) <= MAX_ERROR_BYTES else text[:MAX_ERROR_BYTES].decode(errors="ignore") + "…"
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)]
     if isinstance(error, InvalidRequestError) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, OverloadedError):
         delay = Duration()
         delay.FromMilliseconds(int(1000 * error.retry_after_s))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=str(error))
+    status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
@@ -78,10 +80,12 @@ def error_of(call_error: Any) -> MotetError:
     code = call_error.code()
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.UnimplementedError(f"the server does not offer this call: {message}")
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in message.lower():
+        return errors.UnavailableError(f"nothing answers at this address: {message}; is `motet serve` running there?")
     if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.UnavailableError(f"no answer from the server: {message}; is `motet serve` running there?")
+        return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return InvalidRequestError(f"the message is too large: {message}")
+        return InvalidRequestError(f"a message is larger than {MAX_MESSAGE_BYTES} bytes: {message}")
     return MotetError(f"{code.name}: {message}")
 
 
@@ -97,7 +101,7 @@ def _part_of(name: str) -> str:
         field = message.fields_by_name.get(name) if message is not None else None
         if field is not None and (field.has_presence or field.is_repeated):
             return part
-    raise TypeError(f"proto/inference.proto needs `{name}` in Sampling or Stopping, optional or repeated")
+    raise TypeError(f"proto/motet/v1/inference.proto needs `{name}` in Sampling or Stopping, optional or repeated")
 
 
 _PARTS = ("sampling", "stopping")
@@ -107,6 +111,10 @@ _PART_OF = {name: _part_of(name) for name in RULES}
 def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateRequest:
     """Raises `InvalidRequestError` or a class derived from it, naming the field. Do not call it on the event loop: it
     takes longer the larger the message is."""
+    if len(message.ensemble.members) > MAX_MEMBERS:  # before an object is made of each
+        raise InvalidEnsembleError(
+            f"an ensemble has 1 to {MAX_MEMBERS} members, got {len(message.ensemble.members)}", field="ensemble.members"
+        )
     ensemble = _ensemble_from_proto(message.ensemble) if message.HasField("ensemble") else None
     views = (member.view.prompt for member in message.ensemble.members if member.HasField("view"))
     return GenerateRequest(
@@ -127,6 +135,11 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
     if kind == "token_ids":
         return tuple(message.token_ids.ids)
     if kind == "messages":
+        if len(message.messages.messages) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"a conversation has at most {MAX_MESSAGES} messages, got {len(message.messages.messages)}",
+                field="messages",
+            )
         return tuple({"role": m.role, "content": m.content} for m in message.messages.messages)
     return message.text
 
@@ -212,7 +225,33 @@ _REASONS = {
     FinishReason.LENGTH: inference_pb2.LENGTH,
     FinishReason.CANCELLED: inference_pb2.CANCELLED,
     FinishReason.TIME_LIMIT: inference_pb2.TIME_LIMIT,
+    FinishReason.SHUTDOWN: inference_pb2.SHUTDOWN,
 }
+
+
+def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResponse]:
+    """A delta as messages of about `MAX_DELTA_BYTES` at most. Only the last has the finish reason, usage and timings."""
+    ids, text = output.token_ids, output.text
+    top = 16 * max(map(len, output.top_logprobs), default=0)
+    size = 32 + top + 8 * max(map(len, output.member_logprobs), default=0)  # bytes per token
+    count = max(1, -(-len(ids) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
+    tokens, characters = -(-len(ids) // count), -(-len(text) // count)
+    for index in range(count):
+        at = slice(index * tokens, (index + 1) * tokens)
+        piece = Output(
+            output.request_id,
+            output.choice,
+            output.seed,
+            text[index * characters : (index + 1) * characters],
+            ids[at],
+            output.logprobs[at],
+            output.top_logprobs[at],
+            output.member_logprobs[at],
+        )
+        if index == count - 1:
+            piece.finish_reason, piece.stop_matched = output.finish_reason, output.stop_matched
+            piece.usage, piece.timings = output.usage, output.timings
+        yield response_from_output(piece)
 
 
 def response_from_output(output: Output) -> inference_pb2.GenerateResponse:

@@ -1,0 +1,34 @@
+"""What a request may bring and what an answer may hold: the only table of these limits.
+
+Each limit is asked before the work that it bounds, whichever door the request came through. Limits of a server's
+capacity (`max_model_len`, `max_num_seqs`, `max_waiting`, `max_requests`) are fields of `EngineConfig`.
+"""
+
+from __future__ import annotations
+
+# ---- messages on the wire, in bytes ----------------------------------------------------------------------------------
+
+# Both directions: what every gRPC client accepts by default. Our server refuses an answer that may become larger, and
+# cuts streams into smaller messages.
+MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_DELTA_BYTES = 2**16  # about the largest message of a stream; a slow reader's answer is cut into such pieces
+MAX_ERROR_BYTES = 1000  # of an error's text: it travels in HTTP/2 trailers, which hold 8 KiB, three times over
+
+# ---- what a request may bring ----------------------------------------------------------------------------------------
+
+MAX_REQUEST_ID_BYTES = 256  # it is repeated in every message of the answer
+MAX_MESSAGES = 4096  # of a conversation
+MAX_MEMBERS = 64  # of an ensemble; so many views at most
+MAX_NAME_BYTES = 256  # of a member
+MAX_MIX = (
+    1000  # absolute value of a coefficient. Members are float32, 7 digits; of larger terms that cancel few are left
+)
+MAX_LOGIT_BIASES = 65536
+MAX_STOPS = 64  # stop strings, and stop token ids
+MAX_STOP_BYTES = 1024
+
+# ---- what an answer may hold -----------------------------------------------------------------------------------------
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 64  # per token
+MAX_SPECULATIVE_TOKENS = 64  # per draft

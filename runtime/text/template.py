@@ -1,0 +1,93 @@
+"""`ChatTemplate`: a model's chat template, rendered as transformers' `apply_chat_template` renders it, in a sandbox.
+
+The environment is that of transformers: `{% generation %}`, loop controls, `raise_exception`, `strftime_now`, `tojson`
+without HTML escapes, no tools and no documents. The template comes from the model's files, never from a request, but
+those files are not trusted either: a template cannot reach Python's internals.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..errors import BundleError, InvalidRequestError
+
+_SHOWN = 300  # characters of a template's own error that a message shows
+
+
+class ChatTemplate:
+    """A compiled template. Raises `BundleError` if it has a syntax error."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+            tree = environment.parse(source)
+        except jinja2.TemplateError as error:
+            raise BundleError(
+                f"the model's chat template has an error: {error}; mend chat_template.jinja and export the model again"
+            ) from error
+        literals = [node.data for node in tree.find_all(nodes.TemplateData)]
+        literals += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        self._literals = "\0".join(literals)
+
+    def mentions(self, text: str) -> bool:
+        """Whether the template itself may write `text`."""
+        return text in self._literals
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Raises `InvalidRequestError` with the template's own words if it refuses the
+        conversation or fails on it."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template may do anything that the sandbox allows, such as adding text to None
+            raise InvalidRequestError(
+                f"the chat template refuses this conversation: {str(error)[:_SHOWN]}", field="messages"
+            ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training. Rendering leaves them as they are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,160 @@
+"""Random bundles, written directly: tiny decoders of every shape that `DecoderConfig` has, with tails and adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from motet.export.quantise import quantise
+from motet.runtime.api.request import Space
+from motet.runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
+from motet.runtime.model.config import DecoderConfig
+from motet.runtime.model.layout import COS, EMBEDDING, HEAD, POSITIONS, SIN, Layout, Norm, decoder_layout
+from motet.runtime.model.members import MemberKind, have_tails
+from motet.runtime.model.rotary import rotary_tables
+from motet.runtime.model.stored import own_name
+from safetensors.numpy import save_file
+
+VOCABULARIES = (1, 2, 3, 15, 16, 17, 33, 63, 64, 65, 100, 129, 320)
+KINDS = (MemberKind.BASE, MemberKind.TAIL, MemberKind.ADAPTER)
+
+
+class Writer:
+    """Collects the tensors of one bundle. `huge`: the chance that a weight is so large that its products overflow."""
+
+    def __init__(self, rng: np.random.Generator, bits: int, group: int, head_group: int, huge: float) -> None:
+        self.rng, self.bits, self.group, self.head_group, self.huge = rng, bits, group, head_group, huge
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def weight(self, name: str, rows: int, columns: int, bits: int, group: int, gain: float = 1.0) -> None:
+        weight = (self.rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(np.float32)
+        if self.rng.random() < 0.1:
+            weight[:, : group or 16] = 0  # groups without a scale
+        if self.rng.random() < self.huge:
+            weight *= np.float32(1e22)
+        if bits == 32:
+            self.tensors[name] = weight
+            return
+        stored = quantise(weight, bits, group)
+        self.tensors |= {f"{name}.values": stored.values, f"{name}.scales": stored.scales}
+        if stored.zero_points is not None:
+            self.tensors[f"{name}.zero_points"] = stored.zero_points
+
+    def vector(self, name: str, size: int, mean: float) -> None:
+        self.tensors[name] = (mean + 0.2 * self.rng.standard_normal(size)).astype(np.float32)
+
+    def norm(self, norm: Norm, member: str | None = None) -> None:
+        for name in norm.tensors:
+            stored = name if member is None else own_name(member, name)
+            self.vector(stored, norm.size, 0.0 if name.endswith("bias") else 1.0)
+
+    def layers(self, layout: Layout, first: int, member: str | None = None) -> None:
+        """Layers from `first` on. A member has random ones of their tensors; what it lacks is the base's."""
+        bits = self.bits if member is None else max(self.bits, 8)
+        for layer in layout.layers[first:]:
+            for linear in layer.linears:
+                if member is not None and self.rng.random() < 0.4:
+                    continue
+                name = f"{linear.name}.weight"
+                stored = name if member is None else own_name(member, name)
+                self.weight(stored, linear.rows, linear.columns, bits, self.group)
+                if linear.bias:
+                    self.vector(stored.removesuffix("weight") + "bias", linear.rows, 0.0)
+            for norm in layer.norms:
+                if member is None or self.rng.random() < 0.5:
+                    self.norm(norm, member)
+        if member is None or self.rng.random() < 0.5:
+            self.norm(layout.norm, member)
+
+    def adapter(self, layout: Layout, member: str) -> None:
+        rank = int(self.rng.integers(1, 6))
+        for linear in layout.linears:
+            if self.rng.random() < 0.5:
+                a, b = ((rank, linear.columns), (linear.rows, rank))
+                for half, shape in (("lora_a", a), ("lora_b", b)):
+                    values = self.rng.standard_normal(shape) * (0.3 / np.sqrt(shape[1]))
+                    self.tensors[own_name(member, f"{linear.name}.{half}")] = values.astype(np.float32)
+
+
+def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
+    """Sizes that the kernels and the groups fit."""
+    unit = max(group, 32)
+    head_size = int(rng.choice([16, 32, 48, 64]))
+    heads = int(rng.choice([h for h in (1, 2, 3, 4, 6, 8) if h * head_size % unit == 0 and h * head_size <= 256]))
+    layers = int(rng.integers(1, 4))
+    window = int(rng.choice([1, 5, 33, 100])) if rng.random() < 0.25 else None
+    return DecoderConfig(
+        family="llama",
+        vocab_size=int(rng.choice(VOCABULARIES)),
+        hidden_size=unit * int(rng.integers(1, 4)) if unit < 128 else unit,
+        intermediate_size=unit * int(rng.integers(1, 4)),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=int(rng.choice([k for k in (1, 2, 3, 4, 6, 8) if heads % k == 0])),
+        head_size=head_size,
+        max_position_embeddings=int(rng.choice([40, 96, 200])),
+        norm=str(rng.choice(["rms", "layer"])),  # type: ignore[arg-type]
+        norm_eps=float(rng.choice([1e-6, 1e-5])),
+        positions=str(rng.choice(["rotary", "rotary", "learned"])),  # type: ignore[arg-type]
+        activation=str(rng.choice(["swiglu", "swiglu", "gelu"])),  # type: ignore[arg-type]
+        qkv_bias=bool(rng.random() < 0.4),
+        out_bias=bool(rng.random() < 0.3),
+        mlp_bias=bool(rng.random() < 0.3),
+        qk_norm=bool(rng.random() < 0.3),
+        sliding_window=window,
+        first_window_layer=int(rng.integers(layers)) if window else 0,
+        tied_head=bool(rng.random() < 0.5),
+        linear_head=bool(rng.random() < 0.9),
+    )
+
+
+def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
+    """A random bundle of one to four members in the new directory `path`."""
+    bits = int(rng.choice([4, 8, 32]))
+    group = int(rng.choice([16, 32, 64]))
+    config = random_config(rng, group)
+    head_group = int(rng.choice([g for g in (16, 32, 64) if config.hidden_size % g == 0]))
+    layout = decoder_layout(config)
+    writer = Writer(rng, bits, group, head_group, huge=0.3 if rng.random() < 0.05 else 0.0)
+    head_bits = max(bits, 8)
+    for name in dict.fromkeys((EMBEDDING, layout.head)):
+        gain = 3.0 if name in (HEAD, layout.head) else 1.0
+        writer.weight(name, config.vocab_size, config.hidden_size, head_bits, head_group, gain)
+    if config.positions == "learned":
+        writer.tensors[POSITIONS] = (
+            0.1 * rng.standard_normal((config.max_position_embeddings, config.hidden_size))
+        ).astype(np.float32)
+    else:
+        writer.tensors[COS], writer.tensors[SIN] = rotary_tables(config)
+    writer.layers(layout, 0)
+    kinds = [KINDS[i] for i in rng.integers(0, 3, rng.integers(1, 5))]
+    names = [f"m{index}" for index in range(len(kinds))]
+    tails = have_tails(kinds)
+    split = int(rng.integers(0, config.num_layers + 1)) if tails else config.num_layers
+    for name, kind in zip(names, kinds):
+        if kind is MemberKind.TAIL and tails:
+            writer.layers(layout, split, name)
+        if kind is MemberKind.ADAPTER:
+            writer.adapter(layout, name)
+    path.mkdir(parents=True)
+    save_file(writer.tensors, path / WEIGHTS)
+    manifest = {
+        "format": FORMAT,
+        "name": path.name,
+        "config": config.to_dict(),
+        "quantisation": {
+            "bits": bits,
+            "group_size": group,
+            "head_bits": head_bits,
+            "head_group_size": head_group,
+        },
+        "split_layer": split,
+        "members": [{"name": n, "kind": str(k), "mix": 1 / len(kinds)} for n, k in zip(names, kinds)],
+        "space": str(Space.LOGITS),
+        "graphs": None,
+        "eos_token_ids": [config.vocab_size - 1],
+        "files": {WEIGHTS: "", "tokenizer.json": ""},
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return Bundle.load(path, verify=False)

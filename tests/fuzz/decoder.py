@@ -1,0 +1,158 @@
+"""The oracle of a member's logits: its decoder in numpy and float64, on the bundle's own dequantised weights.
+
+It rounds where the native kernels say that they round (docs/cpu.md): scales of packed weights to 16 bits, the inputs of a
+quantised layer to 8 bits per group, keys and values as the cache holds them; with a bf16 cache also queries and
+probabilities. What is left between the two is float32, and values that it moves across a rounding boundary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from motet.runtime.model.bundle import WEIGHTS, Bundle
+from motet.runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Linear, Norm, decoder_layout
+from motet.runtime.model.stored import fold_group_sums, own_name, resolve, stored_weight, unpack_nibbles
+from safetensors.numpy import load_file
+
+F64 = npt.NDArray[np.float64]
+PARTITION = 128  # positions that share a softmax
+
+
+def round_groups(x: F64, group: int) -> F64:
+    """Rows [..., columns] rounded to 8 bits with a scale per group of columns."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    peak = np.abs(groups).max(-1, keepdims=True)
+    scale = np.where(peak > 0, peak, 1) / 127
+    return (np.rint(groups / scale) * scale).reshape(x.shape)
+
+
+def bf16(x: F64) -> F64:
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+
+
+def int8(x: F64) -> F64:
+    return round_groups(x, x.shape[-1])
+
+
+class Weight:
+    """A stored weight [rows, columns] as packing leaves it; `group` 0: it is dense."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], name: str) -> None:
+        stored = stored_weight(tensors, name)
+        self.group = stored.group_size
+        if stored.bits == 32:
+            self.values = tensors[name].astype(np.float64)
+            return
+        values, scales = tensors[stored.values], tensors[stored.scales]
+        if stored.bits == 8:
+            steps, minima = values.astype(np.float64) - 128, np.zeros_like(scales)
+        else:
+            assert stored.zero_points is not None
+            values, scales, minima = fold_group_sums(values, scales, tensors[stored.zero_points])
+            steps = unpack_nibbles(values).astype(np.float64)
+        largest = max(np.abs(scales).max(), np.abs(minima).max())
+        factor = 2.0 ** (math.floor(math.log2(largest)) - 13)
+        scales, minima = ((x / factor).astype(np.float16).astype(np.float64) * factor for x in (scales, minima))
+        self.values = (steps * scales[..., None] + minima[..., None]).reshape(stored.rows, -1)
+
+    def __call__(self, x: F64) -> F64:
+        return np.asarray((round_groups(x, self.group) if self.group else x) @ self.values.T)
+
+
+class Oracle:
+    """The final states of a bundle's members over a cache of this kind, and the head that makes them logits."""
+
+    def __init__(self, bundle: Bundle, kv_dtype: str) -> None:
+        self.bundle, self.config, self.layout = bundle, bundle.config, decoder_layout(bundle.config)
+        self.tensors = load_file(bundle.path / WEIGHTS)
+        self.bf16 = kv_dtype == "bf16"
+        self._weights: dict[str, Weight] = {}
+
+    @cached_property
+    def head(self) -> Weight:
+        return self._weight(self.layout.head)
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether no weight is so large that activations may overflow."""
+        return all(np.abs(x).max() < 1e6 for x in self.tensors.values() if x.dtype == np.float32)
+
+    def hidden(self, tokens: list[int], adapter: int, member: int) -> F64:
+        """[tokens, hidden] after the final norm of `member`, of a sequence to which the low-rank update of member `adapter`
+        applies (-1: none)."""
+        x = self._weight(EMBEDDING).values[tokens]
+        if self.config.positions == "learned":
+            x = x + self.tensors[POSITIONS][: len(tokens)]
+        owner = None
+        for index, layer in enumerate(self.layout.layers):
+            if len(self.bundle.members) > 1 and index >= self.bundle.split_layer:
+                owner = self.bundle.members[member]
+            qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), adapter, owner)
+            x = x + self._linear(layer.out, self._attend(layer, qkv, owner), adapter, owner)
+            inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), adapter, owner)
+            x = x + self._linear(layer.down, self._activate(inner), adapter, owner)
+        return self._norm(self.layout.norm, x, self.bundle.members[member] if len(self.bundle.members) > 1 else None)
+
+    def _weight(self, name: str, owner: str | None = None) -> Weight:
+        stored = resolve(self.tensors, name, owner)
+        if stored not in self._weights:
+            self._weights[stored] = Weight(self.tensors, stored)
+        return self._weights[stored]
+
+    def _linear(self, linear: Linear, x: F64, adapter: int, owner: str | None) -> F64:
+        y = self._weight(f"{linear.name}.weight", owner)(x)
+        if linear.bias:
+            y = y + self.tensors[resolve(self.tensors, f"{linear.name}.bias", owner)]
+        if adapter >= 0:
+            a, b = (own_name(self.bundle.members[adapter], f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
+            if a in self.tensors and owner in (None, self.bundle.members[adapter]):
+                y = y + x @ self.tensors[a].T.astype(np.float64) @ self.tensors[b].T.astype(np.float64)
+        return y
+
+    def _norm(self, norm: Norm, x: F64, owner: str | None) -> F64:
+        weight, *bias = (self.tensors[resolve(self.tensors, name, owner)].astype(np.float64) for name in norm.tensors)
+        if norm.kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.config.norm_eps) * weight
+        return np.asarray(y + bias[0] if bias else y)
+
+    def _activate(self, inner: F64) -> F64:
+        if self.config.activation == "gelu":
+            return np.asarray(0.5 * inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))))
+        gate, up = np.split(inner, 2, -1)
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+    def _attend(self, layer: Layer, qkv: F64, owner: str | None) -> F64:
+        c, count = self.config, len(qkv)
+        heads = qkv.reshape(count, -1, c.head_size).transpose(1, 0, 2)  # [heads, tokens, size]
+        q, k, v = np.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads])
+        if layer.head_norms:
+            q, k = (self._norm(norm, x, owner) for norm, x in zip(layer.head_norms, (q, k)))
+        if c.positions == "rotary":
+            cos, sin = (self.tensors[name][:count].astype(np.float64) for name in (COS, SIN))
+            q, k = (
+                np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+                for a, b in (np.split(x, 2, -1) for x in (q, k))
+            )
+        q = q * c.head_size**-0.5 / math.log(2)  # powers of 2
+        k, v = (bf16(x) if self.bf16 else int8(x) for x in (k, v))
+        k, v = (np.repeat(x, c.num_heads // c.num_kv_heads, 0) for x in (k, v))
+        scores = (bf16(q) if self.bf16 else q) @ k.transpose(0, 2, 1)
+        at = np.arange(count)
+        unseen = at > at[:, None]
+        if layer.window is not None:
+            unseen |= at <= at[:, None] - layer.window
+        scores = np.where(unseen, -np.inf, scores)
+        top = scores.max(-1, keepdims=True)
+        out, total = np.zeros_like(q), np.zeros_like(top)
+        for first in range(0, count, PARTITION):
+            part = scores[..., first : first + PARTITION]
+            peak = np.maximum(part.max(-1, keepdims=True), top - 1000)
+            p, share = np.exp2(part - peak), np.exp2(peak - top)
+            out += share * ((bf16(p) if self.bf16 else p) @ v[:, first : first + PARTITION])
+            total += share * p.sum(-1, keepdims=True)
+        return (out / total).transpose(1, 0, 2).reshape(count, -1)
