@@ -76,6 +76,10 @@ def export_bundle(
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
+    if merge and not loras:
+        raise ConfigError("merge is for adapters, and none is given; leave it out, or give one")
+    if group_size is not None and bits == 32:
+        raise ConfigError("group_size is for 4 and 8 bits; leave it out with 32")
     check_replaceable(out, MANIFEST, "a bundle")  # fail early: before weights are read
     model = model if isinstance(model, BaseModel) else BaseModel(model)
     check_chunks(calibration, model.config, "calibration")

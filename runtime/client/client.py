@@ -173,16 +173,21 @@ class Client:
 
 
 class AsyncClient:
-    """The streaming call for asyncio programs. Arguments and errors are those of `Client.generate`."""
+    """`Client` for asyncio programs: the same methods, arguments and errors."""
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         await self._channel.close(None)
 
     async def generate(
@@ -197,3 +202,34 @@ class AsyncClient:
             raise error_of(error) from error
         finally:
             call.cancel()
+
+    async def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> list[Completion]:
+        choices: dict[int, Completion] = {}
+        async for delta in self.generate(prompt, timeout_s=timeout_s, **options):
+            join(choices, delta)
+        return [choices[choice] for choice in sorted(choices)]
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
+        return list((await _answer(self._inference.Tokenize(request))).token_ids)
+
+    async def models(self) -> list[ModelInfo]:
+        response = await _answer(self._admin.ListModels(admin_pb2.ListModelsRequest()))
+        return [model_from_proto(model) for model in response.models]
+
+    async def drain(self) -> None:
+        await _answer(self._admin.Drain(admin_pb2.DrainRequest()))
+
+    async def is_serving(self, timeout_s: float = 5.0) -> bool:
+        call = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        try:
+            return bool((await call).status == health_pb2.HealthCheckResponse.SERVING)
+        except grpc.aio.AioRpcError:
+            return False
+
+
+async def _answer(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_of(error) from error

@@ -1,19 +1,18 @@
 """Offline summarisation: JSONL or a folder of text files in, JSONL out, through the same engine as the server.
 
-A document that is too long is cut into chunks. Each is summarised, and the joined summaries are summarised again
-until one is left. Records are written whole, in the order in which they are finished. A rerun keeps finished records
-(same id, text and settings), repeats failed ones, and removes a line that a killed run left incomplete.
+A document that is too long is cut into chunks. Each is summarised, and groups of summaries are summarised again until
+one is left. Records are written whole, in the order in which they are finished. A rerun keeps finished records (same
+id, text and settings), and tries failed ones again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any, TextIO
@@ -22,13 +21,17 @@ from ..api.output import Completion
 from ..api.request import Ensemble, Request
 from ..api.sampling import SamplingParams
 from ..engine.engine import Engine
-from ..errors import ConfigError, DataError, InvalidRequestError, MotetError, NotFoundError
+from ..errors import ConfigError, MotetError, NotFoundError, UnavailableError
 from ..text.documents import split_document
 from ..text.prompt import build_prompt
+from ..text.tokenizer import Tokenizer
+from .records import Record, check_output, count_records, keep_finished, read_records
 
 INSTRUCTION = "Summarise the following text in a few sentences.\n\n"
-TEXT_FILES = (".txt", ".md", ".rst", ".py")
-_TEMPLATE_TOKENS = 64  # room for the chat template and the instruction
+SUMMARY_TOKENS = 96  # most tokens of a summary, where the context allows it
+CHUNK_TOKENS = 1024
+_SEPARATOR = "\n\n"  # between summaries that are summarised together
+_JOINT_TOKENS = 4  # by which a text in its prompt may have more tokens than alone
 _WINDOW = 8  # most chunks of one document in flight
 
 OnProgress = Callable[[int, int], None]  # (records ended, all records)
@@ -36,23 +39,55 @@ OnProgress = Callable[[int, int], None]  # (records ended, all records)
 
 @dataclass(frozen=True, slots=True)
 class SummariseParams:
-    """Settings of a job. Lengths are in tokens. `chunk_tokens` None: as long as the context allows, at most 1,024.
-    Raises `ConfigError`."""
+    """Settings of a job. Lengths are in tokens; None is the default, or what the model's context allows if that is
+    less (see `fitted`). Raises `ConfigError`."""
 
     instruction: str = INSTRUCTION
-    max_summary_tokens: int = 96
-    chunk_tokens: int | None = None
+    max_summary_tokens: int | None = None  # default: SUMMARY_TOKENS
+    chunk_tokens: int | None = None  # default: CHUNK_TOKENS
     temperature: float = 0.0
     repetition_penalty: float = 1.05
     seed: int = 0
     speculative_tokens: int = 8  # most per draft; summaries copy from their source. 0: no drafts
-    concurrency: int | None = None  # records in flight; None: the engine's max_num_seqs
+    concurrency: int | None = None  # records in flight, at most the engine's max_waiting; None: its max_num_seqs
 
     def __post_init__(self) -> None:
         for name in ("max_summary_tokens", "chunk_tokens", "concurrency"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def fitted(self, tokenizer: Tokenizer, max_model_len: int) -> SummariseParams:
+        """These settings with the lengths that are used in a context of `max_model_len` positions.
+
+        Instruction, chunk and summary fit the context together, and two summaries fit a chunk: so each round of a
+        long document has at most half the texts of the one before, rounded up. Raises `ConfigError` if the lengths
+        given cannot meet that.
+        """
+        overhead = len(_prompt(tokenizer, self.instruction, "x")) + _JOINT_TOKENS
+        separator = len(tokenizer.encode(_SEPARATOR, add_special_tokens=False)) + _JOINT_TOKENS
+        room = max_model_len - overhead  # of a chunk and its summary
+        most = (room - separator) // 3
+        if most < 1:
+            raise ConfigError(
+                f"the instruction and the chat template have {overhead} tokens; the context of {max_model_len} "
+                "must hold two summaries and their summary too; shorten the instruction"
+            )
+        summary = min(SUMMARY_TOKENS, most) if self.max_summary_tokens is None else self.max_summary_tokens
+        if self.max_summary_tokens is None and self.chunk_tokens is not None:
+            summary = max(1, min(summary, (self.chunk_tokens - separator) // 2, room - self.chunk_tokens))
+        if summary > most:
+            raise ConfigError(
+                f"max_summary_tokens must be at most {most} in a context of {max_model_len}, got {summary}"
+            )
+        least, longest = 2 * summary + separator, room - summary
+        chunk = max(least, min(CHUNK_TOKENS, longest)) if self.chunk_tokens is None else self.chunk_tokens
+        if not least <= chunk <= longest:
+            raise ConfigError(
+                f"chunk_tokens must be in {least}…{longest} (two summaries of {summary} tokens fit a chunk, "
+                f"a chunk and its summary the context of {max_model_len}), got {chunk}"
+            )
+        return replace(self, max_summary_tokens=summary, chunk_tokens=chunk)
 
 
 @dataclass(slots=True)
@@ -67,23 +102,15 @@ class SummariseReport:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    id: str
-    source: str
-    text: str = ""
-    error: MotetError | None = None
-
-
 @dataclass(slots=True)
 class _Job:
     """A running job, shared by its worker threads. `lock` guards `output` and `report`."""
 
     engine: Engine
     ensemble: Ensemble
-    params: SummariseParams
-    chunk_tokens: int
+    params: SummariseParams  # fitted
     output: TextIO
+    concurrency: int
     report: SummariseReport = field(default_factory=SummariseReport)
     lock: Lock = field(default_factory=Lock)
 
@@ -115,44 +142,45 @@ def summarise(
 ) -> SummariseReport:
     """Summarise every record of `in_path` into `out_path`.
 
-    In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files. Out: {"id", "source",
-    "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id", "source",
-    "error": {"type", "message"}} for a record that failed; the job goes on. `on_progress` is called before the first record
-    and after each, one call at a time, from any thread. Before any work, raises `NotFoundError`,
-    `InvalidRequestError` (the output is the input or a folder) or `ConfigError`.
+    In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files, in UTF-8. Out: {"id",
+    "source", "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id",
+    "source", "error": {"type", "message"}} for a record that failed; the job goes on. `on_progress` is called before
+    the first record and after each, one call at a time, from any thread.
+
+    Before any work, raises `NotFoundError`, `InvalidRequestError` (the output is the input, a folder, or a file that
+    no job has written), `ConfigError` (see `SummariseParams.fitted`) or `UnavailableError` (a file cannot be read or
+    written); later the latter, if the disk is full.
     """
-    params = params or SummariseParams()
     if not in_path.exists():
         raise NotFoundError(f"there is no file or folder '{in_path}'")
-    if out_path.resolve() == in_path.resolve() or out_path.is_dir():
-        raise InvalidRequestError(f"the output '{out_path}' must be a file other than the input")
-    room = engine.model.max_model_len - params.max_summary_tokens - _TEMPLATE_TOKENS
-    chunk_tokens = params.chunk_tokens or min(1024, room)
-    if not 2 * params.max_summary_tokens <= chunk_tokens <= room:
-        raise ConfigError(
-            f"chunk_tokens must be in {2 * params.max_summary_tokens}…{room} (two summaries, the context), got {chunk_tokens}"
-        )
+    check_output(in_path, out_path)
+    params = (params or SummariseParams()).fitted(engine.tokenizer, engine.model.max_model_len)
+    concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
+    if concurrency > engine.config.max_waiting:
+        raise ConfigError(f"concurrency must be at most max_waiting ({engine.config.max_waiting}), got {concurrency}")
     started = time.monotonic()
-    finished = _finished_keys(out_path)
-    progress = _Progress(_count_records(in_path), on_progress)
-    with out_path.open("a", encoding="utf-8") as output:
-        job = _Job(engine, ensemble or engine.model.default_ensemble, params, chunk_tokens, output)
-        _run(job, _records(in_path), finished, progress)
+    try:
+        total = count_records(in_path)
+        finished = keep_finished(out_path)
+        with out_path.open("a", encoding="utf-8") as output:
+            job = _Job(engine, ensemble or engine.model.default_ensemble, params, output, concurrency)
+            _run(job, read_records(in_path), finished, _Progress(total, on_progress))
+    except OSError as error:
+        raise UnavailableError(f"the job cannot read its input or write '{out_path}': {error}") from error
     job.report.seconds = time.monotonic() - started
     return job.report
 
 
-def _run(job: _Job, records: Iterator[_Record], finished: set[str], progress: _Progress) -> None:
+def _run(job: _Job, records: Iterator[Record], finished: set[str], progress: _Progress) -> None:
     """Keep a bounded number of records in flight, so that a large input is never wholly in memory."""
-    concurrency = job.params.concurrency or job.engine.config.max_num_seqs
-    room = Semaphore(2 * concurrency)
+    room = Semaphore(2 * job.concurrency)
     futures: set[Future[None]] = set()
 
     def done(future: Future[None]) -> None:
         room.release()
         progress.advance()
 
-    with ThreadPoolExecutor(concurrency) as pool:
+    with ThreadPoolExecutor(job.concurrency) as pool:
         for record in records:
             if record.error is None and _key(job, record) in finished:
                 job.report.skipped += 1
@@ -167,7 +195,7 @@ def _run(job: _Job, records: Iterator[_Record], finished: set[str], progress: _P
         future.result()  # raises: a full disk or a bug ends the job
 
 
-def _summarise_record(job: _Job, record: _Record) -> None:
+def _summarise_record(job: _Job, record: Record) -> None:
     base: dict[str, Any] = {"id": record.id, "source": record.source}
     try:
         if record.error is not None:
@@ -188,32 +216,59 @@ def _summarise_record(job: _Job, record: _Record) -> None:
         _write(job, line)
 
 
-def _reduce(job: _Job, record: _Record) -> tuple[Completion, dict[str, int]]:
-    """Summarise the chunks of a text; the joined summaries are the next text, until there is only one chunk."""
+def _reduce(job: _Job, record: Record) -> tuple[Completion, dict[str, int]]:
+    """Summarise the chunks of a text, then groups of their summaries, until one summary is left."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "chunks": 0}
-    text = record.text
+    assert job.params.chunk_tokens is not None
+    texts = split_document(job.engine.tokenizer, record.text, job.params.chunk_tokens)
     while True:
-        chunks = split_document(job.engine.tokenizer, text, job.chunk_tokens)
-        summaries: list[Completion] = []
-        for start in range(0, len(chunks), _WINDOW):
-            requests = [
-                _request(job, record, chunk, start + i) for i, chunk in enumerate(chunks[start : start + _WINDOW])
-            ]
-            summaries += [choices[0] for choices in job.engine.complete(requests)]
-        usage["chunks"] += len(chunks)
+        summaries = _summarise_texts(job, record, texts)
+        usage["chunks"] += len(texts)
         for summary in summaries:
             assert summary.usage is not None
             usage["prompt_tokens"] += summary.usage.prompt_tokens
             usage["completion_tokens"] += summary.usage.completion_tokens
-        if len(summaries) == 1:
-            return summaries[0], usage
-        text = "\n\n".join(summary.text.strip() for summary in summaries)
+        told = [summary for summary in summaries if summary.text.strip()] or summaries[:1]
+        if len(told) == 1:
+            return told[0], usage
+        texts = _joined(job, [summary.text.strip() for summary in told])
 
 
-def _request(job: _Job, record: _Record, text: str, index: int) -> Request:
+def _summarise_texts(job: _Job, record: Record, texts: list[str]) -> list[Completion]:
+    window = max(1, min(_WINDOW, job.engine.config.max_waiting // job.concurrency))
+    summaries: list[Completion] = []
+    for start in range(0, len(texts), window):
+        requests = [_request(job, record, text, start + i) for i, text in enumerate(texts[start : start + window])]
+        summaries += [choices[0] for choices in job.engine.complete(requests)]
+    return summaries
+
+
+def _joined(job: _Job, summaries: list[str]) -> list[str]:
+    """Join neighbours, as many as fit a chunk, and never fewer than two: so the number of texts falls. A summary whose
+    text has more tokens than were drawn (it ends in half a character) is cut to `max_summary_tokens`, so two fit."""
     tokenizer, params = job.engine.tokenizer, job.params
-    content = params.instruction + text
-    prompt = build_prompt(tokenizer, [{"role": "user", "content": content}] if tokenizer.has_chat_template else content)
+    assert params.max_summary_tokens is not None
+    assert params.chunk_tokens is not None
+    groups: list[list[str]] = []
+    for summary in summaries:
+        summary = split_document(tokenizer, summary, params.max_summary_tokens)[0]
+        wider = _SEPARATOR.join([*groups[-1], summary]) if groups else ""
+        if groups and (
+            len(groups[-1]) == 1 or len(tokenizer.encode(wider, add_special_tokens=False)) <= params.chunk_tokens
+        ):
+            groups[-1].append(summary)
+        else:
+            groups.append([summary])
+    return [_SEPARATOR.join(group) for group in groups]
+
+
+def _prompt(tokenizer: Tokenizer, instruction: str, text: str) -> tuple[int, ...]:
+    content = instruction + text
+    return build_prompt(tokenizer, [{"role": "user", "content": content}] if tokenizer.has_chat_template else content)
+
+
+def _request(job: _Job, record: Record, text: str, index: int) -> Request:
+    params = job.params
     sampling = SamplingParams(
         max_tokens=params.max_summary_tokens,
         temperature=params.temperature,
@@ -221,7 +276,8 @@ def _request(job: _Job, record: _Record, text: str, index: int) -> Request:
         seed=params.seed,
         speculative_tokens=params.speculative_tokens,
     )
-    return Request(f"{record.id}/{index}", (prompt,), job.ensemble, sampling)
+    prompt = _prompt(job.engine.tokenizer, params.instruction, text)
+    return Request(f"{record.number}/{index}", (prompt,), job.ensemble, sampling)
 
 
 def _write(job: _Job, line: dict[str, Any]) -> None:
@@ -233,80 +289,10 @@ def _mix(ensemble: Ensemble) -> dict[str, float]:
     return {member.name: member.mix for member in ensemble.members}
 
 
-def _key(job: _Job, record: _Record) -> str:
+def _key(job: _Job, record: Record) -> str:
     """The key by which a rerun recognises a finished record: a digest of its id and text, the bundle, ensemble and
     settings."""
-    settings = asdict(job.params) | {"concurrency": None, "chunk_tokens": job.chunk_tokens}
+    settings = asdict(job.params) | {"concurrency": None}
     del settings["speculative_tokens"]  # summaries do not depend on it
     parts = (record.id, record.text, job.engine.model.digest, repr(job.ensemble), json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _finished_keys(out_path: Path) -> set[str]:
-    """Keys of the finished records of an earlier run. Removes failed records and an incomplete last line from the
-    file."""
-    if not out_path.exists():
-        out_path.parent.mkdir(parents=True, exist_ok=True)
-        return set()
-    keys, kept = set(), []
-    for line in out_path.read_bytes().splitlines(keepends=True):
-        try:
-            key = json.loads(line)["key"] if line.endswith(b"\n") else None
-        except (ValueError, KeyError, TypeError):
-            key = None
-        if key is not None:
-            keys.add(key)
-            kept.append(line)
-    temporary = out_path.with_name(out_path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, out_path)
-    return keys
-
-
-# ---- input -----------------------------------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in TEXT_FILES and path.is_file())
-
-
-def _count_records(in_path: Path) -> int:
-    if in_path.is_dir():
-        return len(_files(in_path))
-    with in_path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
-def _records(in_path: Path) -> Iterator[_Record]:
-    if in_path.is_dir():
-        for path in _files(in_path):
-            name = str(path.relative_to(in_path))
-            yield _checked(name, str(path), path.read_bytes())
-        return
-    with in_path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _jsonl_record(line, number, f"{in_path.name}:{number}")
-
-
-def _jsonl_record(line: bytes, number: int, source: str) -> _Record:
-    name = f"line-{number}"
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _Record(name, source, error=DataError(f"line {number} is not UTF-8 at byte {error.start}"))
-    except ValueError as error:
-        return _Record(name, source, error=DataError(f"line {number} is not JSON: {error}"))
-    if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-        return _Record(name, source, error=DataError(f'line {number} must be an object with a "text" string'))
-    return _checked(str(values.get("id", name)), source, values["text"].encode())
-
-
-def _checked(name: str, source: str, data: bytes) -> _Record:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return _Record(name, source, error=DataError(f"'{name}' is not UTF-8 at byte {error.start}"))
-    if not text.strip():
-        return _Record(name, source, error=DataError(f"the text of '{name}' is empty"))
-    return _Record(name, source, text)

@@ -1,10 +1,31 @@
-"""Long documents: cut at natural places, so that every piece fits a number of tokens."""
+"""Documents: bytes to text, and long ones cut at natural places, so that every piece fits a number of tokens."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..errors import DataError, NotFoundError
 from .tokenizer import Tokenizer
 
 _SEPARATORS = ("\n\n", "\n", ". ", " ")
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """UTF-8 to text, without a byte order mark at the beginning. `what` names the data in the error. Raises
+    `DataError`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+
+
+def read_document(path: Path) -> str:
+    """The text of a file in UTF-8. Raises `NotFoundError` if it cannot be read, `DataError` if it is not UTF-8."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"the file '{path}' cannot be read: {error.strerror}") from error
+    return decode_text(data, f"'{path}'")
 
 
 def split_document(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[str]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from .options import given_options
+from .parameter_options import words
 from .runtime.errors import ConfigError, MissingPackageError
+
+Value = TypeVar("Value", int, float)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure. Each command writes JSON and an HTML page.")
 
@@ -20,16 +26,17 @@ PeerPython = Annotated[
 ]
 Results = Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")]
 BatchSizes = Annotated[str, typer.Option(help="Sequences at the same time.")]
-Context = Annotated[int, typer.Option(help="Positions per sequence.")]
+Context = Annotated[int, typer.Option(min=1, help="Positions per sequence.")]
 DecodedTokens = Annotated[int, typer.Option(min=2, help="Tokens to generate per sequence.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens to generate per sequence.")]
-PromptTokens = Annotated[int, typer.Option(help="Tokens per prompt.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate per sequence.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repeats; figures are medians.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: one per CPU that this process may use.")]
 
 
 @bench.command("decode")
 def bench_decode(
+    typed: typer.Context,
     bundle: Annotated[Path | None, typer.Argument(help="Directory of the bundle; leave it out with --random.")] = None,
     out: Results = Path("bench/results"),
     batch_sizes: BatchSizes = "1,4,8,16",
@@ -47,6 +54,7 @@ def bench_decode(
     if random:
         if backend != "torch" or bundle is not None:
             raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
+        _refuse(typed, {"prompt_tokens", "new_tokens"}, "bundles; leave it out with --random")
         torch_decode = _gpu_bench("torch_decode")
         sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
         options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
@@ -54,6 +62,7 @@ def bench_decode(
         return
     if bundle is None or backend != "auto":
         raise ConfigError("give a bundle, or --backend torch with --random SHAPE")
+    _refuse(typed, {"bits"}, "random weights; give --random too")
     from .bench import decode
 
     decode.run(
@@ -92,6 +101,8 @@ def bench_serve(
     """Latency and throughput over gRPC, open-loop and closed-loop."""
     from .bench import serve as load
 
+    if 0 in _rates(rates):
+        raise ConfigError(f"every rate in '{rates}' must be above 0")
     load.run(
         bundle,
         out,
@@ -118,7 +129,7 @@ def bench_peers(
     context: Context = 256,
     long_context: Annotated[int, typer.Option(min=0, help="Positions of the long context; 0: leave it out.")] = 4096,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps per measurement.")] = 16,
-    concurrency: Annotated[int, typer.Option(help="Sequences at the same time.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences at the same time.")] = 16,
     repeats: Repeats = 5,
     threads: Threads = 0,
 ) -> None:
@@ -154,6 +165,8 @@ def bench_quality(
     threads: Threads = 0,
 ) -> None:
     """The cost of quantisation: bundles and llama.cpp against fp32 on held-out text."""
+    if peer_python is not None and not peers:
+        raise ConfigError("--peer-python is for the peers; leave out --no-peers")
     from .bench import quality
 
     quality.run(
@@ -246,15 +259,33 @@ def _gpu_bench(name: str) -> Any:
         ) from error
 
 
+def _refuse(context: typer.Context, names: set[str], use: str) -> None:
+    """Raises `ConfigError` if one of these options stands on the command line. `use`: what it is for."""
+    for name in sorted(names & given_options(context)):
+        raise ConfigError(f"--{name.replace('_', '-')} is for {use}")
+
+
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",") if item]
-    except ValueError:
-        raise ConfigError(f"'{text}' is not a list of whole numbers such as 1,4,16") from None
+    """Whole numbers of at least 1, one at least."""
+    numbers = _values(text, int, "whole numbers of at least 1 such as 1,4,16")
+    if min(numbers) < 1:
+        raise ConfigError(f"every number in '{text}' must be at least 1")
+    return numbers
 
 
 def _rates(text: str) -> list[float]:
+    """Finite numbers of at least 0, one at least."""
+    numbers = _values(text, float, "numbers such as 0.5,2")
+    if not all(0 <= number < math.inf for number in numbers):
+        raise ConfigError(f"every number in '{text}' must be finite and at least 0")
+    return numbers
+
+
+def _values(text: str, kind: Callable[[str], Value], what: str) -> list[Value]:
     try:
-        return [float(item) for item in text.split(",") if item]
+        values = [kind(item) for item in words(text)]
     except ValueError:
-        raise ConfigError(f"'{text}' is not a list of numbers such as 0.5,2") from None
+        values = []
+    if not values:
+        raise ConfigError(f"'{text}' is not a list of {what}")
+    return values

@@ -1,12 +1,14 @@
 """The `motet` command. Each subcommand parses its options and calls one function.
 
-A user's mistake ends with exit code 2 and one line on stderr, any other failure with 1, Ctrl-C with 130.
+A user's mistake ends with exit code 2 and one line on stderr, any other failure with 1, Ctrl-C with 130. Text is
+UTF-8: arguments, files and standard input that are not are the user's mistake.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
 from .openmp import wait_passively
-from .options import MixOption, SpaceOption, Threads, by_name, coefficients, read_ensemble
+from .options import MixOption, SpaceOption, Threads, by_name, check_arguments, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
@@ -34,9 +36,13 @@ mount(app, bench)
 
 def main() -> None:
     """Entry point: runs the app and turns errors into exit codes."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows such characters as escapes
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     wait_passively()
     try:
+        check_arguments(sys.argv[1:])
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except MotetError as error:
@@ -44,6 +50,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:  # a full disk, a folder without permission, a reader of stdout that has gone
+        print(f"motet: {error}", file=sys.stderr)
+        sys.exit(1)
     except _UsageError as error:
         print(f"motet: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
@@ -269,23 +278,31 @@ def summarise(
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
     mix: MixOption = None,
     space: SpaceOption = None,
-    max_summary_tokens: int = 96,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens per chunk of a long document.")] = None,
+    max_summary_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a summary; default: 96, or what the context allows.")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens per chunk of a long document; default: 1024, or what the context allows."),
+    ] = None,
     instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
     threads: Threads = 0,
 ) -> None:
-    """Summarise many documents offline."""
+    """Summarise many documents offline. A record that fails has an error in OUT, and is tried again on a rerun. Exit
+    code 1: there are such records."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .runtime.engine.engine import Engine
+    from .runtime.jobs.records import check_output
     from .runtime.jobs.summarise import INSTRUCTION, SummariseParams
     from .runtime.jobs.summarise import summarise as run
 
     ensemble = read_ensemble(mix, space)
-    params = SummariseParams(instruction or INSTRUCTION, max_summary_tokens, chunk_tokens)
-    if not source.exists():
+    params = SummariseParams(INSTRUCTION if instruction is None else instruction, max_summary_tokens, chunk_tokens)
+    if not source.exists():  # before the bundle is loaded
         raise NotFoundError(f"there is no file or folder '{source}'")
+    check_output(source, out)
     columns = (TextColumn("summarising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True))
     with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, bar as progress:
@@ -297,6 +314,8 @@ def summarise(
         report = run(engine, source, out, ensemble=ensemble, params=params, on_progress=show)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
+    if report.failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import (
+    DEFAULT_ADDRESS,
     Address,
     Bundle,
+    Defaults,
     MixOption,
     SpaceOption,
     read_ensemble,
@@ -22,9 +26,13 @@ from .options import (
     with_options,
 )
 from .runtime.api.output import Completion, Output, join
-from .runtime.api.prompt import Prompt
+from .runtime.api.prompt import Message, Prompt
 from .runtime.api.request import Ensemble, Member
-from .runtime.errors import ConfigError, NotFoundError
+from .runtime.errors import ConfigError, ContextLengthError, DataError
+from .runtime.text.documents import read_document
+
+if TYPE_CHECKING:
+    from .runtime.client.client import Client
 
 _ALPHA = 0.5
 
@@ -37,9 +45,11 @@ def mount(app: typer.Typer) -> None:
 
 @with_options(sampling_options(max_tokens=256, temperature=0.7, top_p=0.95))
 def generate(
+    typed: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
     bundle: Bundle = None,
-    address: Address = "127.0.0.1:50051",
+    address: Address = None,
+    defaults: Defaults = "motet",
     mix: MixOption = None,
     space: SpaceOption = None,
     context: Annotated[Path | None, typer.Option(help="A document to answer from (context-aware decoding).")] = None,
@@ -56,26 +66,28 @@ def generate(
     return_member_logprobs: Annotated[
         bool, typer.Option("--member-logprobs", help="Report each member's log-probabilities of the tokens.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each choice, when all have ended, as one line of JSON.")
+    ] = False,
     **values: Any,
 ) -> None:
     """Generate from one prompt and stream it to the terminal."""
-    sampling = read_sampling(values)
+    sampling = read_sampling(values, typed, defaults, bundle)
     ensemble = read_ensemble(mix, space)
     if context is None and (alpha is not None or member is not None):
         raise ConfigError("--alpha and --member are for context-aware decoding; give --context too")
     if context is not None and ensemble is not None:
         raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
-    if context is not None and not context.is_file():
-        raise NotFoundError(f"there is no file '{context}'")
+    document = read_document(context) if context is not None else ""
     with _client(bundle, address) as client:
         views: Sequence[Prompt] = ()
         text = prompt
         if context is not None:
             alpha = _ALPHA if alpha is None else alpha
-            name = member or client.models()[0].members[0]
+            name = member if member is not None else client.models()[0].members[0]
             ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
             views = [_as_prompt(prompt, raw)]
-            text = f"{context.read_text()}\n\n{prompt}"
+            text = f"{document}\n\n{prompt}"
         deltas = client.generate(
             _as_prompt(text, raw),
             mix=ensemble,
@@ -85,33 +97,77 @@ def generate(
             time_limit_s=time_limit_s,
             return_member_logprobs=return_member_logprobs,
         )
-        _print(deltas)
+        if as_json:
+            _print_json(deltas)
+        else:
+            _print(deltas)
 
 
 @with_options(sampling_options(without=("n", "logprobs"), max_tokens=512, temperature=0.7, top_p=0.95))
 def chat(
+    typed: typer.Context,
     bundle: Bundle = None,
-    address: Address = "127.0.0.1:50051",
+    address: Address = None,
+    defaults: Defaults = "motet",
     mix: MixOption = None,
     space: SpaceOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     **values: Any,
 ) -> None:
-    """Chat in several turns. An empty line or the end of the input ends it."""
-    sampling = read_sampling(values)
+    """Chat in several turns. An empty line or the end of the input ends it. When the context is full, the oldest turns
+    are left out; the system message stays."""
+    sampling = read_sampling(values, typed, defaults, bundle)
     ensemble = read_ensemble(mix, space)
-    messages = [{"role": "system", "content": system}] if system else []
+    first = [{"role": "system", "content": system}] if system is not None else []
+    turns: list[Message] = []  # user, assistant, user, …
     with _client(bundle, address) as client:
-        while True:
-            try:
-                text = input("> ")
-            except EOFError:
-                return
-            if not text.strip():
-                return
-            messages.append({"role": "user", "content": text})
-            answer = _print(client.generate(messages, mix=ensemble, sampling=sampling))
-            messages.append({"role": "assistant", "content": answer})
+        context = client.models()[0].max_model_len
+        while (text := _read_line()).strip():
+            turns.append({"role": "user", "content": text})
+            dropped = _num_dropped(client, first, turns, context, sampling.max_tokens)
+            if dropped == len(turns):
+                _note(f"this message does not fit the context of {context} tokens; send a shorter one")
+                turns.pop()
+                continue
+            if dropped:
+                _note(f"the context of {context} tokens is full: the oldest {dropped // 2} turn(s) were left out")
+                del turns[:dropped]
+            answer = _print(client.generate([*first, *turns], mix=ensemble, sampling=sampling))
+            turns.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str:
+    """A line of standard input; "" at its end. Raises `DataError` if it is not UTF-8."""
+    try:
+        line = input("> ").removeprefix("\ufeff")
+        line.encode()
+    except EOFError:
+        return ""
+    except UnicodeError:
+        raise DataError("standard input is not UTF-8; convert it to UTF-8") from None
+    return line
+
+
+def _num_dropped(
+    client: Client, first: Sequence[Message], turns: Sequence[Message], context: int, max_tokens: int | None
+) -> int:
+    """How many of the oldest messages to leave out, a question and its answer at a time, so that the rest leaves room
+    for an answer: `max_tokens`, and at most half of the context. The last message alone may leave less. All of them,
+    if not even that fits."""
+    room = min(max_tokens or context, context // 2)
+    for dropped in range(0, len(turns), 2):
+        is_last = dropped == len(turns) - 1
+        try:
+            num_tokens = len(client.tokenize([*first, *turns[dropped:]]))
+        except ContextLengthError:
+            continue
+        if num_tokens + (1 if is_last else room) <= context:
+            return dropped
+    return len(turns)
+
+
+def _note(text: str) -> None:
+    print(f"[{text}]", file=sys.stderr)
 
 
 def _as_prompt(text: str, raw: bool) -> Prompt:
@@ -119,13 +175,15 @@ def _as_prompt(text: str, raw: bool) -> Prompt:
 
 
 @contextmanager
-def _client(bundle: Path | None, address: str) -> Iterator[Any]:
+def _client(bundle: Path | None, address: str | None) -> Iterator[Client]:
     """A client of the server at `address`, or, with `bundle`, of a server in this process on a free port."""
     from .runtime.client.client import Client
     from .runtime.serve.local import local_server
 
+    if bundle is not None and address is not None:
+        raise ConfigError("--bundle serves in this process and --address is another server; give one of them")
     if bundle is None:
-        with Client(address) as client:
+        with Client(address if address is not None else DEFAULT_ADDRESS) as client:
             yield client
     else:
         with local_server(bundle) as local_address, Client(local_address) as client:
@@ -148,6 +206,16 @@ def _print(deltas: Iterator[Output]) -> str:
             if shown in answers:
                 print(answers[shown].text, end="", flush=True)
     return answers[0].text if answers else ""
+
+
+def _print_json(deltas: Iterator[Output]) -> None:
+    answers: dict[int, Completion] = {}
+    for delta in deltas:
+        join(answers, delta)
+    for _, answer in sorted(answers.items()):
+        fields = dataclasses.asdict(answer)
+        del fields["error"]  # it was raised
+        print(json.dumps(fields, ensure_ascii=False))
 
 
 def _print_figures(answer: Completion, seconds: float) -> None:

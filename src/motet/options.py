@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
 from .runtime.api.request import Ensemble, Member, Space
 from .runtime.api.rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
 from .runtime.api.sampling import DEFAULTS, HELP, RULES, SamplingParams
-from .runtime.errors import InvalidEnsembleError, InvalidRequestError
+from .runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
+from .runtime.model.generation import recommended_sampling
+from .runtime.text.documents import decode_text
 
+DEFAULT_ADDRESS = "127.0.0.1:50051"
 Command = TypeVar("Command", bound=Callable[..., Any])
 Value = TypeVar("Value")
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
-Address = Annotated[str, typer.Option(help="A server's host:port.")]
+Address = Annotated[str | None, typer.Option(help=f"A server's host:port; default: {DEFAULT_ADDRESS}.")]
+Defaults = Annotated[
+    Literal["motet", "model"],
+    typer.Option(
+        help="Of the sampling options that are left out: as printed here, or what generation_config.json of --bundle says."
+    ),
+]
 MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
 SpaceOption = Annotated[Space | None, typer.Option(help="Where the members of --mix are mixed; default: logits.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises `DataError` for an argument that is not UTF-8."""
+    for index, argument in enumerate(arguments, 1):
+        decode_text(os.fsencode(argument), f"argument {index}, '{ascii(argument)[1:-1]}',")
 
 
 def coefficients(text: str) -> dict[str, float]:
@@ -104,8 +120,24 @@ def sampling_options(*, without: Collection[str] = (), **defaults: Any) -> dict[
     return options
 
 
-def read_sampling(values: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from the values of these options; None means the default. Raises `InvalidRequestError`."""
+def given_options(context: typer.Context) -> set[str]:
+    """Names of the parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def read_sampling(
+    values: Mapping[str, Any], context: typer.Context, defaults: str, bundle: Path | None
+) -> SamplingParams:
+    """`SamplingParams` from the values of these options; None means the default. With `defaults` "model", what the
+    bundle recommends comes before the options' own defaults. Raises `InvalidRequestError`, `ConfigError`, and what
+    `recommended_sampling` raises."""
+    if defaults == "model":
+        if bundle is None:
+            raise ConfigError("--defaults model reads the bundle's generation_config.json; give --bundle too")
+        on_line = given_options(context)
+        recommended = recommended_sampling(bundle)
+        values = {**values, **{name: value for name, value in recommended.items() if name not in on_line}}
     given = {name: value for name, value in values.items() if value is not None}
     for name, value in given.items():
         if isinstance(RULES[name], Biases):

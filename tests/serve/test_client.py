@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
 
@@ -13,7 +14,7 @@ from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, Member, Space
 from motet.runtime.api.sampling import SamplingParams
-from motet.runtime.client.client import Client
+from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.serve.grpc.wire import _CODES, error_of, request_to_proto
 from motet.runtime.serve.local import serve_engine
 
@@ -172,3 +173,43 @@ def test_drain(client, engine, backend):
         client.complete("x", **SHORT)
     go.set()
     assert sum(len(delta.token_ids) for delta in deltas) == 20
+
+
+def test_the_async_client_has_the_same_methods():
+    def methods(cls):
+        return {name: str(inspect.signature(f)).split(" -> ")[0] for name, f in vars(cls).items() if name[0] != "_"}
+
+    assert methods(AsyncClient) == methods(Client)
+
+
+def test_the_async_client_answers_the_same(address, client, engine):
+    async def ask():
+        async with AsyncClient(address) as other:
+            assert await other.is_serving()
+            assert await other.models() == [engine.model]
+            assert await other.tokenize("abc") == client.tokenize("abc")
+            with pytest.raises(errors.InvalidEnsembleError):
+                await other.complete("x", mix={"nobody": 1.0})
+            with pytest.raises(errors.InvalidRequestError):
+                await other.tokenize("")
+            choices = await other.complete("abc", n=3, max_tokens=4, seed=7)
+            await other.drain()
+            while await other.is_serving():
+                await asyncio.sleep(0.01)
+            return choices
+
+    expected = client.complete("abc", n=3, max_tokens=4, seed=7)
+    choices = asyncio.run(ask())
+    assert [(c.choice, c.token_ids, c.text, c.seed) for c in choices] == [
+        (c.choice, c.token_ids, c.text, c.seed) for c in expected
+    ]
+
+
+def test_the_async_client_without_a_server():
+    async def ask():
+        async with AsyncClient("127.0.0.1:1") as other:
+            with pytest.raises(errors.UnavailableError):
+                await other.models()
+            return await other.is_serving(timeout_s=0.1)
+
+    assert asyncio.run(ask()) is False
