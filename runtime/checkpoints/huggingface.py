@@ -16,7 +16,8 @@ from ..model.config import DecoderConfig
 from ..model.families import FAMILIES, decoder_config
 from ..model.families.family import Family
 from ..model.files import file_digest
-from ..model.layout import HEAD, Layout, decoder_layout
+from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
+from ..text.tokenizer import Tokenizer
 from .bitsandbytes import is_quantised, owner, widen
 
 
@@ -40,26 +41,47 @@ def read_config(model_dir: Path) -> DecoderConfig:
 
 
 def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """The ids that end an answer, from generation_config.json, else from config.json; there may be none."""
+    """The ids that end an answer: those of generation_config.json, of config.json, and the tokenizer's end of text. Models
+    often name the end of a turn in one of them only. Raises `BundleError` for an id that the vocabulary does not have."""
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         value = _read_json(path).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
-    return ()
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    end = Tokenizer.from_dir(model_dir).eos_token_id if (Path(model_dir) / "tokenizer.json").is_file() else None
+    found += [] if end is None else [end]
+    size = read_config(model_dir).vocab_size
+    for token_id in found:
+        if type(token_id) is not int or not 0 <= token_id < size:
+            raise BundleError(f"'{model_dir}' has eos_token_id {token_id!r}; an id is an integer in 0…{size - 1}")
+    return tuple(dict.fromkeys(found))
 
 
 def weight_files(model_dir: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names, sorted. Raises `NotFoundError`."""
     model_dir = Path(model_dir)
-    index = model_dir / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    names = sorted(set(_weight_map(index).values())) if index.is_file() else [single.name]
+    if single.is_file() and names != [single.name]:
+        raise BundleError(
+            f"'{model_dir}' has both {single.name} and {index.name}, which names other files; delete the older of the two"
+        )
     for name in names:
         if not (model_dir / name).is_file():
             raise NotFoundError(
                 f"'{model_dir / name}' does not exist; pull the model again (only safetensors are read)"
             )
     return [model_dir / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file of an index of shards. Raises `BundleError` if the index is damaged."""
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise BundleError(f"'{index}' has no weight_map of tensors to files; pull the model again")
+    if any(Path(file).name != file for file in found.values()):
+        raise BundleError(f"'{index}' names files outside of the model's directory")
+    return found
 
 
 def checkpoint_digest(model_dir: Path) -> str:
@@ -73,29 +95,63 @@ def checkpoint_digest(model_dir: Path) -> str:
 def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
     """All weights in float32 under canonical names (`Layout.checkpoint_shapes`), shapes as `nn.Linear` [out, in].
 
-    Raises `BundleError` if a file is damaged, or if weights are missing or do not have the shapes that the
-    configuration implies, and `UnsupportedModelError` for weights that the family does not use.
+    Raises `BundleError` if a file is damaged, or if weights are missing, stored twice, not finite, or do not have the
+    shapes that the configuration implies, and `UnsupportedModelError` for weights that the family does not use.
     """
     layout = decoder_layout(read_config(model_dir))
     family = FAMILIES[layout.config.family]
     quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
-    stored: dict[str, torch.Tensor] = {}
-    for path in weight_files(model_dir):
-        try:
-            with safe_open(path, framework="pt") as file:
-                stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+    stored = _stored(Path(model_dir))
     weights: dict[str, torch.Tensor] = {}
     parts = _parts(layout)
     for name, tensor in _widened(family, stored) if quantised else _emptied(stored):
         canonical = family.canonical_name(name)
-        if canonical is not None:
-            weights |= _unpack(family, parts, canonical, tensor.float())
-    if layout.config.tied_head:
-        weights.pop(HEAD, None)
+        if canonical is None:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise UnsupportedModelError(
+                f"'{name}' of '{model_dir}' is {tensor.dtype}; weights are {[*map(str, _FLOATS)]}"
+            )
+        for part, values in _unpack(family, parts, canonical, tensor.float()).items():
+            if part in weights:
+                raise BundleError(f"'{model_dir}' stores '{part}' twice, as '{name}' and under another name")
+            if not torch.isfinite(values).all():
+                raise BundleError(f"'{name}' of '{model_dir}' holds NaN or infinite values; the training failed")
+            weights[part] = values
+    if layout.config.tied_head and HEAD in weights:
+        if not torch.equal(weights[HEAD], weights[EMBEDDING]):
+            raise BundleError(
+                f"config.json of '{model_dir}' ties the head to the embedding, and a different head is stored; set "
+                "tie_word_embeddings to false, or delete the stored head"
+            )
+        del weights[HEAD]
     _check(model_dir, layout, weights)
     return weights
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _stored(model_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the weight files, as stored. With shards, the files hold what the index says, and each tensor once."""
+    stored: dict[str, torch.Tensor] = {}
+    index = model_dir / "model.safetensors.index.json"
+    places = _weight_map(index) if index.is_file() else {}
+    for path in weight_files(model_dir):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+        if places:
+            named = {name for name, place in places.items() if place == path.name}
+            if named != set(found):
+                odd = sorted(named ^ set(found))
+                raise BundleError(
+                    f"'{path}' and its index do not hold the same tensors: {odd[:3]}; pull the model again"
+                )
+        stored |= found
+    return stored
 
 
 def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

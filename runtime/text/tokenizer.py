@@ -22,9 +22,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """A model's tokenizer.json and chat template. Safe to share between threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None, eos_token_id: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self.eos_token_id = eos_token_id  # of the files' eos_token
         added = tokenizer.get_added_tokens_decoder()
         # Token ids that are left out of an answer's text, with their own text.
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
@@ -54,7 +57,8 @@ class Tokenizer:
             _configure(tokenizer, values, special)
             file = path / "chat_template.jinja"
             source = file.read_text() if file.is_file() else _default_template(values.get("chat_template"))
-            return cls(tokenizer, None if source is None else ChatTemplate(source, special))
+            eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+            return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos)
         except BundleError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception

@@ -11,6 +11,7 @@ from ...errors import ConfigError, UnsupportedModelError
 from ..config import DecoderConfig
 from .family import Family, Json
 from .gpt2 import GPT2
+from .keys import check_keys_read
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
@@ -25,6 +26,7 @@ def decoder_config(values: Json) -> DecoderConfig:
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedModelError(f"model family {family!r} is not supported; known are {sorted(FAMILIES)}")
+    check_keys_read(values, FAMILIES[family].keys)
     try:
         return FAMILIES[family].config(values)
     except (KeyError, TypeError) as error:

@@ -19,13 +19,14 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # not we
 class Family:
     """How a family's checkpoints are read.
 
-    `name`: config.json's `model_type`. `config` translates a parsed config.json and raises `UnsupportedModelError`
-    for options that Motet cannot compute. `modules`: module names of the checkpoint → canonical ones, with `{}` for
-    the layer's number; empty if they are canonical already. `prefix`: an optional prefix of the checkpoint's names.
-    `transposed`: the layers' weights are stored as [in, out].
+    `name`: config.json's `model_type`. `keys`: the keys of config.json that are read. `config` translates a parsed
+    config.json and raises `UnsupportedModelError` for options that Motet cannot compute. `modules`: module names of the
+    checkpoint → canonical ones, with `{}` for the layer's number; empty if they are canonical already. `prefix`: an
+    optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out].
     """
 
     name: str
+    keys: frozenset[str]
     config: Callable[[Json], DecoderConfig]
     modules: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
@@ -53,12 +54,3 @@ def require(values: Json, option: str, allowed: tuple[object, ...]) -> None:
     default."""
     if values.get(option, allowed[0]) not in allowed:
         raise UnsupportedModelError(f"{option}={values[option]!r} is not supported; allowed: {allowed}")
-
-
-def rotary(values: Json) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, read as transformers 5 (`rope_parameters`) or 4 writes them."""
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling = None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return {"rope_theta": float(theta), "rope_scaling": scaling}

@@ -5,11 +5,29 @@ from __future__ import annotations
 from ..config import DecoderConfig
 from .family import Family, Json, require
 
+KEYS = frozenset(
+    [
+        "vocab_size",
+        "n_embd",
+        "n_head",
+        "n_layer",
+        "n_inner",
+        "n_positions",
+        "layer_norm_epsilon",
+        "activation_function",
+        "scale_attn_by_inverse_layer_idx",
+        "scale_attn_weights",
+        "tie_word_embeddings",
+        "n_ctx",
+    ]
+)
+
 
 def _config(values: Json) -> DecoderConfig:
     require(values, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
     require(values, "scale_attn_by_inverse_layer_idx", (False,))
     require(values, "scale_attn_weights", (True,))
+    require(values, "n_ctx", (values["n_positions"], None))
     hidden, heads = values["n_embd"], values["n_head"]
     return DecoderConfig(
         family="gpt2",
@@ -34,6 +52,7 @@ def _config(values: Json) -> DecoderConfig:
 
 GPT2 = Family(
     "gpt2",
+    KEYS,
     _config,
     modules={
         "wte": "model.embed_tokens",

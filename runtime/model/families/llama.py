@@ -6,9 +6,31 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 from ..config import DecoderConfig
-from .family import Family, Json, require, rotary
+from .family import Family, Json, require
+from .keys import check_rope
 
 DEFAULT_WINDOW = 4096  # where config.json has no sliding_window: what transformers takes
+
+
+KEYS = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "hidden_act",
+        "tie_word_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+    ]
+)
+WINDOW_KEYS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 
 
 def llama_config(values: Json, **changes: Any) -> DecoderConfig:
@@ -51,4 +73,22 @@ def late_window(values: Json) -> dict[str, Any]:
     return {"sliding_window": window or None, "first_window_layer": first}
 
 
-LLAMA = Family("llama", llama_config)
+def rotary(values: Json) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, read as transformers 5 (`rope_parameters`) or 4 writes them. Raises
+    `UnsupportedModelError` for a kind of scaling, or a key of it, that is not computed."""
+    given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UnsupportedModelError(
+            "config.json has both rope_parameters and rope_scaling, and they differ; remove one"
+        )
+    parameters = given[0] if given else {}
+    check_rope(parameters)
+    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    scaling = (
+        None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta" and v is not None}
+    )
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+LLAMA = Family("llama", KEYS | {"attention_bias", "mlp_bias"}, llama_config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..config import DecoderConfig
 from .family import Family, Json
-from .llama import DEFAULT_WINDOW, llama_config
+from .llama import DEFAULT_WINDOW, KEYS, llama_config
 
 
 def _config(values: Json) -> DecoderConfig:
     return llama_config(values, sliding_window=values.get("sliding_window", DEFAULT_WINDOW))
 
 
-MISTRAL = Family("mistral", _config)
+MISTRAL = Family("mistral", KEYS | {"sliding_window"}, _config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..config import DecoderConfig
 from .family import Family, Json
-from .llama import late_window, llama_config
+from .llama import KEYS, WINDOW_KEYS, late_window, llama_config
 
 
 def _config(values: Json) -> DecoderConfig:
     return llama_config(values, qkv_bias=True, out_bias=False, **late_window(values))
 
 
-QWEN2 = Family("qwen2", _config)
+QWEN2 = Family("qwen2", KEYS | WINDOW_KEYS, _config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..config import DecoderConfig
 from .family import Family, Json
-from .llama import late_window, llama_config
+from .llama import KEYS, WINDOW_KEYS, late_window, llama_config
 
 
 def _config(values: Json) -> DecoderConfig:
     return llama_config(values, qk_norm=True, **late_window(values))
 
 
-QWEN3 = Family("qwen3", _config)
+QWEN3 = Family("qwen3", KEYS | WINDOW_KEYS | {"attention_bias"}, _config)
