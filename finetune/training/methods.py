@@ -11,6 +11,7 @@ The embedding is not trained. The head is trained only with `TuneParams.head`: m
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,6 +201,7 @@ def _without_bitsandbytes() -> Iterator[None]:
 def _to_nf4(decoder: Decoder) -> None:
     """Quantise the layers' weights to 4-bit NormalFloat, in place. Raises `MissingPackageError` without bitsandbytes,
     `UnavailableError` if it does not support this machine."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for inference that it does not find
     try:
         import bitsandbytes
     except ImportError as error:
