@@ -18,7 +18,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ..finetune.data.dataset import load_dataset
+from ..finetune.params import TuneParams
+from ..runtime.checkpoints.huggingface import checkpoint_digest
 from ..runtime.checkpoints.members.tail import read_tail
+from ..runtime.checkpoints.store import resolve_model
 from ..runtime.client.client import Client
 from ..runtime.errors import MotetError
 from ..runtime.model.bundle import Bundle
@@ -70,15 +73,26 @@ def _tune() -> None:
     rows = []
     for name, data in TAILS.items():
         out = HOME / "tails" / name
-        try:
-            manifest, _ = read_tail(out)
-        except MotetError:
+        if not _is_tuned(out, data):
             _motet("tune", MODEL, "--data", data, "--out", str(out))
-            manifest, _ = read_tail(out)
+        manifest, _ = read_tail(out)
         metrics = manifest["metrics"]
         before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
         rows.append([name, data, f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"])
     console.print(table("validation loss, nats per token", ["member", "data", "before", "after", "change"], rows))
+
+
+def _is_tuned(out: Path, data: str) -> bool:
+    """Whether `out` holds the tail that the demo would train: of this base and data, with these settings."""
+    try:
+        manifest, _ = read_tail(out)
+        return bool(
+            manifest["base"]["digest"] == checkpoint_digest(resolve_model(MODEL))
+            and manifest["data"]["digest"] == load_dataset(data).digest
+            and manifest["hyper_parameters"] == TuneParams().to_dict()
+        )
+    except (MotetError, KeyError):
+        return False
 
 
 def _export() -> None:

@@ -84,10 +84,17 @@ class Bench:
         self.bench = Workbench(resolve_model(model), data, self.cache)
 
     def part(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a part: those of an earlier run with the same budget, model and data, or new ones."""
         path = self.work / f"{name}.json"
-        if not path.is_file():
+        made_from = {
+            "model": self.bench.digest,
+            "data": self.bench.dataset.digest,
+            "budget": dataclasses.asdict(self.budget),
+        }
+        made_from = json.loads(json.dumps(made_from))  # as they are read back
+        if not path.is_file() or json.loads(path.read_bytes()).get("made_from") != made_from:
             started = time.monotonic()
-            result = compute() | {"budget": dataclasses.asdict(self.budget)}
+            result = compute() | {"made_from": made_from}
             self.console.print(f"{name}: {time.monotonic() - started:.0f} s")
             path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
             os.replace(path.with_suffix(".new"), path)

@@ -42,7 +42,7 @@ def served(
     with separate models. `max_length`: most tokens of a prompt.
     """
     shutil.rmtree(work, ignore_errors=True)
-    calibration = heldout_token_ids(bench.tokenizer, 1024, split="train")
+    calibration = heldout_token_ids(bench.tokenizer, 1024, context=bench.config.max_position_embeddings, split="train")
     space, mix = Space(fused["space"]), dict(fused["mix"])
     members = {name: Path(path) if path else None for name, path in fused["members"].items()}
 
@@ -81,7 +81,7 @@ def _examples(bench: Workbench, count: int, max_length: int) -> list[Example]:
 
 def _generate(bundle: Path, ensemble: Ensemble | None, prompts: Sequence[tuple[int, ...]]) -> Tokens:
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
-    with Engine.from_bundle(bundle, EngineConfig(backend="cpu", max_model_len=512)) as engine:
+    with Engine.from_bundle(bundle, EngineConfig(backend="cpu")) as engine:
         mix = ensemble or engine.model.default_ensemble
         found = engine.complete([Request(str(i), (prompt,), mix, params) for i, prompt in enumerate(prompts)])
     return [tuple(choices[0].token_ids) for choices in found]
@@ -94,7 +94,7 @@ def _mixed_outside(
 
     Each member is a whole model with its own trunk, cache and head. It is fed the prompt and the answer (teacher forcing).
     """
-    config = EngineConfig(backend="cpu", max_num_seqs=1, max_model_len=512)
+    config = EngineConfig(backend="cpu", max_num_seqs=1)
     models = [CpuBackend(Bundle.load(path), config) for path in bundles]
     same = 0
     for prompt, answer in zip(prompts, answers):

@@ -53,7 +53,8 @@ def run(
     Raises `ConfigError` for a bundle without such a member, or two bundles of one name."""
     directory = resolve_model(model)
     decoder = Decoder.from_weights(read_config(directory), read_weights(directory)).eval()
-    chunks = heldout_token_ids(Tokenizer.from_dir(directory), num_tokens)
+    context = decoder.config.max_position_embeddings
+    chunks = heldout_token_ids(Tokenizer.from_dir(directory), num_tokens, context=context)
     config = EngineConfig.from_dict(
         {
             "backend": backend,

@@ -21,7 +21,6 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Request
 from ..runtime.api.sampling import SamplingParams
 from ..runtime.engine.engine import Engine
-from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import Bundle
 from ..runtime.text.tokenizer import Tokenizer
 from .lib import probes
@@ -76,15 +75,8 @@ def run(
         "extract": _extract_prompts(tokenizer, documents, source_tokens),
         "chat": [_chat(tokenizer, question) for question in QUESTIONS[:documents]],
     }
-    longest = max(len(prompt) for prompts in sets.values() for prompt in prompts)
-    config = EngineConfig(
-        max_num_seqs=1,
-        max_model_len=min(longest + max_tokens, bundle.config.max_position_embeddings),
-        threads=threads,
-        prefix_cache=False,
-    )
-    if longest + max_tokens > config.max_model_len:
-        raise ConfigError(f"prompts of {longest} tokens and answers of {max_tokens} exceed {config.max_model_len}")
+    needed = max(len(prompt) for prompts in sets.values() for prompt in prompts) + max_tokens
+    config = EngineConfig(max_num_seqs=1, max_model_len=needed, threads=threads, prefix_cache=False)
     before = probes.measure(config.num_threads)
     with Engine.from_bundle(bundle_path, config, verify=False) as engine:
         rows = [

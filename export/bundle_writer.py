@@ -30,7 +30,7 @@ from .base_model import BaseModel
 from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice
 from .members import MemberWeights, fuse_adapters, read_member
-from .parity import REPORT, HeldOut, measure_parity
+from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantise import HEAD_GROUP, layer_group, quantise
 
 Array = npt.NDArray[Any]
@@ -47,6 +47,7 @@ def export_bundle(
     loras: Mapping[str, Path] | None = None,
     merge: bool = False,
     mix: Mapping[str, float] | None = None,
+    mix_chosen_by: Mapping[str, Any] | None = None,
     space: Space = Space.LOGITS,
     bits: int = 8,
     group_size: int | None = None,
@@ -61,20 +62,24 @@ def export_bundle(
     `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`:
     member name → adapter directory. Adapters are stored beside the base's weights; with `merge` they are added to
     them, and the member becomes a tail from the first layer that it changes. Without any member, the base is the only
-    one. `mix`: member → coefficient; default: all equal. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
+    one. `mix`: member → coefficient; default: all equal. `mix_chosen_by`: on which data the mix was fitted, for the
+    manifest. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
     quantised). `group_size`: columns per group of the layers' weights; default: see `layer_group`. `num_tail_layers`:
     layers per tail; default: as many as the tails need. `calibration`: chunks of token ids on which an 8-bit bundle
     is equalised (see `calibrate`); empty: no equalisation. `graphs`: write ONNX graphs, which the onnx backend needs.
     `held_out`: text on which every member is measured before `out` is replaced. The report is a file of the bundle
     (see `read_parity`).
 
-    Raises `ConfigError`, `InvalidEnsembleError`, `BundleError` (a member of another base), `NotFoundError`,
-    `UnavailableError` (the bundle cannot be measured here).
+    Raises `ConfigError` (also for chunks that are longer than the model's context), `InvalidEnsembleError`, `BundleError`
+    (a member of another base), `NotFoundError`, `UnsupportedModelError`, `UnavailableError` (the bundle cannot be
+    measured here).
     """
     if bits not in (4, 8, 32):
         raise ConfigError(f"bits must be 4, 8 or 32, got {bits}")
     check_replaceable(out, MANIFEST, "a bundle")  # fail early: before weights are read
     model = model if isinstance(model, BaseModel) else BaseModel(model)
+    check_chunks(calibration, model.config, "calibration")
+    check_chunks(held_out.chunks if held_out else (), model.config, "held-out")
     given: dict[MemberKind, Mapping[str, Path | None]] = {
         MemberKind.TAIL: tails or {},
         MemberKind.ADAPTER: {**(loras or {})},
@@ -112,7 +117,11 @@ def export_bundle(
             "space": str(space),
             "graphs": files,
             "eos_token_ids": list(eos_token_ids(model.path)),
-            "provenance": {"base": model.path.name, "base_digest": model.digest},
+            "provenance": {
+                "base": model.path.name,
+                "base_digest": model.digest,
+                "mix_chosen_by": None if mix_chosen_by is None else dict(mix_chosen_by),
+            },
             "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
         }
         _write_manifest(work, manifest)

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..runtime.checkpoints.members.adapter import adapted_modules, check_shapes
-from ..runtime.checkpoints.members.files import first_layer
-from ..runtime.checkpoints.members.registry import FORMATS
-from ..runtime.errors import BundleError, InvalidEnsembleError
+from ..runtime.checkpoints.members.adapter import adapted_modules, fit, is_separable
+from ..runtime.checkpoints.members.files import check_base, first_layer
+from ..runtime.checkpoints.members.peft_format import stack
+from ..runtime.checkpoints.members.registry import format_of
+from ..runtime.errors import BundleError, ConfigError, InvalidEnsembleError
 from ..runtime.model.layout import Layout
 from ..runtime.model.members import MemberKind
 from .base_model import BaseModel
@@ -41,21 +42,24 @@ class MemberWeights:
 def read_member(name: str, path: Path | None, kind: MemberKind, base: BaseModel, *, merge: bool) -> MemberWeights:
     """Read the member of `kind` from the directory `path`; None is the base itself. With `merge`, an adapter is added
     to the base's weights, and the member is a tail. Raises `InvalidEnsembleError` (the name), `BundleError` (damaged,
-    or of another base), `NotFoundError`."""
+    or of another base), `ConfigError` (of another kind, or it has to be merged), `NotFoundError`,
+    `UnsupportedModelError`."""
     if not name or not all(c.isalnum() or c in "-_." for c in name):
         raise InvalidEnsembleError(f"a member's name has letters, digits, '-', '_' and '.', got '{name}'")
     num_layers = base.config.num_layers
     if path is None:
         return MemberWeights(name, MemberKind.BASE, num_layers, {}, {"kind": MemberKind.BASE})
-    form = FORMATS[kind]
-    manifest, weights = form.read(path)
-    if manifest["base"]["digest"] != base.digest:
-        raise BundleError(
-            f"the {kind} '{path}' was trained on a base with digest {manifest['base']['digest'][:12]}…, "
-            f"this model has {base.digest[:12]}…; export it with the base that it was trained on"
-        )
+    form = format_of(path, kind)
+    manifest, weights = form.read(path, base.config)
+    check_base(path, manifest, base.digest)
     if kind.own_sequence and not merge:
-        check_shapes(weights, base.weights)
+        weights = fit(base.weights, weights)
+        if not is_separable(weights):
+            others = sorted(n for n in weights if not n.endswith((".lora_a", ".lora_b")) or n.startswith("lm_head."))
+            raise ConfigError(
+                f"the adapter '{path}' changes more than low-rank updates of the layers' projections can: {others[:3]}; "
+                "export it with --merge"
+            )
         return MemberWeights(name, kind, num_layers, {}, manifest, _arrays(weights))
     own = form.merged(base.weights, weights)
     return MemberWeights(name, MemberKind.TAIL, first_layer(own, num_layers), _arrays(own), manifest)
@@ -66,27 +70,15 @@ def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, F32]:
 
 
 def fuse_adapters(layout: Layout, adapters: Mapping[str, F32]) -> dict[str, F32]:
-    """Adapters of fused linear layers from those of their parts: the A are stacked, the B are blocks of a larger B. A
-    part without an adapter has rows of zeros in B. Raises `BundleError` if an adapter is for a module that is not
-    such a part."""
+    """Adapters of fused linear layers from those of their parts (see `stack`). Raises `BundleError` if an adapter is for
+    a module that is not such a part."""
     left = set(adapted_modules(adapters))
     fused: dict[str, F32] = {}
     for linear in layout.linears:
-        present = [part.name for part in linear.parts if part.name in left]
-        if not present:
-            continue
-        left -= set(present)
-        ranks = {name: len(adapters[f"{name}.lora_a"]) for name in present}
-        b = np.zeros((linear.rows, sum(ranks.values())), np.float32)
-        row = column = 0
-        for part in linear.parts:
-            if part.name in ranks:
-                rank = ranks[part.name]
-                b[row : row + part.rows, column : column + rank] = adapters[f"{part.name}.lora_b"]
-                column += rank
-            row += part.rows
-        fused[f"{linear.name}.lora_a"] = np.concatenate([adapters[f"{name}.lora_a"] for name in present])
-        fused[f"{linear.name}.lora_b"] = b
+        present = {part.name for part in linear.parts} & left
+        if present:
+            left -= present
+            fused[f"{linear.name}.lora_a"], fused[f"{linear.name}.lora_b"] = stack(linear.parts, adapters)
     if left:
         raise BundleError(f"an adapter may change {layout.targets} of a layer, this one changes {sorted(left)[:4]}")
     return fused

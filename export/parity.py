@@ -20,6 +20,7 @@ from ..runtime.checkpoints.decoder import Decoder
 from ..runtime.checkpoints.members.adapter import attach
 from ..runtime.errors import BundleError, ConfigError, NotFoundError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
+from ..runtime.model.config import DecoderConfig
 from .members import MemberWeights
 
 F32 = npt.NDArray[np.float32]
@@ -79,13 +80,25 @@ def read_parity(bundle: Path) -> Parity:
         raise BundleError(f"'{path}' is damaged ({error!r}); export the bundle again") from error
 
 
+def check_chunks(chunks: Sequence[Sequence[int]], config: DecoderConfig, what: str) -> None:
+    """Raises `ConfigError` unless the model can read every chunk: 2 token ids to a whole context of them."""
+    for index, chunk in enumerate(chunks):
+        if not 2 <= len(chunk) <= config.max_position_embeddings:
+            raise ConfigError(
+                f"a chunk of {what} text has 2 to {config.max_position_embeddings} token ids, the model's context; chunk "
+                f"{index} has {len(chunk)}"
+            )
+        if not 0 <= min(chunk) <= max(chunk) < config.vocab_size:
+            raise ConfigError(
+                f"token ids are in 0…{config.vocab_size - 1}, chunk {index} of the {what} text has {min(chunk)}…{max(chunk)}"
+            )
+
+
 def measure_parity(
     bundle: Bundle, base: Mapping[str, torch.Tensor], members: Sequence[MemberWeights], text: HeldOut
 ) -> Parity:
     """Score `text` under each member of `bundle` on the backend of `text.config`, and under the member in fp32: the
     weights `base` with the member's own. Raises `UnavailableError` if the backend cannot serve the bundle here."""
-    room = bundle.config.max_position_embeddings
-    text = dataclasses.replace(text, chunks=[chunk[:room] for chunk in text.chunks])
     longest = max(len(chunk) for chunk in text.chunks)
     try:
         backend = open_backend(bundle, dataclasses.replace(text.config, max_num_seqs=1, max_model_len=longest))

@@ -14,8 +14,9 @@ from ..runtime.model.members import MemberKind
 METHODS = tuple(method for kind in MemberKind for method in kind.methods)
 
 _COUNTS = (
-    "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "max_length", "evaluations",
+    "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "evaluations",
 )  # fmt: skip
+MAX_LENGTH_HELP = "Tokens per example, at most; default: 320, or the model's context if that is shorter."
 _SHARES = ("warmup", "label_smoothing", "dropout")
 _NOT_NEGATIVE = ("weight_decay", "l1", "clip", "patience")
 _CHOICES = ("schedule", "augmentation", "precision", "loss")
@@ -60,7 +61,7 @@ class TuneParams:
     batch_tokens: int = described(1024, "Tokens per batch, padding included.")
     accumulate: int = described(1, "Batches per optimiser step.")
     clip: float = described(1.0, "Largest norm of the gradient; 0: no limit.")
-    max_length: int = described(320, "Tokens per example, at most.")
+    max_length: int | None = described(None, MAX_LENGTH_HELP)
     loss: Literal["answer", "all"] = described(
         "answer", "Turns that the loss is taken on: the last, or all the assistant's."
     )
@@ -86,7 +87,7 @@ class TuneParams:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("layers", "batch_examples"):
+        for name in ("layers", "max_length", "batch_examples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _SHARES:
@@ -141,6 +142,14 @@ class TuneParams:
         if count > of:
             raise ConfigError(f"layers must be at most {of}, the model's, got {count}")
         return count
+
+    def fitted(self, context: int) -> TuneParams:
+        """These, with a `max_length` that is set: by default 320, or `context`, the model's positions, if these are
+        fewer. Raises `ConfigError` if it is set to more than that."""
+        length = min(320, context) if self.max_length is None else self.max_length
+        if length > context:
+            raise ConfigError(f"max_length must be at most {context}, the model's context, got {length}")
+        return dataclasses.replace(self, max_length=length)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "targets": list(self.targets)}

@@ -204,10 +204,12 @@ def load_ctranslate2(job: dict[str, Any]) -> tuple[str, Generate]:
     import ctranslate2
     import transformers
 
-    out = Path(job["paths"]["scratch"]) / "ctranslate2-int8"
-    if not (out / "model.bin").is_file():
+    out = Path(job["paths"]["ctranslate2"])
+    if not out.is_dir():
         converter = ctranslate2.converters.TransformersConverter(job["paths"]["model"], low_cpu_mem_usage=False)
-        converter.convert(str(out), quantization="int8", force=True)
+        work = out.with_suffix(f".{os.getpid()}")
+        converter.convert(str(work), quantization="int8", force=True)
+        work.replace(out)
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="int8", intra_threads=job["threads"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["paths"]["model"])
 

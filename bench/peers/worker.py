@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...runtime.checkpoints.huggingface import checkpoint_digest
 from ...runtime.checkpoints.store import SMOLLM2, fetch_gguf, models_dir, resolve_model
 from ...runtime.errors import MotetError
 from . import peer_worker
@@ -27,7 +28,9 @@ def peer_paths(model: str) -> dict[str, str]:
     """Paths: the directories `model` and `scratch`, and `gguf`, the file that the model was pulled from, if any."""
     scratch = models_dir().parent / "peers"
     scratch.mkdir(parents=True, exist_ok=True)
-    paths = {"model": str(resolve_model(model)), "scratch": str(scratch)}
+    directory = resolve_model(model)
+    converted = scratch / f"ctranslate2-int8-{checkpoint_digest(directory)[:16]}"
+    paths = {"model": str(directory), "scratch": str(scratch), "ctranslate2": str(converted)}
     if model == SMOLLM2:
         paths["gguf"] = str(fetch_gguf(scratch / "gguf"))
     return paths

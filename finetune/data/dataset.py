@@ -108,14 +108,14 @@ def _treat_leaks(spec: str, splits: dict[Split, list[Example]], choice: NearDupl
     return found
 
 
-def heldout_token_ids(
-    tokenizer: Tokenizer, num_tokens: int, *, split: Split = "test", chunk: int = 512
-) -> list[list[int]]:
-    """Text from a split of the built-in sets, as chunks of `chunk` token ids that make at least `num_tokens` predictions.
+def heldout_token_ids(tokenizer: Tokenizer, num_tokens: int, *, context: int, split: Split = "test") -> list[list[int]]:
+    """Text from a split of the built-in sets, as chunks that make at least `num_tokens` predictions: of 512 token ids, or
+    of as many as the model's `context` has positions, if these are fewer.
 
     It is conversations with their answers, as the model sees them. Use the test split to measure quality, the train split
     to calibrate.
     """
+    chunk = min(512, context)
     parts = [_built_in(name).splits[split] for name in BUILT_IN]
     token_ids: list[int] = []
     for code, docs in zip(*parts, strict=False):

@@ -99,6 +99,7 @@ def _encode(
     end: Sequence[int],
     report: PartReport,
 ) -> list[Encoded]:
+    assert params.max_length is not None, "set by `TuneParams.fitted`"
     encoded: list[Encoded] = []
     how = params.augmentation if part == "train" else "none"
     for index, example in enumerate(dataset.splits[part]):

@@ -18,22 +18,24 @@ import torch
 from torch import Tensor
 
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import attach
-from ...runtime.checkpoints.members.files import first_layer
+from ...runtime.checkpoints.members.adapter import attach, fit, is_separable
+from ...runtime.checkpoints.members.files import check_base, first_layer
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.members import MemberKind
 from ..data.batches import Item, make_batch, plan
+from ..data.encode import encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
 from ..training.progress import Progress
-from ..training.provenance import environment
+from ..training.provenance import choice_line, chosen_by, environment
 from ..training.train import RunData, Workbench, note_duplicates
+from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
 
 BASE = "base"
-FUSION, REPORT = "fusion.json", "README.md"
+REPORT = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Answers:
     targets: Tensor  # [T] token ids
     examples: npt.NDArray[np.int64]  # [T] index of the example
     documents: npt.NDArray[np.int64]  # [T] index of the example's document
+    digest: str  # of the examples, as the model sees them
 
 
 def fuse(
@@ -82,7 +85,6 @@ def fuse(
 
     progress.note("selecting")
     pool = Pool(params.space, validation.states, head, validation.targets)
-    validation_examples = len(np.unique(validation.examples))
     everything = np.ones(len(validation.targets), np.bool_)
     mix = select_and_fit(pool, everything, max_members=params.max_members)
     progress.note("cross-validating")
@@ -93,10 +95,11 @@ def fuse(
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
+        "weights": {name: weights_digest(path) for name, path in members.items()},
+        "chosen_by": chosen_by(bench.dataset, len(set(validation.examples.tolist())), validation.digest),
         "report": report,
         "base": {"name": bench.model_dir.name, "digest": bench.digest},
         "data": {"name": bench.dataset.name, "digest": bench.dataset.digest},
-        "selection": {"chosen": "members and mix", "by": "validation loss", "examples": validation_examples},
         "params": {**asdict(params), "space": str(params.space)},
         "environment": environment(),
     }
@@ -135,16 +138,15 @@ def _answers(
 def _first_layer(bench: Workbench, path: Path | None) -> int:
     if path is None:
         return bench.config.num_layers
-    manifest, weights = format_at(path).read(path)
-    if manifest["base"]["digest"] != bench.digest:
-        raise BundleError(f"the member '{path}' was trained on another base than '{bench.model_dir.name}'")
+    manifest, weights = format_at(path).read(path, bench.config)
+    check_base(path, manifest, bench.digest)
     trained_on = manifest.get("data", {})
     if trained_on.get("name") == bench.dataset.name and trained_on.get("digest") != bench.dataset.digest:
         raise BundleError(
             f"the member '{path}' was trained on another version or split of '{bench.dataset.name}', so its training examples "
             "may be among the test examples; use the same file and the same near_duplicates, or tune it again"
         )
-    if "lm_head.weight" in weights:
+    if any(name.startswith("lm_head.") for name in weights):
         raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
     return first_layer(weights, bench.config.num_layers)
 
@@ -154,10 +156,12 @@ def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
     if path is None:
         return Decoder.from_weights(bench.config, bench.base).eval()
     form = format_at(path)
-    own = form.read(path)[1]
+    own = form.read(path, bench.config)[1]
     if form.kind is MemberKind.ADAPTER:
-        return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
-    return Decoder.from_weights(bench.config, {**bench.base, **own}).eval()
+        own = fit(bench.base, own)
+        if is_separable(own):
+            return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
+    return Decoder.from_weights(bench.config, {**bench.base, **form.merged(bench.base, own)}).eval()
 
 
 @torch.no_grad()
@@ -189,6 +193,7 @@ def _pack(states: Sequence[Tensor], items: Sequence[Item]) -> Answers:
         torch.tensor(targets),
         np.repeat(np.arange(len(items)), counts),
         np.repeat([sources[item.encoded.source] for item in items], counts),
+        encoded_digest([item.encoded for item in items]),
     )
 
 
@@ -241,6 +246,8 @@ def fusion_card(result: Mapping[str, Any]) -> str:
             f"# A fused ensemble of {result['base']['name']} on {result['data']['name']}",
             "",
             f"Mix ({result['space']} space): {mix}.",
+            "",
+            choice_line("Members and mix were chosen", result["chosen_by"]),
             "",
             "Negative log-likelihood of the answers, nats per token:",
             "",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ...runtime.api.request import Space
 from ...runtime.errors import ConfigError
 from ...runtime.model.members import MemberKind
-from ..params import TuneParams, described
+from ..params import MAX_LENGTH_HELP, TuneParams, described
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class FuseParams:
     max_members: int = described(4, "Members of the ensemble, at most.")
     validation_examples: int = described(64, "Examples that members and mix are fitted on, at most.")
     test_examples: int = described(128, "Examples for the final figure, at most; they decide nothing.")
-    max_length: int = described(320, "Tokens per example, at most.")
+    max_length: int | None = described(None, MAX_LENGTH_HELP)
     folds: int = 4  # of the nested cross-validation
     with_base: bool = True  # the untuned base is a candidate too
 

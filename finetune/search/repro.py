@@ -38,7 +38,7 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
     Raises `NotFoundError`, `BundleError` (another base, other data), `ConfigError` (a private run, whose noise is not kept).
     """
     found = format_at(directory)
-    manifest, _ = found.read(directory)
+    manifest = found.read_manifest(directory)
     if "hyper_parameters" not in manifest or "environment" not in manifest:
         raise NotFoundError(f"'{directory}' has no record of its run; only what `motet tune` made can be repeated")
     params = TuneParams.from_dict(manifest["hyper_parameters"])
@@ -57,7 +57,7 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
             raise BundleError(f"the {what} has the digest {new[:12]}…, the run's had {old[:12]}…; use the same {what}")
     with tempfile.TemporaryDirectory(prefix="motet-repro-") as work:
         repeated = run(bench, Path(work) / "run", params, name=manifest["name"], loaded=loaded)
-        weights = found.read(Path(work) / "run")[0]["sha256"]
+        weights = found.read_manifest(Path(work) / "run")["sha256"]
     rows = tuple((name, float(manifest["metrics"][name]), float(repeated["metrics"][name])) for name in _COMPARED)
     return Comparison(rows, _changes(manifest["environment"]), weights == manifest["sha256"])
 

@@ -69,6 +69,7 @@ def search(
 
     Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), and what `tune` raises.
     """
+    params.base.fitted(bench.config.max_position_embeddings)  # fail early: before anything is written
     _open(bench, out, params)
     space = distributions(params.space, params.base.method, bench.config.num_layers)
     if params.base.epsilon is not None:  # DP-SGD cannot be used with these
@@ -192,7 +193,7 @@ def _one(
         settings, len(loaded.parts["train"])
     )  # a trial that is stopped early counts as a whole one
     try:
-        manifest = _finished(path, settings)
+        manifest = _finished(path, settings.fitted(bench.config.max_position_embeddings))
         if manifest is None:
             watch = Watch(validated=validated)
             manifest = run(bench, path, settings, name=name, progress=progress, watch=watch, loaded=loaded)
@@ -211,7 +212,7 @@ def _finished(path: Path, settings: TuneParams) -> dict[str, Any] | None:
     """The manifest of a trial that ended just before the search was killed. To run it again would spend ε again."""
     if not path.is_dir():
         return None
-    manifest = dict(format_at(path).read(path)[0])
+    manifest = dict(format_at(path).read_manifest(path))
     return manifest if manifest["hyper_parameters"] == settings.to_dict() else None
 
 

@@ -141,8 +141,8 @@ class Learner(nn.Module):
         """Write the result as a tail or an adapter, with `files` (name → text) beside it. Raises `ConfigError` if
         `out` exists and is something else."""
         if self.adapts:
-            extra = {"rank": self.params.rank, "alpha": self.params.alpha, "targets": list(self.params.targets)}
-            write_adapter(out, {**manifest, **extra}, _adapter_tensors(self.decoder), files)
+            scale = self.params.alpha / self.params.rank
+            write_adapter(out, self.config, _pairs(self.decoder), manifest, scale=scale, files=files)
         else:
             write_tail(out, {**manifest, "split_layer": self.split}, self.state(), files)
 
@@ -161,15 +161,16 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
     return decoder
 
 
+def check_targets(config: DecoderConfig, params: TuneParams) -> None:
+    """Raises `ConfigError` if an adapter's targets are no projections of the model."""
+    known = decoder_layout(config).targets
+    if params.kind is MemberKind.ADAPTER and not (params.targets and set(params.targets) <= set(known)):
+        raise ConfigError(f"targets must be some of {list(known)}, got {list(params.targets)}")
+
+
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
-        from peft import LoraConfig, inject_adapter_in_model
+    check_targets(config, params)
     layout = decoder_layout(config)
-    unknown = sorted(set(params.targets) - set(layout.targets))
-    if unknown or not params.targets:
-        raise ConfigError(f"targets must be some of {list(layout.targets)}, got {list(params.targets)}")
     decoder = Decoder.from_weights(config, base)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
@@ -177,10 +178,11 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
         _to_nf4(decoder)
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
-    lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+    # PEFT loads bitsandbytes wherever it is installed, and that complains of kernels that are not used.
+    with _without_bitsandbytes():
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
         inject_adapter_in_model(lora, decoder)
     return decoder
 
@@ -231,12 +233,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """PEFT's tensors under canonical names, with alpha / rank folded into B."""
+def _pairs(decoder: Decoder) -> dict[str, Tensor]:
+    """PEFT's trained tensors under canonical names."""
     tensors = {}
     for name, module in decoder.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-            scaling: float = module.scaling["default"]
+        if hasattr(module, "lora_A"):
             tensors[f"{name}.lora_a"] = module.lora_A["default"].weight.detach().float().cpu()
-            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu() * scaling
+            tensors[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().float().cpu()
     return tensors

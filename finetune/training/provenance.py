@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ... import __version__, finetune, runtime
+from ..data.dataset import Dataset
 
 CARD = "README.md"
 _PACKAGES = ("torch", "pytorch-lightning", "peft", "optuna", "opacus", "tokenizers", "numpy", "bitsandbytes")
@@ -48,6 +49,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def chosen_by(dataset: Dataset, examples: int, digest: str) -> dict[str, Any]:
+    """What chose a checkpoint, or members and their mix: validation examples of a data set, for a manifest. `digest`:
+    of the examples as the model sees them. A privacy budget covers training examples alone, so none covers these."""
+    return {
+        "data": dataset.name,
+        "data_digest": dataset.digest,
+        "split": "validation",
+        "examples": examples,
+        "examples_digest": digest,
+        "private": False,
+    }
+
+
+def choice_line(what: str, choice: Mapping[str, Any]) -> str:
+    """The same as a sentence that begins with `what`."""
+    return (
+        f"{what} on {choice['examples']} validation examples of `{choice['data']}` (data {choice['data_digest'][:16]}…, "
+        f"examples {choice['examples_digest'][:16]}…). No privacy budget covers them."
+    )
+
+
 def model_card(manifest: Mapping[str, Any]) -> str:
     """The model card in Markdown: losses, data, regularisation, privacy, settings and versions."""
     metrics, settings, data = manifest["metrics"], manifest["hyper_parameters"], manifest["data"]
@@ -59,9 +81,10 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         *_table(("nats per token", "before", "after"), _losses(metrics)),
         "",
         *_gap(metrics),
-        f"The checkpoint was chosen on the {manifest['selection']['examples']} validation examples, so its validation loss "
-        f"is a little too good: best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of "
-        f"{metrics['steps']}" + (", stopped early." if metrics["stopped_early"] else "."),
+        f"Best of {len(metrics['validation_curve'])} validations, after batch {metrics['best_step']} of {metrics['steps']}"
+        + (", stopped early." if metrics["stopped_early"] else "."),
+        "",
+        choice_line("The checkpoint was chosen", manifest["chosen_by"]),
         "",
         "## Data",
         "",

@@ -21,13 +21,13 @@ from ...runtime.errors import DataError
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
-from ..data.encode import DataReport, Encoded, encode_parts
+from ..data.encode import DataReport, Encoded, encode_parts, encoded_digest
 from ..data.example import Split
 from ..params import NearDuplicates, TuneParams
 from .loop import KEY, Outcome, TuneModule, Watch, cut, fit, open_work
-from .methods import Learner, make_trunk
+from .methods import Learner, check_targets, make_trunk
 from .progress import Progress
-from .provenance import CARD, environment, model_card
+from .provenance import CARD, chosen_by, environment, model_card
 from .trunk_cache import TrunkCache
 
 __all__ = ["TuneParams", "Workbench", "tune"]
@@ -69,6 +69,7 @@ class Workbench:
 
     def encode(self, params: TuneParams, counts: dict[Split, int]) -> tuple[dict[Split, list[Encoded]], DataReport]:
         """The first examples of each split that fit, encoded, and the report on them. Raises `DataError`."""
+        params = params.fitted(self.config.max_position_embeddings)
         return encode_parts(self.tokenizer, self.dataset, counts, params, eos_token_ids(self.model_dir)[:1])
 
     def load(
@@ -121,8 +122,10 @@ def tune(
     token. Raises `ConfigError`, `DataError`, `NotFoundError`, `BundleError`, `NumericalError` (a loss or gradient is not
     finite), `UnavailableError` (a full disk), `MissingPackageError`.
     """
-    params = params or TuneParams()
-    params.num_layers(read_config(model_dir).num_layers)  # fail early: check before loading weights
+    params, config = params or TuneParams(), read_config(model_dir)
+    params.num_layers(config.num_layers)  # fail early: check before loading weights
+    params.fitted(config.max_position_embeddings)
+    check_targets(config, params)
     bench = Workbench(model_dir, data, (cache or TrunkCache()) if use_cache else None, near_duplicates)
     with Progress(show_progress) as progress:
         note_duplicates(bench, progress)
@@ -151,6 +154,7 @@ def run(
 ) -> dict[str, Any]:
     """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it."""
     progress = progress or Progress(False)
+    params = params.fitted(bench.config.max_position_embeddings)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
     loaded = loaded or bench.load(params, counts, progress.advance)
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
@@ -183,8 +187,8 @@ def run(
         "data": {**loaded.report.to_dict(), "spec": bench.data, "trained_on": len(train)},
         "hyper_parameters": params.to_dict(),
         "metrics": metrics,
-        "selection": {"chosen": "checkpoint", "by": "validation loss", "examples": len(validation)},
         "cached": bench.cache is not None,
+        "chosen_by": chosen_by(bench.dataset, len(validation), encoded_digest([item.encoded for item in validation])),
         "environment": environment(),
         "privacy": privacy,
     }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 
 MAX_SPECULATIVE_TOKENS = 64
+DEFAULT_MODEL_LEN = 2048
 _COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting")
 _CHOICES = {
     "backend": ("auto", "cpu", "onnx", "torch"),
@@ -36,7 +37,7 @@ class EngineConfig:
     kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = "auto"
     onnx_provider: Literal["cpu", "cuda"] = "cpu"  # where the onnx backend runs its graphs; cuda needs onnxruntime-gpu
     max_num_seqs: int = 16  # sequences that hold KV at once; a choice needs one per view and adapter
-    max_model_len: int = 2048  # positions per sequence, prompt and answer together
+    max_model_len: int | None = None  # positions per sequence, prompt and answer; None: 2048, or the model's if fewer
     max_num_batched_tokens: int = 512  # rows per step: decode rows first, then prefill chunks
     prefill_chunk: int = 256  # rows per prefill chunk; the cuts are fixed, so a result does not depend on the batch
     max_waiting: int = 256  # choices that may queue before OverloadedError
@@ -48,6 +49,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
+            if name == "max_model_len" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
@@ -70,6 +73,18 @@ class EngineConfig:
             )
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
+
+    def positions(self, context: int) -> int:
+        """Positions per sequence for a model whose context has `context` positions. Raises `ConfigError` if
+        `max_model_len` is more than that."""
+        if self.max_model_len is None:
+            return min(DEFAULT_MODEL_LEN, context)
+        if self.max_model_len > context:
+            raise ConfigError(
+                f"max_model_len must be at most {context}, the model's context, got {self.max_model_len}; lower it, or "
+                "leave it out"
+            )
+        return self.max_model_len
 
     @property
     def num_threads(self) -> int:

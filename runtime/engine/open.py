@@ -33,6 +33,7 @@ def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
         default_ensemble=bundle.default_ensemble,
         eos_token_ids=bundle.eos_token_ids,
         vocab_size=bundle.config.vocab_size,
-        max_model_len=min(config.max_model_len, bundle.config.max_position_embeddings),
+        max_model_len=config.positions(bundle.config.max_position_embeddings),
         adapters=frozenset(bundle.members[member] for member in bundle.adapters),
+        digest=bundle.digest,
     )

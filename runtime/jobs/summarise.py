@@ -234,11 +234,11 @@ def _mix(ensemble: Ensemble) -> dict[str, float]:
 
 
 def _key(job: _Job, record: _Record) -> str:
-    """The key by which a rerun recognises a finished record: a digest of its id and text, the model, ensemble and
+    """The key by which a rerun recognises a finished record: a digest of its id and text, the bundle, ensemble and
     settings."""
     settings = asdict(job.params) | {"concurrency": None, "chunk_tokens": job.chunk_tokens}
     del settings["speculative_tokens"]  # summaries do not depend on it
-    parts = (record.id, record.text, job.engine.model.name, repr(job.ensemble), json.dumps(settings, sort_keys=True))
+    parts = (record.id, record.text, job.engine.model.digest, repr(job.ensemble), json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class Bundle:
     def adapters(self) -> tuple[int, ...]:
         """Indices of the members that are low-rank updates of the base."""
         return tuple(index for index, kind in enumerate(self.kinds) if kind.own_sequence)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers."""
+        content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def has_tails(self) -> bool:

@@ -16,10 +16,10 @@ from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
 from .openmp import wait_passively
-from .options import MixOption, SpaceOption, Threads, coefficients, read_ensemble
+from .options import MixOption, SpaceOption, Threads, by_name, coefficients, read_ensemble
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
-from .runtime.errors import ConfigError, MotetError, NotFoundError
+from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
 from .runtime.model.members import MemberKind
 from .tables import table
 
@@ -63,13 +63,15 @@ def main() -> None:
 @app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face directory, a GGUF file, or a hub id.")],
-    name: Annotated[str | None, typer.Option(help="Name in the local store; default: from the source.")] = None,
-    force: Annotated[bool, typer.Option(help="Fetch again even if it is intact.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name in the local store; default: the directory's, the file's, or the hub id.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Fetch again, even if the copy is intact or another model's.")] = False,
 ) -> None:
     """Bring a model into the local store."""
     from .runtime.checkpoints import store
 
-    print(store.pull(source, name=name, force=force))
+    print(store.pull(source, name=name, force=force, on_status=lambda text: print(text, file=sys.stderr)))
 
 
 @app.command()
@@ -83,9 +85,13 @@ def export(
     lora: Annotated[
         list[str] | None, typer.Option(f"--{MemberKind.ADAPTER.flag}", help="name=DIR of an adapter.")
     ] = None,
+    fusion: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a fusion: the members, mix and space that `motet fuse` has chosen."),
+    ] = None,
     merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping them apart.")] = False,
     mix: MixOption = None,
-    space: Annotated[Space, typer.Option(help="Where members are mixed.")] = Space.LOGITS,
+    space: Annotated[Space | None, typer.Option(help="Where members are mixed; default: logits.")] = None,
     bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
     group: Annotated[
         int | None,
@@ -109,27 +115,29 @@ def export(
     from .runtime.text.tokenizer import Tokenizer
 
     base = BaseModel(resolve_model(model))
-    tails: dict[str, Path | None] = dict(_tail(text) for text in tail or [])
-    loras = dict(_adapter(text) for text in lora or [])
-    tokenizer = Tokenizer.from_dir(base.path)
+    if fusion is None:
+        chosen = _members(tail or [], lora or [], mix, space or Space.LOGITS)
+    elif tail or lora or mix is not None or space is not None:
+        raise ConfigError("--fusion has its own members, mix and space; leave out --tail, --lora, --mix and --space")
+    else:
+        chosen = _fused_members(fusion, base.digest)
+    num_members = len(chosen["tails"]) + len(chosen["loras"])
+    tokenizer, context = Tokenizer.from_dir(base.path), base.config.max_position_embeddings
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         held_out = None
         if parity:
-            chunks = heldout_token_ids(tokenizer, 4096)
-            task = progress.add_task("parity", total=len(chunks) * max(1, len(tails) + len(loras)))
+            chunks = heldout_token_ids(tokenizer, 4096, context=context)
+            task = progress.add_task("parity", total=len(chunks) * max(1, num_members))
             held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
         export_bundle(
             base,
             out,
-            tails=tails,
-            loras=loras,
+            **chosen,
             merge=merge,
-            mix=None if mix is None else coefficients(mix),
-            space=space,
             bits=bits,
             group_size=group,
             num_tail_layers=layers,
-            calibration=heldout_token_ids(tokenizer, 1024, split="train") if bits == 8 else (),
+            calibration=heldout_token_ids(tokenizer, 1024, context=context, split="train") if bits == 8 else (),
             graphs=graphs,
             held_out=held_out,
         )
@@ -151,6 +159,34 @@ def _parity_table(bundle: Path) -> Table:
         f"served by the {report.backend} backend, KV cache {report.kv_dtype}"
     )
     return table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
+
+
+def _members(tail: list[str], lora: list[str], mix: str | None, space: Space) -> dict[str, Any]:
+    """Members, mix and space, as `export_bundle` takes them, from what the user wrote."""
+    return {
+        "tails": by_name(map(_tail, tail)),
+        "loras": by_name(map(_adapter, lora)),
+        "mix": None if mix is None else coefficients(mix),
+        "space": space,
+    }
+
+
+def _fused_members(directory: Path, base_digest: str) -> dict[str, Any]:
+    """The same from the directory of a fusion."""
+    from .finetune.search.fusion import read_fusion
+    from .runtime.checkpoints.members.registry import format_at
+
+    fusion = read_fusion(directory)
+    if fusion.base_digest != base_digest:
+        raise BundleError(f"the fusion at '{directory}' is of members of another base; export it with that one")
+    kinds = {name: MemberKind.BASE if path is None else format_at(path).kind for name, path in fusion.members.items()}
+    return {
+        "tails": {n: path for n, path in fusion.members.items() if not kinds[n].own_sequence},
+        "loras": {n: path for n, path in fusion.members.items() if kinds[n].own_sequence},
+        "mix": fusion.mix,
+        "mix_chosen_by": fusion.chosen_by,
+        "space": fusion.space,
+    }
 
 
 def _tail(text: str) -> tuple[str, Path | None]:
@@ -175,7 +211,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 50051,
     threads: Threads = 0,
     max_num_seqs: int = 16,
-    max_model_len: int = 2048,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Positions per sequence; default: 2048, or the model's context if that is shorter."),
+    ] = None,
     max_num_batched_tokens: int = 512,
     backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="What the KV cache holds: auto, int8, bf16 or fp8.")] = "auto",

@@ -10,10 +10,10 @@ import typer
 
 from .finetune.params import NearDuplicates, TuneParams
 from .finetune.search.params import FuseParams, SearchParams, SearchSpace
+from .options import by_name
 from .parameter_options import with_parameters, words
 from .runtime.api.request import Space
 from .runtime.errors import ConfigError, NotFoundError
-from .runtime.model.members import MemberKind
 
 Model = Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")]
 NearDuplicatesOption = Annotated[
@@ -135,25 +135,13 @@ def fuse(
     from .finetune.training.train import Workbench
     from .runtime.checkpoints.store import resolve_model
 
-    members = {name: path for item in member or [] for name, path in [_pair(item)]}
-    for directory in search or []:
-        members |= _trials(directory)
+    trials = (trial for directory in search or [] for trial in _trials(directory).items())
+    members = by_name([*map(_pair, member or []), *trials])
     bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb), near_duplicates)
     with Progress() as progress:
         result = run(bench, members, out, params, progress=progress)
     print(fusion_card(result))
-    given = " ".join(_export_option(name, path) for name, path in result["members"].items())
-    mix = ",".join(f"{name}={value:.6f}" for name, value in result["mix"].items())
-    print(f"motet export {model} BUNDLE {given} --mix {mix} --space {params.space}")
-
-
-def _export_option(name: str, path: str) -> str:
-    """The option of `motet export` for a member; without a path it is the base."""
-    from .runtime.checkpoints.members.registry import format_at
-
-    if not path:
-        return f"--{MemberKind.BASE.flag} {name}"
-    return f"--{format_at(Path(path)).kind.flag} {name}={path}"
+    print(f"motet export {model} BUNDLE --fusion {out}")
 
 
 def repro(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +15,7 @@ from .runtime.api.sampling import DEFAULTS, HELP, RULES, SamplingParams
 from .runtime.errors import InvalidEnsembleError, InvalidRequestError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
 Address = Annotated[str, typer.Option(help="A server's host:port.")]
@@ -35,6 +36,16 @@ def coefficients(text: str) -> dict[str, float]:
         except ValueError:
             raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
     return pairs
+
+
+def by_name(members: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """Member → what belongs to it. Raises `InvalidEnsembleError` for a name that is given twice."""
+    found: dict[str, Value] = {}
+    for name, value in members:
+        if name in found:
+            raise InvalidEnsembleError(f"two members are called '{name}'; give each a name of its own")
+        found[name] = value
+    return found
 
 
 def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:

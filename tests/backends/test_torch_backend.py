@@ -103,7 +103,7 @@ def test_low_rank_members_are_merged_models(torch_bundles, tiny_model_dir, bits)
     path, base = torch_bundles / f"adapters-{bits}", stored_weights(tiny_model_dir("llama"), bits)
     backend = TorchBackend(Bundle.load(path), config(), options())
     for index, member in ((1, "d"), (2, "e")):
-        update = merge(base, read_adapter(torch_bundles / member)[1])
+        update = merge(base, read_adapter(torch_bundles / member, backend._decoder)[1])
         decoder = Decoder.from_weights(backend._decoder, {**base, **update}).double()
         with torch.no_grad():
             expected = decoder(torch.tensor([PROMPTS[2]]))[0]

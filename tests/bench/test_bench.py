@@ -219,7 +219,7 @@ def test_quality_report(bundle, tmp_path, tiny_model_dir):
     result = quality.run([bundle], model, tmp_path, num_tokens=100, threads=2)
     (row,) = result["rows"]
     decoder, losses = Decoder.from_dir(tiny_model_dir("llama")), []
-    for chunk in heldout_token_ids(Tokenizer.from_dir(bundle), 100):
+    for chunk in heldout_token_ids(Tokenizer.from_dir(bundle), 100, context=512):
         with torch.no_grad():
             logprobs = decoder(torch.tensor([chunk[:-1]]))[0].log_softmax(-1)
         losses.append(-logprobs.gather(1, torch.tensor(chunk[1:])[:, None]))

@@ -95,7 +95,7 @@ def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
         re.split(r"\W* {2,}\W*|\s*[│┃]\s*", line.strip("│┃ ")) for line in lines if line.strip("│┃ ").startswith("base")
     ]
     _, num_tokens, nll, _, kl, top1 = row
-    chunks, losses = heldout_token_ids(Tokenizer.from_dir(model_dir), 4096), []
+    chunks, losses = heldout_token_ids(Tokenizer.from_dir(model_dir), 4096, context=512), []
     decoder = Decoder.from_dir(model_dir)
     with torch.no_grad():
         for chunk in chunks:

@@ -30,8 +30,10 @@ CHUNKS = [np.random.default_rng(seed).integers(0, 256, 40).tolist() for seed in 
 def members(tiny_model_dir, tmp_path_factory):
     """(base, tails, loras): a base, a tail and an adapter."""
     model_dir, root = tiny_model_dir("llama"), tmp_path_factory.mktemp("members")
-    adapter = random_adapter(Decoder.from_dir(model_dir), ("q_proj", "v_proj", "down_proj"), 4, seed=3, scale=0.3)
-    write_adapter(root / "x", {"base": {"name": "tiny", "digest": checkpoint_digest(model_dir)}}, adapter)
+    decoder = Decoder.from_dir(model_dir)
+    adapter = random_adapter(decoder, ("q_proj", "v_proj", "down_proj"), 4, seed=3, scale=0.3)
+    base = {"name": "tiny", "digest": checkpoint_digest(model_dir)}
+    write_adapter(root / "x", decoder.config, adapter, {"base": base})
     return model_dir, {"t": make_tail(model_dir, root / "t", "t", 1, 0.5), "base": None}, {"x": root / "x"}
 
 

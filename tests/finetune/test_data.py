@@ -283,7 +283,9 @@ def test_answers_longer_than_the_context(tmp_path, tokenizer):
 def test_the_report_counts(tmp_path, tokenizer):
     rows = [{**record, "completion": "long " * (60 if i % 4 == 0 else 1)} for i, record in enumerate(records())]
     dataset = load_dataset(write(tmp_path / "a.jsonl", rows))
-    parts, report = encode_parts(tokenizer, dataset, {"train": 100, "validation": 100}, TuneParams(), (258,))
+    parts, report = encode_parts(
+        tokenizer, dataset, {"train": 100, "validation": 100}, TuneParams(max_length=320), (258,)
+    )
     for part, items in parts.items():
         found = report.parts[part]
         assert found.examples == len(items)

@@ -294,6 +294,6 @@ def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
         fuse(bench, {"a": tmp_path}, tmp_path / "f")
     bench.config = linear
     adapter = random_adapter(Decoder.from_dir(tiny_model_dir("llama")), ("q_proj",), 2, seed=0, scale=0.1)
-    write_adapter(tmp_path / "a", {"base": {"digest": "other"}}, adapter)
-    with pytest.raises(BundleError, match="another base"):
+    write_adapter(tmp_path / "a", linear, adapter, {"base": {"name": "x", "digest": "other"}})
+    with pytest.raises(BundleError, match="trained on a base with digest"):
         fuse(bench, {"a": tmp_path / "a"}, tmp_path / "f")

@@ -85,9 +85,10 @@ def test_built_in_sets():
 
 @pytest.mark.slow
 def test_heldout_text(tokenizer):
-    chunks = heldout_token_ids(tokenizer, 4000)
-    assert sum(len(chunk) - 1 for chunk in chunks) >= 4000
-    assert max(map(len, chunks)) <= 512
+    for context, longest in ((2048, 512), (100, 100)):
+        chunks = heldout_token_ids(tokenizer, 4000, context=context)
+        assert sum(len(chunk) - 1 for chunk in chunks) >= 4000
+        assert max(map(len, chunks)) == longest
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def make_adapter(model_dir, out, seed, targets=None, rank=4):
     from motet.runtime.checkpoints.huggingface import checkpoint_digest
     from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
 
-    adapter = random_adapter(Decoder.from_dir(model_dir), targets, rank, seed=seed, scale=0.05)
+    decoder = Decoder.from_dir(model_dir)
+    adapter = random_adapter(decoder, targets, rank, seed=seed, scale=0.05)
     base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
-    write_adapter(out, {"base": base, "rank": rank}, adapter)
+    write_adapter(out, decoder.config, adapter, {"base": base})
     return out

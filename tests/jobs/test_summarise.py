@@ -66,6 +66,17 @@ def test_records_errors_and_reruns(engine, tmp_path):
     assert run(engine, source, out).done == 1
 
 
+def test_another_bundle_of_the_same_name_is_another_model(engine, tiny_model_dir, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": "a", "text": "some text"}\n')
+    assert run(engine, source, out).done == 1
+    path = export_bundle(tiny_model_dir("qwen2"), tmp_path / "tiny", graphs=False)
+    with Engine.from_bundle(path, EngineConfig(max_num_seqs=4, max_model_len=300, threads=2)) as other:
+        assert other.model.name == engine.model.name
+        assert run(other, source, out).done == 1
+        assert run(other, source, out).skipped == 1
+
+
 def test_folder(engine, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("text of a")

@@ -48,7 +48,7 @@ class CpuBackend:
         if config.kv_dtype == "fp8":
             raise ConfigError("kv_dtype fp8 is the torch backend's; the cpu backend has int8 and bf16")
         check_block_size(config, BLOCK_SIZE, f"the cpu backend's kernels have blocks of {BLOCK_SIZE} positions")
-        length = min(config.max_model_len, bundle.config.max_position_embeddings)
+        length = config.positions(bundle.config.max_position_embeddings)
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
         self._linear_head = bundle.config.linear_head

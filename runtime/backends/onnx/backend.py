@@ -182,7 +182,7 @@ class OnnxBackend:
                 f"kv_dtype is {config.kv_dtype}, and the onnx backend's KV cache is float32; leave it out, or use backend cpu"
             )
         self._num_blocks = config.max_num_seqs
-        self._block_size = min(config.max_model_len, bundle.config.max_position_embeddings)
+        self._block_size = config.positions(bundle.config.max_position_embeddings)
         check_block_size(config, self._block_size, "a block of the onnx backend is as long as the context")
         self._num_members = len(bundle.members)
 

@@ -131,7 +131,7 @@ class TorchBackend:
         if options.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         self._decoder, self._weights, self._options = decoder, weights, options
-        self._max_length = min(config.max_model_len, decoder.max_position_embeddings)
+        self._max_length = config.positions(decoder.max_position_embeddings)
         block_size = config.block_size or BLOCK_SIZE
         self._max_blocks = -(-self._max_length // block_size)
         kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -11,7 +11,7 @@ import torch
 from ...model.members import MemberKind
 from .files import MemberFormat
 
-TAIL = MemberFormat(MemberKind.TAIL, 1, check=lambda _weights: None, merged=lambda _base, weights: weights)
+TAIL = MemberFormat(MemberKind.TAIL, 1, "tail.safetensors")
 
 
 def write_tail(
@@ -26,4 +26,4 @@ def write_tail(
 
 def read_tail(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(manifest, weights under canonical names). Raises `NotFoundError`, `BundleError` (damaged, unknown version)."""
-    return TAIL.read(path)
+    return TAIL.load(path)

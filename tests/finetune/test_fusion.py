@@ -1,0 +1,97 @@
+"""From `motet fuse` to `motet export --fusion`: the bundle says which data chose the checkpoints and the mix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import pytest
+from motet.cli import main
+from motet.finetune.params import TuneParams
+from motet.finetune.search.fuse import fuse
+from motet.finetune.search.params import FuseParams
+from motet.finetune.training.train import Workbench, tune
+from motet.runtime.model.bundle import Bundle
+
+pytestmark = pytest.mark.slow  # it trains
+
+
+@pytest.fixture(scope="module")
+def fusion(tiny_model_dir, tmp_path_factory):
+    """(model, data, directory of a fusion of a tail and an adapter)."""
+    root, model = tmp_path_factory.mktemp("fusion"), tiny_model_dir("llama")
+    records = ({"prompt": f"say {i}", "completion": f"the answer is {i % 3}"} for i in range(60))
+    data = root / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    common = {"examples": 16, "validation_examples": 3, "max_length": 100, "learning_rate": 1e-2}
+    for name, method in (("t", "tail"), ("x", "lora")):
+        params = TuneParams(method=method, **common)
+        tune(model, str(data), root / name, params=params, use_cache=False, show_progress=False)
+    bench = Workbench(model, str(data), None)
+    params = FuseParams(validation_examples=4, test_examples=6, max_length=100, with_base=False, folds=2)
+    fuse(bench, {"t": root / "t", "x": root / "x"}, root / "fused", params)
+    return model, data, root / "fused"
+
+
+def export(monkeypatch, *arguments):
+    monkeypatch.setattr(
+        sys, "argv", ["motet", "export", *map(str, arguments), "--no-parity", "--no-graphs", "--bits", "32"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def expected_choice(model, data, count):
+    bench = Workbench(model, str(data), None)
+    items = bench.load(TuneParams(max_length=100), {"validation": count}).parts["validation"]
+    digest = hashlib.sha256("".join(repr((i.encoded.token_ids, i.encoded.answer)) for i in items).encode()).hexdigest()
+    return {
+        "data": "data.jsonl",
+        "data_digest": bench.dataset.digest,
+        "split": "validation",
+        "examples": count,
+        "examples_digest": digest,
+        "private": False,
+    }
+
+
+def test_a_bundle_says_what_chose_its_checkpoints_and_its_mix(fusion, tmp_path, monkeypatch, capsys):
+    model, data, fused = fusion
+    assert export(monkeypatch, model, tmp_path / "b", "--fusion", fused) == 0, capsys.readouterr().err
+    bundle = Bundle.load(tmp_path / "b")
+    written = json.loads((fused / "fusion.json").read_text())
+    assert {m.name: m.mix for m in bundle.default_ensemble.members} == pytest.approx(written["mix"])
+    assert str(bundle.default_ensemble.space) == written["space"]
+    assert bundle.manifest["provenance"]["mix_chosen_by"] == expected_choice(model, data, 4)
+    for member in bundle.manifest["members"]:
+        assert member["provenance"]["chosen_by"] == expected_choice(model, data, 3)
+    sentence = "validation examples of `data.jsonl`"
+    for card in (fused / "README.md", fused.parent / "t" / "README.md"):
+        assert sentence in card.read_text()
+        assert "No privacy budget covers them" in card.read_text()
+
+
+def test_a_fusion_is_used_whole_or_refused(fusion, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    model, _, fused = fusion
+
+    def refused(*arguments):
+        assert export(monkeypatch, *arguments) == 2
+        return capsys.readouterr().err
+
+    assert "its own members" in refused(model, tmp_path / "b", "--fusion", fused, "--mix", "t=1")
+    assert "its own members" in refused(model, tmp_path / "b", "--fusion", fused, "--space", "probs")
+    assert "another base" in refused(tiny_model_dir("qwen2"), tmp_path / "b", "--fusion", fused)
+    assert "no fusion" in refused(model, tmp_path / "b", "--fusion", tmp_path)
+    assert "two members are called 't'" in refused(model, tmp_path / "b", "--tail", "t=x", "--tail", "t=y")
+
+
+def test_a_member_that_has_changed_is_another_member(fusion, tmp_path, monkeypatch, capsys):
+    model, _, fused = fusion
+    written = json.loads((fused / "fusion.json").read_text())
+    name = next(iter(written["mix"]))
+    written["weights"][name] = "0" * 64
+    (tmp_path / "fusion.json").write_text(json.dumps(written))
+    assert export(monkeypatch, model, tmp_path / "b", "--fusion", tmp_path) == 2
+    assert f"the member '{name}'" in capsys.readouterr().err
