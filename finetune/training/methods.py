@@ -162,10 +162,8 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
 
 
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
-        from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
+
     layout = decoder_layout(config)
     unknown = sorted(set(params.targets) - set(layout.targets))
     if unknown or not params.targets:
