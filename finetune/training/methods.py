@@ -176,9 +176,8 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
     lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+    # PEFT loads bitsandbytes wherever it is installed, and that complains of kernels that are not used.
+    with _without_bitsandbytes():
         inject_adapter_in_model(lora, decoder)
     return decoder
 
