@@ -162,8 +162,6 @@ def _unfrozen(config: DecoderConfig, base: Base, split: int) -> Decoder:
 
 
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    from peft import LoraConfig, inject_adapter_in_model
-
     layout = decoder_layout(config)
     unknown = sorted(set(params.targets) - set(layout.targets))
     if unknown or not params.targets:
@@ -175,9 +173,11 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
         _to_nf4(decoder)
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
-    lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
     # PEFT loads bitsandbytes wherever it is installed, and that complains of kernels that are not used.
     with _without_bitsandbytes():
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
         inject_adapter_in_model(lora, decoder)
     return decoder
 
