@@ -193,7 +193,7 @@ def _one(
         settings, len(loaded.parts["train"])
     )  # a trial that is stopped early counts as a whole one
     try:
-        manifest = _finished(path, settings)
+        manifest = _finished(path, settings.fitted(bench.config.max_position_embeddings))
         if manifest is None:
             watch = Watch(validated=validated)
             manifest = run(bench, path, settings, name=name, progress=progress, watch=watch, loaded=loaded)

@@ -11,6 +11,7 @@ The embedding is not trained. The head is trained only with `TuneParams.head`: m
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -168,11 +169,6 @@ def check_targets(config: DecoderConfig, params: TuneParams) -> None:
 
 
 def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) -> Decoder:
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
-        from peft import LoraConfig, inject_adapter_in_model
-
     check_targets(config, params)
     layout = decoder_layout(config)
     decoder = Decoder.from_weights(config, base)
@@ -182,10 +178,11 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
         _to_nf4(decoder)
     parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
-    lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
-    with (
-        _without_bitsandbytes()
-    ):  # PEFT loads it wherever it is installed, and it complains of kernels that are not used
+    # PEFT loads bitsandbytes wherever it is installed, and that complains of kernels that are not used.
+    with _without_bitsandbytes():
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=names)
         inject_adapter_in_model(lora, decoder)
     return decoder
 
@@ -206,6 +203,7 @@ def _without_bitsandbytes() -> Iterator[None]:
 def _to_nf4(decoder: Decoder) -> None:
     """Quantise the layers' weights to 4-bit NormalFloat, in place. Raises `MissingPackageError` without bitsandbytes,
     `UnavailableError` if it does not support this machine."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for inference that it does not find
     try:
         import bitsandbytes
     except ImportError as error:

@@ -15,4 +15,4 @@ def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
     process they take the core from the thread that they wait for. To sleep at once would cost an idle machine an eighth.
     Call it before torch is imported: OpenMP reads it once."""
     if not any(name in environment for name in _SETTINGS):
-        environment.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": _SPINS})
+        environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=_SPINS)
