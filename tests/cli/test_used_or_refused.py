@@ -56,7 +56,7 @@ REFUSED = [
     (("chat", "--defaults", "model", *NOWHERE), "give --bundle too"),
     (("generate", "x", "--defaults", "none", *NOWHERE), "'--defaults'"),
     (("chat", "--n", "2", *NOWHERE), "No such option"),
-    (("generate", "x", "--stop", "", *NOWHERE), "stop must be"),
+    (("generate", "x", "--stop", "", *NOWHERE), "stop strings must be"),
     (("generate", "x", "--min-tokens", "9", "--max-tokens", "8", *NOWHERE), "min_tokens must be at most"),
     (("bench", "decode", "b", "--bits", "4"), "--bits is for random weights"),
     (
