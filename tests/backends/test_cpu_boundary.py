@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.native import cpu_backend, model_config
+from helpers.native import ISAS, cpu_backend, model_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
@@ -119,10 +119,12 @@ def cached_model(path):
     return _models[path]
 
 
-def test_a_nan_stays_in_its_row(bundle_of):
-    model = cpu_backend(bundle_of("llama"))._model
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("columns", [slice(7, 8), slice(None)])
+def test_a_nan_stays_in_its_row(bundle_of, isa, columns):
+    model = cpu_backend(bundle_of("llama"), isa=isa)._model
     hidden = np.ones((3, 64), np.float32)
-    hidden[1, 7] = np.nan
+    hidden[1, columns] = np.nan
     logits = model.head(hidden)
     assert np.isnan(logits[1]).all()
     assert np.isfinite(logits[[0, 2]]).all()

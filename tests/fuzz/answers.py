@@ -99,11 +99,13 @@ class _Answer:
         self.peaks = sum(  # [tokens + 1, groups]: the largest value of a group of the mixed state
             abs(c) * np.abs(state.astype(np.float64)).reshape(len(state), -1, judge.group).max(-1)
             for c, state in zip(self.mix, own)
+            if c != 0
         )
 
     def tolerance(self, step: int) -> float:
         """By how much the native mixed logits may differ from the oracle's."""
-        largest = float(np.abs(self.rows[step]).max()) * sum(map(abs, self.mix))
+        taking_part = np.array(self.mix) != 0
+        largest = float(np.abs(self.rows[step][taking_part]).max()) * sum(map(abs, self.mix))
         if self.is_exact:
             return EXACT * max(largest, 1.0)
         share = HEAD_8_BITS if self.judge.oracle.head.group else HEAD_FLOAT

@@ -10,7 +10,7 @@ from motet.export.quantise import quantise
 from motet.runtime.api.request import Space
 from motet.runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from motet.runtime.model.config import DecoderConfig
-from motet.runtime.model.layout import COS, EMBEDDING, HEAD, POSITIONS, SIN, Layout, Norm, decoder_layout
+from motet.runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layout, Norm, decoder_layout
 from motet.runtime.model.members import MemberKind, have_tails
 from motet.runtime.model.rotary import rotary_tables
 from motet.runtime.model.stored import own_name
@@ -23,8 +23,8 @@ KINDS = (MemberKind.BASE, MemberKind.TAIL, MemberKind.ADAPTER)
 class Writer:
     """Collects the tensors of one bundle. `huge`: the chance that a weight is so large that its products overflow."""
 
-    def __init__(self, rng: np.random.Generator, bits: int, group: int, head_group: int, huge: float) -> None:
-        self.rng, self.bits, self.group, self.head_group, self.huge = rng, bits, group, head_group, huge
+    def __init__(self, rng: np.random.Generator, bits: int, group: int, huge: float) -> None:
+        self.rng, self.bits, self.group, self.huge = rng, bits, group, huge
         self.tensors: dict[str, np.ndarray] = {}
 
     def weight(self, name: str, rows: int, columns: int, bits: int, group: int, gain: float = 1.0) -> None:
@@ -116,10 +116,10 @@ def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
     config = random_config(rng, group)
     head_group = int(rng.choice([g for g in (16, 32, 64) if config.hidden_size % g == 0]))
     layout = decoder_layout(config)
-    writer = Writer(rng, bits, group, head_group, huge=0.3 if rng.random() < 0.05 else 0.0)
+    writer = Writer(rng, bits, group, huge=0.3 if rng.random() < 0.05 else 0.0)
     head_bits = max(bits, 8)
     for name in dict.fromkeys((EMBEDDING, layout.head)):
-        gain = 3.0 if name in (HEAD, layout.head) else 1.0
+        gain = 3.0 if name == layout.head else 1.0
         writer.weight(name, config.vocab_size, config.hidden_size, head_bits, head_group, gain)
     if config.positions == "learned":
         writer.tensors[POSITIONS] = (

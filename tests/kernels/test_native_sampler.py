@@ -266,7 +266,15 @@ def test_the_largest_uniform_is_below_one():
 
 def test_any_layout_of_the_rows_is_read():
     logits = np.random.default_rng(1).standard_normal((4, 40)).astype(np.float32)
-    for view in (logits[:, :33], logits[::-1], logits[:, ::2], logits.T, logits.astype(np.float64)):
+    for view in (
+        logits[0][None],
+        logits[:1, :33],
+        logits[:, :33],
+        logits[::-1],
+        logits[:, ::2],
+        logits.T,
+        logits.astype(np.float64),
+    ):
         drawn = sample(view, [Sample([(i, 1.0)], temperature=0.0) for i in range(len(view))]).token_ids
         assert drawn.tolist() == view.argmax(axis=1).tolist()
     assert len(sample(logits, []).token_ids) == 0
