@@ -15,7 +15,7 @@ def bundle_of(tmp_path_factory, tiny_model_dir):
     def make(family, bits=8, group=32):
         path = root / f"{family}-{bits}-{group}"
         if not path.exists():
-            export_bundle(tiny_model_dir(family), path, bits=bits, group_size=group)
+            export_bundle(tiny_model_dir(family), path, bits=bits, group_size=None if bits == 32 else group)
         return path
 
     return make
