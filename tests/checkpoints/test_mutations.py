@@ -1,0 +1,333 @@
+"""Changed model directories: each gives the logits of transformers, or is refused by name; none is silently different."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from helpers.compare import relative_error
+from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.huggingface import eos_token_ids
+from motet.runtime.errors import MotetError
+from safetensors.torch import load_file, save_file
+
+LIMIT = 1e-4  # of the logits, in units of their deviation
+TEXT = [[256, *range(40, 100)]]
+
+
+def config(**changes):
+    """config.json with other values; None removes a key."""
+
+    def change(path):
+        file = path / "config.json"
+        values = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return change
+
+
+def rope(**parameters):
+    """Rotary parameters as transformers 4 writes them (`rope_scaling`), instead of those of transformers 5."""
+    return config(rope_parameters=None, rope_theta=5000.0, rope_scaling=parameters or None)
+
+
+def weights(edit, shards=None):
+    """The stored tensors after `edit(tensors)`. `shards`: in files of their own by an index, which it may change."""
+
+    def change(path):
+        tensors = load_file(path / "model.safetensors")
+        edit(tensors)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        if shards is None:
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+            return
+        (path / "model.safetensors").unlink()
+        places = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(tensors))}
+        for file in set(places.values()):
+            held = {name: tensors[name] for name, place in places.items() if place == file}
+            save_file(held, path / file, metadata={"format": "pt"})
+        shards(path, places, tensors)
+        index = {"metadata": {}, "weight_map": places}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def both(*changes):
+    def change(path):
+        for one in changes:
+            one(path)
+
+    return change
+
+
+def keep(*_args):
+    """No change."""
+
+
+def cast(dtype):
+    return weights(lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
+
+
+def put(name, value):
+    def edit(tensors):
+        tensors[name][0, 0] = value
+
+    return weights(edit)
+
+
+Q, K, EMBEDDING, HEAD = (
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.self_attn.k_proj.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+)
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def stale_index(path):
+    """A single file beside the index of an older, sharded copy."""
+    single = (path / "model.safetensors").read_bytes()
+    weights(lambda t: t[Q].mul_(2), shards=keep)(path)
+    (path / "model.safetensors").write_bytes(single)
+
+
+def pickled(path):
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def truncated(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+# name → (family, change, None if the logits are those of transformers, else words of the refusal)
+TABLE = {
+    # ---- settings ----
+    "rope of transformers 4": ("llama", rope(), None),
+    "rope linear": ("llama", rope(type="linear", factor=3.0), None),
+    "rope llama3": ("llama", rope(rope_type="llama3", **LLAMA3), None),
+    "rope llama3 as parameters": (
+        "qwen2",
+        config(rope_parameters={"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3}),
+        None,
+    ),
+    "rope dynamic": ("llama", rope(type="dynamic", factor=2.0), "rope scaling 'dynamic' is not supported"),
+    "rope yarn": ("qwen3", rope(rope_type="yarn", factor=4.0), "rope scaling 'yarn' is not supported"),
+    "rope longrope": (
+        "llama",
+        rope(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, factor=2.0),
+        "rope scaling 'longrope' is not supported",
+    ),
+    "rope llama3 without a factor": ("llama", rope(rope_type="llama3", factor=4.0), "'llama3' lacks"),
+    "rope with another key": ("llama", rope(rope_type="linear", factor=2.0, beta_fast=32), "with beta_fast=32"),
+    "rope by layer type": (
+        "qwen3",
+        config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
+        "with full_attention=",
+    ),
+    "both forms of rope": (
+        "llama",
+        config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "both rope_parameters and rope_scaling",
+    ),
+    "partial rotary": ("llama", config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "interleaved rotary": ("llama", config(rope_interleaved=True), "rope_interleaved=True"),
+    "no key-value heads": ("llama", config(num_key_value_heads=None), "do not fit its config.json"),
+    "no norm epsilon": ("llama", config(rms_norm_eps=None), "lacks or misstates 'rms_norm_eps'"),
+    "another norm epsilon": ("qwen2", config(rms_norm_eps=0.01), None),
+    "no activation": ("llama", config(hidden_act=None), None),
+    "another activation": ("llama", config(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "biases that are not stored": ("llama", config(attention_bias=True), "missing"),
+    "biases of attention": (
+        "llama",
+        both(
+            config(attention_bias=True),
+            weights(
+                lambda t: t.update(
+                    {
+                        name.replace("weight", "bias"): torch.linspace(-1, 1, len(tensor))
+                        for name, tensor in t.items()
+                        if "self_attn" in name
+                    }
+                )
+            ),
+        ),
+        None,
+    ),
+    "biases of the mlp": (
+        "llama",
+        both(
+            config(mlp_bias=True),
+            weights(
+                lambda t: t.update(
+                    {
+                        name.replace("weight", "bias"): torch.linspace(-1, 1, len(tensor))
+                        for name, tensor in t.items()
+                        if "mlp." in name
+                    }
+                )
+            ),
+        ),
+        None,
+    ),
+    "a bias setting that the family lacks": ("qwen2", config(mlp_bias=True), "mlp_bias=True"),
+    "attention bias of mistral": ("mistral", config(attention_bias=True), "attention_bias=True"),
+    "soft cap": ("llama", config(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
+    "a soft cap that is off": ("llama", config(final_logit_softcapping=None), None),
+    "scales": ("llama", config(embedding_multiplier=12.0), "embedding_multiplier=12.0"),
+    "a key of nobody": ("qwen3", config(use_value_residual=True), "use_value_residual=True"),
+    "experts": ("llama", config(num_local_experts=8), "num_local_experts=8"),
+    "another window": ("mistral", config(sliding_window=7), None),
+    "no window": ("qwen2-window", config(use_sliding_window=False, layer_types=None), None),
+    "a window in other layers": (
+        "qwen2-window",
+        config(layer_types=["sliding_attention", "full_attention"] * 2),
+        "layer_types=",
+    ),
+    "a window in a family without": ("llama", config(sliding_window=7), "sliding_window=7"),
+    "unknown family": ("llama", config(model_type="cohere"), "model family 'cohere'"),
+    "gpt2 attention by layer": (
+        "gpt2",
+        config(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx",
+    ),
+    "gpt2 unscaled attention": ("gpt2", config(scale_attn_weights=False), "scale_attn_weights=False"),
+    "gpt2 relu": ("gpt2", config(activation_function="relu"), "activation_function='relu'"),
+    "gpt2 cross attention": ("gpt2", config(add_cross_attention=True), "add_cross_attention=True"),
+    "gpt2 upcast": ("gpt2", config(reorder_and_upcast_attn=True), None),
+    "gpt2 width": ("gpt2", config(n_inner=100), "do not fit its config.json"),
+    # ---- weights ----
+    "float16": ("llama", cast(torch.float16), None),
+    "bfloat16": ("gpt2", cast(torch.bfloat16), None),
+    "float8": ("llama", cast(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+    "integers": ("llama", cast(torch.int8), "is torch.int8"),
+    "missing": ("llama", weights(lambda t: t.pop(Q)), r"missing \['model.layers.1.self_attn.q_proj.weight'\]"),
+    "missing norm": ("qwen3", weights(lambda t: t.pop("model.layers.0.self_attn.q_norm.weight")), "missing"),
+    "extra": (
+        "llama",
+        weights(lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)})),
+        "weights that its family does not use",
+    ),
+    "extra layer": (
+        "llama",
+        weights(lambda t: t.update({name.replace(".3.", ".4."): t[name] for name in list(t) if ".3." in name})),
+        "weights that its family does not use",
+    ),
+    "extra in gpt2": (
+        "gpt2",
+        weights(lambda t: t.update({"transformer.h.0.ln_cross_attn.weight": torch.ones(64)})),
+        "which no gpt2 decoder has",
+    ),
+    "buffers": (
+        "llama",
+        weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})),
+        None,
+    ),
+    "wrong shape": ("llama", weights(lambda t: t.update({K: t[K][:16]})), "shapes"),
+    "twice": (
+        "gpt2",
+        weights(lambda t: t.update({"wte.weight": t["transformer.wte.weight"] * 2})),
+        "stores 'model.embed_tokens.weight' twice",
+    ),
+    "nan": ("llama", put(Q, float("nan")), "holds NaN or infinite values"),
+    "infinite": ("gpt2", put("transformer.h.1.mlp.c_fc.weight", float("inf")), "holds NaN or infinite values"),
+    "infinite in float16": (
+        "llama",
+        both(cast(torch.float16), put(EMBEDDING, float("-inf"))),
+        "holds NaN or infinite values",
+    ),
+    "tied, and the same head": ("llama", weights(lambda t: t.update({HEAD: t[EMBEDDING].clone()})), None),
+    "tied, and another head": (
+        "llama",
+        weights(lambda t: t.update({HEAD: t[EMBEDDING].flip(0)})),
+        "a different head is stored",
+    ),
+    "untied without a head": ("llama", config(tie_word_embeddings=False), r"missing \['lm_head.weight'\]"),
+    "untied with a head": (
+        "llama",
+        both(config(tie_word_embeddings=False), weights(lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))),
+        None,
+    ),
+    "shards": ("llama", weights(keep, shards=keep), None),
+    "a shard is gone": (
+        "llama",
+        weights(keep, shards=lambda path, *_: (path / "model-00002-of-00002.safetensors").unlink()),
+        "model-00002-of-00002.safetensors' does not exist",
+    ),
+    "a tensor that only the index has": (
+        "llama",
+        weights(
+            keep, shards=lambda path, places, _: places.update({"model.extra": "model-00001-of-00002.safetensors"})
+        ),
+        "do not hold the same tensors",
+    ),
+    "a tensor that the index lacks": (
+        "llama",
+        weights(keep, shards=lambda path, places, _: places.pop(Q)),
+        "do not hold the same tensors",
+    ),
+    "an index of another directory": (
+        "llama",
+        weights(keep, shards=lambda path, places, _: places.update({Q: "../model.safetensors"})),
+        "outside of the model's directory",
+    ),
+    "a file beside an older index": ("llama", stale_index, "delete the older of the two"),
+    "pickled": ("llama", pickled, "only safetensors are read"),
+    "torn": ("llama", truncated, "torn or damaged"),
+    "quantised by another method": (
+        "llama",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised by 'gptq' are not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_changed_directory_is_transformers_or_refused(tiny_model_dir, tmp_path, name):
+    family, change, words = TABLE[name]
+    path = shutil.copytree(tiny_model_dir(family), tmp_path / "model")
+    change(path)
+    if words is not None:
+        with pytest.raises(MotetError, match=words):
+            Decoder.from_dir(path)
+        return
+    with torch.no_grad():
+        found = Decoder.from_dir(path).double()(torch.tensor(TEXT))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+        assert relative_error(found, theirs(torch.tensor(TEXT)).logits) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("generation", "in_config", "tokenizer", "expected"),
+    [
+        (None, None, None, ()),
+        (258, 258, "<|im_end|>", (258,)),
+        (None, 256, "<|im_end|>", (256, 258)),
+        ([256], None, "<|im_end|>", (256, 258)),
+        ([258, 256], 257, None, (258, 256, 257)),
+        (None, None, "<|nowhere|>", ()),
+    ],
+)
+def test_ends_of_text_are_the_union_of_what_the_files_say(
+    tiny_model_dir, tmp_path, generation, in_config, tokenizer, expected
+):
+    path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    config(eos_token_id=in_config)(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
+    assert eos_token_ids(path) == expected
+
+
+@pytest.mark.parametrize("value", [320, -1, "258", [258, 1.5]])
+def test_an_end_of_text_outside_of_the_vocabulary_is_refused(tiny_model_dir, tmp_path, value):
+    path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(MotetError, match=r"eos_token_id .*; an id is an integer in 0…319"):
+        eos_token_ids(path)
