@@ -6,21 +6,22 @@ import math
 
 import numpy as np
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.limits import MAX_MEMBERS
 from motet.runtime.api.model_info import ModelInfo
-from motet.runtime.api.request import MAX_MEMBERS, Ensemble, Member, Request, Space
+from motet.runtime.api.request import Ensemble, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.errors import MotetError
 
 EXTREMES = (1e-300, -1e-300, 5e-324, 1000.0, -1000.0, 999.0, 1e30, -1e308)
 
 
-def random_engine(rng: np.random.Generator, kv_dtype: str) -> EngineConfig:
-    """The settings that may not change an answer, at random."""
+def random_engine(rng: np.random.Generator, kv_dtype: str, context: int) -> EngineConfig:
+    """The settings that may not change an answer, at random, for a model with `context` positions."""
     return EngineConfig(
         backend="cpu",
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
         max_num_seqs=int(rng.choice([8, 20])),
-        max_model_len=int(rng.choice([64, 200])),
+        max_model_len=min(int(rng.choice([64, 200])), context),
         max_num_batched_tokens=int(rng.choice([4, 16, 64, 256])),
         prefill_chunk=int(rng.choice([1, 4, 7, 32, 64, 256])),
         max_waiting=1000,
@@ -33,9 +34,9 @@ def random_engine(rng: np.random.Generator, kv_dtype: str) -> EngineConfig:
 class Asker:
     """Random requests to one model under both of these limits."""
 
-    def __init__(self, rng: np.random.Generator, model: ModelInfo, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, rng: np.random.Generator, model: ModelInfo, max_num_seqs: int) -> None:
         self.rng, self.model, self.max_num_seqs = rng, model, max_num_seqs
-        self.length = min(max_model_len, model.max_model_len)
+        self.length = model.max_model_len
         self.texts = [self._text(self.length) for _ in range(3)]  # prompts often begin alike
 
     def request(self, name: str) -> Request:

@@ -60,12 +60,12 @@ def run_round(seed: int, tally: Tally, cases: int = CASES) -> None:
 def _run(rng: np.random.Generator, root: Path, tally: Tally, cases: int) -> None:
     bundle = write_bundle(root / "bundle", rng)
     kv, isa = str(rng.choice(["int8", "bf16"])), _random_isa(rng)
-    first, second = random_engine(rng, kv), random_engine(rng, kv)
+    first, second = (random_engine(rng, kv, bundle.config.max_position_embeddings) for _ in range(2))
     second = replace(second, max_model_len=first.max_model_len)
     model = model_info(bundle, first)
     seqs = min(first.max_num_seqs, second.max_num_seqs)
     first, second = replace(first, max_num_seqs=seqs), replace(second, max_num_seqs=seqs)
-    requests, refused = random_requests(Asker(rng, model, seqs, first.max_model_len), cases)
+    requests, refused = random_requests(Asker(rng, model, seqs), cases)
     tally.requests += cases + refused
     tally.refused += refused
     found: list[Answers] = []
