@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
+from ..runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
+from ..runtime.text.tokenizer import Tokenizer
 
 
 class BaseModel:
@@ -22,6 +23,18 @@ class BaseModel:
     def digest(self) -> str:
         """Digest of configuration and weight files (see `checkpoint_digest`)."""
         return checkpoint_digest(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `NotFoundError` or `BundleError` (see `Tokenizer.from_dir`), also for ids that the model does not have."""
+        tokenizer = Tokenizer.from_dir(self.path)
+        tokenizer.check_ids(self.config.vocab_size)
+        return tokenizer
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer. Raises `BundleError` for one that the vocabulary does not have."""
+        return eos_token_ids(self.path, self.tokenizer.eos_token_id)
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:

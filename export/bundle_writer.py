@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from ..runtime.api.request import Ensemble, Member, Space
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.checkpoints.huggingface import eos_token_ids
 from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
@@ -120,7 +119,7 @@ def export_bundle(
             ],
             "space": str(space),
             "graphs": files,
-            "eos_token_ids": list(eos_token_ids(model.path)),
+            "eos_token_ids": list(model.eos_token_ids),
             "provenance": {
                 "base": model.path.name,
                 "base_digest": model.digest,

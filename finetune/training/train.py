@@ -58,6 +58,7 @@ class Workbench:
         self.digest = checkpoint_digest(model_dir)
         self.dataset = load_dataset(data, near_duplicates)
         self.tokenizer = Tokenizer.from_dir(model_dir)
+        self.tokenizer.check_ids(self.config.vocab_size)
         self._base: dict[str, Tensor] = {}
 
     @property
@@ -70,7 +71,8 @@ class Workbench:
     def encode(self, params: TuneParams, counts: dict[Split, int]) -> tuple[dict[Split, list[Encoded]], DataReport]:
         """The first examples of each split that fit, encoded, and the report on them. Raises `DataError`."""
         params = params.fitted(self.config.max_position_embeddings)
-        return encode_parts(self.tokenizer, self.dataset, counts, params, eos_token_ids(self.model_dir)[:1])
+        end = eos_token_ids(self.model_dir, self.tokenizer.eos_token_id)[:1]
+        return encode_parts(self.tokenizer, self.dataset, counts, params, end)
 
     def load(
         self,

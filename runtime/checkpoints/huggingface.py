@@ -17,7 +17,6 @@ from ..model.families import FAMILIES, decoder_config
 from ..model.families.family import Family
 from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
-from ..text.tokenizer import Tokenizer
 from .bitsandbytes import is_quantised, owner, widen
 
 
@@ -40,16 +39,15 @@ def read_config(model_dir: Path) -> DecoderConfig:
     return decoder_config(values)
 
 
-def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """The ids that end an answer: those of generation_config.json, of config.json, and the tokenizer's end of text. Models
-    often name the end of a turn in one of them only. Raises `BundleError` for an id that the vocabulary does not have."""
+def eos_token_ids(model_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """The ids that end an answer: those of generation_config.json, of config.json, and `tokenizer_eos`, the tokenizer's own.
+    Models often name the end of a turn in one of them only. Raises `BundleError` for an id that the vocabulary does not have."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         value = _read_json(path).get("eos_token_id") if path.is_file() else None
         found += value if isinstance(value, list) else [] if value is None else [value]
-    end = Tokenizer.from_dir(model_dir).eos_token_id if (Path(model_dir) / "tokenizer.json").is_file() else None
-    found += [] if end is None else [end]
+    found += [] if tokenizer_eos is None else [tokenizer_eos]
     size = read_config(model_dir).vocab_size
     for token_id in found:
         if type(token_id) is not int or not 0 <= token_id < size:

@@ -68,6 +68,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises `BundleError` if the tokenizer has ids that a model with so many embeddings does not have."""
+        highest = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+        if highest[1] >= vocab_size:
+            raise BundleError(
+                f"the tokenizer gives {shown(highest[0])} the id {highest[1]}, and the model has {vocab_size} embeddings; use "
+                "the tokenizer that the model was trained with"
+            )
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None

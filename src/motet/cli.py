@@ -123,7 +123,6 @@ def export(
     from .export.parity import HeldOut
     from .finetune.data.dataset import heldout_token_ids  # only here: export itself does not need finetune
     from .runtime.checkpoints.store import resolve_model
-    from .runtime.text.tokenizer import Tokenizer
 
     base = BaseModel(resolve_model(model))
     if fusion is None:
@@ -133,7 +132,7 @@ def export(
     else:
         chosen = _fused_members(fusion, base.digest)
     num_members = len(chosen["tails"]) + len(chosen["loras"])
-    tokenizer, context = Tokenizer.from_dir(base.path), base.config.max_position_embeddings
+    tokenizer, context = base.tokenizer, base.config.max_position_embeddings
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         held_out = None
         if parity:

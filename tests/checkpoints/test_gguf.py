@@ -232,7 +232,7 @@ def test_a_changed_file_is_the_model_or_refused(tiny_model_dir, tmp_path, name):
     expected = written_model(tiny_model_dir(family), file)
     with torch.no_grad():
         assert relative_error(decoder.double()(torch.tensor(TEXT)), expected(torch.tensor(TEXT)).logits) < LIMIT
-    assert eos_token_ids(tmp_path) == (258,)
+    assert eos_token_ids(tmp_path, None) == (258,)
 
 
 def read(path):

@@ -11,7 +11,8 @@ import transformers
 from helpers.compare import relative_error
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids
-from motet.runtime.errors import MotetError
+from motet.runtime.errors import BundleError, MotetError
+from motet.runtime.text.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 
 LIMIT = 1e-4  # of the logits, in units of their deviation
@@ -322,7 +323,7 @@ def test_ends_of_text_are_the_union_of_what_the_files_say(
     config(eos_token_id=in_config)(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
-    assert eos_token_ids(path) == expected
+    assert eos_token_ids(path, Tokenizer.from_dir(path).eos_token_id) == expected
 
 
 @pytest.mark.parametrize("value", [320, -1, "258", [258, 1.5]])
@@ -330,4 +331,11 @@ def test_an_end_of_text_outside_of_the_vocabulary_is_refused(tiny_model_dir, tmp
     path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(MotetError, match=r"eos_token_id .*; an id is an integer in 0…319"):
-        eos_token_ids(path)
+        eos_token_ids(path, None)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tiny_model_dir):
+    tokenizer = Tokenizer.from_dir(tiny_model_dir("llama"))
+    tokenizer.check_ids(259)
+    with pytest.raises(BundleError, match=r"gives '<\|im_end\|>' the id 258, and the model has 258 embeddings"):
+        tokenizer.check_ids(258)

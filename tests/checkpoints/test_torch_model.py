@@ -74,7 +74,7 @@ def test_configuration(tiny_model_dir):
     for family, expected in windows.items():
         layers = decoder_layout(read_config(tiny_model_dir(family))).layers
         assert [layer.window for layer in layers] == expected
-    assert eos_token_ids(tiny_model_dir("llama")) == (258,)
+    assert eos_token_ids(tiny_model_dir("llama"), None) == (258,)
 
 
 @pytest.mark.parametrize(

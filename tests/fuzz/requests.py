@@ -32,7 +32,7 @@ def random_engine(rng: np.random.Generator, kv_dtype: str, context: int) -> Engi
 
 
 class Asker:
-    """Random requests to one model under both of these limits."""
+    """Random requests to one model, of which at most `max_num_seqs` sequences run at once."""
 
     def __init__(self, rng: np.random.Generator, model: ModelInfo, max_num_seqs: int) -> None:
         self.rng, self.model, self.max_num_seqs = rng, model, max_num_seqs
