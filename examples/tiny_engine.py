@@ -67,7 +67,7 @@ class TinyEngine:
         self.coefficients = list(mix.values())
         self.space = space
         self.max_num_seqs = max_num_seqs
-        self.stop_ids = set(eos_token_ids(model_dir))
+        self.stop_ids = set(eos_token_ids(model_dir, Tokenizer.from_dir(model_dir).eos_token_id))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 

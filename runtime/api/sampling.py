@@ -49,7 +49,7 @@ class SamplingParams:
     top_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the best tokens that sum to this; 1 is off.")
     min_p: float = _field(0.0, Number(0, 1), "Drop tokens below this share of the highest probability; 0 is off.")
     typical_p: float = _field(1.0, Number(0, 1, is_above=True), "Draw from the typical tokens that sum to this; 1 is off.")
-    repetition_penalty: float = _field(1.0, Number(0, is_above=True), "Penalises tokens of prompt and answer (CTRL); 1 is off.")
+    repetition_penalty: float = _field(1.0, Number(0.01, 100), "Penalises tokens of prompt and answer (CTRL); 1 is off.")
     presence_penalty: float = _field(0.0, Number(), "Subtracted from the logit of every token in the answer.")
     frequency_penalty: float = _field(0.0, Number(), "Subtracted from a token's logit per occurrence in the answer.")
     logit_bias: Mapping[int, float] = _field({}, Biases(MAX_LOGIT_BIASES), "Token id → number added to its logit.")

@@ -45,7 +45,7 @@ def test_negative_coefficients_in_logits_space():
         ({"top_k": -1}, "top_k", ("0…", "got -1")),
         ({"max_tokens": 0}, "max_tokens", ("1…", "got 0")),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", ("at most max_tokens (4)", "got 5")),
-        ({"repetition_penalty": 0}, "repetition_penalty", ("above 0", "got 0")),
+        ({"repetition_penalty": 0}, "repetition_penalty", ("[0.01, 100]", "got 0")),
         ({"n": 0}, "n", ("1…64", "got 0")),
         ({"n": 65}, "n", ("1…64", "got 65")),
         ({"logprobs": 65}, "logprobs", ("0…64", "got 65")),

@@ -45,7 +45,7 @@ def test_every_field_refuses_what_is_of_no_use(name):
         ({"min_p": 1.5}, r"min_p must be a number in \[0, 1\], got 1.5"),
         ({"temperature": 10**400}, r"temperature must be a number in \[0, 100\], got 1000"),
         ({"temperature": True}, "got True"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0, got 0"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be a number in \[0.01, 100\], got 0"),
         ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"),
         ({"stop": b"ab"}, "64 stop strings of 1 to 1024 bytes"),
         ({"stop": ("x" * 1025,)}, "every one of the stop strings must be text of 1 to 1024 bytes"),

@@ -117,7 +117,7 @@ class Asker:
             "top_p": lambda: float(rng.choice([5e-324, 0.1, 0.5, 0.95, 0.999999])),
             "min_p": lambda: float(rng.choice([1e-300, 0.05, 0.5, 1.0])),
             "typical_p": lambda: float(rng.choice([1e-300, 0.3, 0.9])),
-            "repetition_penalty": lambda: float(rng.choice([5e-324, 0.5, 1.3, 100.0, 1e308])),
+            "repetition_penalty": lambda: float(rng.choice([5e-324, 0.01, 0.5, 1.3, 100.0, 1e308])),
             "presence_penalty": lambda: float(rng.choice([0.5, -0.5, 3.0, -1e308, 1e308])),
             "frequency_penalty": lambda: float(rng.choice([0.3, -0.7, -1e308, 1e308])),
             "logit_bias": self._bias,
