@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from ..runtime.api.request import Ensemble, Member, Space
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.errors import ConfigError, InvalidEnsembleError
+from ..runtime.errors import ConfigError, InvalidEnsembleError, UnsupportedModelError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
@@ -30,7 +30,7 @@ from .calibrate import channel_rms, equalise
 from .graph import GraphWriter, Slice
 from .members import MemberWeights, fuse_adapters, read_member
 from .parity import REPORT, HeldOut, check_chunks, measure_parity
-from .quantise import HEAD_GROUP, layer_group, quantise
+from .quantise import HEAD_GROUP, check_group, layer_group, quantise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -81,6 +81,7 @@ def export_bundle(
         raise ConfigError("group_size is for 4 and 8 bits; leave it out with 32")
     check_replaceable(out, MANIFEST, "a bundle")  # fail early: before weights are read
     model = model if isinstance(model, BaseModel) else BaseModel(model)
+    _check_sizes(model.config, bits, group_size, graphs)
     check_chunks(calibration, model.config, "calibration")
     check_chunks(held_out.chunks if held_out else (), model.config, "held-out")
     given: dict[MemberKind, Mapping[str, Path | None]] = {
@@ -197,6 +198,19 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _check_sizes(config: DecoderConfig, bits: int, group_size: int | None, graphs: bool) -> None:
+    """Raises `ConfigError` or `UnsupportedModelError` for sizes that cannot be stored or served, before any work."""
+    if graphs and config.head_size % 16:
+        raise UnsupportedModelError(
+            f"the heads have {config.head_size} elements, and the graphs compute multiples of 16; leave the graphs out "
+            "(--no-graphs) and serve with the torch backend"
+        )
+    if bits != 32:
+        check_group(EMBEDDING, config.hidden_size, HEAD_GROUP)
+        for linear in decoder_layout(config).linears:
+            check_group(linear.name, linear.columns, layer_group(bits, linear.columns, group_size))
 
 
 def _bundle_tensors(

@@ -48,16 +48,21 @@ class Quantised:
     zero_points: U8 | None  # 4 bits only: [N, ceil(groups / 2)], two per byte, low nibble first
 
 
+def check_group(name: str, columns: int, group_size: int) -> None:
+    """Raises `ConfigError` if a weight with so many columns cannot have groups of this size; it says which fit."""
+    if group_size not in GROUP_SIZES:
+        raise ConfigError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    if columns % group_size:
+        fitting = [size for size in GROUP_SIZES if columns % size == 0]
+        remedy = f"these fit: {fitting}" if fitting else "none fits: export with 32 bits"
+        raise ConfigError(f"{name}: group_size {group_size} does not divide its {columns} columns; {remedy}")
+
+
 def quantise(weight: F32, bits: int, group_size: int, *, name: str = "weight") -> Quantised:
     """Quantise `weight` [N, K]. Raises `ConfigError` for sizes that the kernels do not read."""
     if bits not in (4, 8):
         raise ConfigError(f"{name}: bits must be 4 or 8, got {bits}")
-    if group_size not in GROUP_SIZES:
-        raise ConfigError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
-    if weight.shape[1] % group_size:
-        raise ConfigError(
-            f"{name}: group_size {group_size} does not divide its {weight.shape[1]} columns; choose a smaller group"
-        )
+    check_group(name, weight.shape[1], group_size)
     return _quantise_8(weight, group_size) if bits == 8 else _quantise_4(weight, group_size)
 
 

@@ -94,6 +94,8 @@ class Admission:
             )
         _check_ids("logit_bias", params.logit_bias, self._model.vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, self._model.vocab_size)
+        for prompt in request.prompts:  # also those that no member sees
+            _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
         self._check_size(request)
 
     def _check_size(self, request: Request) -> None:
@@ -113,7 +115,6 @@ class Admission:
                     "the answer; shorten it",
                     field="prompt",
                 )
-            _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
         answer = self._answer_room(request)
         needed = sum(self._blocks.blocks_for(len(prompt) + answer) for prompt in prompts)
         if needed > self._blocks.num_blocks:

@@ -21,7 +21,7 @@ from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
+from motet.runtime.errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.layout import decoder_layout
 from motet.runtime.model.stored import stored_tensors
@@ -53,6 +53,26 @@ def test_a_four_bit_grid_is_kept():
 def test_impossible_quantisation(bits, group, message):
     with pytest.raises(ConfigError, match=message):
         quantise(np.ones((4, 96), np.float32), bits, group)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits", "message"),
+    [
+        (
+            {"hidden_size": 80},
+            8,
+            r"embed_tokens.weight: group_size 32 does not divide its 80 columns; these fit: \[16\]",
+        ),
+        ({"intermediate_size": 100}, 4, "mlp.down_proj: group_size 32 does not divide its 100 columns; none fits"),
+        ({"head_dim": 24}, 32, "the heads have 24 elements, and the graphs compute multiples of 16"),
+    ],
+)
+def test_sizes_are_checked_before_weights_are_read(tiny_model_dir, tmp_path, changes, bits, message):
+    """The directory has no weights."""
+    values = json.loads((tiny_model_dir("llama") / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises((ConfigError, UnsupportedModelError), match=message):
+        export_bundle(tmp_path, tmp_path / "b", bits=bits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

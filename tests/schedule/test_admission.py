@@ -36,6 +36,7 @@ def test_more_requests_than_the_queue_takes(tokenizer):
         (lambda: ask("x", ensemble=Ensemble((Member("zz", 1.0),))), errors.InvalidEnsembleError, "its members are"),
         (lambda: ask("x", [1] * 96), errors.ContextLengthError, "96 tokens; the context holds 96"),
         (lambda: ask("x", [300]), errors.InvalidRequestError, "token id 300"),
+        (lambda: ask("x", [-1], views=([1],), ensemble=SECOND_VIEW), errors.InvalidRequestError, "token id -1"),
         (lambda: ask("x", logit_bias={999: 1.0}), errors.InvalidRequestError, "999 in logit_bias"),
         (lambda: ask("x", [1] * 60, max_tokens=None), errors.ContextLengthError, "blocks of KV cache"),
         (lambda: ask("x", stop_token_ids=(256,)), errors.InvalidRequestError, "256 in stop_token_ids"),
