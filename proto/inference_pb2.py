@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18motet/v1/inference.proto\x12\x08motet.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\x0c\x43hatMessages\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.motet.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"w\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.motet.v1.TokenIdsH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.motet.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"(\n\x04View\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.motet.v1.Prompt\"A\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03mix\x18\x02 \x01(\x01\x12\x1c\n\x04view\x18\x03 \x01(\x0b\x32\x0e.motet.v1.View\"e\n\x08\x45nsemble\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.motet.v1.Member\x12\x1e\n\x05space\x18\x02 \x01(\x0e\x32\x0f.motet.v1.Space\x12\x16\n\x0e\x61llow_negative\x18\x03 \x01(\x08\"\xcd\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x35\n\nlogit_bias\x18\x08 \x03(\x0b\x32!.motet.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\n\x88\x01\x01\x12\x1f\n\x12speculative_tokens\x18\x0c \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x15\n\x13_speculative_tokens\"\xa8\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"\x85\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.motet.v1.Prompt\x12$\n\x08\x65nsemble\x18\x03 \x01(\x0b\x32\x12.motet.v1.Ensemble\x12$\n\x08sampling\x18\x04 \x01(\x0b\x32\x12.motet.v1.Sampling\x12$\n\x08stopping\x18\x05 \x01(\x0b\x32\x12.motet.v1.Stopping\x12\x19\n\x0ctime_limit_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x16return_member_logprobs\x18\x07 \x01(\x08\x42\x0f\n\r_time_limit_s\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"@\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.motet.v1.TokenLogprob\"\"\n\x0eMemberLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"?\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\"\xea\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12$\n\x08logprobs\x18\x05 \x03(\x0b\x32\x12.motet.v1.Logprobs\x12\x31\n\x0fmember_logprobs\x18\x06 \x03(\x0b\x32\x18.motet.v1.MemberLogprobs\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12-\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x16.motet.v1.FinishReason\x12\x0e\n\x04stop\x18\t \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\n \x01(\x05H\x00\x12\x1e\n\x05usage\x18\x0b \x01(\x0b\x32\x0f.motet.v1.Usage\x12\"\n\x07timings\x18\x0c \x01(\x0b\x32\x11.motet.v1.TimingsB\x0e\n\x0cstop_matched\"?\n\x10\x43ompleteResponse\x12+\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x1a.motet.v1.GenerateResponse\"3\n\x0fTokenizeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.motet.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05*5\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\n\n\x06LOGITS\x10\x01\x12\t\n\x05PROBS\x10\x02*p\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x0e\n\nTIME_LIMIT\x10\x04\x12\x0c\n\x08SHUTDOWN\x10\x05\x32\xd6\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.motet.v1.GenerateRequest\x1a\x1a.motet.v1.GenerateResponse0\x01\x12\x41\n\x08\x43omplete\x12\x19.motet.v1.GenerateRequest\x1a\x1a.motet.v1.CompleteResponse\x12\x41\n\x08Tokenize\x12\x19.motet.v1.TokenizeRequest\x1a\x1a.motet.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18motet/v1/inference.proto\x12\x08motet.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\x0c\x43hatMessages\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.motet.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"w\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.motet.v1.TokenIdsH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.motet.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"(\n\x04View\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.motet.v1.Prompt\"A\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03mix\x18\x02 \x01(\x01\x12\x1c\n\x04view\x18\x03 \x01(\x0b\x32\x0e.motet.v1.View\"e\n\x08\x45nsemble\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.motet.v1.Member\x12\x1e\n\x05space\x18\x02 \x01(\x0e\x32\x0f.motet.v1.Space\x12\x16\n\x0e\x61llow_negative\x18\x03 \x01(\x08\"\xcd\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x35\n\nlogit_bias\x18\x08 \x03(\x0b\x32!.motet.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x05H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\n\x88\x01\x01\x12\x1f\n\x12speculative_tokens\x18\x0c \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x15\n\x13_speculative_tokens\"\xaa\x02\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x07 \x01(\x08H\x04\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokens\"\x85\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x06prompt\x18\x02 \x01(\x0b\x32\x10.motet.v1.Prompt\x12$\n\x08\x65nsemble\x18\x03 \x01(\x0b\x32\x12.motet.v1.Ensemble\x12$\n\x08sampling\x18\x04 \x01(\x0b\x32\x12.motet.v1.Sampling\x12$\n\x08stopping\x18\x05 \x01(\x0b\x32\x12.motet.v1.Stopping\x12\x19\n\x0ctime_limit_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x16return_member_logprobs\x18\x07 \x01(\x08\x42\x0f\n\r_time_limit_s\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"@\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.motet.v1.TokenLogprob\"\"\n\x0eMemberLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"?\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\"\xea\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12$\n\x08logprobs\x18\x05 \x03(\x0b\x32\x12.motet.v1.Logprobs\x12\x31\n\x0fmember_logprobs\x18\x06 \x03(\x0b\x32\x18.motet.v1.MemberLogprobs\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12-\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x16.motet.v1.FinishReason\x12\x0e\n\x04stop\x18\t \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\n \x01(\x05H\x00\x12\x1e\n\x05usage\x18\x0b \x01(\x0b\x32\x0f.motet.v1.Usage\x12\"\n\x07timings\x18\x0c \x01(\x0b\x32\x11.motet.v1.TimingsB\x0e\n\x0cstop_matched\"?\n\x10\x43ompleteResponse\x12+\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x1a.motet.v1.GenerateResponse\"3\n\x0fTokenizeRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.motet.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*5\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\n\n\x06LOGITS\x10\x01\x12\t\n\x05PROBS\x10\x02*p\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x0e\n\nTIME_LIMIT\x10\x04\x12\x0c\n\x08SHUTDOWN\x10\x05\x32\x9f\x02\n\tInference\x12\x43\n\x08Generate\x12\x19.motet.v1.GenerateRequest\x1a\x1a.motet.v1.GenerateResponse0\x01\x12\x41\n\x08\x43omplete\x12\x19.motet.v1.GenerateRequest\x1a\x1a.motet.v1.CompleteResponse\x12\x41\n\x08Tokenize\x12\x19.motet.v1.TokenizeRequest\x1a\x1a.motet.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.motet.v1.DetokenizeRequest\x1a\x1c.motet.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SPACE']._serialized_start=2348
-  _globals['_SPACE']._serialized_end=2401
-  _globals['_FINISHREASON']._serialized_start=2403
-  _globals['_FINISHREASON']._serialized_end=2515
+  _globals['_SPACE']._serialized_start=2612
+  _globals['_SPACE']._serialized_end=2665
+  _globals['_FINISHREASON']._serialized_start=2667
+  _globals['_FINISHREASON']._serialized_end=2779
   _globals['_CHATMESSAGE']._serialized_start=38
   _globals['_CHATMESSAGE']._serialized_end=82
   _globals['_CHATMESSAGES']._serialized_start=84
@@ -56,27 +56,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=864
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=912
   _globals['_STOPPING']._serialized_start=1092
-  _globals['_STOPPING']._serialized_end=1260
-  _globals['_GENERATEREQUEST']._serialized_start=1263
-  _globals['_GENERATEREQUEST']._serialized_end=1524
-  _globals['_TOKENLOGPROB']._serialized_start=1526
-  _globals['_TOKENLOGPROB']._serialized_end=1575
-  _globals['_LOGPROBS']._serialized_start=1577
-  _globals['_LOGPROBS']._serialized_end=1641
-  _globals['_MEMBERLOGPROBS']._serialized_start=1643
-  _globals['_MEMBERLOGPROBS']._serialized_end=1677
-  _globals['_USAGE']._serialized_start=1679
-  _globals['_USAGE']._serialized_end=1759
-  _globals['_TIMINGS']._serialized_start=1761
-  _globals['_TIMINGS']._serialized_end=1824
-  _globals['_GENERATERESPONSE']._serialized_start=1827
-  _globals['_GENERATERESPONSE']._serialized_end=2189
-  _globals['_COMPLETERESPONSE']._serialized_start=2191
-  _globals['_COMPLETERESPONSE']._serialized_end=2254
-  _globals['_TOKENIZEREQUEST']._serialized_start=2256
-  _globals['_TOKENIZEREQUEST']._serialized_end=2307
-  _globals['_TOKENIZERESPONSE']._serialized_start=2309
-  _globals['_TOKENIZERESPONSE']._serialized_end=2346
-  _globals['_INFERENCE']._serialized_start=2518
-  _globals['_INFERENCE']._serialized_end=2732
+  _globals['_STOPPING']._serialized_end=1390
+  _globals['_GENERATEREQUEST']._serialized_start=1393
+  _globals['_GENERATEREQUEST']._serialized_end=1654
+  _globals['_TOKENLOGPROB']._serialized_start=1656
+  _globals['_TOKENLOGPROB']._serialized_end=1705
+  _globals['_LOGPROBS']._serialized_start=1707
+  _globals['_LOGPROBS']._serialized_end=1771
+  _globals['_MEMBERLOGPROBS']._serialized_start=1773
+  _globals['_MEMBERLOGPROBS']._serialized_end=1807
+  _globals['_USAGE']._serialized_start=1809
+  _globals['_USAGE']._serialized_end=1889
+  _globals['_TIMINGS']._serialized_start=1891
+  _globals['_TIMINGS']._serialized_end=1954
+  _globals['_GENERATERESPONSE']._serialized_start=1957
+  _globals['_GENERATERESPONSE']._serialized_end=2319
+  _globals['_COMPLETERESPONSE']._serialized_start=2321
+  _globals['_COMPLETERESPONSE']._serialized_end=2384
+  _globals['_TOKENIZEREQUEST']._serialized_start=2386
+  _globals['_TOKENIZEREQUEST']._serialized_end=2437
+  _globals['_TOKENIZERESPONSE']._serialized_start=2439
+  _globals['_TOKENIZERESPONSE']._serialized_end=2476
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2478
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2574
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2576
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2610
+  _globals['_INFERENCE']._serialized_start=2782
+  _globals['_INFERENCE']._serialized_end=3069
 # @@protoc_insertion_point(module_scope)

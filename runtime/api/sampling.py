@@ -57,6 +57,8 @@ class SamplingParams:
     stop: tuple[str, ...] = _field((), Strings("stop strings", MAX_STOPS, MAX_STOP_BYTES), "Text that ends the answer.")
     stop_token_ids: tuple[int, ...] = _field((), TokenIds("stop token ids", MAX_STOPS), "Token id that ends the answer.")
     ignore_eos: bool = _field(False, Flag(), "Go on after an end-of-sequence token.")
+    include_stop_str_in_output: bool = _field(False, Flag(), "The text ends with the stop string, or the stop token's text.")
+    skip_special_tokens: bool = _field(True, Flag(), "Special tokens are no part of the text.")
     n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: how many answers to the prompt.")
     logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: chosen token and k best.")
     speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Most tokens per draft: speed only.")

@@ -14,8 +14,9 @@ from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grp
 from ..api.limits import MAX_MESSAGE_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
-from ..api.prompt import Prompt
+from ..api.prompt import Prompt, PromptContent
 from ..api.request import Ensemble, Member, Space
+from ..api.rules import Flag
 from ..api.sampling import SamplingParams, check_names
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
 from ..serve.grpc.wire import (
@@ -86,6 +87,14 @@ def _message(
     )
 
 
+def _detokenize(token_ids: Sequence[int], skip_special_tokens: bool) -> inference_pb2.DetokenizeRequest:
+    content = PromptContent.read(token_ids)
+    if content.token_ids is None:
+        raise InvalidRequestError("token_ids must be a list of integers", field="token_ids")
+    Flag().check("skip_special_tokens", skip_special_tokens)
+    return inference_pb2.DetokenizeRequest(token_ids=content.token_ids, skip_special_tokens=skip_special_tokens)
+
+
 _OPTIONS = [
     name for name, option in inspect.signature(_message).parameters.items() if option.kind is option.KEYWORD_ONLY
 ]
@@ -147,6 +156,14 @@ class Client:
         except grpc.RpcError as error:
             raise error_of(error) from error
         return list(response.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        try:
+            response = self._inference.Detokenize(_detokenize(token_ids, skip_special_tokens))
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return str(response.text)
 
     def models(self) -> list[ModelInfo]:
         """The models that the server serves."""
@@ -212,6 +229,9 @@ class AsyncClient:
     async def tokenize(self, prompt: Prompt) -> list[int]:
         request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
         return list((await _answer(self._inference.Tokenize(request))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str((await _answer(self._inference.Detokenize(_detokenize(token_ids, skip_special_tokens)))).text)
 
     async def models(self) -> list[ModelInfo]:
         response = await _answer(self._admin.ListModels(admin_pb2.ListModelsRequest()))

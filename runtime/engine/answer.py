@@ -33,12 +33,14 @@ class Answer:
         self.delta = self._empty()
 
     def push(self, token_id: int) -> FinishReason | None:
-        """Add the token that was just appended to the group. Returns the reason if it is the last one, else None. A
-        stop token adds no text."""
+        """Add the token that was just appended to the group. Returns the reason if it is the last one, else None. The
+        text of a stop token is added with `include_stop_str_in_output` only."""
         group, delta = self.group, self.delta
         delta.token_ids.append(token_id)
         if token_id in group.stop_ids:
             delta.stop_matched = token_id
+            if group.params.include_stop_str_in_output:
+                delta.text += self.text.push(token_id, may_stop=False)
             return FinishReason.STOP
         delta.text += self.text.push(token_id, may_stop=len(group.output) >= group.params.min_tokens)
         if self.text.stopped is not None:

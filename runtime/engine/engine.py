@@ -102,9 +102,7 @@ class Engine:
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
         answers = [
-            Answer(
-                request, group, answer_stream(self.tokenizer, request.prompts[0], request.sampling.stop), on_output, now
-            )
+            Answer(request, group, answer_stream(self.tokenizer, request.prompts[0], request.sampling), on_output, now)
             for group in self._admission.groups_of(request)
         ]
         with self._wake:

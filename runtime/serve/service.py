@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
@@ -22,6 +22,7 @@ from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
+from ..api.rules import Integer
 from ..engine.engine import Engine
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, NotFoundError, OverloadedError, shown
@@ -117,6 +118,18 @@ class Service:
         are certainly more than the context holds."""
         limit = self._engine.model.max_model_len
         return await self.in_thread(lambda: build_prompt(self._engine.tokenizer, prompt, limit))
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Raises `InvalidRequestError` for more than the context holds, or an unknown id."""
+        model = self._engine.model
+        if len(token_ids) > model.max_model_len:
+            raise InvalidRequestError(
+                f"{len(token_ids)} token ids; at most {model.max_model_len}, the context, are allowed",
+                field="token_ids",
+            )
+        for token_id in token_ids:
+            Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
+        return await self.in_thread(lambda: self._engine.tokenizer.decode(token_ids, skip_special_tokens))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run work that grows with a client's message in one of few threads, so that neither the event loop nor other

@@ -4,28 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..api.sampling import SamplingParams
 from .tokenizer import IncrementalDecoder, Tokenizer
 
 
-def answer_stream(tokenizer: Tokenizer, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
-    """The stream of an answer to `prompt`. Special tokens are no part of its text, but stop strings may contain them."""
-    special = tokenizer.special_tokens
+def answer_stream(tokenizer: Tokenizer, prompt: tuple[int, ...], params: SamplingParams) -> TextStream:
+    """The stream of an answer to `prompt`."""
+    special, stop, skip = tokenizer.special_tokens, params.stop, params.skip_special_tokens
     named = any(text in string for string in stop for text in special.values())
-    return TextStream(tokenizer.stream(prompt), stop, special if named else {})
+    return TextStream(
+        tokenizer.stream(prompt),
+        stop,
+        special if named or not skip else {},
+        skip_special_tokens=skip,
+        include_stop=params.include_stop_str_in_output,
+    )
 
 
 class TextStream:
-    """Feed tokens with `push`. `stopped` is the stop string that ended the text, which is not part of the text.
+    """Feed tokens with `push`. `stopped` is the stop string that ended the text. Without `include_stop` the text ends before it.
 
     The stop string that is complete first wins; if several end at the same character, the longest. So the cut does not
-    depend on how the text is divided into tokens. `hidden`: token id → its text, which stop strings are compared with
-    and which is not sent.
+    depend on how the text is divided into tokens. `special`: token id → its text, which stop strings are compared with,
+    and which is not sent with `skip_special_tokens`. With `include_stop` the stop string is part of the text.
     """
 
-    def __init__(self, decoder: IncrementalDecoder, stop: tuple[str, ...], hidden: Mapping[int, str] = {}) -> None:
+    def __init__(
+        self,
+        decoder: IncrementalDecoder,
+        stop: tuple[str, ...],
+        special: Mapping[int, str] = {},
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
         self._decoder = decoder
         self._stop = stop
-        self._hidden = hidden
+        self._special = special
+        self._skip_special_tokens = skip_special_tokens
+        self._include_stop = include_stop
         self._longest = max((len(string) for string in stop), default=0)
         self._held = ""  # the longest end of the text that is the start of a stop string
         self._is_hidden: list[bool] = []  # of each character held
@@ -33,11 +50,13 @@ class TextStream:
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """The text that can be sent after this token. If `may_stop` is false, no stop string ends in this token."""
-        hidden = self._hidden.get(token_id)
-        if hidden is None:
+        special = self._special.get(token_id)
+        if special is None:
             return self._cut(self._decoder.push([token_id]), may_stop=may_stop)
         text = self._cut(self._decoder.flush(), may_stop=may_stop)  # no character goes on after it
-        return text if self.stopped is not None else text + self._cut(hidden, may_stop=may_stop, is_hidden=True)
+        if self.stopped is not None:
+            return text
+        return text + self._cut(special, may_stop=may_stop, is_hidden=self._skip_special_tokens)
 
     def flush(self) -> str:
         """The rest of the text at the end of the answer; empty after a stop string. The rest may complete one."""
@@ -50,6 +69,7 @@ class TextStream:
         self._is_hidden += [is_hidden] * len(text)
         if text and may_stop and (match := self._first_match(seen)):
             at, self.stopped = match
+            at += len(self.stopped) if self._include_stop else 0
             self._held = self._held[:at]
             return self._send(at)
         return self._send(len(self._held) - (0 if is_final else self._possible_start()))

@@ -121,6 +121,16 @@ def test_chat_and_tokenize(client):
     ids = client.tokenize([{"role": "user", "content": "hi"}])
     result = client.complete([{"role": "user", "content": "hi"}], max_tokens=3, **GREEDY)[0]
     assert result.usage.prompt_tokens == len(ids)
+    assert client.detokenize(ids) == "user\nhi\nassistant\n"
+    assert (
+        client.detokenize(ids, skip_special_tokens=False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(errors.InvalidRequestError, match=r"every id in token_ids must be an integer in 0…319, got 320"):
+        client.detokenize([5, 320])
+    with pytest.raises(errors.InvalidRequestError, match="481 token ids; at most 480"):
+        client.detokenize([5] * 481)
+    with pytest.raises(errors.InvalidRequestError, match="token_ids must be a list of integers"):
+        client.detokenize("text")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.text.stream import TextStream, answer_stream
 
 
@@ -119,8 +120,8 @@ def test_a_stop_string_may_contain_special_tokens(tokenizer):
     start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
     ids = [*tokenizer.encode("ab"), start, *tokenizer.encode("cd"), end, *tokenizer.encode("\nef")]
 
-    def sent(*stop):
-        stream, deltas = answer_stream(tokenizer, (), stop), []
+    def sent(*stop, **fields):
+        stream, deltas = answer_stream(tokenizer, (), SamplingParams(stop=stop, **fields)), []
         for token_id in ids:
             deltas.append(stream.push(token_id))
             if stream.stopped is not None:
@@ -134,3 +135,11 @@ def test_a_stop_string_may_contain_special_tokens(tokenizer):
     assert sent("<|im_end|>x", "ef") == ("abcd\n", "ef")
     assert sent("bc") == ("a", "bc")  # as long as no stop string names a special token, there are none in the text
     assert sent("<|im_end|>x") == ("abcd\nef", None)
+    assert sent(skip_special_tokens=False) == ("ab<|im_start|>cd<|im_end|>\nef", None)
+    assert sent("c", skip_special_tokens=False) == ("ab<|im_start|>", "c")
+    assert sent("d<|im_end|>", skip_special_tokens=False, include_stop_str_in_output=True) == (
+        "ab<|im_start|>cd<|im_end|>",
+        "d<|im_end|>",
+    )
+    assert sent("d<|im_end|>", include_stop_str_in_output=True) == ("abcd", "d<|im_end|>")
+    assert sent("bcd", include_stop_str_in_output=True) == ("abcd", "bcd")

@@ -79,6 +79,12 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         prompt = await self._service.in_thread(lambda: prompt_from_proto(message.prompt))
         return inference_pb2.TokenizeResponse(token_ids=await self._service.tokenize(prompt))
 
+    async def Detokenize(
+        self, message: inference_pb2.DetokenizeRequest, _context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+        return inference_pb2.DetokenizeResponse(text=await self._service.detokenize(message.token_ids, skip))
+
 
 class Admin(admin_pb2_grpc.AdminServicer):
     """The `Admin` service. Whoever reaches the port may ask what is served; `Drain` must have been allowed."""
