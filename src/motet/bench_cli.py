@@ -118,6 +118,21 @@ def bench_serve(
     )
 
 
+@bench.command("flood")
+def bench_flood(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    clients: Annotated[int, typer.Option(min=1, help="Clients that send prompts which are far too long.")] = 12,
+    prompt_bytes: Annotated[int, typer.Option(min=1000, max=4_190_000, help="Bytes of such a prompt.")] = 4_000_000,
+    duration_s: Annotated[float, typer.Option(min=0.1, help="Seconds without the flood, and with it.")] = 20.0,
+    threads: Threads = 0,
+) -> None:
+    """Streams and health while other clients send prompts that are far too long."""
+    from .bench import flood
+
+    flood.run(bundle, out, clients=clients, prompt_bytes=prompt_bytes, duration_s=duration_s, threads=threads)
+
+
 @bench.command("peers")
 def bench_peers(
     bundles: Bundles,

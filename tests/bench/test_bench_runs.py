@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 
 import pytest
-from motet.bench import decode, serve
+from motet.bench import decode, flood, serve
 from motet.bench.lib import probes, report
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.output import Output
@@ -160,3 +161,13 @@ def test_a_plot_is_well_formed_and_to_scale():
     root = ElementTree.fromstring(report._svg(plot))
     assert [float(element.attrib["width"]) for element in root.iter("rect")] == [105.0, 210.0, 420.0, 0.0]
     assert "A < B & C (tok/s)" in {element.text for element in root.iter("text")}
+
+
+@pytest.mark.slow
+def test_a_flood_of_long_prompts_is_refused_and_watched(bundle_dir, tmp_path):
+    result = flood.run(bundle_dir, tmp_path, clients=3, prompt_bytes=4_000_000, duration_s=1.5, threads=1)
+    assert result["refused"] >= 3
+    quiet, flooded = result["loads"]["quiet"], result["loads"]["flooded"]
+    assert result["gap_ratio"] == pytest.approx(flooded["gap_ms_max"] / quiet["gap_ms_max"])
+    assert min(quiet["messages"], flooded["messages"]) > 10
+    assert json.loads((tmp_path / "flood.json").read_text()) == result
