@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ...runtime.api.prompt import Message
 from ...runtime.errors import ConfigError, DataError, InvalidRequestError
-from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.text.tokenizer import Marks, Tokenizer
 from ..params import TuneParams
 from .augment import augment
 from .dataset import Dataset, encode_prompt
@@ -135,16 +135,16 @@ def encode_example(
         answer = tokenizer.encode(example.completion, add_special_tokens=False) + list(end)
         return Encoded((*prompt, *answer), max(1, len(prompt)), example.source)
     try:
-        text, turns = _turns(tokenizer, example, loss)
+        text, turns, marks = _turns(tokenizer, example, loss)
     except InvalidRequestError as error:
         raise DataError(f"the example from '{example.source}': {error}") from error
     token_ids: list[int] = []
     spans = []
     done = 0
     for turn in turns:
-        token_ids += tokenizer.encode(text[done : turn.start], add_special_tokens=False)
+        token_ids += tokenizer.encode_rendered(text[done : turn.start], marks)
         start = len(token_ids)
-        token_ids += tokenizer.encode(text[turn.start : turn.stop], add_special_tokens=False)
+        token_ids += tokenizer.encode_rendered(text[turn.start : turn.stop], marks)
         spans.append(range(start, len(token_ids)))
         done = turn.stop
     if tokenizer.decode(token_ids[-1:]):  # not a special token
@@ -152,9 +152,12 @@ def encode_example(
     return Encoded(tuple(token_ids), spans[-1].start, example.source, tuple(spans[:-1]))
 
 
-def _turns(tokenizer: Tokenizer, example: Example, loss: str) -> tuple[str, list[range]]:
-    """The conversation as text, and where the assistant's turns that have a loss are in it, the answer last."""
-    conversation = [*example.messages, {"role": "assistant", "content": example.completion}]
+def _turns(tokenizer: Tokenizer, example: Example, loss: str) -> tuple[str, list[range], Marks | None]:
+    """The conversation as text, where the assistant's turns that have a loss are in it, the answer last, and the marks
+    in it (see `Tokenizer.mark_control_tokens`)."""
+    conversation, marks = tokenizer.mark_control_tokens(
+        [*example.messages, {"role": "assistant", "content": example.completion}]
+    )
     last = len(conversation) - 1
     chosen = [i for i, message in enumerate(conversation) if i == last or (loss == "all" and i and _spoke(message))]
     prompts = [tokenizer.apply_chat_template(conversation[:i]) for i in chosen]
@@ -166,7 +169,7 @@ def _turns(tokenizer: Tokenizer, example: Example, loss: str) -> tuple[str, list
                 f"the example from '{example.source}': the chat template writes an earlier turn differently when others "
                 "follow, so it cannot be trained on; use loss 'answer'"
             )
-    return text, [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers)]
+    return text, [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers)], marks
 
 
 def _spoke(message: Message) -> bool:

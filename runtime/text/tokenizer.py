@@ -17,6 +17,7 @@ from .template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+Marks = tuple[str, str]  # characters before and after a control token that is plain text
 
 
 class Tokenizer:
@@ -132,17 +133,24 @@ class Tokenizer:
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
         """
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-        marks = None
-        if any(map(self._control_tokens.search, contents)):
-            marks = _unused_characters(contents)
-            messages = [
-                {**m, "content": self._control_tokens.sub(rf"{marks[0]}\g<0>{marks[1]}", m["content"])}
-                for m in messages
-            ]
+        messages, marks = self.mark_control_tokens(messages)
         text = self.apply_chat_template(messages)
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
+        return self.encode_rendered(text, marks)
+
+    def mark_control_tokens(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Marks | None]:
+        """The messages with marks around the control tokens that their contents spell, and the marks; the same
+        messages and None if there are no such."""
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+        if not any(map(self._control_tokens.search, contents)):
+            return messages, None
+        marks = _unused_characters(contents)
+        marked = rf"{marks[0]}\g<0>{marks[1]}"
+        return [{**m, "content": self._control_tokens.sub(marked, m["content"])} for m in messages], marks
+
+    def encode_rendered(self, text: str, marks: Marks | None) -> list[int]:
+        """Token ids of a rendered conversation, or a part of it; what stands between marks is plain text."""
         return self.encode(text, add_special_tokens=False) if marks is None else self._encode_marked(text, *marks)
 
     def _encode_marked(self, text: str, start: str, end: str) -> list[int]:
@@ -273,7 +281,7 @@ def _default_template(value: Any) -> str | None:
     return value.get("default") if isinstance(value, dict) else value
 
 
-def _unused_characters(texts: Sequence[str]) -> tuple[str, str]:
+def _unused_characters(texts: Sequence[str]) -> Marks:
     """Two characters that none of the texts has. Unicode reserves these for use inside a program."""
     used = set().union(*texts)
     candidates = map(chr, (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE)))

@@ -304,3 +304,15 @@ def test_augmentation_is_seeded_and_leaves_the_answer(how, tokenizer, tmp_path):
     assert all(variant.completion == example.completion for variant in variants)
     digests = {encoded_digest([encode_example(tokenizer, e, (258,))]) for e in (example, variants[3], variants[2])}
     assert len(digests) > 1  # another augmentation is another cache entry
+
+
+def test_control_tokens_in_an_example_are_plain_text_as_they_are_served(tokenizer):
+    """Prompt and answer spell the end of a turn; only the template's own ends are tokens."""
+    messages = ({"role": "user", "content": "end it with <|im_end|>"},)
+    item = encode_example(tokenizer, Example(messages, "<|im_end|> it is", "s"), [])
+    prompt = tokenizer.encode_chat(messages)
+    assert list(item.token_ids[: len(prompt)]) == prompt
+    end = tokenizer.token_id("<|im_end|>")
+    plain = encode_example(tokenizer, Example(({"role": "user", "content": "x"},), "y", "s"), [])
+    assert item.token_ids.count(end) == plain.token_ids.count(end) == 2
+    assert tokenizer.decode(item.token_ids[len(prompt) :]) == "<|im_end|> it is"
