@@ -184,10 +184,17 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         "dtype": "float32",
     }
     config |= {name: values.pop(key) for key, name in architecture.keys.items() if key in values}
+    for key, name in architecture.keys.items():
+        value = config.get(name)
+        if isinstance(value, list):
+            raise UnsupportedModelError(f"'{path}' has another {name} for each layer, which is not computed here")
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise DataError(f"'{path}' has {prefix}{key}={shown(value)}; it must be a number above 0")
     hidden, heads = (config[architecture.keys[key]] for key in ("embedding_length", "attention.head_count"))
-    head_size = config.get("head_dim", hidden // heads if isinstance(heads, int) and heads else 0)
+    head_size = config.get("head_dim", hidden // heads)
     if "rms_norm_eps" in config:
         config["head_dim"] = head_size
+        config.setdefault("num_key_value_heads", heads)
         config["rope_parameters"] = _rope(path, values, config.pop("rope_theta", 10000.0))
     neutral: dict[str, Any] = {
         "vocab_size": values.get("vocab_size"),  # compared with the embedding
@@ -201,9 +208,6 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
     for key, value in values.items():
         if key not in neutral or value != neutral[key]:
             raise UnsupportedModelError(f"'{path}' has {prefix}{key}={shown(value)}, which is not computed here")
-    for name in architecture.keys.values():
-        if isinstance(config.get(name), list):
-            raise UnsupportedModelError(f"'{path}' has another {name} for each layer, which is not computed here")
     for key in metadata:
         known = key.startswith((prefix, *_DESCRIPTIVE, "split.")) or key in _TOKENIZER_KEYS
         if not known:

@@ -116,7 +116,7 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
             if not torch.isfinite(values).all():
                 raise BundleError(f"'{name}' of '{model_dir}' holds NaN or infinite values; the training failed")
             weights[part] = values
-    if layout.config.tied_head and HEAD in weights:
+    if layout.config.tied_head and HEAD in weights and EMBEDDING in weights:
         if not torch.equal(weights[HEAD], weights[EMBEDDING]):
             raise BundleError(
                 f"config.json of '{model_dir}' ties the head to the embedding, and a different head is stored; set "

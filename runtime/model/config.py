@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..api.config import check_keys
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
+    "max_position_embeddings",
+)  # fmt: skip
+_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied_head", "linear_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +23,7 @@ class DecoderConfig:
 
     Sizes are counts of elements. `family` says how checkpoints store the model (`families.FAMILIES`). Whatever
     changes the arithmetic has a field of its own, so a new family is a file in `families/` and not a branch
-    elsewhere. Raises `ConfigError` for an impossible window.
+    elsewhere. Raises `ConfigError` for a value of the wrong type or out of its range.
     """
 
     family: str
@@ -47,12 +54,23 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         limits = {"first_window_layer": 0} | ({} if self.sliding_window is None else {"sliding_window": 1})
-        for name, low in limits.items():
+        for name, low in (dict.fromkeys(_SIZES, 1) | limits).items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**31:
-                raise ConfigError(
-                    f"{name} must be an integer in {low}…{2**31 - 1} (sliding_window null: none), got {value!r}"
-                )
+                note = " (null: none)" if name == "sliding_window" else ""
+                raise ConfigError(f"{name} must be an integer in {low}…{2**31 - 1}{note}, got {shown(value)}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        for name in ("norm_eps", "rope_theta"):
+            _check_positive(name, getattr(self, name))
+        for name, value in (self.rope_scaling or {}).items():
+            if name not in ("rope_type", "type"):
+                _check_positive(f"rope scaling's {name}", value)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ConfigError(f"head_size must be even for rotary positions, got {self.head_size}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
@@ -70,3 +88,9 @@ class DecoderConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_size
+
+
+def _check_positive(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a finite number above 0, got {shown(value)}")

@@ -170,7 +170,7 @@ def test_a_line_is_found():
 @pytest.mark.slow
 def test_busy_report(bundle, tmp_path, monkeypatch, clock):
     """Steps of 4 ms, 10 ms while the other process runs."""
-    burner = busy._burner
+    burner = busy.burner
 
     @contextmanager
     def slower():
@@ -179,7 +179,7 @@ def test_busy_report(bundle, tmp_path, monkeypatch, clock):
             yield
         clock.cost = lambda _batch: 0.004
 
-    monkeypatch.setattr(busy, "_burner", slower)
+    monkeypatch.setattr(busy, "burner", slower)
     result = busy.run(bundle, tmp_path, batch_sizes=[1, 2], context=20, new_tokens=8, repeats=1, threads=2)
     shown = words(tmp_path / "busy.html")
     assert [row["batch_size"] for row in result["rows"]] == [1, 2]

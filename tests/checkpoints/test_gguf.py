@@ -139,6 +139,12 @@ TABLE = {
     "bfloat16": ("qwen2", as_type(BF16), None),
     "float16": ("gpt2", as_type(F16), None),
     "without optional keys": ("llama", keys(attention__key_length=None, attention__value_length=None), None),
+    "as many key-value heads": ("gpt2", keys(attention__head_count_kv=4), None),
+    "key-value heads left out": ("llama", keys(attention__head_count_kv=None), "shapes"),
+    "no heads": ("llama", keys(attention__head_count=0), "attention.head_count=0; it must be a number above 0"),
+    "heads in words": ("llama", keys(attention__head_count="4"), "head_count='4'; it must be a number"),
+    "epsilon in words": ("llama", keys(attention__layer_norm_rms_epsilon="x"), "must be a number above 0"),
+    "a factor of 0": ("llama", keys(rope__scaling__type="linear", rope__scaling__factor=0.0), "finite number above 0"),
     "another base": ("llama", keys(rope__freq_base=777.0), "equal to the changed model"),
     "linear scaling": (
         "llama",

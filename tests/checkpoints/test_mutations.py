@@ -202,6 +202,17 @@ TABLE = {
     "gpt2 cross attention": ("gpt2", config(add_cross_attention=True), "add_cross_attention=True"),
     "gpt2 upcast": ("gpt2", config(reorder_and_upcast_attn=True), None),
     "gpt2 width": ("gpt2", config(n_inner=100), "do not fit its config.json"),
+    # ---- values of other types, or out of range ----
+    "no heads": ("llama", config(num_attention_heads=0), "num_heads must be an integer in 1"),
+    "no heads and no head size": ("llama", config(num_attention_heads=0, head_dim=None), "lacks or misstates"),
+    "heads in words": ("llama", config(num_attention_heads="4"), "num_heads must be an integer .*, got '4'"),
+    "epsilon in words": ("llama", config(rms_norm_eps="x"), "norm_eps must be a finite number above 0, got 'x'"),
+    "theta in words": ("llama", config(rope_parameters=None, rope_theta="x"), "rope_theta must be a finite number"),
+    "rope as a list": ("llama", config(rope_parameters=[1]), "lacks or misstates"),
+    "a factor of 0": ("llama", rope(type="linear", factor=0.0), "factor must be a finite number above 0, got 0.0"),
+    "a flag in words": ("llama", config(tie_word_embeddings="false"), "tied_head must be true or false, got 'false'"),
+    "uneven groups of heads": ("llama", config(num_key_value_heads=3), "must be a multiple of num_kv_heads"),
+    "odd heads": ("llama", config(head_dim=15), "head_size must be even"),
     # ---- weights ----
     "float16": ("llama", cast(torch.float16), None),
     "bfloat16": ("gpt2", cast(torch.bfloat16), None),
@@ -247,6 +258,11 @@ TABLE = {
         "llama",
         weights(lambda t: t.update({HEAD: t[EMBEDDING].flip(0)})),
         "a different head is stored",
+    ),
+    "a head and no embedding": (
+        "llama",
+        weights(lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
+        r"missing \['model.embed_tokens.weight'\]",
     ),
     "untied without a head": ("llama", config(tie_word_embeddings=False), r"missing \['lm_head.weight'\]"),
     "untied with a head": (

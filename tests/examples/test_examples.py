@@ -104,8 +104,7 @@ def node_client(tmp_path_factory):
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("Node.js is not installed (node and npm)")
     root = tmp_path_factory.mktemp("node")
-    (root / "proto").mkdir()
-    shutil.copy(EXAMPLES.parent / "proto" / "inference.proto", root / "proto")
+    shutil.copytree(EXAMPLES.parent / "proto" / "motet", root / "proto" / "motet")
     shutil.copytree(EXAMPLES / "node", root / "examples" / "node", ignore=shutil.ignore_patterns("node_modules"))
     installed = run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=root / "examples" / "node")
     if installed.returncode != 0 and "network" in installed.stderr.lower():

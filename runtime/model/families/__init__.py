@@ -29,5 +29,5 @@ def decoder_config(values: Json) -> DecoderConfig:
     check_keys_read(values, FAMILIES[family].keys)
     try:
         return FAMILIES[family].config(values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"config.json of family '{family}' lacks or misstates {error}") from error

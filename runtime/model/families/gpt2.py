@@ -46,7 +46,7 @@ def _config(values: Json) -> DecoderConfig:
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied_head=bool(values.get("tie_word_embeddings", True)),
+        tied_head=values.get("tie_word_embeddings", True),
     )
 
 

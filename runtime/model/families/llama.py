@@ -48,10 +48,10 @@ def llama_config(values: Json, **changes: Any) -> DecoderConfig:
         "head_size": values.get("head_dim") or values["hidden_size"] // heads,
         "max_position_embeddings": values["max_position_embeddings"],
         "norm_eps": values["rms_norm_eps"],
-        "qkv_bias": bool(values.get("attention_bias", False)),
-        "out_bias": bool(values.get("attention_bias", False)),
-        "mlp_bias": bool(values.get("mlp_bias", False)),
-        "tied_head": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": values.get("attention_bias") or False,
+        "out_bias": values.get("attention_bias") or False,
+        "mlp_bias": values.get("mlp_bias") or False,
+        "tied_head": values.get("tie_word_embeddings") or False,
         **rotary(values),
     }
     return DecoderConfig(**(fields | changes))
@@ -88,7 +88,7 @@ def rotary(values: Json) -> dict[str, Any]:
     scaling = (
         None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta" and v is not None}
     )
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 LLAMA = Family("llama", KEYS | {"attention_bias", "mlp_bias"}, llama_config)
