@@ -91,6 +91,5 @@ class DecoderConfig:
 
 
 def _check_positive(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigError(f"{name} must be a finite number above 0, got {shown(value)}")

@@ -16,6 +16,7 @@ from motet.runtime.errors import UnavailableError
 
 SERVE = """
 import sys
+from pathlib import Path
 from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
