@@ -1,10 +1,9 @@
 """`motet bench flood`: what other clients notice of prompts that are far too long.
 
 A server streams one answer after another to one client, and another asks for its health ten times a second; first alone,
-then while further clients send prompts of megabytes without a pause. Such a prompt fits a message and not the context: it
-must be refused before it is tokenised. Measured are the largest gap between two messages of a stream, and the slowest
-answer of the health service. The flooding clients run at the lowest priority, because in a real network their own work is
-done on other machines.
+then while further clients send prompts of megabytes without a pause, each of which is refused. Measured are the largest gap
+between two messages of a stream, and the slowest answer of the health service. The flooding clients run at the lowest
+priority, because in a real network their own work is done on other machines.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
+from ..proto import inference_pb2, inference_pb2_grpc
 from ..runtime.client.client import Client
-from ..runtime.errors import ContextLengthError, MotetError, UnavailableError
+from ..runtime.errors import UnavailableError
 from .lib.report import Plot, machine, table, write
 from .serve import percentile, server_process
 
@@ -130,21 +132,24 @@ def _flood(address: str, clients: int, prompt_bytes: int) -> Iterator[list[int]]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Send prompts until a line comes on stdin, and print how many were refused as too long."""
+    """Send prompts until a line comes on stdin, and print how many were refused."""
     address, clients, prompt_bytes = arguments[0], int(arguments[1]), int(arguments[2])
     os.nice(19)
-    prompt, ended, counts = "lorem ipsum " * (prompt_bytes // 12), threading.Event(), [0] * clients
+    prompt = inference_pb2.Prompt(text="lorem ipsum " * (prompt_bytes // 12))
+    message, ended, counts = inference_pb2.GenerateRequest(prompt=prompt), threading.Event(), [0] * clients
 
     def send(index: int) -> None:
-        with Client(address) as client:
+        # Not our client: it refuses such a prompt itself.
+        with grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as channel:
+            complete = inference_pb2_grpc.InferenceStub(channel).Complete  # type: ignore[no-untyped-call]
             while not ended.is_set():
                 try:
-                    client.complete(prompt, max_tokens=8)
-                except ContextLengthError:
-                    counts[index] += 1
-                except MotetError as error:
-                    print(error, file=sys.stderr)
-                    time.sleep(0.1)
+                    complete(message)
+                except grpc.RpcError as error:
+                    refused = error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
+                    counts[index] += refused
+                    if not refused:
+                        print(error, file=sys.stderr)
 
     threads = [threading.Thread(target=send, args=(index,)) for index in range(clients)]
     for thread in threads:

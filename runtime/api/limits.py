@@ -8,8 +8,9 @@ from __future__ import annotations
 
 # ---- messages on the wire, in bytes ----------------------------------------------------------------------------------
 
-# Both directions: what every gRPC client accepts by default. Our server refuses an answer that may become larger, and
-# cuts streams into smaller messages.
+# About 260,000 tokens of text. gRPC refuses a larger request by its length, before it is read.
+MAX_REQUEST_BYTES = 2**20
+# What every gRPC client accepts by default. A whole answer that may become larger is not computed; streams are cut.
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_DELTA_BYTES = 2**16  # about the largest message of a stream; a slow reader's answer is cut into such pieces
 MAX_ERROR_BYTES = 1000  # of an error's text: it travels in HTTP/2 trailers, which hold 8 KiB, three times over

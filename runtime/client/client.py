@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from ..api.limits import MAX_MESSAGE_BYTES
+from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt, PromptContent
@@ -29,7 +29,7 @@ from ..serve.grpc.wire import (
 
 Mix = Ensemble | Mapping[str, float] | None
 _CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A connection that broke without a word is noticed while an answer is awaited.
     ("grpc.keepalive_time_ms", 30_000),

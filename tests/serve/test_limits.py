@@ -25,7 +25,7 @@ from motet.runtime.serve.metrics import engine_registry
 from motet.runtime.serve.service import Service
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
-FULL = limits.MAX_MESSAGE_BYTES - 1000  # bytes of a prompt that fills a message
+FULL = limits.MAX_REQUEST_BYTES - 1000  # bytes of a prompt that fills a message
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ TOO_MUCH = {
         {"prompt": inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[5] * 10**6))},
         "the context holds 96",
     ),
-    "messages": ({"prompt": messages(400_000)}, "at most 4096 messages, got 400000"),
+    "messages": ({"prompt": messages(50_000)}, "at most 4096 messages, got 50000"),
     "conversation": ({"prompt": messages(2, "x" * (FULL // 2))}, "the conversation has more than"),
     "members": ({"prompt": text("x"), "ensemble": ensemble(32_000)}, "1 to 64 members, got 32000"),
     "views": ({"prompt": text("x"), "ensemble": ensemble(16_000, view=text("y"))}, "1 to 64 members, got 16000"),

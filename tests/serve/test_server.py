@@ -177,7 +177,7 @@ def negative_not_allowed(message):
         (negative_in_probs, grpc.StatusCode.INVALID_ARGUMENT, "need space LOGITS"),
         (negative_not_allowed, grpc.StatusCode.INVALID_ARGUMENT, "allow_negative"),
         (lambda m: setattr(m.sampling, "temperature", float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
-        (lambda m: m.stopping.stop.extend(["x"] * 1_000_000), grpc.StatusCode.INVALID_ARGUMENT, "1000000 stop strings"),
+        (lambda m: m.stopping.stop.extend(["x"] * 100_000), grpc.StatusCode.INVALID_ARGUMENT, "100000 stop strings"),
         (lambda m: m.prompt.Clear(), grpc.StatusCode.INVALID_ARGUMENT, "prompt is empty"),
     ],
 )
@@ -228,6 +228,6 @@ def test_nobody_there():
 
 def test_client_checks_before_it_sends(client):
     with pytest.raises(errors.InvalidRequestError, match="stop strings"):
-        client.complete("x", stop=("x",) * 1_000_000)
+        client.complete("x", stop=("x",) * 100_000)
     with pytest.raises(errors.InvalidEnsembleError, match="sums to"):
         client.complete("x", mix={"a": 0.4}, space=Space.PROBS)

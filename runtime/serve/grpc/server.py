@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from ...api.config import EngineConfig
-from ...api.limits import MAX_MESSAGE_BYTES
+from ...api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ...engine.engine import Engine
 from ...errors import PermissionDeniedError, PortInUseError, UnimplementedError
 from ..metrics import serve_metrics
@@ -153,7 +153,7 @@ class Server:
         """Raises `PortInUseError` if the port is taken."""
         options = [
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             *KEEPALIVE_OPTIONS,
         ]

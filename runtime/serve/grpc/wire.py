@@ -14,7 +14,14 @@ from grpc_status import rpc_status
 
 from ....proto import admin_pb2, inference_pb2
 from ... import errors
-from ...api.limits import MAX_DELTA_BYTES, MAX_ERROR_BYTES, MAX_MEMBERS, MAX_MESSAGE_BYTES, MAX_MESSAGES
+from ...api.limits import (
+    MAX_DELTA_BYTES,
+    MAX_ERROR_BYTES,
+    MAX_MEMBERS,
+    MAX_MESSAGE_BYTES,
+    MAX_MESSAGES,
+    MAX_REQUEST_BYTES,
+)
 from ...api.model_info import ModelInfo
 from ...api.output import Output, Timings, Usage
 from ...api.prompt import Prompt, PromptContent
@@ -85,7 +92,9 @@ def error_of(call_error: Any) -> MotetError:
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return InvalidRequestError(f"a message is larger than {MAX_MESSAGE_BYTES} bytes: {message}")
+        return InvalidRequestError(
+            f"a request has at most {MAX_REQUEST_BYTES} bytes, an answer {MAX_MESSAGE_BYTES}: {message}"
+        )
     return MotetError(f"{code.name}: {message}")
 
 
