@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -71,6 +72,17 @@ def keep(*_args):
 
 def cast(dtype):
     return weights(lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
+
+
+def with_biases(module):
+    """A bias for each weight of the module."""
+    name = re.compile(rf"\.{re.escape(module)}.*weight$")
+
+    def edit(tensors):
+        for weight in [key for key in tensors if name.search(key)]:
+            tensors[weight.replace("weight", "bias")] = torch.linspace(-1, 1, len(tensors[weight]))
+
+    return weights(edit)
 
 
 def put(name, value):
@@ -144,38 +156,8 @@ TABLE = {
     "no activation": ("llama", config(hidden_act=None), None),
     "another activation": ("llama", config(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
     "biases that are not stored": ("llama", config(attention_bias=True), "missing"),
-    "biases of attention": (
-        "llama",
-        both(
-            config(attention_bias=True),
-            weights(
-                lambda t: t.update(
-                    {
-                        name.replace("weight", "bias"): torch.linspace(-1, 1, len(tensor))
-                        for name, tensor in t.items()
-                        if "self_attn" in name
-                    }
-                )
-            ),
-        ),
-        None,
-    ),
-    "biases of the mlp": (
-        "llama",
-        both(
-            config(mlp_bias=True),
-            weights(
-                lambda t: t.update(
-                    {
-                        name.replace("weight", "bias"): torch.linspace(-1, 1, len(tensor))
-                        for name, tensor in t.items()
-                        if "mlp." in name
-                    }
-                )
-            ),
-        ),
-        None,
-    ),
+    "biases of attention": ("llama", both(config(attention_bias=True), with_biases("self_attn.")), None),
+    "biases of the mlp": ("llama", both(config(mlp_bias=True), with_biases("mlp.")), None),
     "a bias setting that the family lacks": ("qwen2", config(mlp_bias=True), "mlp_bias=True"),
     "attention bias of mistral": ("mistral", config(attention_bias=True), "attention_bias=True"),
     "soft cap": ("llama", config(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),

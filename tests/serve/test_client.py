@@ -9,34 +9,16 @@ import time
 import grpc
 import numpy as np
 import pytest
-from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
+from helpers.fake_backend import hold_first_step
 from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, Member, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.serve.grpc.wire import _CODES, error_of, request_to_proto
-from motet.runtime.serve.local import serve_engine
 
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.MotetError)]
 SHORT = {"max_tokens": 4, "temperature": 0.0}
-
-
-@pytest.fixture
-def backend():
-    return FakeBackend()
-
-
-@pytest.fixture
-def engine(tokenizer, backend):
-    with make_engine(tokenizer, backend) as engine:
-        yield engine
-
-
-@pytest.fixture
-def address(engine):
-    with serve_engine(engine) as address:
-        yield address
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
+from helpers.fake_backend import hold_first_step, make_engine
 from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api import limits
@@ -26,23 +26,6 @@ from motet.runtime.serve.service import Service
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 FULL = limits.MAX_REQUEST_BYTES - 1000  # bytes of a prompt that fills a message
-
-
-@pytest.fixture
-def backend():
-    return FakeBackend()
-
-
-@pytest.fixture
-def engine(tokenizer, backend):
-    with make_engine(tokenizer, backend) as engine:
-        yield engine
-
-
-@pytest.fixture
-def address(engine):
-    with serve_engine(engine) as address:
-        yield address
 
 
 @pytest.fixture

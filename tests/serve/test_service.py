@@ -8,23 +8,12 @@ import time
 from contextlib import aclosing
 
 import pytest
-from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
+from helpers.fake_backend import hold_first_step
 from motet.runtime import errors
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.serve.service import OutputQueue, Service
-
-
-@pytest.fixture
-def backend():
-    return FakeBackend()
-
-
-@pytest.fixture
-def engine(tokenizer, backend):
-    with make_engine(tokenizer, backend) as engine:
-        yield engine
 
 
 def ask(prompt="hello", *, max_tokens=12, **fields):
