@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from ..errors import InvalidRequestError, shown
 from .limits import MAX_MESSAGES
-from .rules import Integer, num_bytes
+from .rules import Flag, Integer, num_bytes
 
-Message = Mapping[str, str]  # {"role", "content"}
-Prompt = str | Sequence[int] | Sequence[Message]
-_KEYS = {"role", "content"}
+# {"role", "content"}, and perhaps "name", "tool_call_id" (texts) and "tool_calls" (JSON objects)
+Message = Mapping[str, Any]
 _TOKEN_ID = Integer()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and what else the model's chat template is given. `tools`: JSON schemas of functions that the model may
+    call. `continue_final_message`: the answer goes on with the last message, whose turn is left open. Raises
+    `InvalidRequestError`."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("messages", "tools"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise InvalidRequestError(f"{name} must be a list, got {shown(getattr(self, name))}", field=name)
+        if len(self.messages) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"a conversation has at most {MAX_MESSAGES} messages, got {len(self.messages)}", field="messages"
+            )
+        for message in self.messages:
+            _check_message(message)
+        for tool in self.tools:
+            if not isinstance(tool, Mapping) or not _is_json(tool):
+                raise InvalidRequestError(f"a tool is a JSON object, got {shown(tool)}", field="tools")
+        Flag().check("continue_final_message", self.continue_final_message)
+        object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "tools", tuple(self.tools))
+
+
+Prompt = str | Sequence[int] | Sequence[Message] | Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +54,14 @@ class PromptContent:
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
-    messages: tuple[Message, ...] | None = None
+    conversation: Conversation | None = None
 
     @classmethod
     def read(cls, prompt: Prompt) -> PromptContent:
         """Find out which of the three kinds a prompt is. Raises `InvalidRequestError` for any other kind and for a
         mixture."""
+        if isinstance(prompt, Conversation):
+            return cls(conversation=prompt)
         if isinstance(prompt, str):
             if num_bytes(prompt) is None:
                 raise InvalidRequestError("the prompt is not valid Unicode text", field="prompt")
@@ -42,19 +75,33 @@ class PromptContent:
             return cls(
                 token_ids=tuple(_TOKEN_ID.check("prompt", item, "every token id of a prompt") for item in prompt)
             )
-        if len(prompt) > MAX_MESSAGES:
-            raise InvalidRequestError(
-                f"a conversation has at most {MAX_MESSAGES} messages, got {len(prompt)}", field="messages"
-            )
-        messages = [item for item in prompt if isinstance(item, Mapping)]
-        if len(messages) != len(prompt):
+        if not all(isinstance(item, Mapping) for item in prompt[:MAX_MESSAGES]):
             raise InvalidRequestError("a prompt is text, token ids or messages, not a mixture", field="prompt")
-        for message in messages:
-            if set(message) != _KEYS or not all(
-                isinstance(text, str) and num_bytes(text) is not None for text in message.values()
-            ):
-                raise InvalidRequestError(
-                    f"a message has a role and a content, both text, got {shown(sorted(map(str, message)))}",
-                    field="messages",
-                )
-        return cls(messages=tuple(messages))
+        return cls(conversation=Conversation(tuple(prompt)))  # type: ignore[arg-type]
+
+
+def _check_message(message: object) -> None:
+    texts = {"role", "content", "name", "tool_call_id"}
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= texts | {"tool_calls"}:
+        found = sorted(map(str, message)) if isinstance(message, Mapping) else message
+        raise InvalidRequestError(
+            f"a message has a role and a content, and may have name, tool_call_id and tool_calls, got {shown(found)}",
+            field="messages",
+        )
+    for key in texts & set(message):
+        if not isinstance(message[key], str) or num_bytes(message[key]) is None:
+            raise InvalidRequestError(f"a message's {key} must be text, got {shown(message[key])}", field="messages")
+    calls = message.get("tool_calls", ())
+    if (
+        not isinstance(calls, list | tuple)
+        or not all(isinstance(c, Mapping) for c in calls)
+        or not _is_json(list(calls))
+    ):
+        raise InvalidRequestError(f"tool_calls must be a list of JSON objects, got {shown(calls)}", field="messages")
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return num_bytes(json.dumps(value, ensure_ascii=False, allow_nan=False)) is not None
+    except (TypeError, ValueError, RecursionError):
+        return False

@@ -19,8 +19,8 @@ from ..api.request import Ensemble, Member, Space
 from ..api.rules import Flag
 from ..api.sampling import SamplingParams, check_names
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
+from ..serve.grpc.statuses import error_of
 from ..serve.grpc.wire import (
-    error_of,
     model_from_proto,
     output_from_response,
     prompt_to_proto,
@@ -107,7 +107,7 @@ class Client:
     ...     for delta in client.generate("Once upon a time", mix={"code": 0.3, "docs": 0.7}, max_tokens=40):
     ...         print(delta.text, end="", flush=True)
 
-    `prompt`: text, token ids, or messages ({"role", "content"}). Options: see `_message` (mix, space, views,
+    `prompt`: text, token ids, messages ({"role", "content"}), or a `Conversation`. Options: see `_message` (mix, space, views,
     request_id, time_limit_s, return_member_logprobs, sampling, or the fields of `SamplingParams`). `timeout_s` is the
     call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has. Raises the errors of
     the server, and `UnavailableError` if there is no answer from it.

@@ -8,7 +8,7 @@ from .tokenizer import Tokenizer
 
 
 def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None) -> tuple[int, ...]:
-    """Token ids of a prompt: text, a list of token ids, or a list of chat messages ({"role", "content"}).
+    """Token ids of a prompt: text, a list of token ids, a list of chat messages, or a `Conversation`.
 
     With `max_tokens`, what cannot have so few tokens is refused before it is read, rendered or tokenised; the result
     may still be longer. Raises `InvalidRequestError` if the prompt is empty, mixes these kinds, or has a message that
@@ -25,8 +25,11 @@ def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = 
         if max_bytes is not None and (size := len(content.text.encode())) > max_bytes:
             raise _too_long(f"a text of {size} bytes, which is more than {max_tokens} tokens", max_tokens)
         token_ids = tuple(tokenizer.encode(content.text))
-    elif content.messages is not None:
-        token_ids = tuple(tokenizer.encode_chat(content.messages, max_bytes))
+    elif (chat := content.conversation) is not None:
+        found = tokenizer.encode_chat(
+            chat.messages, max_bytes, tools=chat.tools, continue_final_message=chat.continue_final_message
+        )
+        token_ids = tuple(found)
     else:
         token_ids = content.token_ids or ()
     if not token_ids:

@@ -13,13 +13,14 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import BundleError, InvalidRequestError
 
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _SHOWN = 300  # characters of a template's own error that a message shows
 
 
@@ -43,18 +44,37 @@ class ChatTemplate:
         literals = [node.data for node in tree.find_all(nodes.TemplateData)]
         literals += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self._literals = "\0".join(literals)
+        self._names = meta.find_undeclared_variables(tree)
 
     def mentions(self, text: str) -> bool:
         """Whether the template itself may write `text`."""
         return text in self._literals
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Raises `InvalidRequestError` with the template's own words if it refuses the
-        conversation or fails on it."""
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at what it is given under this name."""
+        return name in self._names
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as text. With `continue_final_message` it ends where the last message's content ends. Raises
+        `InvalidRequestError` with the template's own words if it refuses the conversation or fails on it."""
+        if continue_final_message:
+            content = messages[-1]["content"]
+            opened = [*messages[:-1], {**messages[-1], "content": content + _TAG}]
+            head, tag, rest = self.render(opened, False, tools).rpartition(_TAG.strip())
+            if not tag or content.strip() not in head:
+                raise InvalidRequestError("the chat template changes the message to continue", field="messages")
+            # The tag's own space is gone if the template trims what a message ends with.
+            return head if rest.startswith(" ") else head.rstrip()
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
 from .template import ChatTemplate
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 Marks = tuple[str, str]  # characters before and after a control token that is plain text
 
@@ -108,8 +108,14 @@ class Tokenizer:
         result: int | None = self._tokenizer.token_to_id(token)
         return result
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, in the format that the model was trained on.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as text, in the format that the model was trained on; arguments as in `Conversation`.
 
         Raises `InvalidRequestError` for an empty conversation, a wrong message, a conversation that the template
         refuses, or a model without a template.
@@ -124,30 +130,42 @@ class Tokenizer:
                     f"a message has a role of {ROLES} and a content, got role {shown(message.get('role'))}",
                     field="messages",
                 )
-        return self._template.render(messages, add_generation_prompt)
+        if tools and not self._template.reads("tools"):
+            raise InvalidRequestError("the model's chat template takes no tools; leave them out", field="tools")
+        return self._template.render(messages, add_generation_prompt, tools, continue_final_message)
 
-    def encode_chat(self, messages: Sequence[Message], max_bytes: int | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        max_bytes: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The conversation's token ids, up to where the answer begins. Only the template adds special tokens: a
-        control token that a message's content spells, such as `<|im_end|>`, is encoded as plain text.
+        control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text.
 
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
         """
-        messages, marks = self.mark_control_tokens(messages)
-        text = self.apply_chat_template(messages)
+        both, marks = self.mark_control_tokens([*messages, {"tools": list(tools)}])
+        text = self.apply_chat_template(
+            both[:-1], tools=both[-1]["tools"], continue_final_message=continue_final_message
+        )
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
         return self.encode_rendered(text, marks)
 
     def mark_control_tokens(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Marks | None]:
-        """The messages with marks around the control tokens that their contents spell, and the marks; the same
-        messages and None if there are no such."""
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-        if not any(map(self._control_tokens.search, contents)):
+        """The messages with marks around the control tokens that their texts spell, and the marks; the same messages
+        and None if there are no such."""
+        texts = list(_texts(list(messages)))
+        if not any(map(self._control_tokens.search, texts)):
             return messages, None
-        marks = _unused_characters(contents)
+        marks = _unused_characters(texts)
         marked = rf"{marks[0]}\g<0>{marks[1]}"
-        return [{**m, "content": self._control_tokens.sub(marked, m["content"])} for m in messages], marks
+        found: list[Message] = _replaced(list(messages), lambda text: self._control_tokens.sub(marked, text))
+        return found, marks
 
     def encode_rendered(self, text: str, marks: Marks | None) -> list[int]:
         """Token ids of a rendered conversation, or a part of it; what stands between marks is plain text."""
@@ -214,8 +232,11 @@ class IncrementalDecoder:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The complete characters that these tokens add. An unfinished character waits for the next push."""
-        self._ids.extend(token_ids)
-        return self._emit(final=False)
+        text = ""
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            text += self._emit(final=False)
+        return text
 
     def flush(self) -> str:
         """The rest of the text, with unfinished bytes as U+FFFD."""
@@ -279,6 +300,24 @@ def _default_template(value: Any) -> str | None:
     if isinstance(value, list):
         value = {item["name"]: item["template"] for item in value}
     return value.get("default") if isinstance(value, dict) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, but for the keys of objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _replaced(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every such text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, change) for key, item in value.items()}
+    return [_replaced(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _unused_characters(texts: Sequence[str]) -> Marks:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .runtime.api.config import EngineConfig
     from .runtime.api.model_info import ModelInfo
     from .runtime.api.output import Completion, Output
+    from .runtime.api.prompt import Conversation
     from .runtime.api.request import Ensemble, FinishReason, Member, Request, Space
     from .runtime.api.sampling import SamplingParams
     from .runtime.client.client import AsyncClient, Client
@@ -29,6 +30,7 @@ __all__ = [
     "AsyncClient",
     "Client",
     "Completion",
+    "Conversation",
     "DecoderConfig",
     "Engine",
     "EngineConfig",
@@ -48,6 +50,7 @@ _MODULES = {
     "AsyncClient": "client.client",
     "Client": "client.client",
     "Completion": "api.output",
+    "Conversation": "api.prompt",
     "DecoderConfig": "model.config",
     "Engine": "engine.engine",
     "EngineConfig": "api.config",

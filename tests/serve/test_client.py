@@ -12,10 +12,12 @@ import pytest
 from helpers.fake_backend import hold_first_step
 from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
+from motet.runtime.api.prompt import Conversation
 from motet.runtime.api.request import Ensemble, Member, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import AsyncClient, Client
-from motet.runtime.serve.grpc.wire import _CODES, error_of, request_to_proto
+from motet.runtime.serve.grpc.statuses import _CODES, error_of
+from motet.runtime.serve.grpc.wire import prompt_from_proto, prompt_to_proto, request_to_proto
 
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.MotetError)]
 SHORT = {"max_tokens": 4, "temperature": 0.0}
@@ -195,3 +197,63 @@ def test_the_async_client_without_a_server():
             return await other.is_serving(timeout_s=0.1)
 
     assert asyncio.run(ask()) is False
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Conversation([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], (), True),
+        Conversation(
+            [
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "é", "function": {"arguments": {"x": [1, None]}}}],
+                },
+                {"role": "tool", "content": "rain", "name": "weather", "tool_call_id": "é"},
+            ],
+            TOOLS,
+        ),
+    ],
+)
+def test_conversations_cross_the_wire_whole(prompt):
+    found = prompt_from_proto(prompt_to_proto(prompt))
+    assert found == prompt
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"messages": [{"role": "user"}]}, "a role and a content"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, r"got \['content', 'mood', 'role'\]"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": "f"}]},
+            "tool_calls must be a list of JSON objects",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"f": {1, 2}}]}]}, "tool_calls must be a list"),
+        ({"messages": [{"role": "tool", "content": "x", "name": 3}]}, "a message's name must be text, got 3"),
+        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": [], "tools": [3]}, "a tool is a JSON object, got 3"),
+        ({"messages": [], "tools": [{"x": float("nan")}]}, "a tool is a JSON object"),
+        ({"messages": [], "continue_final_message": 1}, "continue_final_message must be true or false, got 1"),
+    ],
+)
+def test_conversations_that_are_none(values, words):
+    with pytest.raises(errors.InvalidRequestError, match=words):
+        Conversation(**values)
+
+
+@pytest.mark.parametrize("field", ["tools", "tool_calls"])
+def test_a_field_that_is_not_json(field):
+    message = prompt_to_proto([{"role": "user", "content": "x"}])
+    for text, words in (
+        ("{", f"{field} is not JSON"),
+        ("{}", f"{field} must be a JSON array"),
+        ("[" * 99999, "is not JSON"),
+    ):
+        setattr(message.messages if field == "tools" else message.messages.messages[0], field, text)
+        with pytest.raises(errors.InvalidRequestError, match=words):
+            prompt_from_proto(message)

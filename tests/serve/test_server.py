@@ -17,7 +17,8 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.serve.grpc.server import Server
-from motet.runtime.serve.grpc.wire import error_of, request_to_proto
+from motet.runtime.serve.grpc.statuses import error_of
+from motet.runtime.serve.grpc.wire import request_to_proto
 from motet.runtime.serve.local import serve_engine
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}

@@ -94,7 +94,7 @@ def test_equal_views_do_not_hide_a_member_that_is_named_twice(engine):
         (lambda: ask([2**31]), errors.InvalidRequestError, "every token id of a prompt", "prompt"),
         (lambda: ask("x" * 100), errors.ContextLengthError, "100 tokens", "prompt"),
         (lambda: ask([1, {"role": "user", "content": "x"}]), errors.InvalidRequestError, "mixture", "prompt"),
-        (lambda: ask([{"role": "user"}]), errors.InvalidRequestError, "a role and a content", "messages"),
+        (lambda: ask([{"role": "user"}]), errors.InvalidRequestError, "a role and a content, and may have", "messages"),
         (lambda: ask([{"role": "x", "content": "y"}]), errors.InvalidRequestError, "got role 'x'", "messages"),
         (lambda: ask(None), errors.InvalidRequestError, "got NoneType", "prompt"),
         (lambda: ask("\ud800"), errors.InvalidRequestError, "not valid Unicode", "prompt"),

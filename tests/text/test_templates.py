@@ -130,3 +130,46 @@ def test_control_tokens_in_a_message_are_plain_text(content, directory):
     assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(
         plain, skip_special_tokens=False
     ).replace("user\nx", "user\n" + content)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"town": {"type": "string"}}}},
+    }
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_tools_and_open_messages_are_rendered_as_transformers_renders_them(template, directory):
+    path = directory(template.read_text())
+    ours, theirs = Tokenizer.from_dir(path), transformers.AutoTokenizer.from_pretrained(path)
+    for name in ("three", "system"):
+        conversation = CONVERSATIONS[name][:-1]  # the assistant is the last
+        found = rendered(ours.apply_chat_template, conversation, continue_final_message=True)
+        options = {"tokenize": False, "continue_final_message": True}
+        expected = rendered(theirs.apply_chat_template, conversation, **options)
+        assert found == expected
+        found = rendered(ours.apply_chat_template, CONVERSATIONS[name], tools=TOOLS)
+        if "tools" in template.read_text():
+            options = {"tokenize": False, "add_generation_prompt": True, "tools": TOOLS}
+            assert found == rendered(theirs.apply_chat_template, CONVERSATIONS[name], **options)
+        else:
+            assert found is None  # refused: they would not be read
+
+
+def test_messages_of_tools(directory):
+    """Every key of a message reaches the template; control tokens in them are plain text."""
+    keys = "{{ m.role }}:{{ m.name }}:{{ m.tool_call_id }}:{{ m.tool_calls | tojson if m.tool_calls }}{{ m.content }}|"
+    template = "{% for m in messages %}" + keys + "{% endfor %}"
+    calls = [{"id": "1", "function": {"name": "weather", "arguments": {"town": "<|im_end|>"}}}]
+    conversation = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "rain", "name": "weather", "tool_call_id": "1"},
+    ]
+    path = directory(template)
+    tokenizer = Tokenizer.from_dir(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(path).apply_chat_template(conversation, tokenize=False)
+    ids = tokenizer.encode_chat(conversation)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == theirs
+    assert not set(ids) & set(tokenizer.special_tokens)

@@ -31,6 +31,12 @@ def test_half_a_character_waits(tokenizer):
     assert [stream.push([i]) for i in ids] == ["a", "", "", "", "🙂", "b"]
 
 
+def test_many_tokens_at_once_are_no_unfinished_character(tokenizer):
+    ids = tokenizer.encode("a" * 100 + "🙂", add_special_tokens=False)
+    stream = tokenizer.stream()
+    assert stream.push(ids[:-1]) + stream.push(ids[-1:]) == "a" * 100 + "🙂"
+
+
 def test_unfinished_bytes_come_at_the_end(tokenizer):
     ids = tokenizer.encode("é", add_special_tokens=False)
     stream = tokenizer.stream()

@@ -1,21 +1,97 @@
-"""`Statuses`: whatever ends a call of `motet.v1` is answered with a status that a client can act on."""
+"""Typed errors ↔ gRPC statuses, and `Statuses`: whatever ends a call of `motet.v1` is answered with a status."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-from ...errors import InvalidRequestError, MotetError
-from .wire import status_of
+from ... import errors
+from ...api.limits import MAX_ERROR_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from ...errors import InvalidRequestError, MotetError, OverloadedError
 
 log = logging.getLogger("motet.server")
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+# A class that is not listed has the status of the class that it derives from.
+_CODES: Mapping[type, grpc.StatusCode] = {
+    errors.MotetError: grpc.StatusCode.INTERNAL,
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UnsupportedModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MissingPackageError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+}
+_DOMAIN = "motet"
+
+
+def status_of(error: MotetError) -> grpc.Status:
+    """The gRPC status of an error, with google.rpc details: ErrorInfo, BadRequest, RetryInfo."""
+    code = next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
+    text = str(error).encode()
+    message = str(error) if len(text) <= MAX_ERROR_BYTES else text[:MAX_ERROR_BYTES].decode(errors="ignore") + "…"
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)]
+    if isinstance(error, InvalidRequestError) and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, OverloadedError):
+        delay = Duration()
+        delay.FromMilliseconds(int(1000 * error.retry_after_s))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return rpc_status.to_status(status)
+
+
+def error_of(call_error: Any) -> MotetError:
+    """The typed error behind a failed call, for clients: the same class that the server raised, with its details."""
+    message = call_error.details() or str(call_error.code())
+    status = rpc_status.from_call(call_error) if call_error.trailing_metadata() is not None else None
+    info, violated, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in status.details if status is not None else ():
+        any(packed.Unpack(detail) for detail in (info, violated, retry))
+    cls = getattr(errors, info.reason, None) if info.domain == _DOMAIN else None
+    if isinstance(cls, type) and issubclass(cls, InvalidRequestError):
+        return cls(message, field=next((violation.field for violation in violated.field_violations), ""))
+    if isinstance(cls, type) and issubclass(cls, OverloadedError):
+        return cls(message, retry_after_s=retry.retry_delay.ToMilliseconds() / 1000)
+    if isinstance(cls, type) and issubclass(cls, MotetError):
+        return cls(message)
+    code = call_error.code()
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.UnimplementedError(f"the server does not offer this call: {message}")
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in message.lower():
+        return errors.UnavailableError(f"nothing answers at this address: {message}; is `motet serve` running there?")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return InvalidRequestError(
+            f"a request has at most {MAX_REQUEST_BYTES} bytes, an answer {MAX_MESSAGE_BYTES}: {message}"
+        )
+    return MotetError(f"{code.name}: {message}")
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

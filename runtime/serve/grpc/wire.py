@@ -1,102 +1,24 @@
-"""Protocol buffers ↔ requests, outputs and errors. No other file knows both."""
+"""Protocol buffers ↔ requests and outputs. No other file knows both."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
-
 from ....proto import admin_pb2, inference_pb2
-from ... import errors
 from ...api.limits import (
     MAX_DELTA_BYTES,
-    MAX_ERROR_BYTES,
     MAX_MEMBERS,
-    MAX_MESSAGE_BYTES,
     MAX_MESSAGES,
-    MAX_REQUEST_BYTES,
 )
 from ...api.model_info import ModelInfo
 from ...api.output import Output, Timings, Usage
-from ...api.prompt import Prompt, PromptContent
+from ...api.prompt import Conversation, Prompt, PromptContent
 from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
 from ...api.sampling import RULES, SamplingParams
-from ...errors import InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-# A class that is not listed has the status of the class that it derives from.
-_CODES: Mapping[type, grpc.StatusCode] = {
-    errors.MotetError: grpc.StatusCode.INTERNAL,
-    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
-    errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.UnsupportedModelError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.MissingPackageError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
-    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
-    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
-}
-_DOMAIN = "motet"
-
-
-def status_of(error: MotetError) -> grpc.Status:
-    """The gRPC status of an error, with google.rpc details: ErrorInfo, BadRequest, RetryInfo."""
-    code = next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
-    text = str(error).encode()
-    message = str(error) if len(text) <= MAX_ERROR_BYTES else text[:MAX_ERROR_BYTES].decode(errors="ignore") + "…"
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)]
-    if isinstance(error, InvalidRequestError) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, OverloadedError):
-        delay = Duration()
-        delay.FromMilliseconds(int(1000 * error.retry_after_s))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=message)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return rpc_status.to_status(status)
-
-
-def error_of(call_error: Any) -> MotetError:
-    """The typed error behind a failed call, for clients: the same class that the server raised, with its details."""
-    message = call_error.details() or str(call_error.code())
-    status = rpc_status.from_call(call_error) if call_error.trailing_metadata() is not None else None
-    info, violated, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    for packed in status.details if status is not None else ():
-        any(packed.Unpack(detail) for detail in (info, violated, retry))
-    cls = getattr(errors, info.reason, None) if info.domain == _DOMAIN else None
-    if isinstance(cls, type) and issubclass(cls, InvalidRequestError):
-        return cls(message, field=next((violation.field for violation in violated.field_violations), ""))
-    if isinstance(cls, type) and issubclass(cls, OverloadedError):
-        return cls(message, retry_after_s=retry.retry_delay.ToMilliseconds() / 1000)
-    if isinstance(cls, type) and issubclass(cls, MotetError):
-        return cls(message)
-    code = call_error.code()
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return errors.UnimplementedError(f"the server does not offer this call: {message}")
-    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in message.lower():
-        return errors.UnavailableError(f"nothing answers at this address: {message}; is `motet serve` running there?")
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return InvalidRequestError(
-            f"a request has at most {MAX_REQUEST_BYTES} bytes, an answer {MAX_MESSAGE_BYTES}: {message}"
-        )
-    return MotetError(f"{code.name}: {message}")
-
+from ...errors import InvalidEnsembleError, InvalidRequestError
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
@@ -149,8 +71,28 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
                 f"a conversation has at most {MAX_MESSAGES} messages, got {len(message.messages.messages)}",
                 field="messages",
             )
-        return tuple({"role": m.role, "content": m.content} for m in message.messages.messages)
+        chat = message.messages
+        return Conversation(
+            tuple(map(_message_from_proto, chat.messages)), _objects("tools", chat.tools), chat.continue_final_message
+        )
     return message.text
+
+
+def _message_from_proto(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    found |= {name: getattr(message, name) for name in ("name", "tool_call_id") if message.HasField(name)}
+    return found | {"tool_calls": _objects("tool_calls", message.tool_calls)} if message.tool_calls else found
+
+
+def _objects(name: str, text: str) -> list[Any]:
+    """A JSON array in a field. Raises `InvalidRequestError`."""
+    try:
+        found = json.loads(text) if text else []
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{name} is not JSON: {error}", field=name) from None
+    if not isinstance(found, list):
+        raise InvalidRequestError(f"{name} must be a JSON array", field=name)
+    return found
 
 
 def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
@@ -208,10 +150,17 @@ def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
     content = PromptContent.read(prompt)
     if content.text is not None:
         return inference_pb2.Prompt(text=content.text)
-    if content.messages is not None:
-        messages = [inference_pb2.ChatMessage(**message) for message in content.messages]
-        return inference_pb2.Prompt(messages=inference_pb2.ChatMessages(messages=messages))
+    if (chat := content.conversation) is not None:
+        messages = [inference_pb2.ChatMessage(**{k: _json(v) for k, v in message.items()}) for message in chat.messages]
+        tools, open_ = _json(chat.tools), chat.continue_final_message
+        return inference_pb2.Prompt(
+            messages=inference_pb2.ChatMessages(messages=messages, tools=tools, continue_final_message=open_)
+        )
     return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=content.token_ids))
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value) if value else ""
 
 
 _SPACES = {Space.LOGITS: inference_pb2.LOGITS, Space.PROBS: inference_pb2.PROBS}
