@@ -53,7 +53,7 @@ def run(
     if not 1 <= sizes[0] <= sizes[-1] <= len(bundle.members):
         raise ConfigError(f"ensemble sizes must be in 1…{len(bundle.members)} (the bundle's members), got {sizes}")
     config = EngineConfig(
-        max_num_seqs=max(batch_sizes) * (1 + len(bundle.adapters)),  # a low-rank member is a sequence of its own
+        max_num_seqs=max(batch_sizes),
         max_model_len=max(prompt_tokens, context) + new_tokens + 8,
         threads=threads,
         prefix_cache=False,  # repetitions have the same prompts, and must compute them

@@ -22,7 +22,7 @@ from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
 from ..runtime.model.layout import COS, EMBEDDING, HEAD, SIN, Layout, decoder_layout
-from ..runtime.model.members import MemberKind, have_tails
+from ..runtime.model.members import MemberKind
 from ..runtime.model.rotary import rotary_tables
 from ..runtime.model.stored import own_name, stored_tensors
 from .base_model import BaseModel
@@ -59,8 +59,9 @@ def export_bundle(
     """Write a bundle to the directory `out`, which is replaced as a whole when the bundle is complete.
 
     `model`: the base, or its directory. `tails`: member name → tail directory, None for the base itself. `loras`:
-    member name → adapter directory. Adapters are stored beside the base's weights; with `merge` they are added to
-    them, and the member becomes a tail from the first layer that it changes. Without any member, the base is the only
+    member name → adapter directory. Adapters are stored beside the base's weights, and their members run the base's
+    layers from `split_layer` on with the updates; with `merge` they are added to the weights, and the member has these
+    layers of its own. Without any member, the base is the only
     one. `mix`: member → coefficient; default: all equal. `mix_chosen_by`: on which data the mix was fitted, for the
     manifest. `bits`: 8, 4 (head and embedding keep 8) or 32 (not
     quantised). `group_size`: columns per group of the layers' weights; default: see `layer_group`. `num_tail_layers`:
@@ -187,8 +188,6 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
     if not 0 <= num_tail_layers <= config.num_layers:
         raise ConfigError(f"tails may have 0 to {config.num_layers} layers, got {num_tail_layers}")
     split_layer = config.num_layers - num_tail_layers
-    if num_tail_layers and any(m.kind.own_sequence for m in members) and not have_tails(m.kind for m in members):
-        raise ConfigError(f"no member has a tail (adapters use the base's layers), got {num_tail_layers} tail layers")
     if split_layer > needed:
         raise ConfigError(
             f"{num_tail_layers} tail layers are too few: a member changes layers from {needed} on, "
@@ -291,14 +290,13 @@ def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_lay
     last = config.num_layers
     shared = GraphWriter(config, tensors, WEIGHTS)
     shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
-    if not have_tails(member.kind for member in members):
-        shared.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
+    if len(members) == 1:
+        alone = GraphWriter(config, tensors, WEIGHTS, members[0].name)
+        alone.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
         return {"trunk": "model.onnx", "tails": {}, "head": "head.onnx"}
     shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
     tails = {}
     for member in members:
-        if member.kind.own_sequence:
-            continue  # adapters have no graphs: backends that support them run the base's layers
         tails[member.name] = f"tail-{member.name}.onnx"
         writer = GraphWriter(config, tensors, WEIGHTS, member.name)
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)

@@ -32,7 +32,7 @@ from onnx import TensorProto, helper
 
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Linear, Norm, decoder_layout
-from ..runtime.model.stored import StoredTensor, StoredWeight, resolve, stored_weight
+from ..runtime.model.stored import StoredTensor, StoredWeight, own_name, resolve, stored_weight
 
 MICROSOFT = "com.microsoft"
 HIDDEN = "hidden_states"
@@ -221,9 +221,19 @@ class GraphWriter:
     # ---- linear layers -----------------------------------------------------------------------------------------
 
     def _linear(self, linear: Linear, hidden: str) -> str:
-        """hidden [B, S, columns] → [B, S, rows]."""
+        """hidden [B, S, columns] → [B, S, rows], with the member's low-rank update if it has one."""
         output = self._matmul(self._find_weight(f"{linear.name}.weight"), hidden)
-        return self._node("Add", [output, self._tensor(f"{linear.name}.bias")]) if linear.bias else output
+        if linear.bias:
+            output = self._node("Add", [output, self._tensor(f"{linear.name}.bias")])
+        halves = (
+            [own_name(self.member, f"{linear.name}.{half}") for half in ("lora_a", "lora_b")] if self.member else []
+        )
+        if not halves or halves[0] not in self.tensors:
+            return output
+        update = hidden
+        for half in halves:
+            update = self._node("FusedMatMul", [update, self._stored(half)], domain=MICROSOFT, transB=1)
+        return self._node("Add", [output, update])
 
     def _matmul(self, weight: StoredWeight, hidden: str) -> str:
         """hidden [..., columns] → [..., rows]. `MatMulNBits` quantises activations to 8 bits per row and group

@@ -27,8 +27,8 @@ F32 = npt.NDArray[np.float32]
 class MemberWeights:
     """What a member has of its own, under canonical names; everything else is the base's.
 
-    `split_layer`: the first layer of which it has weights, the number of layers if there is none. `weights`: whole
-    tensors. `adapters`: `<module>.lora_a` and `.lora_b` of an adapter that is not merged.
+    `split_layer`: the first layer of which it has weights or updates, the number of layers if there is none. `weights`:
+    whole tensors. `adapters`: `<module>.lora_a` and `.lora_b` of an adapter that is not merged.
     """
 
     name: str
@@ -52,7 +52,7 @@ def read_member(name: str, path: Path | None, kind: MemberKind, base: BaseModel,
     form = format_of(path, kind)
     manifest, weights = form.read(path, base.config)
     check_base(path, manifest, base.digest)
-    if kind.own_sequence and not merge:
+    if not kind.own_layers and not merge:
         weights = fit(base.weights, weights)
         if not is_separable(weights):
             others = sorted(n for n in weights if not n.endswith((".lora_a", ".lora_b")) or n.startswith("lm_head."))
@@ -60,7 +60,7 @@ def read_member(name: str, path: Path | None, kind: MemberKind, base: BaseModel,
                 f"the adapter '{path}' changes more than low-rank updates of the layers' projections can: {others[:3]}; "
                 "export it with --merge"
             )
-        return MemberWeights(name, kind, num_layers, {}, manifest, _arrays(weights))
+        return MemberWeights(name, kind, first_layer(weights, num_layers), {}, manifest, _arrays(weights))
     own = form.merged(base.weights, weights)
     return MemberWeights(name, MemberKind.TAIL, first_layer(own, num_layers), _arrays(own), manifest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.oracle.operands import LinearWeight
-from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, ModelWeights, Norm, TailWeights
+from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, ModelWeights, Norm
 from ...runtime.errors import ConfigError
 from ...runtime.model import layout
 from ...runtime.model.config import DecoderConfig
@@ -67,11 +67,9 @@ class RandomModel:
             position_embedding=None,
             rotary=(tables[0], tables[1]),
             trunk=[self._layer(layer) for layer in table.layers[:split]],
-            tails=[
-                TailWeights([self._layer(layer) for layer in table.layers[split:]], self._norm(table.norm))
-                for _ in range(num_tails)
-            ],
+            tails=[[self._layer(layer) for layer in table.layers[split:]] for _ in range(num_tails)],
             tail_of=tuple(range(num_tails)),
+            norms=[self._norm(table.norm) for _ in range(num_tails)],
             adapter_of=(-1,) * num_tails,
             head=tied if config.tied_head else self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8)),
         )

@@ -193,7 +193,7 @@ def decode_batch(config: DecoderConfig, backend: TorchBackend, size: int, contex
         context_lens=np.full(size, context, np.int32),
         block_tables=tables,
         members=[tuple(range(members))] * size,
-        adapters=np.full(size, -1, np.int32),
+        trunk_cached=np.zeros(size, np.bool_),
         samples=samples,
         freed_blocks=np.empty(0, np.int32),
     )

@@ -74,14 +74,9 @@ def kv_position_bytes(bundle: Bundle, config: EngineConfig, *, native: bool) -> 
 
 def cached_layers(bundle: Bundle, members: int = 1) -> list[Layer]:
     """Layers that hold keys and values for a request of the first `members`: the trunk's once, and those of each
-    tail. Each low-rank member has all layers separately."""
+    tail."""
     layers = list(decoder_layout(bundle.config).layers)
-    chosen = range(members)
-    adapters = sum(member in bundle.adapters for member in chosen)
-    others = members - adapters
-    split = bundle.split_layer
-    shared = layers[:split] + layers[split:] * others if others else []
-    return layers * adapters + shared
+    return layers[: bundle.split_layer] + layers[bundle.split_layer :] * members
 
 
 def attended_positions(layers: Sequence[Layer], context: int) -> int:

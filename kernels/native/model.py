@@ -59,12 +59,13 @@ class PackedBatch:
         cu_seqlens: I32,
         context_lens: I32,
         block_tables: I32,
-        adapters: I32,
+        trunk_cached: npt.NDArray[np.bool_],
         members: Sequence[Sequence[int]] | None,
         outputs: Sequence[tuple[int, int]],
+        freed_blocks: I32,
     ) -> None:
         rows, seqs = len(token_ids), len(context_lens)
-        lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(adapters), len(block_tables))
+        lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(trunk_cached), len(block_tables))
         if lengths != (rows, rows, seqs + 1, seqs, seqs):
             raise MotetError("the batch's arrays have inconsistent lengths")
         arrays: list[npt.NDArray[Any]] = [
@@ -74,26 +75,34 @@ class PackedBatch:
             np.ascontiguousarray(cu_seqlens, np.int32),
             np.ascontiguousarray(context_lens, np.int32),
             np.ascontiguousarray(block_tables, np.int32),
-            np.ascontiguousarray(adapters, np.int32),
+            np.ascontiguousarray(trunk_cached, np.uint8),
         ]
         if members is not None:
             arrays.append(np.array([0, *accumulate(map(len, members))], np.int64))
             arrays.append(np.array([s for sequences in members for s in sequences], np.int32))
         tails = (None, None) if members is None else ()
         asked = [np.array([member for member, _ in outputs], np.int32), np.array([row for _, row in outputs], np.int32)]
-        self._keep = (*arrays, *asked)
+        freed = np.ascontiguousarray(freed_blocks, np.int32)
+        self._keep = (*arrays, *asked, freed)
         self.struct = BatchArrays(
             *(rows, seqs, block_tables.shape[1]),
             *(*addresses(*arrays), *tails),
+            *(len(freed), *addresses(freed)),
             *(len(outputs), *addresses(*asked)),
         )
 
 
 class NativeModel:
-    """A decoder in native memory. Not thread-safe. Errors of the library become `MotetError`s."""
+    """A decoder in native memory. Not thread-safe. Errors of the library become `MotetError`s.
 
-    def __init__(self, config: ModelConfig, isa: str | None = None) -> None:
+    `tail_of`: each member's tail; empty if there are no tails.
+    """
+
+    def __init__(self, config: ModelConfig, tail_of: Sequence[int] = (), isa: str | None = None) -> None:
         self._library = load()
+        tails = np.array(tail_of, np.int32)
+        config.num_tails = len(set(tail_of))
+        config.tail_of = address(tails) if len(tails) else None
         self._handle = ctypes.c_void_p()
         name = isa if isa is not None else os.environ.get(ISA_VARIABLE, "")
         self._check(self._library.motet_create(ctypes.byref(config), name.encode(), ctypes.byref(self._handle)), name)

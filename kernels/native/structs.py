@@ -42,10 +42,11 @@ class ModelConfig(ctypes.Structure):
             for name in (
                 *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
                 *("head_size", "max_positions", "layer_norm", "gelu", "learned", "qk_norm", "tied_head", "split_layer"),
-                *("num_members", "kv_int8", "num_blocks", "threads"),
+                *("num_members", "num_tails", "kv_int8", "num_blocks", "threads"),
             )
         ],
         ("norm_eps", ctypes.c_float),
+        ("tail_of", ctypes.c_void_p),
     ]
 
 
@@ -74,10 +75,12 @@ class BatchArrays(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                *("token_ids", "positions", "slot_mapping", "cu_seqlens", "context_lens", "block_tables", "adapters"),
-                *("member_offsets", "member_seqs"),
+                *("token_ids", "positions", "slot_mapping", "cu_seqlens", "context_lens", "block_tables"),
+                *("trunk_cached", "member_offsets", "member_seqs"),
             )
         ],
+        ("num_freed", ctypes.c_int64),
+        ("freed_blocks", ctypes.c_void_p),
         ("num_outputs", ctypes.c_int64),
         ("output_members", ctypes.c_void_p),
         ("output_rows", ctypes.c_void_p),

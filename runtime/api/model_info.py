@@ -17,5 +17,4 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int  # positions per sequence, prompt and answer together
-    adapters: frozenset[str] = frozenset()  # names of the members that are low-rank updates
     digest: str = ""  # of the bundle; only where the bundle is served in this process

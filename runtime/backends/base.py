@@ -44,6 +44,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def keeps_trunk(self) -> bool:
+        """Whether it keeps the trunk's output of every position, so that `Batch.trunk_cached` rows can be run."""
+        ...
+
+    @property
     def can_sample_prefill(self) -> bool:
         """Whether a sequence's last row may be sampled in the step that computes the rows before it."""
         ...

@@ -55,6 +55,7 @@ class Engine:
             config.max_num_batched_tokens,
             config.prefill_chunk,
             prefix_cache=config.prefix_cache,
+            keeps_trunk=backend.keeps_trunk,
             sample_prefill=backend.can_sample_prefill,
         )
         self._answers: dict[Group, Answer] = {}

@@ -14,17 +14,16 @@ from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
 from .files import file_digest
-from .members import MemberKind, have_tails
+from .members import MemberKind
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "motet.json"
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """File names of the ONNX graphs. If members have no tails (see `have_tails`), `trunk` holds all layers and
-    `tails` is empty."""
+    """File names of the ONNX graphs. If there is one member, `trunk` holds all layers and `tails` is empty."""
 
     trunk: str
     tails: Mapping[str, str]  # member → graph
@@ -33,8 +32,9 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A loaded manifest. `split_layer` is the first layer of the members' tails, the number of layers if there are no
-    tails. `graphs` is None if the bundle was exported without them; the cpu and torch backends do not need them."""
+    """A loaded manifest. `split_layer` is the first layer of the members' tails, the number of layers if there is one
+    member. A tail is layers of its own, or those of the base, perhaps with low-rank updates. `graphs` is None if the
+    bundle was exported without them; the cpu and torch backends do not need them."""
 
     path: Path
     name: str
@@ -49,9 +49,18 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @property
-    def adapters(self) -> tuple[int, ...]:
-        """Indices of the members that are low-rank updates of the base."""
-        return tuple(index for index, kind in enumerate(self.kinds) if kind.own_sequence)
+    def tails(self) -> tuple[str | None, ...]:
+        """Whose layers and final norm each tail has: the base's (None) if a member runs them, and those of each member
+        with layers of its own. Empty if there is one member."""
+        own = [name for name, kind in zip(self.members, self.kinds, strict=True) if kind.own_layers]
+        shared = [None] if len(own) < len(self.members) else []
+        return (*shared, *own) if self.has_tails else ()
+
+    @property
+    def tail_of(self) -> tuple[int, ...]:
+        """[members] index of each member's tail; empty if there is one member."""
+        tails = self.tails
+        return tuple(tails.index(name if name in tails else None) for name in self.members) if tails else ()
 
     @property
     def digest(self) -> str:
@@ -61,9 +70,9 @@ class Bundle:
 
     @property
     def has_tails(self) -> bool:
-        """Whether each member runs the layers from `split_layer` on and a final norm separately, after a shared
-        trunk."""
-        return have_tails(self.kinds)
+        """Whether there are several members: each runs the layers from `split_layer` on (perhaps none) and a final norm,
+        after a shared trunk."""
+        return len(self.members) > 1
 
     @property
     def model_files(self) -> tuple[str, ...]:
@@ -101,8 +110,8 @@ class Bundle:
         members = tuple(member["name"] for member in manifest["members"])
         kinds = tuple(_kind(member["kind"]) for member in manifest["members"])
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
-        has_tails, config = have_tails(kinds), DecoderConfig.from_dict(manifest["config"])
-        split_layer = manifest["split_layer"] if has_tails else config.num_layers
+        config = DecoderConfig.from_dict(manifest["config"])
+        split_layer = manifest["split_layer"] if len(members) > 1 else config.num_layers
         if not 0 <= split_layer <= config.num_layers:
             raise BundleError(f"split_layer must be in 0…{config.num_layers}, the manifest has {split_layer}")
         bundle = cls(
@@ -114,7 +123,7 @@ class Bundle:
             default_ensemble=Ensemble(tuple(m for m in mix if m.mix != 0), Space(manifest["space"])),
             quantisation=manifest["quantisation"],
             split_layer=split_layer,
-            graphs=_graphs(manifest, members, kinds),
+            graphs=_graphs(manifest, members),
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
         )
@@ -149,12 +158,11 @@ def _kind(name: str) -> MemberKind:
     return kinds[name]
 
 
-def _graphs(manifest: Mapping[str, Any], members: tuple[str, ...], kinds: tuple[MemberKind, ...]) -> Graphs | None:
+def _graphs(manifest: Mapping[str, Any], members: tuple[str, ...]) -> Graphs | None:
     if manifest["graphs"] is None:
         return None
     graphs = Graphs(manifest["graphs"]["trunk"], manifest["graphs"]["tails"], manifest["graphs"]["head"])
-    tails = {name for name, kind in zip(members, kinds, strict=True) if not kind.own_sequence}
-    expected = tails if have_tails(kinds) else set()
+    expected = set(members) if len(members) > 1 else set()
     if set(graphs.tails) != expected:
         raise BundleError(f"the graphs' tails are {sorted(graphs.tails)}, the members with one {sorted(expected)}")
     return graphs

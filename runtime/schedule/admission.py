@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
-from ..api.request import Member, Request
+from ..api.request import Request
 from ..api.sampling import SamplingParams
 from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
 from .blocks import BlockManager
@@ -37,32 +37,25 @@ class Admission:
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
     def groups_of(self, request: Request) -> list[Group]:
-        """One group per choice, with one sequence per (view, adapter). Raises what `check` raises."""
+        """One group per choice, with one sequence per view. Raises what `check` raises."""
         self.check(request)
-        members_of: dict[tuple[int, int], set[int]] = {}  # (view, adapter) → members
+        members_of: dict[int, set[int]] = {}  # view → members
         for member in request.ensemble.members:
-            members_of.setdefault(self._sequence_key(member), set()).add(self._index_of[member.name])
-        keys = sorted(members_of)
-        terms = tuple(
-            (keys.index(self._sequence_key(m)), self._index_of[m.name], m.mix) for m in request.ensemble.members
-        )
+            members_of.setdefault(member.view, set()).add(self._index_of[member.name])
+        views = sorted(members_of)
+        terms = tuple((views.index(m.view), self._index_of[m.name], m.mix) for m in request.ensemble.members)
         params = request.sampling
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self._model.eos_token_ids
         stop_ids = frozenset((*eos, *params.stop_token_ids))
-        editor = LogitEditor(params, stop_ids, request.prompts[keys[0][0]])
+        editor = LogitEditor(params, stop_ids, request.prompts[views[0]])
         return [
             Group(
                 request_id=request.request_id,
                 choice=choice,
                 sequences=[
-                    Sequence(
-                        request.prompts[view],
-                        tuple(sorted(members_of[view, adapter])),
-                        adapter,
-                        root=request.cache_salt,
-                    )
-                    for view, adapter in keys
+                    Sequence(request.prompts[view], tuple(sorted(members_of[view])), root=request.cache_salt)
+                    for view in views
                 ],
                 terms=terms,
                 space=request.ensemble.space,
@@ -101,11 +94,11 @@ class Admission:
     def _check_size(self, request: Request) -> None:
         """Check that the group can run when it is alone: then it is certain to run at some time."""
         limit = self._model.max_model_len
-        prompts = [request.prompts[view] for view, _ in {self._sequence_key(m) for m in request.ensemble.members}]
+        prompts = [request.prompts[view] for view in {member.view for member in request.ensemble.members}]
         if len(prompts) > self._config.max_num_seqs:
             raise InvalidRequestError(
-                f"the request has {len(prompts)} views and adapters; at most max_num_seqs ({self._config.max_num_seqs}) "
-                "can run at once; use fewer",
+                f"the request has {len(prompts)} views; at most max_num_seqs ({self._config.max_num_seqs}) can run at "
+                "once; use fewer",
                 field="ensemble.members.view",
             )
         for prompt in prompts:
@@ -129,11 +122,6 @@ class Admission:
         longest = max(len(request.prompts[member.view]) for member in request.ensemble.members)
         room = self._model.max_model_len - longest
         return room if request.sampling.max_tokens is None else min(room, request.sampling.max_tokens)
-
-    def _sequence_key(self, member: Member) -> tuple[int, int]:
-        """(view, adapter, -1 for none): members with the same pair share a sequence. A low-rank update changes keys and
-        values from the first layer on, so it needs a sequence of its own."""
-        return member.view, self._index_of[member.name] if member.name in self._model.adapters else -1
 
     def _drafter(self, params: SamplingParams) -> Drafter | None:
         tokens = self._config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens

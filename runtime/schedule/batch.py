@@ -17,6 +17,7 @@ from ..api.request import Space
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Batch:
     context_lens: I32  # [num_seqs] positions in the KV cache after this step
     block_tables: I32  # [num_seqs, max_blocks] block ids, padded with -1
     members: list[tuple[int, ...]]  # [num_seqs] member indices whose tails run over the sequence's rows, ascending
-    adapters: I32  # [num_seqs] member whose low-rank update applies to all rows of the sequence, -1 for none
+    trunk_cached: Bools  # [num_seqs] the trunk ran over these rows before; only for a backend that keeps its output
     samples: list[SampleRow]  # tokens to draw; prefill chunks have none
     freed_blocks: I32  # blocks whose content died since the previous step
 

@@ -70,12 +70,16 @@ class BlockManager:
         assert block in self._owners
         self._prefixes.add(block, digest, members)
 
-    def find(self, digests: Iterable[bytes], members: Iterable[int]) -> list[int]:
-        """The blocks that hold the content of these digests, for all of `members`, up to the first digest that no
-        block has."""
+    def members_of(self, block: int) -> frozenset[int]:
+        """Members whose tails ran over a block that can be shared; empty for any other block."""
+        return self._prefixes.members_of(block)
+
+    def find(self, digests: Iterable[bytes], members: Iterable[int], *, any_members: bool = False) -> list[int]:
+        """The blocks that hold the content of these digests, for all of `members` or, with `any_members`, for the
+        trunk, up to the first digest that no block has."""
         found: list[int] = []
         for digest in digests:
-            block = self._prefixes.find(digest, members)
+            block = self._prefixes.find(digest, members, any_members=any_members)
             if block is None:
                 break
             found.append(block)

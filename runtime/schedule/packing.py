@@ -33,10 +33,13 @@ class GroupRows:
 
 @dataclass(slots=True, eq=False)
 class PrefillRows:
-    """The next `count` positions of a sequence, none of them sampled."""
+    """The next `count` positions of a sequence, none of them sampled. `members`: those whose tails run over them.
+    `trunk_cached`: their blocks hold the trunk already."""
 
     sequence: Sequence
     count: int
+    members: tuple[int, ...]
+    trunk_cached: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +55,8 @@ class ScheduledBatch:
 def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
     """Lay out a batch of at least one row: the sequences of `decodes` first, then those of `prefills`."""
     parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
+    members = [sequence.members for sequence, _ in parts] + [p.members for p in prefills]
+    trunk_cached = [False] * len(parts) + [p.trunk_cached for p in prefills]
     parts += [(p.sequence, p.sequence.tokens.tail(p.sequence.num_computed, p.count)) for p in prefills]
     token_ids: list[int] = []
     positions: list[int] = []
@@ -76,8 +81,8 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
         cu_seqlens_q=np.array(starts, np.int32),
         context_lens=np.array([sequence.num_computed + len(ids) for sequence, ids in parts], np.int32),
         block_tables=np.array(tables, np.int32),
-        members=[sequence.members for sequence, _ in parts],
-        adapters=np.array([sequence.adapter for sequence, _ in parts], np.int32),
+        members=members,
+        trunk_cached=np.array(trunk_cached, np.bool_),
         samples=[row for decode in decodes for row in _sample_rows(decode, first_sampled)],
         freed_blocks=np.array(freed_blocks, np.int32),
     )

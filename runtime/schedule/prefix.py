@@ -12,14 +12,11 @@ I64 = npt.NDArray[np.int64]
 _DIGEST_BYTES = 16
 
 
-def extend_digests(
-    digests: list[bytes], root: bytes, adapter: int, token_ids: I64, count: int, block_size: int
-) -> None:
-    """Extend `digests` to the first `count` full blocks of a sequence. A block's digest covers the adapter and all
-    tokens up to its end, because keys and values depend on them, and `root`: sequences with different roots never
-    share blocks."""
+def extend_digests(digests: list[bytes], root: bytes, token_ids: I64, count: int, block_size: int) -> None:
+    """Extend `digests` to the first `count` full blocks of a sequence. A block's digest covers all tokens up to its
+    end, because keys and values depend on them, and `root`: sequences with different roots never share blocks."""
     for index in range(len(digests), count):
-        before = digests[-1] if digests else _digest(adapter.to_bytes(_DIGEST_BYTES, "little", signed=True) + root)
+        before = digests[-1] if digests else _digest(root)
         digests.append(_digest(before + token_ids[index * block_size : (index + 1) * block_size].tobytes()))
 
 
@@ -29,7 +26,7 @@ def _digest(content: bytes) -> bytes:
 
 class PrefixIndex:
     """Digest → blocks. Blocks with equal digests hold the same keys and values of the trunk, but those of tails only
-    for the members that ran over the block. So a block serves only sequences whose members are among these."""
+    for the members that ran over the block."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, list[int]] = {}
@@ -38,17 +35,27 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._held
 
-    def find(self, digest: bytes, members: Iterable[int]) -> int | None:
-        """A block with this digest that all of `members` ran over; None if there is none."""
-        for block in self._blocks.get(digest, ()):
+    def find(self, digest: bytes, members: Iterable[int], *, any_members: bool = False) -> int | None:
+        """A block with this digest that all of `members` ran over; None if there is none. With `any_members`, another
+        block with this digest will do."""
+        blocks = self._blocks.get(digest, [])
+        for block in blocks:
             if self._held[block][1].issuperset(members):
                 return block
-        return None
+        return blocks[0] if any_members and blocks else None
+
+    def members_of(self, block: int) -> frozenset[int]:
+        """Members that ran over an indexed block; empty if it is not indexed."""
+        return self._held[block][1] if block in self._held else frozenset()
 
     def add(self, block: int, digest: bytes, members: Iterable[int]) -> None:
-        """Index a full block, unless another block already has its content."""
-        if self.find(digest, members) is None:
-            assert block not in self._held, f"block {block} is full twice"
+        """Index a full block, unless another block already has its content. A block that is indexed has now been run
+        over by these members too."""
+        if block in self._held:
+            known, held = self._held[block]
+            assert known == digest, f"block {block} has another content"
+            self._held[block] = digest, held.union(members)
+        elif self.find(digest, members) is None:
             self._blocks.setdefault(digest, []).append(block)
             self._held[block] = digest, frozenset(members)
 

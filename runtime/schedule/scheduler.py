@@ -13,7 +13,7 @@ the seed, the position and the tokens before, so an answer is the same with draf
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,8 +22,8 @@ from .batch import StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
 from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
-from .prefix import extend_digests
 from .sequence import Group, Sequence, SequenceStatus
+from .sharing import PrefixSharing
 
 # (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
@@ -56,6 +56,7 @@ class Scheduler:
         prefill_chunk: int,
         *,
         prefix_cache: bool = True,
+        keeps_trunk: bool = False,
         sample_prefill: bool = False,
     ) -> None:
         self.blocks = blocks
@@ -65,7 +66,7 @@ class Scheduler:
         self._max_passed = 4 * max_num_seqs  # by so many groups a waiting one may be passed
         self._max_rows = max_num_batched_tokens
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
-        self._prefix_cache = prefix_cache
+        self._sharing = PrefixSharing(blocks, enabled=prefix_cache, keeps_trunk=keeps_trunk)
         self._sample_prefill = sample_prefill
         self.num_drafted = 0  # draft tokens since the start
         self.num_accepted = 0  # of these, those that were drawn
@@ -109,7 +110,7 @@ class Scheduler:
         """Append the drawn tokens to their groups, in the order of the output. `end_of` is called once per token,
         after the token was appended. Draft tokens after the last token of an answer are dropped."""
         for prefill in scheduled.prefills:
-            self._advance(prefill.sequence, prefill.count)
+            self._sharing.advance(prefill.sequence, prefill.count)
         drawn, first = [], 0
         for decode in scheduled.decodes:
             drawn.append(self._commit_decode(decode, first, output, end_of))
@@ -133,21 +134,10 @@ class Scheduler:
         self.num_accepted += count - (error is None)
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
             if error is None:
-                self._advance(sequence, prompt_rows + count)
+                self._sharing.advance(sequence, prompt_rows + count)
             else:
                 self.blocks.forget(sequence.block_table)  # they may hold NaN: no other sequence may read them
         return GroupTokens(group, first, count, reason, error)
-
-    def _advance(self, sequence: Sequence, count: int) -> None:
-        """The cache now holds `count` more positions. Blocks that they fill may be shared. What rejected draft rows
-        wrote after these positions is overwritten before it is read."""
-        sequence.num_computed += count
-        size = self.blocks.block_size
-        full, before = sequence.num_computed // size, (sequence.num_computed - count) // size
-        if self._prefix_cache and full > before:
-            digests = self._digests(sequence, full)
-            for index in range(before, full):
-                self.blocks.publish(sequence.block_table[index], digests[index], sequence.members)
 
     def fail(self, scheduled: ScheduledBatch) -> list[Group]:
         """The batch failed: return its groups, which the caller ends. It is unknown what the step left in the cache,
@@ -192,7 +182,7 @@ class Scheduler:
         """Start a group of the queue if there are blocks for all tokens of all its sequences; False if not."""
         if len(group.sequences) > free_seqs:
             return False
-        shared = [self._shareable(sequence) for sequence in group.sequences]
+        shared = [self._sharing.shareable(sequence) for sequence in group.sequences]
         rest = [
             self.blocks.blocks_for(len(s.tokens)) - len(found) for s, found in zip(group.sequences, shared, strict=True)
         ]
@@ -202,7 +192,7 @@ class Scheduler:
         self.blocks.retain(chain.from_iterable(shared))
         for sequence, found, count in zip(group.sequences, shared, rest, strict=True):
             sequence.block_table = found + self.blocks.allocate(count)
-            self._take_over(group, sequence, len(found))
+            self._sharing.take_over(group, sequence, len(found))
         group.status = SequenceStatus.RUNNING
         self.running.append(group)
         return True
@@ -211,32 +201,16 @@ class Scheduler:
         """Let running sequences share blocks that others have computed since they were admitted."""
         for group in self.running:
             for sequence in group.sequences:
-                if sequence.num_prefill and (found := self._shareable(sequence)):
-                    at = sequence.num_computed // self.blocks.block_size
+                if not sequence.num_prefill:
+                    continue
+                self._sharing.skip(group, sequence)
+                if found := self._sharing.shareable(sequence):
+                    at = sequence.num_trunk // self.blocks.block_size
                     own = sequence.block_table[at : at + len(found)]
                     self.blocks.retain(found)
                     self.blocks.free(own)
                     sequence.block_table[at : at + len(found)] = found
-                    self._take_over(group, sequence, len(found))
-
-    def _shareable(self, sequence: Sequence) -> list[int]:
-        """Cached blocks that hold the next positions of the sequence."""
-        done, odd = divmod(sequence.num_computed, self.blocks.block_size)
-        if odd or not self._prefix_cache:
-            return []
-        digests = self._digests(sequence, (len(sequence.tokens) - 1) // self.blocks.block_size)
-        return self.blocks.find(digests[done:], sequence.members)
-
-    def _take_over(self, group: Group, sequence: Sequence, count: int) -> None:
-        sequence.num_computed += count * self.blocks.block_size
-        if not group.num_preemptions:
-            sequence.num_cached += count * self.blocks.block_size
-
-    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Digests of the first `count` blocks of the sequence; its tokens must fill them."""
-        size, token_ids = self.blocks.block_size, sequence.tokens.array()
-        extend_digests(sequence.digests, sequence.root, sequence.adapter, token_ids, count, size)
-        return sequence.digests[:count]
+                    self._sharing.take_over(group, sequence, len(found))
 
     def _schedule_decode(self) -> list[GroupRows]:
         """One row per sequence of every group whose prefill is complete, the oldest group first."""
@@ -271,17 +245,18 @@ class Scheduler:
         """Whole chunks beside `rows` decode rows, the oldest group first, as long as the step has room, but at least
         one. A sequence whose next block is computed by another one in this step waits for it."""
         prefills: list[PrefillRows] = []
-        under_way: set[tuple[bytes, tuple[int, ...]]] = set()
+        under_way: set[Hashable] = set()
         for sequence in self._prefilling():
-            count = min(sequence.num_prefill, self._prefill_chunk - sequence.num_computed % self._prefill_chunk)
-            blocks = self._shareable_later(sequence, count)
+            chunk = self._prefill_chunk - sequence.num_computed % self._prefill_chunk
+            prefill = self._sharing.prefill(sequence, chunk)
+            blocks = self._sharing.keys(sequence, prefill.count)
             if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
                 continue
-            if prefills and rows + count > self._max_rows:
+            if prefills and rows + prefill.count > self._max_rows:
                 break
-            prefills.append(PrefillRows(sequence, count))
+            prefills.append(prefill)
             under_way.update(blocks)
-            rows += count
+            rows += prefill.count
         return prefills
 
     def _sample_ended_prompts(
@@ -290,7 +265,7 @@ class Scheduler:
         """If the prompts of a group end in this step and there is room for their last tokens, the group draws in this
         step: its prefill rows become rows of `decodes`."""
         rows = _num_rows(decodes, prefills)
-        ends = {p.sequence for p in prefills if p.count == p.sequence.num_prefill}
+        ends = {p.sequence for p in prefills if p.count == p.sequence.num_prefill and not p.trunk_cached}
         drawing: list[GroupRows] = []
         for group in self.running:
             prompts = {sequence for sequence in group.sequences if sequence.num_prefill}
@@ -302,14 +277,6 @@ class Scheduler:
                 rows += last_tokens
         sampled = {sequence for group_rows in drawing for sequence in group_rows.group.sequences}
         return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
-
-    def _shareable_later(self, sequence: Sequence, count: int) -> list[tuple[bytes, tuple[int, ...]]]:
-        """(digest, members) of the blocks that the next `count` positions lie in, if prefill fills them."""
-        if not self._prefix_cache:
-            return []
-        size, start = self.blocks.block_size, sequence.num_computed
-        digests = self._digests(sequence, min(-(-(start + count) // size), (len(sequence.tokens) - 1) // size))
-        return [(digest, sequence.members) for digest in digests[start // size :]]
 
     def _prefilling(self) -> Iterator[Sequence]:
         for group in self.running:
@@ -343,7 +310,7 @@ class Scheduler:
         for sequence in group.sequences:
             self.blocks.free(sequence.block_table)
             sequence.block_table = []
-            sequence.num_computed = 0
+            sequence.num_computed = sequence.num_trunk = 0
 
 
 def _num_rows(decodes: list[GroupRows], prefills: list[PrefillRows]) -> int:

@@ -1,4 +1,4 @@
-"""`Sequence`, the token ids of one (view, adapter), and `Group`, all sequences of one choice of a request."""
+"""`Sequence`, the token ids of one view, and `Group`, all sequences of one choice of a request."""
 
 from __future__ import annotations
 
@@ -50,30 +50,27 @@ class TokenBuffer:
 
 
 class Sequence:
-    """The tokens of one (view, adapter) of a group, prompt and answer, and where the KV cache holds how many of
-    them."""
+    """The tokens of one view of a group, prompt and answer, and where the KV cache holds how many of them."""
 
     __slots__ = (
-        "adapter",
         "block_table",
         "digests",
         "members",
         "num_cached",
         "num_computed",
         "num_prompt",
+        "num_trunk",
         "root",
         "tokens",
     )
 
-    def __init__(
-        self, prompt: tuple[int, ...], members: tuple[int, ...], adapter: int = -1, *, root: bytes = b""
-    ) -> None:
+    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], *, root: bytes = b"") -> None:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
         self.members = members  # indices of the bundle's members that run over its rows, ascending
-        self.adapter = adapter  # the member whose low-rank update changes its keys and values, -1 for none
         self.root = root  # sequences with different roots share no blocks, whatever their tokens are
-        self.num_computed = 0  # positions in the KV cache
+        self.num_computed = 0  # positions in the KV cache, for all members
+        self.num_trunk = 0  # positions in the KV cache of the trunk, at least as many; more only at whole blocks
         self.num_cached = 0  # of these, positions found in the prefix cache before the first preemption
         self.block_table: list[int] = []
         self.digests: list[bytes] = []  # of its first full blocks; extended on demand

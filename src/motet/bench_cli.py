@@ -264,6 +264,27 @@ def bench_speculative(
     )
 
 
+@bench.command("fine-tunes")
+def bench_fine_tunes(
+    model: Annotated[str, typer.Argument(help="A pulled model's name, or a directory.")] = "smollm2-135m",
+    out: Results = Path("bench/results"),
+    members: Annotated[int, typer.Option(min=2, help="Fine-tunes.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="Last layers that they change.")] = 10,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of their updates.")] = 16,
+    streams: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=4, help="Requests.")] = 64,
+    document_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 1000,
+    new_tokens: NewTokens = 64,
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+) -> None:
+    """Many fine-tunes of one base, each request its own, against the base alone under the same traffic."""
+    from .bench import fine_tunes
+
+    traffic = fine_tunes.Traffic(members, streams, requests, document_tokens, answer=new_tokens)
+    fine_tunes.run(model, out, traffic=traffic, layers=layers, rank=rank, repeats=repeats, threads=threads)
+
+
 def _gpu_bench(name: str) -> Any:
     """Import a module of `bench.gpu`. Raises `MissingPackageError` if torch or Triton is not installed."""
     try:

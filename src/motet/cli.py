@@ -191,8 +191,8 @@ def _fused_members(directory: Path, base_digest: str) -> dict[str, Any]:
         raise BundleError(f"the fusion at '{directory}' is of members of another base; export it with that one")
     kinds = {name: MemberKind.BASE if path is None else format_at(path).kind for name, path in fusion.members.items()}
     return {
-        "tails": {n: path for n, path in fusion.members.items() if not kinds[n].own_sequence},
-        "loras": {n: path for n, path in fusion.members.items() if kinds[n].own_sequence},
+        "tails": {n: path for n, path in fusion.members.items() if kinds[n] is not MemberKind.ADAPTER},
+        "loras": {n: path for n, path in fusion.members.items() if kinds[n] is MemberKind.ADAPTER},
         "mix": fusion.mix,
         "mix_chosen_by": fusion.chosen_by,
         "space": fusion.space,

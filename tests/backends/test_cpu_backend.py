@@ -104,7 +104,7 @@ def test_packed_weights_are_the_stored_ones(isa, bits, group):
     size = 256  # of the vocabulary, the hidden states and the MLP
     stored = quantise(np.random.default_rng(0).standard_normal((size, size)).astype(np.float32), bits, group)
     sizes = {"vocab_size": size, "hidden_size": size, "intermediate_size": size, "max_positions": size, "num_blocks": 8}
-    model, identity = NativeModel(model_config(**sizes), isa), np.eye(size, dtype=np.float32)
+    model, identity = NativeModel(model_config(**sizes), isa=isa), np.eye(size, dtype=np.float32)
     dense = {
         LinearKind.QKV: np.zeros((128, size), np.float32),
         LinearKind.OUT: np.zeros((size, 64), np.float32),
@@ -129,7 +129,8 @@ def test_packed_weights_are_the_stored_ones(isa, bits, group):
             cu_seqlens=np.array([0, size], np.int32),
             context_lens=np.array([size], np.int32),
             block_tables=np.arange(8, dtype=np.int32)[None],
-            adapters=np.array([-1], np.int32),
+            trunk_cached=np.zeros(1, np.bool_),
+            freed_blocks=np.empty(0, np.int32),
             members=None,
             outputs=[(0, row) for row in range(size)],
         )

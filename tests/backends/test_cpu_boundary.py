@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.models import make_adapter
 from helpers.native import ISAS, cpu_backend, model_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from motet.export.bundle_writer import export_bundle
 from motet.kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
 from motet.kernels.native.sampling import Sample, Sampling
 from motet.kernels.native.structs import LinearKind, Vector
@@ -25,9 +27,10 @@ def valid_step():
         "cu_seqlens": np.array([0, 20, 21], np.int32),
         "context_lens": np.array([20, 1], np.int32),
         "block_tables": tables,
-        "adapters": np.array([-1, -1], np.int32),
+        "trunk_cached": np.zeros(2, np.uint8),
         "members": None,
         "outputs": [(0, 19), (0, 20)],
+        "freed_blocks": np.array([3], np.int32),
     }
 
 
@@ -46,7 +49,9 @@ def valid_step():
         ("context_lens", 0, 2**30, "allowed are 20 to"),
         ("block_tables", (0, 0), -1, "block -1"),
         ("block_tables", (0, 0), 2**30, "is not in the cache"),
-        ("adapters", 0, 1, "adapter of no member"),
+        ("trunk_cached", 0, 1, "sequence 0 has no trunk that could be cached"),
+        ("freed_blocks", 0, -1, "freed block -1 is not in the cache"),
+        ("freed_blocks", 0, 2**30, "freed block 1073741824 is not in the cache"),
     ],
 )
 def test_a_bad_batch_is_refused_and_nothing_else_happens(bundle_of, field, index, value, message):
@@ -90,17 +95,29 @@ def test_a_bad_mix_is_refused_before_anything_is_computed(bundle_of, terms, samp
     assert sampling.result.token_ids.tolist() == [logits[0].argmax()]
 
 
+@pytest.fixture(scope="module")
+def tails_bundle(tiny_model_dir, tmp_path_factory):
+    """The base and an adapter tail over a trunk of two layers."""
+    root, model_dir = tmp_path_factory.mktemp("tails"), tiny_model_dir("llama")
+    lora = make_adapter(model_dir, root / "x", 1, layers=2)
+    return export_bundle(model_dir, root / "b", tails={"base": None}, loras={"x": lora})
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_random_batches_do_not_crash(bundle_of, data):
+def test_random_batches_do_not_crash(bundle_of, tails_bundle, data):
     """Any integers in the arrays: a result or a typed error."""
-    model = cached_model(bundle_of("llama"))
+    tails = data.draw(st.booleans())
+    model = cached_model(tails_bundle if tails else bundle_of("llama"))
     batch = valid_step()
+    if tails:
+        batch["members"] = data.draw(st.lists(st.lists(st.integers(-1, 2), max_size=3), min_size=2, max_size=2))
     for _ in range(data.draw(st.integers(1, 3))):
         field = data.draw(st.sampled_from([name for name in batch if isinstance(batch[name], np.ndarray)]))
         flat = batch[field].reshape(-1)
         limit = np.iinfo(flat.dtype)
-        value = data.draw(st.one_of(st.integers(-2, 40), st.integers(int(limit.min), int(limit.max))))
+        low = max(-2, int(limit.min))
+        value = data.draw(st.one_of(st.integers(low, 40), st.integers(int(limit.min), int(limit.max))))
         flat[data.draw(st.integers(0, flat.size - 1))] = value
     batch["outputs"] = data.draw(st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 25)), max_size=4))
     try:
@@ -142,12 +159,22 @@ def test_a_nan_stays_in_its_row(bundle_of, isa, columns):
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"split_layer": 2}, "split_layer"),
+        ({"num_members": 2}, "num_tails is 0 with 2 members"),
+        ({"split_layer": 0}, "layers from split_layer on, and no tails"),
         ({"threads": 10_000}, "threads"),
     ],
 )
 def test_sizes_that_the_kernels_do_not_have(changes, message):
     with pytest.raises(UnavailableError, match=message):
         NativeModel(model_config(**changes))
+
+
+def test_a_member_has_a_tail_that_exists_and_updates_only_of_it():
+    with pytest.raises(UnavailableError, match="the tail of member 1 is 2, there are 2"):
+        NativeModel(model_config(num_members=3), (0, 2, 0))
+    model = NativeModel(model_config(num_members=2, split_layer=1), (0, 0))
+    with pytest.raises(BundleError, match="layer 0 is below split_layer 1, and members share it"):
+        model.set_adapter(LinearKind.QKV, 0, 0, np.ones((2, 64)), np.ones((128, 2)), "adapter")
 
 
 def test_weights_that_do_not_fit():

@@ -22,7 +22,9 @@ BACKENDS = {
 
 
 def test_the_protocol_is_what_is_compared():
-    assert sorted(PROPERTIES) == ["block_size", "can_sample_prefill", "can_verify", "kv_dtype", "name", "num_blocks"]
+    assert sorted(PROPERTIES) == [
+        *("block_size", "can_sample_prefill", "can_verify", "keeps_trunk", "kv_dtype", "name", "num_blocks"),
+    ]
     assert sorted(METHODS) == ["close", "score", "seconds", "step"]
 
 

@@ -18,7 +18,7 @@ def sample(row):
     return SampleRow(((row, 0, 1.0),), Space.LOGITS, ResolvedSampling(), 1)
 
 
-def batch(counts, lengths, adapters, sampled):
+def batch(counts, lengths, sampled):
     """Sequences of these rows; those of `sampled` have all of theirs sampled."""
     rows = sum(counts)
     ends = np.cumsum(counts)
@@ -31,7 +31,7 @@ def batch(counts, lengths, adapters, sampled):
         context_lens=np.array(lengths, np.int32),
         block_tables=np.zeros((len(counts), 4), np.int32),
         members=[(0,)] * len(counts),
-        adapters=np.array(adapters, np.int32),
+        trunk_cached=np.zeros(len(counts), np.bool_),
         samples=[sample(int(row)) for row in drawn],
         freed_blocks=np.empty(0, np.int32),
     )
@@ -39,11 +39,11 @@ def batch(counts, lengths, adapters, sampled):
 
 def plan(given, seqs):
     slots = given.slot_mapping.astype(np.int32)
-    return plan_rows(given, np.array(seqs), slots, given.context_lens, given.adapters)
+    return plan_rows(given, np.array(seqs), slots, given.context_lens)
 
 
 def test_decode_rows_drafts_and_chunks():
-    given = batch([1, 3, 9], [7, 10, 9], [-1, -1, -1], sampled=[0, 1])
+    given = batch([1, 3, 9], [7, 10, 9], sampled=[0, 1])
     found = plan(given, [0, 1, 2])
     assert found.arrays["rows"].tolist() == [0, 1, 2, 3]
     assert found.arrays["row_seqs"].tolist() == [0, 1, 1, 1]
@@ -55,13 +55,13 @@ def test_decode_rows_drafts_and_chunks():
 
 
 def test_a_step_without_samples_is_chunks():
-    found = plan(batch([1, 4], [1, 4], [-1, -1], sampled=[]), [0, 1])
+    found = plan(batch([1, 4], [1, 4], sampled=[]), [0, 1])
     assert found.arrays["rows"].tolist() == []
     assert found.arrays["chunk_sizes"].tolist() == [1, 4]
 
 
 def test_a_subset_is_renumbered_but_keeps_its_block_tables():
-    given = batch([1, 2, 12, 1], [5, 6, 20, 8], [-1, -1, -1, -1], sampled=[0, 1, 3])
+    given = batch([1, 2, 12, 1], [5, 6, 20, 8], sampled=[0, 1, 3])
     found = plan(given, [1, 2, 3])
     assert found.index.tolist() == list(range(1, 16))
     assert found.arrays["positions"].tolist() == list(range(101, 116))
@@ -69,14 +69,6 @@ def test_a_subset_is_renumbered_but_keeps_its_block_tables():
     assert found.arrays["row_seqs"].tolist() == [1, 1, 3]
     assert found.arrays["chunk_starts"].tolist() == [2]
     assert found.arrays["chunk_seqs"].tolist() == [2]
-
-
-def test_tiles_hold_rows_of_one_adapter():
-    given = batch([20, 1, 1], [20, 4, 4], [1, -1, 1], sampled=[1, 2])
-    found = plan(given, [0, 1, 2])
-    assert found.arrays["adapter_tiles"].tolist() == [1, 1]
-    order = found.arrays["adapter_order"]
-    assert order[order >= 0].tolist() == [*range(20), 21]
 
 
 def test_packed_arrays_are_one_buffer():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from motet.bench import busy, context, decode, quality, serve, speculative
+from motet.bench import busy, context, decode, fine_tunes, quality, serve, speculative
 from motet.bench.lib import probes, timed
 from motet.bench.lib.report import Plot, table, write
 from motet.bench.lib.timed import attended_positions, kv_position_bytes, random_request
@@ -189,6 +189,19 @@ def test_busy_report(bundle, tmp_path, monkeypatch, clock):
         assert (row["quiet_worst_ms"], row["busy_worst_ms"], row["share"]) == pytest.approx((4, 10, 0.4))
         assert 0 < row["busy_steps"] <= 7  # the first of the 8 tokens is drawn with the prompt
         assert f"{size} {250 * size} {100 * size} 40% 4.0 10.0 {row['busy_steps']}" in shown
+
+
+@pytest.mark.slow
+def test_fine_tunes_report(tiny_model_dir, tmp_path, clock):
+    """Each bundle is measured in a process of its own; the ratios are those of its rows."""
+    traffic = fine_tunes.Traffic(members=2, streams=2, requests=4, document=40, question=4, answer=4)
+    result = fine_tunes.run(str(tiny_model_dir("llama")), tmp_path, traffic=traffic, layers=2, repeats=1, threads=2)
+    base, members = result["rows"]["one model"], result["rows"]["fine-tunes"]
+    assert result["throughput_ratio"] == members["tok_s"] / base["tok_s"]
+    assert result["shared_ttft_ratio"] == members["ttft_shared_s"] / members["ttft_own_s"]
+    assert all(value > 0 for row in (base, members) for value in row.values())
+    shown = words(tmp_path / "fine-tunes.html")
+    assert "2 fine-tunes of" in shown and f"{members['peak_bytes'] / 1e6:,.0f}" in shown
 
 
 @pytest.mark.slow

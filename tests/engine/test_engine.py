@@ -38,8 +38,7 @@ def requests(draw):
     return result
 
 
-def test_a_adapter_has_a_sequence_of_its_own(tokenizer):
-    """Tails and the base share the sequence of a view, a low-rank update does not."""
+def test_a_view_has_one_sequence_for_all_its_members(tokenizer):
     seen = []
     backend = FakeBackend()
     backend.on_step = seen.append
@@ -47,24 +46,23 @@ def test_a_adapter_has_a_sequence_of_its_own(tokenizer):
     with make_engine(tokenizer, backend) as engine:
         engine.complete([ask("x", views=[(4, 5, 6)], ensemble=Ensemble(members))])
     batch = seen[-1]
-    assert batch.members == [(0, 1), (2,), (2,)]
-    assert batch.adapters.tolist() == [-1, 2, 2]
-    assert batch.samples[0].terms == ((0, 0, 0.5), (0, 1, 0.2), (1, 2, 0.2), (2, 2, 0.1))
+    assert batch.members == [(0, 1, 2), (2,)]
+    assert batch.samples[0].terms == ((0, 0, 0.5), (0, 1, 0.2), (0, 2, 0.2), (1, 2, 0.1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests(), st.integers(14, 40), st.booleans())
-def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks, sample_prefill):
+@given(requests(), st.integers(14, 40), st.booleans(), st.booleans())
+def test_solo_is_batched_is_preempted(tokenizer, batch, num_blocks, sample_prefill, keeps_trunk):
     """The same tokens alone with ample blocks, together without sharing, and together with so few blocks that groups are
     preempted and recomputed; and once more, when their prefixes are cached. Whether or not the step that ends a prompt
-    draws its first token."""
+    draws its first token, and whether or not the trunk of a prefix serves members that did not run over it."""
     with make_engine(tokenizer, FakeBackend(200)) as engine:
         alone = [engine.complete([request])[0] for request in batch]
-    backend = FakeBackend(200, can_sample_prefill=sample_prefill)
+    backend = FakeBackend(200, can_sample_prefill=sample_prefill, keeps_trunk=keeps_trunk)
     with make_engine(tokenizer, backend, prefix_cache=False) as engine:
         unshared = engine.complete(batch)
         assert engine.stats().cached_tokens == 0
-    backend = FakeBackend(num_blocks, can_sample_prefill=sample_prefill)
+    backend = FakeBackend(num_blocks, can_sample_prefill=sample_prefill, keeps_trunk=keeps_trunk)
     with make_engine(tokenizer, backend) as engine:
         together = engine.complete(batch)
         again = engine.complete(batch)

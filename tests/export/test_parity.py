@@ -64,13 +64,15 @@ def test_every_member_is_measured_as_auto_serves_it(members, tmp_path, merge):
         assert member.nll * (1 + member.nll_change) == pytest.approx(total / 78, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "onnx"])
 def test_a_kept_adapter_is_measured_against_itself(members, tmp_path, backend):
     """In 32 bits with a KV cache of 16 bits or more only rounding is left; another member would be far off."""
     if backend == "cpu" and not library.is_available():
         pytest.skip("the native kernels were not built")
-    report = measured(members, tmp_path / "b", bits=32, backend=backend, kv_dtype="bf16")
-    assert (report.backend, report.kv_dtype) == (backend, "bf16")
+    kv_dtype = "float32" if backend == "onnx" else "bf16"
+    config = {} if backend == "onnx" else {"kv_dtype": kv_dtype}
+    report = measured(members, tmp_path / "b", bits=32, backend=backend, **config)
+    assert (report.backend, report.kv_dtype) == (backend, kv_dtype)
     assert all(member.kl < 2e-3 for member in report.members)
 
 
@@ -124,6 +126,6 @@ def test_a_bundle_without_graphs(members, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_measured(members, tmp_path):
-    with pytest.raises(UnavailableError, match=r"low-rank members .* --no-parity"):
-        measured(members, tmp_path / "b", backend="onnx")
+    with pytest.raises(UnavailableError, match=r"kv_dtype is int8, and the onnx backend.* --no-parity"):
+        measured(members, tmp_path / "b", backend="onnx", kv_dtype="int8")
     assert not (tmp_path / "b").exists()

@@ -50,20 +50,18 @@ class Judge:
             cu_seqlens=np.array([0, count], np.int32),
             context_lens=np.array([count], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32)[None],
-            adapters=np.array([self._adapter(member)], np.int32),
+            trunk_cached=np.zeros(1, np.bool_),
             members=[[0] if m == member else [] for m in members] if self.tails else None,
             outputs=[(member if self.tails else 0, row) for row in range(count)],
+            freed_blocks=np.empty(0, np.int32),
         )
         return self.backend._model.step(batch)
-
-    def _adapter(self, member: int) -> int:
-        return member if member in self.bundle.adapters else -1
 
     def compare_logits(self, tokens: list[int], member: int) -> None:
         """The native logits of a sequence are the oracle's, up to float32 and values at a rounding boundary."""
         if not self.oracle.is_finite:
             return
-        states, head = self.oracle.hidden(tokens, self._adapter(member), member), self.oracle.head
+        states, head = self.oracle.hidden(tokens, member), self.oracle.head
         found = self.backend._model.head(self.hidden(tokens, member))
         norms = [np.square(x).sum(-1).mean() for x in (states, head.values)]
         size = np.sqrt(norms[0] * norms[1] / states.shape[1])  # of a logit, were states and columns independent

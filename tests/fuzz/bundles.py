@@ -11,7 +11,7 @@ from motet.runtime.api.request import Space
 from motet.runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from motet.runtime.model.config import DecoderConfig
 from motet.runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layout, Norm, decoder_layout
-from motet.runtime.model.members import MemberKind, have_tails
+from motet.runtime.model.members import MemberKind
 from motet.runtime.model.rotary import rotary_tables
 from motet.runtime.model.stored import own_name
 from safetensors.numpy import save_file
@@ -67,9 +67,10 @@ class Writer:
         if member is None or self.rng.random() < 0.5:
             self.norm(layout.norm, member)
 
-    def adapter(self, layout: Layout, member: str) -> None:
+    def adapter(self, layout: Layout, first: int, member: str) -> None:
+        """Updates of some linear layers from layer `first` on."""
         rank = int(self.rng.integers(1, 6))
-        for linear in layout.linears:
+        for linear in (linear for layer in layout.layers[first:] for linear in layer.linears):
             if self.rng.random() < 0.5:
                 a, b = ((rank, linear.columns), (linear.rows, rank))
                 for half, shape in (("lora_a", a), ("lora_b", b)):
@@ -130,13 +131,15 @@ def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
     writer.layers(layout, 0)
     kinds = [KINDS[i] for i in rng.integers(0, 3, rng.integers(1, 5))]
     names = [f"m{index}" for index in range(len(kinds))]
-    tails = have_tails(kinds)
+    tails = len(kinds) > 1
     split = int(rng.integers(0, config.num_layers + 1)) if tails else config.num_layers
     for name, kind in zip(names, kinds):
         if kind is MemberKind.TAIL and tails:
             writer.layers(layout, split, name)
         if kind is MemberKind.ADAPTER:
-            writer.adapter(layout, name)
+            writer.adapter(layout, split if tails else 0, name)
+            if rng.random() < 0.3:
+                writer.norm(layout.norm, name)
     path.mkdir(parents=True)
     save_file(writer.tensors, path / WEIGHTS)
     manifest = {

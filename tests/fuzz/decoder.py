@@ -38,6 +38,12 @@ def int8(x: F64) -> F64:
     return round_groups(x, x.shape[-1])
 
 
+def _rounded(x: np.ndarray, axis: int) -> F64:
+    """Half of a low-rank update, rounded to 8 bits with a scale per rank, which is the other axis."""
+    peak = np.abs(x.astype(np.float64)).max(axis, keepdims=True)
+    return np.asarray(np.rint(127 * x / np.where(peak > 0, peak, 1)) * peak / 127)
+
+
 class Weight:
     """A stored weight [rows, columns] as packing leaves it; `group` 0: it is dense."""
 
@@ -81,9 +87,8 @@ class Oracle:
         """Whether no weight is so large that activations may overflow."""
         return all(np.abs(x).max() < 1e6 for x in self.tensors.values() if x.dtype == np.float32)
 
-    def hidden(self, tokens: list[int], adapter: int, member: int) -> F64:
-        """[tokens, hidden] after the final norm of `member`, of a sequence to which the low-rank update of member `adapter`
-        applies (-1: none)."""
+    def hidden(self, tokens: list[int], member: int) -> F64:
+        """[tokens, hidden] after the final norm of `member`."""
         x = self._weight(EMBEDDING).values[tokens]
         if self.config.positions == "learned":
             x = x + self.tensors[POSITIONS][: len(tokens)]
@@ -91,11 +96,11 @@ class Oracle:
         for index, layer in enumerate(self.layout.layers):
             if len(self.bundle.members) > 1 and index >= self.bundle.split_layer:
                 owner = self.bundle.members[member]
-            qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), adapter, owner)
-            x = x + self._linear(layer.out, self._attend(layer, qkv, owner), adapter, owner)
-            inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), adapter, owner)
-            x = x + self._linear(layer.down, self._activate(inner), adapter, owner)
-        return self._norm(self.layout.norm, x, self.bundle.members[member] if len(self.bundle.members) > 1 else None)
+            qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), owner, member)
+            x = x + self._linear(layer.out, self._attend(layer, qkv, owner), owner, member)
+            inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), owner, member)
+            x = x + self._linear(layer.down, self._activate(inner), owner, member)
+        return self._norm(self.layout.norm, x, self.bundle.members[member])
 
     def _weight(self, name: str, owner: str | None = None) -> Weight:
         stored = resolve(self.tensors, name, owner)
@@ -103,14 +108,13 @@ class Oracle:
             self._weights[stored] = Weight(self.tensors, stored)
         return self._weights[stored]
 
-    def _linear(self, linear: Linear, x: F64, adapter: int, owner: str | None) -> F64:
+    def _linear(self, linear: Linear, x: F64, owner: str | None, member: int) -> F64:
         y = self._weight(f"{linear.name}.weight", owner)(x)
         if linear.bias:
             y = y + self.tensors[resolve(self.tensors, f"{linear.name}.bias", owner)]
-        if adapter >= 0:
-            a, b = (own_name(self.bundle.members[adapter], f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
-            if a in self.tensors and owner in (None, self.bundle.members[adapter]):
-                y = y + x @ self.tensors[a].T.astype(np.float64) @ self.tensors[b].T.astype(np.float64)
+        a, b = (own_name(self.bundle.members[member], f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
+        if a in self.tensors and (owner is not None or len(self.bundle.members) == 1):
+            y = y + x @ _rounded(self.tensors[a], 1).T @ _rounded(self.tensors[b], 0).T
         return y
 
     def _norm(self, norm: Norm, x: F64, owner: str | None) -> F64:

@@ -139,7 +139,7 @@ def _is_bad(request: Request, model: ModelInfo, max_num_seqs: int) -> bool:
     """Whether the request asks for what the model does not have."""
     members, params = request.ensemble.members, request.sampling
     prompts = [request.prompts[member.view] for member in members]
-    sequences = {(m.view, m.name if m.name in model.adapters else "") for m in members}
+    sequences = {member.view for member in members}
     ids = [*params.logit_bias, *params.stop_token_ids, *(token for prompt in request.prompts for token in prompt)]
     return (
         not {member.name for member in members} <= set(model.members)

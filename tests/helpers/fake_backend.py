@@ -1,7 +1,7 @@
 """A deterministic backend for tests of the engine. Its "logits" are a hash of what its KV cache really holds, so a wrong
 slot, block or position changes the tokens; it also asserts the invariants of every batch.
 
-A slot holds, for each member that ran over it, a value chained from the value before it, the token and the adapter: as in
+A slot holds, for the trunk and for each member that ran over it, a value chained from the value before it and the token: as in
 a model, keys and values depend on all that precedes, and a member that did not run has none.
 """
 
@@ -37,8 +37,10 @@ class FakeBackend:
         num_members: int = 3,
         order: int | None = None,
         can_sample_prefill: bool = False,
+        keeps_trunk: bool = False,
     ) -> None:
         self.can_sample_prefill = can_sample_prefill
+        self.keeps_trunk = keeps_trunk
         self.order = (
             order  # logits depend on the last so many tokens only, so that the text repeats itself; None: on all
         )
@@ -46,6 +48,7 @@ class FakeBackend:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.tokens = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
+        self.trunk = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
         self.values = np.full((num_members, num_blocks * block_size), -1, np.int64)  # [members, slots]
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
         self.fail_next = False
@@ -74,7 +77,7 @@ class FakeBackend:
             context_lens=np.array([count], np.int32),
             block_tables=np.arange(-(-count // self.block_size), dtype=np.int32)[None],
             members=[(member,)],
-            adapters=np.array([-1], np.int32),
+            trunk_cached=np.zeros(1, np.bool_),
             samples=[],
             freed_blocks=np.empty(0, np.int32),
         )
@@ -119,13 +122,15 @@ class FakeBackend:
     def _check(self, batch: Batch) -> None:
         for block in batch.freed_blocks:
             dead = slice(block * self.block_size, (block + 1) * self.block_size)
-            self.tokens[dead] = self.values[:, dead] = -1
+            self.tokens[dead] = self.trunk[dead] = self.values[:, dead] = -1
         starts = batch.cu_seqlens_q
         assert starts[0] == 0
         assert starts[-1] == batch.num_rows
         assert len(set(batch.slot_mapping.tolist())) == batch.num_rows, "two rows write one slot"
+        assert self.keeps_trunk or not batch.trunk_cached.any(), "the trunk's output is not kept"
         used = [b for table in batch.block_tables for b in table.tolist() if b >= 0]
-        written = set((batch.slot_mapping // self.block_size).tolist())
+        whole = ~np.repeat(batch.trunk_cached, np.diff(starts))  # rows that the trunk runs over
+        written = set((batch.slot_mapping[whole] // self.block_size).tolist())
         assert all(used.count(block) == 1 for block in written), "a shared block is written"
         for sequence in range(batch.num_seqs):
             self._write(batch, sequence)
@@ -136,16 +141,24 @@ class FakeBackend:
         assert batch.positions[rows].tolist() == list(range(first, end))
         slots = self._slots(batch, rows.stop - 1)
         assert (slots[first:] == batch.slot_mapping[rows]).all()
-        self.tokens[slots[first:]] = batch.token_ids[rows]
-        adapter = int(batch.adapters[sequence])
-        assert adapter < 0 or batch.members[sequence] == (adapter,), "an adapter shares its sequence"
+        assert batch.members[sequence], "no member needs these rows"
+        if batch.trunk_cached[sequence]:
+            assert (self.tokens[slots[first:]] == batch.token_ids[rows]).all(), "the trunk of other tokens"
+            assert (self.trunk[slots[first:]] >= 0).all(), "the trunk was not computed, or its blocks were freed"
+        else:
+            self.tokens[slots[first:]] = batch.token_ids[rows]
+            self._chain(self.trunk, slots, first, "")
         for member in batch.members[sequence]:
-            held = self.values[member]
-            assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
-            for position in range(first, end):
-                before = int(held[slots[position - 1]]) if position else 0
-                token = int(self.tokens[slots[position]])
-                held[slots[position]] = zlib.crc32(f"{before} {token} {adapter}".encode())
+            missing = self.values[member, slots[first:]] < 0
+            assert missing.all() or not batch.trunk_cached[sequence], "what is cached is computed again"
+            self._chain(self.values[member], slots, first, f" {member}")
+
+    def _chain(self, held: np.ndarray, slots: np.ndarray, first: int, who: str) -> None:
+        """Fill the slots from position `first` on."""
+        assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
+        for position in range(first, len(slots)):
+            before = int(held[slots[position - 1]]) if position else 0
+            held[slots[position]] = zlib.crc32(f"{before} {self.tokens[slots[position]]}{who}".encode())
 
     def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
         """The cache holds the tokens that the sample is drawn after: its first view all of them, and every view the same
@@ -180,7 +193,7 @@ SOLO = Ensemble((Member("a", 1.0),))
 
 def make_engine(tokenizer, backend=None, *, observers=(), **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"], adapters=frozenset("c"))
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"])
     return Engine(backend or FakeBackend(), tokenizer, model, EngineConfig(**values), observers)
 
 

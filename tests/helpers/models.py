@@ -104,14 +104,16 @@ def make_tail(model_dir, out, name, seed, scale):
     return out
 
 
-def make_adapter(model_dir, out, seed, targets=None, rank=4):
-    """A random adapter over these projections; `targets` None: over all."""
+def make_adapter(model_dir, out, seed, targets=None, rank=4, layers=None):
+    """A random adapter over these projections of the last `layers`; None: over all."""
     from motet.runtime.checkpoints.decoder import Decoder
     from motet.runtime.checkpoints.huggingface import checkpoint_digest
     from motet.runtime.checkpoints.members.adapter import random_adapter, write_adapter
 
     decoder = Decoder.from_dir(model_dir)
     adapter = random_adapter(decoder, targets, rank, seed=seed, scale=0.05)
+    first = 0 if layers is None else decoder.config.num_layers - layers
+    adapter = {name: tensor for name, tensor in adapter.items() if int(name.split(".")[2]) >= first}
     base = {"name": model_dir.name, "digest": checkpoint_digest(model_dir)}
     write_adapter(out, decoder.config, adapter, {"base": base})
     return out

@@ -5,30 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.models import make_tail
+from helpers.models import make_adapter, make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.errors import BundleError
 from motet.runtime.model.bundle import Bundle
-from motet.runtime.model.members import MemberKind, have_tails
+from motet.runtime.model.members import MemberKind
 
 BASE, TAIL, ADAPTER = MemberKind.BASE, MemberKind.TAIL, MemberKind.ADAPTER
-
-
-@pytest.mark.parametrize(
-    ("kinds", "expected"),
-    [
-        ([BASE], False),
-        ([TAIL], False),
-        ([ADAPTER], False),
-        ([BASE, BASE], True),
-        ([BASE, TAIL], True),
-        ([BASE, ADAPTER], False),
-        ([ADAPTER, ADAPTER], False),
-        ([TAIL, ADAPTER], True),
-    ],
-)
-def test_who_has_tails(kinds, expected):
-    assert have_tails(kinds) is expected
 
 
 def test_a_single_member_has_no_layers_of_its_own(tiny_model_dir, tmp_path):
@@ -38,6 +21,16 @@ def test_a_single_member_has_no_layers_of_its_own(tiny_model_dir, tmp_path):
     assert (alone.kinds, alone.has_tails, alone.split_layer) == ((TAIL,), False, 4)
     both = Bundle.load(export_bundle(model_dir, tmp_path / "both", tails={"t": tail, "base": None}))
     assert (both.kinds, both.has_tails, both.split_layer) == ((TAIL, BASE), True, 2)
+    assert (alone.tails, both.tails, both.tail_of) == ((), (None, "t"), (1, 0))
+
+
+def test_members_without_layers_of_their_own_share_a_tail(tiny_model_dir, tmp_path):
+    model_dir = tiny_model_dir("llama")
+    tail = make_tail(model_dir, tmp_path / "t", "t", 1, 0.3)
+    loras = {name: make_adapter(model_dir, tmp_path / name, 2, layers=3) for name in "xy"}
+    bundle = Bundle.load(export_bundle(model_dir, tmp_path / "b", tails={"t": tail, "base": None}, loras=loras))
+    assert (bundle.kinds, bundle.split_layer) == ((TAIL, BASE, ADAPTER, ADAPTER), 1)
+    assert (bundle.tails, bundle.tail_of) == ((None, "t"), (1, 0, 0, 0))
 
 
 def test_an_inconsistent_manifest(tiny_model_dir, tmp_path):

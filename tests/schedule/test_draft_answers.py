@@ -19,7 +19,7 @@ from motet.runtime.errors import ConfigError, InvalidRequestError
 def make_engine(tokenizer, *, num_blocks=60, order=1, **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 24, "prefill_chunk": 8} | config
     ensemble = Ensemble((Member("a", 1.0),))
-    model = ModelInfo("fake", ("a", "b", "c"), ensemble, (255,), 256, values["max_model_len"], adapters=frozenset("c"))
+    model = ModelInfo("fake", ("a", "b", "c"), ensemble, (255,), 256, values["max_model_len"])
     return Engine(fake_backend.FakeBackend(num_blocks, 4, order=order), tokenizer, model, EngineConfig(**values))
 
 

@@ -68,31 +68,64 @@ def test_only_what_holds_all_members_is_shared():
     scheduler.check_integrity()
 
 
-def test_a_adapter_shares_with_itself_only():
-    scheduler = make_scheduler(block_size=4)
-    cached = []
-    for adapter in (-1, 1, 2, 1, -1):
-        group = make_group("a", 1)
-        group.sequences[0] = Sequence(tuple(range(9)), (0,), adapter)
-        scheduler.add(group)
-        run(scheduler, 3)
-        cached.append(group.sequences[0].num_cached)
+def test_a_kept_trunk_serves_members_that_did_not_run_over_it():
+    """Blocks of 4, prompts of 13: the second member's tail runs over three blocks whose trunk is cached; the third request
+    lacks one of its two members; the last one lacks nothing."""
+    scheduler = make_scheduler(block_size=4, max_rows=8, keeps_trunk=True)
+    seen = []
+    for members in ((0,), (1,), (1, 2), (0, 2)):
+        scheduler.add(group := make_group("a", 13, members=members))
+        steps = []
+        while group.sequences[0].num_prefill or not steps:
+            batch = run(scheduler)
+            steps.append((chunks_of(batch)[0], batch.members[0], bool(batch.trunk_cached[0])))
+        seen.append((steps, group.sequences[0].num_cached))
         scheduler.abort(group)
-    assert cached == [0, 0, 0, 8, 8]
+    assert seen == [
+        ([((0, 8), (0,), False), ((8, 4), (0,), False)], 0),
+        ([((0, 8), (1,), True), ((8, 4), (1,), True)], 0),
+        ([((0, 8), (2,), True), ((8, 4), (2,), True)], 0),
+        ([((12, 1), (0, 2), False)], 12),
+    ]
+    scheduler.check_integrity()
+
+
+def test_two_members_over_one_prefix_follow_each_other():
+    """Requests that arrive together: the trunk is computed once; a block is written by one of them at a time."""
+    scheduler = make_scheduler(block_size=4, max_rows=8, keeps_trunk=True)
+    groups = [make_group("a", 18, members=(member,)) for member in (0, 1)]
+    for group in groups:
+        scheduler.add(group)
+    steps = []
+    while any(group.sequences[0].num_prefill for group in groups):
+        batch = run(scheduler)
+        steps += zip(chunks_of(batch), batch.members, batch.trunk_cached.tolist(), strict=True)
+    assert sum(count for (first, count), _, cached in steps if not cached and first < 17) == 17 + 1
+    assert [(chunk, who) for chunk, who, cached in steps if cached] == [((0, 8), (1,)), ((8, 8), (1,))]
+    scheduler.check_integrity()
+
+
+def test_blocks_that_lack_different_members_are_computed_apart():
+    scheduler = make_scheduler(block_size=4, max_rows=16, chunk=16, keeps_trunk=True)
+    for length, members in ((13, (0,)), (9, (1,)), (13, (0, 1, 2))):
+        scheduler.add(group := make_group("a", length, members=members))
+        batches = [run(scheduler) for _ in range(2)]
+        scheduler.abort(group)
+    assert [(chunks_of(batch)[0], batch.members[0]) for batch in batches] == [((0, 8), (2,)), ((8, 4), (1, 2))]
 
 
 def test_what_has_equal_roots_is_shared():
     """Equal prompts of two tenants share nothing, neither from the cache nor within a step."""
     scheduler = make_scheduler(block_size=4)
     cached = []
-    for root, adapter in ((b"", -1), (b"x", -1), (b"y", -1), (b"x", 1), (b"x", -1), (b"", -1), (b"y", -1)):
+    for root in (b"", b"x", b"y", b"x", b"", b"y"):
         group = make_group("a", 1)
-        group.sequences[0] = Sequence(tuple(range(9)), (0,), adapter, root=root)
+        group.sequences[0] = Sequence(tuple(range(9)), (0,), root=root)
         scheduler.add(group)
         run(scheduler, 3)
         cached.append(group.sequences[0].num_cached)
         scheduler.abort(group)
-    assert cached == [0, 0, 0, 0, 8, 8, 8]
+    assert cached == [0, 0, 0, 8, 8, 8]
     for root in (b"new", b"other", b"new"):
         group = make_group("a", 1)
         group.sequences[0] = Sequence(tuple(range(9)), (0,), root=root)

@@ -93,6 +93,13 @@ std::string check(const MotetConfig& c) {
         return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
     if (c.split_layer < 0 || c.split_layer > c.num_layers) return "split_layer is not in 0…" + text(c.num_layers);
     if (c.threads > 256) return "threads is " + text(c.threads) + ", the limit is 256";
+    if (c.num_tails < 0 || c.num_tails > c.num_members || (!c.num_tails && c.num_members > 1))
+        return "num_tails is " + text(c.num_tails) + " with " + text(c.num_members) + " members";
+    if (!c.num_tails && c.split_layer < c.num_layers) return "there are layers from split_layer on, and no tails";
+    for (int i = 0; c.num_tails && i < c.num_members; i++)
+        if (c.tail_of[i] < 0 || c.tail_of[i] >= c.num_tails)
+            return "the tail of member " + text(i) + " is " + text(c.tail_of[i]) + ", there are " + text(c.num_tails);
+    if (int64_t(c.num_members) * c.num_blocks > 1 << 30) return "there are too many members and blocks of KV cache";
     return "";
 }
 

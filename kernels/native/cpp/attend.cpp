@@ -20,15 +20,16 @@ int Step::first_partition(int32_t context, int32_t window) {
 
 // Lists the cache's blocks that a thread will attend to in the next layer, to be prefetched while it multiplies. When
 // many rows are decoded, multiplying leaves the memory idle, and attention would wait for it.
-void Step::collect_blocks(const RowSet& set, int32_t window, int thread) {
+void Step::collect_blocks(const RowSet& set, int layer, int thread) {
+    const int32_t window = m_.layers_[size_t(layer)].window;
     std::vector<int64_t>& blocks = scratch_[size_t(thread)].blocks;
     blocks.clear();
     if (set.rows() < kManyRows || set.rows() > kMostRows) return;
-    const CacheView first = m_.cache(0, 0);
+    const CacheView first = m_.cache(layer, 0);
     const int64_t items = int64_t(set.units.size()) * c_.num_kv_heads, threads = pool_.active();
     for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
         const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
-        const int64_t head = m_.cache(0, int(item % c_.num_kv_heads)).data - first.data;
+        const int64_t head = m_.cache(layer, int(item % c_.num_kv_heads)).data - first.data;
         const int count = (set.contexts[size_t(unit.row0 + unit.rows - 1)] + kBlock - 1) / kBlock;
         const int first_block = first_partition(set.contexts[size_t(unit.row0)], window) * kPartitionBlocks;
         for (int b = first_block; b < count; b++) blocks.push_back(head + unit.table[b] * first.block_bytes);

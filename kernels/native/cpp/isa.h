@@ -32,12 +32,22 @@ struct PackedLinear {
     const float* bias = nullptr;  // [panels * 32] or null
 };
 
-// A low-rank update y += B (A x) of one linear layer, for the rows of one member.
+// A low-rank update y += B (A x) of one linear layer, for the rows of one member. A and B are int8, with one scale for
+// each rank. A fused layer's parts have ranks of their own: most of B is zero, and each vector of columns (half of a
+// panel) has only the ranks that it uses.
 struct LowRank {
+    struct Ranks {
+        int first = 0, count = 0;
+        int64_t at = 0;  // in b: [count][kLanes]
+    };
     int rank = 0;
-    const float* a = nullptr;  // [rank][k]
-    const float* b = nullptr;  // [panels][rank][32]
+    const int8_t* a = nullptr;  // [rank][k]
+    const int8_t* b = nullptr;
+    const float* scales = nullptr;  // [rank] the product of A's and B's
+    const Ranks* ranks = nullptr;   // [panels * 2]
 };
+constexpr int kRankChunk = 16;  // ranks of A x that a thread computes together, for up to kRunRows rows
+constexpr int kRunRows = 4;
 
 // Rows of activations, in register blocks of `rows_of(b)` ≤ kTile rows: 4 bytes at [block][k / 4][row], and one scale
 // per row and group at [block][group][row]. For 32-bit weights: f32 [block][k][row].
@@ -51,7 +61,7 @@ struct Activations {
     int32_t* starts = nullptr;  // -128 * Σ q, the first value of a dot product with unsigned weights
     float* dense = nullptr;
     const LowRank* const* low_rank = nullptr;  // [rows] or null: the update of each row, null: none
-    float* inner = nullptr;                    // [rows][kMaxRank]: A x
+    float* inner = nullptr;                    // [rows][kMaxRank]: see reduce
 
     int64_t unit() const { return dense ? kLanes : group; }  // columns that are quantised together
     int64_t first_row(int block) const {
@@ -135,7 +145,8 @@ struct Isa {
     void (*quantise)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, Activations&,
                      int64_t row);
     void (*round_groups)(const float* x, int64_t size, int group, float* out);  // round as quantise does
-    void (*reduce)(const float* x, const LowRank&, int64_t k, float* inner);    // inner = A x
+    // inner [rows][kMaxRank] = scales · (A x) for x [rows][ld], from rank `first` on, at most kRankChunk of them.
+    void (*reduce)(const float* x, int64_t ld, int rows, const LowRank&, int64_t k, int first, float* inner);
     void (*rotate)(float* head, const float* cos, const float* sin, int head_size);
     void (*pack_query)(KV, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step,
                        int32_t* start);

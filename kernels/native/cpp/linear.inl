@@ -70,13 +70,44 @@ struct BlockInputs {  // the activations of one register block
     const float* inner;
 };
 
-// inner = A x of a low-rank update.
-void reduce(const float* x, const LowRank& update, int64_t k, float* inner) {
-    for (int j = 0; j < update.rank; j++) {
-        F sum = zero();
-        for (int64_t i = 0; i < k; i += kLanes) sum = fma(load(x + i), load(update.a + j * k + i), sum);
-        inner[j] = reduce_add(sum);
+// J ranks for R rows. Each sum has an order of its own, whatever J and R are.
+template <int R, int J>
+INLINE void reduce_ranks(const float* x, int64_t ld, const int8_t* a, const float* scales, int64_t k, float* inner) {
+    F sum[R][J];
+    MOTET_UNROLL
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < J; j++) sum[r][j] = zero();
+    for (int64_t i = 0; i < k; i += kLanes) {
+        F value[R];
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) value[r] = load(x + r * ld + i);
+        MOTET_UNROLL
+        for (int j = 0; j < J; j++) {
+            if (i % 64 == 0) prefetch_far((const uint8_t*)a + (J + j) * k + i);  // of the next ranks
+            const F weight = load_int8(a + j * k + i);
+            MOTET_UNROLL
+            for (int r = 0; r < R; r++) sum[r][j] = fma(value[r], weight, sum[r][j]);
+        }
     }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < J; j++) inner[r * kMaxRank + j] = scales[j] * reduce_add(sum[r][j]);
+}
+
+template <int R>
+void reduce_some(const float* x, int64_t ld, int rows, const LowRank& update, int64_t k, int first, float* inner) {
+    if (rows < R) {
+        if constexpr (R > 1) reduce_some<R - 1>(x, ld, rows, update, k, first, inner);
+        return;
+    }
+    constexpr int J = R == 1 ? 4 : 2;  // enough sums to hide the latency of an addition
+    const int end = first + kRankChunk < update.rank ? first + kRankChunk : update.rank;
+    int j = first;
+    for (; j + J <= end; j += J) reduce_ranks<R, J>(x, ld, update.a + j * k, update.scales + j, k, inner + j);
+    for (; j < end; j++) reduce_ranks<R, 1>(x, ld, update.a + j * k, update.scales + j, k, inner + j);
+}
+
+void reduce(const float* x, int64_t ld, int rows, const LowRank& update, int64_t k, int first, float* inner) {
+    reduce_some<kRunRows>(x, ld, rows, update, k, first, inner);
 }
 
 template <class T>
@@ -210,6 +241,34 @@ void panel_of_rows(const PackedLinear& w, const uint8_t* panel, const BlockInput
         panel_of_rows<R - 1>(w, panel, x, ahead, count, rows, out);
 }
 
+// Adds B · inner to a panel of R rows.
+template <int R>
+INLINE void expand_rows(const LowRank& update, int64_t panel, const float* inner, float (*out)[kPanel]) {
+    for (int half = 0; half < 2; half++) {
+        const LowRank::Ranks& own = update.ranks[2 * panel + half];
+        const int8_t* b = update.b + own.at;
+        F sum[R];
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) sum[r] = zero();
+        for (int j = 0; j < own.count; j++) {
+            if (j % 4 == 0) prefetch_far((const uint8_t*)b + own.count * kPanel + j * kLanes);  // of the next panel
+            const F value = load_int8(b + j * kLanes);
+            MOTET_UNROLL
+            for (int r = 0; r < R; r++) sum[r] = fma(value, bcast(inner[r * kMaxRank + own.first + j]), sum[r]);
+        }
+        MOTET_UNROLL
+        for (int r = 0; r < R; r++) store(out[r] + half * kLanes, add(load(out[r] + half * kLanes), sum[r]));
+    }
+}
+
+template <int R>
+void expand_some(const LowRank& update, int64_t panel, const float* inner, int rows, float (*out)[kPanel]) {
+    if (rows == R)
+        expand_rows<R>(update, panel, inner, out);
+    else if constexpr (R > 1)
+        expand_some<R - 1>(update, panel, inner, rows, out);
+}
+
 void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, Prefetch ahead, int rows,
                     float (*out)[kPanel]) {
     const uint8_t* data = w.data + panel * w.panel_bytes;
@@ -222,18 +281,14 @@ void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, 
     const F factor = bcast(w.factor);
     for (int half = 0; half < kPanel; half += kLanes) {
         const F bias = w.bias ? load(w.bias + panel * kPanel + half) : zero();
-        for (int r = 0; r < rows; r++) {
-            F y = fma(load(out[r] + half), factor, bias);
-            const LowRank* update = x.low_rank ? x.low_rank[r] : nullptr;
-            if (update) {
-                const float *b = update->b + panel * update->rank * kPanel + half,
-                            *inner = x.inner + int64_t(r) * kMaxRank;
-                F sum = zero();
-                for (int j = 0; j < update->rank; j++) sum = fma(load(b + j * kPanel), bcast(inner[j]), sum);
-                y = add(y, sum);
-            }
-            store(out[r] + half, y);
-        }
+        for (int r = 0; r < rows; r++) store(out[r] + half, fma(load(out[r] + half), factor, bias));
+    }
+    for (int r = 0; x.low_rank && r < rows;) {
+        const LowRank* update = x.low_rank[r];
+        int end = r + 1;
+        while (end < rows && x.low_rank[end] == update) end++;
+        if (update) expand_some<kTile>(*update, panel, x.inner + int64_t(r) * kMaxRank, end - r, out + r);
+        r = end;
     }
 }
 

@@ -100,24 +100,55 @@ Activations ActivationStore::take(int64_t rows, const PackedLinear& w) const {
     return x;
 }
 
-Model::Model(const MotetConfig& config, const Isa* isa) : config_(config), isa_(isa), pool_(config.threads) {
-    const int tail = config.num_layers - config.split_layer;
-    const bool tails = has_tails();
-    layers_.resize(size_t(config.split_layer + (tails ? config.num_members * tail : 0)));
+int32_t Areas::take(int64_t member, int64_t block) {
+    int32_t& area = of_[size_t(member * blocks_ + block)];
+    if (area < 0 && free_.empty()) {
+        area = next_++;
+    } else if (area < 0) {
+        area = free_.back();
+        free_.pop_back();
+    }
+    return area;
+}
+
+void Areas::release(int64_t block) {
+    for (size_t i = size_t(block); i < of_.size(); i += size_t(blocks_)) {
+        if (of_[i] >= 0) free_.push_back(of_[i]);
+        of_[i] = -1;
+    }
+}
+
+Model::Model(const MotetConfig& config, const Isa* isa)
+    : config_(config), isa_(isa), pool_(config.threads),
+      areas_(config.num_tails ? config.num_members : 0, config.num_blocks) {
+    if (has_tails()) tail_of_.assign(config.tail_of, config.tail_of + config.num_members);
+    layers_.resize(size_t(config.split_layer + config.num_tails * tail_layers()));
     for (Layer& layer : layers_) layer.window = config.max_positions;
-    final_norms_.resize(size_t(tails ? config.num_members : 1));
+    final_norms_.resize(size_t(config.num_members));
     final_norm_biases_.resize(final_norms_.size());
-    const int64_t d = config.head_size;
+    const int64_t d = config.head_size, blocks = config.num_blocks;
     head_bytes_ = config.kv_int8 ? d * kBlock * 2 + 2 * kBlock * int64_t(sizeof(float)) : d * kBlock * 4;
     layer_bytes_ = head_bytes_ * config.num_kv_heads;
-    block_bytes_ =
-        layer_bytes_ * int64_t(layers_.size());  // a block holds all layers, so memory is touched as blocks are used
-    cache_ = Pages(size_t(block_bytes_) * size_t(config.num_blocks));
+    // A block and an area hold all their layers, so memory is touched as they are used.
+    block_bytes_ = layer_bytes_ * config.split_layer;
+    if (keeps_trunk()) block_bytes_ += kBlock * config.hidden_size * int64_t(sizeof(float));
+    area_bytes_ = layer_bytes_ * tail_layers();
+    if (block_bytes_) cache_ = Pages(size_t(block_bytes_ * blocks));
+    if (has_tails() && area_bytes_) tail_cache_ = Pages(size_t(area_bytes_ * config.num_members * blocks));
 }
 
 CacheView Model::cache(int layer, int kv_head) const {
-    return {cache_.data() + layer * layer_bytes_ + kv_head * head_bytes_, block_bytes_, config_.head_size,
-            config_.kv_int8 ? KV::Int8 : KV::BF16};
+    const KV kind = config_.kv_int8 ? KV::Int8 : KV::BF16;
+    const int64_t head = kv_head * head_bytes_;
+    if (layer < config_.split_layer)
+        return {cache_.data() + layer * layer_bytes_ + head, block_bytes_, config_.head_size, kind};
+    const int own = (layer - config_.split_layer) % tail_layers();
+    return {tail_cache_.data() + own * layer_bytes_ + head, area_bytes_, config_.head_size, kind};
+}
+
+float* Model::trunk_output(int64_t slot) const {
+    uint8_t* block = cache_.data() + slot / kBlock * block_bytes_ + config_.split_layer * layer_bytes_;
+    return (float*)block + slot % kBlock * config_.hidden_size;
 }
 
 void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
@@ -180,6 +211,9 @@ void Model::set_adapter(MotetLinear which, int layer, int member, int64_t rank, 
     if (which < MOTET_QKV || which > MOTET_DOWN) throw std::invalid_argument("no such linear layer");
     if (member < 0 || member >= config_.num_members)
         throw std::invalid_argument("there is no member " + std::to_string(member));
+    if (has_tails() && layer < config_.split_layer)
+        throw std::invalid_argument("layer " + std::to_string(layer) + " is below split_layer " +
+                                    std::to_string(config_.split_layer) + ", and members share it");
     Layer& to = layer_at(layer);
     if (!to.linears[which]) throw std::invalid_argument("an adapter comes after the weight that it changes");
     const PackedLinear& w = to.linears[which]->packed;
@@ -190,21 +224,9 @@ void Model::set_adapter(MotetLinear which, int layer, int member, int64_t rank, 
     if (rank < 1 || rank > kMaxRank)
         throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " +
                                     std::to_string(kMaxRank));
-    Adapter adapter;
-    adapter.a.assign(a, a + rank * columns);
-    adapter.b = Pages(size_t(w.panels * rank * kPanel) * sizeof(float));
-    float* packed = (float*)adapter.b.data();
-    const bool pairs = which == MOTET_UP && !config_.gelu;
-    for (int64_t panel = 0; panel < w.panels; panel++)
-        for (int lane = 0; lane < kPanel; lane++) {
-            const int64_t row = source_row(rows, panel, lane, pairs);
-            for (int64_t j = 0; row >= 0 && j < rank; j++)
-                packed[(panel * rank + j) * kPanel + lane] = b[row * rank + j];
-        }
     to.adapters[which].resize(size_t(config_.num_members));
-    Adapter& place = to.adapters[which][size_t(member)];
-    place = std::move(adapter);
-    place.view = {int(rank), place.a.data(), (const float*)place.b.data()};
+    to.adapters[which][size_t(member)] = pack_adapter(w, a, b, int(rank), which == MOTET_UP && !config_.gelu);
+    to.ranks[which] = std::max(to.ranks[which], int(rank));
     adapters_ = true;
 }
 
@@ -269,8 +291,8 @@ std::string Model::check(const MotetBatch& b) const {
         if (context < rows || context > config_.max_positions)
             return "sequence " + text(s) + " has a context of " + text(context) + ", allowed are " + text(rows) +
                    " to " + text(config_.max_positions);
-        if (b.adapters && b.adapters[s] >= config_.num_members)
-            return "sequence " + text(s) + " has the adapter of no member";
+        if (b.trunk_cached && b.trunk_cached[s] && !keeps_trunk())
+            return "sequence " + text(s) + " has no trunk that could be cached";
         const int64_t blocks = (context + kBlock - 1) / kBlock;
         if (blocks > b.max_blocks) return "the block table of sequence " + text(s) + " is too short";
         const int32_t* table = b.block_tables + s * b.max_blocks;
@@ -288,6 +310,10 @@ std::string Model::check(const MotetBatch& b) const {
                 return "token id " + text(token) + " is not in 0…" + text(config_.vocab_size - 1);
         }
     }
+    if (b.num_freed < 0) return "a negative number of freed blocks";
+    for (int64_t i = 0; i < b.num_freed; i++)
+        if (b.freed_blocks[i] < 0 || b.freed_blocks[i] >= config_.num_blocks)
+            return "the freed block " + text(b.freed_blocks[i]) + " is not in the cache";
     const bool tails = has_tails();
     const int64_t members = tails ? config_.num_members : 1;
     std::vector<char> seen(size_t(members * b.num_seqs), char(!tails));
@@ -320,6 +346,7 @@ std::string Model::check(const MotetBatch& b) const {
 }
 
 void Model::step(const MotetBatch& batch, float* hidden) {
+    for (int64_t i = 0; i < batch.num_freed; i++) areas_.release(batch.freed_blocks[i]);
     arena_.reset();
     Step(*this, batch, arena_, hidden).execute();
 }

@@ -70,19 +70,38 @@ enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a lay
 // A member's low-rank update of one linear layer.
 struct Adapter {
     LowRank view;
-    std::vector<float> a;
-    Pages b;
+    std::vector<int8_t> a, b;
+    std::vector<float> scales;
+    std::vector<LowRank::Ranks> ranks;
 };
+// `a` [rank, k] and `b` [n, rank] as the kernels read them. `pairs`: see pack().
+Adapter pack_adapter(const PackedLinear& w, const float* a, const float* b, int rank, bool pairs);
 
 struct Layer {
     std::shared_ptr<const Linear> linears[kModules];  // shared by the members that have no own weight
     std::vector<Adapter> adapters[kModules];          // [members], or empty if no member has one
+    int ranks[kModules] = {};                         // the largest of their ranks
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
     int32_t window = 0;  // positions that a row attends to, its own included; max_positions: all
 };
 
 enum Part { kLinears, kAttention, kHead, kOther, kParts };
+
+// Which areas hold the keys and values of members' tails. An area has those of one member for the positions of one
+// block. It is taken when the member's tail first runs over the block and given back when the block's content dies, so
+// memory is used for the (block, member) pairs that exist, not for all that could.
+class Areas {
+public:
+    Areas(int64_t members, int64_t blocks) : of_(size_t(members * blocks), -1), blocks_(blocks) {}
+    int32_t take(int64_t member, int64_t block);
+    void release(int64_t block);  // of all members
+
+private:
+    std::vector<int32_t> of_, free_;  // of_ [members][blocks] -1: none
+    int64_t blocks_;
+    int32_t next_ = 0;  // areas that were never taken begin here
+};
 
 class Model {
 public:
@@ -107,8 +126,10 @@ public:
 
     const MotetConfig& config() const { return config_; }
     int64_t logits_stride() const { return (int64_t(config_.vocab_size) + kLanes - 1) / kLanes * kLanes; }
-    // Tails may have no layers: then members differ only in their final norms or low-rank updates.
-    bool has_tails() const { return config_.num_members > 1 || config_.split_layer < config_.num_layers; }
+    // Tails may have no layers: then members differ only in their final norms.
+    bool has_tails() const { return config_.num_tails > 0; }
+    // Whether the trunk's output for each position is kept in its block, so that another tail can run from it.
+    bool keeps_trunk() const { return has_tails() && config_.split_layer > 0; }
     const double* seconds() const { return seconds_; }
     void reset_seconds();
     Pool& pool() { return pool_; }
@@ -119,18 +140,22 @@ private:
     Layer& layer_at(int index);
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
+    int tail_layers() const { return config_.num_layers - config_.split_layer; }
     CacheView cache(int layer, int kv_head) const;
+    float* trunk_output(int64_t slot) const;          // [hidden] of a position, if keeps_trunk()
     static float* room(Pages& pages, int64_t count);  // kept from step to step
 
     const MotetConfig config_;
     const Isa* isa_;
     Pool pool_;
-    std::vector<Layer> layers_;                                        // trunk, then each member's tail
-    std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member; one if there are no tails
+    std::vector<int32_t> tail_of_;                                     // [members] members may share a tail
+    std::vector<Layer> layers_;                                        // trunk, then each tail
+    std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member
     Linear head_, embedding_;                                          // embedding_ only if the head is untied
     std::vector<float> positions_, cos_, sin_;
-    Pages cache_, hidden_, logits_;
-    int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0;
+    Pages cache_, tail_cache_, hidden_, logits_;
+    int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0, area_bytes_ = 0;
+    Areas areas_;
     Arena arena_;
     int64_t widest_ = 0;             // columns of the widest matrix
     std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty if the head is dense

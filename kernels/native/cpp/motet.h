@@ -34,9 +34,12 @@ typedef struct {
     int32_t qk_norm, tied_head;
     int32_t split_layer; /* first layer of the tails; num_layers if there are none */
     int32_t num_members;
+    int32_t
+        num_tails; /* sets of the layers from split_layer on; 0 if there is one member, whose layers all are trunk */
     int32_t kv_int8;
     int32_t num_blocks, threads;
     float norm_eps;
+    const int32_t* tail_of; /* [num_members] each member's tail, if there are tails; copied */
 } MotetConfig;
 
 /* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. With 4 bits, group-sum
@@ -60,9 +63,11 @@ typedef struct {
     const int32_t* cu_seqlens;     /* [num_seqs + 1] */
     const int32_t* context_lens;   /* [num_seqs] */
     const int32_t* block_tables;   /* [num_seqs, max_blocks] */
-    const int32_t* adapters;       /* [num_seqs] member whose low-rank adapter applies, -1 for none */
+    const uint8_t* trunk_cached;   /* [num_seqs] 1: the trunk has run over these rows before; only tails run. Or null */
     const int64_t* member_offsets; /* [num_members + 1] into member_seqs; null if there are no tails */
     const int32_t* member_seqs;    /* sequences whose rows the member's tail runs over, ascending */
+    int64_t num_freed;
+    const int32_t* freed_blocks; /* [num_freed] blocks whose content died since the last batch */
     int64_t num_outputs;
     const int32_t* output_members; /* [num_outputs] ascending */
     const int32_t* output_rows;    /* [num_outputs] ascending for each member */
@@ -78,7 +83,7 @@ MOTET_API int motet_create(const MotetConfig*, const char* isa, MotetModel** out
 MOTET_API void motet_destroy(MotetModel*);
 MOTET_API int motet_set_linear(MotetModel*, int which, int layer, const MotetTensor*);
 MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
-/* y += b (a x) for the rows of sequences with this member's adapter: a [rank, columns], b [rows, rank]. */
+/* y += b (a x) for the rows of this member: a [rank, columns], b [rows, rank]. */
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);

@@ -1,4 +1,5 @@
 // Packs a bundle's tensors into the panels that the kernels read.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -139,6 +140,43 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
             }
         w.bias = result.bias.data();
     }
+    return result;
+}
+
+Adapter pack_adapter(const PackedLinear& w, const float* a, const float* b, int rank, bool pairs) {
+    Adapter result;
+    auto peak_of = [](const float* values, int64_t count, int64_t stride) {
+        float peak = 0.0f;
+        for (int64_t i = 0; i < count; i++) peak = std::fmax(peak, std::fabs(values[i * stride]));
+        return peak > 0.0f && std::isfinite(peak) ? peak : 1.0f;
+    };
+    auto rounded = [](float value, float peak) { return int8_t(std::lrint(127.0f * value / peak)); };
+    std::vector<float> b_peaks;
+    for (int j = 0; j < rank; j++) {
+        const float peak = peak_of(a + j * w.k, w.k, 1);
+        b_peaks.push_back(peak_of(b + j, w.n, rank));
+        result.scales.push_back(peak / 127.0f * (b_peaks.back() / 127.0f));
+        for (int64_t i = 0; i < w.k; i++) result.a.push_back(rounded(a[j * w.k + i], peak));
+    }
+    for (int64_t half = 0; half < 2 * w.panels; half++) {
+        int64_t rows[kLanes];
+        LowRank::Ranks ranks{rank, 0, int64_t(result.b.size())};
+        int end = 0;
+        for (int lane = 0; lane < kLanes; lane++) {
+            rows[lane] = source_row(w.n, half / 2, int(half % 2) * kLanes + lane, pairs);
+            for (int j = 0; rows[lane] >= 0 && j < rank; j++)
+                if (b[rows[lane] * rank + j] != 0.0f) {
+                    ranks.first = std::min(ranks.first, j);
+                    end = std::max(end, j + 1);
+                }
+        }
+        ranks.count = std::max(0, end - ranks.first);
+        for (int j = ranks.first; j < end; j++)
+            for (int64_t row : rows)
+                result.b.push_back(row < 0 ? int8_t(0) : rounded(b[row * rank + j], b_peaks[size_t(j)]));
+        result.ranks.push_back(ranks);
+    }
+    result.view = {rank, result.a.data(), result.b.data(), result.scales.data(), result.ranks.data()};
     return result;
 }
 

@@ -23,46 +23,81 @@ Step::Step(Model& model, const MotetBatch& batch, Arena& arena, float* hidden)
       q_size_(int64_t(c_.num_heads) * c_.head_size), kv_size_(int64_t(c_.num_kv_heads) * c_.head_size),
       qkv_ld_((q_size_ + 2 * kv_size_ + kLanes - 1) / kLanes * kLanes), group_(c_.num_heads / c_.num_kv_heads),
       norm_(c_.layer_norm ? Norm::Layer : Norm::RMS), phases_(size_t(pool_.threads())) {
-    const bool tails = m_.has_tails();
-    std::vector<int32_t> all_sequences(size_t(b_.num_seqs));
-    for (size_t s = 0; s < all_sequences.size(); s++) all_sequences[s] = int32_t(s);
-    add_segment(0, c_.split_layer, tails ? -1 : 0, all_sequences);
-    const int tail = c_.num_layers - c_.split_layer;
-    for (int member = 0; tails && member < c_.num_members; member++) {
-        const int64_t from = b_.member_offsets[member], to = b_.member_offsets[member + 1];
-        if (from == to) continue;
-        const int first = c_.split_layer + member * tail;
-        add_segment(first, first + tail, member, std::vector<int32_t>(b_.member_seqs + from, b_.member_seqs + to));
-    }
+    add_trunk();
+    for (int tail = 0; tail < c_.num_tails; tail++) add_tail(tail, arena);
     take_scratch(arena);
 }
 
-void Step::add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences) {
-    Segment segment{first_layer, last_layer, member, {}, {}, {}, {}, {}};
-    std::vector<int32_t> target(size_t(b_.num_rows), -1);
-    for (int64_t i = 0; member >= 0 && i < b_.num_outputs; i++)
-        if (b_.output_members[i] == member) target[size_t(b_.output_rows[i])] = int32_t(i);
-    for (int32_t s : sequences) {
-        const int32_t* table = b_.block_tables + s * b_.max_blocks;
-        const int32_t adapter = b_.adapters ? b_.adapters[s] : -1;
-        const int64_t all0 = segment.all.rows(), needed0 = segment.needed.rows();
-        for (int64_t row = b_.cu_seqlens[s]; row < b_.cu_seqlens[s + 1]; row++) {
-            if (target[size_t(row)] >= 0) {
-                segment.outputs.push_back(int32_t(segment.all.rows()));
-                segment.targets.push_back(target[size_t(row)]);
-                segment.needed.contexts.push_back(b_.positions[row] + 1);
-                segment.needed.slots.push_back(b_.slot_mapping[row]);
-                segment.needed.adapters.push_back(adapter);
-            }
-            segment.source.push_back(int32_t(row));
-            segment.all.contexts.push_back(b_.positions[row] + 1);
-            segment.all.slots.push_back(b_.slot_mapping[row]);
-            segment.all.adapters.push_back(adapter);
+// The result's row of each row of the batch that is an output of `member`; -1: it is none.
+std::vector<int32_t> Step::targets_of(int member) const {
+    std::vector<int32_t> result(size_t(b_.num_rows), -1);
+    for (int64_t i = 0; i < b_.num_outputs; i++)
+        if (b_.output_members[i] == member) result[size_t(b_.output_rows[i])] = int32_t(i);
+    return result;
+}
+
+void Step::add_trunk() {
+    const bool tails = m_.has_tails();
+    Segment segment{0, c_.split_layer, false, !tails, {}, {}, {}, {}, {}};
+    const std::vector<int32_t> targets = tails ? std::vector<int32_t>(size_t(b_.num_rows), -1) : targets_of(0);
+    trunk_row_.assign(size_t(b_.num_rows), -1);
+    for (int32_t s = 0; s < b_.num_seqs; s++)
+        if (!b_.trunk_cached || !b_.trunk_cached[s])
+            add_rows(segment, tails ? -1 : 0, s, b_.block_tables + s * b_.max_blocks, targets);
+    for (size_t i = 0; i < segment.source.size(); i++) trunk_row_[size_t(segment.source[i])] = int32_t(i);
+    add(std::move(segment));
+}
+
+void Step::add_tail(int tail, Arena& arena) {
+    const int layers = m_.tail_layers(), first = c_.split_layer + tail * layers;
+    Segment segment{first, first + layers, true, true, {}, {}, {}, {}, {}};
+    for (int member = 0; member < c_.num_members; member++) {
+        if (m_.tail_of_[size_t(member)] != tail) continue;
+        const int64_t from = b_.member_offsets[member], to = b_.member_offsets[member + 1];
+        if (from == to) continue;
+        const std::vector<int32_t> targets = targets_of(member);
+        for (int64_t i = from; i < to; i++) {
+            const int32_t s = b_.member_seqs[i];
+            add_rows(segment, member, s, area_table(member, s, arena), targets);
         }
-        segment.all.sequences.push_back({all0, segment.all.rows() - all0, table});
-        if (segment.needed.rows() > needed0)
-            segment.needed.sequences.push_back({needed0, segment.needed.rows() - needed0, table});
     }
+    add(std::move(segment));
+}
+
+// A sequence's table of the member's areas. Those of blocks that the member's tail has not run over are taken.
+const int32_t* Step::area_table(int member, int32_t sequence, Arena& arena) {
+    const int32_t* table = b_.block_tables + sequence * b_.max_blocks;
+    const int64_t blocks = (b_.context_lens[sequence] + kBlock - 1) / kBlock;
+    int32_t* areas = arena.take<int32_t>(blocks);
+    for (int64_t i = 0; i < blocks; i++) areas[i] = m_.areas_.take(member, table[i]);
+    return areas;
+}
+
+void Step::add_rows(Segment& segment, int member, int32_t sequence, const int32_t* table,
+                    const std::vector<int32_t>& targets) const {
+    const int64_t all0 = segment.all.rows(), needed0 = segment.needed.rows();
+    auto add = [&](RowSet& set, int64_t row) {
+        const int32_t position = b_.positions[row];
+        set.contexts.push_back(position + 1);
+        set.slots.push_back(int64_t(table[position / kBlock]) * kBlock + position % kBlock);
+        set.members.push_back(member);
+    };
+    for (int64_t row = b_.cu_seqlens[sequence]; row < b_.cu_seqlens[sequence + 1]; row++) {
+        if (targets[size_t(row)] >= 0) {
+            segment.outputs.push_back(int32_t(segment.all.rows()));
+            segment.targets.push_back(targets[size_t(row)]);
+            add(segment.needed, row);
+        }
+        segment.source.push_back(int32_t(row));
+        add(segment.all, row);
+    }
+    segment.all.sequences.push_back({all0, segment.all.rows() - all0, table});
+    if (segment.needed.rows() > needed0)
+        segment.needed.sequences.push_back({needed0, segment.needed.rows() - needed0, table});
+}
+
+void Step::add(Segment&& segment) {
+    if (segment.all.rows() == 0) return;
     plan_units(segment.all);
     plan_units(segment.needed);
     segments_.push_back(std::move(segment));
@@ -89,19 +124,24 @@ void Step::plan_units(RowSet& set) const {
         }
     }
     set.writes.push_back(set.rows());
+    for (int64_t row = 0; row < set.rows(); row++)
+        if (set.runs.empty() || row - set.runs.back() == kRunRows ||
+            set.members[size_t(row)] != set.members[size_t(row) - 1])
+            set.runs.push_back(row);
+    set.runs.push_back(set.rows());
 }
 
 void Step::take_scratch(Arena& arena) {
-    int64_t rows = 0, needed = 0, partials = 0, tail_rows = 0;
+    int64_t rows = 1, needed = 0, partials = 0, tail_rows = 0;
     for (const Segment& s : segments_) {
         rows = std::max(rows, s.all.rows());
         needed = std::max(needed, s.needed.rows());
         partials = std::max({partials, s.all.num_partials, s.needed.num_partials});
-        if (s.first_layer >= c_.split_layer) tail_rows = std::max(tail_rows, s.all.rows());
+        if (s.tail) tail_rows = std::max(tail_rows, s.all.rows());
     }
     const int64_t d = c_.head_size, inner = (c_.intermediate_size + kLanes - 1) / kLanes * kLanes;
     const int64_t widest = std::max({m_.widest_, int64_t(c_.intermediate_size), q_size_});
-    x_ = arena.take<float>(rows * c_.hidden_size);
+    x_ = arena.take<float>(b_.num_rows * c_.hidden_size);
     x_tail_ = arena.take<float>(tail_rows * c_.hidden_size);
     x_needed_ = arena.take<float>(needed * c_.hidden_size);
     qkv_ = arena.take<float>(rows * qkv_ld_);
@@ -117,7 +157,7 @@ void Step::take_scratch(Arena& arena) {
     for (int t = 0; t < pool_.threads(); t++) {
         Scratch s;
         s.activations = ActivationStore::make(arena, std::min(rows, kFew), widest, m_.dense_, m_.adapters_);
-        s.row = arena.take<float>(widest);
+        s.rows = arena.take<float>(kRunRows * widest);
         s.head = arena.take<float>(2 * kMaxHeadSize);
         s.packed = arena.take<uint32_t>(queries * d / 2);
         s.steps = arena.take<float>(queries);
@@ -144,41 +184,58 @@ void Step::execute() {
 
 void Step::run(int thread) {
     pool_.distribute(next_phase(thread), thread, b_.num_rows, [&](int64_t row) {
-        float* to = x_ + row * c_.hidden_size;
+        if (trunk_row_[size_t(row)] < 0) return;
+        float* to = x_ + int64_t(trunk_row_[size_t(row)]) * c_.hidden_size;
         unpack_row(c_.tied_head ? m_.head_.packed : m_.embedding_.packed, b_.token_ids[row], to);
         if (!c_.learned) return;
         const float* position = m_.positions_.data() + int64_t(b_.positions[row]) * c_.hidden_size;
         for (int i = 0; i < c_.hidden_size; i++) to[i] += position[i];
     });
     barrier_and_time(kOther, thread);
-    for (const Segment& segment : segments_) run_segment(segment, thread);
+    for (const Segment& segment : segments_) {
+        run_segment(segment, thread);
+        if (!segment.tail && m_.keeps_trunk()) keep_trunk(segment, thread);
+    }
+}
+
+// Puts the trunk's output of each row into its block. It is read in later steps only.
+void Step::keep_trunk(const Segment& segment, int thread) {
+    pool_.distribute(next_phase(thread), thread, segment.all.rows(), [&](int64_t row) {
+        memcpy(m_.trunk_output(segment.all.slots[size_t(row)]), x_ + row * c_.hidden_size,
+               size_t(c_.hidden_size) * sizeof(float));
+    });
+}
+
+// Copies the trunk's output of each row: this step's, or the one that its block keeps.
+void Step::enter_tail(const Segment& segment, float* x, int thread) {
+    pool_.distribute(next_phase(thread), thread, segment.all.rows(), [&](int64_t row) {
+        const int32_t source = segment.source[size_t(row)], own = trunk_row_[size_t(source)];
+        const float* from = own < 0 ? m_.trunk_output(b_.slot_mapping[source]) : x_ + int64_t(own) * c_.hidden_size;
+        memcpy(x + row * c_.hidden_size, from, size_t(c_.hidden_size) * sizeof(float));
+    });
+    barrier_and_time(kOther, thread);
 }
 
 void Step::run_segment(const Segment& segment, int thread) {
-    const bool tail = segment.first_layer >= c_.split_layer && segment.member >= 0 && &segment != &segments_[0];
-    float* x = tail ? x_tail_ : x_;
-    if (tail) {
-        pool_.distribute(next_phase(thread), thread, segment.all.rows(), [&](int64_t row) {
-            memcpy(x + row * c_.hidden_size, x_ + int64_t(segment.source[size_t(row)]) * c_.hidden_size,
-                   size_t(c_.hidden_size) * sizeof(float));
-        });
-        barrier_and_time(kOther, thread);
-    }
-    const std::vector<float> none;
-    bool gathered = segment.member >= 0 && segment.first_layer == segment.last_layer;  // no layers: only the norm
+    float* x = segment.tail ? x_tail_ : x_;
+    if (segment.tail) enter_tail(segment, x, thread);
+    auto norm_args = [&](const std::vector<float>& weight, const std::vector<float>& bias) {
+        return NormArgs{norm_, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
+    };
+    bool gathered = segment.ends && segment.first_layer == segment.last_layer;  // no layers: only the norm
     if (gathered) gather(segment, x, false, thread);
     if (segment.first_layer < segment.last_layer) {
-        collect_blocks(segment.all, m_.layers_[size_t(segment.first_layer)].window, thread);
+        collect_blocks(segment.all, segment.first_layer, thread);
         start_prefetch(segment.first_layer, thread);
     }
     for (int index = segment.first_layer; index < segment.last_layer; index++) {
         const Layer& layer = m_.layers_[size_t(index)];
-        const bool last = segment.member >= 0 && index + 1 == segment.last_layer;
+        const bool last = segment.ends && index + 1 == segment.last_layer;
         const RowSet* set = &segment.all;
         const float* qkv = qkv_;
         const PackedLinear &to_out = layer.packed(kOut), &up = layer.packed(kUp), &down = layer.packed(kDown);
-        Activations normed = prepare(x, c_.hidden_size, *set, layer, kQKV, norm_, layer.attention_norm,
-                                     layer.attention_norm_bias, thread);
+        const Input attention_input{x, c_.hidden_size, norm_args(layer.attention_norm, layer.attention_norm_bias)};
+        const Activations normed = prepare(attention_input, *set, layer, kQKV, thread);
         linear(layer.packed(kQKV), normed, {qkv_, qkv_ld_, Epilogue::Store}, &to_out, thread);
         barrier_and_time(kLinears, thread);
         const bool all_needed = !last || segment.needed.rows() == set->rows();
@@ -203,39 +260,42 @@ void Step::run_segment(const Segment& segment, int thread) {
         // With many rows, a thread quantises a group of columns as soon as it has computed them.
         const bool quantise_early = set->rows() > kFew;
         Activations attended = many_.take(set->rows(), to_out), inner = many_inner_.take(set->rows(), down);
-        const bool quantise_attended =
-            quantise_early && layer.adapters[kOut].empty() && group_ * c_.head_size % attended.unit() == 0;
-        const bool quantise_inner = quantise_early && layer.adapters[kDown].empty();
+        const bool quantise_attended = quantise_early && group_ * c_.head_size % attended.unit() == 0;
         attend(*set, layer, index, qkv, fused, quantise_attended ? &attended : nullptr, thread);
         const Layer* following = index + 1 < segment.last_layer ? &m_.layers_[size_t(index) + 1] : nullptr;
-        if (following && following->window != layer.window) collect_blocks(segment.all, following->window, thread);
+        if (following && following->window != layer.window) collect_blocks(segment.all, index + 1, thread);
         start_prefetch(following ? index + 1 : -1, thread);
         barrier_and_time(kAttention, thread);
-        if (!quantise_attended)
-            attended = prepare(attended_, q_size_, *set, layer, kOut, Norm::None, none, none, thread);
+        const Input out_input{attended_, q_size_, {}};
+        if (quantise_attended)
+            add_updates(out_input, *set, layer, kOut, attended, thread);
+        else
+            attended = prepare(out_input, *set, layer, kOut, thread);
         linear(to_out, attended, {x, c_.hidden_size, Epilogue::Add}, &up, thread);
         barrier_and_time(kLinears, thread);
-        Activations middle =
-            prepare(x, c_.hidden_size, *set, layer, kUp, norm_, layer.mlp_norm, layer.mlp_norm_bias, thread);
+        const Input mlp_input{x, c_.hidden_size, norm_args(layer.mlp_norm, layer.mlp_norm_bias)};
+        const Activations middle = prepare(mlp_input, *set, layer, kUp, thread);
         linear(up, middle,
                {inner_, c_.intermediate_size, c_.gelu ? Epilogue::Gelu : Epilogue::SwiGLU,
-                quantise_inner ? &inner : nullptr},
+                quantise_early ? &inner : nullptr},
                &down, thread);
         barrier_and_time(kLinears, thread);
-        if (!quantise_inner)
-            inner = prepare(inner_, c_.intermediate_size, *set, layer, kDown, Norm::None, none, none, thread);
+        const Input down_input{inner_, c_.intermediate_size, {}};
+        if (quantise_early)
+            add_updates(down_input, *set, layer, kDown, inner, thread);
+        else
+            inner = prepare(down_input, *set, layer, kDown, thread);
         linear(down, inner, {x, c_.hidden_size, Epilogue::Add}, following ? &following->packed(kQKV) : nullptr, thread);
         barrier_and_time(kLinears, thread);
     }
-    if (segment.member < 0) return;
-    const std::vector<float>& weight = m_.final_norms_[size_t(segment.member)];
-    const std::vector<float>& bias = m_.final_norm_biases_[size_t(segment.member)];
+    if (!segment.ends) return;
     pool_.distribute(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
+        const size_t member = size_t(segment.needed.members[size_t(row)]);
+        const std::vector<float>&weight = m_.final_norms_[member], &bias = m_.final_norm_biases_[member];
         const int64_t from = gathered ? row : segment.outputs[size_t(row)];
         const float* source = (gathered ? x_needed_ : x) + from * c_.hidden_size;
-        const NormArgs args{norm_, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
-        isa_.norm(source, args, isa_.norm_stats(source, c_.norm_eps, norm_, c_.hidden_size), 0, c_.hidden_size,
-                  hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
+        isa_.norm(source, norm_args(weight, bias), isa_.norm_stats(source, c_.norm_eps, norm_, c_.hidden_size), 0,
+                  c_.hidden_size, hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
     });
     barrier_and_time(kOther, thread);
 }
@@ -250,33 +310,19 @@ void Step::gather(const Segment& segment, const float* x, bool with_queries, int
     barrier_and_time(kOther, thread);
 }
 
-// x normed and quantised for a linear layer, and A x for rows with a low-rank update of it. If there are few rows,
-// every thread computes all of them.
-Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
-                          const std::vector<float>& weight, const std::vector<float>& bias, int thread) {
+// The input of a linear layer normed and quantised. If there are few rows, every thread quantises all of them.
+Activations Step::prepare(const Input& input, const RowSet& set, const Layer& layer, Module module, int thread) {
     const PackedLinear& w = layer.packed(module);
     const bool few = set.rows() <= kFew;
-    Scratch& s = scratch_[size_t(thread)];
-    const ActivationStore& store = few ? s.activations : many_;
-    Activations out = store.take(set.rows(), w);
-    const std::vector<Adapter>& adapters = layer.adapters[module];
-    if (!adapters.empty()) out.low_rank = store.low_rank;
-    const NormArgs args{norm, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
-    auto one = [&](int64_t row, int64_t first, int64_t size) {
-        const float* from = x + row * ld;
-        const NormStats stats = isa_.norm_stats(from, c_.norm_eps, norm, w.k);
-        isa_.quantise(from, args, stats, first, size, out, row);
-        if (adapters.empty() || first > 0) return;
-        const int32_t member = set.adapters[size_t(row)];
-        const LowRank* update =
-            member >= 0 && adapters[size_t(member)].view.rank ? &adapters[size_t(member)].view : nullptr;
-        store.low_rank[row] = update;
-        if (!update) return;
-        isa_.norm(from, args, stats, 0, w.k, s.row);
-        isa_.reduce(s.row, *update, w.k, store.inner + row * kMaxRank);
+    Activations out = (few ? scratch_[size_t(thread)].activations : many_).take(set.rows(), w);
+    auto quantise = [&](int64_t row, int64_t first, int64_t size) {
+        const float* from = input.x + row * input.ld;
+        const NormStats stats = isa_.norm_stats(from, c_.norm_eps, input.norm.kind, w.k);
+        isa_.quantise(from, input.norm, stats, first, size, out, row);
     };
     if (few) {
-        for (int64_t row = 0; row < set.rows(); row++) one(row, 0, w.k);
+        for (int64_t row = 0; row < set.rows(); row++) quantise(row, 0, w.k);
+        add_updates(input, set, layer, module, out, thread);
         return out;
     }
     // The rows of a register block are interleaved, so a thread takes some columns of all of them, not some rows.
@@ -285,10 +331,46 @@ Activations Step::prepare(const float* x, int64_t ld, const RowSet& set, const L
     pool_.distribute(next_phase(thread), thread, out.blocks * cuts, [&](int64_t item) {
         const int64_t cut = item % cuts, first = units * cut / cuts * unit, last = units * (cut + 1) / cuts * unit;
         const int block = int(item / cuts);
-        for (int64_t row = out.first_row(block); row < out.first_row(block + 1); row++) one(row, first, last - first);
+        for (int64_t row = out.first_row(block); row < out.first_row(block + 1); row++)
+            quantise(row, first, last - first);
     });
-    barrier_and_time(kOther, thread);
+    if (layer.ranks[module])
+        add_updates(input, set, layer, module, out, thread);
+    else
+        barrier_and_time(kOther, thread);
     return out;
+}
+
+// A x of the rows with low-rank updates, some ranks of a row by each thread. Ends with a barrier if there are any.
+void Step::add_updates(const Input& input, const RowSet& set, const Layer& layer, Module module, Activations& to,
+                       int thread) {
+    const int chunks = (layer.ranks[module] + kRankChunk - 1) / kRankChunk;
+    if (!chunks) return;
+    to.low_rank = many_.low_rank;
+    to.inner = many_.inner;
+    pool_.distribute(next_phase(thread), thread, (int64_t(set.runs.size()) - 1) * chunks, [&](int64_t item) {
+        const int64_t run = item / chunks, first = item % chunks * kRankChunk;
+        const int64_t row = set.runs[size_t(run)], end = set.runs[size_t(run) + 1];
+        const int32_t member = set.members[size_t(row)];
+        const LowRank* update = member < 0 ? nullptr : &layer.adapters[module][size_t(member)].view;
+        if (update && !update->rank) update = nullptr;
+        if (first == 0) std::fill(many_.low_rank + row, many_.low_rank + end, update);
+        if (!update || first >= update->rank) return;
+        const float* x = input.x + row * input.ld;
+        int64_t ld = input.ld;
+        if (input.norm.kind != Norm::None) {
+            float* normed = scratch_[size_t(thread)].rows;
+            for (int64_t r = row; r < end; r++) {
+                const float* from = input.x + r * input.ld;
+                const NormStats stats = isa_.norm_stats(from, c_.norm_eps, input.norm.kind, to.k);
+                isa_.norm(from, input.norm, stats, 0, to.k, normed + (r - row) * to.k);
+            }
+            x = normed;
+            ld = to.k;
+        }
+        isa_.reduce(x, ld, int(end - row), *update, to.k, int(first), many_.inner + row * kMaxRank);
+    });
+    barrier_and_time(kLinears, thread);
 }
 
 // Panels are handed out to the threads, in multiples of a quantisation group when the output is quantised for the next

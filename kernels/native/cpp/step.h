@@ -27,18 +27,21 @@ struct Unit {
 struct RowSet {
     std::vector<int32_t> contexts;  // [rows] positions up to the row's own, which is included
     std::vector<int64_t> slots;     // [rows]
-    std::vector<int32_t> adapters;  // [rows] member, -1 for none
+    std::vector<int32_t> members;   // [rows] member whose low-rank updates apply; -1: none, in the trunk
     std::vector<RowSequence> sequences;
     std::vector<Unit> units;
+    std::vector<int64_t> runs;    // first rows of runs of one member, then rows()
     std::vector<int64_t> writes;  // first rows of runs whose keys and values one thread writes, then rows()
     int64_t num_partials = 0;
     int64_t rows() const { return int64_t(contexts.size()); }
 };
 
-// The trunk over all rows, or one member's tail over the rows of its sequences.
+// The trunk over all rows that are not cached, or one tail over the rows of all members that have it: a row of the
+// batch is a row for each of them, with keys and values in the member's areas.
 struct Segment {
     int first_layer, last_layer;
-    int member;                    // the member whose final norm follows; -1: none
+    bool tail;
+    bool ends;                     // whether the final norm follows
     std::vector<int32_t> source;   // [all.rows] row of the batch
     RowSet all, needed;            // needed: the rows that are outputs; the last layer finishes only these
     std::vector<int32_t> outputs;  // [needed.rows] row of `all`
@@ -53,7 +56,7 @@ public:
 private:
     struct Scratch {  // work space of one thread
         ActivationStore activations;
-        float* row;        // a normed row
+        float* rows;       // normed rows of a run
         float* head;       // a head, rotated
         uint32_t* packed;  // [chunk][head size / 2][queries of the chunk]
         float* steps;      // [queries], see AttendArgs
@@ -64,16 +67,30 @@ private:
         PrefetchList prefetch_list;   // blocks of the next layer that are not prefetched yet
     };
 
-    void add_segment(int first_layer, int last_layer, int member, const std::vector<int32_t>& sequences);
+    void add_trunk();
+    void add_tail(int tail, Arena& arena);
+    void add_rows(Segment& segment, int member, int32_t sequence, const int32_t* table,
+                  const std::vector<int32_t>& targets) const;
+    void add(Segment&& segment);
+    std::vector<int32_t> targets_of(int member) const;
+    const int32_t* area_table(int member, int32_t sequence, Arena& arena);
     void plan_units(RowSet& set) const;
     void take_scratch(Arena& arena);
 
     void run(int thread);
     void run_segment(const Segment& segment, int thread);
+    void keep_trunk(const Segment& segment, int thread);
+    void enter_tail(const Segment& segment, float* x, int thread);
     void gather(const Segment& segment, const float* x, bool with_queries, int thread);
 
-    Activations prepare(const float* x, int64_t ld, const RowSet& set, const Layer& layer, Module module, Norm norm,
-                        const std::vector<float>& weight, const std::vector<float>& bias, int thread);
+    struct Input {  // of a linear layer: rows [rows][ld], normed
+        const float* x;
+        int64_t ld;
+        NormArgs norm;
+    };
+    Activations prepare(const Input& input, const RowSet& set, const Layer& layer, Module module, int thread);
+    void add_updates(const Input& input, const RowSet& set, const Layer& layer, Module module, Activations& to,
+                     int thread);
     struct Output {  // of a linear layer: [rows][ld]; also quantised if `quantise_to` is set
         float* to;
         int64_t ld;
@@ -83,7 +100,7 @@ private:
     // `next`: the weights that are used after `w`, or null.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
     static int first_partition(int32_t context, int32_t window);
-    void collect_blocks(const RowSet& set, int32_t window, int thread);
+    void collect_blocks(const RowSet& set, int layer, int thread);
     void start_prefetch(int layer, int thread);
     void write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv,
                    int thread);
@@ -113,6 +130,7 @@ private:
     const Norm norm_;
     int64_t partial_size_;
     std::vector<Segment> segments_;
+    std::vector<int32_t> trunk_row_;  // [rows of the batch] row of x_; -1: its trunk is cached
     std::vector<Scratch> scratch_;
     struct alignas(64) Phase {
         int next = 0;

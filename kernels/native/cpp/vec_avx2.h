@@ -51,6 +51,10 @@ INLINE F load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
+INLINE F load_int8(const int8_t* p) {
+    return to_float(I{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))});
+}
 INLINE float reduce_max(F x) {
     float lanes[8];
     _mm256_storeu_ps(lanes, _mm256_max_ps(x.a, x.b));

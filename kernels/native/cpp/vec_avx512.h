@@ -33,6 +33,7 @@ INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 INLINE I bcast_int(int32_t a) { return _mm512_set1_epi32(a); }
 INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE F load_int8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 // One bit per lane: a ≥ b (0 for NaN); a is NaN.
 INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }

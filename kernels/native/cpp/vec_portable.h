@@ -119,6 +119,11 @@ INLINE F load_half(const uint16_t* p) {
     EACH r.v[i] = half_to_float(p[i]);
     return r;
 }
+INLINE F load_int8(const int8_t* p) {
+    F r;
+    EACH r.v[i] = float(p[i]);
+    return r;
+}
 INLINE float reduce_max(F x) {
     float r = x.v[0];
     EACH r = x.v[i] > r ? x.v[i] : r;

@@ -1,8 +1,10 @@
 """`CpuBackend`: a bundle on the native kernels of `kernels/native`, the default if they were built.
 
-A step is one native call. It computes the whole packed batch (the trunk once, each tail over its rows, low-rank
-adapters per row), the head over the mixed rows, and one token per sample. The KV cache is paged. A row's result has
-the same bits whatever else is in the batch, however its prompt was cut, and with any number of threads.
+A step is one native call. It computes the whole packed batch, the head over the mixed rows, and one token per sample.
+The trunk runs once over all rows. Members that use the base's layers, with low-rank updates or without, run them
+together, each member's rows beside the others'; a member with layers of its own runs them over its rows. The KV cache is
+paged. A row's result has the same bits whatever else is in the batch, however its prompt was cut, and with any number
+of threads.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class CpuBackend:
 
     name = "cpu"
     kv_dtype: str
+    keeps_trunk: bool
     can_verify = True
     can_sample_prefill = True
 
@@ -52,7 +55,8 @@ class CpuBackend:
         self._num_blocks = config.max_num_seqs * -(-length // BLOCK_SIZE)
         self._num_members = len(bundle.members)
         self._linear_head = bundle.config.linear_head
-        self._tells_members = self._num_members > 1
+        self._has_tails = bundle.has_tails
+        self.keeps_trunk = bundle.has_tails and bundle.split_layer > 0
         self.kv_dtype = "bf16" if config.kv_dtype == "bf16" else "int8"
         self._model = _load(bundle, self._num_blocks, config, isa)
 
@@ -74,7 +78,7 @@ class CpuBackend:
 
     def step(self, batch: Batch) -> StepOutput:
         """Run one batch (see `Backend.step`)."""
-        tails = self._tells_members
+        tails = self._has_tails
         needed = [[((m if tails else 0, row), c) for row, m, c in needed_terms(s)] for s in batch.samples]
         outputs = sorted({output for terms in needed for output, _ in terms})
         at = {output: index for index, output in enumerate(outputs)}
@@ -90,9 +94,10 @@ class CpuBackend:
             cu_seqlens=batch.cu_seqlens_q,
             context_lens=batch.context_lens,
             block_tables=batch.block_tables,
-            adapters=batch.adapters,
+            trunk_cached=batch.trunk_cached,
             members=seqs,
             outputs=outputs,
+            freed_blocks=batch.freed_blocks,
         )
         fused, others = split_fused(batch.samples, FUSED_RULES)
         natives = native_samples([plan.mixes[i] for i in fused], [batch.samples[i] for i in fused])
@@ -120,11 +125,10 @@ class CpuBackend:
             cu_seqlens=np.array([0, count], np.int32),
             context_lens=np.array([count], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32)[None],
-            adapters=np.array([member], np.int32),
-            members=[[0] if index == member else [] for index in range(self._num_members)]
-            if self._tells_members
-            else None,
-            outputs=[(member if self._tells_members else 0, row) for row in range(count)],
+            trunk_cached=np.zeros(1, np.bool_),
+            members=[[0] if index == member else [] for index in range(self._num_members)] if self._has_tails else None,
+            outputs=[(member if self._has_tails else 0, row) for row in range(count)],
+            freed_blocks=np.empty(0, np.int32),
         )
         return self._model.head(self._model.step(packed))
 
@@ -133,7 +137,6 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
     """Pack a bundle's tensors into a native model. Raises `BundleError` for a tensor that is missing or has another
     shape, `UnavailableError` for sizes that the kernels do not support."""
     decoder = bundle.config
-    members = bundle.members if len(bundle.members) > 1 else ()  # each has its own final norm, perhaps layers
     split = bundle.split_layer
     model = NativeModel(
         ModelConfig(
@@ -157,6 +160,7 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             threads=config.num_threads,
             norm_eps=decoder.norm_eps,
         ),
+        bundle.tail_of,
         isa,
     )
     layout = decoder_layout(decoder)
@@ -164,12 +168,11 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         loader = _Loader(model, file, bundle)
         for layer in range(split):
             loader.layer(layer, layout.layers[layer], None)
-        for index, member in enumerate(members):
+        for index, owner in enumerate(bundle.tails):
             for layer in range(split, decoder.num_layers):
-                target = split + index * (decoder.num_layers - split) + layer - split
-                loader.layer(target, layout.layers[layer], member)
-        for index, owner in enumerate(members or (None,)):
-            loader.norm((Vector.FINAL_NORM, Vector.FINAL_NORM_BIAS), index, layout.norm, owner)
+                loader.layer(layer + index * (decoder.num_layers - split), layout.layers[layer], owner)
+        for index, member in enumerate(bundle.members):
+            loader.norm((Vector.FINAL_NORM, Vector.FINAL_NORM_BIAS), index, layout.norm, member)
         loader.shared(layout)
     model.ready()
     return model
@@ -211,7 +214,7 @@ class _Loader:
             self.linear(which, target, f"{linear.name}.weight", member, bias)
             for index, own in enumerate(self._bundle.members):
                 a, b = (own_name(own, f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
-                if a in self._tensors and member in (None, own):
+                if a in self._tensors and member is None:
                     self._model.set_adapter(which, target, index, self._tensor(a), self._tensor(b), a)
         self.norm((Vector.ATTENTION_NORM, Vector.ATTENTION_NORM_BIAS), target, layer.attention_norm, member)
         self.norm((Vector.MLP_NORM, Vector.MLP_NORM_BIAS), target, layer.mlp_norm, member)

@@ -161,17 +161,10 @@ class GraphRunner:
 class OnnxBackend:
     """`Backend` over a bundle's ONNX graphs. A block is as long as the context, and has one slot in each graph's cache.
 
-    Raises `ConfigError` for a bundle without graphs, and for one with low-rank members: all rows of a graph use the
-    same weights. Raises `BundleError` for a damaged graph.
+    Raises `ConfigError` for a bundle without graphs, `BundleError` for a damaged graph.
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
-        if bundle.adapters:
-            names = [bundle.members[member] for member in bundle.adapters]
-            raise ConfigError(
-                f"the onnx backend has no graphs for the low-rank members {names} of '{bundle.name}'; serve it with the "
-                "cpu backend, or export them with --merge"
-            )
         if bundle.graphs is None:
             raise ConfigError(
                 f"the onnx backend needs graphs and '{bundle.name}' has none; serve it with the cpu or torch backend, or "
@@ -205,6 +198,7 @@ class OnnxBackend:
 
     name = "onnx"
     kv_dtype = "float32"
+    keeps_trunk = False
     can_sample_prefill = False  # a prefill chunk runs alone, and without the head
 
     @property

@@ -26,7 +26,7 @@ from ...model.config import DecoderConfig
 from ...sampling.terms import Terms, needed_terms
 from ...schedule.batch import Batch, SampleRow, StepOutput
 from .cuda_graphs import DecodeGraphs
-from .forward import Forward, RowInputs
+from .forward import Forward, MemberRows, RowInputs
 from .packed import Packed
 from .paged_cache import PagedCache, block_bytes, blocks_that_fit
 from .row_plan import RowPlan, plan_rows
@@ -87,10 +87,10 @@ class _Checked:
 
 @dataclass(frozen=True, slots=True)
 class _Hidden:
-    """Hidden states [R, H] of a step, and where those of each tail and flat row are."""
+    """Hidden states [R, H] of a step, and where those of each member and flat row are."""
 
     states: Tensor
-    places: dict[int, I32]  # tail → [rows of the batch] row of `states`; -1 if the tail did not run over it
+    places: dict[int, I32]  # member → [rows of the batch] row of `states`; -1 if its tail did not run over it
 
 
 _KV_NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float32: "float32"}
@@ -101,6 +101,7 @@ class TorchBackend:
 
     name = "torch"
     kv_dtype: str
+    keeps_trunk = False
     can_sample_prefill = False  # chunks and decode rows use different kernels
     can_verify = True  # every sampled row is computed alone, also if a sequence has several
 
@@ -111,9 +112,9 @@ class TorchBackend:
         if self._graphs is not None and options.device.type == "cuda":
             index = {name: i for i, name in enumerate(bundle.members)}
             members = bundle.default_ensemble.members
-            tails = tuple(sorted({self._weights.tail_of[index[member.name]] for member in members}))
+            chosen = self._forward.order({index[member.name] for member in members})
             with torch.inference_mode():
-                self._graphs.warm_up(tails, config.max_num_seqs)
+                self._graphs.warm_up(tuple(chosen), config.max_num_seqs)
 
     @classmethod
     def from_weights(
@@ -137,7 +138,7 @@ class TorchBackend:
         kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         kv_dtype = kv_dtypes[config.kv_dtype]
         self.kv_dtype = _KV_NAMES[kv_dtype]
-        tail_layers = [len(tail.layers) for tail in weights.tails]
+        tail_layers = [len(weights.tails[tail]) for tail in weights.tail_of]
         heads = (decoder.num_kv_heads, block_size, decoder.head_size)
         size = block_bytes(len(weights.trunk) + sum(tail_layers), *heads, kv_dtype)
         self._cache = PagedCache(
@@ -200,7 +201,6 @@ class TorchBackend:
         It overwrites the first blocks of the cache, so no sequence may be running.
         """
         size = len(token_ids)
-        adapter = member if self._weights.adapter_of[member] >= 0 else -1
         batch = Batch(
             token_ids=np.asarray(token_ids, np.int64),
             positions=np.arange(size, dtype=np.int32),
@@ -209,7 +209,7 @@ class TorchBackend:
             context_lens=np.array([size], np.int32),
             block_tables=np.arange(-(-size // self.block_size), dtype=np.int32)[None],
             members=[(member,)],
-            adapters=np.array([adapter], np.int32),
+            trunk_cached=np.zeros(1, np.bool_),
             samples=[],
             freed_blocks=np.empty(0, np.int32),
         )
@@ -219,37 +219,32 @@ class TorchBackend:
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Batch, checked: _Checked) -> _Hidden:
-        weights = self._weights
-        wanted = [frozenset(weights.tail_of[member] for member in members) for members in batch.members]
-        adapters = np.array([weights.adapter_of[d] if d >= 0 else -1 for d in batch.adapters.tolist()], np.int32)
-        every = np.arange(batch.num_seqs)
-        plan = plan_rows(batch, every, checked.slots, checked.lengths, adapters)
-        tails = tuple(sorted(frozenset().union(*wanted)))
-        # A captured step runs every tail over every row. It pays if at least half of each tail's rows are needed.
-        common = all(2 * sum(tail in own for own in wanted) >= len(wanted) for tail in tails)
+        plan = plan_rows(batch, np.arange(batch.num_seqs), checked.slots, checked.lengths)
+        members = self._forward.order({member for own in batch.members for member in own})
+        # A captured step runs every tail over every row. It pays if at least half of each member's rows are needed.
+        common = all(2 * sum(member in own for own in batch.members) >= batch.num_seqs for member in members)
         if self._graphs is not None and plan.max_chunk == 0 and common:
             arrays = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
-            found = self._graphs.step(arrays, tails)
+            found = self._graphs.step(arrays, tuple(members))
             if found is not None:
                 states, rung = found
                 rows = np.arange(batch.num_rows, dtype=np.int32)
-                return _Hidden(states, {tail: i * rung + rows for i, tail in enumerate(tails)})
-        seqs_of = {tail: np.array([s for s, own in enumerate(wanted) if tail in own]) for tail in tails}
+                return _Hidden(states, {member: i * rung + rows for i, member in enumerate(members)})
+        seqs_of = {m: np.array([s for s, own in enumerate(batch.members) if m in own]) for m in members}
         plans = {
-            tail: plan
-            if len(seqs) == batch.num_seqs
-            else plan_rows(batch, seqs, checked.slots, checked.lengths, adapters)
-            for tail, seqs in seqs_of.items()
+            member: plan if len(seqs) == batch.num_seqs else plan_rows(batch, seqs, checked.slots, checked.lengths)
+            for member, seqs in seqs_of.items()
         }
         return self._run_plans(checked, plan, plans)
 
     def _run_plans(self, checked: _Checked, plan: RowPlan, plans: dict[int, RowPlan]) -> _Hidden:
-        """Run the trunk over `plan` and each tail over its rows, without a graph."""
-        own = {tail: f"{tail}." for tail, tail_plan in plans.items() if tail_plan is not plan}
+        """Run the trunk over `plan` and each member's tail over its rows, without a graph. `plans` is in
+        `Forward.order`."""
+        own = {member: f"{member}." for member, member_plan in plans.items() if member_plan is not plan}
         arrays: dict[str, I32] = {**plan.arrays, "token_ids": checked.token_ids, "tables": checked.tables}
-        for tail, prefix in own.items():
-            arrays |= {prefix + name: array for name, array in plans[tail].arrays.items()}
-            arrays[f"{prefix}index"] = plans[tail].index
+        for member, prefix in own.items():
+            arrays |= {prefix + name: array for name, array in plans[member].arrays.items()}
+            arrays[f"{prefix}index"] = plans[member].index
         device = Packed.of(arrays, self._options.device).device
         tables, max_length = device["tables"], int(checked.lengths.max())
 
@@ -257,20 +252,22 @@ class TorchBackend:
             return RowInputs.of(device, tables, max_length=max_length, max_chunk=rows.max_chunk, prefix=prefix)
 
         trunk = inputs(plan, "")
-        tails = [
-            (tail, device[f"{own[tail]}index"], inputs(tail_plan, own[tail])) if tail in own else (tail, None, trunk)
-            for tail, tail_plan in plans.items()
+        members = [
+            MemberRows(member, device[f"{own[member]}index"], inputs(member_plan, own[member]))
+            if member in own
+            else MemberRows(member, None, trunk)
+            for member, member_plan in plans.items()
         ]
         places, at = {}, 0
-        for tail, tail_plan in plans.items():
-            places[tail] = np.full(plan.num_rows, -1, np.int32)
-            places[tail][tail_plan.index] = at + np.arange(tail_plan.num_rows, dtype=np.int32)
-            at += tail_plan.num_rows
-        return _Hidden(self._forward.run(device["token_ids"], trunk, tails), places)
+        for member, member_plan in plans.items():
+            places[member] = np.full(plan.num_rows, -1, np.int32)
+            places[member][member_plan.index] = at + np.arange(member_plan.num_rows, dtype=np.int32)
+            at += member_plan.num_rows
+        return _Hidden(self._forward.run(device["token_ids"], trunk, members), places)
 
-    def _run_all_rows(self, token_ids: Tensor, rows: RowInputs, tails: tuple[int, ...]) -> Tensor:
-        """The step that a graph captures: every tail over all rows."""
-        return self._forward.run(token_ids, rows, [(tail, None, rows) for tail in tails])
+    def _run_all_rows(self, token_ids: Tensor, rows: RowInputs, members: tuple[int, ...]) -> Tensor:
+        """The step that a graph captures: every member's tail over all rows."""
+        return self._forward.run(token_ids, rows, [MemberRows(member, None, rows) for member in members])
 
     def _terms(self, batch: Batch, checked: _Checked, hidden: _Hidden) -> tuple[list[Terms], dict[int, str]]:
         """Each sample's (row of the hidden states, coefficient) pairs. A sample with a sequence that could not be run has none,
@@ -288,7 +285,7 @@ class TorchBackend:
         return terms, errors
 
     def _sample_terms(self, sample: SampleRow, hidden: _Hidden) -> list[tuple[int, float]]:
-        found = [(int(hidden.places[self._weights.tail_of[member]][row]), c) for row, member, c in needed_terms(sample)]
+        found = [(int(hidden.places[member][row]), c) for row, member, c in needed_terms(sample)]
         assert all(place >= 0 for place, _ in found), f"a member's tail did not run over its row: {sample.terms}"
         return found
 

@@ -1,4 +1,5 @@
-"""The forward pass of the torch backend: flat rows of any sequences through the trunk, then through the tails.
+"""The forward pass of the torch backend: flat rows of any sequences through the trunk, then through the tails. Members
+that share a tail run it together: their rows go through each linear layer at once, with keys and values of their own.
 
     residual  [rows, H] float32          branch  [splits, rows, H], added to it by the next norm
 
@@ -9,13 +10,21 @@ CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import ModuleType
 
 import torch
 
-from ....kernels.oracle.operands import AdapterTiles, DecodeRows, LayerCache, LinearWeight, PrefillChunks
+from ....kernels.oracle.operands import (
+    ADAPTER_TILE,
+    AdapterTiles,
+    DecodeRows,
+    LayerCache,
+    LinearWeight,
+    PrefillChunks,
+)
 from ...model.config import DecoderConfig
 from .paged_cache import PagedCache
 from .weights import LayerWeights, LinearLayer, ModelWeights, Norm
@@ -27,13 +36,17 @@ HEAD_ROWS = 32  # hidden states per head call: with their remainders, as many ro
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
-    """A `RowPlan` on the device. `tiles` is None where no row has a low-rank adapter."""
+    """A `RowPlan` on the device."""
 
     positions: Tensor  # [rows] int32
     slots: Tensor  # [rows] int32
     decode: DecodeRows
     chunks: PrefillChunks
-    tiles: AdapterTiles | None
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.positions)
 
     @classmethod
     def of(
@@ -48,14 +61,16 @@ class RowInputs:
         chunks = PrefillChunks(
             get("chunk_starts"), get("chunk_sizes"), get("chunk_lengths"), get("chunk_seqs"), tables, max_chunk
         )
-        tiles = AdapterTiles(get("adapter_order"), get("adapter_tiles"))
-        return cls(
-            get("positions"),
-            get("slots"),
-            decode,
-            chunks,
-            tiles if len(tiles.adapters) else None,
-        )
+        return cls(get("positions"), get("slots"), decode, chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRows:
+    """The rows that a member's tail runs over. `index`: flat rows of the batch; None: all."""
+
+    member: int
+    index: Tensor | None
+    inputs: RowInputs
 
 
 class Forward:
@@ -70,36 +85,62 @@ class Forward:
         self._ops = ops
         self._dtype = dtype
 
-    def run(
-        self,
-        token_ids: Tensor,
-        rows: RowInputs,
-        tails: Sequence[tuple[int, Tensor | None, RowInputs]],
-    ) -> Tensor:
-        """Normed hidden states [Σ rows, H] of every tail's rows, one tail after the other.
+    def run(self, token_ids: Tensor, rows: RowInputs, members: Sequence[MemberRows]) -> Tensor:
+        """Normed hidden states [Σ rows, H] of every member's rows, in the order of `Forward.order`.
 
-        token_ids [rows] int32. tails: (tail, the flat rows that it runs over, None for all; the inputs of these rows).
+        token_ids [rows] int32.
         """
-        weights, eps = self._weights, self._config.norm_eps
+        weights = self._weights
         residual, branch = self._embed(token_ids, rows.positions), None
+        tiles = self._tiles(members, token_ids.device) if len(weights.norms) == 1 else None  # one member: all is trunk
         for layer, cache in zip(weights.trunk, self._cache.trunk, strict=True):
-            branch = self._layer(layer, cache, residual, branch, rows)
-        if len(tails) > 1 or tails[0][1] is not None:
+            branch = self._layer(layer, [cache], residual, branch, [rows], tiles)
+        if len(members) > 1 or members[0].index is not None:
             # Add the trunk's last branch before the residual is copied, with the norms' op, so that the bits are equal.
-            norm = weights.tails[tails[0][0]].norm
-            self._ops.residual_norm(branch, residual, norm.weight, norm.bias, eps, self._dtype)
+            self._norm(weights.norms[members[0].member], residual, branch)
             branch = None
-        return torch.cat([self._tail(tail, residual, branch, index, inputs) for tail, index, inputs in tails])
+        return torch.cat([self._tail(group, residual, branch) for group in self._groups(members)])
 
-    def _tail(
-        self, tail: int, residual: Tensor, branch: Tensor | None, index: Tensor | None, rows: RowInputs
-    ) -> Tensor:
+    def order(self, members: Iterable[int]) -> list[int]:
+        """The order of the members' hidden states: tail by tail."""
+        return sorted(members, key=lambda member: (self._weights.tail_of[member], member))
+
+    def _groups(self, members: Sequence[MemberRows]) -> Iterator[list[MemberRows]]:
+        """Members with the same tail."""
+        by_member = {rows.member: rows for rows in members}
+        ordered = [by_member[member] for member in self.order(by_member)]
+        for _, group in groupby(ordered, key=lambda rows: self._weights.tail_of[rows.member]):
+            yield list(group)
+
+    def _tail(self, group: Sequence[MemberRows], residual: Tensor, branch: Tensor | None) -> Tensor:
+        weights, inputs = self._weights, [rows.inputs for rows in group]
         if branch is None:  # other tails read the residual too
-            residual = residual.clone() if index is None else residual.index_select(0, index)
-        own = self._weights.tails[tail]
-        for layer, cache in zip(own.layers, self._cache.tails[tail], strict=True):
-            branch = self._layer(layer, cache, residual, branch, rows)
-        return self._norm(own.norm, residual, branch)
+            parts = [residual if rows.index is None else residual.index_select(0, rows.index) for rows in group]
+            residual = torch.cat(parts) if len(parts) > 1 or parts[0] is residual else parts[0]
+        tiles = self._tiles(group, residual.device)
+        caches = [self._cache.tails[rows.member] for rows in group]
+        tail = weights.tails[weights.tail_of[group[0].member]]
+        for index, layer in enumerate(tail):
+            branch = self._layer(layer, [cache[index] for cache in caches], residual, branch, inputs, tiles)
+        norms = [weights.norms[rows.member] for rows in group]
+        normed = self._norm(norms[0], residual, branch)
+        if all(norm is norms[0] for norm in norms):
+            return normed
+        pieces = torch.split(residual, [part.count for part in inputs])
+        return torch.cat([self._norm(norm, piece, None) for norm, piece in zip(norms, pieces, strict=True)])
+
+    def _tiles(self, group: Sequence[MemberRows], device: torch.device) -> AdapterTiles | None:
+        """The rows of members with low-rank updates; None if there are none."""
+        orders, adapters, start = [], [], 0
+        for rows in group:
+            count, adapter = rows.inputs.count, self._weights.adapter_of[rows.member]
+            if adapter >= 0:
+                tiles = -(-count // ADAPTER_TILE)
+                order = torch.arange(tiles * ADAPTER_TILE, dtype=torch.int32, device=device)
+                orders.append(torch.where(order < count, order + start, -1))
+                adapters.append(torch.full((tiles,), adapter, dtype=torch.int32, device=device))
+            start += count
+        return AdapterTiles(torch.cat(orders), torch.cat(adapters)) if orders else None
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 of mixed hidden states [rows, H] float32.
@@ -130,15 +171,33 @@ class Forward:
         return normed
 
     def _layer(
-        self, layer: LayerWeights, cache: LayerCache, residual: Tensor, branch: Tensor | None, rows: RowInputs
+        self,
+        layer: LayerWeights,
+        caches: Sequence[LayerCache],
+        residual: Tensor,
+        branch: Tensor | None,
+        parts: Sequence[RowInputs],
+        tiles: AdapterTiles | None,
     ) -> Tensor:
-        """Run one layer. Returns its last branch, which is not yet added to the residual."""
-        config, ops, tiles = self._config, self._ops, rows.tiles
+        """Run one layer over the rows of all parts, one part after the other, each with its own cache. Returns the
+        layer's last branch, which is not yet added to the residual."""
         qkv = self._linear(self._norm(layer.attention_norm, residual, branch), layer.qkv, tiles)
-        tables = self._weights.rotary
+        own = [qkv]
+        if len(parts) > 1:
+            own = [piece.contiguous() for piece in torch.split(qkv, [part.count for part in parts], dim=1)]
+        attended = [self._attend(layer, *each) for each in zip(own, caches, parts, strict=True)]
+        out = attended[0] if len(attended) == 1 else torch.cat(attended)
+        branch = self._linear(out.flatten(1), layer.out, tiles)
+        up = self._linear(self._norm(layer.mlp_norm, residual, branch), layer.up, tiles)
+        inner = self._ops.activate(up, layer.gated, self._dtype)
+        return self._linear(inner, layer.down, tiles)
+
+    def _attend(self, layer: LayerWeights, qkv: Tensor, cache: LayerCache, rows: RowInputs) -> Tensor:
+        """qkv [splits, rows, N] → [rows, heads, head_size]."""
+        config, ops = self._config, self._ops
         query = ops.rotary_write(
             qkv,
-            tables,
+            self._weights.rotary,
             layer.head_norms,
             config.norm_eps,
             rows.positions,
@@ -150,10 +209,7 @@ class Forward:
         out = torch.empty_like(query)
         ops.decode_attention(query, cache, rows.decode, out, layer.window)
         ops.prefill_attention(query, cache, rows.chunks, out, layer.window)
-        branch = self._linear(out.flatten(1), layer.out, tiles)
-        up = self._linear(self._norm(layer.mlp_norm, residual, branch), layer.up, tiles)
-        inner = ops.activate(up, layer.gated, self._dtype)
-        return self._linear(inner, layer.down, tiles)
+        return out
 
     def _linear(self, x: Tensor, linear: LinearLayer, tiles: AdapterTiles | None) -> Tensor:
         parts: Tensor = self._ops.matmul(x, linear.weight)

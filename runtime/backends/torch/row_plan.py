@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ....kernels.oracle.operands import ADAPTER_TILE
 from ...schedule.batch import Batch
 
 I32 = npt.NDArray[np.int32]
@@ -30,10 +29,10 @@ class RowPlan:
         return len(self.index)
 
 
-def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32, adapters: I32) -> RowPlan:
+def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32) -> RowPlan:
     """The plan for the sequences `seqs` (ascending indices).
 
-    slots: [rows of the batch] cache slot of each row. lengths, adapters: [num_seqs] context length, and adapter or -1.
+    slots: [rows of the batch] cache slot of each row. lengths: [num_seqs] context length.
     """
     starts = batch.cu_seqlens_q[seqs].astype(np.int64)
     counts = np.diff(batch.cu_seqlens_q)[seqs].astype(np.int64)
@@ -57,23 +56,6 @@ def plan_rows(batch: Batch, seqs: npt.NDArray[np.intp], slots: I32, lengths: I32
         "chunk_sizes": counts[chunk],
         "chunk_lengths": lengths[seqs[chunk]],
         "chunk_seqs": seqs[chunk],
-        **_adapter_tiles(adapters[seqs][seq_of_row]),
     }
     narrow = {name: np.asarray(array, dtype=np.int32) for name, array in arrays.items()}
     return RowPlan(index, narrow, int(counts[chunk].max(initial=0)))
-
-
-def _adapter_tiles(adapters: npt.NDArray[np.int32]) -> dict[str, I32]:
-    """The rows of each adapter, in tiles of `ADAPTER_TILE` rows; see `operands.AdapterTiles`."""
-    order: list[I32] = []
-    tiles: list[int] = []
-    for adapter in np.unique(adapters[adapters >= 0]).tolist():
-        rows = np.flatnonzero(adapters == adapter).astype(np.int32)
-        for start in range(0, len(rows), ADAPTER_TILE):
-            tile = np.full(ADAPTER_TILE, -1, np.int32)
-            part = rows[start : start + ADAPTER_TILE]
-            tile[: len(part)] = part
-            order.append(tile)
-            tiles.append(adapter)
-    flat = np.concatenate(order) if order else np.empty(0, np.int32)
-    return {"adapter_order": flat, "adapter_tiles": np.array(tiles, np.int32)}

@@ -94,31 +94,25 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class TailWeights:
-    """The layers from the split on, and the final norm."""
-
-    layers: Sequence[LayerWeights]
-    norm: Norm
-
-
-@dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights of a bundle. `tail_of[member]` is an index into `tails`: members without layers of their own share
-    the base's. `adapter_of[member]` is an index into the stacked low-rank updates, -1 for none."""
+    """All weights of a bundle. `tails`: the layers from the split on, of the base and of members that have their own.
+    `tail_of[member]` is an index into them. `norms[member]`: the final norm; members without their own have the same
+    object. `adapter_of[member]` is an index into the stacked low-rank updates, -1 for none."""
 
     embedding: LinearWeight
     position_embedding: Tensor | None
     rotary: tuple[Tensor, Tensor] | None
     trunk: Sequence[LayerWeights]
-    tails: Sequence[TailWeights]
+    tails: Sequence[Sequence[LayerWeights]]
     tail_of: tuple[int, ...]
+    norms: Sequence[Norm]
     adapter_of: tuple[int, ...]
     head: LinearWeight
 
     @property
     def num_bytes(self) -> int:
         """Bytes of weights that a decode step with every tail reads."""
-        layers = [*self.trunk, *(layer for tail in self.tails for layer in tail.layers)]
+        layers = [*self.trunk, *(layer for tail in self.tails for layer in tail)]
         linears = [linear.weight for layer in layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
         return sum(weight.num_bytes for weight in (*linears, self.head))
 
@@ -130,7 +124,9 @@ def load_weights(bundle: Bundle, placement: Placement) -> ModelWeights:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"'{path}' is torn or damaged ({error}); copy or export the bundle again") from error
-    return ModelReader(tensors, bundle.config, placement, bundle.members, bundle.kinds).read(bundle.split_layer)
+    return ModelReader(tensors, bundle.config, placement, bundle.members, bundle.kinds).read(
+        bundle.split_layer, bundle.tails, bundle.tail_of
+    )
 
 
 class ModelReader:
@@ -148,17 +144,14 @@ class ModelReader:
         self._config = config
         self._placement = placement
         self._members = members
-        self._adapters = [name for name, kind in zip(members, kinds, strict=True) if kind.own_sequence]
+        self._adapters = [name for name, kind in zip(members, kinds, strict=True) if kind is MemberKind.ADAPTER]
 
-    def read(self, split_layer: int) -> ModelWeights:
+    def read(self, split_layer: int, owners: Sequence[str | None], tail_of: Sequence[int]) -> ModelWeights:
+        """`owners`, `tail_of`: `Bundle.tails` and `Bundle.tail_of`. A single member runs a tail without layers."""
         config, placement = self._config, self._placement
-        has_own = [
-            any(n.startswith(f"members.{m}.model.") and ".lora_" not in n for n in self._tensors) for m in self._members
-        ]
-        own = [name for name, found in zip(self._members, has_own) if found]
-        owners: list[str | None] = [*own, *([] if all(has_own) else [None])]
         table = layout.decoder_layout(config)
-        tails = [self._tail(owner, table, split_layer) for owner in owners]
+        tails = [[self._layer(layer, owner) for layer in table.layers[split_layer:]] for owner in owners or (None,)]
+        norm = self._norm(table.norm, None)
         embedding = self._linear_weight(layout.EMBEDDING, None, None)
         rotary = None
         if config.positions == "rotary":
@@ -171,17 +164,16 @@ class ModelReader:
             rotary=rotary,
             trunk=[self._layer(layer, None) for layer in table.layers[:split_layer]],
             tails=tails,
-            tail_of=tuple(own.index(m) if m in own else len(own) for m in self._members),
+            tail_of=tuple(tail_of or (0,)),
+            norms=[self._norm(table.norm, m) if self._has_own(table.norm, m) else norm for m in self._members],
             adapter_of=tuple(self._adapters.index(m) if m in self._adapters else -1 for m in self._members),
             head=embedding if config.tied_head else self._linear_weight(table.head, None, None),
         )
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _tail(self, member: str | None, table: layout.Layout, split: int) -> TailWeights:
-        return TailWeights(
-            [self._layer(layer, member) for layer in table.layers[split:]], self._norm(table.norm, member)
-        )
+    def _has_own(self, norm: layout.Norm, member: str) -> bool:
+        return any(own_name(member, name) in self._tensors for name in norm.tensors)
 
     def _layer(self, layer: layout.Layer, member: str | None) -> LayerWeights:
         heads = None

@@ -270,7 +270,6 @@ def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:
         vocab_size=model.vocab_size,
         max_model_len=model.max_model_len,
         eos_token_ids=model.eos_token_ids,
-        adapters=sorted(model.adapters),
     )
     message.default_ensemble.space = _SPACES[model.default_ensemble.space]
     for member in model.default_ensemble.members:
@@ -287,5 +286,4 @@ def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         vocab_size=message.vocab_size,
         max_model_len=message.max_model_len,
-        adapters=frozenset(message.adapters),
     )
