@@ -18,6 +18,7 @@ class Item:
 
     encoded: Encoded
     hidden: Tensor | None = None  # [S - 1, hidden] bfloat16, of all S tokens but the last
+    teacher: Tensor | None = None  # [K, targets, hidden] final states of an ensemble's members, for a student
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,46 +7,25 @@ nested cross-validation. The test set is used once, at the end, and decides noth
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import attach, fit, is_separable
-from ...runtime.checkpoints.members.files import check_base, first_layer
-from ...runtime.checkpoints.members.registry import format_at
-from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
-from ...runtime.model.members import MemberKind
-from ..data.batches import Item, make_batch, plan
-from ..data.encode import encoded_digest
+from ...runtime.errors import ConfigError, DataError, UnsupportedModelError
 from ..data.example import Split
-from ..params import TuneParams
 from ..training.progress import Progress
 from ..training.provenance import choice_line, chosen_by, environment
-from ..training.train import RunData, Workbench, note_duplicates
+from ..training.train import Workbench, note_duplicates
+from .answers import Answers, answers_of, head_of
 from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
 
 BASE = "base"
 REPORT = "README.md"
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What K members compute for the T answer tokens of one split."""
-
-    states: Tensor  # [K, T, hidden] after the final norm
-    targets: Tensor  # [T] token ids
-    examples: npt.NDArray[np.int64]  # [T] index of the example
-    documents: npt.NDArray[np.int64]  # [T] index of the example's document
-    digest: str  # of the examples, as the model sees them
 
 
 def fuse(
@@ -80,13 +59,14 @@ def fuse(
     note_duplicates(bench, progress)
     names = list(paths)
     counts: dict[Split, int] = {"validation": params.validation_examples, "test": params.test_examples}
-    validation, test = _answers(bench, paths, params, counts, progress)
-    head = bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"])
+    answers = answers_of(bench, paths, params.max_length, counts, progress)
+    validation, test = answers["validation"], answers["test"]
+    head = head_of(bench)
 
     progress.note("selecting")
     pool = Pool(params.space, validation.states, head, validation.targets)
     everything = np.ones(len(validation.targets), np.bool_)
-    mix = select_and_fit(pool, everything, max_members=params.max_members)
+    mix, shrinkage = select_and_fit(pool, everything, validation.documents, max_members=params.max_members)
     progress.note("cross-validating")
     nested = cross_validated(pool, validation.documents, folds=params.folds, max_members=params.max_members)
     progress.note("testing")
@@ -94,7 +74,9 @@ def fuse(
     result = {
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
+        "shrinkage": shrinkage,
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
+        "candidates": {name: str(path) for name, path in members.items()},
         "weights": {name: weights_digest(path) for name, path in members.items()},
         "chosen_by": chosen_by(bench.dataset, len(np.unique(validation.examples)), validation.digest),
         "report": report,
@@ -107,94 +89,6 @@ def fuse(
     (out / FUSION).write_text(json.dumps(result, indent=1) + "\n")
     (out / REPORT).write_text(fusion_card(result))
     return result
-
-
-def _answers(
-    bench: Workbench,
-    paths: Mapping[str, Path | None],
-    params: FuseParams,
-    counts: dict[Split, int],
-    progress: Progress,
-) -> tuple[Answers, Answers]:
-    """Every member's states at the answer tokens of (validation, test)."""
-    splits = {name: _first_layer(bench, path) for name, path in paths.items()}
-    deepest = max(1, bench.config.num_layers - min(splits.values()))
-    loaded: dict[int, RunData] = {}
-    collected: dict[Split, list[Tensor]] = {"validation": [], "test": []}
-    for name, path in paths.items():
-        progress.note(f"member {name}")
-        layers = bench.config.num_layers - splits[name] or deepest  # the base has no split: use the deepest
-        for count in dict.fromkeys((deepest, layers)):
-            if count not in loaded:
-                encoding = TuneParams(layers=count, max_length=params.max_length)
-                loaded[count] = bench.load(encoding, counts, progress.advance)
-        decoder, start = member_decoder(bench, path), bench.config.num_layers - layers
-        for part, states in collected.items():
-            states.append(_states(decoder, loaded[layers].parts[part], start))
-    first = next(iter(loaded.values()))
-    return _pack(collected["validation"], first.parts["validation"]), _pack(collected["test"], first.parts["test"])
-
-
-def _first_layer(bench: Workbench, path: Path | None) -> int:
-    if path is None:
-        return bench.config.num_layers
-    manifest, weights = format_at(path).read(path, bench.config)
-    check_base(path, manifest, bench.digest)
-    trained_on = manifest.get("data", {})
-    if trained_on.get("name") == bench.dataset.name and trained_on.get("digest") != bench.dataset.digest:
-        raise BundleError(
-            f"the member '{path}' was trained on another version or split of '{bench.dataset.name}', so its training examples "
-            "may be among the test examples; use the same file and the same near_duplicates, or tune it again"
-        )
-    if any(name.startswith("lm_head.") for name in weights):
-        raise BundleError(f"the member '{path}' has a head of its own; an ensemble shares one head")
-    return first_layer(weights, bench.config.num_layers)
-
-
-def member_decoder(bench: Workbench, path: Path | None) -> Decoder:
-    """The base model with the member's tail, or with its adapter attached. `path` None: the base itself."""
-    if path is None:
-        return Decoder.from_weights(bench.config, bench.base).eval()
-    form = format_at(path)
-    own = form.read(path, bench.config)[1]
-    if form.kind is MemberKind.ADAPTER:
-        own = fit(bench.base, own)
-        if is_separable(own):
-            return attach(Decoder.from_weights(bench.config, bench.base).eval(), own)
-    return Decoder.from_weights(bench.config, {**bench.base, **form.merged(bench.base, own)}).eval()
-
-
-@torch.no_grad()
-def _states(decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
-    """[T, hidden] states after the final norm at the positions that predict the answers, in the items' order."""
-    rows: list[Tensor | None] = [None] * len(items)
-    for chosen in plan([len(item.encoded.token_ids) for item in items], 2048, None):
-        batch = make_batch([items[i] for i in chosen])
-        cached = [item.hidden for item in batch.items if item.hidden is not None]
-        tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]
-        pad = torch.nn.utils.rnn.pad_sequence
-        if cached:
-            hidden = pad(cached, batch_first=True).float()
-        else:  # no cache, or an adapter on the first layer
-            hidden = decoder.run_layers(decoder.embed(pad(tokens, batch_first=True)), 0, split)
-        last = decoder.config.num_layers
-        states = decoder.norm(decoder.run_layers(hidden, split, last, positions=batch.positions))
-        for row, index in enumerate(chosen):
-            rows[index] = states[row, : items[index].encoded.num_targets].clone()
-    return torch.cat([row for row in rows if row is not None])
-
-
-def _pack(states: Sequence[Tensor], items: Sequence[Item]) -> Answers:
-    counts = [item.encoded.num_targets for item in items]
-    targets = [item.encoded.token_ids[index] for item in items for index in item.encoded.targets]
-    sources = {source: i for i, source in enumerate(dict.fromkeys(item.encoded.source for item in items))}
-    return Answers(
-        torch.stack(list(states)),
-        torch.tensor(targets),
-        np.repeat(np.arange(len(items)), counts),
-        np.repeat([sources[item.encoded.source] for item in items], counts),
-        encoded_digest([item.encoded for item in items]),
-    )
 
 
 def _report(
@@ -245,7 +139,7 @@ def fusion_card(result: Mapping[str, Any]) -> str:
         [
             f"# A fused ensemble of {result['base']['name']} on {result['data']['name']}",
             "",
-            f"Mix ({result['space']} space): {mix}.",
+            f"Mix ({result['space']} space): {mix}; shrunk to uniform by {result['shrinkage']:.0%}.",
             "",
             choice_line("Members and mix were chosen", result["chosen_by"]),
             "",

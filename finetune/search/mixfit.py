@@ -3,7 +3,8 @@
 Greedy selection with replacement (Caruana et al. 2004): each round adds the member that improves the mix most, so a
 member is judged by what it adds, not by how good it is alone. The counts are a first mix, which is then fitted: with
 EM on the simplex for `probs` (the classic mixture-weight update), with a convex program for `logits`, whose loss is
-convex in the coefficients (log-sum-exp of an affine function minus a linear one).
+convex in the coefficients (log-sum-exp of an affine function minus a linear one). At last the mix is shrunk towards the
+uniform one, by a share that cross-validation by document chooses: with few documents, a fit follows their noise.
 
 Losses are kept per token, so folds and bootstraps only sum over tokens that are already measured.
 """
@@ -24,6 +25,8 @@ from ...runtime.api.request import Space
 
 F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Groups = npt.NDArray[np.int64]
+SHARES = (0.0, 0.25, 0.5, 1.0)  # by which a fitted mix may be shrunk to uniform
 _ROWS = 512  # rows per head product: at most 512 × vocabulary logits in memory
 
 
@@ -136,9 +139,14 @@ def convex(pool: Pool, start: F64, mask: Mask) -> F64:
     return mix
 
 
-def select_and_fit(pool: Pool, mask: Mask, *, max_members: int, rounds: int = 12, shortlist: int = 8) -> F64:
-    """The mix [K] that is chosen and fitted on the masked tokens. In `logits` space every candidate costs a head
-    product, so only the `shortlist` members that are best alone are candidates."""
+def select_and_fit(
+    pool: Pool, mask: Mask, groups: Groups, *, max_members: int, rounds: int = 12, shortlist: int = 8
+) -> tuple[F64, float]:
+    """(the mix [K] that is chosen and fitted on the masked tokens, the share by which it was shrunk to uniform).
+
+    `groups` [T]: the document of each token. In `logits` space every candidate costs a head product, so only the
+    `shortlist` members that are best alone are candidates.
+    """
     order = list(np.argsort(pool.single[:, mask].mean(axis=1)))
     candidates = order[:shortlist] if pool.space is Space.LOGITS else order
     mix = greedy(
@@ -148,18 +156,40 @@ def select_and_fit(pool: Pool, mask: Mask, *, max_members: int, rounds: int = 12
         rounds=rounds,
         candidates=candidates,
     )
+    fitted = fit_mix(pool, mix, mask)
+    return shrink(pool, fitted if pool.nll(fitted)[mask].mean() <= pool.nll(mix)[mask].mean() else mix, mask, groups)
+
+
+def fit_mix(pool: Pool, start: F64, mask: Mask) -> F64:
+    """The coefficients [K] of the members of `start` that minimise the mean loss over the masked tokens."""
     if pool.space is Space.LOGITS:
-        fitted = convex(pool, mix, mask)
-    else:
-        used = np.flatnonzero(mix)
-        fitted = np.zeros_like(mix)
-        fitted[used] = em(pool.single[used][:, mask], mix[used])
-    return fitted if pool.nll(fitted)[mask].mean() <= pool.nll(mix)[mask].mean() else mix
+        return convex(pool, start, mask)
+    used = np.flatnonzero(start)
+    fitted = np.zeros_like(start)
+    fitted[used] = em(pool.single[used][:, mask], start[used])
+    return fitted
 
 
-def cross_validated(pool: Pool, groups: npt.NDArray[np.int64], *, folds: int, max_members: int) -> float:
-    """Mean loss of mixes on documents that were used neither to select nor to fit them (the outer loop of nested
-    cross-validation).
+def shrink(pool: Pool, mix: F64, mask: Mask, groups: Groups, *, folds: int = 3) -> tuple[F64, float]:
+    """(the mix [K] moved towards the uniform one of its members, by which share). Mixes that are fitted on some of the
+    documents choose the share on the others; 0 if there are fewer than two documents."""
+    used = mix != 0
+    documents = np.unique(groups[mask])
+    if used.sum() == 1 or len(documents) < 2:
+        return mix, 0.0
+    uniform = used / used.sum()
+    losses = np.zeros(len(SHARES))
+    for fold in np.array_split(np.random.default_rng(1).permutation(documents), min(folds, len(documents))):
+        held = mask & np.isin(groups, fold)
+        fitted = fit_mix(pool, uniform, mask & ~held)
+        losses += [float(pool.nll((1 - share) * fitted + share * uniform)[held].sum()) for share in SHARES]
+    share = SHARES[int(np.argmin(losses))]
+    return (1 - share) * mix + share * uniform, share
+
+
+def cross_validated(pool: Pool, groups: Groups, *, folds: int, max_members: int) -> float:
+    """Mean loss of mixes on documents that were used neither to select nor to fit nor to shrink them (the outer loop of
+    nested cross-validation).
 
     `groups` [T]: the document of each token. No document is on both sides of a split.
     """
@@ -168,7 +198,8 @@ def cross_validated(pool: Pool, groups: npt.NDArray[np.int64], *, folds: int, ma
     total = 0.0
     for fold in np.array_split(documents, min(folds, len(documents))):
         held = np.isin(groups, fold)
-        total += float(pool.nll(select_and_fit(pool, ~held, max_members=max_members))[held].sum())
+        mix, _ = select_and_fit(pool, ~held, groups, max_members=max_members)
+        total += float(pool.nll(mix)[held].sum())
     return total / len(groups)
 
 

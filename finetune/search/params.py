@@ -1,4 +1,4 @@
-"""`SearchParams`, `SearchSpace` and `FuseParams`: the settings of a search and of a fusion."""
+"""`SearchParams`, `SearchSpace`, `FuseParams` and `DistilParams`: the settings of a search, a fusion and a student."""
 
 from __future__ import annotations
 
@@ -73,3 +73,25 @@ class FuseParams:
             raise ConfigError(
                 f"max_members must be at least 1 and folds at least 2, got {self.max_members} and {self.folds}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class DistilParams:
+    """How to distil. Raises `ConfigError` at construction if a value is not possible."""
+
+    base: TuneParams = field(default_factory=TuneParams)
+    share: float = described(0.9, "Share of the loss that is the divergence from the ensemble; the rest is the data's.")
+    test_examples: int = described(128, "Examples for the final figures, at most; they decide nothing.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
+        if self.test_examples < 1:
+            raise ConfigError(f"test_examples must be at least 1, got {self.test_examples}")
+        if self.base.epsilon is not None or self.base.augmentation != "none" or self.base.head:
+            raise ConfigError(
+                "a student cannot be private (epsilon), learn from augmented examples, or have a head of its own; "
+                "leave these out"
+            )
+        if self.base.loss != "answer":
+            raise ConfigError("a student learns from the last answer of an example; set loss to answer")

@@ -29,7 +29,7 @@ from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.layout import decoder_layout
 from ...runtime.model.members import MemberKind
-from ..data.batches import TrainBatch
+from ..data.batches import Item, TrainBatch, make_batch
 from ..params import TuneParams
 from .trunk_cache import run_trunk
 
@@ -95,6 +95,10 @@ class Learner(nn.Module):
             self.decoder.head(self._states(batch)).float().transpose(1, 2), targets, ignore_index=-1, reduction="none"
         )
         return losses.sum(1) / (targets >= 0).sum(1)
+
+    def states_of(self, item: Item) -> Tensor:
+        """[targets, hidden]: the final states of one example at the positions that predict its answer."""
+        return self._states(make_batch([item]))[0]
 
     def _states(self, batch: TrainBatch) -> Tensor:
         share = 0.0 if self.adapts else self.params.dropout  # an adapter has its own dropout

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,15 @@ def run(
     progress: Progress | None = None,
     watch: Watch | None = None,
     loaded: RunData | None = None,
+    make_learner: Callable[..., Learner] = Learner,
+    key: Mapping[str, Any] | None = None,
+    finish: Callable[[Learner], dict[str, Any]] = lambda _learner: {},
 ) -> dict[str, Any]:
-    """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it."""
+    """One run on a workbench: see `tune`. `loaded`: data that `bench.load` returned; the run draws its bag from it.
+
+    `make_learner`: called with what `Learner` takes. `key`: what the result depends on besides parameters, base and
+    data. `finish`: called with the trained learner; it returns more of the manifest.
+    """
     progress = progress or Progress(False)
     params = params.fitted(bench.config.max_position_embeddings)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
@@ -162,17 +169,18 @@ def run(
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
     work = work_dir(out)
     FORMATS[params.kind].check_replaceable(out)
-    key = {
+    all_that_counts = {
+        **(key or {}),
         "params": params.to_dict(),
         "base": bench.digest,
         "encoded": loaded.report.encoded,  # changes with the data, its split, the tokenizer and the chat template
         "cached": bench.cache is not None,
     }
-    had_files, is_same = (work / KEY).is_file(), open_work(work, key)
+    had_files, is_same = (work / KEY).is_file(), open_work(work, all_that_counts)
     if had_files and not is_same:
         progress.note(f"'{work}' held an unfinished run with other settings, model or data: starting anew")
 
-    learner = Learner(bench.config, bench.base, params)
+    learner = make_learner(bench.config, bench.base, params)
     module, every, privacy = _module(learner, params, train, work)
     batches = [batch for segment in module.segments for batch in segment]
     shown = progress.training(name, [sum(len(train[i].encoded.token_ids) for i in batch) for batch in batches])
@@ -193,6 +201,7 @@ def run(
         "chosen_by": chosen_by(bench.dataset, len(validation), encoded_digest([item.encoded for item in validation])),
         "environment": environment(),
         "privacy": privacy,
+        **finish(learner),
     }
     learner.write(out, manifest, {CARD: model_card(manifest)})
     shutil.rmtree(work)

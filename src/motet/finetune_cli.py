@@ -1,4 +1,4 @@
-"""The fine-tuning commands: tune, search, fuse, repro, and `bench finetune`."""
+"""The fine-tuning commands: tune, search, fuse, distil, repro, and `bench finetune`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .finetune.params import NearDuplicates, TuneParams
-from .finetune.search.params import FuseParams, SearchParams, SearchSpace
+from .finetune.search.params import DistilParams, FuseParams, SearchParams, SearchSpace
 from .options import by_name
 from .parameter_options import with_parameters, words
 from .runtime.api.request import Space
@@ -24,11 +24,26 @@ CacheDir = Annotated[Path | None, typer.Option(help="Trunk cache; default: $MOTE
 CacheSize = Annotated[float, typer.Option(min=0.0, help="Largest size of the trunk cache, GB.")]
 # What all trials of a search have in common.
 SEARCH_BASE = ("method", "examples", "validation_examples", "epochs", "bag", "max_length", "loss", "epsilon")
+# What a student's training has of `TuneParams`.
+STUDENT = (
+    *("method", "layers", "rank", "alpha", "targets", "examples", "validation_examples", "epochs", "learning_rate"),
+    *(
+        "weight_decay",
+        "dropout",
+        "schedule",
+        "batch_tokens",
+        "max_length",
+        "precision",
+        "evaluations",
+        "patience",
+        "seed",
+    ),
+)
 
 
 def mount(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to `app` and `bench`."""
-    for command in (tune, search, fuse, repro):
+    for command in (tune, search, fuse, distil, repro):
         app.command()(command)
     bench.command("finetune")(bench_finetune)
     bench.command("busy-finetune")(bench_busy_finetune)
@@ -142,6 +157,37 @@ def fuse(
         result = run(bench, members, out, params, progress=progress)
     print(fusion_card(result))
     print(f"motet export {model} BUNDLE --fusion {out}")
+
+
+@with_parameters("params", DistilParams())
+@with_parameters("base", TuneParams(), only=STUDENT)
+def distil(
+    model: Model,
+    data: Data,
+    fusion: Annotated[Path, typer.Option(help="Directory that `motet fuse` wrote.")],
+    out: Annotated[Path, typer.Option(help="Directory of the student. The same call resumes a killed run.")],
+    base: TuneParams,
+    params: DistilParams,
+    name: Annotated[str | None, typer.Option(help="The student's name; default: the directory's.")] = None,
+    cache: CacheDir = None,
+    cache_gb: CacheSize = 8.0,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
+) -> None:
+    """Distil a fused ensemble into one student, a tail or an adapter."""
+    from .finetune.search.distil import distil as run
+    from .finetune.search.fuse import change
+    from .finetune.training.progress import Progress
+    from .finetune.training.train import Workbench
+    from .runtime.checkpoints.store import resolve_model
+
+    bench = Workbench(resolve_model(model), data, _cache(cache, cache_gb), near_duplicates)
+    with Progress() as progress:
+        params = dataclasses.replace(params, base=base)
+        found = run(bench, fusion, out, params, name=name, progress=progress)["distilled"]
+    for who, loss in found["test"].items():
+        print(f"{who:12} {loss:.4f} nats per token on {found['tokens']} test tokens")
+    print(f"student against the best single member: {change(found['student_against_best_single'])}, over documents")
+    print(f"{out}: {found['share_kept']:.0%} of the ensemble's gain kept, for the price of one member")
 
 
 def repro(

@@ -16,7 +16,7 @@ from helpers.compare import relative_error
 from motet.export.bundle_writer import export_bundle
 from motet.export.parity import HeldOut, read_parity
 from motet.finetune.params import TuneParams
-from motet.finetune.search.fuse import member_decoder
+from motet.finetune.search.answers import member_decoder
 from motet.finetune.training.train import tune
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.checkpoints.decoder import Decoder

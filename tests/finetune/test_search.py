@@ -17,7 +17,17 @@ import pytest
 import torch
 from motet.finetune.params import TuneParams
 from motet.finetune.search.fuse import fuse
-from motet.finetune.search.mixfit import Pool, convex, cross_validated, em, greedy, paired_bootstrap, select_and_fit
+from motet.finetune.search.mixfit import (
+    Pool,
+    convex,
+    cross_validated,
+    em,
+    fit_mix,
+    greedy,
+    paired_bootstrap,
+    select_and_fit,
+    shrink,
+)
 from motet.finetune.search.params import FuseParams, SearchParams, SearchSpace
 from motet.finetune.search.repro import repro
 from motet.finetune.search.search import private_budget, read_trials, search
@@ -82,7 +92,12 @@ def test_search_and_fuse(bench, tmp_path):
         others = np.random.default_rng(0).dirichlet(
             np.ones(len(mix)), 20
         )  # other mixes of the same members are no better
-        assert fitted <= min(mixed_nll(scored, dict(zip(mix, other)), space) for other in others) + 1e-4
+        share = fused["shrinkage"]
+        if share < 1:
+            best = {name: (m - share / len(mix)) / (1 - share) for name, m in mix.items()}  # before it was shrunk
+            assert mixed_nll(scored, best, space) <= min(
+                mixed_nll(scored, dict(zip(mix, other)), space) + 1e-4 for other in others
+            )
         card = (tmp_path / f"f-{space}" / "README.md").read_text()
         figures = " | ".join(f"{report['fitted'][name]:.4f}" for name in ("validation", "validation_nested", "test"))
         assert f"| fitted mix | {figures} |" in card
@@ -247,7 +262,9 @@ def make_pool(space, seed=0):
 def test_fitting(space):
     pool = make_pool(space)
     mask = np.ones(300, bool)
-    mix = select_and_fit(pool, mask, max_members=3)
+    groups = np.arange(300) // 10
+    mix, share = select_and_fit(pool, mask, groups, max_members=3)
+    assert 0 <= share <= 1
     assert mix.sum() == pytest.approx(1)
     assert (mix >= 0).all() and mix[1] > 0.2 and mix[2] < 0.05
     assert pool.nll(mix).mean() < pool.single[:2].mean(axis=1).min()
@@ -255,6 +272,23 @@ def test_fitting(space):
         grid = [np.array([a, 1 - a, 0, 0]) for a in np.linspace(0, 1, 41)]
         fitted = convex(pool, np.array([0.5, 0.5, 0, 0]), mask)
         assert pool.nll(fitted).mean() <= min(pool.nll(m).mean() for m in grid) + 1e-5
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_a_mix_of_equals_is_shrunk_to_uniform(space):
+    """Two equally good members: what a fit on few documents prefers is their noise. A bad member is not given a share."""
+    pool = make_pool(space, seed=3)
+    groups, few = np.arange(300) // 10, np.arange(300) < 60
+    uniform = np.array([0.5, 0.5, 0, 0])
+    mix, share = shrink(pool, fit_mix(pool, uniform, few), few, groups)
+    assert share > 0
+    assert mix.tolist() == pytest.approx(((1 - share) * fit_mix(pool, uniform, few) + share * uniform).tolist())
+    bad = np.array([0.5, 0, 0.5, 0])
+    mix, share = shrink(pool, fit_mix(pool, bad, few), few, groups)
+    assert share < 1 and mix[2] < 0.25
+    alone, share = shrink(pool, np.array([0, 1.0, 0, 0]), few, groups)
+    assert (alone.tolist(), share) == ([0, 1, 0, 0], 0.0)
+    assert shrink(pool, uniform, few, np.zeros(300, int))[1] == 0.0  # one document
 
 
 def test_em_is_the_best_point_of_the_simplex():
@@ -274,7 +308,7 @@ def test_greedy_wants_what_a_member_adds():
 def test_nested_cross_validation_and_bootstrap_are_honest():
     pool = make_pool(Space.PROBS)
     groups = np.arange(300) // 10
-    mix = select_and_fit(pool, np.ones(300, bool), max_members=3)
+    mix, _ = select_and_fit(pool, np.ones(300, bool), groups, max_members=3)
     assert cross_validated(pool, groups, folds=4, max_members=3) >= pool.nll(mix).mean() - 1e-9
     interval = paired_bootstrap(pool.single[2], pool.single[0], groups)
     assert interval.low < interval.change < interval.high < 0
