@@ -21,11 +21,22 @@ class SearchSpace:
     l1: tuple[float, float] = (1e-9, 1e-6)
     dropout: tuple[float, float] = (0.0, 0.3)
     label_smoothing: tuple[float, float] = (0.0, 0.15)
-    layers: tuple[int, ...] = described((1, 2, 4), "How many of the last layers to train: choices, for tails.")
-    rank: tuple[int, ...] = (4, 8, 16)
+    layers: tuple[int, ...] = described(
+        (), "How many of the last layers to train: choices; default: 1,2,4 for tails, 10 for adapters."
+    )
+    rank: tuple[int, ...] = described((4, 8, 16), "Ranks of adapters: choices.")
     batch_tokens: tuple[int, ...] = (512, 1024, 2048)
     schedule: tuple[str, ...] = ("cosine", "linear", "constant")
     augmentation: tuple[str, ...] = described(("none",), "Choices; each but none costs one more pass of the trunk.")
+
+    def layers_of(self, method: str, num_layers: int) -> tuple[int, ...]:
+        """The choices of layers for a model with `num_layers`; those that are more are left out. Raises `ConfigError` if
+        none is left."""
+        default = (1, 2, 4) if MemberKind.of_method(method).own_layers else (min(10, num_layers),)
+        found = tuple(n for n in self.layers or default if n <= num_layers)
+        if not found:
+            raise ConfigError(f"layers {self.layers} are more than the model's {num_layers}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) for name, value in dataclasses.asdict(self).items()}
@@ -41,16 +52,38 @@ class SearchParams:
     seed: int = described(0, "Seed of the search; each trial has its own, made from it.")
     sampler: Literal["gp", "random"] = described("gp", "gp: Bayesian, with a Gaussian process.")
     startup: int = 5  # random trials before the Gaussian process suggests
-    prune: bool = described(True, "Stop trials early that are worse than most others at the same point.")
+    objective: Literal["trial", "ensemble"] = described(
+        "trial", "What is minimised: each trial's loss, or that of the ensemble that it would complete."
+    )
+    members: int = described(4, "Members of that ensemble, at most.")
+    cost: float = described(0.0, "Nats per token that each further trained layer must gain.")
+    prune: bool | None = described(
+        None,
+        "Stop trials early that are worse than most others at the same point; default: with the objective trial. A trial that "
+        "is stopped is no member.",
+    )
+
+    @property
+    def prunes(self) -> bool:
+        return self.objective == "trial" if self.prune is None else self.prune
 
     def __post_init__(self) -> None:
+        if self.objective not in ("trial", "ensemble"):
+            raise ConfigError(f"objective must be trial or ensemble, got '{self.objective}'")
+        if self.members < 1 or (self.members != 4 and self.objective == "trial"):
+            raise ConfigError(
+                f"members is the size of the objective ensemble's mix, at least 1, got {self.members} with objective "
+                f"'{self.objective}'"
+            )
+        if not 0 <= self.cost < float("inf"):
+            raise ConfigError(f"cost must be a number of at least 0, got {self.cost}")
         if self.trials < 1:
             raise ConfigError(f"trials must be at least 1, got {self.trials}")
         if self.sampler not in ("gp", "random"):
             raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
-        if self.base.kind is MemberKind.ADAPTER and self.space.layers != SearchSpace().layers:
+        if self.base.kind.own_layers and self.space.rank != SearchSpace().rank:
             raise ConfigError(
-                f"layers are choices for tails; method '{self.base.method}' adapts all layers: leave them out"
+                f"rank is a choice for adapters, and method '{self.base.method}' makes none; leave it out"
             )
         if self.base.epsilon is not None and self.base.augmentation != "none":
             raise ConfigError("a private search cannot use augmentation; set augmentation to none")

@@ -3,6 +3,7 @@
     search.json         the settings; a call with other settings is refused
     trials.jsonl        finished trials, one per line, appended and flushed
     trials/NNN/         each trial's tail or adapter
+    losses/NNN.npy      its loss at each validation token
     report.html         history, importance, parallel coordinates
     privacy.json        what the trials of a private search spend together
 
@@ -21,14 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, MotetError, NumericalError
 from ..data.example import Split
 from ..params import TuneParams
 from ..training.loop import Watch
+from ..training.methods import Learner
 from ..training.progress import Progress
 from ..training.provenance import environment
-from ..training.train import RunData, Workbench, note_duplicates, privacy_record, run, work_dir
+from ..training.train import RunData, Workbench, note_duplicates, privacy_record, run, token_losses, work_dir
+from .mixfit import F64
+from .objective import chosen_members, mixed_loss, trial_values
 from .params import SearchParams
 from .report import write_report
 from .space import Trial, as_params, distributions, fixed, is_hopeless, suggest
@@ -45,11 +51,28 @@ class SearchResult:
     trials: tuple[Trial, ...]
     best: Trial
     directory: Path
+    ensemble: float  # validation loss of the ensemble of complete trials that greedy selection takes, in probs space
 
     def members(self) -> list[Path]:
         """The directories of the complete trials, best first."""
         done = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: t.value)
         return [trial_dir(self.directory, trial.number) for trial in done]
+
+
+def _losses_file(directory: Path, number: int) -> Path:
+    return directory / "losses" / f"{number:03d}.npy"
+
+
+def _read_losses(directory: Path, trials: Sequence[Trial]) -> dict[int, F64]:
+    """[T] losses at the validation tokens of each complete trial. Raises `BundleError` if one is missing or damaged."""
+    found = {}
+    for number in (trial.number for trial in trials if trial.state == "complete"):
+        path = _losses_file(directory, number)
+        try:
+            found[number] = np.load(path).astype(np.float64)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
+    return found
 
 
 def trial_dir(directory: Path, number: int) -> Path:
@@ -91,7 +114,10 @@ def search(
         on_trial(trial, min(trials, key=lambda t: t.value))
         write_report(out / REPORT, out.name, trials, space)
     best = min(trials, key=lambda t: t.value)
-    return SearchResult(tuple(trials), best, out)
+    losses = _read_losses(out, trials)
+    rows = np.stack(list(losses.values())) if losses else None
+    ensemble = best.value if rows is None else mixed_loss(rows[chosen_members(rows, params.members)])
+    return SearchResult(tuple(trials), best, out, ensemble)
 
 
 def _open(bench: Workbench, out: Path, params: SearchParams) -> None:
@@ -150,9 +176,8 @@ class _Data:
         self._loaded: dict[tuple[int, str], RunData] = {}
 
     def get(self, params: TuneParams) -> RunData:
-        deepest = max(n for n in (*self._params.space.layers, 0) if n <= self._bench.config.num_layers)
-        if params.method == "tail" and deepest:
-            self._load(as_params(params, {"layers": deepest}, params.seed))
+        deepest = max(self._params.space.layers_of(params.method, self._bench.config.num_layers))
+        self._load(as_params(params, {"layers": deepest}, params.seed))
         return self._load(params)
 
     def _load(self, params: TuneParams) -> RunData:
@@ -172,8 +197,15 @@ def _one(
     progress: Progress,
 ) -> Trial:
     number = len(trials)
-    values = suggest(trials, space, sampler=params.sampler, seed=params.seed, startup=params.startup)
-    single = fixed(params.space, params.base.method)
+    objective = trial_values(
+        trials,
+        _read_losses(out, trials) if params.objective == "ensemble" else {},
+        objective=params.objective,
+        members=params.members,
+        cost=params.cost,
+    )
+    values = suggest(trials, space, sampler=params.sampler, seed=params.seed, startup=params.startup, values=objective)
+    single = fixed(params.space, params.base.method, bench.config.num_layers)
     if params.base.epsilon is not None:
         single.pop("augmentation", None)
     settings = as_params(params.base, {**single, **values}, params.seed * 1000 + number)
@@ -182,7 +214,7 @@ def _one(
     def validated(_step: int, loss: float) -> None:
         curve.append((len(curve), loss))
         last = len(curve) == params.base.evaluations
-        if params.prune and not last and is_hopeless(trials, len(curve) - 1, loss):
+        if params.prunes and not last and is_hopeless(trials, len(curve) - 1, loss):
             raise _Pruned
 
     loaded = data.get(settings)
@@ -192,11 +224,20 @@ def _one(
     privacy = privacy_record(
         settings, len(loaded.parts["train"])
     )  # a trial that is stopped early counts as a whole one
+
+    def keep_losses(learner: Learner) -> dict[str, Any]:
+        file = _losses_file(out, number)
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, token_losses(learner, loaded.parts["validation"]))
+        return {}
+
     try:
         manifest = _finished(path, settings.fitted(bench.config.max_position_embeddings))
         if manifest is None:
             watch = Watch(validated=validated)
-            manifest = run(bench, path, settings, name=name, progress=progress, watch=watch, loaded=loaded)
+            manifest = run(
+                bench, path, settings, name=name, progress=progress, watch=watch, loaded=loaded, finish=keep_losses
+            )
         metrics = manifest["metrics"]
         value = float(metrics["validation_loss_after"])
         curve = [(i, float(loss)) for i, (_, loss) in enumerate(metrics["validation_curve"])]

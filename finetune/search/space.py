@@ -16,7 +16,6 @@ from typing import Any, Literal
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from ...runtime.errors import ConfigError
 from ...runtime.model.members import MemberKind
 from ..params import TuneParams
 from .params import SearchSpace
@@ -26,26 +25,24 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 def distributions(space: SearchSpace, method: str, num_layers: int) -> dict[str, BaseDistribution]:
     """The dimensions of a search: name → distribution. Raises `ConfigError` if no choice of layers fits the model."""
-    layers = tuple(n for n in space.layers if n <= num_layers)
-    if not layers:
-        raise ConfigError(f"layers {space.layers} are more than the model's {num_layers}")
     result: dict[str, BaseDistribution] = {
         name: FloatDistribution(*getattr(space, name), log=True) for name in ("learning_rate", "weight_decay", "l1")
     }
     result |= {name: FloatDistribution(*getattr(space, name)) for name in ("dropout", "label_smoothing")}
-    choices: dict[str, Sequence[Any]] = {"layers": layers} if _makes_layers(method) else {"rank": space.rank}
-    choices |= {name: getattr(space, name) for name in ("batch_tokens", "schedule", "augmentation")}
-    return result | {name: CategoricalDistribution(tuple(c)) for name, c in choices.items() if len(c) > 1}
+    choices = _choices(space, method, num_layers)
+    return result | {name: CategoricalDistribution(c) for name, c in choices.items() if len(c) > 1}
 
 
-def fixed(space: SearchSpace, method: str) -> dict[str, Any]:
+def fixed(space: SearchSpace, method: str, num_layers: int) -> dict[str, Any]:
     """The hyper-parameters that have a single choice."""
-    names = ["batch_tokens", "schedule", "augmentation", "layers" if _makes_layers(method) else "rank"]
-    return {name: getattr(space, name)[0] for name in names if len(getattr(space, name)) == 1}
+    return {name: c[0] for name, c in _choices(space, method, num_layers).items() if len(c) == 1}
 
 
-def _makes_layers(method: str) -> bool:
-    return MemberKind.of_method(method).own_layers
+def _choices(space: SearchSpace, method: str, num_layers: int) -> dict[str, tuple[Any, ...]]:
+    names = ["batch_tokens", "schedule", "augmentation"]
+    if not MemberKind.of_method(method).own_layers:
+        names.append("rank")
+    return {"layers": space.layers_of(method, num_layers)} | {name: getattr(space, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +67,16 @@ class Trial:
 
 
 def suggest(
-    trials: Sequence[Trial], space: Mapping[str, BaseDistribution], *, sampler: str, seed: int, startup: int
+    trials: Sequence[Trial],
+    space: Mapping[str, BaseDistribution],
+    *,
+    sampler: str,
+    seed: int,
+    startup: int,
+    values: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """The next point: dimension → value. `sampler` is gp or random; the first `startup` points are random with both."""
+    """The next point: dimension → value. `sampler` is gp or random; the first `startup` points are random with both.
+    `values`: what is minimised, of each trial; default: its loss."""
     number = len(trials)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -81,20 +85,25 @@ def suggest(
             chosen = optuna.samplers.GPSampler(seed=seed * 10_007 + number, n_startup_trials=startup)
         else:
             chosen = optuna.samplers.RandomSampler(seed=seed * 10_007 + number)
-        study = as_study(trials, space, chosen)
+        study = as_study(trials, space, chosen, values)
         return dict(study.ask(dict(space)).params)
 
 
-def as_study(trials: Sequence[Trial], space: Mapping[str, BaseDistribution], sampler: Any = None) -> Any:
+def as_study(
+    trials: Sequence[Trial],
+    space: Mapping[str, BaseDistribution],
+    sampler: Any = None,
+    values: Sequence[float] | None = None,
+) -> Any:
     """The trials as an Optuna study. Pruned and diverged trials are included with their bad values, so that the Gaussian
     process learns to avoid their region."""
     study = optuna.create_study(sampler=sampler)
-    for trial in trials:
+    for trial, value in zip(trials, values or [trial.value for trial in trials], strict=True):
         study.add_trial(
             optuna.trial.create_trial(
                 params=dict(trial.params),
                 distributions=dict(space),
-                value=trial.value,
+                value=value,
                 intermediate_values=dict(trial.curve),
             )
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -267,6 +269,19 @@ def _module(
     spent = budget(params, len(train))
     segments, every = cut(private_segments(spent, len(train), work), params)
     return PrivateModule(learner, segments, train, work, spent), every, spent.to_dict()
+
+
+@torch.no_grad()
+def token_losses(learner: Learner, items: list[Item]) -> npt.NDArray[np.float32]:
+    """[T] negative log-likelihood of each answer token in nats, in the items' order, without dropout."""
+    learner.eval()
+    losses = []
+    for item in items:
+        logits = learner.decoder.head(learner.states_of(item)).float()
+        targets = torch.tensor([item.encoded.token_ids[index] for index in item.encoded.targets])
+        losses.append(torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none").cpu())
+    learner.train()
+    return np.asarray(torch.cat(losses).numpy())
 
 
 @torch.no_grad()

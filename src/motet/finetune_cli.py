@@ -23,7 +23,10 @@ Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, J
 CacheDir = Annotated[Path | None, typer.Option(help="Trunk cache; default: $MOTET_HOME/trunk-cache.")]
 CacheSize = Annotated[float, typer.Option(min=0.0, help="Largest size of the trunk cache, GB.")]
 # What all trials of a search have in common.
-SEARCH_BASE = ("method", "examples", "validation_examples", "epochs", "bag", "max_length", "loss", "epsilon")
+SEARCH_BASE = (
+    *("method", "targets", "alpha", "examples", "validation_examples", "epochs", "bag", "max_length", "loss"),
+    *("precision", "epsilon"),
+)
 # What a student's training has of `TuneParams`.
 STUDENT = (
     *("method", "layers", "rank", "alpha", "targets", "examples", "validation_examples", "epochs", "learning_rate"),
@@ -122,7 +125,10 @@ def search(
 
     with Progress() as progress:
         result = run(bench, out, params, on_trial=on_trial, progress=progress)
-    print(f"{out}: best validation loss {result.best.value:.4f}; see {out / REPORT}, then `motet fuse`")
+    print(
+        f"{out}: best validation loss {result.best.value:.4f}, ensemble of at most {params.members} {result.ensemble:.4f}; "
+        f"see {out / REPORT}, then `motet fuse`"
+    )
     if base.epsilon is not None:
         spent = private_budget(result.trials)
         print(

@@ -240,7 +240,23 @@ def test_options_are_used_or_refused(settings):
         TuneParams(**settings)
 
 
-def test_a_search_over_adapters_has_no_choice_of_layers():
-    with pytest.raises(ConfigError, match="layers are choices for tails"):
-        SearchParams(TuneParams(method="lora"), SearchSpace(layers=(1,)))
-    assert SearchParams(TuneParams(method="lora")).base.method == "lora"
+def test_a_search_has_choices_of_layers_for_tails_and_adapters():
+    with pytest.raises(ConfigError, match="rank is a choice for adapters"):
+        SearchParams(TuneParams(method="tail"), SearchSpace(rank=(4,)))
+    assert SearchSpace().layers_of("tail", 3) == (1, 2)
+    assert SearchSpace().layers_of("lora", 30) == (10,)
+    assert SearchSpace().layers_of("lora", 4) == (4,)
+    assert SearchSpace(layers=(2, 8)).layers_of("lora", 4) == (2,)
+    with pytest.raises(ConfigError, match=r"layers \(8,\) are more than the model's 4"):
+        SearchSpace(layers=(8,)).layers_of("lora", 4)
+
+
+def test_what_a_search_minimises_is_said():
+    with pytest.raises(ConfigError, match="objective must be trial or ensemble, got 'mix'"):
+        SearchParams(objective="mix")
+    with pytest.raises(ConfigError, match="members is the size of the objective ensemble's mix"):
+        SearchParams(members=3)
+    with pytest.raises(ConfigError, match="cost must be a number of at least 0"):
+        SearchParams(cost=-1.0)
+    assert [SearchParams(objective=o).prunes for o in ("trial", "ensemble")] == [True, False]
+    assert SearchParams(objective="ensemble", members=3, prune=True).prunes

@@ -28,6 +28,7 @@ from motet.finetune.search.mixfit import (
     select_and_fit,
     shrink,
 )
+from motet.finetune.search.objective import chosen_members, mixed_loss, trial_values
 from motet.finetune.search.params import FuseParams, SearchParams, SearchSpace
 from motet.finetune.search.repro import repro
 from motet.finetune.search.search import private_budget, read_trials, search
@@ -303,6 +304,58 @@ def test_greedy_wants_what_a_member_adds():
     errors = np.array([[1.0, 0.0], [1.05, 0.0], [0.0, 1.4]])
     mix = greedy(3, lambda m: float(np.square(m @ errors).sum()), max_members=2, rounds=8, candidates=range(3))
     assert mix[0] > 0 and mix[2] > 0 and mix[1] == 0
+
+
+def trial(number, value, state="complete", **params):
+    return Trial(number, params, value, ((0, value),), state, 1.0)
+
+
+def test_a_trial_is_judged_by_the_ensemble_that_it_would_complete():
+    """Trials 0 and 1 are good and alike; 2 is worse alone but right where they are wrong; 3 was stopped."""
+    losses = {0: np.tile([0.1, 3.0], 50), 1: np.tile([0.1, 3.1], 50), 2: np.tile([3.4, 0.1], 50)}
+    trials = [trial(k, float(rows.mean()), layers=k + 1) for k, rows in losses.items()] + [
+        trial(3, 0.2, "pruned", layers=1)
+    ]
+    settings = {"losses": losses, "members": 2}
+    alone = trial_values(trials, objective="trial", cost=0.0, **settings)
+    assert alone == [t.value for t in trials]
+    together = trial_values(trials, objective="ensemble", cost=0.0, **settings)
+    assert np.argmin(together) == 2 or together[0] == together[2]  # 0 and 2 complete each other
+    assert together[2] < together[1] <= together[3] == max(together)
+    assert together[2] == pytest.approx(mixed_loss(np.stack([losses[0], losses[2]])))
+    priced = trial_values(trials, objective="ensemble", cost=0.5, **settings)
+    assert np.subtract(priced, together).tolist() == pytest.approx([0.5, 1.0, 1.5, 0.5])
+
+
+def test_the_choice_of_members_is_the_best_pair():
+    rng = np.random.default_rng(0)
+    rows = rng.exponential(1.0, (6, 400))
+    pairs = {(i, j): mixed_loss(rows[[i, j]]) for i in range(6) for j in range(i)}
+    found = chosen_members(rows, 2)
+    assert mixed_loss(rows[found]) <= sorted(pairs.values())[2]  # greedy: among the best three of fifteen
+
+
+@pytest.mark.slow
+def test_a_search_over_adapters_by_the_ensemble(bench, tmp_path):
+    """Choices of layers for adapters; losses of each trial at each validation token, which the objective is made of."""
+    base = replace(BASE, method="lora", targets=("q_proj", "down_proj"))
+    space = replace(SPACE, layers=(1, 2), rank=(2,))
+    params = SearchParams(base, space, trials=5, startup=3, objective="ensemble", members=2)
+    result = search(bench, tmp_path / "s", params)
+    assert {t.state for t in result.trials} == {"complete"}
+    assert {t.params["layers"] for t in result.trials} <= {1, 2}
+    items = bench.load(TuneParams(layers=1, validation_examples=8, max_length=100), {"validation": 8}).parts[
+        "validation"
+    ]
+    tokens = sum(item.encoded.num_targets for item in items)
+    for t in result.trials:
+        losses = np.load(tmp_path / "s" / "losses" / f"{t.number:03d}.npy")
+        assert len(losses) == tokens and losses.mean() == pytest.approx(t.value, rel=1e-3)
+    assert result.ensemble <= result.best.value + 1e-6
+    assert outcome(search(bench, tmp_path / "s", params).trials) == outcome(result.trials)
+    (tmp_path / "s" / "losses" / "001.npy").write_bytes(b"torn")
+    with pytest.raises(BundleError, match=r"001\.npy' is damaged"):
+        search(bench, tmp_path / "s", params)
 
 
 def test_nested_cross_validation_and_bootstrap_are_honest():
