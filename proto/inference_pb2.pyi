@@ -153,7 +153,7 @@ class Stopping(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "ensemble", "sampling", "stopping", "time_limit_s", "return_member_logprobs")
+    __slots__ = ("request_id", "prompt", "ensemble", "sampling", "stopping", "time_limit_s", "return_member_logprobs", "return_confidence", "abstain_below")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,8 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     TIME_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
     RETURN_MEMBER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    ABSTAIN_BELOW_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: Prompt
     ensemble: Ensemble
@@ -168,7 +170,9 @@ class GenerateRequest(_message.Message):
     stopping: Stopping
     time_limit_s: float
     return_member_logprobs: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., ensemble: _Optional[_Union[Ensemble, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., time_limit_s: _Optional[float] = ..., return_member_logprobs: _Optional[bool] = ...) -> None: ...
+    return_confidence: bool
+    abstain_below: float
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., ensemble: _Optional[_Union[Ensemble, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., time_limit_s: _Optional[float] = ..., return_member_logprobs: _Optional[bool] = ..., return_confidence: _Optional[bool] = ..., abstain_below: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -213,7 +217,7 @@ class Timings(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "choice", "text", "token_ids", "logprobs", "member_logprobs", "seed", "finish_reason", "stop", "stop_token_id", "usage", "timings")
+    __slots__ = ("request_id", "choice", "text", "token_ids", "logprobs", "member_logprobs", "seed", "finish_reason", "stop", "stop_token_id", "usage", "timings", "confidence", "disagreement", "answer_confidence", "abstained")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +230,10 @@ class GenerateResponse(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     text: str
@@ -238,7 +246,11 @@ class GenerateResponse(_message.Message):
     stop_token_id: int
     usage: Usage
     timings: Timings
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., member_logprobs: _Optional[_Iterable[_Union[MemberLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    confidence: _containers.RepeatedScalarFieldContainer[float]
+    disagreement: _containers.RepeatedScalarFieldContainer[float]
+    answer_confidence: float
+    abstained: bool
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., member_logprobs: _Optional[_Iterable[_Union[MemberLogprobs, _Mapping]]] = ..., seed: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., confidence: _Optional[_Iterable[float]] = ..., disagreement: _Optional[_Iterable[float]] = ..., answer_confidence: _Optional[float] = ..., abstained: _Optional[bool] = ...) -> None: ...
 
 class CompleteResponse(_message.Message):
     __slots__ = ("choices",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .confidence import Calibration
 from .request import Ensemble
 
 
@@ -17,4 +18,5 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int  # positions per sequence, prompt and answer together
+    calibration: Calibration | None = None  # of confidences; only where the bundle is served in this process
     digest: str = ""  # of the bundle; only where the bundle is served in this process

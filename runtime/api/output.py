@@ -43,11 +43,15 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     member_logprobs: list[list[float]] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)  # see `confidence.Calibration`
+    disagreement: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_matched: str | int | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     error: MotetError | None = None
+    answer_confidence: float | None = None  # of the whole choice; only in the last delta
+    abstained: bool = False  # it is below the request's `abstain_below`
 
     def extend(self, other: Output) -> None:
         """Append `other`, the next delta of the same choice."""
@@ -56,9 +60,12 @@ class Output:
         self.logprobs += other.logprobs
         self.top_logprobs += other.top_logprobs
         self.member_logprobs += other.member_logprobs
+        self.confidence += other.confidence
+        self.disagreement += other.disagreement
         self.finish_reason = other.finish_reason
         self.stop_matched = other.stop_matched
         self.usage, self.timings, self.error = other.usage, other.timings, other.error
+        self.answer_confidence, self.abstained = other.answer_confidence, other.abstained
 
 
 Completion = Output  # all deltas of a choice, joined

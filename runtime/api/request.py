@@ -17,6 +17,7 @@ _FLAG = Flag()
 _NAME = Text(MAX_NAME_BYTES, min_bytes=1)
 _MIX = Number(-MAX_MIX, MAX_MIX)
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
+_SHARE = Number(0, 1)
 _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
 
@@ -106,7 +107,9 @@ class GenerateRequest:
     `ensemble` None is the bundle's own. A member with view i sees `views[i - 1]`; view 0 is `prompt`. Negative
     coefficients are refused unless `allow_negative` is set. `request_id` is returned with every output; if it is
     empty, the service makes one. `time_limit_s`: seconds after arrival at which the answer ends with the tokens that
-    it has. Raises `InvalidRequestError`, `InvalidEnsembleError`.
+    it has. `return_confidence`: each token's confidence and disagreement, and the answer's confidence; the bundle must be
+    calibrated. `abstain_below` implies it: an answer with less confidence is marked as abstained. Raises
+    `InvalidRequestError`, `InvalidEnsembleError`.
     """
 
     prompt: Prompt
@@ -117,6 +120,8 @@ class GenerateRequest:
     time_limit_s: float | None = None
     return_member_logprobs: bool = False
     allow_negative: bool = False
+    return_confidence: bool = False
+    abstain_below: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, SamplingParams):
@@ -144,7 +149,7 @@ class GenerateRequest:
                     field="ensemble.members.mix",
                 )
         _REQUEST_ID.check("request_id", self.request_id)
-        _check_options(self.time_limit_s, self.return_member_logprobs)
+        _check_options(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +166,15 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     time_limit_s: float | None = None
     return_member_logprobs: bool = False
+    return_confidence: bool = False
+    abstain_below: float | None = None
     cache_salt: bytes = b""  # requests with different salts share no cached prefixes; use one salt per tenant
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt for prompt in self.prompts):
             raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
         _check_views(self.ensemble.members, len(self.prompts))
-        _check_options(self.time_limit_s, self.return_member_logprobs)
+        _check_options(self)
         if not isinstance(self.cache_salt, bytes):
             raise InvalidRequestError(
                 f"cache_salt must be bytes, got {shown(self.cache_salt)}; encode it", field="cache_salt"
@@ -183,7 +190,11 @@ def _check_views(members: tuple[Member, ...], num_views: int) -> None:
             )
 
 
-def _check_options(time_limit_s: float | None, return_member_logprobs: bool) -> None:
-    if time_limit_s is not None:
-        _TIME_LIMIT.check("time_limit_s", time_limit_s)
-    _FLAG.check("return_member_logprobs", return_member_logprobs)
+def _check_options(request: GenerateRequest | Request) -> None:
+    if request.time_limit_s is not None:
+        _TIME_LIMIT.check("time_limit_s", request.time_limit_s)
+    _FLAG.check("return_member_logprobs", request.return_member_logprobs)
+    _FLAG.check("return_confidence", request.return_confidence)
+    if request.abstain_below is not None:
+        _SHARE.check("abstain_below", request.abstain_below)
+        object.__setattr__(request, "return_confidence", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..api.confidence import Calibration, disagreement
 from ..api.output import Output, Timings, Usage
 from ..api.request import FinishReason, Request
 from ..errors import MotetError
@@ -25,6 +26,8 @@ class Answer:
     text: TextStream
     on_output: OnOutput
     arrived: float
+    calibration: Calibration | None = None
+    confidence_sum: float = 0.0  # over the tokens so far
     admitted: float | None = None
     first_token: float | None = None
     delta: Output = field(init=False)  # tokens and text that were not sent yet
@@ -54,8 +57,15 @@ class Answer:
         if self.group.params.logprobs is not None:
             self.delta.logprobs += output.logprobs[samples].tolist()
             self.delta.top_logprobs += output.top_logprobs[samples]
-        if self.group.return_member_logprobs:
+        if self.request.return_member_logprobs:
             self.delta.member_logprobs += output.member_logprobs[samples]
+        if self.calibration is not None and self.request.return_confidence:
+            mix = [member.mix for member in self.request.ensemble.members]
+            for logprob, members in zip(output.logprobs[samples].tolist(), output.member_logprobs[samples]):
+                apart = disagreement(members, mix)
+                self.delta.disagreement.append(apart)
+                self.delta.confidence.append(self.calibration.confidence(logprob, apart))
+                self.confidence_sum += self.delta.confidence[-1]
 
     def take_delta(self) -> Output:
         """What became ready since the last call. The caller owns it."""
@@ -71,6 +81,9 @@ class Answer:
             reason, delta.stop_matched = FinishReason.STOP, self.text.stopped
         delta.finish_reason, delta.error = reason, error
         delta.usage, delta.timings = self._usage(), self._timings(now)
+        if self.calibration is not None and self.request.return_confidence:
+            delta.answer_confidence = self.confidence_sum / max(1, len(self.group.output))
+            delta.abstained = delta.answer_confidence < (self.request.abstain_below or 0.0)
         return delta
 
     def _empty(self) -> Output:

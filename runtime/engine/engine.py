@@ -102,10 +102,9 @@ class Engine:
 
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
-        answers = [
-            Answer(request, group, answer_stream(self.tokenizer, request.prompts[0], request.sampling), on_output, now)
-            for group in self._admission.groups_of(request)
-        ]
+        groups = self._admission.groups_of(request)
+        streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
+        answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
         with self._wake:
             if self._failure is not None:
                 raise UnavailableError(str(self._failure))

@@ -34,5 +34,6 @@ def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
         eos_token_ids=bundle.eos_token_ids,
         vocab_size=bundle.config.vocab_size,
         max_model_len=config.positions(bundle.config.max_position_embeddings),
+        calibration=bundle.calibration,
         digest=bundle.digest,
     )

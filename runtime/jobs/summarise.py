@@ -50,12 +50,15 @@ class SummariseParams:
     seed: int = 0
     speculative_tokens: int = 8  # most per draft; summaries copy from their source. 0: no drafts
     concurrency: int | None = None  # records in flight, at most the engine's max_waiting; None: its max_num_seqs
+    abstain_below: float | None = None  # mark summaries with less confidence; the bundle must be calibrated
 
     def __post_init__(self) -> None:
         for name in ("max_summary_tokens", "chunk_tokens", "concurrency"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
+            raise ConfigError(f"abstain_below must be in 0…1, got {self.abstain_below!r}")
 
     def fitted(self, tokenizer: Tokenizer, max_model_len: int) -> SummariseParams:
         """These settings with the lengths that are used in a context of `max_model_len` positions.
@@ -144,7 +147,8 @@ def summarise(
 
     In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files, in UTF-8. Out: {"id",
     "source", "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id",
-    "source", "error": {"type", "message"}} for a record that failed; the job goes on. `on_progress` is called before
+    "source", "error": {"type", "message"}} for a record that failed; the job goes on. If the bundle is calibrated, a
+    record has "confidence" too, of the last summary, and with `abstain_below` "abstained". `on_progress` is called before
     the first record and after each, one call at a time, from any thread.
 
     Before any work, raises `NotFoundError`, `InvalidRequestError` (the output is the input, a folder, or a file that
@@ -155,6 +159,8 @@ def summarise(
         raise NotFoundError(f"there is no file or folder '{in_path}'")
     check_output(in_path, out_path)
     params = (params or SummariseParams()).fitted(engine.tokenizer, engine.model.max_model_len)
+    if params.abstain_below is not None and engine.model.calibration is None:
+        raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
     concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
     if concurrency > engine.config.max_waiting:
         raise ConfigError(f"concurrency must be at most max_waiting ({engine.config.max_waiting}), got {concurrency}")
@@ -209,6 +215,10 @@ def _summarise_record(job: _Job, record: Record) -> None:
         return
     line = {**base, "summary": summary.text.strip(), "key": _key(job, record), "mix": _mix(job.ensemble), **usage}
     line["finish_reason"] = str(summary.finish_reason)
+    if summary.answer_confidence is not None:
+        line["confidence"] = round(summary.answer_confidence, 4)
+    if job.params.abstain_below is not None:
+        line["abstained"] = summary.abstained
     with job.lock:
         job.report.done += 1
         job.report.prompt_tokens += usage["prompt_tokens"]
@@ -277,7 +287,14 @@ def _request(job: _Job, record: Record, text: str, index: int) -> Request:
         speculative_tokens=params.speculative_tokens,
     )
     prompt = _prompt(job.engine.tokenizer, params.instruction, text)
-    return Request(f"{record.number}/{index}", (prompt,), job.ensemble, sampling)
+    return Request(
+        f"{record.number}/{index}",
+        (prompt,),
+        job.ensemble,
+        sampling,
+        return_confidence=job.engine.model.calibration is not None,
+        abstain_below=params.abstain_below,
+    )
 
 
 def _write(job: _Job, line: dict[str, Any]) -> None:

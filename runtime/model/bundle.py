@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..api.confidence import Calibration
 from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
@@ -47,6 +48,7 @@ class Bundle:
     graphs: Graphs | None
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
+    calibration: Calibration | None = None  # of confidences, for the default ensemble; `motet calibrate` fits it
 
     @property
     def tails(self) -> tuple[str | None, ...]:
@@ -126,6 +128,7 @@ class Bundle:
             graphs=_graphs(manifest, members),
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
+            calibration=_calibration(manifest.get("calibration")),
         )
         if not all(type(i) is int and 0 <= i < config.vocab_size for i in bundle.eos_token_ids):
             raise BundleError(
@@ -149,6 +152,10 @@ class Bundle:
                     f"'{file}' is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…; "
                     "copy or export the bundle again"
                 )
+
+
+def _calibration(values: Mapping[str, Any] | None) -> Calibration | None:
+    return None if values is None else Calibration(*(float(values[f.name]) for f in fields(Calibration)))
 
 
 def _kind(name: str) -> MemberKind:

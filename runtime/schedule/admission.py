@@ -64,7 +64,8 @@ class Admission:
                 max_tokens=self._answer_room(request),
                 stop_ids=stop_ids,
                 editor=editor.fork(),
-                return_member_logprobs=request.return_member_logprobs,
+                return_member_logprobs=request.return_member_logprobs or request.return_confidence,
+                return_logprobs=request.return_confidence,
                 drafter=self._drafter(params),
             )
             for choice in range(params.n)
@@ -80,6 +81,12 @@ class Admission:
                     field="ensemble.members.name",
                 )
         params = request.sampling
+        if request.return_confidence and self._model.calibration is None:
+            raise InvalidRequestError(
+                f"'{self._model.name}' is not calibrated, so it has no confidences; calibrate it (motet calibrate), or leave "
+                "return_confidence and abstain_below out",
+                field="return_confidence",
+            )
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",

@@ -17,13 +17,16 @@ from .batch import ResolvedSampling
 I64 = npt.NDArray[np.int64]
 
 
-def resolve_sampling(params: SamplingParams, seed: int, member_logprobs: bool) -> ResolvedSampling:
-    """The numbers of a group's draws. A greedy draw needs no truncation: no rule removes the most probable token."""
+def resolve_sampling(
+    params: SamplingParams, seed: int, member_logprobs: bool, logprobs: bool = False
+) -> ResolvedSampling:
+    """The numbers of a group's draws. A greedy draw needs no truncation: no rule removes the most probable token.
+    `logprobs`: report the chosen token's, also if the parameters do not ask for them."""
     return ResolvedSampling(
         temperature=params.temperature,
         truncation=active_rules({name: getattr(params, name) for name in RULES}) if params.temperature else {},
         seed=seed,
-        logprobs=params.logprobs,
+        logprobs=0 if params.logprobs is None and logprobs else params.logprobs,
         member_logprobs=member_logprobs,
     )
 

@@ -97,6 +97,7 @@ class Group:
     stop_ids: frozenset[int]  # end-of-sequence and stop token ids
     editor: LogitEditor  # sees every token of the answer
     return_member_logprobs: bool = False
+    return_logprobs: bool = False  # the chosen token's, also if the parameters do not ask for them
     drafter: Drafter | None = None  # None: no speculation
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
@@ -105,7 +106,7 @@ class Group:
     sampling: ResolvedSampling = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sampling = resolve_sampling(self.params, self.seed, self.return_member_logprobs)
+        self.sampling = resolve_sampling(self.params, self.seed, self.return_member_logprobs, self.return_logprobs)
 
     def append(self, token_id: int) -> None:
         self.output.append(token_id)

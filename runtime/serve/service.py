@@ -166,6 +166,8 @@ class Service:
             size += 16 + 16 * params.logprobs
         if request.return_member_logprobs:
             size += 8 + 4 * len(request.ensemble.members)
+        if request.return_confidence:
+            size += 8
         if tokens * size > MAX_MESSAGE_BYTES:
             raise InvalidRequestError(
                 f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {MAX_MESSAGE_BYTES} bytes; "
@@ -192,6 +194,8 @@ class Service:
             sampling=request.sampling,
             time_limit_s=request.time_limit_s,
             return_member_logprobs=request.return_member_logprobs,
+            return_confidence=request.return_confidence,
+            abstain_below=request.abstain_below,
         )
 
     # ---- the model -----------------------------------------------------------------------------------------------

@@ -285,6 +285,9 @@ def summarise(
         typer.Option(help="Tokens per chunk of a long document; default: 1024, or what the context allows."),
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What to do with each text.")] = None,
+    abstain_below: Annotated[
+        float | None, typer.Option(help="Mark summaries with less confidence (0 to 1); the bundle must be calibrated.")
+    ] = None,
     threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline. A record that fails has an error in OUT, and is tried again on a rerun. Exit
@@ -298,7 +301,8 @@ def summarise(
     from .runtime.jobs.summarise import summarise as run
 
     ensemble = read_ensemble(mix, space)
-    params = SummariseParams(INSTRUCTION if instruction is None else instruction, max_summary_tokens, chunk_tokens)
+    told = INSTRUCTION if instruction is None else instruction
+    params = SummariseParams(told, max_summary_tokens, chunk_tokens, abstain_below=abstain_below)
     if not source.exists():  # before the bundle is loaded
         raise NotFoundError(f"there is no file or folder '{source}'")
     check_output(source, out)

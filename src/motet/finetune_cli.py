@@ -1,4 +1,4 @@
-"""The fine-tuning commands: tune, search, fuse, distil, repro, and `bench finetune`."""
+"""The fine-tuning commands: tune, search, fuse, distil, calibrate, repro, and `bench finetune`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .finetune.params import NearDuplicates, TuneParams
+from .finetune.params import MAX_LENGTH_HELP, NearDuplicates, TuneParams
 from .finetune.search.params import DistilParams, FuseParams, SearchParams, SearchSpace
 from .options import by_name
 from .parameter_options import with_parameters, words
@@ -46,7 +46,7 @@ STUDENT = (
 
 def mount(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands to `app` and `bench`."""
-    for command in (tune, search, fuse, distil, repro):
+    for command in (tune, search, fuse, distil, calibrate, repro):
         app.command()(command)
     bench.command("finetune")(bench_finetune)
     bench.command("busy-finetune")(bench_busy_finetune)
@@ -194,6 +194,28 @@ def distil(
         print(f"{who:12} {loss:.4f} nats per token on {found['tokens']} test tokens")
     print(f"student against the best single member: {change(found['student_against_best_single'])}, over documents")
     print(f"{out}: {found['share_kept']:.0%} of the ensemble's gain kept, for the price of one member")
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle; its manifest is changed.")],
+    data: Data,
+    examples: Annotated[int, typer.Option(help="Validation examples, at most.")] = 96,
+    test_examples: Annotated[int, typer.Option(help="Test examples, at most; they decide nothing.")] = 128,
+    max_length: Annotated[int | None, typer.Option(help=MAX_LENGTH_HELP)] = None,
+) -> None:
+    """Fit a bundle's confidences on data that no member was trained on, and measure them."""
+    from .finetune.search.calibrate import calibrate as run
+    from .finetune.training.progress import Progress
+
+    with Progress() as progress:
+        found = run(
+            bundle, data, examples=examples, test_examples=test_examples, max_length=max_length, progress=progress
+        )
+    report = found["report"]
+    print(f"{bundle}: calibrated on {report['validation_tokens']} tokens; on {report['test_tokens']} others:")
+    for name, error in report["ece"].items():
+        print(f"{name:22} expected calibration error {error:.4f}")
+    print(f"{report['accuracy']:.1%} of the most probable tokens are right")
 
 
 def repro(

@@ -66,6 +66,15 @@ def generate(
     return_member_logprobs: Annotated[
         bool, typer.Option("--member-logprobs", help="Report each member's log-probabilities of the tokens.")
     ] = False,
+    return_confidence: Annotated[
+        bool,
+        typer.Option(
+            "--confidence", help="Report how sure the answer and its tokens are; the bundle must be calibrated."
+        ),
+    ] = False,
+    abstain_below: Annotated[
+        float | None, typer.Option(help="Mark an answer with less confidence (0 to 1) as abstained.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each choice, when all have ended, as one line of JSON.")
     ] = False,
@@ -96,6 +105,8 @@ def generate(
             request_id=request_id,
             time_limit_s=time_limit_s,
             return_member_logprobs=return_member_logprobs,
+            return_confidence=return_confidence,
+            abstain_below=abstain_below,
         )
         if as_json:
             _print_json(deltas)
@@ -219,7 +230,7 @@ def _print_json(deltas: Iterator[Output]) -> None:
 
 
 def _print_figures(answer: Completion, seconds: float) -> None:
-    """Print one line per token if log-probabilities were requested, and one line for the answer."""
+    """Print one line per token if log-probabilities or confidences were requested, and one line for the answer."""
     print()
     for index, token_id in enumerate(answer.token_ids):
         line = f"token {token_id}"
@@ -228,9 +239,14 @@ def _print_figures(answer: Completion, seconds: float) -> None:
             line += f", logprob {answer.logprobs[index]:.3f}" + (f", best {best}" if best else "")
         if answer.member_logprobs:
             line += ", members " + " ".join(f"{value:.3f}" for value in answer.member_logprobs[index])
-        if answer.logprobs or answer.member_logprobs:
+        if answer.confidence:
+            line += f", confidence {answer.confidence[index]:.3f}, disagreement {answer.disagreement[index]:.3f}"
+        if answer.logprobs or answer.member_logprobs or answer.confidence:
             print(line, file=sys.stderr)
     count = len(answer.token_ids)
     name = f"{answer.request_id}: " if answer.request_id else ""
     rate = f"{count / seconds:.0f} tok/s"
-    print(f"[{name}{answer.finish_reason}, {count} tokens, {rate}, seed {answer.seed}]", file=sys.stderr)
+    sure = "" if answer.answer_confidence is None else f", confidence {answer.answer_confidence:.3f}"
+    if answer.abstained:
+        sure += " (abstained)"
+    print(f"[{name}{answer.finish_reason}, {count} tokens, {rate}, seed {answer.seed}{sure}]", file=sys.stderr)

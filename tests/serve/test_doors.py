@@ -54,6 +54,8 @@ VIEWS = GenerateRequest(
     time_limit_s=2.5,
     return_member_logprobs=True,
     allow_negative=True,
+    return_confidence=True,
+    abstain_below=0.25,
 )
 PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
@@ -110,7 +112,7 @@ def by_service(request, engine, _address, _path):
 def options_of(request):
     """As keywords of the client: sampling fields one by one."""
     sampling = {name: getattr(request.sampling, name) for name in RULES}
-    names = ("views", "request_id", "time_limit_s", "return_member_logprobs")
+    names = ("views", "request_id", "time_limit_s", "return_member_logprobs", "return_confidence", "abstain_below")
     return {"mix": request.ensemble} | {name: getattr(request, name) for name in names} | sampling
 
 
@@ -147,6 +149,10 @@ def by_cli(request, _engine, address, path):
         arguments += ["--time-limit-s", repr(request.time_limit_s)]
     if request.return_member_logprobs:
         arguments += ["--member-logprobs"]
+    if request.return_confidence:
+        arguments += ["--confidence"]
+    if request.abstain_below is not None:
+        arguments += ["--abstain-below", repr(request.abstain_below)]
     for name in RULES:
         arguments += cli_option(name, getattr(request.sampling, name))
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -179,6 +185,8 @@ def test_every_field_arrives(door, engine, tokenizer, address, tmp_path, seen):
         sampling=VIEWS.sampling,
         time_limit_s=2.5,
         return_member_logprobs=True,
+        return_confidence=True,
+        abstain_below=0.25,
     )
     for field in dataclasses.fields(Request):
         if field.name not in MADE_BY_THE_SERVICE and field.default is not dataclasses.MISSING:

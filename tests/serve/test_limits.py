@@ -151,12 +151,13 @@ def test_a_slow_reader_gets_small_messages():
     count = 3000
     output = Output(
         "id", 1, 7, "aé" * 50_000, list(range(count)), [-1.0] * count, [[(i, -1.5) for i in range(64)]] * count,
-        [[-2.0, -3.0]] * count, FinishReason.LENGTH, None, Usage(3, count), Timings(1.0, 2.0, 3.0),
+        [[-2.0, -3.0]] * count, [0.5] * count, [0.25] * count, FinishReason.LENGTH, None, Usage(3, count),
+        Timings(1.0, 2.0, 3.0), None, 0.5, True,
     )  # fmt: skip
     pieces = list(responses_from_output(output))
     assert max(piece.ByteSize() for piece in pieces) <= limits.MAX_DELTA_BYTES + 1000
     assert [piece.finish_reason for piece in pieces[:-1]] == [0] * (len(pieces) - 1)
-    assert not any(piece.HasField("usage") for piece in pieces[:-1])
+    assert not any(piece.HasField("usage") or piece.HasField("answer_confidence") for piece in pieces[:-1])
     joined = output_from_response(pieces[0])
     for piece in pieces[1:]:
         joined.extend(output_from_response(piece))

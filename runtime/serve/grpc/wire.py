@@ -56,6 +56,8 @@ def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateReques
         request_id=message.request_id,
         time_limit_s=message.time_limit_s if message.HasField("time_limit_s") else None,
         return_member_logprobs=message.return_member_logprobs,
+        return_confidence=message.return_confidence,
+        abstain_below=message.abstain_below if message.HasField("abstain_below") else None,
         allow_negative=message.ensemble.allow_negative,
     )
 
@@ -125,6 +127,8 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
         prompt=prompt_to_proto(request.prompt),
         time_limit_s=request.time_limit_s,
         return_member_logprobs=request.return_member_logprobs,
+        return_confidence=request.return_confidence,
+        abstain_below=request.abstain_below,
     )
     if request.ensemble is not None:
         message.ensemble.space = _SPACES[request.ensemble.space]
@@ -191,7 +195,7 @@ def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResp
     """A delta as messages of about `MAX_DELTA_BYTES` at most. Only the last has the finish reason, usage and timings."""
     ids, text = output.token_ids, output.text
     top = 16 * max(map(len, output.top_logprobs), default=0)
-    size = 32 + top + 8 * max(map(len, output.member_logprobs), default=0)  # bytes per token
+    size = 40 + top + 8 * max(map(len, output.member_logprobs), default=0)  # bytes per token
     count = max(1, -(-len(ids) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
     tokens, characters = -(-len(ids) // count), -(-len(text) // count)
     for index in range(count):
@@ -205,10 +209,13 @@ def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResp
             output.logprobs[at],
             output.top_logprobs[at],
             output.member_logprobs[at],
+            output.confidence[at],
+            output.disagreement[at],
         )
         if index == count - 1:
             piece.finish_reason, piece.stop_matched = output.finish_reason, output.stop_matched
             piece.usage, piece.timings = output.usage, output.timings
+            piece.answer_confidence, piece.abstained = output.answer_confidence, output.abstained
         yield response_from_output(piece)
 
 
@@ -220,6 +227,10 @@ def response_from_output(output: Output) -> inference_pb2.GenerateResponse:
         token_ids=output.token_ids,
         seed=output.seed,
         member_logprobs=[inference_pb2.MemberLogprobs(logprobs=values) for values in output.member_logprobs],
+        confidence=output.confidence,
+        disagreement=output.disagreement,
+        answer_confidence=output.answer_confidence,
+        abstained=output.abstained,
     )
     for logprob, top in zip(output.logprobs, output.top_logprobs, strict=True):
         best = [inference_pb2.TokenLogprob(token_id=token_id, logprob=value) for token_id, value in top]
@@ -254,6 +265,10 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
         logprobs=[entry.logprob for entry in message.logprobs],
         top_logprobs=[[(top.token_id, top.logprob) for top in entry.top] for entry in message.logprobs],
         member_logprobs=[list(entry.logprobs) for entry in message.member_logprobs],
+        confidence=list(message.confidence),
+        disagreement=list(message.disagreement),
+        answer_confidence=message.answer_confidence if message.HasField("answer_confidence") else None,
+        abstained=message.abstained,
         finish_reason=reasons.get(message.finish_reason),
         stop_matched=getattr(message, matched) if matched else None,
         usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
