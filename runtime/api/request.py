@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
-from .limits import MAX_MEMBERS, MAX_MIX, MAX_NAME_BYTES, MAX_REQUEST_ID_BYTES
+from .limits import MAX_CHOICES, MAX_MEMBERS, MAX_MIX, MAX_NAME_BYTES, MAX_REQUEST_ID_BYTES
 from .prompt import Prompt
-from .rules import Flag, Number, Text
+from .rules import Flag, Integer, Number, Text
 from .sampling import SamplingParams
 
 MIX_TOLERANCE = 1e-6
@@ -18,6 +18,7 @@ _NAME = Text(MAX_NAME_BYTES, min_bytes=1)
 _MIX = Number(-MAX_MIX, MAX_MIX)
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _SHARE = Number(0, 1)
+_DRAFTS = Integer(0, MAX_CHOICES)
 _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
 
@@ -108,8 +109,9 @@ class GenerateRequest:
     coefficients are refused unless `allow_negative` is set. `request_id` is returned with every output; if it is
     empty, the service makes one. `time_limit_s`: seconds after arrival at which the answer ends with the tokens that
     it has. `return_confidence`: each token's confidence and disagreement, and the answer's confidence; the bundle must be
-    calibrated. `abstain_below` implies it: an answer with less confidence is marked as abstained. Raises
-    `InvalidRequestError`, `InvalidEnsembleError`.
+    calibrated. `abstain_below` implies it: an answer with less confidence is marked as abstained. `drafts`: the answer is
+    the one of so many drafts that agrees most with the others (`engine.consensus`); it comes in one piece, when all
+    have ended. Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
 
     prompt: Prompt
@@ -122,6 +124,7 @@ class GenerateRequest:
     allow_negative: bool = False
     return_confidence: bool = False
     abstain_below: float | None = None
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, SamplingParams):
@@ -168,6 +171,7 @@ class Request:
     return_member_logprobs: bool = False
     return_confidence: bool = False
     abstain_below: float | None = None
+    drafts: int = 0  # to choose the answer from; the engine itself makes one answer, see `engine.consensus`
     cache_salt: bytes = b""  # requests with different salts share no cached prefixes; use one salt per tenant
 
     def __post_init__(self) -> None:
@@ -195,6 +199,12 @@ def _check_options(request: GenerateRequest | Request) -> None:
         _TIME_LIMIT.check("time_limit_s", request.time_limit_s)
     _FLAG.check("return_member_logprobs", request.return_member_logprobs)
     _FLAG.check("return_confidence", request.return_confidence)
+    _DRAFTS.check("drafts", request.drafts)
+    if request.drafts == 1 or (request.drafts and request.sampling.n > 1):
+        raise InvalidRequestError(
+            f"one answer is chosen of 2 drafts or more, got drafts {request.drafts} and n {request.sampling.n}; leave one out",
+            field="drafts",
+        )
     if request.abstain_below is not None:
         _SHARE.check("abstain_below", request.abstain_below)
         object.__setattr__(request, "return_confidence", True)

@@ -49,6 +49,7 @@ def _message(
     return_member_logprobs: bool = False,
     return_confidence: bool = False,
     abstain_below: float | None = None,
+    drafts: int = 0,
     sampling: SamplingParams | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateRequest:
@@ -56,8 +57,8 @@ def _message(
 
     `mix`: a mapping member → coefficient, or an `Ensemble`, whose members with view i see `views[i - 1]`; None is the
     bundle's own. `space`: of a `mix` that is a mapping; default LOGITS. `request_id` is returned with every output.
-    `time_limit_s`: seconds after which the answer ends with what it has. `return_confidence`, `abstain_below`: see
-    `GenerateRequest`. Sampling parameters are passed as `sampling`
+    `time_limit_s`: seconds after which the answer ends with what it has. `return_confidence`, `abstain_below`,
+    `drafts`: see `GenerateRequest`. Sampling parameters are passed as `sampling`
     or as keywords. Everything is checked before anything is sent; an option that would have no effect is refused.
     Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
@@ -89,6 +90,7 @@ def _message(
         return_member_logprobs=return_member_logprobs,
         return_confidence=return_confidence,
         abstain_below=abstain_below,
+        drafts=drafts,
     )
 
 
@@ -113,8 +115,8 @@ class Client:
     ...         print(delta.text, end="", flush=True)
 
     `prompt`: text, token ids, messages ({"role", "content"}), or a `Conversation`. Options: see `_message` (mix, space, views,
-    request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, sampling, or the fields of
-    `SamplingParams`). `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends
+    request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, drafts, sampling, or the fields
+    of `SamplingParams`). `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends
     with what it has. Raises the errors of
     """
 

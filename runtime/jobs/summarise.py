@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from ..api.output import Completion
 from ..api.request import Ensemble, Request
 from ..api.sampling import SamplingParams
+from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
 from ..errors import ConfigError, MotetError, NotFoundError, UnavailableError
 from ..text.documents import split_document
@@ -51,12 +52,15 @@ class SummariseParams:
     speculative_tokens: int = 8  # most per draft; summaries copy from their source. 0: no drafts
     concurrency: int | None = None  # records in flight, at most the engine's max_waiting; None: its max_num_seqs
     abstain_below: float | None = None  # mark summaries with less confidence; the bundle must be calibrated
+    drafts: int = 0  # each summary is the one of so many that agrees most with the others; 0: no drafts
 
     def __post_init__(self) -> None:
         for name in ("max_summary_tokens", "chunk_tokens", "concurrency"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.drafts, int) or isinstance(self.drafts, bool) or self.drafts < 0 or self.drafts == 1:
+            raise ConfigError(f"drafts must be 0 (none) or at least 2, got {self.drafts!r}")
         if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
             raise ConfigError(f"abstain_below must be in 0…1, got {self.abstain_below!r}")
 
@@ -159,6 +163,9 @@ def summarise(
         raise NotFoundError(f"there is no file or folder '{in_path}'")
     check_output(in_path, out_path)
     params = (params or SummariseParams()).fitted(engine.tokenizer, engine.model.max_model_len)
+    if params.drafts:  # fail early
+        sampling = SamplingParams(temperature=params.temperature, seed=params.seed)
+        draft_requests(Request("", ((0,),), ensemble or engine.model.default_ensemble, sampling, drafts=params.drafts))
     if params.abstain_below is not None and engine.model.calibration is None:
         raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
     concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
@@ -249,7 +256,11 @@ def _summarise_texts(job: _Job, record: Record, texts: list[str]) -> list[Comple
     summaries: list[Completion] = []
     for start in range(0, len(texts), window):
         requests = [_request(job, record, text, start + i) for i, text in enumerate(texts[start : start + window])]
-        summaries += [choices[0] for choices in job.engine.complete(requests)]
+        groups = [draft_requests(request) if request.drafts else [request] for request in requests]
+        found = iter([choices[0] for choices in job.engine.complete([r for group in groups for r in group])])
+        for group in groups:
+            drafts = [next(found) for _ in group]
+            summaries.append(drafts[most_agreed(drafts)])
     return summaries
 
 
@@ -294,6 +305,7 @@ def _request(job: _Job, record: Record, text: str, index: int) -> Request:
         sampling,
         return_confidence=job.engine.model.calibration is not None,
         abstain_below=params.abstain_below,
+        drafts=params.drafts,
     )
 
 

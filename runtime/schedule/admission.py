@@ -81,6 +81,11 @@ class Admission:
                     field="ensemble.members.name",
                 )
         params = request.sampling
+        if request.drafts:
+            raise InvalidRequestError(
+                "the engine makes one answer; make a request of each draft (engine.consensus), or use the service",
+                field="drafts",
+            )
         if request.return_confidence and self._model.calibration is None:
             raise InvalidRequestError(
                 f"'{self._model.name}' is not calibrated, so it has no confidences; calibrate it (motet calibrate), or leave "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
 from ..api.rules import Integer
+from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, NotFoundError, OverloadedError, shown
@@ -81,9 +83,33 @@ class Service:
         `UnavailableError`, and the error that ended a choice, such as `NumericalError`.
         """
         tokenised = await self.in_thread(lambda: self._tokenise(request))
+        if tokenised.drafts:
+            yield await self._consensus(request.request_id, tokenised)
+            return
         async with aclosing(self._answer(request.request_id, tokenised)) as outputs:
             async for output in outputs:
                 yield output
+
+    async def _consensus(self, request_id: str, tokenised: Request) -> Output:
+        """The draft that agrees most with the others, whole. Its seed is the request's."""
+        assert tokenised.sampling.seed is not None
+
+        async def run(draft: Request) -> Output:
+            choices: dict[int, Completion] = {}
+            async with aclosing(self._answer(draft.request_id, draft)) as outputs:
+                async for output in outputs:
+                    join(choices, output)
+            return choices[0]
+
+        tasks = [asyncio.create_task(run(draft)) for draft in draft_requests(tokenised)]
+        try:
+            whole = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        chosen = whole[await self.in_thread(lambda: most_agreed(whole))]
+        chosen.request_id, chosen.seed = request_id or tokenised.request_id, tokenised.sampling.seed
+        return chosen
 
     async def _answer(self, request_id: str, tokenised: Request) -> AsyncGenerator[Output, None]:
         with self._open():
@@ -107,6 +133,8 @@ class Service:
         (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
         tokenised = await self.in_thread(lambda: self._tokenise(request))
         self._check_answer(tokenised)
+        if tokenised.drafts:
+            return [await self._consensus(request.request_id, tokenised)]
         choices: dict[int, Completion] = {}
         async with aclosing(self._answer(request.request_id, tokenised)) as outputs:
             async for output in outputs:
@@ -187,15 +215,19 @@ class Service:
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
             ensemble = Ensemble(members, request.ensemble.space)
+        sampling = request.sampling
+        if request.drafts and sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         return Request(
             request_id=uuid.uuid4().hex,
             prompts=tuple(prompts),
             ensemble=ensemble,
-            sampling=request.sampling,
+            sampling=sampling,
             time_limit_s=request.time_limit_s,
             return_member_logprobs=request.return_member_logprobs,
             return_confidence=request.return_confidence,
             abstain_below=request.abstain_below,
+            drafts=request.drafts,
         )
 
     # ---- the model -----------------------------------------------------------------------------------------------

@@ -288,6 +288,10 @@ def summarise(
     abstain_below: Annotated[
         float | None, typer.Option(help="Mark summaries with less confidence (0 to 1); the bundle must be calibrated.")
     ] = None,
+    drafts: Annotated[
+        int,
+        typer.Option(help="Each summary is the one of so many drafts that agrees most with the others; 0: no drafts."),
+    ] = 0,
     threads: Threads = 0,
 ) -> None:
     """Summarise many documents offline. A record that fails has an error in OUT, and is tried again on a rerun. Exit
@@ -302,7 +306,7 @@ def summarise(
 
     ensemble = read_ensemble(mix, space)
     told = INSTRUCTION if instruction is None else instruction
-    params = SummariseParams(told, max_summary_tokens, chunk_tokens, abstain_below=abstain_below)
+    params = SummariseParams(told, max_summary_tokens, chunk_tokens, abstain_below=abstain_below, drafts=drafts)
     if not source.exists():  # before the bundle is loaded
         raise NotFoundError(f"there is no file or folder '{source}'")
     check_output(source, out)

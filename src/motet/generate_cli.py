@@ -75,6 +75,9 @@ def generate(
     abstain_below: Annotated[
         float | None, typer.Option(help="Mark an answer with less confidence (0 to 1) as abstained.")
     ] = None,
+    drafts: Annotated[
+        int, typer.Option(help="Answer with the one of so many drafts that agrees most with the others; 0: no drafts.")
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each choice, when all have ended, as one line of JSON.")
     ] = False,
@@ -107,6 +110,7 @@ def generate(
             return_member_logprobs=return_member_logprobs,
             return_confidence=return_confidence,
             abstain_below=abstain_below,
+            drafts=drafts,
         )
         if as_json:
             _print_json(deltas)

@@ -19,6 +19,7 @@ from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, M
 from motet.runtime.api.rules import Biases, Flag, Integer, Number, Strings, TokenIds
 from motet.runtime.api.sampling import DEFAULTS, RULES, SamplingParams
 from motet.runtime.client.client import AsyncClient, Client
+from motet.runtime.schedule.admission import choice_seed
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.service import Service
 from typer.testing import CliRunner
@@ -59,6 +60,8 @@ VIEWS = GenerateRequest(
 )
 PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
+DRAFTED = GenerateRequest("hello", sampling=SamplingParams(seed=7, temperature=0.5, max_tokens=9), drafts=3)
+ALONE = {"drafts"}  # what other fields exclude: see DRAFTED
 MADE_BY_THE_SERVICE = {"request_id", "cache_salt"}  # no caller of a door sets them; salts come with tenants
 
 
@@ -66,6 +69,8 @@ def test_every_field_is_set():
     for name, value in VALUES.items():
         assert value != DEFAULTS[name], f"{name} has its default: nothing would be seen"
     for field in dataclasses.fields(GenerateRequest):
+        if field.name in ALONE:
+            continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         assert getattr(VIEWS, field.name) != default, f"GenerateRequest.{field.name} has its default"
 
@@ -112,7 +117,15 @@ def by_service(request, engine, _address, _path):
 def options_of(request):
     """As keywords of the client: sampling fields one by one."""
     sampling = {name: getattr(request.sampling, name) for name in RULES}
-    names = ("views", "request_id", "time_limit_s", "return_member_logprobs", "return_confidence", "abstain_below")
+    names = (
+        "views",
+        "request_id",
+        "time_limit_s",
+        "return_member_logprobs",
+        "return_confidence",
+        "abstain_below",
+        "drafts",
+    )
     return {"mix": request.ensemble} | {name: getattr(request, name) for name in names} | sampling
 
 
@@ -153,6 +166,7 @@ def by_cli(request, _engine, address, path):
         arguments += ["--confidence"]
     if request.abstain_below is not None:
         arguments += ["--abstain-below", repr(request.abstain_below)]
+    arguments += cli_option("drafts", request.drafts)
     for name in RULES:
         arguments += cli_option(name, getattr(request.sampling, name))
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -189,11 +203,20 @@ def test_every_field_arrives(door, engine, tokenizer, address, tmp_path, seen):
         abstain_below=0.25,
     )
     for field in dataclasses.fields(Request):
-        if field.name not in MADE_BY_THE_SERVICE and field.default is not dataclasses.MISSING:
+        if field.name not in MADE_BY_THE_SERVICE | ALONE and field.default is not dataclasses.MISSING:
             assert getattr(expected, field.name) != field.default, f"Request.{field.name} crosses no door"
     assert seen == [expected]
     assert ids == {"mine"}
     assert seen[0].request_id != "mine"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_drafts_arrive(door, engine, address, tmp_path, seen):
+    """One request per draft reaches the engine, each with a seed of its own; the client gets one answer."""
+    ids = door(DRAFTED, engine, address, tmp_path)
+    assert len(seen) == 3 and len(ids) == 1
+    assert sorted(request.sampling.seed for request in seen) == sorted(choice_seed(7, index) for index in range(3))
+    assert all(dataclasses.replace(r.sampling, seed=7) == DRAFTED.sampling and r.drafts == 0 for r in seen)
 
 
 @pytest.mark.parametrize("door", DOORS)

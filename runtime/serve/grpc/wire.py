@@ -58,6 +58,7 @@ def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateReques
         return_member_logprobs=message.return_member_logprobs,
         return_confidence=message.return_confidence,
         abstain_below=message.abstain_below if message.HasField("abstain_below") else None,
+        drafts=message.drafts,
         allow_negative=message.ensemble.allow_negative,
     )
 
@@ -129,6 +130,7 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
         return_member_logprobs=request.return_member_logprobs,
         return_confidence=request.return_confidence,
         abstain_below=request.abstain_below,
+        drafts=request.drafts,
     )
     if request.ensemble is not None:
         message.ensemble.space = _SPACES[request.ensemble.space]
