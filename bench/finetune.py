@@ -15,8 +15,6 @@ last n layers, and the last of them only at the answers' positions (see `finetun
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
 import statistics
 import time
@@ -39,6 +37,7 @@ from ..runtime.api.request import Space
 from ..runtime.checkpoints.store import resolve_model
 from .fused import served
 from .lib import report
+from .lib.parts import part
 
 PARTS = ("cache", "search", "served", "random", "regularisation", "private")
 
@@ -85,20 +84,14 @@ class Bench:
 
     def part(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a part: those of an earlier run with the same budget, model and data, or new ones."""
-        path = self.work / f"{name}.json"
         made_from = {
             "model": self.bench.digest,
             "data": self.bench.dataset.digest,
             "budget": dataclasses.asdict(self.budget),
         }
-        made_from = json.loads(json.dumps(made_from))  # as they are read back
-        if not path.is_file() or json.loads(path.read_bytes()).get("made_from") != made_from:
-            started = time.monotonic()
-            result = compute() | {"made_from": made_from}
-            self.console.print(f"{name}: {time.monotonic() - started:.0f} s")
-            path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(path.with_suffix(".new"), path)
-        found: dict[str, Any] = json.loads(path.read_bytes())
+        started = time.monotonic()
+        found = part(self.work / f"{name}.json", made_from, compute)
+        self.console.print(f"{name}: {time.monotonic() - started:.0f} s")
         return found
 
     def load(self, bench: Workbench, params: TuneParams) -> RunData:

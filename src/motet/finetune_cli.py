@@ -50,6 +50,7 @@ def mount(app: typer.Typer, bench: typer.Typer) -> None:
         app.command()(command)
     bench.command("finetune")(bench_finetune)
     bench.command("busy-finetune")(bench_busy_finetune)
+    bench.command("ensemble")(bench_ensemble)
 
 
 def _cache(root: Path | None, gigabytes: float) -> Any:
@@ -261,6 +262,26 @@ def bench_finetune(
         raise ConfigError(f"parts are {', '.join(PARTS)}, got {unknown}")
     budget = Budget(examples=examples, trials=trials, seeds=seeds, spaces=tuple(Space(word) for word in words(spaces)))
     run_bench(model, data, work, out, chosen, budget)
+
+
+def bench_ensemble(
+    tasks: Annotated[list[str] | None, typer.Argument(help="Data sets; default: stdlib-code and stdlib-docs.")] = None,
+    model: Annotated[str, typer.Option(help="A pulled model's name.")] = "smollm2-135m",
+    work: Annotated[Path, typer.Option(help="Working directory; finished parts are kept there.")] = Path(
+        ".motet/bench-ensemble"
+    ),
+    out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per task.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Training time of each way.")] = 15.0,
+    examples: int = 300,
+    test_examples: int = 400,
+    max_length: int = 160,
+) -> None:
+    """Ensembles against one low-rank update of all layers, at equal training time."""
+    from .bench.ensemble import Budget, run_bench
+
+    budget = Budget(seconds=60 * minutes, examples=examples, test=test_examples, max_length=max_length)
+    run_bench(model, tasks or ["stdlib-code", "stdlib-docs"], seeds, work, out, budget)
 
 
 def bench_busy_finetune(
