@@ -4,7 +4,8 @@ A decode figure is the median time of an engine step that samples one token, gre
 context of C positions. Ensemble sizes are interleaved in one run, so that their ratios to a single member are
 measured in the same state of the machine. The least that a step must do:
 
-    bytes  = weights of the trunk and the head once, each tail of the ensemble once, keys and values of B sequences
+    bytes  = weights of the trunk, the head and each tail of the ensemble once (members that run the base's layers have one
+             tail), each low-rank update once, keys and values of B sequences
     MACs   = B × parameters of the trunk, the tails of the ensemble and the head; attention is not counted
 """
 
@@ -14,6 +15,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import safe_open
 
 from ..runtime.api.config import EngineConfig
 from ..runtime.engine.engine import Engine
@@ -162,7 +166,8 @@ def step_work(
         return needed and not name.startswith(gathered)
 
     size = _packed_bytes if native else _stored_bytes
-    moved = sum(size(name, tensors) for name in tensors if is_read(name))
+    updates = _update_bytes(bundle, [n for n in tensors if ".lora_" in n and is_read(n)]) if native else {}
+    moved = sum(updates[n] if n in updates else size(n, tensors) for n in tensors if is_read(n))
     layers = cached_layers(bundle, ensemble_size)
     moved += batch_size * attended_positions(layers, context) * kv_bytes
     macs = sum(linear.rows * linear.columns for layer in layers for linear in layer.linears)
@@ -171,6 +176,12 @@ def step_work(
 
 def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
     return tensors[name].length
+
+
+def _update_bytes(bundle: Bundle, names: Sequence[str]) -> dict[str, int]:
+    """Of low-rank updates as the native kernels pack them: one byte a value, without the zeros of a fused layer's B."""
+    with safe_open(bundle.path / WEIGHTS, framework="numpy") as file:
+        return {name: int(np.count_nonzero(file.get_tensor(name))) for name in names}
 
 
 def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:

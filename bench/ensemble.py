@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -50,7 +50,7 @@ class Way:
 
     method: str
     layers: tuple[int, ...]
-    objective: str
+    objective: Literal["trial", "ensemble"]
 
 
 WAYS = {

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.models import make_adapter
 from motet.bench import busy, context, decode, fine_tunes, quality, serve, speculative
 from motet.bench.lib import probes, timed
 from motet.bench.lib.report import Plot, table, write
@@ -118,6 +119,19 @@ def test_step_work(bundle):
     assert macs == 4 * layer + 64 * 320
     more, _ = decode.step_work(loaded, 2, 1, 20, 72, native=True)
     assert more - one == 20 * 4 * 72
+
+
+def test_step_work_of_low_rank_members(tiny_model_dir, tmp_path):
+    """Their bytes are those of A and B without B's empty blocks; the base's weights are read once."""
+    loras = {name: make_adapter(tiny_model_dir("llama"), tmp_path / name, 1, rank=4, layers=2) for name in "xy"}
+    export_bundle(tiny_model_dir("llama"), tmp_path / "b", loras=loras, graphs=False)
+    loaded = Bundle.load(tmp_path / "b")
+    one, macs = decode.step_work(loaded, 1, 1, 20, 72, native=True)
+    two, more = decode.step_work(loaded, 1, 2, 20, 72, native=True)
+    inputs = 4 * (3 * 64 + 64 + 2 * 64 + 128)  # A of q, k, v, of out, of gate and up, of down
+    outputs = 4 * (128 + 64 + 256 + 64)
+    assert two - one == 2 * (inputs + outputs) + 20 * 2 * 72
+    assert more - macs == 2 * (64 * (2 * 64 + 2 * 32) + 3 * 64 * 128)
 
 
 def test_a_window_bounds_the_positions_that_are_read(bundle):
