@@ -107,6 +107,7 @@ class Bench:
             epochs=self.budget.epochs,
             evaluations=4,
             bag=0.9,
+            precision="bf16",
         )
         layers = tuple(min(n, config.num_layers) if n else config.num_layers for n in way.layers)
         space = SearchSpace(layers=layers, learning_rate=(1e-4, 2e-3))
@@ -194,6 +195,7 @@ class Bench:
             epochs=budget.student_epochs,
             learning_rate=1e-3,
             evaluations=4,
+            precision="bf16",
         )
         if way.method == "lora":
             tuned = dataclasses.replace(tuned, targets=decoder_layout(config).targets, rank=16, alpha=32.0)

@@ -2,7 +2,8 @@
 
 Each request names one member. Half of the prompts begin with one document that requests of all members share, the others
 with one of their own. The members are random low-rank updates of the last layers: what they say does not matter here. Each
-measurement has a process of its own, so that its memory can be told. The two bundles take turns.
+bundle has a process of its own, so that its memory can be told. They take turns, a round of as many requests as there are
+streams each, and the ratios are medians over the rounds: machines change their speed from one minute to the next.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,11 +39,11 @@ BASE, MEMBERS = "one model", "fine-tunes"
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Requests that are all there from the start; `streams` of them run at once. Lengths are in tokens."""
+    """Rounds of `streams` requests that are all there from the start. Lengths are in tokens."""
 
     members: int = 8
     streams: int = 16
-    requests: int = 64
+    rounds: int = 6
     document: int = 1000
     question: int = 32
     answer: int = 64
@@ -55,7 +57,6 @@ def run(
     layers: int = 10,
     rank: int = 16,
     bits: int = 8,
-    repeats: int = 3,
     threads: int = 0,
 ) -> dict[str, Any]:
     """Measure, write `out/fine-tunes.json` and `.html`, print the table and one JSON line."""
@@ -68,28 +69,23 @@ def run(
             BASE: export_bundle(directory, Path(root) / "base", tails={"base": None}, bits=bits, graphs=False),
             MEMBERS: export_bundle(directory, Path(root) / "members", loras=loras, bits=bits, graphs=False),
         }
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in bundles}
-        context = multiprocessing.get_context("spawn")
-        for _ in range(repeats):
-            for name, bundle in bundles.items():
-                with context.Pool(1) as process:
-                    found[name].append(process.apply(_measure, (bundle, traffic, threads)))
-    rows = {name: {key: statistics.median(r[key] for r in all_) for key in all_[0]} for name, all_ in found.items()}
-    base, members = rows[BASE], rows[MEMBERS]
+        rounds = _take_turns(bundles, traffic, threads)
+    rows = {name: {key: statistics.median(r[key] for r in all_) for key in all_[0]} for name, all_ in rounds.items()}
+    pairs = list(zip(rounds[BASE], rounds[MEMBERS], strict=True))
     result = {
         "model": model,
         "bits": bits,
         "layers": layers,
         "rank": rank,
         "traffic": asdict(traffic),
-        "repeats": repeats,
         "machine": machine(),
         "limits": before,
         "limits_after": probes.measure(before["threads"]),
         "rows": rows,
-        "throughput_ratio": members["tok_s"] / base["tok_s"],
-        "memory_ratio": members["peak_bytes"] / base["peak_bytes"],
-        "shared_ttft_ratio": members["ttft_shared_s"] / members["ttft_own_s"],
+        "rounds": rounds,
+        "throughput_ratio": statistics.median(members["tok_s"] / base["tok_s"] for base, members in pairs),
+        "memory_ratio": rows[MEMBERS]["peak_bytes"] / rows[BASE]["peak_bytes"],
+        "shared_ttft_ratio": statistics.median(r["ttft_shared_s"] / r["ttft_own_s"] for r in rounds[MEMBERS]),
     }
     write("fine-tunes", result, [_table(result)], _plots(result), out)
     return result
@@ -106,36 +102,53 @@ def _random_adapters(directory: Path, root: Path, names: Sequence[str], layers: 
     return {name: root / name for name in names}
 
 
-def _measure(bundle: Path, traffic: Traffic, threads: int) -> dict[str, float]:
-    """Tokens per second of the traffic, seconds to the first token of a single request, and the process's memory."""
+def _take_turns(bundles: Mapping[str, Path], traffic: Traffic, threads: int) -> dict[str, list[dict[str, float]]]:
+    """The figures of every round of each bundle. The first round, in which shared documents are new, counts too."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(context.Pool(1, _open, (bundle, traffic, threads)))
+            for name, bundle in bundles.items()
+        }
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in bundles}
+        for index in range(traffic.rounds):
+            for name, worker in workers.items():
+                found[name].append(worker.apply(_round, (index, traffic)))
+    return found
+
+
+_engine: Engine  # of a worker's process
+
+
+def _open(bundle: Path, traffic: Traffic, threads: int) -> None:
+    global _engine
     length = traffic.document + traffic.question + traffic.answer
     config = EngineConfig(max_num_seqs=traffic.streams, max_model_len=length, threads=threads)
-    rng = np.random.default_rng(0)
-    with open_engine(bundle, config, verify=False) as engine:
-        vocab = engine.model.vocab_size
+    _engine = open_engine(bundle, config, verify=False)
+    _engine.complete([_request(0, _text(np.random.default_rng(1), traffic.document), 2)])  # a warm-up
 
-        def text(tokens: int) -> tuple[int, ...]:
-            return tuple(rng.integers(0, vocab, tokens).tolist())
 
-        shared = text(traffic.document)
-        requests = []
-        for index in range(traffic.requests):
-            document = shared if index % 2 else text(traffic.document)
-            requests.append(_request(engine, index, document + text(traffic.question), traffic.answer))
-        engine.complete([_request(engine, 0, text(traffic.document), 2)])  # a warm-up
-        started = time.monotonic()
-        engine.complete(requests)
-        seconds = time.monotonic() - started
-        own, others = [], []
-        for _ in range(3):
-            document = text(traffic.document)
-            own.append(_first_token(engine, 0, document + text(traffic.question)))
-            for member in range(1, min(3, len(engine.model.members)) if len(engine.model.members) > 1 else 2):
-                others.append(_first_token(engine, member, document + text(traffic.question)))
+def _text(rng: np.random.Generator, tokens: int) -> tuple[int, ...]:
+    return tuple(rng.integers(0, _engine.model.vocab_size, tokens).tolist())
+
+
+def _round(index: int, traffic: Traffic) -> dict[str, float]:
+    """Tokens per second of a round's requests; then seconds to the first token of single requests: one with a document of
+    its own, and one with that document by another member; and the process's peak memory."""
+    shared, rng = _text(np.random.default_rng(0), traffic.document), np.random.default_rng(2 + index)
+    requests = []
+    for number in range(index * traffic.streams, (index + 1) * traffic.streams):
+        document = shared if number % 2 else _text(rng, traffic.document)
+        requests.append(_request(number, document + _text(rng, traffic.question), traffic.answer))
+    started = time.monotonic()
+    _engine.complete(requests)
+    seconds = time.monotonic() - started
+    document = _text(rng, traffic.document)
+    own = _first_token(0, document + _text(rng, traffic.question))
     return {
-        "tok_s": traffic.requests * traffic.answer / seconds,
-        "ttft_own_s": statistics.median(own),
-        "ttft_shared_s": statistics.median(others),
+        "tok_s": len(requests) * traffic.answer / seconds,
+        "ttft_own_s": own,
+        "ttft_shared_s": _first_token(1, document + _text(rng, traffic.question)),
         "peak_bytes": _peak_bytes(),
     }
 
@@ -146,17 +159,17 @@ def _peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _request(engine: Engine, index: int, prompt: tuple[int, ...], answer: int) -> Request:
-    member = engine.model.members[index // 2 % len(engine.model.members)]
+def _request(index: int, prompt: tuple[int, ...], answer: int) -> Request:
+    member = _engine.model.members[index // 2 % len(_engine.model.members)]
     sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
     return Request(f"r{index}", (prompt,), Ensemble((Member(member, 1.0),)), sampling)
 
 
-def _first_token(engine: Engine, index: int, prompt: tuple[int, ...]) -> float:
-    """Seconds of a request of one token, alone; `index`: of the member."""
-    request = _request(engine, 2 * index, prompt, 1)
+def _first_token(member: int, prompt: tuple[int, ...]) -> float:
+    """Seconds of a request of one token, alone."""
+    request = _request(2 * member, prompt, 1)
     started = time.monotonic()
-    engine.complete([request])
+    _engine.complete([request])
     return time.monotonic() - started
 
 

@@ -272,17 +272,16 @@ def bench_fine_tunes(
     layers: Annotated[int, typer.Option(min=1, help="Last layers that they change.")] = 10,
     rank: Annotated[int, typer.Option(min=1, help="Rank of their updates.")] = 16,
     streams: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
-    requests: Annotated[int, typer.Option(min=4, help="Requests.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of so many requests, of each; ratios are medians.")] = 6,
     document_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 1000,
     new_tokens: NewTokens = 64,
-    repeats: Repeats = 3,
     threads: Threads = 0,
 ) -> None:
     """Many fine-tunes of one base, each request its own, against the base alone under the same traffic."""
     from .bench import fine_tunes
 
-    traffic = fine_tunes.Traffic(members, streams, requests, document_tokens, answer=new_tokens)
-    fine_tunes.run(model, out, traffic=traffic, layers=layers, rank=rank, repeats=repeats, threads=threads)
+    traffic = fine_tunes.Traffic(members, streams, rounds, document_tokens, answer=new_tokens)
+    fine_tunes.run(model, out, traffic=traffic, layers=layers, rank=rank, threads=threads)
 
 
 def _gpu_bench(name: str) -> Any:

@@ -115,7 +115,7 @@ def step(backend, samples):
             context_lens=np.array([first + count], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32)[None],
             members=[(0, 1, 2)],
-            adapters=np.array([-1], np.int32),
+            trunk_cached=np.zeros(1, np.bool_),
             samples=drawn,
             freed_blocks=np.empty(0, np.int32),
         )
