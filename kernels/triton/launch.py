@@ -14,15 +14,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
-    """acc + a · b in float32. WIDE is for the interpreter: numpy has no bfloat16 and would multiply its bits as integers."""
+    """acc + a · b in float32. WIDE is for the interpreter, which multiplies with numpy: in float64, because numpy has no
+    bfloat16, and because its sums in float32 have an order that depends on the tile's size and on the CPU."""
     if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-def wide(dtype: torch.dtype) -> bool:
-    """Whether `dot` must convert operands of this dtype to float32 first."""
-    return INTERPRETED and dtype is torch.bfloat16
+def wide() -> bool:
+    """Whether `dot` must convert its operands first."""
+    return INTERPRETED
 
 
 def power_of_two(size: int, least: int = 1) -> int:

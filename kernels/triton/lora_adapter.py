@@ -104,7 +104,7 @@ def add_adapter(x: torch.Tensor, weight: AdapterWeight, tiles: AdapterTiles, par
         return
     padded = power_of_two(rank, 16)
     inner = torch.empty(num_tiles * ADAPTER_TILE, padded, dtype=torch.float32, device=x.device)
-    sizes = {"TILE": ADAPTER_TILE, "RANK": padded, "WIDE": wide(x.dtype)}
+    sizes = {"TILE": ADAPTER_TILE, "RANK": padded, "WIDE": wide()}
     _shrink_kernel[(num_tiles,)](
         x, weight.a, tiles.order, tiles.adapters, inner, num_k, rank, **sizes, BLOCK_K=BLOCK_K, num_stages=4
     )

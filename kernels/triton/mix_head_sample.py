@@ -152,7 +152,7 @@ def mix_head_sample(
             BLOCK_M=rows,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K if head.bits else BLOCK_K // 2,
-            WIDE=wide(hidden.dtype),
+            WIDE=wide(),
             num_warps=4,
             num_stages=4,
         )

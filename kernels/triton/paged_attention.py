@@ -199,7 +199,7 @@ def decode_attention(
         TILE=64,
         HEADS=power_of_two(group, 16),
         COLUMNS=power_of_two(size, 16),
-        WIDE=wide(query.dtype),
+        WIDE=wide(),
         num_warps=4,
         num_stages=3,
     )

@@ -126,7 +126,7 @@ def prefill_attention(
         TILE=64,
         HEADS=heads,
         COLUMNS=power_of_two(size, 16),
-        WIDE=wide(query.dtype),
+        WIDE=wide(),
         num_warps=8,
         num_stages=3,
     )

@@ -181,7 +181,7 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
     """
     check_weight(x, weight)
     num_m, (n, k) = len(x), weight.shape
-    flags = {"BITS": weight.bits, "GROUP": weight.group_size, "BIAS": weight.bias is not None, "WIDE": wide(x.dtype)}
+    flags = {"BITS": weight.bits, "GROUP": weight.group_size, "BIAS": weight.bias is not None, "WIDE": wide()}
     if num_m <= SMALL:
         splits = num_splits(n, k)
         parts = torch.empty(splits, num_m, n, dtype=torch.float32, device=x.device)
