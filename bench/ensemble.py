@@ -85,6 +85,7 @@ class Bench:
 
     def part(self, name: str, compute: Any) -> dict[str, Any]:
         made_from = {"model": self.bench.digest, "data": self.bench.dataset.digest, "budget": asdict(self.budget)}
+        made_from["ways"] = {name: asdict(way) for name, way in WAYS.items()}
         started = time.monotonic()
         found = part(self.work / f"{name}.json", made_from, compute)
         self.console.print(f"{self.work.name}, {name}: {time.monotonic() - started:.0f} s")
@@ -135,7 +136,7 @@ class Bench:
         return search(self.bench, self.work / name, params, on_trial=on_trial)
 
     def test(self, ways: Mapping[str, Any]) -> dict[str, Any]:
-        """The figures of every way on the test set, in the space that validation prefers."""
+        """The figures of every way on the test set, mixed in `probs` space."""
         head, counts = head_of(self.bench), {"validation": self.budget.fusion_validation, "test": self.budget.test}
         found: dict[str, Any] = {}
         reference: F64 | None = None
@@ -243,7 +244,8 @@ def _table(task: str, runs: Sequence[Mapping[str, Any]]) -> Any:
                 )
         student = run["student"]["distilled"]
         if student is not None:
-            kept, loss = f"{student['share_kept']:.0%} of the gain kept", f"{student['test']['student']:.4f}"
+            share, loss = student["share_kept"], f"{student['test']['student']:.4f}"
+            kept = "no gain to keep" if share is None else f"{share:.0%} of the gain kept"
             rows.append([str(run["seed"]), f"student of {run['student']['way']}", "1", "", loss, kept])
     header = ["seed", "", "members", "minutes", "test NLL", "against the single's best, 95 % over documents"]
     return report.table(task, header, rows)

@@ -25,17 +25,17 @@ from ...runtime.api.config import EngineConfig
 from ...runtime.api.request import Ensemble, Space
 from ...runtime.backends.base import Backend
 from ...runtime.backends.open import open_backend
-from ...runtime.errors import ConfigError, DataError
+from ...runtime.errors import BundleError, ConfigError, DataError
 from ...runtime.model.bundle import MANIFEST, Bundle
 from ...runtime.text.tokenizer import Tokenizer
-from ..data.dataset import load_dataset
+from ..data.dataset import Dataset, load_dataset
 from ..data.encode import Encoded, encode_parts
 from ..data.example import Split
 from ..params import NearDuplicates, TuneParams
 from ..training.progress import Progress
 
 F64 = npt.NDArray[np.float64]
-TEMPERATURES = tuple(np.exp(np.linspace(np.log(0.5), np.log(4), 17)).tolist())
+TEMPERATURES = tuple((2 ** np.linspace(-1, 2, 19)).tolist())  # the seventh is 1
 BINS = 15
 
 
@@ -58,25 +58,27 @@ def calibrate(
     examples: int = 96,
     test_examples: int = 128,
     max_length: int | None = None,
-    config: EngineConfig | None = None,
+    near_duplicates: NearDuplicates = NearDuplicates.DROP,
+    threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit the confidences of the bundle at `path` on the validation split of `data`, write them to its manifest, and
     return what is written: the coefficients and the report.
 
-    Raises `DataError` (no examples), `ConfigError`, and what `Bundle.load` and `open_backend` raise.
+    Raises `DataError` (no examples), `BundleError` (a member was trained on another split), `ConfigError`, and what
+    `Bundle.load` and `open_backend` raise.
     """
     if examples < 1 or test_examples < 1:
         raise ConfigError(f"examples and test_examples must be at least 1, got {examples} and {test_examples}")
     bundle, progress = Bundle.load(path), progress or Progress(False)
     tokenizer = Tokenizer.from_dir(path)
-    dataset = load_dataset(data, NearDuplicates.DROP)
+    dataset = load_dataset(data, near_duplicates)
+    _check_members(bundle, dataset)
     params = TuneParams(max_length=max_length).fitted(bundle.config.max_position_embeddings)
     counts: dict[Split, int] = {"validation": examples, "test": test_examples}
     parts, _ = encode_parts(tokenizer, dataset, counts, params, bundle.eos_token_ids[:1])
     longest = max(len(item.token_ids) for items in parts.values() for item in items)
-    settings = config or EngineConfig()
-    backend = open_backend(bundle, EngineConfig(max_num_seqs=1, max_model_len=longest, threads=settings.threads))
+    backend = open_backend(bundle, EngineConfig(max_num_seqs=1, max_model_len=longest, threads=threads))
     try:
         found = {part: _score(bundle, backend, items, part, progress) for part, items in parts.items()}
     finally:
@@ -99,6 +101,17 @@ def calibrate(
     }
     _write(path, written)
     return written
+
+
+def _check_members(bundle: Bundle, dataset: Dataset) -> None:
+    """Raises `BundleError` if a member was trained on another version or split of the data set."""
+    for member in bundle.manifest["members"]:
+        data = member["provenance"].get("data", {})
+        if data.get("name") == dataset.name and data.get("digest") != dataset.digest:
+            raise BundleError(
+                f"the member '{member['name']}' was trained on another version or split of '{dataset.name}', so its training "
+                "examples may be among those that confidences would be fitted on; use the same file and near_duplicates"
+            )
 
 
 def fit(tokens: Tokens) -> Calibration:
@@ -138,8 +151,8 @@ def _errors(test: Tokens, fitted: Calibration, best: int, tempered: int) -> Mapp
 
 
 def _plain() -> int:
-    """Index of the temperature that is nearest to 1."""
-    return int(np.abs(np.log(TEMPERATURES)).argmin())
+    """Index of the temperature 1."""
+    return TEMPERATURES.index(1.0)
 
 
 def _order(bundle: Bundle) -> list[int]:

@@ -53,7 +53,8 @@ class Student(Learner):
         taught = [item.teacher for item in batch.items if item.teacher is not None]
         assert len(taught) == len(batch.items), "an example has no teacher"
         with torch.no_grad():
-            teacher = log_distribution(torch.cat(taught, 1).to(self.device), self.mix, self.space, self.teacher_head)
+            states, mix, head = (x.to(self.device) for x in (torch.cat(taught, 1), self.mix, self.teacher_head))
+            teacher = log_distribution(states, mix, self.space, head)
         divergence = F.kl_div(F.log_softmax(logits, -1), teacher, reduction="batchmean", log_target=True)
         return (1 - self.share) * data + self.share * divergence
 
@@ -166,7 +167,10 @@ def _report(
         "fusion": {"mix": dict(fusion.mix), "space": str(fusion.space), "best_single": best},
         "share": params.share,
         "test": {name: float(loss.mean()) for name, loss in losses.items()},
-        "share_kept": float((losses["best_single"] - losses["student"]).mean() / gain.mean()),
+        # None if the ensemble gained nothing that could be kept
+        "share_kept": float((losses["best_single"] - losses["student"]).mean() / gain.mean())
+        if gain.mean() > 0
+        else None,
         "student_against_best_single": asdict(
             paired_bootstrap(losses["best_single"], losses["student"], test.documents)
         ),

@@ -77,10 +77,16 @@ class SearchParams:
             )
         if not 0 <= self.cost < float("inf"):
             raise ConfigError(f"cost must be a number of at least 0, got {self.cost}")
+        if self.cost and len(self.space.layers) == 1:
+            raise ConfigError(f"cost is a price of layers, and these do not vary: {self.space.layers}; leave it out")
         if self.trials < 1:
             raise ConfigError(f"trials must be at least 1, got {self.trials}")
         if self.sampler not in ("gp", "random"):
             raise ConfigError(f"sampler must be gp or random, got '{self.sampler}'")
+        if self.base.layers is not None:
+            raise ConfigError(
+                f"a search takes its choices of layers from its space, got layers {self.base.layers} in base"
+            )
         if self.base.kind.own_layers and self.space.rank != SearchSpace().rank:
             raise ConfigError(
                 f"rank is a choice for adapters, and method '{self.base.method}' makes none; leave it out"

@@ -205,6 +205,12 @@ def _check_options(request: GenerateRequest | Request) -> None:
             f"one answer is chosen of 2 drafts or more, got drafts {request.drafts} and n {request.sampling.n}; leave one out",
             field="drafts",
         )
+    if request.drafts and (request.return_confidence or request.abstain_below is not None):
+        raise InvalidRequestError(
+            "a confidence is the ensemble's, and a draft may be of one member; leave drafts out, or return_confidence and "
+            "abstain_below",
+            field="drafts",
+        )
     if request.abstain_below is not None:
         _SHARE.check("abstain_below", request.abstain_below)
         object.__setattr__(request, "return_confidence", True)

@@ -117,7 +117,7 @@ class Client:
     `prompt`: text, token ids, messages ({"role", "content"}), or a `Conversation`. Options: see `_message` (mix, space, views,
     request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, drafts, sampling, or the fields
     of `SamplingParams`). `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends
-    with what it has. Raises the errors of
+    with what it has. Raises the errors of the server, and `UnavailableError` if there is no answer from it.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:

@@ -118,6 +118,7 @@ class _Job:
     params: SummariseParams  # fitted
     output: TextIO
     concurrency: int
+    confidence: bool  # whether summaries have one
     report: SummariseReport = field(default_factory=SummariseReport)
     lock: Lock = field(default_factory=Lock)
 
@@ -151,8 +152,9 @@ def summarise(
 
     In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files, in UTF-8. Out: {"id",
     "source", "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id",
-    "source", "error": {"type", "message"}} for a record that failed; the job goes on. If the bundle is calibrated, a
-    record has "confidence" too, of the last summary, and with `abstain_below` "abstained". `on_progress` is called before
+    "source", "error": {"type", "message"}} for a record that failed; the job goes on. If the bundle is calibrated, and it
+    answers with its own mix and without drafts, a record has "confidence" too, of the last summary, and with
+    `abstain_below` "abstained". `on_progress` is called before
     the first record and after each, one call at a time, from any thread.
 
     Before any work, raises `NotFoundError`, `InvalidRequestError` (the output is the input, a folder, or a file that
@@ -169,6 +171,13 @@ def summarise(
     if params.abstain_below is not None and engine.model.calibration is None:
         raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
     concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
+    if params.drafts and concurrency * params.drafts > engine.config.max_waiting:
+        if params.concurrency:
+            raise ConfigError(
+                f"concurrency times drafts must be at most max_waiting ({engine.config.max_waiting}), got {concurrency} and "
+                f"{params.drafts}"
+            )
+        concurrency = max(1, engine.config.max_waiting // params.drafts)
     if concurrency > engine.config.max_waiting:
         raise ConfigError(f"concurrency must be at most max_waiting ({engine.config.max_waiting}), got {concurrency}")
     started = time.monotonic()
@@ -176,7 +185,10 @@ def summarise(
         total = count_records(in_path)
         finished = keep_finished(out_path)
         with out_path.open("a", encoding="utf-8") as output:
-            job = _Job(engine, ensemble or engine.model.default_ensemble, params, output, concurrency)
+            is_own = ensemble is None or ensemble == engine.model.default_ensemble
+            confidence = engine.model.calibration is not None and is_own and not params.drafts
+            mix = ensemble or engine.model.default_ensemble
+            job = _Job(engine, mix, params, output, concurrency, confidence)
             _run(job, read_records(in_path), finished, _Progress(total, on_progress))
     except OSError as error:
         raise UnavailableError(f"the job cannot read its input or write '{out_path}': {error}") from error
@@ -252,7 +264,8 @@ def _reduce(job: _Job, record: Record) -> tuple[Completion, dict[str, int]]:
 
 
 def _summarise_texts(job: _Job, record: Record, texts: list[str]) -> list[Completion]:
-    window = max(1, min(_WINDOW, job.engine.config.max_waiting // job.concurrency))
+    each = job.concurrency * max(1, job.params.drafts)
+    window = max(1, min(_WINDOW, job.engine.config.max_waiting // each))
     summaries: list[Completion] = []
     for start in range(0, len(texts), window):
         requests = [_request(job, record, text, start + i) for i, text in enumerate(texts[start : start + window])]
@@ -303,7 +316,7 @@ def _request(job: _Job, record: Record, text: str, index: int) -> Request:
         (prompt,),
         job.ensemble,
         sampling,
-        return_confidence=job.engine.model.calibration is not None,
+        return_confidence=job.confidence,
         abstain_below=params.abstain_below,
         drafts=params.drafts,
     )
@@ -323,5 +336,6 @@ def _key(job: _Job, record: Record) -> str:
     settings."""
     settings = asdict(job.params) | {"concurrency": None}
     del settings["speculative_tokens"]  # summaries do not depend on it
+    settings["calibration"] = repr(job.engine.model.calibration)  # confidences do
     parts = (record.id, record.text, job.engine.model.digest, repr(job.ensemble), json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

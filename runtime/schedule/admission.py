@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
-from ..api.request import Request
+from ..api.request import Ensemble, Request
 from ..api.sampling import SamplingParams
 from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
 from .blocks import BlockManager
@@ -92,6 +92,12 @@ class Admission:
                 "return_confidence and abstain_below out",
                 field="return_confidence",
             )
+        if request.return_confidence and not self._is_default(request.ensemble):
+            raise InvalidRequestError(
+                f"'{self._model.name}' is calibrated for its own members and mix; leave the ensemble and drafts out, or "
+                "return_confidence and abstain_below",
+                field="return_confidence",
+            )
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
@@ -102,6 +108,10 @@ class Admission:
         for prompt in request.prompts:  # also those that no member sees
             _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
         self._check_size(request)
+
+    def _is_default(self, ensemble: Ensemble) -> bool:
+        own = self._model.default_ensemble
+        return ensemble.space is own.space and set(ensemble.members) == set(own.members)
 
     def _check_size(self, request: Request) -> None:
         """Check that the group can run when it is alone: then it is certain to run at some time."""

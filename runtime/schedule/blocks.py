@@ -25,6 +25,7 @@ class BlockManager:
         self._owners: dict[int, int] = {}  # used block → reference count
         self._prefixes = PrefixIndex()
         self._freed: list[int] = []
+        self._distrusted: set[int] = set()  # used blocks that were forgotten: not shared again until they are freed
 
     @property
     def num_free(self) -> int:
@@ -60,6 +61,7 @@ class BlockManager:
             self._owners[block] -= 1
             if self._owners[block] == 0:
                 del self._owners[block]
+                self._distrusted.discard(block)
                 if block in self._prefixes:
                     self._idle[block] = None
                 else:
@@ -68,7 +70,8 @@ class BlockManager:
     def publish(self, block: int, digest: bytes, members: Iterable[int]) -> None:
         """A used block is full and can be shared from now on. `members`: those whose tails ran over it."""
         assert block in self._owners
-        self._prefixes.add(block, digest, members)
+        if block not in self._distrusted:
+            self._prefixes.add(block, digest, members)
 
     def members_of(self, block: int) -> frozenset[int]:
         """Members whose tails ran over a block that can be shared; empty for any other block."""
@@ -87,7 +90,9 @@ class BlockManager:
 
     def forget(self, blocks: Iterable[int] | None = None) -> None:
         """The content of these blocks (None: of all blocks) cannot be trusted: stop sharing it."""
-        for block in range(self.num_blocks) if blocks is None else blocks:
+        chosen = range(self.num_blocks) if blocks is None else list(blocks)
+        self._distrusted.update(block for block in chosen if block in self._owners)
+        for block in chosen:
             if block in self._prefixes:
                 self._prefixes.remove(block)
                 if block in self._idle:

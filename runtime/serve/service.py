@@ -107,7 +107,8 @@ class Service:
         finally:
             for task in tasks:
                 task.cancel()
-        chosen = whole[await self.in_thread(lambda: most_agreed(whole))]
+        loop = asyncio.get_running_loop()
+        chosen = whole[await loop.run_in_executor(self._readers, most_agreed, whole)]
         chosen.request_id, chosen.seed = request_id or tokenised.request_id, tokenised.sampling.seed
         return chosen
 

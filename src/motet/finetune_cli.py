@@ -194,7 +194,9 @@ def distil(
     for who, loss in found["test"].items():
         print(f"{who:12} {loss:.4f} nats per token on {found['tokens']} test tokens")
     print(f"student against the best single member: {change(found['student_against_best_single'])}, over documents")
-    print(f"{out}: {found['share_kept']:.0%} of the ensemble's gain kept, for the price of one member")
+    kept = found["share_kept"]
+    said = "the ensemble gained nothing on the test set" if kept is None else f"{kept:.0%} of the ensemble's gain kept"
+    print(f"{out}: {said}; it costs what one member costs")
 
 
 def calibrate(
@@ -203,6 +205,8 @@ def calibrate(
     examples: Annotated[int, typer.Option(help="Validation examples, at most.")] = 96,
     test_examples: Annotated[int, typer.Option(help="Test examples, at most; they decide nothing.")] = 128,
     max_length: Annotated[int | None, typer.Option(help=MAX_LENGTH_HELP)] = None,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: one per CPU that this process may use.")] = 0,
 ) -> None:
     """Fit a bundle's confidences on data that no member was trained on, and measure them."""
     from .finetune.search.calibrate import calibrate as run
@@ -210,7 +214,14 @@ def calibrate(
 
     with Progress() as progress:
         found = run(
-            bundle, data, examples=examples, test_examples=test_examples, max_length=max_length, progress=progress
+            bundle,
+            data,
+            examples=examples,
+            test_examples=test_examples,
+            max_length=max_length,
+            near_duplicates=near_duplicates,
+            threads=threads,
+            progress=progress,
         )
     report = found["report"]
     print(f"{bundle}: calibrated on {report['validation_tokens']} tokens; on {report['test_tokens']} others:")

@@ -212,6 +212,8 @@ def test_weights_that_do_not_fit():
     ):
         with pytest.raises(BundleError, match="adapter"):
             model.set_adapter(LinearKind.QKV, 0, 0, a, b, "adapter")
+    with pytest.raises(BundleError, match="a low-rank update holds NaN or infinity"):
+        model.set_adapter(LinearKind.QKV, 0, 0, np.full((2, 64), np.nan), np.ones((128, 2)), "adapter")
     with pytest.raises(BundleError, match="is missing"):
         model.ready()
     with pytest.raises(MotetError, match="not ready"):

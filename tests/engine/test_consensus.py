@@ -6,6 +6,7 @@ import asyncio
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.fake_backend import ask, make_engine
 from helpers.models import make_adapter
@@ -41,6 +42,18 @@ def test_similarity_is_rouge_l(a, b):
     assert similarity(a, b) == similarity(b, a) == pytest.approx(2 * longest_common(a, b) / (len(a) + len(b)))
 
 
+def test_similarity_of_random_texts():
+    """Against the table of longest common subsequences."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = (rng.integers(0, 4, rng.integers(1, 90)).tolist() for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+        assert similarity(a, b) == pytest.approx(2 * table[-1, -1] / (len(a) + len(b)))
+
+
 def test_empty_answers_are_alike():
     assert (similarity([], []), similarity([], [1])) == (1.0, 0.0)
 
@@ -73,6 +86,8 @@ def test_what_no_drafts_can_be_made_of():
     for fields in ({"drafts": 1}, {"drafts": 3, "sampling": SamplingParams(n=2)}):
         with pytest.raises(InvalidRequestError, match="2 drafts or more"):
             GenerateRequest("x", **fields)
+    with pytest.raises(InvalidRequestError, match="a confidence is the ensemble's"):
+        GenerateRequest("x", drafts=2, return_confidence=True)
     with pytest.raises(InvalidRequestError, match="drafts must be"):
         GenerateRequest("x", drafts=-1)
     with pytest.raises(ConfigError, match="drafts must be 0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import ConfigError, DataError, InvalidRequestError
+from motet.runtime.errors import BundleError, ConfigError, DataError, InvalidRequestError
 from motet.runtime.jobs.summarise import SummariseParams, summarise
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.serve.local import serve_engine
@@ -86,9 +87,10 @@ def test_confidence_is_made_of_what_the_members_say(bundle):
             ),
             Request("b", ((5, 6, 7),), mix, GREEDY, abstain_below=1.0),
             Request("c", ((5, 6, 7),), mix, GREEDY),
-            Request("d", ((5, 6, 7),), Ensemble((Member("x", 1.0),)), GREEDY, return_confidence=True),
         ]
-        whole, bare, plain, alone = (choices[0] for choices in engine.complete(asked))
+        whole, bare, plain = (choices[0] for choices in engine.complete(asked))
+        with pytest.raises(InvalidRequestError, match="calibrated for its own members and mix"):
+            engine.complete([Request("d", ((5,),), Ensemble((Member("x", 1.0),)), GREEDY, return_confidence=True)])
         calibration = engine.model.calibration
     shares = [member.mix for member in mix.members]
     assert whole.disagreement == [disagreement(members, shares) for members in whole.member_logprobs]
@@ -99,7 +101,6 @@ def test_confidence_is_made_of_what_the_members_say(bundle):
     assert (bare.confidence, bare.logprobs, bare.member_logprobs) == (whole.confidence, [], [])
     assert bare.abstained and bare.token_ids == whole.token_ids == plain.token_ids
     assert (plain.confidence, plain.disagreement, plain.answer_confidence, plain.abstained) == ([], [], None, False)
-    assert max(alone.disagreement) < 1e-9
 
 
 def test_confidence_through_the_door(bundle):
@@ -157,6 +158,17 @@ def test_a_job_has_the_confidence_of_each_summary(bundle, tmp_path):
     assert all("abstained" not in line for line in plain)
     with pytest.raises(ConfigError, match="abstain_below must be in 0…1, got 2"):
         SummariseParams(abstain_below=2)
+
+
+def test_what_a_member_was_trained_on_is_not_calibrated_on(bundle, tmp_path):
+    path, data = bundle
+    copy = tmp_path / "b"
+    shutil.copytree(path, copy)
+    manifest = json.loads((copy / "motet.json").read_text())
+    manifest["members"][1]["provenance"]["data"] = {"name": "data.jsonl", "digest": "of another split"}
+    (copy / "motet.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"the member 'x' was trained on another version or split of 'data\.jsonl'"):
+        calibrate(copy, str(data), examples=4, test_examples=4, max_length=100)
 
 
 @pytest.mark.slow

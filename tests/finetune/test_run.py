@@ -258,5 +258,9 @@ def test_what_a_search_minimises_is_said():
         SearchParams(members=3)
     with pytest.raises(ConfigError, match="cost must be a number of at least 0"):
         SearchParams(cost=-1.0)
+    with pytest.raises(ConfigError, match="cost is a price of layers, and these do not vary"):
+        SearchParams(cost=0.1, space=SearchSpace(layers=(2,)))
+    with pytest.raises(ConfigError, match="its choices of layers from its space, got layers 5 in base"):
+        SearchParams(TuneParams(method="lora", layers=5))
     assert [SearchParams(objective=o).prunes for o in ("trial", "ensemble")] == [True, False]
     assert SearchParams(objective="ensemble", members=3, prune=True).prunes

@@ -127,3 +127,18 @@ def test_any_order_of_calls_keeps_the_count(calls):
             blocks.forget([number])
         blocks.check_integrity(tables)
         assert blocks.num_free == 8 - len({b for table in tables for b in table})
+
+
+def test_a_forgotten_block_is_not_shared_again_while_it_is_used():
+    blocks = BlockManager(4, 4)
+    (block,) = blocks.allocate(1)
+    blocks.publish(block, b"a", (0,))
+    blocks.forget([block])
+    blocks.publish(block, b"a", (0, 1))
+    assert blocks.find([b"a"], (0,)) == []
+    blocks.free([block])
+    (again,) = blocks.allocate(1)
+    assert again == block
+    blocks.publish(again, b"b", (0,))
+    assert blocks.find([b"b"], (0,)) == [block]
+    blocks.check_integrity([[block]])

@@ -144,11 +144,14 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
 }
 
 Adapter pack_adapter(const PackedLinear& w, const float* a, const float* b, int rank, bool pairs) {
+    for (int64_t i = 0; i < rank * std::max(w.k, w.n); i++)
+        if ((i < rank * w.k && !std::isfinite(a[i])) || (i < rank * w.n && !std::isfinite(b[i])))
+            throw std::invalid_argument("a low-rank update holds NaN or infinity");
     Adapter result;
     auto peak_of = [](const float* values, int64_t count, int64_t stride) {
         float peak = 0.0f;
         for (int64_t i = 0; i < count; i++) peak = std::fmax(peak, std::fabs(values[i * stride]));
-        return peak > 0.0f && std::isfinite(peak) ? peak : 1.0f;
+        return peak > 0.0f ? peak : 1.0f;
     };
     auto rounded = [](float value, float peak) { return int8_t(std::lrint(127.0f * value / peak)); };
     std::vector<float> b_peaks;
