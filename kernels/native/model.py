@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -120,8 +121,8 @@ class NativeModel:
         if handle:
             self._library.motet_destroy(handle)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_handle") and not is_ending():  # at the end of the process the modules are gone
             self.close()
 
     def set_linear(self, which: LinearKind, layer: int, weight: Weight, name: str) -> None:
