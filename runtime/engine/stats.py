@@ -15,7 +15,7 @@ class EngineStats:
     num_blocks: int
     steps: int
     tokens: int  # sampled
-    prompt_tokens: int  # of all sequences (view, adapter) whose answer has begun
+    prompt_tokens: int  # of all sequences (views) whose answer has begun
     cached_tokens: int  # of these, found in the prefix cache
     drafted_tokens: int  # verified; counted once per group, not per sequence
     accepted_tokens: int  # of the drafted ones, those that were drawn

@@ -168,8 +168,12 @@ def summarise(
     if params.drafts:  # fail early
         sampling = SamplingParams(temperature=params.temperature, seed=params.seed)
         draft_requests(Request("", ((0,),), ensemble or engine.model.default_ensemble, sampling, drafts=params.drafts))
+    is_own = ensemble is None or ensemble == engine.model.default_ensemble
+    confidence = engine.model.calibration is not None and is_own and not params.drafts
     if params.abstain_below is not None and engine.model.calibration is None:
         raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
+    if params.abstain_below is not None and not confidence:
+        raise ConfigError("abstain_below is for the bundle's own mix without drafts; leave it out, or these")
     concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
     if params.drafts and concurrency * params.drafts > engine.config.max_waiting:
         if params.concurrency:
@@ -185,8 +189,6 @@ def summarise(
         total = count_records(in_path)
         finished = keep_finished(out_path)
         with out_path.open("a", encoding="utf-8") as output:
-            is_own = ensemble is None or ensemble == engine.model.default_ensemble
-            confidence = engine.model.calibration is not None and is_own and not params.drafts
             mix = ensemble or engine.model.default_ensemble
             job = _Job(engine, mix, params, output, concurrency, confidence)
             _run(job, read_records(in_path), finished, _Progress(total, on_progress))

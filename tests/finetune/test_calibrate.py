@@ -148,6 +148,12 @@ def test_a_job_has_the_confidence_of_each_summary(bundle, tmp_path):
         (texts / f"{index}.txt").write_text(f"some text, number {index}")
     with Engine.from_bundle(path, EngineConfig(max_num_seqs=2, threads=2)) as engine:
         params = SummariseParams(max_summary_tokens=8, abstain_below=1.0)
+        for change in (
+            {"params": replace(params, drafts=2)},
+            {"ensemble": Ensemble((Member("x", 1.0),)), "params": params},
+        ):
+            with pytest.raises(ConfigError, match="the bundle's own mix without drafts"):
+                summarise(engine, texts, tmp_path / "out.jsonl", **change)
         summarise(engine, texts, tmp_path / "out.jsonl", params=params)
         summarise(engine, texts, tmp_path / "plain.jsonl", params=SummariseParams(max_summary_tokens=8))
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
