@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..runtime.api.config import described
 from ..runtime.errors import ConfigError
 from ..runtime.model.members import MemberKind
 
@@ -29,11 +30,6 @@ class NearDuplicates(StrEnum):
     DROP = "drop"  # leave them out
     KEEP = "keep"  # keep and count them
     REFUSE = "refuse"  # raise `DataError`
-
-
-def described(default: Any, text: str, option: str | None = None) -> Any:
-    """A dataclass field with a default and a help text; `option`: its name on the command line, if it has another."""
-    return dataclasses.field(default=default, metadata={"help": text} | ({"option": option} if option else {}))
 
 
 @dataclass(frozen=True, slots=True)

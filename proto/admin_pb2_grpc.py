@@ -67,7 +67,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Accept no more requests; those already accepted run to their end. Health turns NOT_SERVING.
+        """Accept no more requests. Those that run go on to their end, those that wait end with UNAVAILABLE. Health turns NOT_SERVING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

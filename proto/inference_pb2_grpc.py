@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=motet_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/motet.v1.Inference/Abort',
+                request_serializer=motet_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/motet.v1.Inference/Tokenize',
                 request_serializer=motet_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -73,6 +78,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Abort(self, request, context):
+        """End the caller's requests with this id; their answers keep what they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,6 +109,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Complete,
                     request_deserializer=motet_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=motet_dot_v1_dot_inference__pb2.CompleteResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=motet_dot_v1_dot_inference__pb2.AbortRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -163,6 +180,33 @@ class Inference:
             '/motet.v1.Inference/Complete',
             motet_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             motet_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/motet.v1.Inference/Abort',
+            motet_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+            motet_dot_v1_dot_inference__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,

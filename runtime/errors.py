@@ -58,8 +58,12 @@ class UnsupportedModelError(MotetError):
     exit_code = 2
 
 
+class UnauthenticatedError(MotetError):
+    """The caller has not shown who it is: no key or token, or one that is wrong, expired or revoked."""
+
+
 class PermissionDeniedError(MotetError):
-    """The caller may not do this."""
+    """The caller is known and may not do this."""
 
 
 class UnimplementedError(MotetError):
@@ -79,7 +83,7 @@ class ConfigError(MotetError, ValueError):
 
 
 class OverloadedError(MotetError):
-    """The waiting queue is full: try again after `retry_after_s` seconds."""
+    """A queue is full or a quota is spent: try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)

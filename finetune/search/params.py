@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...runtime.api.config import described
 from ...runtime.api.request import Space
 from ...runtime.errors import ConfigError
 from ...runtime.model.members import MemberKind
-from ..params import MAX_LENGTH_HELP, TuneParams, described
+from ..params import MAX_LENGTH_HELP, TuneParams
 
 
 @dataclass(frozen=True, slots=True)

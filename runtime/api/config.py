@@ -19,6 +19,11 @@ _CHOICES = {
 }
 
 
+def described(default: Any, text: str, option: str | None = None) -> Any:
+    """A dataclass field with a default and a help text; `option`: its name on the command line, if it has another."""
+    return dataclasses.field(default=default, metadata={"help": text} | ({"option": option} if option else {}))
+
+
 def check_keys(cls: type, values: dict[str, Any]) -> None:
     """Raises `ConfigError` for keys that are not fields of the dataclass `cls`."""
     known = {field.name for field in dataclasses.fields(cls)}
@@ -32,21 +37,31 @@ class EngineConfig:
     """How to serve a bundle. Values are used as they are or refused, never adjusted. Raises `ConfigError`, naming the
     key."""
 
-    backend: Literal["auto", "cpu", "onnx", "torch"] = "auto"  # auto: the native kernels if they were built, else onnx
-    # What the KV cache holds. auto: int8 on cpu, the activations' dtype on torch. fp8: torch only. onnx: always float32.
-    kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = "auto"
-    onnx_provider: Literal["cpu", "cuda"] = "cpu"  # where the onnx backend runs its graphs; cuda needs onnxruntime-gpu
-    max_num_seqs: int = 16  # sequences that hold KV at once; a choice needs one per view and adapter
-    max_model_len: int | None = None  # positions per sequence, prompt and answer; None: 2048, or the model's if fewer
-    max_num_batched_tokens: int = 512  # rows per step: decode rows first, then prefill chunks
-    prefill_chunk: int = 256  # rows per prefill chunk; the cuts are fixed, so a result does not depend on the batch
-    max_waiting: int = 256  # choices that may queue before OverloadedError
-    # Requests of a server that are read, queued, running, or ended and not yet read by their clients; more are refused.
-    max_requests: int = 1024
-    block_size: int = 0  # positions per block of the KV cache; 0: the backend's own (only torch accepts another)
-    prefix_cache: bool = True  # share the blocks of prompts that begin alike
-    speculative_tokens: int = 0  # most tokens per draft, if the request sets no limit; 0: no drafts
-    threads: int = 0  # 0: one per CPU that this process may use
+    backend: Literal["auto", "cpu", "onnx", "torch"] = described(
+        "auto", "auto (the native kernels if they were built, else onnx), cpu, onnx or torch."
+    )
+    kv_dtype: Literal["auto", "int8", "bf16", "fp8"] = described(
+        "auto", "What the KV cache holds; auto: int8 on cpu, the activations' type on torch. onnx always has float32."
+    )
+    onnx_provider: Literal["cpu", "cuda"] = described("cpu", "Where the onnx backend runs; cuda needs onnxruntime-gpu.")
+    max_num_seqs: int = described(16, "Sequences that hold KV cache at once; a choice needs one per view.")
+    max_model_len: int | None = described(
+        None, "Positions per sequence, prompt and answer; default: 2048, or the model's context if that is shorter."
+    )
+    max_num_batched_tokens: int = described(512, "Rows per step: decode rows first, then prefill chunks.")
+    prefill_chunk: int = described(
+        256, "Rows per prefill chunk; the cuts are fixed, so no result depends on the batch."
+    )
+    max_waiting: int = described(256, "Choices that may queue; more are refused.")
+    max_requests: int = described(
+        1024, "Requests that are read, queued, running, or ended and not yet read by their clients; more are refused."
+    )
+    block_size: int = described(0, "Positions per block of the KV cache; 0: the backend's own (only torch has others).")
+    prefix_cache: bool = described(True, "Share the blocks of prompts that begin alike.")
+    speculative_tokens: int = described(
+        0, "Most tokens per prompt-lookup draft, if the request sets no limit; 0: no drafts."
+    )
+    threads: int = described(0, "Threads; 0: the CPUs that this process may use.")
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

@@ -15,9 +15,15 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_DELTA_BYTES = 2**16  # about the largest message of a stream; a slow reader's answer is cut into such pieces
 MAX_ERROR_BYTES = 1000  # of an error's text: it travels in HTTP/2 trailers, which hold 8 KiB, three times over
 
+MAX_METADATA_BYTES = 16 * 2**10  # of a call's headers
+MAX_STREAMS_PER_CONNECTION = 1024
+MAX_CONCURRENT_CALLS = 4096  # of all connections; watchers of health among them
+
 # ---- what a request may bring ----------------------------------------------------------------------------------------
 
 MAX_REQUEST_ID_BYTES = 256  # it is repeated in every message of the answer
+MAX_PRIORITY = 1000  # in size
+MAX_SALT_BYTES = 256
 MAX_MESSAGES = 4096  # of a conversation
 MAX_MEMBERS = 64  # of an ensemble; so many views at most
 MAX_NAME_BYTES = 256  # of a member

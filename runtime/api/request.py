@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
-from .limits import MAX_CHOICES, MAX_MEMBERS, MAX_MIX, MAX_NAME_BYTES, MAX_REQUEST_ID_BYTES
+from .limits import (
+    MAX_CHOICES,
+    MAX_MEMBERS,
+    MAX_MIX,
+    MAX_NAME_BYTES,
+    MAX_PRIORITY,
+    MAX_REQUEST_ID_BYTES,
+    MAX_SALT_BYTES,
+)
 from .prompt import Prompt
 from .rules import Flag, Integer, Number, Text
 from .sampling import SamplingParams
@@ -19,6 +27,8 @@ _MIX = Number(-MAX_MIX, MAX_MIX)
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _SHARE = Number(0, 1)
 _DRAFTS = Integer(0, MAX_CHOICES)
+_PRIORITY = Integer(-MAX_PRIORITY, MAX_PRIORITY)
+_SALT = Text(MAX_SALT_BYTES)
 _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
 
@@ -111,7 +121,9 @@ class GenerateRequest:
     it has. `return_confidence`: each token's confidence and disagreement, and the answer's confidence; the bundle must be
     calibrated. `abstain_below` implies it: an answer with less confidence is marked as abstained. `drafts`: the answer is
     the one of so many drafts that agrees most with the others (`engine.consensus`); it comes in one piece, when all
-    have ended. Raises `InvalidRequestError`, `InvalidEnsembleError`.
+    have ended. `priority`: of the caller's waiting requests the one with the lowest number goes first. `cache_salt`:
+    only requests of the same tenant with the same salt share cached prefixes. Raises `InvalidRequestError`,
+    `InvalidEnsembleError`.
     """
 
     prompt: Prompt
@@ -125,6 +137,8 @@ class GenerateRequest:
     return_confidence: bool = False
     abstain_below: float | None = None
     drafts: int = 0
+    priority: int = 0
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, SamplingParams):
@@ -152,7 +166,18 @@ class GenerateRequest:
                     field="ensemble.members.mix",
                 )
         _REQUEST_ID.check("request_id", self.request_id)
+        _SALT.check("cache_salt", self.cache_salt)
         _check_options(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose turn a request takes. Its values are the service's and not the client's."""
+
+    tenant: str = ""
+    weight: float = 1.0  # of the tenant's turn
+    is_background: bool = False  # it runs behind every request that is not
+    max_waiting: int | None = None  # choices of the tenant that may queue; None: as many as the queue holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +197,9 @@ class Request:
     return_confidence: bool = False
     abstain_below: float | None = None
     drafts: int = 0  # to choose the answer from; the engine itself makes one answer, see `engine.consensus`
-    cache_salt: bytes = b""  # requests with different salts share no cached prefixes; use one salt per tenant
+    cache_salt: bytes = b""  # requests with different salts share no cached prefixes; the service has one per tenant
+    priority: int = 0  # among its owner's waiting requests: the lowest goes first
+    owner: Owner = field(default_factory=Owner)
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt for prompt in self.prompts):
@@ -199,6 +226,7 @@ def _check_options(request: GenerateRequest | Request) -> None:
         _TIME_LIMIT.check("time_limit_s", request.time_limit_s)
     _FLAG.check("return_member_logprobs", request.return_member_logprobs)
     _FLAG.check("return_confidence", request.return_confidence)
+    _PRIORITY.check("priority", request.priority)
     _DRAFTS.check("drafts", request.drafts)
     if request.drafts == 1 or (request.drafts and request.sampling.n > 1):
         raise InvalidRequestError(

@@ -11,7 +11,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ...proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt, PromptContent
@@ -26,16 +25,9 @@ from ..serve.grpc.wire import (
     prompt_to_proto,
     request_to_proto,
 )
+from .connection import Connection
 
 Mix = Ensemble | Mapping[str, float] | None
-_CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A connection that broke without a word is noticed while an answer is awaited.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
 
 
 def _message(
@@ -50,6 +42,8 @@ def _message(
     return_confidence: bool = False,
     abstain_below: float | None = None,
     drafts: int = 0,
+    priority: int = 0,
+    cache_salt: str = "",
     sampling: SamplingParams | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateRequest:
@@ -58,7 +52,7 @@ def _message(
     `mix`: a mapping member → coefficient, or an `Ensemble`, whose members with view i see `views[i - 1]`; None is the
     bundle's own. `space`: of a `mix` that is a mapping; default LOGITS. `request_id` is returned with every output.
     `time_limit_s`: seconds after which the answer ends with what it has. `return_confidence`, `abstain_below`,
-    `drafts`: see `GenerateRequest`. Sampling parameters are passed as `sampling`
+    `drafts`, `priority`, `cache_salt`: see `GenerateRequest`. Sampling parameters are passed as `sampling`
     or as keywords. Everything is checked before anything is sent; an option that would have no effect is refused.
     Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
@@ -91,6 +85,8 @@ def _message(
         return_confidence=return_confidence,
         abstain_below=abstain_below,
         drafts=drafts,
+        priority=priority,
+        cache_salt=cache_salt,
     )
 
 
@@ -114,14 +110,16 @@ class Client:
     ...     for delta in client.generate("Once upon a time", mix={"code": 0.3, "docs": 0.7}, max_tokens=40):
     ...         print(delta.text, end="", flush=True)
 
-    `prompt`: text, token ids, messages ({"role", "content"}), or a `Conversation`. Options: see `_message` (mix, space, views,
-    request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, drafts, sampling, or the fields
-    of `SamplingParams`). `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends
-    with what it has. Raises the errors of the server, and `UnavailableError` if there is no answer from it.
+    `address`: host:port, or a `Connection` with a key or TLS. `prompt`: text, token ids, messages ({"role", "content"}), or
+    a `Conversation`. Options: see `_message` (mix, space, views, request_id, time_limit_s, return_member_logprobs,
+    return_confidence, abstain_below, drafts, priority, cache_salt, sampling, or the fields of `SamplingParams`).
+    `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has.
+    Raises the errors of the server, and `UnavailableError` if there is no answer from it.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051") -> None:
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    def __init__(self, address: str | Connection = "127.0.0.1:50051") -> None:
+        connection = Connection(address) if isinstance(address, str) else address
+        self._channel, self._metadata = connection.channel(), connection.metadata
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -138,7 +136,7 @@ class Client:
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Iterator[Output]:
         """Stream the deltas of all choices. Leaving the loop early cancels the request."""
         message = _message(prompt, **options)
-        return self._deltas(self._inference.Generate(message, timeout=timeout_s))
+        return self._deltas(self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata))
 
     def _deltas(self, call: Any) -> Iterator[Output]:
         try:
@@ -159,7 +157,8 @@ class Client:
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, chat template applied."""
         try:
-            response = self._inference.Tokenize(inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt)))
+            request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
+            response = self._inference.Tokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
         return list(response.token_ids)
@@ -167,7 +166,8 @@ class Client:
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         try:
-            response = self._inference.Detokenize(_detokenize(token_ids, skip_special_tokens))
+            request = _detokenize(token_ids, skip_special_tokens)
+            response = self._inference.Detokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
         return str(response.text)
@@ -175,15 +175,24 @@ class Client:
     def models(self) -> list[ModelInfo]:
         """The models that the server serves."""
         try:
-            response = self._admin.ListModels(admin_pb2.ListModelsRequest())
+            response = self._admin.ListModels(admin_pb2.ListModelsRequest(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
         return [model_from_proto(model) for model in response.models]
 
-    def drain(self) -> None:
-        """Let the server finish its requests, accept no more, and end."""
+    def abort(self, request_id: str) -> int:
+        """End the open requests with this id, of whichever client of the tenant; their answers keep what they have. Returns
+        how many there were."""
         try:
-            self._admin.Drain(admin_pb2.DrainRequest())
+            response = self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return int(response.aborted)
+
+    def drain(self) -> None:
+        """Let the server finish the requests that run, accept no more, and end."""
+        try:
+            self._admin.Drain(admin_pb2.DrainRequest(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
 
@@ -199,8 +208,9 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio programs: the same methods, arguments and errors."""
 
-    def __init__(self, address: str = "127.0.0.1:50051") -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    def __init__(self, address: str | Connection = "127.0.0.1:50051") -> None:
+        connection = Connection(address) if isinstance(address, str) else address
+        self._channel, self._metadata = connection.aio_channel(), connection.metadata
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -218,7 +228,7 @@ class AsyncClient:
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
         message = _message(prompt, **options)
-        call = self._inference.Generate(message, timeout=timeout_s)
+        call = self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield output_from_response(response)
@@ -235,17 +245,22 @@ class AsyncClient:
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
-        return list((await _answer(self._inference.Tokenize(request))).token_ids)
+        return list((await _answer(self._inference.Tokenize(request, metadata=self._metadata))).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str((await _answer(self._inference.Detokenize(_detokenize(token_ids, skip_special_tokens)))).text)
+        request = _detokenize(token_ids, skip_special_tokens)
+        return str((await _answer(self._inference.Detokenize(request, metadata=self._metadata))).text)
 
     async def models(self) -> list[ModelInfo]:
-        response = await _answer(self._admin.ListModels(admin_pb2.ListModelsRequest()))
+        response = await _answer(self._admin.ListModels(admin_pb2.ListModelsRequest(), metadata=self._metadata))
         return [model_from_proto(model) for model in response.models]
 
+    async def abort(self, request_id: str) -> int:
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        return int((await _answer(self._inference.Abort(request, metadata=self._metadata))).aborted)
+
     async def drain(self) -> None:
-        await _answer(self._admin.Drain(admin_pb2.DrainRequest()))
+        await _answer(self._admin.Drain(admin_pb2.DrainRequest(), metadata=self._metadata))
 
     async def is_serving(self, timeout_s: float = 5.0) -> bool:
         call = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)

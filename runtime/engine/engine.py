@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from ..api.config import EngineConfig
@@ -15,7 +14,7 @@ from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output
 from ..api.request import FinishReason, Request
 from ..backends.base import Backend
-from ..errors import MotetError, NumericalError, OverloadedError, UnavailableError
+from ..errors import MotetError, NumericalError, UnavailableError
 from ..schedule.admission import Admission
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
@@ -25,10 +24,13 @@ from ..schedule.sequence import Group
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
+from .inbox import Inbox
 from .observer import Observer, StepReport, notify
 from .stats import EngineStats
 
 log = logging.getLogger("motet.engine")
+_MAX_RESTARTS = 3  # after internal errors
+_RESTARTS_WITHIN_S = 60.0
 
 
 class Engine:
@@ -49,29 +51,28 @@ class Engine:
         self._observers = tuple(observers)
         blocks = BlockManager(backend.num_blocks, backend.block_size)
         self._admission = Admission(model, config, blocks, can_verify=backend.can_verify)
-        self._scheduler = Scheduler(
-            blocks,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.prefill_chunk,
-            prefix_cache=config.prefix_cache,
-            keeps_trunk=backend.keeps_trunk,
-            sample_prefill=backend.can_sample_prefill,
-        )
+        self._scheduler = self._new_scheduler(blocks)
         self._answers: dict[Group, Answer] = {}
-        self._wake = threading.Condition()
-        # _wake guards this and the next three. The order matters: an abort does not end requests submitted after it.
-        self._inbox: deque[list[Answer] | tuple[str | None, FinishReason]] = deque()
-        self._num_queued = 0
-        self._draining = False
-        self._closed = False
-        self._failure: MotetError | None = None
+        self._inbox = Inbox(config.max_waiting)
+        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
+        self._num_restarts = 0
         self._steps = 0
         self._tokens = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._thread = threading.Thread(target=self._run, name="motet-engine", daemon=True)
         self._thread.start()
+
+    def _new_scheduler(self, blocks: BlockManager) -> Scheduler:
+        return Scheduler(
+            blocks,
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            self.config.prefill_chunk,
+            prefix_cache=self.config.prefix_cache,
+            keeps_trunk=self._backend.keeps_trunk,
+            sample_prefill=self._backend.can_sample_prefill,
+        )
 
     @classmethod
     def from_bundle(cls, path: Path | str, config: EngineConfig | None = None, *, verify: bool = True) -> Engine:
@@ -105,19 +106,7 @@ class Engine:
         groups = self._admission.groups_of(request)
         streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
         answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
-        with self._wake:
-            if self._failure is not None:
-                raise UnavailableError(str(self._failure))
-            if self._draining or self._closed:
-                raise UnavailableError("the engine is shutting down; send the request to another server")
-            if self._num_queued + len(answers) > self.config.max_waiting:
-                raise OverloadedError(
-                    f"{self._num_queued} choices are waiting and {len(answers)} more exceed max_waiting "
-                    f"({self.config.max_waiting}); try again later"
-                )
-            self._num_queued += len(answers)
-            self._inbox.append(answers)
-            self._wake.notify()
+        self._inbox.put(answers)
 
     def _note_rejected(self, request: Request, error: MotetError) -> None:
         notify(self._observers, lambda observer: observer.on_reject(request, error))
@@ -125,14 +114,11 @@ class Engine:
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End all requests with this id, or with any if it is None, that were submitted so far; their answers keep what
         they have. There may be none."""
-        with self._wake:
-            self._inbox.append((request_id, reason))
-            self._wake.notify()
+        self._inbox.abort(request_id, reason)
 
     def subscribe(self, observer: Observer) -> None:
         """Add an observer; it hears of everything from now on."""
-        with self._wake:
-            self._observers = (*self._observers, observer)
+        self._observers = (*self._observers, observer)
 
     def complete(self, requests: Sequence[Request], on_output: OnOutput | None = None) -> list[list[Completion]]:
         """Run requests to their end and return the choices of each, for offline use. Raises what `submit` raises (the
@@ -174,9 +160,9 @@ class Engine:
         return results
 
     def stats(self) -> EngineStats:
-        blocks, waiting = self._scheduler.blocks, self._num_queued
+        blocks = self._scheduler.blocks
         return EngineStats(
-            waiting=waiting,
+            waiting=self._inbox.num_waiting,
             running=len(self._scheduler.running),
             free_blocks=blocks.num_free,
             num_blocks=blocks.num_blocks,
@@ -185,79 +171,90 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             drafted_tokens=self._scheduler.num_drafted,
+            preemptions=self._scheduler.num_preempted,
+            restarts=self._num_restarts,
             accepted_tokens=self._scheduler.num_accepted,
         )
 
     def drain(self) -> None:
-        """Accept no more requests; those already accepted run to their end. Returns at once."""
-        with self._wake:
-            self._draining = True
-            self._wake.notify()
+        """Accept no more requests. Those that run go on to their end; those that wait end with `UnavailableError`, so that
+        their clients can go elsewhere. Returns at once."""
+        self._inbox.drain()
 
     def close(self) -> None:
         """End all requests (CANCELLED, with what they have), the thread and the backend."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._inbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     @property
     def failure(self) -> MotetError | None:
         """Why the loop ended by itself; None while it runs, and after `close`. Such an engine refuses every request."""
-        return self._failure
+        return self._inbox.failure
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is queued or running."""
-        with self._wake:
-            return not self._inbox and not self._answers
+        return self._inbox.is_empty and not self._answers
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         """The engine's thread. Whatever ends the loop, every answer gets a last output."""
-        end = partial(self._finish, reason=FinishReason.CANCELLED)
-        error: MotetError | None = None
-        try:
-            while self._take_inbox():
-                self._step()
-        except Exception:  # internal error: every answer must still get a last output
-            log.exception("the engine stopped")
-            error = MotetError("the engine stopped after an internal error; the log has it; restart the server")
-            end = partial(self._end, reason=FinishReason.ERROR, error=error)  # without the scheduler: it may be broken
-        with self._wake:
-            self._closed, self._failure = True, error
-            arrived = [answer for item in self._inbox if isinstance(item, list) for answer in item]
-            self._inbox.clear()
-        for answer in (*self._answers.values(), *arrived):
-            end(answer)
+        while True:
+            try:
+                while self._take_inbox():
+                    self._step()
+                for answer in list(self._answers.values()):
+                    self._finish(answer, FinishReason.CANCELLED)
+                break
+            except Exception:  # a fault of ours: the requests of now end, those that follow shall not notice
+                log.exception("the engine's loop failed")
+                if not self._restart():
+                    break
+        for item in self._inbox.take(wait=False):
+            for answer in item if isinstance(item, list) else ():
+                self._end(answer, FinishReason.ERROR if self.failure else FinishReason.CANCELLED, self.failure)
         self._backend.close()
+
+    def _restart(self) -> bool:
+        """After an internal error: end all answers, and go on with a new schedule. False, and the engine is closed, if that
+        was tried too often lately."""
+        now = time.monotonic()
+        again = len(self._restarts) < _MAX_RESTARTS or now - self._restarts[0] > _RESTARTS_WITHIN_S
+        text = "the engine stopped after an internal error; the log has it; "
+        error = MotetError(text + ("send the request again" if again else "restart the server"))
+        if not again:
+            self._inbox.close(error)
+        for answer in list(self._answers.values()):
+            self._end(answer, FinishReason.ERROR, error)  # without the scheduler: it may be broken
+        self._restarts.append(now)
+        if again:
+            self._num_restarts += 1
+            blocks = self._scheduler.blocks
+            self._scheduler = self._new_scheduler(BlockManager(blocks.num_blocks, blocks.block_size, stale=True))
+        return again
 
     def _take_inbox(self) -> bool:
         """Process the inbox; sleep while there is nothing to do. False if the engine is closed."""
-        ended: list[tuple[Answer, FinishReason]] = []
-        with self._wake:
-            while not (self._inbox or self._closed or self._answers):
-                self._wake.wait()
-            while self._inbox:
-                item = self._inbox.popleft()
-                if isinstance(item, list):
-                    for answer in item:
-                        self._answers[answer.group] = answer
-                        self._scheduler.add(answer.group)
-                else:
-                    request_id, reason = item
-                    ended += [(a, reason) for a in self._answers.values() if request_id in (None, a.request.request_id)]
-            closed = self._closed
-        for answer, reason in ended:
-            if answer.group in self._answers:  # it may be aborted twice
+        for item in self._inbox.take(wait=not self._answers):
+            if isinstance(item, list):
+                for answer in item:
+                    self._answers[answer.group] = answer
+                    self._scheduler.add(answer.group)
+                continue
+            request_id, reason = item
+            for answer in [a for a in self._answers.values() if request_id in (None, a.request.request_id)]:
                 self._finish(answer, reason)
-        return not closed
+        if self._inbox.is_draining and self._inbox.num_waiting:
+            gone = UnavailableError("the server goes out of service; send the request to another one")
+            for answer in [a for a in self._answers.values() if a.admitted is None]:
+                self._finish(answer, FinishReason.ERROR, gone)
+        return not self._inbox.is_closed
 
     def _step(self) -> None:
         self._end_overdue()
-        scheduled = self._scheduler.schedule()
+        scheduled = self._scheduler.schedule() if self._answers else None
         if scheduled is None:
             self._scheduler.check_integrity()
             return
@@ -282,7 +279,7 @@ class Engine:
             answer = self._answers[group]
             if answer.admitted is None:
                 answer.admitted = now
-                self._leave_queue()
+                self._inbox.leave(answer)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -322,15 +319,11 @@ class Engine:
     def _end(self, answer: Answer, reason: FinishReason, error: MotetError | None = None) -> None:
         """Send the last output of an answer."""
         if answer.admitted is None:
-            self._leave_queue()
+            self._inbox.leave(answer)
         self._answers.pop(answer.group, None)
         last = answer.last_delta(reason, error, time.monotonic())
         notify(self._observers, lambda observer: observer.on_finish(answer.request, last))
         self._send(answer, last)
-
-    def _leave_queue(self) -> None:
-        with self._wake:
-            self._num_queued -= 1
 
     def _send(self, answer: Answer, output: Output) -> None:
         try:

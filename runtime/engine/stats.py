@@ -18,4 +18,6 @@ class EngineStats:
     prompt_tokens: int  # of all sequences (views) whose answer has begun
     cached_tokens: int  # of these, found in the prefix cache
     drafted_tokens: int  # verified; counted once per group, not per sequence
+    preemptions: int
+    restarts: int  # of the loop, after a fault
     accepted_tokens: int  # of the drafted ones, those that were drawn

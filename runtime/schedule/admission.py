@@ -67,6 +67,8 @@ class Admission:
                 return_member_logprobs=request.return_member_logprobs or request.return_confidence,
                 return_logprobs=request.return_confidence,
                 drafter=self._drafter(params),
+                priority=request.priority,
+                owner=request.owner,
             )
             for choice in range(params.n)
         ]

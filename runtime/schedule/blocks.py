@@ -14,17 +14,17 @@ class BlockManager:
 
     A block is used (sequences refer to it), idle (nothing refers to it, but its content can still be shared) or
     empty. Idle blocks count as free, and the least recently used is taken first. A block whose content dies is
-    reported once by `take_freed`.
+    reported once by `take_freed`. `stale`: the blocks hold what an earlier manager put there, which is dead.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, stale: bool = False) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._empty = list(range(num_blocks))[::-1]  # the last one freed is reused first: its memory may be cached
         self._idle: dict[int, None] = {}  # in the order in which they became idle
         self._owners: dict[int, int] = {}  # used block → reference count
         self._prefixes = PrefixIndex()
-        self._freed: list[int] = []
+        self._freed: list[int] = list(range(num_blocks)) if stale else []
         self._distrusted: set[int] = set()  # used blocks that were forgotten: not shared again until they are freed
 
     @property

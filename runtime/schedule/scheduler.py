@@ -12,7 +12,6 @@ the seed, the position and the tokens before, so an answer is the same with draf
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +21,7 @@ from .batch import StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
 from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
+from .queue import ANSWER_WEIGHT, WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
 
@@ -41,8 +41,9 @@ class GroupTokens:
 
 
 class Scheduler:
-    """First come, first served, but small groups may pass a large one. When blocks run out, the latest group frees all
-    of its blocks and waits again.
+    """Tenants take turns by the tokens that they were served (`WaitingQueue`); within a tenant it is first come, first served,
+    but small groups may pass a large one. When blocks run out, the latest group frees all of its blocks and waits again.
+    So does the latest group of a tenant that has more than its share, if another waits that has less.
 
     A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. With
     `prefix_cache`, sequences that begin alike share full blocks, but not that of the last token: its row is computed.
@@ -60,7 +61,7 @@ class Scheduler:
         sample_prefill: bool = False,
     ) -> None:
         self.blocks = blocks
-        self.waiting: deque[Group] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Group] = []
         self._max_num_seqs = max_num_seqs
         self._max_passed = 4 * max_num_seqs  # by so many groups a waiting one may be passed
@@ -69,28 +70,31 @@ class Scheduler:
         self._sharing = PrefixSharing(blocks, enabled=prefix_cache, keeps_trunk=keeps_trunk)
         self._sample_prefill = sample_prefill
         self.num_drafted = 0  # draft tokens since the start
+        self.num_preempted = 0
         self.num_accepted = 0  # of these, those that were drawn
 
     def add(self, group: Group) -> None:
-        self.waiting.append(group)
+        self.waiting.add(group)
 
     def abort(self, group: Group) -> None:
         """Remove a group, queued or running, and free its blocks. Not between `schedule` and `commit`."""
         if group.status is SequenceStatus.RUNNING:
             self.running.remove(group)
+            self.waiting.end(group)
         elif group.status is SequenceStatus.WAITING:
             self.waiting.remove(group)
         self._release(group)
         group.status = SequenceStatus.FINISHED
 
     def preempt(self, group: Group) -> None:
-        """Free a running group's blocks and put it at the front of the queue. Its tokens are kept and recomputed
+        """Free a running group's blocks and put it before its tenant's others. Its tokens are kept and recomputed
         later."""
         self.running.remove(group)
         self._release(group)
         group.status = SequenceStatus.WAITING
         group.num_preemptions += 1
-        self.waiting.appendleft(group)
+        self.num_preempted += 1
+        self.waiting.put_back(group)
 
     def schedule(self) -> ScheduledBatch | None:
         """The next batch, to be passed to `commit` or `fail`; None if there is nothing to compute."""
@@ -130,6 +134,7 @@ class Scheduler:
             reason = end_of(group, token_id)
             if reason is not None or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
                 break
+        self.waiting.charge(group, ANSWER_WEIGHT * count * len(group.sequences))
         self.num_drafted += len(decode.draft)
         self.num_accepted += count - (error is None)
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
@@ -161,26 +166,36 @@ class Scheduler:
     def _admit(self) -> None:
         """Start groups from the queue, in order. A group with fewer sequences may pass one that has to wait for room, but
         a limited number of times, so that no group waits for ever."""
-        num_seqs = sum(len(group.sequences) for group in self.running)
-        smallest = self._max_num_seqs + 1  # sequences of the smallest group that has to wait
         passed: list[Group] = []
-        for group in list(self.waiting):
-            if num_seqs >= self._max_num_seqs or smallest == 1:
-                return
-            if len(group.sequences) < smallest and self._start(group, self._max_num_seqs - num_seqs):
-                num_seqs += len(group.sequences)
+        blocked: dict[str, int] = {}  # tenant → sequences of its smallest group that has to wait
+        for group in self.waiting:
+            tenant = group.owner.tenant
+            if len(group.sequences) >= blocked.get(tenant, self._max_num_seqs + 1):
+                continue
+            if self._start(group):
                 for other in passed:
                     other.num_passed += 1
                 continue
-            # A preempted group is not passed: it holds the oldest of what was drawn.
-            if group.num_preemptions or group.num_passed >= self._max_passed:
+            if self._make_room(group) and self._start(group):
+                continue
+            if group.num_passed >= self._max_passed:
                 return
             passed.append(group)
-            smallest = min(smallest, len(group.sequences))
+            # A preempted group is not passed by its tenant's others: it holds the oldest of what was drawn.
+            blocked[tenant] = 1 if group.num_preemptions else len(group.sequences)
+            if len(blocked) == self.waiting.num_tenants and set(blocked.values()) == {1}:
+                return
 
-    def _start(self, group: Group, free_seqs: int) -> bool:
-        """Start a group of the queue if there are blocks for all tokens of all its sequences; False if not."""
-        if len(group.sequences) > free_seqs:
+    def _make_room(self, group: Group) -> bool:
+        """Preempt groups of tenants that run more than their share, if this one may have their places."""
+        victims = groups_over_share(group, self.running, self._max_num_seqs)
+        for other in victims:
+            self.preempt(other)
+        return bool(victims)
+
+    def _start(self, group: Group) -> bool:
+        """Start a group of the queue if there are places for its sequences, and blocks for all of their tokens."""
+        if sum(len(other.sequences) for other in self.running) + len(group.sequences) > self._max_num_seqs:
             return False
         shared = [self._sharing.shareable(sequence) for sequence in group.sequences]
         rest = [
@@ -188,7 +203,9 @@ class Scheduler:
         ]
         if not self.blocks.can_allocate(sum(rest), chain.from_iterable(shared)):
             return False
-        self.waiting.remove(group)
+        size = self.blocks.block_size
+        to_compute = sum(len(s.tokens) - size * len(found) for s, found in zip(group.sequences, shared, strict=True))
+        self.waiting.start(group, to_compute)
         self.blocks.retain(chain.from_iterable(shared))
         for sequence, found, count in zip(group.sequences, shared, rest, strict=True):
             sequence.block_table = found + self.blocks.allocate(count)
@@ -242,7 +259,7 @@ class Scheduler:
         return True
 
     def _schedule_prefill(self, rows: int) -> list[PrefillRows]:
-        """Whole chunks beside `rows` decode rows, the oldest group first, as long as the step has room, but at least
+        """Whole chunks beside `rows` decode rows, in the order of `_prefilling`, as long as the step has room, but at least
         one. A sequence whose next block is computed by another one in this step waits for it."""
         prefills: list[PrefillRows] = []
         under_way: set[Hashable] = set()
@@ -279,7 +296,8 @@ class Scheduler:
         return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
 
     def _prefilling(self) -> Iterator[Sequence]:
-        for group in self.running:
+        """Prompts of the tenant that runs the least come first; batch work comes last."""
+        for group in sorted(self.running, key=lambda g: (g.owner.is_background, self.waiting.load(g.owner))):
             yield from (sequence for sequence in group.sequences if sequence.num_prefill)
 
     def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:

@@ -8,7 +8,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import Space
+from ..api.request import Owner, Space
 from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
 from .drafts import Drafter
@@ -99,6 +99,8 @@ class Group:
     return_member_logprobs: bool = False
     return_logprobs: bool = False  # the chosen token's, also if the parameters do not ask for them
     drafter: Drafter | None = None  # None: no speculation
+    priority: int = 0
+    owner: Owner = field(default_factory=Owner)
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
     num_passed: int = 0  # groups that came later and were started before it

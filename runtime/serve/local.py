@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ..api.config import EngineConfig
 from ..engine.engine import Engine
+from ..trust.access import Access
 from .grpc.server import Server
+from .service import Service
 
 
 @contextmanager
@@ -28,7 +30,8 @@ def serve_engine(engine: Engine) -> Iterator[str]:
     thread.start()
 
     async def start() -> Server:
-        server = Server(engine, allow_drain=True)  # its events belong to this loop
+        # Its events belong to this loop.
+        server = Server(Service(engine), Access.open_to_all(may_drain=True))
         await server.start()
         return server
 

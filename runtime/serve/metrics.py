@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..api.output import Output
 from ..api.request import FinishReason, Request
 from ..engine.engine import Engine
 from ..engine.observer import Observer, StepReport
-from ..errors import MotetError, PortInUseError
+from ..errors import MotetError
+from .calls import Call
 
 STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+MOST_TENANTS = 1000  # with time series of their own
 WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -31,6 +33,8 @@ class EngineCollector:
         yield GaugeMetricFamily("motet_running_choices", "Choices that hold KV cache", stats.running)
         yield GaugeMetricFamily("motet_free_blocks", "Free blocks of the KV cache", stats.free_blocks)
         yield GaugeMetricFamily("motet_blocks", "Blocks of the KV cache", stats.num_blocks)
+        yield CounterMetricFamily("motet_preemptions", "Choices that gave up their place", stats.preemptions)
+        yield CounterMetricFamily("motet_restarts", "Restarts of the engine's loop after a fault", stats.restarts)
         yield CounterMetricFamily("motet_steps", "Engine steps", stats.steps)
         yield CounterMetricFamily("motet_tokens", "Tokens sampled", stats.tokens)
         yield CounterMetricFamily("motet_prompt_tokens", "Prompt tokens of answers begun", stats.prompt_tokens)
@@ -51,6 +55,12 @@ class EngineMetrics(Observer):
         self._queue = Histogram(
             "motet_queue_seconds", "Seconds from arrival to admission", buckets=WAIT_SECONDS, registry=registry
         )
+        self._token = Histogram(
+            "motet_inter_token_seconds",
+            "Mean seconds between the tokens of a choice",
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
         self._first_token = Histogram(
             "motet_first_token_seconds", "Seconds from arrival to first token", buckets=WAIT_SECONDS, registry=registry
         )
@@ -66,6 +76,8 @@ class EngineMetrics(Observer):
         if last.usage.completion_tokens:
             self._queue.observe(last.timings.queue_s)
             self._first_token.observe(last.timings.queue_s + last.timings.prefill_s)
+        if last.usage.completion_tokens > 1:
+            self._token.observe(last.timings.decode_s / (last.usage.completion_tokens - 1))
 
     def on_reject(self, request: Request, error: MotetError) -> None:
         self._rejected.labels(type(error).__name__).inc()
@@ -79,10 +91,47 @@ def engine_registry(engine: Engine) -> CollectorRegistry:
     return registry
 
 
-def serve_metrics(engine: Engine, host: str, port: int) -> None:
-    """Answer GET /metrics on its own thread. Raises `PortInUseError` if the port is taken."""
-    registry = engine_registry(engine)
-    try:
-        start_http_server(port, host, registry)
-    except OSError as error:
-        raise PortInUseError(f"cannot listen on {host}:{port} for metrics: {error}; choose another port") from error
+class CallMetrics:
+    """`motet_calls`, tokens by tenant, and what callers wait for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._tenants: set[str] = set()
+        self._calls = Counter("motet_calls", "Calls that ended", ["method", "status", "tenant"], registry=registry)
+        self._refusals = Counter("motet_refused_calls", "Calls without a right", ["error"], registry=registry)
+        self._tokens = Counter("motet_tenant_tokens", "Tokens of answered calls", ["tenant", "kind"], registry=registry)
+        self._members = Counter("motet_member_calls", "Calls whose mix has the member", ["member"], registry=registry)
+        self._seconds = Histogram(
+            "motet_call_seconds", "Seconds from arrival to end of a generation", buckets=WAIT_SECONDS, registry=registry
+        )
+        self._first = Histogram(
+            "motet_call_first_token_seconds",
+            "Seconds from arrival to the first token that the caller is sent",
+            buckets=WAIT_SECONDS,
+            registry=registry,
+        )
+
+    def check(self) -> None:
+        """Counting cannot fail."""
+
+    def on_call(self, call: Call) -> None:
+        tenant = self._label(call.caller.identity.tenant)
+        self._calls.labels(call.method, call.status, tenant).inc()
+        kinds = {"prompt": call.prompt_tokens, "cached": call.cached_tokens, "completion": call.completion_tokens}
+        for kind, tokens in kinds.items():
+            self._tokens.labels(tenant, kind).inc(tokens)
+        for member in call.mix:
+            self._members.labels(member).inc()
+        if call.request is not None:
+            self._seconds.observe(call.duration_s)
+        if call.first_token_s is not None:
+            self._first.observe(call.first_token_s)
+
+    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+        self._refusals.labels(type(error).__name__).inc()
+
+    def _label(self, tenant: str) -> str:
+        """Each tenant is a time series; beyond some number they are one."""
+        if tenant not in self._tenants and len(self._tenants) >= MOST_TENANTS:
+            return "(others)"
+        self._tenants.add(tenant)
+        return tenant

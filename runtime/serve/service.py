@@ -1,34 +1,40 @@
 """`Service`: what every door calls. It accepts requests that depend on no transport, and answers with deltas.
 
-A door translates its messages to `GenerateRequest`, its calls to these methods, and `MotetError` to its statuses.
-Everything else is done here, once for all doors: checks and defaults, tokenising off the event loop, unique request
-ids, choices, slow readers, cancelling, draining.
+A door finds out who calls (`Access`) and whether that caller may use the method, translates its messages to
+`GenerateRequest`, its calls to these methods, and `MotetError` to its statuses. Everything else is done here, once for
+all doors: checks and defaults, quotas, tenants, tokenising off the event loop, unique request ids, choices, slow readers,
+cancelling, draining, the record of each call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..api.limits import MAX_MESSAGE_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
-from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
+from ..api.request import Ensemble, FinishReason, GenerateRequest, Owner, Request
 from ..api.rules import Integer
 from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
 from ..engine.stats import EngineStats
-from ..errors import InvalidRequestError, MotetError, NotFoundError, OverloadedError, shown
+from ..errors import InvalidRequestError, MotetError, NotFoundError, shown
 from ..text.prompt import build_prompt
+from ..trust.identity import Identity
+from ..trust.quotas import Quotas, TenantLimits
+from .calls import Call, Caller, Calls, CallSink
+from .output_queue import OutputQueue
 
 log = logging.getLogger("motet.service")
 T = TypeVar("T")
@@ -36,58 +42,70 @@ _POLL_S = 0.02
 _READERS = 2  # threads that read and tokenise requests
 
 
-class OutputQueue:
-    """Deltas on their way from the engine's thread to one reader on the event loop.
-
-    `put` never waits for the reader. Deltas of a choice that the reader has not taken yet are joined, so the queue
-    holds at most one per choice.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._pending: dict[int, Output] = {}
-        self._ready = asyncio.Event()
-
-    def put(self, output: Output) -> None:
-        """Add a delta. May be called from any thread."""
-        self._loop.call_soon_threadsafe(self._add, output)
-
-    def _add(self, output: Output) -> None:
-        join(self._pending, output)
-        self._ready.set()
-
-    async def take(self) -> list[Output]:
-        """All deltas that are ready; waits until there is one."""
-        await self._ready.wait()
-        self._ready.clear()
-        pending, self._pending = list(self._pending.values()), {}
-        return pending
-
-
 class Service:
     """One engine, for any number of doors on one event loop. Raises typed errors (`runtime.errors`) and no others."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        limits: Mapping[str, TenantLimits] | None = None,
+        sinks: Iterable[CallSink] = (),
+        send_timeout_s: float = 60.0,
+    ) -> None:
+        """`limits`: of tenants, see `Quotas`. `send_timeout_s`: seconds that a delta may wait for its reader; then the request
+        ends, and so does the task that should have read."""
         self._engine = engine
-        self._is_draining = False
+        self._quotas = Quotas(limits or {}, engine.config.max_requests)
+        self.calls = Calls(sinks, engine.model.name)
+        self._send_timeout_s = send_timeout_s
+        self._is_leaving = self._is_shut_down = False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
-        self._num_open = 0
+        self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+    async def generate(self, request: GenerateRequest, caller: Caller) -> AsyncGenerator[Output, None]:
         """Deltas of all choices, until each has one with a `finish_reason`.
 
         Closing the iterator (`contextlib.aclosing`) or cancelling the task that reads it ends the request and frees its
         blocks. Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError`,
         `UnavailableError`, and the error that ended a choice, such as `NumericalError`.
         """
-        tokenised = await self.in_thread(lambda: self._tokenise(request))
+        with self.calls.call("generate", caller, request.request_id) as call:
+            tokenised = await self._accept(request, caller, call)
+            async with aclosing(self._outputs(request, tokenised, call)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def complete(self, request: GenerateRequest, caller: Caller) -> list[Completion]:
+        """The whole answer, one completion per choice, in order; refused if it may be larger than a message
+        (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
+        with self.calls.call("complete", caller, request.request_id) as call:
+            tokenised = await self._accept(request, caller, call)
+            self._check_answer(tokenised)
+            choices: dict[int, Completion] = {}
+            async with aclosing(self._outputs(request, tokenised, call)) as outputs:
+                async for output in outputs:
+                    join(choices, output)
+            return [choices[choice] for choice in sorted(choices)]
+
+    async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
+        """The request as the engine accepts it, within the tenant's quota of tokens."""
+        tokenised = await self.in_thread(lambda: self._tokenise(request, caller.identity), caller)
+        call.submitted(tokenised)
+        self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
+        return tokenised
+
+    async def _outputs(self, request: GenerateRequest, tokenised: Request, call: Call) -> AsyncGenerator[Output, None]:
         if tokenised.drafts:
-            yield await self._consensus(request.request_id, tokenised)
+            chosen = await self._consensus(request.request_id, tokenised)
+            call.add(chosen)
+            yield chosen
             return
         async with aclosing(self._answer(request.request_id, tokenised)) as outputs:
             async for output in outputs:
+                call.add(output)
                 yield output
 
     async def _consensus(self, request_id: str, tokenised: Request) -> Output:
@@ -96,7 +114,7 @@ class Service:
 
         async def run(draft: Request) -> Output:
             choices: dict[int, Completion] = {}
-            async with aclosing(self._answer(draft.request_id, draft)) as outputs:
+            async with aclosing(self._answer(request_id, draft)) as outputs:
                 async for output in outputs:
                     join(choices, output)
             return choices[0]
@@ -113,77 +131,89 @@ class Service:
         return chosen
 
     async def _answer(self, request_id: str, tokenised: Request) -> AsyncGenerator[Output, None]:
-        with self._open():
+        tenant, unfinished = tokenised.owner.tenant, tokenised.sampling.n
+        with self._quotas.open(tenant), self._known(tenant, request_id, tokenised.request_id):
             queue = OutputQueue(asyncio.get_running_loop())
             self._engine.submit(tokenised, queue.put)
-            unfinished = tokenised.sampling.n
+            self._quotas.spend(tenant, sum(map(len, tokenised.prompts)))
+            watch = asyncio.create_task(self._end_if_unread(queue, asyncio.current_task()))
             try:
                 while unfinished:
                     for output in await queue.take():
                         if output.error is not None:
                             raise output.error
                         unfinished -= output.finish_reason is not None
+                        self._quotas.spend(tenant, len(output.token_ids))
                         output.request_id = request_id or tokenised.request_id
                         yield output
             finally:
+                watch.cancel()
                 if unfinished:
                     self._engine.abort(tokenised.request_id, FinishReason.CANCELLED)
 
-    async def complete(self, request: GenerateRequest) -> list[Completion]:
-        """The whole answer, one completion per choice, in order; refused if it may be larger than a message
-        (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
-        tokenised = await self.in_thread(lambda: self._tokenise(request))
-        self._check_answer(tokenised)
-        if tokenised.drafts:
-            return [await self._consensus(request.request_id, tokenised)]
-        choices: dict[int, Completion] = {}
-        async with aclosing(self._answer(request.request_id, tokenised)) as outputs:
-            async for output in outputs:
-                join(choices, output)
-        return [choices[choice] for choice in sorted(choices)]
+    async def _end_if_unread(self, queue: OutputQueue, reader: asyncio.Task[Any] | None) -> None:
+        """A reader that takes nothing holds memory, and a place among the open requests."""
+        while queue.unread_s < self._send_timeout_s:
+            await asyncio.sleep(max(self._send_timeout_s - queue.unread_s, _POLL_S))
+        log.warning("an answer was not read for %g s; it is ended", self._send_timeout_s)
+        if reader is not None:
+            reader.cancel()
 
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    def abort(self, request_id: str, caller: Caller) -> int:
+        """End the open requests of the caller's tenant with this id; their answers keep what they have. Returns how many
+        there were."""
+        with self.calls.call("abort", caller, request_id):
+            found = self._of_caller.get((caller.identity.tenant, request_id), set()) if request_id else set()
+            for engine_id in found:
+                self._engine.abort(engine_id, FinishReason.CANCELLED)
+            return len(found)
+
+    @contextmanager
+    def _known(self, tenant: str, request_id: str, engine_id: str) -> Iterator[None]:
+        """Let `abort` find a request while it is open."""
+        key = tenant, request_id
+        self._of_caller.setdefault(key, set()).add(engine_id)
+        try:
+            yield
+        finally:
+            self._of_caller[key].remove(engine_id)
+            if not self._of_caller[key]:
+                del self._of_caller[key]
+
+    async def tokenize(self, prompt: Prompt, caller: Caller) -> tuple[int, ...]:
         """Token ids of a prompt, chat template applied. Raises `InvalidRequestError`, and `ContextLengthError` if there
         are certainly more than the context holds."""
         limit = self._engine.model.max_model_len
-        return await self.in_thread(lambda: build_prompt(self._engine.tokenizer, prompt, limit))
+        with self.calls.call("tokenize", caller) as call:
+            found = await self.in_thread(lambda: build_prompt(self._engine.tokenizer, prompt, limit), caller)
+            call.prompt_tokens = len(found)
+            return found
 
-    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    async def detokenize(self, token_ids: Sequence[int], caller: Caller, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises `InvalidRequestError` for more than the context holds, or an unknown id."""
         model = self._engine.model
-        if len(token_ids) > model.max_model_len:
-            raise InvalidRequestError(
-                f"{len(token_ids)} token ids; at most {model.max_model_len}, the context, are allowed",
-                field="token_ids",
-            )
-        for token_id in token_ids:
-            Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
-        return await self.in_thread(lambda: self._engine.tokenizer.decode(token_ids, skip_special_tokens))
+        with self.calls.call("detokenize", caller):
+            if len(token_ids) > model.max_model_len:
+                raise InvalidRequestError(
+                    f"{len(token_ids)} token ids; at most {model.max_model_len}, the context, are allowed",
+                    field="token_ids",
+                )
+            for token_id in token_ids:
+                Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
+            return await self.in_thread(lambda: self._engine.tokenizer.decode(token_ids, skip_special_tokens), caller)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T], caller: Caller) -> T:
         """Run work that grows with a client's message in one of few threads, so that neither the event loop nor other
         work stands still. Cancelling ends it if it has not begun. An exception that is not a `MotetError` is a bug: it
         is logged and raised as `MotetError`. Raises `OverloadedError` if too many requests are open."""
         try:
-            with self._open():
+            with self._quotas.place(caller.identity.tenant):
                 return await asyncio.get_running_loop().run_in_executor(self._readers, work)
         except MotetError:
             raise
         except Exception as error:
             log.exception("a message could not be translated")
             raise MotetError("the server failed on this message; its log has the error") from error
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Count a request while it is read, and until its answer has been read."""
-        limit = self._engine.config.max_requests
-        if self._num_open >= limit:
-            raise OverloadedError(f"{limit} requests (max_requests) are open on this server; try again later")
-        self._num_open += 1
-        try:
-            yield
-        finally:
-            self._num_open -= 1
 
     def _check_answer(self, request: Request) -> None:
         """Raises `InvalidRequestError` if the whole answer may be too large for one message. What cannot be delivered
@@ -204,7 +234,7 @@ class Service:
                 field="max_tokens",
             )
 
-    def _tokenise(self, request: GenerateRequest) -> Request:
+    def _tokenise(self, request: GenerateRequest, identity: Identity) -> Request:
         """The request as the engine accepts it. Views with equal tokens become one. The engine's id is new: two
         clients may choose the same id, and must not cancel each other's request."""
         tokenizer, limit = self._engine.tokenizer, self._engine.model.max_model_len
@@ -229,19 +259,29 @@ class Service:
             return_confidence=request.return_confidence,
             abstain_below=request.abstain_below,
             drafts=request.drafts,
+            priority=request.priority,
+            cache_salt=_salt(identity.tenant, request.cache_salt),
+            owner=self._owner(identity),
         )
+
+    def _owner(self, identity: Identity) -> Owner:
+        limits, most = self._quotas.of(identity.tenant), self._engine.config.max_waiting
+        waiting = limits.max_waiting or (max(most // 2, 1) if identity.tenant else None)
+        return Owner(identity.tenant, limits.weight, identity.is_background, waiting)
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
-    def models(self) -> list[ModelInfo]:
-        return [self._engine.model]
+    def models(self, caller: Caller) -> list[ModelInfo]:
+        with self.calls.call("list_models", caller):
+            return [self._engine.model]
 
-    def model(self, name: str = "") -> ModelInfo:
+    def model(self, name: str, caller: Caller) -> ModelInfo:
         """The model of that name; the served one if the name is empty. Raises `NotFoundError`."""
         model = self._engine.model
-        if name not in ("", model.name):
-            raise NotFoundError(f"there is no model {shown(name)} here; this server serves '{model.name}'")
-        return model
+        with self.calls.call("get_model", caller):
+            if name not in ("", model.name):
+                raise NotFoundError(f"there is no model {shown(name)} here; this server serves '{model.name}'")
+            return model
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -254,26 +294,49 @@ class Service:
         return self._engine.failure
 
     @property
-    def is_draining(self) -> bool:
-        return self._is_draining
+    def is_leaving(self) -> bool:
+        return self._is_leaving
 
-    def drain(self) -> None:
-        """Accept no more requests; those already accepted run to their end. Returns at once."""
+    def leave(self) -> None:
+        """Go out of service soon: doors report it (`wait_out_of_service`), requests are still answered."""
+        self._is_leaving = True
+
+    def drain(self, caller: Caller | None = None) -> None:
+        """Accept no more requests; those that run go on to their end, those that wait end with `UnavailableError`. Returns
+        at once. `caller`: who wants it, if it is not the operator."""
+        if caller is not None:
+            with self.calls.call("drain", caller):
+                pass
+        self._is_leaving = True
         self._engine.drain()
-        self._is_draining = True
 
     async def wait_out_of_service(self) -> None:
-        """Wait until `drain` is called or the engine fails."""
-        while not self._is_draining and self.failure is None:
+        """Wait until `leave` or `drain` is called or the engine fails."""
+        while not self._is_leaving and self.failure is None:
+            await asyncio.sleep(_POLL_S)
+
+    async def wait_lame_duck(self, seconds: float) -> None:
+        """Wait so many seconds, or until `shut_down` is called or the engine fails."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._is_shut_down and self.failure is None:
             await asyncio.sleep(_POLL_S)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until every answer has been read, at most so many seconds. Returns whether that is so."""
         end = time.monotonic() + timeout_s
-        while self._num_open and time.monotonic() < end:
+        while self._quotas.num_open and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
-        return not self._num_open
+        return not self._quotas.num_open
 
     def shut_down(self) -> None:
         """End all requests with what they have (FinishReason.SHUTDOWN)."""
+        self._is_shut_down = True
+        self._engine.drain()
         self._engine.abort(None, FinishReason.SHUTDOWN)
+
+
+def _salt(tenant: str, salt: str) -> bytes:
+    """What keeps a tenant's cached prefixes apart from others', and within it those of each salt of its clients."""
+    if not tenant and not salt:
+        return b""
+    return hashlib.blake2b(salt.encode(), key=tenant.encode(), digest_size=16).digest()

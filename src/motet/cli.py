@@ -24,6 +24,7 @@ from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
 from .runtime.model.members import MemberKind
+from .serve_cli import mount as mount_serve
 from .tables import table
 
 # Typer does not export its parser's exceptions; this is the base class of those for wrong options.
@@ -211,60 +212,9 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, path
 
 
-# ---- serving ---------------------------------------------------------------------------------------------------------
+# ---- serving and jobs --------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def serve(
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    host: str = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 50051,
-    threads: Threads = 0,
-    max_num_seqs: int = 16,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(help="Positions per sequence; default: 2048, or the model's context if that is shorter."),
-    ] = None,
-    max_num_batched_tokens: int = 512,
-    backend: Annotated[str, typer.Option(help="auto, cpu, onnx or torch.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="What the KV cache holds: auto, int8, bf16 or fp8.")] = "auto",
-    onnx_provider: Annotated[str, typer.Option(help="Where the onnx backend runs: cpu or cuda.")] = "cpu",
-    speculative_tokens: Annotated[int, typer.Option(help="Most tokens per prompt-lookup draft; 0: none.")] = 0,
-    metrics_port: Annotated[int | None, typer.Option(help="Prometheus metrics on this port.")] = None,
-    reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = False,
-    allow_drain: Annotated[bool, typer.Option(help="Whoever reaches the port may call Admin.Drain.")] = False,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that accepted requests have after SIGTERM, SIGINT or Drain.")
-    ] = 300.0,
-) -> None:
-    """Serve a bundle over gRPC."""
-    logging.getLogger("motet").setLevel(logging.INFO)
-    from .runtime.serve.grpc.server import serve as run
-
-    config = EngineConfig.from_dict(
-        {
-            "threads": threads,
-            "max_num_seqs": max_num_seqs,
-            "max_model_len": max_model_len,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "backend": backend,
-            "kv_dtype": kv_dtype,
-            "onnx_provider": onnx_provider,
-            "speculative_tokens": speculative_tokens,
-        }
-    )
-    run(
-        bundle,
-        host=host,
-        port=port,
-        config=config,
-        metrics_port=metrics_port,
-        with_reflection=reflection,
-        allow_drain=allow_drain,
-        drain_timeout_s=drain_timeout,
-    )
-
-
+mount_serve(app)
 mount_generate(app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,16 @@ import typer
 
 from .options import (
     DEFAULT_ADDRESS,
+    KEY_VARIABLE,
     Address,
     Bundle,
+    Ca,
+    Cert,
+    CertKey,
     Defaults,
     MixOption,
     SpaceOption,
+    Tls,
     read_ensemble,
     read_sampling,
     sampling_options,
@@ -49,6 +55,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
     bundle: Bundle = None,
     address: Address = None,
+    tls: Tls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     defaults: Defaults = "motet",
     mix: MixOption = None,
     space: SpaceOption = None,
@@ -78,6 +88,10 @@ def generate(
     drafts: Annotated[
         int, typer.Option(help="Answer with the one of so many drafts that agrees most with the others; 0: no drafts.")
     ] = 0,
+    priority: Annotated[
+        int, typer.Option(help="Of the caller's waiting requests the one with the lowest number goes first.")
+    ] = 0,
+    cache_salt: Annotated[str, typer.Option(help="Share cached prefixes only with requests that have it too.")] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each choice, when all have ended, as one line of JSON.")
     ] = False,
@@ -91,7 +105,7 @@ def generate(
     if context is not None and ensemble is not None:
         raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
     document = read_document(context) if context is not None else ""
-    with _client(bundle, address) as client:
+    with _client(bundle, address, tls, ca, cert, cert_key) as client:
         views: Sequence[Prompt] = ()
         text = prompt
         if context is not None:
@@ -111,6 +125,8 @@ def generate(
             return_confidence=return_confidence,
             abstain_below=abstain_below,
             drafts=drafts,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         if as_json:
             _print_json(deltas)
@@ -123,6 +139,10 @@ def chat(
     typed: typer.Context,
     bundle: Bundle = None,
     address: Address = None,
+    tls: Tls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     defaults: Defaults = "motet",
     mix: MixOption = None,
     space: SpaceOption = None,
@@ -135,7 +155,7 @@ def chat(
     ensemble = read_ensemble(mix, space)
     first = [{"role": "system", "content": system}] if system is not None else []
     turns: list[Message] = []  # user, assistant, user, …
-    with _client(bundle, address) as client:
+    with _client(bundle, address, tls, ca, cert, cert_key) as client:
         context = client.models()[0].max_model_len
         while (text := _read_line()).strip():
             turns.append({"role": "user", "content": text})
@@ -190,15 +210,22 @@ def _as_prompt(text: str, raw: bool) -> Prompt:
 
 
 @contextmanager
-def _client(bundle: Path | None, address: str | None) -> Iterator[Client]:
+def _client(
+    bundle: Path | None, address: str | None, tls: bool, ca: Path | None, cert: Path | None, cert_key: Path | None
+) -> Iterator[Client]:
     """A client of the server at `address`, or, with `bundle`, of a server in this process on a free port."""
     from .runtime.client.client import Client
+    from .runtime.client.connection import Connection
     from .runtime.serve.local import local_server
 
     if bundle is not None and address is not None:
         raise ConfigError("--bundle serves in this process and --address is another server; give one of them")
+    if bundle is not None and (tls or ca or cert or cert_key):
+        raise ConfigError("--bundle serves in this process, without TLS; leave --tls, --ca, --cert and --cert-key out")
     if bundle is None:
-        with Client(address if address is not None else DEFAULT_ADDRESS) as client:
+        key = os.environ.get(KEY_VARIABLE) or None
+        connection = Connection(address if address is not None else DEFAULT_ADDRESS, key, tls, ca, cert, cert_key)
+        with Client(connection) as client:
             yield client
     else:
         with local_server(bundle) as local_address, Client(local_address) as client:

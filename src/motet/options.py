@@ -23,6 +23,14 @@ Value = TypeVar("Value")
 
 Bundle = Annotated[Path | None, typer.Option(help="Serve from this bundle in this process.")]
 Address = Annotated[str | None, typer.Option(help=f"A server's host:port; default: {DEFAULT_ADDRESS}.")]
+KEY_VARIABLE = "MOTET_KEY"  # of the environment: a key on a command line is seen by every user of the machine
+Tls = Annotated[
+    bool,
+    typer.Option("--tls", help=f"Encrypt; the system's authorities vouch for the server. {KEY_VARIABLE} has the key."),
+]
+Ca = Annotated[Path | None, typer.Option(help="Encrypt; these authorities vouch for the server (PEM).")]
+Cert = Annotated[Path | None, typer.Option(help="This client's certificate, for a server that asks for one (PEM).")]
+CertKey = Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")]
 Defaults = Annotated[
     Literal["motet", "model"],
     typer.Option(

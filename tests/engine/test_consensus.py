@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.callers import CALLER
 from helpers.fake_backend import ask, make_engine
 from helpers.models import make_adapter
 from motet.export.bundle_writer import export_bundle
@@ -97,8 +98,8 @@ def test_what_no_drafts_can_be_made_of():
 def test_the_service_answers_with_one_of_the_drafts(tokenizer):
     async def run(request):
         service = Service(engine)
-        outputs = [output async for output in service.generate(request)]
-        return outputs, await service.complete(request)
+        outputs = [output async for output in service.generate(request, CALLER)]
+        return outputs, await service.complete(request, CALLER)
 
     with make_engine(tokenizer, max_num_seqs=8) as engine:
         request = GenerateRequest("hello", Ensemble((Member("a", 0.5), Member("b", 0.5))), sampling=GREEDY, drafts=3)

@@ -287,7 +287,7 @@ def test_close_cancels_with_what_there_is(tokenizer):
     def on_step(_batch):
         if len(backend.batches) == 4:
             closing.start()
-            while not engine._closed:
+            while not engine._inbox.is_closed:
                 time.sleep(0.001)
 
     backend.on_step = on_step

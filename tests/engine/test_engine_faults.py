@@ -6,6 +6,7 @@ import pytest
 from helpers.fake_backend import FakeBackend, ask, gather, make_engine
 from motet.runtime import errors
 from motet.runtime.api.request import FinishReason
+from motet.runtime.schedule.scheduler import Scheduler
 
 
 def test_nan_ends_that_request_alone(tokenizer):
@@ -44,14 +45,30 @@ def test_a_failed_step_ends_its_requests_only(tokenizer):
     assert results["c", 0].token_ids == expected
 
 
-def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
+def test_a_fault_of_the_engine_ends_what_is_there_and_no_more(tokenizer, monkeypatch):
+    """The requests of that moment end with an error; the loop starts again and the next ones do not notice."""
+    backend = FakeBackend()
+    with make_engine(tokenizer, backend) as engine:
+        expected = engine.complete([ask("c")])[0][0].token_ids
+        monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
+        results = gather(engine, [ask("a"), ask("b", n=2)])
+        assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
+        assert "send the request again" in str(results["b", 1].error)
+        assert engine.complete([ask("c")])[0][0].token_ids == expected
+        assert engine.failure is None
+        assert engine.stats().restarts == 1
+        assert engine.stats().free_blocks == 32
+
+
+def test_an_engine_that_fails_again_and_again_ends(tokenizer, monkeypatch):
     """Nobody waits for ever for an engine that is gone."""
     backend = FakeBackend()
     engine = make_engine(tokenizer, backend)
-    monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
-    results = gather(engine, [ask("a"), ask("b", n=2)])
-    assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}
-    assert "restart the server" in str(results["b", 1].error)
+    monkeypatch.setattr(Scheduler, "commit", lambda self, scheduled, output, end_of: 1 / 0)
+    for _ in range(4):
+        results = gather(engine, [ask("a")])
+        assert results["a", 0].finish_reason is FinishReason.ERROR
+    assert "restart the server" in str(results["a", 0].error)
     engine._thread.join(timeout=10)
     with pytest.raises(errors.UnavailableError, match="the engine stopped"):
         engine.submit(ask("c"), lambda output: None)
@@ -60,7 +77,7 @@ def test_a_fault_of_the_engine_ends_everything(tokenizer, monkeypatch):
     assert backend.closed == 1
 
 
-def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
+def test_a_fault_in_complete_is_raised(tokenizer, monkeypatch):
     with make_engine(tokenizer) as engine:
 
         def fail():
@@ -69,8 +86,7 @@ def test_nobody_waits_for_a_dead_engine(tokenizer, monkeypatch):
         monkeypatch.setattr(engine._scheduler, "schedule", fail)
         with pytest.raises(errors.MotetError, match="internal error"):
             engine.complete([ask("x")])
-        with pytest.raises(errors.UnavailableError):
-            engine.submit(ask("y"), lambda output: None)
+        assert len(engine.complete([ask("y")])[0][0].token_ids) == 12
 
 
 def test_a_callback_that_fails_disturbs_nobody(tokenizer):

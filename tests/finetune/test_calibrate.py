@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.callers import CALLER
 from helpers.models import make_adapter
 from motet.cli import main
 from motet.export.bundle_writer import export_bundle
@@ -133,7 +134,7 @@ def test_a_bundle_that_is_not_calibrated_has_no_confidence(tiny_model_dir, tmp_p
             summarise(engine, texts, tmp_path / "out.jsonl", params=SummariseParams(abstain_below=0.5))
 
         async def ask():
-            async for _ in Service(engine).generate(GenerateRequest("x", sampling=GREEDY, abstain_below=0.5)):
+            async for _ in Service(engine).generate(GenerateRequest("x", sampling=GREEDY, abstain_below=0.5), CALLER):
                 raise AssertionError("an answer without confidence")
 
         with pytest.raises(InvalidRequestError, match="not calibrated"):
@@ -187,7 +188,7 @@ def test_the_command_writes_what_it_fitted(tiny_model_dir, tmp_path, monkeypatch
         for index in range(40):
             prompt = f"say {index}"
             request = GenerateRequest([{"role": "user", "content": prompt}], sampling=replace(GREEDY, max_tokens=8))
-            text = engine.complete([Service(engine)._tokenise(request)])[0][0].text
+            text = engine.complete([Service(engine)._tokenise(request, CALLER.identity)])[0][0].text
             records.append({"prompt": prompt, "completion": text.strip() or "x" if index % 2 else f"other {index}"})
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, records)))

@@ -121,7 +121,7 @@ def _answers(engine: Engine, requests: list[Request], max_num_seqs: int) -> Answ
             done.release()
 
     accepted = 0
-    with engine._wake:
+    with engine._inbox._changed:
         for request in requests:
             try:
                 engine.submit(request, on_output)

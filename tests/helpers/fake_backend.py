@@ -213,7 +213,7 @@ def start(engine, batch):
         if delta.finish_reason is not None:
             done.release()
 
-    with engine._wake:  # they arrive together
+    with engine._inbox._changed:  # they arrive together
         for request in batch:
             engine.submit(request, on_output)
 

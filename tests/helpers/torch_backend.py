@@ -91,7 +91,7 @@ def complete_with(path, spoil, requests):
             if output.finish_reason is not None:
                 done.release()
 
-        with running._wake:
+        with running._inbox._changed:
             for request in requests:
                 running.submit(request, on_output)
         assert all(done.acquire(timeout=60) for _ in requests)

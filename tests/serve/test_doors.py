@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 import pytest
+from helpers.callers import CALLER
 from helpers.fake_backend import make_engine
 from motet.cli import app
 from motet.proto import inference_pb2
@@ -57,12 +58,14 @@ VIEWS = GenerateRequest(
     allow_negative=True,
     return_confidence=True,
     abstain_below=0.25,
+    priority=-3,
+    cache_salt="pepper",
 )
 PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
 DRAFTED = GenerateRequest("hello", sampling=SamplingParams(seed=7, temperature=0.5, max_tokens=9), drafts=3)
 ALONE = {"drafts"}  # what other fields exclude: see DRAFTED
-MADE_BY_THE_SERVICE = {"request_id", "cache_salt"}  # no caller of a door sets them; salts come with tenants
+MADE_BY_THE_SERVICE = {"request_id", "owner"}  # no caller of a door sets them
 
 
 def test_every_field_is_set():
@@ -109,7 +112,7 @@ def seen(engine, monkeypatch):
 
 def by_service(request, engine, _address, _path):
     async def run():
-        return [output async for output in Service(engine).generate(request)]
+        return [output async for output in Service(engine).generate(request, CALLER)]
 
     return {output.request_id for output in asyncio.run(run())}
 
@@ -125,6 +128,8 @@ def options_of(request):
         "return_confidence",
         "abstain_below",
         "drafts",
+        "priority",
+        "cache_salt",
     )
     return {"mix": request.ensemble} | {name: getattr(request, name) for name in names} | sampling
 
@@ -166,7 +171,9 @@ def by_cli(request, _engine, address, path):
         arguments += ["--confidence"]
     if request.abstain_below is not None:
         arguments += ["--abstain-below", repr(request.abstain_below)]
-    arguments += cli_option("drafts", request.drafts)
+    for name in ("drafts", "priority", "cache_salt"):
+        value = getattr(request, name)
+        arguments += [f"--{name.replace('_', '-')}", str(value)] if value else []
     for name in RULES:
         arguments += cli_option(name, getattr(request.sampling, name))
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -201,11 +208,14 @@ def test_every_field_arrives(door, engine, tokenizer, address, tmp_path, seen):
         return_member_logprobs=True,
         return_confidence=True,
         abstain_below=0.25,
+        priority=-3,
+        cache_salt=seen[0].cache_salt,
     )
     for field in dataclasses.fields(Request):
         if field.name not in MADE_BY_THE_SERVICE | ALONE and field.default is not dataclasses.MISSING:
             assert getattr(expected, field.name) != field.default, f"Request.{field.name} crosses no door"
     assert seen == [expected]
+    assert len(seen[0].cache_salt) == 16
     assert ids == {"mine"}
     assert seen[0].request_id != "mine"
 

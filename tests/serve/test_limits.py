@@ -9,6 +9,7 @@ import time
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.callers import CALLER
 from helpers.fake_backend import hold_first_step, make_engine
 from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
@@ -17,13 +18,15 @@ from motet.runtime.api.output import Output, Timings, Usage
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
+from motet.runtime.schedule.scheduler import Scheduler
 from motet.runtime.serve.grpc import server as server_module
-from motet.runtime.serve.grpc.server import SERVICES, Server
+from motet.runtime.serve.grpc.server import LIVENESS, SERVICES, Server
 from motet.runtime.serve.grpc.statuses import error_of
 from motet.runtime.serve.grpc.wire import output_from_response, responses_from_output
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.metrics import engine_registry
 from motet.runtime.serve.service import Service
+from motet.runtime.trust.access import Access
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 FULL = limits.MAX_REQUEST_BYTES - 1000  # bytes of a prompt that fills a message
@@ -169,15 +172,15 @@ def test_open_requests_are_counted_until_they_are_read(tokenizer):
         with make_engine(tokenizer, max_requests=2) as engine:
             service = Service(engine)
             request = GenerateRequest("x", sampling=SamplingParams(max_tokens=3, **GREEDY))
-            streams = [service.generate(request) for _ in range(2)]
+            streams = [service.generate(request, CALLER) for _ in range(2)]
             for stream in streams:
                 await anext(stream)
             while not engine.is_idle:  # both are computed, and nobody has read them to the end
                 await asyncio.sleep(0.01)
             with pytest.raises(errors.OverloadedError, match=r"2 requests .* are open"):
-                await service.complete(request)
+                await service.complete(request, CALLER)
             await streams[0].aclose()
-            assert len((await service.complete(request))[0].token_ids) == 3
+            assert len((await service.complete(request, CALLER))[0].token_ids) == 3
 
     asyncio.run(run())
 
@@ -195,16 +198,18 @@ def test_health_says_that_the_engine_is_dead(tokenizer, monkeypatch):
         registry = engine_registry(engine)
         assert registry.get_sample_value("motet_engine_up") == 1
         assert health_of(address) == health_pb2.HealthCheckResponse.SERVING
-        monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+        monkeypatch.setattr(Scheduler, "schedule", lambda _self: 1 / 0)
         with Client(address) as client:
-            with pytest.raises(errors.MotetError, match="the engine stopped"):
-                client.complete("x")
+            for _ in range(4):  # three times it starts again
+                assert health_of(address, LIVENESS) == health_pb2.HealthCheckResponse.SERVING
+                with pytest.raises(errors.MotetError, match="the engine stopped"):
+                    client.complete("x")
             deadline = time.monotonic() + 10
             while client.is_serving():
                 assert time.monotonic() < deadline
             with pytest.raises(errors.UnavailableError, match="the engine stopped"):
                 client.complete("x")
-        for service in ("", *SERVICES):
+        for service in ("", *SERVICES, LIVENESS):
             assert health_of(address, service) == health_pb2.HealthCheckResponse.NOT_SERVING
         assert registry.get_sample_value("motet_engine_up") == 0
 
@@ -239,7 +244,7 @@ def test_bytes_that_are_no_message(address, method):
 
 def start(engine, **options):
     async def serve():
-        server = Server(engine, **options)
+        server = Server(Service(engine), Access.open_to_all(), **options)
         await server.start()
         return server
 
@@ -250,7 +255,7 @@ def test_drain_must_be_allowed(engine):
     async def run():
         server = await start(engine)()
         with Client(f"127.0.0.1:{server.port}") as client:
-            with pytest.raises(errors.PermissionDeniedError, match="--allow-drain"):
+            with pytest.raises(errors.PermissionDeniedError, match="needs the role admin"):
                 await asyncio.to_thread(client.drain)
             assert await asyncio.to_thread(client.is_serving)
         await server.stop()

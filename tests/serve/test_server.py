@@ -20,6 +20,8 @@ from motet.runtime.serve.grpc.server import Server
 from motet.runtime.serve.grpc.statuses import error_of
 from motet.runtime.serve.grpc.wire import request_to_proto
 from motet.runtime.serve.local import serve_engine
+from motet.runtime.serve.service import Service
+from motet.runtime.trust.access import Access
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -219,7 +221,7 @@ def test_port_in_use(engine, address):
     import asyncio
 
     with pytest.raises(errors.UnavailableError, match="cannot listen"):
-        asyncio.run(Server(engine, port=int(address.rsplit(":", 1)[1])).start())
+        asyncio.run(Server(Service(engine), Access.open_to_all(), port=int(address.rsplit(":", 1)[1])).start())
 
 
 def test_nobody_there():

@@ -8,6 +8,7 @@ import time
 from contextlib import aclosing
 
 import pytest
+from helpers.callers import CALLER
 from helpers.fake_backend import hold_first_step
 from motet.runtime import errors
 from motet.runtime.api.output import Output
@@ -24,7 +25,7 @@ def ask(prompt="hello", *, max_tokens=12, **fields):
 
 
 async def gather(service, request):
-    return [output async for output in service.generate(request)]
+    return [output async for output in service.generate(request, CALLER)]
 
 
 async def until(condition):
@@ -49,7 +50,7 @@ def test_deltas_are_the_whole_of_each_choice(engine):
     async def run():
         service = Service(engine)
         request = ask(n=3, seed=5, request_id="mine")
-        return await gather(service, request), await service.complete(request)
+        return await gather(service, request), await service.complete(request, CALLER)
 
     deltas, whole = asyncio.run(run())
     assert [choice.choice for choice in whole] == [0, 1, 2]
@@ -105,9 +106,9 @@ def test_refusals(engine, request_, error, message, field):
     async def run():
         service = Service(engine)
         with pytest.raises(error, match=message) as caught:
-            await service.complete(request_())
+            await service.complete(request_(), CALLER)
         assert field is None or caught.value.field == field
-        assert len((await service.complete(ask()))[0].token_ids) == 12
+        assert len((await service.complete(ask(), CALLER))[0].token_ids) == 12
 
     asyncio.run(run())
 
@@ -118,19 +119,19 @@ def test_a_fault_of_our_own_is_a_typed_error_too(engine, monkeypatch):
 
     monkeypatch.setattr(engine.tokenizer, "encode", broken)
     with pytest.raises(errors.MotetError, match="its log has the error") as caught:
-        asyncio.run(Service(engine).complete(ask()))
+        asyncio.run(Service(engine).complete(ask(), CALLER))
     assert "tokenizer broke" not in str(caught.value)  # what our exceptions say is not for clients
 
 
 def test_an_error_of_a_choice_is_raised(engine):
     engine._backend.nan_seeds = {7}
     with pytest.raises(errors.NumericalError):
-        asyncio.run(Service(engine).complete(ask(seed=7)))
+        asyncio.run(Service(engine).complete(ask(seed=7), CALLER))
 
 
 def test_closing_the_iterator_ends_the_request(engine):
     async def run():
-        async with aclosing(Service(engine).generate(ask(max_tokens=80))) as outputs:
+        async with aclosing(Service(engine).generate(ask(max_tokens=80), CALLER)) as outputs:
             async for _output in outputs:
                 break
         await until(lambda: is_free(engine))
@@ -145,8 +146,8 @@ def test_cancelling_the_reader_ends_its_request_and_no_other(engine, backend):
 
     async def run():
         service = Service(engine)
-        first = asyncio.create_task(service.complete(ask(max_tokens=80, request_id="same")))
-        second = asyncio.create_task(service.complete(ask(max_tokens=40, request_id="same")))
+        first = asyncio.create_task(service.complete(ask(max_tokens=80, request_id="same"), CALLER))
+        second = asyncio.create_task(service.complete(ask(max_tokens=40, request_id="same"), CALLER))
         await until(lambda: held.is_set() and engine.stats().waiting + engine.stats().running == 2)
         first.cancel()
         await asyncio.wait({first})
@@ -187,13 +188,13 @@ def test_deltas_that_wait_for_a_slow_reader_are_joined():
 def test_tokenize_and_models(engine, tokenizer):
     async def run():
         service = Service(engine)
-        assert await service.tokenize("hello") == tuple(tokenizer.encode("hello"))
+        assert await service.tokenize("hello", CALLER) == tuple(tokenizer.encode("hello"))
         chat = [{"role": "user", "content": "hi"}]
-        assert await service.tokenize(chat) == tuple(tokenizer.encode_chat(chat))
-        assert service.models() == [engine.model]
-        assert service.model() is service.model("fake") is engine.model
+        assert await service.tokenize(chat, CALLER) == tuple(tokenizer.encode_chat(chat))
+        assert service.models(CALLER) == [engine.model]
+        assert service.model("", CALLER) is service.model("fake", CALLER) is engine.model
         with pytest.raises(errors.NotFoundError, match="no model 'other' here; this server serves 'fake'"):
-            service.model("other")
+            service.model("other", CALLER)
 
     asyncio.run(run())
 
@@ -203,14 +204,14 @@ def test_draining_ends_what_is_here_and_takes_no_more(engine, backend):
 
     async def run():
         service = Service(engine)
-        running = asyncio.create_task(service.complete(ask()))
+        running = asyncio.create_task(service.complete(ask(), CALLER))
         draining = asyncio.create_task(service.wait_out_of_service())
         await until(held.is_set)
         assert not draining.done()
         service.drain()
         await draining
         with pytest.raises(errors.UnavailableError, match="shutting down"):
-            await service.complete(ask())
+            await service.complete(ask(), CALLER)
         assert not await service.wait_idle(0.05)
         idle = asyncio.create_task(service.wait_idle(60))
         await asyncio.sleep(0.05)

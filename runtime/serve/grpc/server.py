@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,12 +14,18 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
-from ...api.config import EngineConfig
-from ...api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
-from ...engine.engine import Engine
-from ...errors import PermissionDeniedError, PortInUseError, UnimplementedError
-from ..metrics import serve_metrics
+from ...api.limits import (
+    MAX_CONCURRENT_CALLS,
+    MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_STREAMS_PER_CONNECTION,
+)
+from ...errors import PortInUseError, UnimplementedError
+from ...trust.access import Access
+from ...trust.tls import TlsContent, TlsFiles
 from ..service import Service
+from .gate import Gate, caller_of
 from .statuses import Statuses
 from .wire import (
     model_to_proto,
@@ -31,8 +34,6 @@ from .wire import (
     response_from_output,
     responses_from_output,
 )
-
-log = logging.getLogger("motet.server")
 
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICES = ("motet.v1.Inference", "motet.v1.Batch", "motet.v1.Admin")
@@ -45,6 +46,17 @@ KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
+OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
+    *KEEPALIVE_OPTIONS,
+]
+LIVENESS = "motet.liveness"  # a name of the health service: NOT_SERVING only if the process should be replaced
 _LAST_WORDS_S = 5.0  # for the last messages of answers that a shutdown ends to reach their clients
 
 
@@ -56,58 +68,59 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self._service = service
 
     async def Generate(
-        self, message: inference_pb2.GenerateRequest, _context: Context
+        self, message: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        request = await self._service.in_thread(lambda: request_from_proto(message))
-        async with aclosing(self._service.generate(request)) as outputs:
+        caller = caller_of(context)
+        request = await self._service.in_thread(lambda: request_from_proto(message), caller)
+        async with aclosing(self._service.generate(request, caller)) as outputs:
             async for output in outputs:
                 for response in responses_from_output(output):
                     yield response
 
     async def Complete(
-        self, message: inference_pb2.GenerateRequest, _context: Context
+        self, message: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.CompleteResponse:
-        request = await self._service.in_thread(lambda: request_from_proto(message))
-        choices = await self._service.complete(request)
+        caller = caller_of(context)
+        request = await self._service.in_thread(lambda: request_from_proto(message), caller)
+        choices = await self._service.complete(request, caller)
         return await self._service.in_thread(
-            lambda: inference_pb2.CompleteResponse(choices=map(response_from_output, choices))
+            lambda: inference_pb2.CompleteResponse(choices=map(response_from_output, choices)), caller
         )
 
+    async def Abort(self, message: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
+        return inference_pb2.AbortResponse(aborted=self._service.abort(message.request_id, caller_of(context)))
+
     async def Tokenize(
-        self, message: inference_pb2.TokenizeRequest, _context: Context
+        self, message: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        prompt = await self._service.in_thread(lambda: prompt_from_proto(message.prompt))
-        return inference_pb2.TokenizeResponse(token_ids=await self._service.tokenize(prompt))
+        caller = caller_of(context)
+        prompt = await self._service.in_thread(lambda: prompt_from_proto(message.prompt), caller)
+        return inference_pb2.TokenizeResponse(token_ids=await self._service.tokenize(prompt, caller))
 
     async def Detokenize(
-        self, message: inference_pb2.DetokenizeRequest, _context: Context
+        self, message: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-        return inference_pb2.DetokenizeResponse(text=await self._service.detokenize(message.token_ids, skip))
+        text = await self._service.detokenize(message.token_ids, caller_of(context), skip)
+        return inference_pb2.DetokenizeResponse(text=text)
 
 
 class Admin(admin_pb2_grpc.AdminServicer):
-    """The `Admin` service. Whoever reaches the port may ask what is served; `Drain` must have been allowed."""
+    """The `Admin` service. `Gate` has the roles that its methods need."""
 
-    def __init__(self, service: Service, *, allow_drain: bool) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._allow_drain = allow_drain
 
-    async def ListModels(
-        self, _message: admin_pb2.ListModelsRequest, _context: Context
-    ) -> admin_pb2.ListModelsResponse:
-        return admin_pb2.ListModelsResponse(models=map(model_to_proto, self._service.models()))
+    async def ListModels(self, _message: admin_pb2.ListModelsRequest, context: Context) -> admin_pb2.ListModelsResponse:
+        models = self._service.models(caller_of(context))
+        return admin_pb2.ListModelsResponse(models=map(model_to_proto, models))
 
-    async def GetModel(self, message: admin_pb2.GetModelRequest, _context: Context) -> admin_pb2.GetModelResponse:
-        model, stats = self._service.model(message.name), self._service.stats()
+    async def GetModel(self, message: admin_pb2.GetModelRequest, context: Context) -> admin_pb2.GetModelResponse:
+        model, stats = self._service.model(message.name, caller_of(context)), self._service.stats()
         return admin_pb2.GetModelResponse(model=model_to_proto(model), waiting=stats.waiting, running=stats.running)
 
-    async def Drain(self, _message: admin_pb2.DrainRequest, _context: Context) -> admin_pb2.DrainResponse:
-        if not self._allow_drain:
-            raise PermissionDeniedError(
-                "this server is not drained by its clients; start it with --allow-drain, or send it SIGTERM"
-            )
-        self._service.drain()
+    async def Drain(self, _message: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        self._service.drain(caller_of(context))
         return admin_pb2.DrainResponse()
 
 
@@ -131,36 +144,38 @@ _NO_JOBS = UnimplementedError("this server runs no batch jobs; run them offline 
 
 
 class Server:
-    """A gRPC server over an engine. `start` binds the port, `stop` drains. `port` is the bound port once started."""
+    """A gRPC server over a service. `start` binds the port, `stop` drains. `port` is the bound port once started."""
 
     def __init__(
         self,
-        engine: Engine,
+        service: Service,
+        access: Access,
         host: str = "127.0.0.1",
         port: int = 0,
         *,
+        tls: TlsFiles | None = None,
         with_reflection: bool = False,
-        allow_drain: bool = False,
+        lame_duck_s: float = 0.0,
     ) -> None:
-        self.service = Service(engine)
+        """`lame_duck_s`: seconds between NOT_SERVING and the refusal of new requests, in which load balancers turn away."""
+        self.service = service
         self.host = host
+        self._access = access
         self._wanted_port = port
+        self._tls = tls
         self._with_reflection = with_reflection
-        self._allow_drain = allow_drain
+        self._lame_duck_s = lame_duck_s
         self.port = 0
 
     async def start(self) -> None:
         """Raises `PortInUseError` if the port is taken."""
-        options = [
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            *KEEPALIVE_OPTIONS,
-        ]
-        self._server = grpc.aio.server(options=options, interceptors=[Statuses()])
+        interceptors = [Gate(self._access, self.service.calls), Statuses()]
+        self._server = grpc.aio.server(
+            options=OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
+        )
         self._health = HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
-        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service, allow_drain=self._allow_drain), self._server)  # type: ignore[no-untyped-call]
+        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._with_reflection:
@@ -169,74 +184,55 @@ class Server:
         try:
             # Tried first, because gRPC writes a log line of its own when it cannot bind.
             socket.create_server((self.host, self._wanted_port)).close()
-            self.port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, _credentials(self._tls))
         except (OSError, RuntimeError) as error:
             raise PortInUseError(f"cannot listen on {address} ({error}); choose another --port") from error
         await self._server.start()
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._unhealthy = asyncio.create_task(self._end_health())
 
     async def stop(self, drain_timeout_s: float = 10.0) -> None:
-        """Drain, let accepted requests go on for so many seconds, and end those that are left with what they have."""
-        self.service.drain()
+        """Say NOT_SERVING, wait while clients turn away, refuse new requests, let those that run go on for so many seconds,
+        and end those that are left with what they have."""
+        self.service.leave()
         await self._unhealthy
+        if self._lame_duck_s and self.service.failure is None:
+            await self.service.wait_lame_duck(self._lame_duck_s)
+        self.service.drain()
         if not await self.service.wait_idle(drain_timeout_s):
             self.service.shut_down()
             await self.service.wait_idle(_LAST_WORDS_S)
         await self._server.stop(0.2)  # for the last bytes of answers; what still runs then are watchers of health
 
     async def _end_health(self) -> None:
-        """Report NOT_SERVING as soon as the service drains, for whatever reason, or its engine has failed."""
+        """Report NOT_SERVING as soon as the service is to end, for whatever reason, or its engine has failed."""
         await self.service.wait_out_of_service()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self.service.failure is not None:
+            await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
 
 
-def serve(
-    bundle: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    config: EngineConfig | None = None,
-    metrics_port: int | None = None,
-    with_reflection: bool = False,
-    allow_drain: bool = False,
-    drain_timeout_s: float = 300.0,
-) -> None:
-    """Load a bundle and serve it. Prints one line when it is ready. After Admin.Drain (`allow_drain`), SIGINT or SIGTERM
-    the accepted requests have `drain_timeout_s` seconds; a second signal ends them at once. Raises what `open_engine`
-    raises, `PortInUseError`, and the error that ended the engine, if one did."""
-    with Engine.from_bundle(bundle, config) as engine:
-        if metrics_port is not None:
-            serve_metrics(engine, host, metrics_port)
-        server = Server(engine, host, port, with_reflection=with_reflection, allow_drain=allow_drain)
-        asyncio.run(_serve(server, engine, drain_timeout_s))
-        if engine.failure is not None:
-            raise engine.failure
+def _credentials(tls: TlsFiles) -> Any:
+    """gRPC asks for the certificate at each handshake, so a changed one is used from the next connection on."""
+    used = tls.content.value
 
+    def configuration(content: TlsContent) -> Any:
+        return grpc.ssl_server_certificate_configuration([(content.key, content.certificate)], content.client_ca)
 
-async def _serve(server: Server, engine: Engine, drain_timeout_s: float) -> None:
-    await server.start()
-    loop, ended = asyncio.get_running_loop(), asyncio.create_task(_ended(server, drain_timeout_s))
+    def fetch() -> Any:
+        nonlocal used
+        content = tls.content.value
+        if content is used:
+            return None
+        used = content
+        return configuration(content)
 
-    def on_signal() -> None:
-        if not server.service.is_draining:
-            server.service.drain()
-        else:  # the second one: somebody wants it to end now
-            server.service.shut_down()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    members = ", ".join(engine.model.members)
-    print(f"motet serves '{engine.model.name}' ({members}) on {server.host}:{server.port}", flush=True)
-    await ended
-
-
-async def _ended(server: Server, drain_timeout_s: float) -> None:
-    """Stop the server when it goes out of service."""
-    await server.service.wait_out_of_service()
-    log.info("out of service; open requests have %g s", drain_timeout_s)
-    await server.stop(drain_timeout_s)
+    return grpc.dynamic_ssl_server_credentials(configuration(used), fetch, tls.asks_clients)

@@ -59,6 +59,8 @@ def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateReques
         return_confidence=message.return_confidence,
         abstain_below=message.abstain_below if message.HasField("abstain_below") else None,
         drafts=message.drafts,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
         allow_negative=message.ensemble.allow_negative,
     )
 
@@ -131,6 +133,8 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
         return_confidence=request.return_confidence,
         abstain_below=request.abstain_below,
         drafts=request.drafts,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
     if request.ensemble is not None:
         message.ensemble.space = _SPACES[request.ensemble.space]

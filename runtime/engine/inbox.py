@@ -1,0 +1,101 @@
+"""`Inbox`: what other threads hand to the engine's thread, and how much of it may wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+
+from ..api.request import FinishReason
+from ..errors import MotetError, OverloadedError, UnavailableError
+from .answer import Answer
+
+Abort = tuple[str | None, FinishReason]  # (id of the requests, None: all; why they end)
+_RATE_OVER = 32  # departures from the queue that its speed is measured over
+_LONGEST_RETRY_S = 60.0
+
+
+class Inbox:
+    """Thread-safe. Answers wait from `put` until `leave`. The order of items matters: an abort does not end requests that
+    were put after it."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._items: deque[list[Answer] | Abort] = deque()
+        self._waiting: Counter[str] = Counter()  # by tenant
+        self._departures: deque[float] = deque([time.monotonic()], maxlen=_RATE_OVER)
+        self.is_draining = False
+        self.is_closed = False
+        self.failure: MotetError | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return self._waiting.total()
+
+    def put(self, answers: list[Answer]) -> None:
+        """Queue the choices of a request, all or none. Raises `UnavailableError` (draining, closed, failed),
+        `OverloadedError` (the queue, or the tenant's part of it, is full)."""
+        owner = answers[0].request.owner
+        with self._changed:
+            if self.failure is not None:
+                raise UnavailableError(str(self.failure))
+            if self.is_draining or self.is_closed:
+                raise UnavailableError("the engine is shutting down; send the request to another server")
+            for waiting, limit, whose in (
+                (self._waiting[owner.tenant], owner.max_waiting, f"of tenant '{owner.tenant}' "),
+                (self.num_waiting, self._max_waiting, ""),
+            ):
+                excess = 0 if limit is None else waiting + len(answers) - limit
+                if excess > 0:
+                    wait = self._seconds_until_free(excess)
+                    raise OverloadedError(
+                        f"{waiting} choices {whose}are waiting and {len(answers)} more exceed max_waiting ({limit}); try again "
+                        f"in {wait:.1f} s",
+                        retry_after_s=wait,
+                    )
+            self._waiting[owner.tenant] += len(answers)
+            self._items.append(answers)
+            self._changed.notify()
+
+    def abort(self, request_id: str | None, reason: FinishReason) -> None:
+        with self._changed:
+            self._items.append((request_id, reason))
+            self._changed.notify()
+
+    def take(self, *, wait: bool) -> list[list[Answer] | Abort]:
+        """All items; with `wait`, sleeps until there is one or the inbox is closed."""
+        with self._changed:
+            while wait and not (self._items or self.is_closed):
+                self._changed.wait()
+            items = list(self._items)
+            self._items.clear()
+            return items
+
+    def leave(self, answer: Answer) -> None:
+        """A choice waits no more: it runs, or has ended."""
+        with self._changed:
+            self._waiting[answer.request.owner.tenant] -= 1
+            if not self._waiting[answer.request.owner.tenant]:
+                del self._waiting[answer.request.owner.tenant]
+            self._departures.append(time.monotonic())
+
+    def drain(self) -> None:
+        with self._changed:
+            self.is_draining = True
+
+    def close(self, failure: MotetError | None = None) -> None:
+        with self._changed:
+            self.is_closed, self.failure = True, failure
+            self._changed.notify()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._items
+
+    def _seconds_until_free(self, places: int) -> float:
+        """By the speed at which choices left the queue lately; a second if that is not known."""
+        if len(self._departures) < 3:
+            return 1.0
+        rate = (len(self._departures) - 1) / max(time.monotonic() - self._departures[0], 1e-3)
+        return min(max(places / rate, 0.05), _LONGEST_RETRY_S)

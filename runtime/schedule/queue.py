@@ -1,0 +1,150 @@
+"""`WaitingQueue`: the order in which waiting groups start, fair between tenants.
+
+Each tenant has a counter of the tokens that it was served, divided by its weight; the tenant with the least goes next (the
+virtual token counter of Sheng et al. 2024, "Fairness in serving large language models"). A tenant that was idle begins at the
+least counter of those that were not: nothing is saved up. An answer's token counts as two of a prompt, as it costs a step.
+Within a tenant: what was preempted, then by priority, then by arrival. Groups of batch work come after all others.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+
+from ..api.request import Owner
+from .sequence import Group
+
+ANSWER_WEIGHT = 2  # what an answer's token counts, in tokens of a prompt
+_MOST_IDLE = 4096  # tenants without a group whose counters are remembered
+
+
+class WaitingQueue:
+    """Also knows how many groups of each tenant run: a tenant is active while it has any group."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, list[Group]] = {}  # tenant → its waiting groups, the next first
+        self._arrival: dict[Group, int] = {}
+        self._numbers = itertools.count()
+        self._num_running: Counter[str] = Counter()
+        self._served: OrderedDict[str, float] = OrderedDict()  # tenant → tokens ÷ weight
+
+    def __len__(self) -> int:
+        return len(self._arrival)
+
+    def __contains__(self, group: Group) -> bool:
+        return group in self._arrival
+
+    def __iter__(self) -> Iterator[Group]:
+        """The waiting groups in the order in which they start. The caller may remove the group that it got, and charge."""
+        rest = {tenant: iter(list(groups)) for tenant, groups in self._groups.items()}
+        heads = {tenant: next(groups) for tenant, groups in rest.items()}
+        while heads:
+            tenant = min(heads, key=lambda name: self._order(heads[name]))
+            group = heads.pop(tenant)
+            following = next(rest[tenant], None)
+            if following is not None:
+                heads[tenant] = following
+            yield group
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants with a waiting group."""
+        return len(self._groups)
+
+    def load(self, owner: Owner) -> float:
+        """Running groups of the owner's tenant, divided by its weight."""
+        return self._num_running[owner.tenant] / owner.weight
+
+    def served(self, tenant: str) -> float:
+        """The tenant's counter."""
+        return self._served.get(tenant, 0.0)
+
+    def add(self, group: Group) -> None:
+        tenant = group.owner.tenant
+        if not self._is_active(tenant):
+            others = [self.served(other) for other in self._active() if other != tenant]
+            self._served[tenant] = max(self.served(tenant), min(others, default=0.0))
+            self._served.move_to_end(tenant)
+            self._forget_idle()
+        self._insert(group, next(self._numbers))
+
+    def put_back(self, group: Group) -> None:
+        """A running group waits again, before the tenant's others: it holds the oldest of what was drawn."""
+        self._num_running[group.owner.tenant] -= 1
+        self._insert(group, -next(self._numbers))
+
+    def start(self, group: Group, tokens: int) -> None:
+        """A waiting group runs from now on; `tokens` of its prompts are computed for it."""
+        self.remove(group)
+        self._num_running[group.owner.tenant] += 1
+        self.charge(group, tokens)
+
+    def end(self, group: Group) -> None:
+        """A running group has ended."""
+        self._num_running[group.owner.tenant] -= 1
+
+    def remove(self, group: Group) -> None:
+        """A waiting group waits no more."""
+        del self._arrival[group]
+        groups = self._groups[group.owner.tenant]
+        groups.remove(group)
+        if not groups:
+            del self._groups[group.owner.tenant]
+
+    def charge(self, group: Group, tokens: float) -> None:
+        owner = group.owner
+        self._served[owner.tenant] = self.served(owner.tenant) + tokens / owner.weight
+
+    def _insert(self, group: Group, arrival: int) -> None:
+        self._arrival[group] = arrival
+        groups = self._groups.setdefault(group.owner.tenant, [])
+        groups.append(group)
+        groups.sort(key=self._within_tenant)
+
+    def _within_tenant(self, group: Group) -> tuple[bool, bool, int, int]:
+        arrival = self._arrival[group]
+        return group.owner.is_background, arrival >= 0, group.priority if arrival >= 0 else 0, arrival
+
+    def _order(self, group: Group) -> tuple[bool, float, int]:
+        return group.owner.is_background, self.served(group.owner.tenant), self._arrival[group]
+
+    def _is_active(self, tenant: str) -> bool:
+        return tenant in self._groups or self._num_running[tenant] > 0
+
+    def _active(self) -> set[str]:
+        return {*self._groups, *(tenant for tenant, count in self._num_running.items() if count > 0)}
+
+    def _forget_idle(self) -> None:
+        while len(self._served) > _MOST_IDLE:
+            idle = next((tenant for tenant in self._served if not self._is_active(tenant)), None)
+            if idle is None:
+                return
+            del self._served[idle]
+            del self._num_running[idle]
+
+
+def groups_over_share(group: Group, running: Sequence[Group], places: int) -> list[Group]:
+    """Running groups, the latest first, that must give up their places so that a waiting one can start.
+
+    A tenant's share of the `places` for sequences is its weight's. Groups give way only to a tenant that stays within its share,
+    and only while their own tenant keeps its share; batch work gives way to all other work. Empty if that is not enough.
+    """
+    owner, held = group.owner, Counter[str]()
+    for other in running:
+        held[other.owner.tenant] += len(other.sequences)
+    weights = {other.owner.tenant: other.owner.weight for other in (*running, group)}
+    share = {tenant: places * weight / sum(weights.values()) for tenant, weight in weights.items()}
+    held[owner.tenant] += len(group.sequences)
+    if len(weights) > 1 and held[owner.tenant] > max(share[owner.tenant], 1):
+        return []
+    chosen: list[Group] = []
+    for other in reversed(running):
+        if held.total() <= places:
+            break
+        tenant, size = other.owner.tenant, len(other.sequences)
+        is_work = other.owner.is_background and not owner.is_background
+        if is_work or (tenant != owner.tenant and held[tenant] - size >= share[tenant]):
+            chosen.append(other)
+            held[tenant] -= size
+    return chosen if held.total() <= places else []

@@ -1,0 +1,42 @@
+"""`OutputQueue`: deltas on their way from the engine's thread to one reader on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from ..api.output import Output, join
+
+
+class OutputQueue:
+    """`put` never waits for the reader. Deltas of a choice that the reader has not taken yet are joined, so the queue
+    holds at most one per choice, and no more than the answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pending: dict[int, Output] = {}
+        self._ready = asyncio.Event()
+        self._unread_since: float | None = None
+
+    def put(self, output: Output) -> None:
+        """Add a delta. May be called from any thread."""
+        self._loop.call_soon_threadsafe(self._add, output)
+
+    def _add(self, output: Output) -> None:
+        join(self._pending, output)
+        if self._unread_since is None:
+            self._unread_since = time.monotonic()
+        self._ready.set()
+
+    async def take(self) -> list[Output]:
+        """All deltas that are ready; waits until there is one."""
+        await self._ready.wait()
+        self._ready.clear()
+        self._unread_since = None
+        pending, self._pending = list(self._pending.values()), {}
+        return pending
+
+    @property
+    def unread_s(self) -> float:
+        """Seconds that the oldest delta has waited for the reader."""
+        return 0.0 if self._unread_since is None else time.monotonic() - self._unread_since

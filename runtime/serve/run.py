@@ -1,0 +1,97 @@
+"""`serve`: from settings to a running server, and to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..engine.engine import Engine
+from ..trust.audit.writer import AuditLog, Entry
+from .audited import AuditSink
+from .calls import CallLog, CallSink, JsonFormatter
+from .grpc.server import Server
+from .metrics import CallMetrics, engine_registry
+from .monitor import Monitor
+from .service import Service
+from .settings import ServerSettings, Settings
+from .tracing import Tracer
+
+log = logging.getLogger("motet.server")
+
+
+def serve(bundle: Path, settings: Settings) -> None:
+    """Load a bundle and serve it. Prints one line when it is ready. After Admin.Drain, SIGINT or SIGTERM running requests have
+    `drain_timeout` seconds; a second signal ends them at once. Raises what `open_engine`, `Access` and `TlsFiles` raise,
+    `PortInUseError`, and the error that ended the engine, if one did."""
+    server = settings.server
+    access, tls = server.access(), server.tls()  # a mistake there is told before the bundle is loaded
+    with ExitStack() as stack:
+        audit = None
+        if server.audit is not None:
+            audit = stack.enter_context(AuditLog(server.audit, with_content=server.audit_content))
+        tracer = stack.enter_context(Tracer()) if server.traces else None
+        engine = stack.enter_context(Engine.from_bundle(bundle, settings.engine))
+        registry = engine_registry(engine)
+        sinks: list[CallSink] = [CallLog(), CallMetrics(registry)]
+        if audit is not None:
+            audit.append(Entry("start", {"model": engine.model.name, "bundle": engine.model.digest}))
+            stack.callback(audit.append, Entry("stop", {"model": engine.model.name}))
+            sinks.append(AuditSink(audit, engine.model.digest))
+        if tracer is not None:
+            sinks.append(tracer)
+        service = Service(engine, limits=settings.tenants, sinks=sinks, send_timeout_s=server.send_timeout)
+        if server.monitor_port is not None:
+            monitor = Monitor(service, registry, access, server.host, server.monitor_port, tls)
+            stack.callback(monitor.close)
+            log.info("metrics and health over HTTP on %s:%d", server.host, monitor.port)
+        door = Server(
+            service,
+            access,
+            server.host,
+            server.port,
+            tls=tls,
+            with_reflection=server.reflection,
+            lame_duck_s=server.lame_duck,
+        )
+        asyncio.run(_serve(door, engine, server))
+        if engine.failure is not None:
+            raise engine.failure
+
+
+async def _serve(door: Server, engine: Engine, settings: ServerSettings) -> None:
+    await door.start()
+    loop, service = asyncio.get_running_loop(), door.service
+
+    def on_signal() -> None:
+        if not service.is_leaving:
+            service.leave()
+        else:  # the second one: it shall end now
+            service.shut_down()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    members = ", ".join(engine.model.members)
+    print(f"motet serves '{engine.model.name}' ({members}) on {door.host}:{door.port}", flush=True)
+    await service.wait_out_of_service()
+    log.info("out of service; running requests have %g s", settings.drain_timeout)
+    await door.stop(settings.drain_timeout)
+
+
+@contextmanager
+def logging_as(settings: ServerSettings) -> Iterator[None]:
+    """Log Motet's records as the settings say, in this process."""
+    root, motet = logging.getLogger(), logging.getLogger("motet")
+    formatters = [handler.formatter for handler in root.handlers]
+    motet.setLevel(settings.log_level.upper())
+    if settings.log_format == "json":
+        for handler in root.handlers:
+            handler.setFormatter(JsonFormatter())
+    try:
+        yield
+    finally:
+        for handler, formatter in zip(root.handlers, formatters):
+            handler.setFormatter(formatter)
