@@ -73,6 +73,9 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not 0 <= value <= 65535):
                 raise ConfigError(f"{name} must be an integer in 0…65535, got {value!r}")
+        for name, known in (("log_format", ("text", "json")), ("log_level", ("debug", "info", "warning", "error"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key belong together; give both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:

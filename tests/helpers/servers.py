@@ -1,0 +1,61 @@
+"""Servers of an engine in this process, as `motet serve` would start them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+from motet.runtime.serve.grpc.server import Server
+from motet.runtime.serve.service import Service
+from motet.runtime.trust.access import Access
+
+
+class Running:
+    """A server on an event loop of its own thread. `stop` may be called from the test."""
+
+    def __init__(self, server, loop):
+        self.server, self.loop = server, loop
+
+    @property
+    def service(self):
+        return self.server.service
+
+    @property
+    def address(self):
+        return f"127.0.0.1:{self.server.port}"
+
+    def call(self, function, *arguments):
+        """Call something on the loop and wait for it."""
+
+        async def run():
+            return function(*arguments)
+
+        return self.start(run()).result(30)
+
+    def start(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+
+@contextmanager
+def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, **options):
+    """`options`: of `Server`; `service`: options of `Service`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def begin():
+        server = Server(Service(engine, **(service or {})), access or Access.open_to_all(), **options)
+        await server.start()
+        return server
+
+    try:
+        running = Running(asyncio.run_coroutine_threadsafe(begin(), loop).result(30), loop)
+        try:
+            yield running
+        finally:
+            running.start(running.server.stop(drain_timeout_s)).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

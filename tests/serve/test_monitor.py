@@ -1,0 +1,171 @@
+"""HTTP for those who watch: which paths there are, who may read them, and what stands in the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from helpers.callers import caller
+from helpers.servers import serving
+from motet.runtime import errors
+from motet.runtime.api.request import Ensemble, GenerateRequest, Member
+from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.serve.audited import AuditSink
+from motet.runtime.serve.calls import Caller
+from motet.runtime.serve.metrics import CallMetrics, engine_registry
+from motet.runtime.serve.monitor import Monitor
+from motet.runtime.serve.service import Service
+from motet.runtime.serve.tracing import Tracer
+from motet.runtime.trust.access import Access
+from motet.runtime.trust.audit.chain import verify
+from motet.runtime.trust.audit.reader import records
+from motet.runtime.trust.audit.writer import AuditLog
+from motet.runtime.trust.identity import Role
+from motet.runtime.trust.keys import KeyFile, add_key
+
+DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
+
+
+def get(port, path, key=None):
+    """(status, body)"""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture
+def monitored(engine, tmp_path):
+    """A running server, its monitor, and a key of each role."""
+    path = tmp_path / "keys.json"
+    keys = {role: add_key(path, "acme", [role]) for role in Role}
+    access = Access(KeyFile(path))
+    with serving(engine, access) as running:
+        monitor = Monitor(running.service, engine_registry(engine), access)
+        yield running, monitor, keys
+        monitor.close()
+
+
+def ask(**fields):
+    return GenerateRequest("hello", sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True), **fields)
+
+
+def test_paths_and_roles(monitored):
+    running, monitor, keys = monitored
+    assert get(monitor.port, "/livez") == get(monitor.port, "/readyz") == (200, "OK\n")
+    for path in ("/", "/metrics/", "/metrics?x", "/debug", "/../etc/passwd", "/livez/x"):
+        assert get(monitor.port, path)[0] == 404
+    assert get(monitor.port, "/metrics")[0] == get(monitor.port, "/metrics", "wrong")[0] == 401
+    for role, key in keys.items():
+        assert get(monitor.port, "/metrics", key)[0] == (200 if role is Role.MONITOR else 403)
+    running.call(running.service.leave)
+    assert get(monitor.port, "/readyz")[0] == 503
+    assert get(monitor.port, "/livez")[0] == 200
+
+
+def test_hostile_connections(monitored):
+    _, monitor, _ = monitored
+    idle = [socket.create_connection(("127.0.0.1", monitor.port)) for _ in range(40)]  # they say nothing
+    for each in idle:
+        each.close()
+    for content in (
+        b"\xff" * 1000 + b"\r\n\r\n",
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", monitor.port)) as connection:
+            connection.sendall(content)
+            assert b"200" not in connection.recv(100)
+    assert get(monitor.port, "/livez")[0] == 200
+
+
+def test_a_port_that_is_taken(monitored, engine):
+    running, monitor, _ = monitored
+    with pytest.raises(errors.PortInUseError, match="choose another port"):
+        Monitor(running.service, engine_registry(engine), Access.open_to_all(), port=monitor.port)
+
+
+def test_calls_are_counted_by_tenant(engine):
+    registry = engine_registry(engine)
+
+    async def run():
+        service = Service(engine, sinks=[CallMetrics(registry)])
+        mix = Ensemble((Member("a", 0.5), Member("b", 0.5)))
+        await service.complete(ask(), caller("acme"))
+        await service.complete(ask(ensemble=mix), caller("acme"))
+        with pytest.raises(errors.InvalidRequestError):
+            await service.complete(GenerateRequest("x" * 500), caller("other"))
+
+    asyncio.run(run())
+
+    def value(name, **labels):
+        return registry.get_sample_value(name, labels)
+
+    assert value("motet_calls_total", method="complete", status="ok", tenant="acme") == 2
+    assert value("motet_calls_total", method="complete", status="ContextLengthError", tenant="other") == 1
+    assert value("motet_tenant_tokens_total", tenant="acme", kind="completion") == 8
+    assert value("motet_member_calls_total", member="b") >= 1
+    assert value("motet_call_first_token_seconds_count") == 2
+    assert value("motet_inter_token_seconds_count") == 2
+
+
+def test_calls_are_audited(engine, tmp_path):
+    async def run():
+        with AuditLog(tmp_path / "audit", with_content=True) as audit:
+            service = Service(engine, sinks=[AuditSink(audit, "d1gest")])
+            await service.complete(ask(request_id="mine"), caller("acme", subject="key:7"))
+            with pytest.raises(errors.InvalidRequestError):
+                await service.complete(GenerateRequest("x" * 500), caller("acme"))
+            service.calls.refused("/motet.v1.Admin/Drain", "ipv4:1.2.3.4:5", errors.UnauthenticatedError("no"))
+            audit.failure = errors.UnavailableError("the disk is full")
+            with pytest.raises(errors.UnavailableError, match="the disk is full"):
+                await service.complete(ask(), caller("acme"))
+            assert engine.is_idle
+
+    asyncio.run(run())
+    done, wrong, refused = records(tmp_path / "audit")
+    assert (done["method"], done["tenant"], done["subject"], done["bundle"]) == ("complete", "acme", "key:7", "d1gest")
+    assert (done["status"], done["request_id"], done["completion_tokens"]) == ("ok", "mine", 4)
+    assert json.loads(done["prompt"]) == [list(b"hello")] or done["prompt"].startswith("[[")
+    assert len(done["answer"]) > 0 and "hello" not in json.dumps({k: v for k, v in done.items() if k != "answer"})
+    assert wrong["status"] == "ContextLengthError"
+    assert (refused["event"], refused["status"]) == ("refusal", "UnauthenticatedError")
+    assert verify(tmp_path / "audit").last == 3
+
+
+def test_traces(engine):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from opentelemetry.trace import StatusCode
+
+    exporter = InMemorySpanExporter()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def run():
+        with Tracer(exporter) as tracer:
+            service = Service(engine, sinks=[tracer])
+            who = caller("acme").identity
+            await service.complete(ask(), Caller(who, parent))
+            with pytest.raises(errors.InvalidRequestError):
+                await service.complete(GenerateRequest("x" * 500), Caller(who, "garbage"))
+            await service.tokenize("no span", Caller(who))
+
+    asyncio.run(run())
+    good, bad = exporter.get_finished_spans()
+    assert format(good.context.trace_id, "032x") == parent.split("-")[1]
+    assert format(good.parent.span_id, "016x") == parent.split("-")[2]
+    assert good.attributes["gen_ai.usage.output_tokens"] == 4
+    assert good.attributes["gen_ai.request.max_tokens"] == 4
+    assert good.attributes["motet.tenant"] == "acme"
+    assert [event.name for event in good.events] == ["admitted", "first_token"]
+    assert good.start_time <= good.events[1].timestamp <= good.end_time
+    assert bad.parent is None and bad.status.status_code is StatusCode.ERROR
+    assert bad.attributes["error.type"] == "ContextLengthError"
