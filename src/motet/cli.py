@@ -26,6 +26,7 @@ from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
 from .runtime.model.members import MemberKind
 from .serve_cli import mount as mount_serve
 from .tables import table
+from .top_cli import mount as mount_top
 
 # Typer does not export its parser's exceptions; this is the base class of those for wrong options.
 _UsageError: Any = typer.BadParameter.__base__
@@ -215,6 +216,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 # ---- serving and jobs --------------------------------------------------------------------------------------------------
 
 mount_serve(app)
+mount_top(app)
 mount_generate(app)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import json
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -12,14 +14,16 @@ from pathlib import Path
 import pytest
 from helpers.callers import caller
 from helpers.servers import serving
+from motet.options import KEY_VARIABLE
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, GenerateRequest, Member
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.serve.audited import AuditSink
-from motet.runtime.serve.calls import Caller
+from motet.runtime.serve.calls import Call, Caller
 from motet.runtime.serve.metrics import CallMetrics, engine_registry
 from motet.runtime.serve.monitor import Monitor
 from motet.runtime.serve.service import Service
+from motet.runtime.serve.settings import Settings
 from motet.runtime.serve.tracing import Tracer
 from motet.runtime.trust.access import Access
 from motet.runtime.trust.audit.chain import verify
@@ -27,6 +31,7 @@ from motet.runtime.trust.audit.reader import records
 from motet.runtime.trust.audit.writer import AuditLog
 from motet.runtime.trust.identity import Role
 from motet.runtime.trust.keys import KeyFile, add_key
+from motet.top_cli import _quantile, top
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -169,3 +174,69 @@ def test_traces(engine):
     assert good.start_time <= good.events[1].timestamp <= good.end_time
     assert bad.parent is None and bad.status.status_code is StatusCode.ERROR
     assert bad.attributes["error.type"] == "ContextLengthError"
+
+
+# ---- what others build on these names --------------------------------------------------------------------------------
+
+
+def test_the_dashboard_asks_for_series_that_there_are(engine):
+    """Every name in examples/deploy/grafana.json is exported."""
+    registry = engine_registry(engine)
+    CallMetrics(registry)
+    known = set()
+    for family in registry.collect():
+        ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        known |= {family.name + end for end in ends}
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"motet_[a-z_]+", target["expr"])
+    }
+    assert len(asked) > 12
+    assert asked <= known
+
+
+def test_the_files_for_deployment_fit_together():
+    yaml = pytest.importorskip("yaml", reason="PyYAML comes with huggingface-hub")
+    settings = Settings.load(DEPLOY / "motet.toml")
+    deployment, _service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["terminationGracePeriodSeconds"] > settings.server.lame_duck + settings.server.drain_timeout
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": settings.server.port, "monitor": settings.server.monitor_port}
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert container["securityContext"]["readOnlyRootFilesystem"] and pod["securityContext"]["runAsNonRoot"]
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read(DEPLOY / "motet.service")
+    assert int(unit["Service"]["TimeoutStopSec"]) > settings.server.lame_duck + settings.server.drain_timeout
+    assert "USER 10001" in (DEPLOY / "Containerfile").read_text()
+
+
+def test_top(engine, monitored, monkeypatch, capsys):
+    _, monitor, keys = monitored
+    CallMetrics(monitor.registry).on_call(Call("complete", caller("acme"), "tiny", prompt_tokens=5))
+    address = f"127.0.0.1:{monitor.port}"
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with pytest.raises(errors.UnauthenticatedError, match="role monitor"):
+        top(address, None, 0.1, True)
+    monkeypatch.setenv(KEY_VARIABLE, keys[Role.MONITOR])
+    top(address, None, 0.1, True)
+    shown = capsys.readouterr().out
+    assert "running / waiting" in shown and "acme" in shown
+    with pytest.raises(errors.UnavailableError, match="--monitor-port"):
+        top("127.0.0.1:1", None, 0.1, True)
+
+
+def test_quantiles_are_of_the_new_calls():
+    def series(*counts):
+        return {("x_bucket", (("le", le),)): count for le, count in zip(("0.1", "1.0", "+Inf"), counts)}
+
+    assert _quantile(series(0, 0, 0), series(9, 10, 10), "x", 0.5) == "≤ 100 ms"
+    assert _quantile(series(9, 10, 10), series(9, 11, 11), "x", 0.5) == "≤ 1000 ms"
+    assert _quantile(series(9, 10, 10), series(9, 10, 11), "x", 0.5) == "longer"
+    assert _quantile(series(1, 1, 1), series(1, 1, 1), "x", 0.5) == "–"
