@@ -30,6 +30,15 @@ SEED ?= 0
 fuzz: $(READY)
 	cd tests && ../$(BIN)/python -m fuzz --sanitised --cases $(CASES) --seed $(SEED)
 
+# Chaos against a running server, and messages that are none: see tests/fuzz/soak.py and wire.py.
+SECONDS ?= 600
+COUNT ?= 100000
+soak: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz.soak --seconds $(SECONDS) --seed $(SEED)
+
+fuzz-wire: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz.wire --count $(COUNT) --seed $(SEED)
+
 # Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)
 	$(BIN)/ruff check .

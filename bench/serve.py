@@ -135,13 +135,13 @@ def run(
 
 
 @contextmanager
-def server_process(bundle: Path, threads: int = 0) -> Iterator[str]:
-    """Run `motet serve` on a free port, yield its address, and end it.
+def server_process(bundle: Path, threads: int = 0, options: Sequence[str] = ()) -> Iterator[str]:
+    """Run `motet serve` on a free port, with more `options`, yield its address, and end it.
 
     Raises `UnavailableError` if it does not start.
     """
     command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
-    command += ["--threads", str(threads)]
+    command += ["--threads", str(threads), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

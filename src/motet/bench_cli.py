@@ -133,6 +133,21 @@ def bench_flood(
     flood.run(bundle, out, clients=clients, prompt_bytes=prompt_bytes, duration_s=duration_s, threads=threads)
 
 
+@bench.command("trust")
+def bench_trust(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    streams: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 96,
+    repeats: Repeats = 7,
+    threads: Threads = 0,
+) -> None:
+    """What TLS, keys and an audit log cost, and what one tenant notices of another's flood."""
+    from .bench import trust
+
+    trust.run(bundle, out, streams=streams, tokens=tokens, repeats=repeats, threads=threads)
+
+
 @bench.command("peers")
 def bench_peers(
     bundles: Bundles,

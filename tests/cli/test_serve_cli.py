@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from helpers.certificates import Authority
+from motet.bench.lib.certificates import Authority
 from motet.cli import app
 from motet.export.bundle_writer import export_bundle
 from motet.runtime import errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 from motet.runtime.serve.grpc.server import Server
@@ -59,3 +60,18 @@ def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, **options
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def until(condition, seconds=10):
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def is_free(engine, service=None):
+    """Whether nothing is held: no request, no block, no place."""
+    stats = engine.stats()
+    mine = service is None or (service._quotas.num_open == 0 and not service._of_caller)
+    return engine.is_idle and stats.free_blocks == stats.num_blocks and stats.waiting == stats.running == 0 and mine

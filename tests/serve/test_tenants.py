@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers.callers import caller
 from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
-from helpers.servers import serving
+from helpers.servers import serving, until
 from motet.runtime import errors
 from motet.runtime.api.request import FinishReason, GenerateRequest
 from motet.runtime.api.sampling import SamplingParams
@@ -37,13 +37,6 @@ def keys(tmp_path):
 @pytest.fixture
 def access(keys, tmp_path):
     return Access(KeyFile(tmp_path / "keys.json"))
-
-
-def until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def ask(prompt="hello", **fields):

@@ -8,8 +8,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from helpers.certificates import Authority
 from helpers.servers import serving
+from motet.bench.lib.certificates import Authority
 from motet.runtime import errors
 from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.client.connection import Connection

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority, and what it signs."""
+"""Certificates for benches and tests: an authority, and what it signs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Pair:
+    """Files in PEM."""
+
     certificate: Path
     key: Path
 
@@ -39,7 +41,7 @@ class Authority:
         pair.key.write_bytes(key.private_bytes(*pem))
         return pair
 
-    def _sign(self, name, key, *, is_authority, days):
+    def _sign(self, name: str, key: ec.EllipticCurvePrivateKey, *, is_authority: bool, days: int) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         start = now - datetime.timedelta(days=10)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -1,0 +1,135 @@
+"""What the network may bring: every message, however wrong, is answered or refused, and health answers meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+import grpc
+import pytest
+from fuzz.soak import soak
+from fuzz.wire import fuzz
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.servers import serving
+from motet.proto import inference_pb2, inference_pb2_grpc
+from motet.runtime.api.limits import MAX_REQUEST_BYTES
+
+CODES = grpc.StatusCode
+
+
+@contextlib.contextmanager
+def watched(address):
+    """Ask for health all the while; the longest wait in seconds is the last item of the list that is yielded."""
+    waits, stop = [0.0], threading.Event()
+
+    def ask():
+        with grpc.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            stub.Check(health_pb2.HealthCheckRequest())
+            while not stop.wait(0.005):
+                started = time.monotonic()
+                assert stub.Check(health_pb2.HealthCheckRequest(), timeout=20).status == 1
+                waits.append(max(waits[-1], time.monotonic() - started))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield waits
+    finally:
+        stop.set()
+        thread.join(30)
+    assert len(waits) > 2, "health was not asked"
+
+
+def complete(address, message, **options):
+    with grpc.insecure_channel(address, options=options.pop("channel", [])) as channel:
+        try:
+            inference_pb2_grpc.InferenceStub(channel).Complete(message, timeout=20, **options)
+        except grpc.RpcError as error:
+            return error.code()
+    return CODES.OK
+
+
+def message(text="x", max_tokens=2):
+    return inference_pb2.GenerateRequest(
+        prompt=inference_pb2.Prompt(text=text), stopping=inference_pb2.Stopping(max_tokens=max_tokens)
+    )
+
+
+def test_oversized_messages(address):
+    with watched(address) as waits:
+        unlimited = [("grpc.max_send_message_length", -1)]
+        assert complete(address, message("x" * (2 * MAX_REQUEST_BYTES)), channel=unlimited) is CODES.RESOURCE_EXHAUSTED
+        assert complete(address, message("x" * (MAX_REQUEST_BYTES - 100))) is CODES.INVALID_ARGUMENT
+        chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="x")] * 10_000)
+        talk = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(messages=chat))
+        assert complete(address, talk) is CODES.INVALID_ARGUMENT
+    assert waits[-1] < 1
+
+
+def test_a_gzip_bomb(address):
+    """A thousandth of its size travels; nothing is unpacked."""
+    bomb = message("x" * (500 * MAX_REQUEST_BYTES))
+    unlimited = [("grpc.max_send_message_length", -1)]
+    assert complete(address, bomb, compression=grpc.Compression.Gzip, channel=unlimited) is not CODES.OK
+    assert complete(address, message(), compression=grpc.Compression.Gzip) is CODES.UNIMPLEMENTED
+    assert complete(address, message()) is CODES.OK
+
+
+def test_ten_thousand_headers(address):
+    many = [(f"x-header-{index}", "value") for index in range(10_000)]
+    with watched(address):
+        assert complete(address, message(), metadata=many) is CODES.RESOURCE_EXHAUSTED
+        assert complete(address, message(), metadata=[("x-long", "v" * 100_000)]) is CODES.RESOURCE_EXHAUSTED
+    assert complete(address, message()) is CODES.OK
+
+
+def frame(kind, flags, stream, content=b""):
+    """An HTTP/2 frame (RFC 9113)."""
+    return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+FLOODS = {
+    "pings": frame(6, 0, 0, b"12345678") * 20_000,
+    "settings": frame(4, 0, 0) * 20_000,
+    "resets": b"".join(frame(3, 0, stream, b"\0\0\0\x08") for stream in range(1, 20_000, 2)),
+    "no http": b"\x16\x03\x01" + b"\xff" * 100_000,
+    "empty headers": b"".join(frame(1, 4, stream, b"") for stream in range(1, 20_000, 2)),
+    "a frame without end": b"\xff\xff\xff\x00\x00" + b"\0" * 100_000,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_floods_of_frames(address, flood):
+    with watched(address) as waits:
+        with socket.create_connection(address.split(":"), timeout=20) as connection, contextlib.suppress(OSError):
+            connection.sendall(PREFACE if flood != "no http" else b"")
+            connection.sendall(FLOODS[flood])
+            connection.settimeout(2)
+            while connection.recv(1 << 16):
+                continue
+        time.sleep(0.05)
+    assert waits[-1] < 1
+    assert complete(address, message()) is CODES.OK
+
+
+@pytest.mark.slow
+def test_messages_that_are_none(engine):
+    """`make fuzz-wire` sends 100,000."""
+    with serving(engine) as running, watched(running.address) as waits:
+        statuses = fuzz(running.address, 3000, seed=1)
+    assert statuses[CODES.OK] > 100 and statuses[CODES.INVALID_ARGUMENT] > 500
+    assert waits[-1] < 1
+    assert engine.failure is None and engine.stats().restarts == 0
+
+
+@pytest.mark.slow
+def test_chaos(tokenizer):
+    """`make soak` goes on for ten minutes."""
+    ends = soak(tokenizer, 12, seed=1)
+    assert ends["length"] > 50 and ends["preemptions"] > 5
+    assert min(ends[way] for way in ("left", "cancelled", "time_limit", "error", "connection closed")) > 0
