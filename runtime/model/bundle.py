@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,9 +93,10 @@ class Bundle:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise NotFoundError(f"no bundle at '{path}' ({MANIFEST} is missing); `motet export` makes one")
+        _check_own(path / MANIFEST)
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"'{path / MANIFEST}' is not JSON ({error}); export the bundle again") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
@@ -103,6 +105,8 @@ class Bundle:
             bundle = cls._from_manifest(path, manifest)
         except (KeyError, TypeError, ValueError, ConfigError, InvalidEnsembleError) as error:
             raise BundleError(f"'{path / MANIFEST}' is inconsistent: {error!r}; export the bundle again") from error
+        for name in manifest["files"]:
+            _check_own(path / name)
         if verify:
             bundle._verify(manifest["files"])
         return bundle
@@ -135,7 +139,7 @@ class Bundle:
                 f"eos_token_ids must be in 0…{config.vocab_size - 1}, the manifest has {bundle.eos_token_ids}"
             )
         listed, needed = set(manifest["files"]), {*bundle.model_files, "tokenizer.json"}
-        if not needed <= listed or any(Path(name).name != name for name in listed):
+        if not needed <= listed or any(not name or Path(name).name != name for name in listed):
             raise BundleError(
                 f"the manifest must list the plain file names {sorted(needed)}, it lists {sorted(listed)}"
             )
@@ -152,6 +156,16 @@ class Bundle:
                     f"'{file}' is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…; "
                     "copy or export the bundle again"
                 )
+
+
+def _check_own(file: Path) -> None:
+    """Raises `BundleError` for a file that may change, or be read, outside of the bundle's directory."""
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return  # `_verify` says so
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise BundleError(f"'{file}' is a link or no plain file; a bundle has files of its own: copy it (cp -RL)")
 
 
 def _calibration(values: Mapping[str, Any] | None) -> Calibration | None:

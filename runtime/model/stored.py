@@ -15,6 +15,7 @@ With 4 bits, the columns are followed by *group-sum columns*, one per group of t
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ import numpy.typing as npt
 from ..errors import BundleError
 
 Array = npt.NDArray[Any]
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 
 
 class HasShape(Protocol):
@@ -46,21 +49,42 @@ class StoredTensor:
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The place of each tensor of a safetensors file (header: 8 bytes length, then JSON; its offsets count from its
-    end)."""
+    end). Raises `BundleError` for a header that is none, and for a tensor that is not in the file or has another size than
+    its shape."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, _MAX_HEADER_BYTES):  # asked before so much memory is taken
+            raise BundleError(
+                f"'{path}' is no safetensors file: its header would have {length} bytes, the file has {size}; export the bundle "
+                "again"
+            )
+        content = file.read(length)
     start = 8 + length
-    return {
-        name: StoredTensor(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    try:
+        header = json.loads(content)
+        found = {name: _place(entry, start) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"'{path}' is no safetensors file: {error!r}; export the bundle again") from None
+    for name, tensor in found.items():
+        if tensor.offset < start or tensor.length < 0 or tensor.offset + tensor.length > size:
+            raise BundleError(
+                f"'{path}' is damaged: tensor '{name}' would be bytes {tensor.offset} to {tensor.offset + tensor.length} of "
+                f"{size}; export the bundle again"
+            )
+    return found
+
+
+def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
+    """Raises what a header that is none raises."""
+    first, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and 0 <= number < 2**48 for number in (first, end, *shape)):
+        raise ValueError(f"a size is no small integer: {entry}")
+    if end - first != math.prod(shape) * _BYTES[entry["dtype"]]:
+        raise ValueError(f"a tensor's bytes are not those of its shape: {entry}")
+    return StoredTensor(entry["dtype"], shape, start + first, end - first)
 
 
 def own_name(member: str, name: str) -> str:

@@ -2,14 +2,18 @@
 
 The environment is that of transformers: `{% generation %}`, loop controls, `raise_exception`, `strftime_now`, `tojson`
 without HTML escapes, no tools and no documents. The template comes from the model's files, never from a request, but
-those files are not trusted either: a template cannot reach Python's internals.
+those files are not trusted either: a template cannot reach Python's internals, loop without end, or multiply a text beyond
+measure.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 import jinja2
@@ -21,16 +25,49 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import BundleError, InvalidRequestError
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_MOST = 5_000_000  # lines that one rendering may run, and the size of a product
 _SHOWN = 300  # characters of a template's own error that a message shows
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Products are bounded too."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(v) if isinstance(v, str | list | tuple) else abs(v) for v in (left, right)]
+        if (sizes[0] * sizes[1] if operator == "*" else sizes[0] ** min(sizes[1], 64)) > _MOST:
+            raise jinja2.TemplateError(f"the template computes more than {_MOST} with {operator}")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Count the lines that templates run in this thread, and end one that runs too many."""
+    left, before = _MOST, sys.gettrace()
+
+    def on_line(_frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 and event == "line":
+            raise jinja2.TemplateError(f"the template runs more than {_MOST} lines; it loops")
+        return on_line
+
+    def on_call(frame: FrameType, _event: str, _argument: Any) -> Any:
+        return on_line if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class ChatTemplate:
     """A compiled template. Raises `BundleError` if it has a syntax error."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self._special_tokens = dict(special_tokens)
@@ -72,13 +109,14 @@ class ChatTemplate:
             # The tag's own space is gone if the template trims what a message ends with.
             return head if rest.startswith(" ") else head.rstrip()
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            with _bounded():
+                return self._template.render(
+                    messages=[dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
         except Exception as error:  # a template may do anything that the sandbox allows, such as adding text to None
             raise InvalidRequestError(
                 f"the chat template refuses this conversation: {str(error)[:_SHOWN]}", field="messages"

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import struct
+from pathlib import Path
 
 import pytest
 from helpers.models import make_adapter, make_tail
 from motet.export.bundle_writer import export_bundle
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.files import file_digest
 from motet.runtime.model.members import MemberKind
 
 BASE, TAIL, ADAPTER = MemberKind.BASE, MemberKind.TAIL, MemberKind.ADAPTER
@@ -45,3 +52,107 @@ def test_an_inconsistent_manifest(tiny_model_dir, tmp_path):
         (path / "motet.json").write_text(json.dumps(manifest | change))
         with pytest.raises(BundleError, match=message):
             Bundle.load(path)
+
+
+# ---- hostile files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model_dir, tmp_path_factory):
+    return export_bundle(tiny_model_dir("llama"), tmp_path_factory.mktemp("hostile") / "b", graphs=False)
+
+
+def copied(small, tmp_path):
+    return Path(shutil.copytree(small, tmp_path / "b"))
+
+
+def agree(path, name="model.safetensors"):
+    """The author of a bundle writes the digests too."""
+    manifest = json.loads((path / "motet.json").read_text())
+    manifest["files"][name] = file_digest(path / name)
+    (path / "motet.json").write_text(json.dumps(manifest))
+
+
+def symbolic(file, other):
+    file.symlink_to(other)
+
+
+def hard(file, other):
+    os.link(other, file)
+
+
+@pytest.mark.parametrize("link", [symbolic, hard])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "motet.json"])
+def test_links_are_refused(small, tmp_path, link, name):
+    path = copied(small, tmp_path)
+    (path / name).rename(tmp_path / "elsewhere")
+    link(path / name, tmp_path / "elsewhere")
+    for verify in (True, False):
+        with pytest.raises(BundleError, match="is a link"):
+            Bundle.load(path, verify=verify)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", ""])
+def test_names_that_leave_the_bundle(small, tmp_path, name):
+    path = copied(small, tmp_path)
+    manifest = json.loads((path / "motet.json").read_text())
+    manifest["files"][name] = "0" * 64
+    (path / "motet.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="plain file names"):
+        Bundle.load(path)
+
+
+def test_any_changed_byte_is_found(small, tmp_path):
+    path = copied(small, tmp_path)
+    content = (path / "model.safetensors").read_bytes()
+    for at in range(0, len(content), len(content) // 50):
+        (path / "model.safetensors").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(BundleError, match="is damaged"):
+            Bundle.load(path)
+
+
+def with_header(change):
+    """The weights file with another header."""
+
+    def run(content):
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        name = next(name for name in header if name != "__metadata__")
+        change(header, name)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+    return run
+
+
+HEADERS = {
+    "ten gigabytes": lambda c: struct.pack("<Q", 10 * 2**30) + c[8:],
+    "all of memory": lambda c: struct.pack("<Q", 2**64 - 1) + c[8:],
+    "empty": lambda c: b"",
+    "short": lambda c: c[:5],
+    "a pickle": lambda c: b"\x80\x04\x95" + c,
+    "no json": lambda c: struct.pack("<Q", 8) + b"xxxxxxxx" + c[16:],
+    "a list": lambda c: struct.pack("<Q", 2) + b"[]" + c[8:],
+    "nested": lambda c: struct.pack("<Q", 100_000) + b"[" * 100_000 + c,
+    "beyond the file": with_header(
+        lambda h, n: h[n].update(data_offsets=[2**40, 2**40 + h[n]["data_offsets"][1] - h[n]["data_offsets"][0]])
+    ),
+    "before the file": with_header(
+        lambda h, n: h[n].update(data_offsets=[-8, h[n]["data_offsets"][1] - h[n]["data_offsets"][0] - 8])
+    ),
+    "another shape": with_header(lambda h, n: h[n].update(shape=[2**30, 2**30])),
+    "a negative shape": with_header(lambda h, n: h[n].update(shape=[-1])),
+    "another type": with_header(lambda h, n: h[n].update(dtype="F64")),
+    "no offsets": with_header(lambda h, n: h[n].pop("data_offsets")),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_hostile_weights(small, tmp_path, case):
+    """The digests agree, as an author would have it: the file itself is checked before it is used."""
+    path = copied(small, tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(HEADERS[case](file.read_bytes()))
+    agree(path)
+    with pytest.raises(BundleError):
+        Engine.from_bundle(path, EngineConfig(threads=1)).close()

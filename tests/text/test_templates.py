@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import transformers
 from motet.runtime.errors import BundleError, InvalidRequestError
+from motet.runtime.text.template import ChatTemplate
 from motet.runtime.text.tokenizer import Tokenizer
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -173,3 +175,28 @@ def test_messages_of_tools(directory):
     ids = tokenizer.encode_chat(conversation)
     assert tokenizer.decode(ids, skip_special_tokens=False) == theirs
     assert not set(ids) & set(tokenizer.special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it loops"),
+        ("{{ 'x' * 9999999999 }}", "more than 5000000"),
+        ("{{ [1] * 9999999999 }}", "more than 5000000"),
+        ("{{ 9 ** 9999999999 }}", "more than 5000000"),
+        ("{{ range(999999999)|list }}", "Range too big"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception.__globals__.x }}", "unsafe"),
+        ("{{ strftime_now.__init__.__globals__['sys'] }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+    ],
+)
+def test_a_hostile_template_is_stopped(source, message):
+    """In a second, with a clear error, and the next rendering is not disturbed."""
+    started = time.monotonic()
+    with pytest.raises(InvalidRequestError, match=message):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+    assert time.monotonic() - started < 20
+    assert ChatTemplate("{{ messages[0].content * 2 }}", {}).render([{"role": "user", "content": "x"}]) == "xx"
