@@ -17,7 +17,9 @@ MAX_ERROR_BYTES = 1000  # of an error's text: it travels in HTTP/2 trailers, whi
 
 MAX_METADATA_BYTES = 16 * 2**10  # of a call's headers
 MAX_STREAMS_PER_CONNECTION = 1024
-MAX_CONCURRENT_CALLS = 4096  # of all connections; watchers of health among them
+MAX_CONNECTIONS = 4096
+MAX_CONCURRENT_CALLS = 4096  # of all connections
+MAX_WATCHERS = 256  # of health, which is open to all
 
 # ---- what a request may bring ----------------------------------------------------------------------------------------
 

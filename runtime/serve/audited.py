@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from ..errors import MotetError
 from ..trust.audit.chain import subject_of
 from ..trust.audit.writer import AuditLog, Entry
 from .calls import Call
@@ -44,5 +43,5 @@ class AuditSink:
             texts = {"prompt": prompts.encode(), "answer": "".join(call.text).encode()}
         self._audit.append(Entry("call", fields, subject_of(fields), texts))
 
-    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
         self._audit.append(Entry("refusal", {"method": method, "peer": peer, "status": type(error).__name__}))

@@ -82,7 +82,7 @@ class CallSink(Protocol):
     def on_call(self, call: Call) -> None:
         """The call has ended, however that was."""
 
-    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
         """A call was refused before it was known what is asked: the caller is unknown, or has no right."""
 
 
@@ -112,7 +112,7 @@ class Calls:
             call.end(status)
             self._tell(lambda sink: sink.on_call(call))
 
-    def refused(self, method: str, peer: str, error: MotetError) -> None:
+    def refused(self, method: str, peer: str, error: Exception) -> None:
         self._tell(lambda sink: sink.on_refusal(method, peer, error))
 
     def _tell(self, tell: Callable[[CallSink], None]) -> None:
@@ -160,7 +160,7 @@ class CallLog:
             },
         )
 
-    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
         fields = {"method": method, "peer": peer, "status": type(error).__name__}
         log.warning("%s refused: %s", method, type(error).__name__, extra={"fields": fields})
 

@@ -126,7 +126,7 @@ class CallMetrics:
         if call.first_token_s is not None:
             self._first.observe(call.first_token_s)
 
-    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
         self._refusals.labels(type(error).__name__).inc()
 
     def _label(self, tenant: str) -> str:

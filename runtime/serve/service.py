@@ -202,6 +202,14 @@ class Service:
                 Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
             return await self.in_thread(lambda: self._engine.tokenizer.decode(token_ids, skip_special_tokens), caller)
 
+    async def read(self, method: str, work: Callable[[], T], caller: Caller) -> T:
+        """A door's message as what the method takes (`in_thread`). One that is refused is recorded as a call."""
+        try:
+            return await self.in_thread(work, caller)
+        except MotetError:
+            with self.calls.call(method, caller):
+                raise
+
     async def in_thread(self, work: Callable[[], T], caller: Caller) -> T:
         """Run work that grows with a client's message in one of few threads, so that neither the event loop nor other
         work stands still. Cancelling ends it if it has not begun. An exception that is not a `MotetError` is a bug: it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import MissingPackageError, MotetError
+from ..errors import MissingPackageError
 from .calls import Call
 
 _GENERATIONS = ("generate", "complete")
@@ -86,5 +86,5 @@ class Tracer:
             span.set_status(Status(StatusCode.ERROR, call.status))
         span.end(start + int(call.duration_s * 1e9))
 
-    def on_refusal(self, method: str, peer: str, error: MotetError) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
         """A caller who is not known has no trace."""

@@ -15,10 +15,11 @@ from motet.proto import admin_pb2, batch_pb2, inference_pb2
 from motet.runtime import errors
 from motet.runtime.client.client import Client
 from motet.runtime.client.connection import Connection
+from motet.runtime.serve.calls import CallLog
 from motet.runtime.serve.grpc.gate import ROLES
 from motet.runtime.trust import keys as keys_module
 from motet.runtime.trust.access import Access
-from motet.runtime.trust.identity import Role
+from motet.runtime.trust.identity import Role, anonymous
 from motet.runtime.trust.keys import KeyFile, add_key, read_keys, revoke_key
 
 SERVICES = [
@@ -62,8 +63,8 @@ def call(address, method, metadata=(), content=b""):
     """The status of a call with an empty message (or these bytes), streamed or not."""
     with grpc.insecure_channel(address) as channel:
         kind = channel.unary_stream if is_stream(method) else channel.unary_unary
-        answer = kind(method)(content, metadata=metadata, timeout=20)
         try:
+            answer = kind(method)(content, metadata=metadata, timeout=20)
             list(answer) if is_stream(method) else None
         except grpc.RpcError as error:
             return error.code()
@@ -72,13 +73,6 @@ def call(address, method, metadata=(), content=b""):
 
 def is_stream(method):
     return method in METHODS and METHODS[method].server_streaming
-
-
-def status(address, method, metadata=()):
-    try:
-        return call(address, method, metadata)
-    except grpc.RpcError as error:
-        return error.code()
 
 
 def bearer(key):
@@ -106,13 +100,13 @@ STRANGERS = {
 @pytest.mark.parametrize("method", [*METHODS, REFLECTION, "/motet.v1.Inference/Nothing", "/other.Service/Method"])
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_strangers_are_refused_everywhere(address, keys, method, stranger):
-    assert status(address, method, STRANGERS[stranger](keys)) is CODES.UNAUTHENTICATED
+    assert call(address, method, STRANGERS[stranger](keys)) is CODES.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "/motet.v1.Admin/Drain"])
 def test_roles(address, keys, method, role):
-    found = status(address, method, bearer(keys[role]))
+    found = call(address, method, bearer(keys[role]))
     if role in ROLES[method]:
         assert found not in (CODES.UNAUTHENTICATED, CODES.PERMISSION_DENIED)
     else:
@@ -122,9 +116,9 @@ def test_roles(address, keys, method, role):
 def test_only_admins_drain(tokenizer, path, keys):
     with make_engine(tokenizer) as engine, serving(engine, Access(KeyFile(path))) as running:
         for role in set(Role) - {Role.ADMIN}:
-            assert status(running.address, "/motet.v1.Admin/Drain", bearer(keys[role])) is CODES.PERMISSION_DENIED
+            assert call(running.address, "/motet.v1.Admin/Drain", bearer(keys[role])) is CODES.PERMISSION_DENIED
         assert not running.service.is_leaving
-        assert status(running.address, "/motet.v1.Admin/Drain", bearer(keys["admin"])) is CODES.OK
+        assert call(running.address, "/motet.v1.Admin/Drain", bearer(keys["admin"])) is CODES.OK
         assert running.service.is_leaving
 
 
@@ -136,9 +130,9 @@ def test_health_is_open(address):
 
 def test_a_method_in_no_table_is_closed(address, keys, monkeypatch):
     method = "/motet.v1.Admin/ListModels"
-    assert status(address, method, bearer(keys["infer"])) is CODES.OK
+    assert call(address, method, bearer(keys["infer"])) is CODES.OK
     monkeypatch.delitem(ROLES, method)
-    assert status(address, method, bearer(keys["infer"])) is CODES.PERMISSION_DENIED
+    assert call(address, method, bearer(keys["infer"])) is CODES.PERMISSION_DENIED
 
 
 def test_the_client_shows_its_key(address, keys):
@@ -166,10 +160,38 @@ def test_an_error_does_not_say_why(address, keys):
 
 def test_a_key_that_expires_ends_at_once(address, keys, path, monkeypatch):
     key = add_key(path, "acme", [Role.INFER], lifetime_s=3600)
-    assert status(address, "/motet.v1.Admin/ListModels", bearer(key)) is CODES.OK  # the file was read again
+    assert call(address, "/motet.v1.Admin/ListModels", bearer(key)) is CODES.OK  # the file was read again
     now = time.time()
     monkeypatch.setattr(keys_module.time, "time", lambda: now + 3601)
-    assert status(address, "/motet.v1.Admin/ListModels", bearer(key)) is CODES.UNAUTHENTICATED
+    assert call(address, "/motet.v1.Admin/ListModels", bearer(key)) is CODES.UNAUTHENTICATED
+
+
+def test_a_fault_in_the_gate_closes_it(engine, caplog):
+    class Broken(Access):
+        def identify(self, authorization):
+            raise RuntimeError("/etc/secret holds 12345")
+
+    broken = Broken(anonymous=anonymous(may_drain=True))
+    with serving(engine, broken) as running, Client(running.address) as client:
+        with pytest.raises(errors.MotetError, match=r"internal error [0-9a-f]{12}"):
+            client.drain()
+        assert not running.service.is_leaving
+        assert client.is_serving()
+    assert "/etc/secret" in caplog.text
+
+
+def test_refused_messages_are_recorded(engine, caplog):
+    caplog.set_level("INFO", "motet.calls")
+    with serving(engine, service={"sinks": [CallLog()]}) as running:
+        wrong = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="x"), sampling={"temperature": -1.0})
+        for method in ("Generate", "Complete"):
+            assert call(running.address, f"/motet.v1.Inference/{method}", content=wrong.SerializeToString()) is (
+                CODES.INVALID_ARGUMENT
+            )
+    assert [record.fields["method"] for record in caplog.records if record.name == "motet.calls"] == [
+        "generate",
+        "complete",
+    ]
 
 
 def test_strangers_cost_nothing(address, engine, keys, monkeypatch):

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.servers import serving
 from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime.api.limits import MAX_REQUEST_BYTES
+from motet.runtime.serve.grpc import server as server_module
 
 CODES = grpc.StatusCode
 
@@ -85,6 +86,52 @@ def test_ten_thousand_headers(address):
         assert complete(address, message(), metadata=many) is CODES.RESOURCE_EXHAUSTED
         assert complete(address, message(), metadata=[("x-long", "v" * 100_000)]) is CODES.RESOURCE_EXHAUSTED
     assert complete(address, message()) is CODES.OK
+
+
+def test_watchers_of_health(address, monkeypatch):
+    """Strangers may watch, but not take every place."""
+    monkeypatch.setattr(server_module, "MAX_WATCHERS", 3)
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watchers = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        assert [next(iter(watcher)).status for watcher in watchers] == [1] * 3
+        with pytest.raises(grpc.RpcError) as caught:
+            next(iter(stub.Watch(health_pb2.HealthCheckRequest())))
+        assert caught.value.code() is CODES.RESOURCE_EXHAUSTED
+        assert complete(address, message()) is CODES.OK
+        watchers[0].cancel()
+        deadline = time.monotonic() + 5
+        while True:  # the place is free again
+            try:
+                assert next(iter(stub.Watch(health_pb2.HealthCheckRequest()))).status == 1
+                break
+            except grpc.RpcError:
+                assert time.monotonic() < deadline
+
+
+def test_connections_are_bounded(engine, monkeypatch):
+    options = [(n, 5 if n == "grpc.max_allowed_incoming_connections" else v) for n, v in server_module.OPTIONS]
+    monkeypatch.setattr(server_module, "OPTIONS", options)
+    with serving(engine) as running:
+        port = running.server.port
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        time.sleep(0.1)
+        open_now = 0
+        for each in idle:
+            each.settimeout(0.02)
+            try:
+                each.sendall(PREFACE)
+                while each.recv(1000):
+                    continue
+            except TimeoutError:
+                open_now += 1
+            except OSError:
+                continue
+        for each in idle:
+            each.close()
+        assert open_now <= 6
+        time.sleep(0.2)
+        assert complete(running.address, message()) is CODES.OK
 
 
 def frame(kind, flags, stream, content=b""):

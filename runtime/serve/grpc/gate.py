@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 
-from ...errors import MotetError, PermissionDeniedError
+from ...errors import PermissionDeniedError
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
 from ..calls import Caller, Calls
-from .statuses import status_of
+from .statuses import abort
 
 _ANY = frozenset(Role)
 _WORK = frozenset({Role.INFER, Role.BATCH})
@@ -62,14 +62,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if method not in ROLES:
                 raise PermissionDeniedError("this method is open to nobody")
             identity.require(ROLES[method])
-        except MotetError as error:
+        except Exception as error:  # a fault of ours closes the method too
             return self._refusal(method, error)
         _IDENTITY.set((identity, next((value for key, value in metadata if key == "traceparent"), "")))
         return handler
 
-    def _refusal(self, method: str, error: MotetError) -> Any:
+    def _refusal(self, method: str, error: Exception) -> Any:
         async def refuse(_message: Any, context: Any) -> None:
             self._calls.refused(method, context.peer(), error)
-            await context.abort_with_status(status_of(error))
+            await abort(context, method, error)
 
         return grpc.unary_unary_rpc_method_handler(refuse)

@@ -16,10 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from ...api.limits import (
     MAX_CONCURRENT_CALLS,
+    MAX_CONNECTIONS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_REQUEST_BYTES,
     MAX_STREAMS_PER_CONNECTION,
+    MAX_WATCHERS,
 )
 from ...errors import PortInUseError, UnimplementedError
 from ...trust.access import Access
@@ -52,6 +54,7 @@ OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
     *KEEPALIVE_OPTIONS,
@@ -71,7 +74,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self, message: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         caller = caller_of(context)
-        request = await self._service.in_thread(lambda: request_from_proto(message), caller)
+        request = await self._service.read("generate", lambda: request_from_proto(message), caller)
         async with aclosing(self._service.generate(request, caller)) as outputs:
             async for output in outputs:
                 for response in responses_from_output(output):
@@ -81,7 +84,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self, message: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.CompleteResponse:
         caller = caller_of(context)
-        request = await self._service.in_thread(lambda: request_from_proto(message), caller)
+        request = await self._service.read("complete", lambda: request_from_proto(message), caller)
         choices = await self._service.complete(request, caller)
         return await self._service.in_thread(
             lambda: inference_pb2.CompleteResponse(choices=map(response_from_output, choices)), caller
@@ -94,7 +97,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self, message: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         caller = caller_of(context)
-        prompt = await self._service.in_thread(lambda: prompt_from_proto(message.prompt), caller)
+        prompt = await self._service.read("tokenize", lambda: prompt_from_proto(message.prompt), caller)
         return inference_pb2.TokenizeResponse(token_ids=await self._service.tokenize(prompt, caller))
 
     async def Detokenize(
@@ -143,6 +146,24 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
 _NO_JOBS = UnimplementedError("this server runs no batch jobs; run them offline with `motet summarise`")
 
 
+class Health(HealthServicer):  # type: ignore[misc]
+    """The standard health service, which is open to all; so those who watch are counted."""
+
+    _num_watchers = 0
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        if self._num_watchers >= MAX_WATCHERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{MAX_WATCHERS} clients watch already; ask with Check, or try again later",
+            )
+        self._num_watchers += 1
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._num_watchers -= 1
+
+
 class Server:
     """A gRPC server over a service. `start` binds the port, `stop` drains. `port` is the bound port once started."""
 
@@ -173,7 +194,7 @@ class Server:
         self._server = grpc.aio.server(
             options=OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
         )
-        self._health = HealthServicer()
+        self._health = Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]

@@ -124,7 +124,7 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                         async for response in responses:
                             yield response
                 except Exception as error:
-                    await _abort(context, details.method, error)
+                    await abort(context, details.method, error)
 
             return grpc.unary_stream_rpc_method_handler(answer_stream, deserialize, handler.response_serializer)
         unary = handler.unary_unary
@@ -135,12 +135,13 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     raise message
                 return await unary(message, context)
             except Exception as error:
-                await _abort(context, details.method, error)
+                await abort(context, details.method, error)
 
         return grpc.unary_unary_rpc_method_handler(answer, deserialize, handler.response_serializer)
 
 
-async def _abort(context: Any, method: str, error: Exception) -> None:
+async def abort(context: Any, method: str, error: Exception) -> None:
+    """End a call with the status of an error."""
     if not isinstance(error, MotetError):
         number = uuid.uuid4().hex[:12]
         log.error("%s failed (%s)", method, number, exc_info=error)
