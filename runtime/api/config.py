@@ -11,7 +11,15 @@ from ..errors import ConfigError
 from .limits import MAX_SPECULATIVE_TOKENS
 
 DEFAULT_MODEL_LEN = 2048
-_COUNTS = ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefill_chunk", "max_waiting", "max_requests")
+_COUNTS = (
+    "max_num_seqs",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "prefill_chunk",
+    "max_waiting",
+    "max_waiting_tokens",
+    "max_requests",
+)
 _CHOICES = {
     "backend": ("auto", "cpu", "onnx", "torch"),
     "kv_dtype": ("auto", "int8", "bf16", "fp8"),
@@ -53,6 +61,7 @@ class EngineConfig:
         256, "Rows per prefill chunk; the cuts are fixed, so no result depends on the batch."
     )
     max_waiting: int = described(256, "Choices that may queue; more are refused.")
+    max_waiting_tokens: int = described(1_000_000, "Tokens of prompts that may queue; more are refused.")
     max_requests: int = described(
         1024, "Requests that are read, queued, running, or ended and not yet read by their clients; more are refused."
     )

@@ -53,7 +53,7 @@ class Engine:
         self._admission = Admission(model, config, blocks, can_verify=backend.can_verify)
         self._scheduler = self._new_scheduler(blocks)
         self._answers: dict[Group, Answer] = {}
-        self._inbox = Inbox(config.max_waiting)
+        self._inbox = Inbox(config.max_waiting, config.max_waiting_tokens)
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
         self._num_restarts = 0
         self._steps = 0

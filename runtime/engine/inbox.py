@@ -19,11 +19,12 @@ class Inbox:
     """Thread-safe. Answers wait from `put` until `leave`. The order of items matters: an abort does not end requests that
     were put after it."""
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
+    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+        self._max_waiting, self._max_tokens = max_waiting, max_waiting_tokens
         self._changed = threading.Condition()
         self._items: deque[list[Answer] | Abort] = deque()
-        self._waiting: Counter[str] = Counter()  # by tenant
+        self._waiting: Counter[str] = Counter()  # choices by tenant
+        self._waiting_tokens = 0  # of their prompts
         self._departures: deque[float] = deque([time.monotonic()], maxlen=_RATE_OVER)
         self.is_draining = False
         self.is_closed = False
@@ -35,7 +36,8 @@ class Inbox:
 
     def put(self, answers: list[Answer]) -> None:
         """Queue the choices of a request, all or none. Raises `UnavailableError` (draining, closed, failed),
-        `OverloadedError` (the queue, or the tenant's part of it, is full)."""
+        `OverloadedError` (the queue, or the tenant's part of it, is full). Prompts that are larger than the queue may wait
+        alone."""
         owner = answers[0].request.owner
         with self._changed:
             if self.failure is not None:
@@ -54,6 +56,14 @@ class Inbox:
                         f"in {wait:.1f} s",
                         retry_after_s=wait,
                     )
+            tokens = sum(map(_num_tokens, answers))
+            if self._waiting_tokens and self._waiting_tokens + tokens > self._max_tokens:
+                raise OverloadedError(
+                    f"prompts of {self._waiting_tokens} tokens are waiting and {tokens} more exceed max_waiting_tokens "
+                    f"({self._max_tokens}); try again later",
+                    retry_after_s=self._seconds_until_free(len(answers)),
+                )
+            self._waiting_tokens += tokens
             self._waiting[owner.tenant] += len(answers)
             self._items.append(answers)
             self._changed.notify()
@@ -75,6 +85,7 @@ class Inbox:
     def leave(self, answer: Answer) -> None:
         """A choice waits no more: it runs, or has ended."""
         with self._changed:
+            self._waiting_tokens -= _num_tokens(answer)
             self._waiting[answer.request.owner.tenant] -= 1
             if not self._waiting[answer.request.owner.tenant]:
                 del self._waiting[answer.request.owner.tenant]
@@ -99,3 +110,8 @@ class Inbox:
             return 1.0
         rate = (len(self._departures) - 1) / max(time.monotonic() - self._departures[0], 1e-3)
         return min(max(places / rate, 0.05), _LONGEST_RETRY_S)
+
+
+def _num_tokens(answer: Answer) -> int:
+    """Tokens of the choice's prompts."""
+    return sum(map(len, answer.request.prompts))

@@ -75,6 +75,23 @@ def test_a_full_queue_is_overload(tokenizer):
         assert engine.stats().waiting == 0
 
 
+def test_the_queue_is_bounded_in_tokens_too(tokenizer):
+    backend = FakeBackend()
+    held, go = hold_first_step(backend)
+    with make_engine(tokenizer, backend, max_waiting_tokens=40, max_num_seqs=1) as engine:
+        wait = start(engine, [ask("running")])
+        assert held.wait(timeout=30)
+        wait_too = start(engine, [ask("waiting", [5] * 50)])  # alone it may be larger
+        with pytest.raises(
+            errors.OverloadedError, match=r"50 tokens are waiting and 3 more exceed max_waiting_tokens \(40\)"
+        ):
+            engine.submit(ask("too many", [5] * 3), lambda output: None)
+        go.set()
+        wait()
+        wait_too()
+        assert len(engine.complete([ask("later", [5] * 3)])[0][0].token_ids) == 12
+
+
 def test_drain_ends_what_is_here_and_takes_no_more(tokenizer):
     backend = FakeBackend()
     held, go = hold_first_step(backend)
