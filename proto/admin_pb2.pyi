@@ -8,20 +8,40 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "members", "default_ensemble", "vocab_size", "max_model_len", "eos_token_ids")
+    __slots__ = ("name", "members", "default_ensemble", "vocab_size", "max_model_len", "eos_token_ids", "digest", "origins")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     name: str
     members: _containers.RepeatedScalarFieldContainer[str]
     default_ensemble: _inference_pb2.Ensemble
     vocab_size: int
     max_model_len: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., default_ensemble: _Optional[_Union[_inference_pb2.Ensemble, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    digest: str
+    origins: _containers.RepeatedCompositeFieldContainer[MemberOrigin]
+    def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., default_ensemble: _Optional[_Union[_inference_pb2.Ensemble, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., origins: _Optional[_Iterable[_Union[MemberOrigin, _Mapping]]] = ...) -> None: ...
+
+class MemberOrigin(_message.Message):
+    __slots__ = ("kind", "method", "data", "trained_on", "epsilon", "delta")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_ON_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    method: str
+    data: str
+    trained_on: int
+    epsilon: float
+    delta: float
+    def __init__(self, kind: _Optional[str] = ..., method: _Optional[str] = ..., data: _Optional[str] = ..., trained_on: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

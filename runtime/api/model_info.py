@@ -9,6 +9,18 @@ from .request import Ensemble
 
 
 @dataclass(frozen=True, slots=True)
+class MemberOrigin:
+    """Where a member comes from, as its training run wrote it; empty where nobody did."""
+
+    kind: str
+    method: str = ""  # of `motet tune`
+    data: str = ""  # name of the data set
+    trained_on: int = 0  # examples
+    epsilon: float | None = None  # with `delta` the privacy of each training example (DP-SGD); None: it has none
+    delta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A served model, as requests are checked against it and clients see it."""
 
@@ -19,4 +31,5 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int  # positions per sequence, prompt and answer together
     calibration: Calibration | None = None  # of confidences; only where the bundle is served in this process
-    digest: str = ""  # of the bundle; only where the bundle is served in this process
+    digest: str = ""  # of the bundle
+    origins: tuple[MemberOrigin, ...] = ()  # of each member

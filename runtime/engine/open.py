@@ -36,4 +36,5 @@ def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
         max_model_len=config.positions(bundle.config.max_position_embeddings),
         calibration=bundle.calibration,
         digest=bundle.digest,
+        origins=bundle.origins,
     )

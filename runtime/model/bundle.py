@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api.confidence import Calibration
+from ..api.model_info import MemberOrigin
 from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
@@ -70,6 +71,13 @@ class Bundle:
         """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers."""
         content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def origins(self) -> tuple[MemberOrigin, ...]:
+        """[members] what the members' training runs wrote of themselves."""
+        return tuple(
+            _origin(str(kind), member) for kind, member in zip(self.kinds, self.manifest["members"], strict=True)
+        )
 
     @property
     def has_tails(self) -> bool:
@@ -156,6 +164,23 @@ class Bundle:
                     f"'{file}' is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…; "
                     "copy or export the bundle again"
                 )
+
+
+def _origin(kind: str, member: Mapping[str, Any]) -> MemberOrigin:
+    """Raises `BundleError` if the provenance is no run's."""
+    found = member.get("provenance") or {}
+    try:
+        data, privacy = found.get("data") or {}, found.get("privacy") or {}
+        return MemberOrigin(
+            kind=kind,
+            method=str((found.get("hyper_parameters") or {}).get("method", "")),
+            data=str(data.get("name", "")),
+            trained_on=int(data.get("trained_on", 0)),
+            epsilon=float(privacy["epsilon"]) if privacy else None,
+            delta=float(privacy["delta"]) if privacy else None,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"the provenance of member '{member.get('name')}' is damaged: {error!r}") from None
 
 
 def _check_own(file: Path) -> None:

@@ -12,11 +12,14 @@ import pytest
 from helpers.models import make_adapter, make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.model_info import MemberOrigin
+from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.files import file_digest
 from motet.runtime.model.members import MemberKind
+from motet.runtime.serve.local import serve_engine
 
 BASE, TAIL, ADAPTER = MemberKind.BASE, MemberKind.TAIL, MemberKind.ADAPTER
 
@@ -52,6 +55,27 @@ def test_an_inconsistent_manifest(tiny_model_dir, tmp_path):
         (path / "motet.json").write_text(json.dumps(manifest | change))
         with pytest.raises(BundleError, match=message):
             Bundle.load(path)
+
+
+def test_where_members_come_from(small, tmp_path):
+    path = copied(small, tmp_path)
+    manifest = json.loads((path / "motet.json").read_text())
+    manifest["members"][0]["provenance"] = {
+        "hyper_parameters": {"method": "lora"},
+        "data": {"name": "letters", "trained_on": 40},
+        "privacy": {"epsilon": 3.5, "delta": 1e-4},
+    }
+    (path / "motet.json").write_text(json.dumps(manifest))
+    with Engine.from_bundle(path, EngineConfig(threads=1)) as engine, serve_engine(engine) as address:
+        with Client(address) as client:
+            [model] = client.models()
+        assert model.origins == (MemberOrigin("base", "lora", "letters", 40, 3.5, 1e-4),)
+        assert model.digest == engine.model.digest != ""
+    assert Bundle.load(small).origins == (MemberOrigin("base"),)
+    manifest["members"][0]["provenance"]["privacy"] = {"epsilon": "none"}
+    (path / "motet.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="provenance of member"):
+        Engine.from_bundle(path)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------

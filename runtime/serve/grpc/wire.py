@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from ...api.limits import (
     MAX_MEMBERS,
     MAX_MESSAGES,
 )
-from ...api.model_info import ModelInfo
+from ...api.model_info import MemberOrigin, ModelInfo
 from ...api.output import Output, Timings, Usage
 from ...api.prompt import Conversation, Prompt, PromptContent
 from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
@@ -291,6 +292,8 @@ def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:
         vocab_size=model.vocab_size,
         max_model_len=model.max_model_len,
         eos_token_ids=model.eos_token_ids,
+        digest=model.digest,
+        origins=[admin_pb2.MemberOrigin(**dataclasses.asdict(origin)) for origin in model.origins],
     )
     message.default_ensemble.space = _SPACES[model.default_ensemble.space]
     for member in model.default_ensemble.members:
@@ -307,4 +310,17 @@ def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         vocab_size=message.vocab_size,
         max_model_len=message.max_model_len,
+        digest=message.digest,
+        origins=tuple(map(_origin_from_proto, message.origins)),
+    )
+
+
+def _origin_from_proto(message: admin_pb2.MemberOrigin) -> MemberOrigin:
+    return MemberOrigin(
+        message.kind,
+        message.method,
+        message.data,
+        message.trained_on,
+        message.epsilon if message.HasField("epsilon") else None,
+        message.delta if message.HasField("delta") else None,
     )
