@@ -43,8 +43,8 @@ class Connection:
             raise ConfigError("a client's certificate and its key belong together; give both or none")
         if self.key is not None and (not self.key or not self.key.isascii() or not self.key.isprintable()):
             raise ConfigError("a key is printable ASCII text; this one is not")
-        host = self.address.rpartition(":")[0]
-        if self.key is not None and not self.is_encrypted and not is_loopback(host) and not host.startswith("unix"):
+        host, is_local = self.address.rpartition(":")[0], self.address.startswith(("unix:", "unix-abstract:"))
+        if self.key is not None and not self.is_encrypted and not is_loopback(host) and not is_local:
             raise ConfigError(
                 f"a key must not travel to {self.address} unencrypted; connect with TLS (tls, or ca with the server's authority)"
             )

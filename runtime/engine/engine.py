@@ -24,7 +24,7 @@ from ..schedule.sequence import Group
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
-from .inbox import Inbox
+from .inbox import Abort, Inbox
 from .observer import Observer, StepReport, notify
 from .stats import EngineStats
 
@@ -53,6 +53,7 @@ class Engine:
         self._admission = Admission(model, config, blocks, can_verify=backend.can_verify)
         self._scheduler = self._new_scheduler(blocks)
         self._answers: dict[Group, Answer] = {}
+        self._taken: deque[list[Answer] | Abort] = deque()  # from the inbox, not yet processed
         self._inbox = Inbox(config.max_waiting, config.max_waiting_tokens)
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
         self._num_restarts = 0
@@ -212,7 +213,7 @@ class Engine:
                 log.exception("the engine's loop failed")
                 if not self._restart():
                     break
-        for item in self._inbox.take(wait=False):
+        for item in (*self._taken, *self._inbox.take(wait=False)):
             for answer in item if isinstance(item, list) else ():
                 self._end(answer, FinishReason.ERROR if self.failure else FinishReason.CANCELLED, self.failure)
         self._backend.close()
@@ -227,7 +228,13 @@ class Engine:
         if not again:
             self._inbox.close(error)
         for answer in list(self._answers.values()):
-            self._end(answer, FinishReason.ERROR, error)  # without the scheduler: it may be broken
+            try:
+                self._end(answer, FinishReason.ERROR, error)  # without the scheduler: it may be broken
+            except Exception:  # so may the answer; its reader must be told all the same
+                log.exception("an answer could not be ended")
+                last = Output(answer.request.request_id, answer.group.choice, answer.group.seed)
+                last.finish_reason, last.error = FinishReason.ERROR, error
+                self._send(answer, last)
         self._restarts.append(now)
         if again:
             self._num_restarts += 1
@@ -237,7 +244,9 @@ class Engine:
 
     def _take_inbox(self) -> bool:
         """Process the inbox; sleep while there is nothing to do. False if the engine is closed."""
-        for item in self._inbox.take(wait=not self._answers):
+        self._taken.extend(self._inbox.take(wait=not self._answers and not self._taken))
+        while self._taken:  # one at a time: a fault at one must not lose the others
+            item = self._taken.popleft()
             if isinstance(item, list):
                 for answer in item:
                     self._answers[answer.group] = answer

@@ -24,7 +24,7 @@ class Inbox:
         self._changed = threading.Condition()
         self._items: deque[list[Answer] | Abort] = deque()
         self._waiting: Counter[str] = Counter()  # choices by tenant
-        self._waiting_tokens = 0  # of their prompts
+        self._tokens: Counter[str] = Counter()  # of their prompts
         self._departures: deque[float] = deque([time.monotonic()], maxlen=_RATE_OVER)
         self.is_draining = False
         self.is_closed = False
@@ -57,13 +57,17 @@ class Inbox:
                         retry_after_s=wait,
                     )
             tokens = sum(map(_num_tokens, answers))
-            if self._waiting_tokens and self._waiting_tokens + tokens > self._max_tokens:
-                raise OverloadedError(
-                    f"prompts of {self._waiting_tokens} tokens are waiting and {tokens} more exceed max_waiting_tokens "
-                    f"({self._max_tokens}); try again later",
-                    retry_after_s=self._seconds_until_free(len(answers)),
-                )
-            self._waiting_tokens += tokens
+            for queued, limit in (
+                (self._tokens[owner.tenant], self._max_tokens // 2 if owner.tenant else self._max_tokens),
+                (self._tokens.total(), self._max_tokens),
+            ):
+                if queued and queued + tokens > limit:
+                    raise OverloadedError(
+                        f"prompts of {queued} tokens are waiting and {tokens} more exceed max_waiting_tokens ({limit}); try "
+                        "again later",
+                        retry_after_s=self._seconds_until_free(len(answers)),
+                    )
+            self._tokens[owner.tenant] += tokens
             self._waiting[owner.tenant] += len(answers)
             self._items.append(answers)
             self._changed.notify()
@@ -85,10 +89,11 @@ class Inbox:
     def leave(self, answer: Answer) -> None:
         """A choice waits no more: it runs, or has ended."""
         with self._changed:
-            self._waiting_tokens -= _num_tokens(answer)
-            self._waiting[answer.request.owner.tenant] -= 1
-            if not self._waiting[answer.request.owner.tenant]:
-                del self._waiting[answer.request.owner.tenant]
+            tenant = answer.request.owner.tenant
+            self._tokens[tenant] -= _num_tokens(answer)
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant], self._tokens[tenant]
             self._departures.append(time.monotonic())
 
     def drain(self) -> None:

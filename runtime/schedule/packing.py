@@ -36,6 +36,7 @@ class PrefillRows:
     """The next `count` positions of a sequence, none of them sampled. `members`: those whose tails run over them.
     `trunk_cached`: their blocks hold the trunk already."""
 
+    group: Group
     sequence: Sequence
     count: int
     members: tuple[int, ...]

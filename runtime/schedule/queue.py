@@ -12,7 +12,6 @@ import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 
-from ..api.request import Owner
 from .sequence import Group
 
 ANSWER_WEIGHT = 2  # what an answer's token counts, in tokens of a prompt
@@ -27,7 +26,8 @@ class WaitingQueue:
         self._arrival: dict[Group, int] = {}
         self._numbers = itertools.count()
         self._num_running: Counter[str] = Counter()
-        self._served: OrderedDict[str, float] = OrderedDict()  # tenant → tokens ÷ weight
+        self._served: OrderedDict[str, float] = OrderedDict()  # tenant → tokens ÷ weight, a prompt's when it starts
+        self._computed: dict[str, float] = {}  # the same, a prompt's as they are computed
 
     def __len__(self) -> int:
         return len(self._arrival)
@@ -52,9 +52,15 @@ class WaitingQueue:
         """Tenants with a waiting group."""
         return len(self._groups)
 
-    def load(self, owner: Owner) -> float:
-        """Running groups of the owner's tenant, divided by its weight."""
-        return self._num_running[owner.tenant] / owner.weight
+    def prefill_order(self, group: Group) -> tuple[bool, float, float]:
+        """A running group's key among those whose prompts are computed: batch work last, then the tenant whose tokens cost the
+        least so far, then the one with the fewest groups."""
+        owner = group.owner
+        return (
+            owner.is_background,
+            self._computed.get(owner.tenant, 0.0),
+            self._num_running[owner.tenant] / owner.weight,
+        )
 
     def served(self, tenant: str) -> float:
         """The tenant's counter."""
@@ -63,8 +69,9 @@ class WaitingQueue:
     def add(self, group: Group) -> None:
         tenant = group.owner.tenant
         if not self._is_active(tenant):
-            others = [self.served(other) for other in self._active() if other != tenant]
-            self._served[tenant] = max(self.served(tenant), min(others, default=0.0))
+            others = [other for other in self._active() if other != tenant]
+            for counter in (self._served, self._computed):
+                counter[tenant] = max(counter.get(tenant, 0.0), min((counter.get(o, 0.0) for o in others), default=0.0))
             self._served.move_to_end(tenant)
             self._forget_idle()
         self._insert(group, next(self._numbers))
@@ -78,7 +85,7 @@ class WaitingQueue:
         """A waiting group runs from now on; `tokens` of its prompts are computed for it."""
         self.remove(group)
         self._num_running[group.owner.tenant] += 1
-        self.charge(group, tokens)
+        self._charge(self._served, group, tokens)
 
     def end(self, group: Group) -> None:
         """A running group has ended."""
@@ -92,9 +99,13 @@ class WaitingQueue:
         if not groups:
             del self._groups[group.owner.tenant]
 
-    def charge(self, group: Group, tokens: float) -> None:
-        owner = group.owner
-        self._served[owner.tenant] = self.served(owner.tenant) + tokens / owner.weight
+    def computed(self, group: Group, prompt_tokens: int, answer_tokens: int) -> None:
+        """A step has computed so much for a group."""
+        self._charge(self._served, group, ANSWER_WEIGHT * answer_tokens)
+        self._charge(self._computed, group, prompt_tokens + ANSWER_WEIGHT * answer_tokens)
+
+    def _charge(self, counter: dict[str, float], group: Group, tokens: float) -> None:
+        counter[group.owner.tenant] = counter.get(group.owner.tenant, 0.0) + tokens / group.owner.weight
 
     def _insert(self, group: Group, arrival: int) -> None:
         self._arrival[group] = arrival
@@ -121,30 +132,39 @@ class WaitingQueue:
             if idle is None:
                 return
             del self._served[idle]
+            self._computed.pop(idle, None)
             del self._num_running[idle]
 
 
 def groups_over_share(group: Group, running: Sequence[Group], places: int) -> list[Group]:
-    """Running groups, the latest first, that must give up their places so that a waiting one can start.
+    """Running groups that must give up their places so that a waiting one can start, the latest first.
 
-    A tenant's share of the `places` for sequences is its weight's. Groups give way only to a tenant that stays within its share,
-    and only while their own tenant keeps its share; batch work gives way to all other work. Empty if that is not enough.
+    Batch work gives way to all other work, and nothing gives way to batch work. A tenant's share of the `places` for sequences
+    is its weight's. Groups give way only to a tenant that stays within its share, and only while their own tenant keeps
+    its share. Empty if that is not enough.
     """
-    owner, held = group.owner, Counter[str]()
-    for other in running:
-        held[other.owner.tenant] += len(other.sequences)
-    weights = {other.owner.tenant: other.owner.weight for other in (*running, group)}
-    share = {tenant: places * weight / sum(weights.values()) for tenant, weight in weights.items()}
-    held[owner.tenant] += len(group.sequences)
-    if len(weights) > 1 and held[owner.tenant] > max(share[owner.tenant], 1):
+    owner, chosen = group.owner, list[Group]()
+    if owner.is_background:
         return []
-    chosen: list[Group] = []
+    missing = sum(len(other.sequences) for other in (*running, group)) - places
     for other in reversed(running):
-        if held.total() <= places:
-            break
+        if missing > 0 and other.owner.is_background:
+            chosen.append(other)
+            missing -= len(other.sequences)
+    if missing <= 0:
+        return chosen
+    others = [other for other in running if not other.owner.is_background]
+    held = Counter[str]()
+    for other in (*others, group):
+        held[other.owner.tenant] += len(other.sequences)
+    weights = {other.owner.tenant: other.owner.weight for other in (*others, group)}
+    share = {tenant: places * weight / sum(weights.values()) for tenant, weight in weights.items()}
+    if held[owner.tenant] > max(share[owner.tenant], 1):
+        return []
+    for other in reversed(others):
         tenant, size = other.owner.tenant, len(other.sequences)
-        is_work = other.owner.is_background and not owner.is_background
-        if is_work or (tenant != owner.tenant and held[tenant] - size >= share[tenant]):
+        if missing > 0 and tenant != owner.tenant and held[tenant] - size >= share[tenant]:
             chosen.append(other)
             held[tenant] -= size
-    return chosen if held.total() <= places else []
+            missing -= size
+    return chosen if missing <= 0 else []

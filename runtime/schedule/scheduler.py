@@ -21,7 +21,7 @@ from .batch import StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
 from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
-from .queue import ANSWER_WEIGHT, WaitingQueue, groups_over_share
+from .queue import WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
 
@@ -115,6 +115,7 @@ class Scheduler:
         after the token was appended. Draft tokens after the last token of an answer are dropped."""
         for prefill in scheduled.prefills:
             self._sharing.advance(prefill.sequence, prefill.count)
+            self.waiting.computed(prefill.group, prefill.count, 0)
         drawn, first = [], 0
         for decode in scheduled.decodes:
             drawn.append(self._commit_decode(decode, first, output, end_of))
@@ -134,7 +135,7 @@ class Scheduler:
             reason = end_of(group, token_id)
             if reason is not None or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
                 break
-        self.waiting.charge(group, ANSWER_WEIGHT * count * len(group.sequences))
+        self.waiting.computed(group, sum(decode.prompt_rows), count * len(group.sequences))
         self.num_drafted += len(decode.draft)
         self.num_accepted += count - (error is None)
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
@@ -189,6 +190,9 @@ class Scheduler:
     def _make_room(self, group: Group) -> bool:
         """Preempt groups of tenants that run more than their share, if this one may have their places."""
         victims = groups_over_share(group, self.running, self._max_num_seqs)
+        free = self.blocks.num_free + sum(len(s.block_table) for victim in victims for s in victim.sequences)
+        if sum(self.blocks.blocks_for(len(sequence.tokens)) for sequence in group.sequences) > free:
+            return False  # it could not start all the same
         for other in victims:
             self.preempt(other)
         return bool(victims)
@@ -263,9 +267,9 @@ class Scheduler:
         one. A sequence whose next block is computed by another one in this step waits for it."""
         prefills: list[PrefillRows] = []
         under_way: set[Hashable] = set()
-        for sequence in self._prefilling():
+        for group, sequence in self._prefilling():
             chunk = self._prefill_chunk - sequence.num_computed % self._prefill_chunk
-            prefill = self._sharing.prefill(sequence, chunk)
+            prefill = self._sharing.prefill(group, sequence, chunk)
             blocks = self._sharing.keys(sequence, prefill.count)
             if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
                 continue
@@ -295,10 +299,10 @@ class Scheduler:
         sampled = {sequence for group_rows in drawing for sequence in group_rows.group.sequences}
         return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
 
-    def _prefilling(self) -> Iterator[Sequence]:
-        """Prompts of the tenant that runs the least come first; batch work comes last."""
-        for group in sorted(self.running, key=lambda g: (g.owner.is_background, self.waiting.load(g.owner))):
-            yield from (sequence for sequence in group.sequences if sequence.num_prefill)
+    def _prefilling(self) -> Iterator[tuple[Group, Sequence]]:
+        """In the order of the queue's `prefill_order`."""
+        for group in sorted(self.running, key=self.waiting.prefill_order):
+            yield from ((group, sequence) for sequence in group.sequences if sequence.num_prefill)
 
     def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:
         """Add drafts to the groups that draw, within the rows and blocks that the step's `rows` leave free."""

@@ -47,17 +47,17 @@ class PrefixSharing:
             if not group.num_preemptions:
                 sequence.num_cached += step
 
-    def prefill(self, sequence: Sequence, limit: int) -> PrefillRows:
+    def prefill(self, group: Group, sequence: Sequence, limit: int) -> PrefillRows:
         """The next rows of the prompt, at most `limit`: rows whose trunk is cached and that lack the same members, or
         rows of all members."""
         start, size = sequence.num_computed, self._blocks.block_size
         if start == sequence.num_trunk:
-            return PrefillRows(sequence, min(limit, sequence.num_prefill), sequence.members)
+            return PrefillRows(group, sequence, min(limit, sequence.num_prefill), sequence.members)
         missing = self._missing(sequence, start)
         end = start + size - start % size
         while end < min(sequence.num_trunk, start + limit) and self._missing(sequence, end) == missing:
             end += size
-        return PrefillRows(sequence, min(limit, end - start), missing, trunk_cached=True)
+        return PrefillRows(group, sequence, min(limit, end - start), missing, trunk_cached=True)
 
     def keys(self, sequence: Sequence, count: int) -> list[Hashable]:
         """What another sequence could share of the blocks that the next `count` positions lie in, if prefill fills

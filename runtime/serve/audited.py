@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
 from ..trust.audit.chain import subject_of
 from ..trust.audit.writer import AuditLog, Entry
+from ..trust.identity import Identity
 from .calls import Call
+
+REFUSALS_PER_SECOND = 20
+_SHOWN = 100  # characters of a method's name that a stranger has sent
 
 
 class AuditSink:
@@ -14,6 +20,7 @@ class AuditSink:
 
     def __init__(self, audit: AuditLog, bundle: str) -> None:
         self._audit, self._bundle = audit, bundle
+        self._second, self._in_second, self._left_out = 0, 0, 0
 
     def check(self) -> None:
         """Raises `UnavailableError` if calls cannot be recorded."""
@@ -43,5 +50,18 @@ class AuditSink:
             texts = {"prompt": prompts.encode(), "answer": "".join(call.text).encode()}
         self._audit.append(Entry("call", fields, subject_of(fields), texts))
 
-    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
-        self._audit.append(Entry("refusal", {"method": method, "peer": peer, "status": type(error).__name__}))
+    def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
+        """Strangers must not fill the disk: in a second so many are recorded, and the next record counts the others."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._in_second = second, 0
+        self._in_second += 1
+        if self._in_second > REFUSALS_PER_SECOND:
+            self._left_out += 1
+            return
+        fields: dict[str, Any] = {"method": method[:_SHOWN], "peer": peer, "status": type(error).__name__}
+        if who is not None:
+            fields |= {"tenant": who.tenant, "subject": who.subject}
+        if self._left_out:
+            fields["left_out"], self._left_out = self._left_out, 0
+        self._audit.append(Entry("refusal", fields))

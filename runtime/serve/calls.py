@@ -16,6 +16,7 @@ from ..errors import MotetError
 from ..trust.identity import Identity
 
 log = logging.getLogger("motet.calls")
+_SHOWN = 100  # characters of a method's name that a stranger has sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ class CallSink(Protocol):
     def on_call(self, call: Call) -> None:
         """The call has ended, however that was."""
 
-    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
-        """A call was refused before it was known what is asked: the caller is unknown, or has no right."""
+    def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
+        """A call was refused before it was known what is asked: the caller is unknown (`who` None), or has no right."""
 
 
 class Calls:
@@ -111,9 +112,21 @@ class Calls:
         finally:
             call.end(status)
             self._tell(lambda sink: sink.on_call(call))
+        for sink in self._sinks:  # an answer that could not be recorded is no answer
+            sink.check()
 
-    def refused(self, method: str, peer: str, error: Exception) -> None:
-        self._tell(lambda sink: sink.on_refusal(method, peer, error))
+    @property
+    def failure(self) -> MotetError | None:
+        """Why calls cannot be recorded any more."""
+        for sink in self._sinks:
+            try:
+                sink.check()
+            except MotetError as error:
+                return error
+        return None
+
+    def refused(self, method: str, peer: str, error: Exception, who: Identity | None = None) -> None:
+        self._tell(lambda sink: sink.on_refusal(method, peer, error, who))
 
     def _tell(self, tell: Callable[[CallSink], None]) -> None:
         for sink in self._sinks:
@@ -160,9 +173,11 @@ class CallLog:
             },
         )
 
-    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
-        fields = {"method": method, "peer": peer, "status": type(error).__name__}
-        log.warning("%s refused: %s", method, type(error).__name__, extra={"fields": fields})
+    def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
+        fields = {"method": method[:_SHOWN], "peer": peer, "status": type(error).__name__}
+        if who is not None:
+            fields |= {"tenant": who.tenant, "subject": who.subject}
+        log.warning("%s refused: %s", method[:_SHOWN], type(error).__name__, extra={"fields": fields})
 
 
 class JsonFormatter(logging.Formatter):

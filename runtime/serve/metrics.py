@@ -12,6 +12,7 @@ from ..api.request import FinishReason, Request
 from ..engine.engine import Engine
 from ..engine.observer import Observer, StepReport
 from ..errors import MotetError
+from ..trust.identity import Identity
 from .calls import Call
 
 STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -119,14 +120,14 @@ class CallMetrics:
         kinds = {"prompt": call.prompt_tokens, "cached": call.cached_tokens, "completion": call.completion_tokens}
         for kind, tokens in kinds.items():
             self._tokens.labels(tenant, kind).inc(tokens)
-        for member in call.mix:
+        for member in call.mix if call.completion_tokens else ():  # names of a call that was refused may be invented
             self._members.labels(member).inc()
         if call.request is not None:
             self._seconds.observe(call.duration_s)
         if call.first_token_s is not None:
             self._first.observe(call.first_token_s)
 
-    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
         self._refusals.labels(type(error).__name__).inc()
 
     def _label(self, tenant: str) -> str:

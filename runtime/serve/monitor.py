@@ -6,7 +6,9 @@ monitor. Any other path is 404.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import ssl
 import threading
 from http import HTTPStatus
@@ -23,8 +25,8 @@ from ..trust.tls import TlsFiles
 from .service import Service
 
 log = logging.getLogger("motet.monitor")
-_TIMEOUT_S = 10.0  # for a client to send its request, and to read the answer
-_MAX_CONNECTIONS = 32
+_TIMEOUT_S = 10.0  # of a connection, from its first byte to its last
+_MAX_CONNECTIONS = 128
 
 
 class Monitor(ThreadingHTTPServer):
@@ -65,19 +67,28 @@ class Monitor(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        end = threading.Timer(_TIMEOUT_S, _shut, [request])  # however slowly it trickles
+        end.daemon = True
+        end.start()
         try:
             request.settimeout(_TIMEOUT_S)
             if self.tls is not None:
-                request = self.tls.context().wrap_socket(request, server_side=True)
+                request = self.tls.content.value.context.wrap_socket(request, server_side=True)
             super().process_request_thread(request, client_address)
         except (ssl.SSLError, OSError) as error:
             log.info("%s: %s", client_address, error)
             self.shutdown_request(request)
         finally:
+            end.cancel()
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.info("a connection from %s broke", client_address, exc_info=True)
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ class OutputQueue:
         self._loop = loop
         self._pending: dict[int, Output] = {}
         self._ready = asyncio.Event()
-        self._unread_since: float | None = None
+        self._sending_since: float | None = None
 
     def put(self, output: Output) -> None:
         """Add a delta. May be called from any thread."""
@@ -24,19 +24,18 @@ class OutputQueue:
 
     def _add(self, output: Output) -> None:
         join(self._pending, output)
-        if self._unread_since is None:
-            self._unread_since = time.monotonic()
         self._ready.set()
 
     async def take(self) -> list[Output]:
-        """All deltas that are ready; waits until there is one."""
+        """All deltas that are ready; waits until there is one. Until the next call they are on their way to the reader."""
+        self._sending_since = None
         await self._ready.wait()
         self._ready.clear()
-        self._unread_since = None
         pending, self._pending = list(self._pending.values()), {}
+        self._sending_since = time.monotonic()
         return pending
 
     @property
     def unread_s(self) -> float:
-        """Seconds that the oldest delta has waited for the reader."""
-        return 0.0 if self._unread_since is None else time.monotonic() - self._unread_since
+        """Seconds that the deltas which were taken last have been on their way."""
+        return 0.0 if self._sending_since is None else time.monotonic() - self._sending_since

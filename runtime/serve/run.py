@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..engine.engine import Engine
+from ..errors import MotetError
 from ..trust.audit.writer import AuditLog, Entry
 from .audited import AuditSink
 from .calls import CallLog, CallSink, JsonFormatter
@@ -58,18 +59,21 @@ def serve(bundle: Path, settings: Settings) -> None:
             lame_duck_s=server.lame_duck,
         )
         asyncio.run(_serve(door, engine, server))
-        if engine.failure is not None:
-            raise engine.failure
+        if service.failure is not None:  # exit code 1: it may be started again
+            raise MotetError(str(service.failure))
 
 
 async def _serve(door: Server, engine: Engine, settings: ServerSettings) -> None:
     await door.start()
     loop, service = asyncio.get_running_loop(), door.service
 
+    num_signals = 0
+
     def on_signal() -> None:
-        if not service.is_leaving:
-            service.leave()
-        else:  # the second one: it shall end now
+        nonlocal num_signals
+        num_signals += 1
+        service.leave()
+        if num_signals > 1:  # it shall end now
             service.shut_down()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
-from ..api.limits import MAX_MESSAGE_BYTES
+from ..api.limits import MAX_REQUEST_ID_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Owner, Request
-from ..api.rules import Integer
+from ..api.rules import Integer, Text
 from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
 from ..engine.stats import EngineStats
@@ -33,12 +33,14 @@ from ..errors import InvalidRequestError, MotetError, NotFoundError, shown
 from ..text.prompt import build_prompt
 from ..trust.identity import Identity
 from ..trust.quotas import Quotas, TenantLimits
+from .answer_size import check_answer_size
 from .calls import Call, Caller, Calls, CallSink
 from .output_queue import OutputQueue
 
 log = logging.getLogger("motet.service")
 T = TypeVar("T")
 _POLL_S = 0.02
+_REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _READERS = 2  # threads that read and tokenise requests
 
 
@@ -72,7 +74,8 @@ class Service:
         blocks. Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError`,
         `UnavailableError`, and the error that ended a choice, such as `NumericalError`.
         """
-        with self.calls.call("generate", caller, request.request_id) as call:
+        tenant = caller.identity.tenant
+        with self.calls.call("generate", caller, request.request_id) as call, self._quotas.open(tenant):
             tokenised = await self._accept(request, caller, call)
             async with aclosing(self._outputs(request, tokenised, call)) as outputs:
                 async for output in outputs:
@@ -81,9 +84,10 @@ class Service:
     async def complete(self, request: GenerateRequest, caller: Caller) -> list[Completion]:
         """The whole answer, one completion per choice, in order; refused if it may be larger than a message
         (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
-        with self.calls.call("complete", caller, request.request_id) as call:
+        tenant = caller.identity.tenant
+        with self.calls.call("complete", caller, request.request_id) as call, self._quotas.open(tenant):
             tokenised = await self._accept(request, caller, call)
-            self._check_answer(tokenised)
+            check_answer_size(tokenised, self._engine)
             choices: dict[int, Completion] = {}
             async with aclosing(self._outputs(request, tokenised, call)) as outputs:
                 async for output in outputs:
@@ -92,7 +96,7 @@ class Service:
 
     async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
         """The request as the engine accepts it, within the tenant's quota of tokens."""
-        tokenised = await self.in_thread(lambda: self._tokenise(request, caller.identity), caller)
+        tokenised = await self._run(lambda: self._tokenise(request, caller.identity))
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
         return tokenised
@@ -132,7 +136,7 @@ class Service:
 
     async def _answer(self, request_id: str, tokenised: Request) -> AsyncGenerator[Output, None]:
         tenant, unfinished = tokenised.owner.tenant, tokenised.sampling.n
-        with self._quotas.open(tenant), self._known(tenant, request_id, tokenised.request_id):
+        with self._known(tenant, request_id, tokenised.request_id):
             queue = OutputQueue(asyncio.get_running_loop())
             self._engine.submit(tokenised, queue.put)
             self._quotas.spend(tenant, sum(map(len, tokenised.prompts)))
@@ -162,6 +166,7 @@ class Service:
     def abort(self, request_id: str, caller: Caller) -> int:
         """End the open requests of the caller's tenant with this id; their answers keep what they have. Returns how many
         there were."""
+        _REQUEST_ID.check("request_id", request_id)
         with self.calls.call("abort", caller, request_id):
             found = self._of_caller.get((caller.identity.tenant, request_id), set()) if request_id else set()
             for engine_id in found:
@@ -214,33 +219,17 @@ class Service:
         """Run work that grows with a client's message in one of few threads, so that neither the event loop nor other
         work stands still. Cancelling ends it if it has not begun. An exception that is not a `MotetError` is a bug: it
         is logged and raised as `MotetError`. Raises `OverloadedError` if too many requests are open."""
+        with self._quotas.place(caller.identity.tenant):
+            return await self._run(work)
+
+    async def _run(self, work: Callable[[], T]) -> T:
         try:
-            with self._quotas.place(caller.identity.tenant):
-                return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, work)
         except MotetError:
             raise
         except Exception as error:
             log.exception("a message could not be translated")
             raise MotetError("the server failed on this message; its log has the error") from error
-
-    def _check_answer(self, request: Request) -> None:
-        """Raises `InvalidRequestError` if the whole answer may be too large for one message. What cannot be delivered
-        must not be computed."""
-        params, room = request.sampling, self._engine.model.max_model_len - min(map(len, request.prompts))
-        tokens = params.n * min(room, params.max_tokens or room)
-        size = 16 + (self._engine.tokenizer.max_token_bytes or 64)  # bytes per token: its text and id, and the fields
-        if params.logprobs is not None:
-            size += 16 + 16 * params.logprobs
-        if request.return_member_logprobs:
-            size += 8 + 4 * len(request.ensemble.members)
-        if request.return_confidence:
-            size += 8
-        if tokens * size > MAX_MESSAGE_BYTES:
-            raise InvalidRequestError(
-                f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {MAX_MESSAGE_BYTES} bytes; "
-                "lower max_tokens, n or logprobs, or stream it (Generate)",
-                field="max_tokens",
-            )
 
     def _tokenise(self, request: GenerateRequest, identity: Identity) -> Request:
         """The request as the engine accepts it. Views with equal tokens become one. The engine's id is new: two
@@ -254,7 +243,13 @@ class Service:
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
             ensemble = Ensemble(members, request.ensemble.space)
-        sampling = request.sampling
+        sampling, owner = request.sampling, self._owner(identity)
+        choices = max(sampling.n, request.drafts)
+        if owner.max_waiting is not None and choices > owner.max_waiting:
+            raise InvalidRequestError(
+                f"n or drafts is {choices}; the server queues at most {owner.max_waiting} choices of a tenant",
+                field="n",
+            )
         if request.drafts and sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         return Request(
@@ -269,7 +264,7 @@ class Service:
             drafts=request.drafts,
             priority=request.priority,
             cache_salt=_salt(identity.tenant, request.cache_salt),
-            owner=self._owner(identity),
+            owner=owner,
         )
 
     def _owner(self, identity: Identity) -> Owner:
@@ -298,24 +293,25 @@ class Service:
 
     @property
     def failure(self) -> MotetError | None:
-        """Why the engine ended by itself; None while it runs."""
-        return self._engine.failure
+        """Why the engine ended by itself, or calls cannot be recorded any more; None while all is well."""
+        return self._engine.failure or self.calls.failure
 
     @property
     def is_leaving(self) -> bool:
         return self._is_leaving
 
-    def leave(self) -> None:
-        """Go out of service soon: doors report it (`wait_out_of_service`), requests are still answered."""
-        self._is_leaving = True
-
-    def drain(self, caller: Caller | None = None) -> None:
-        """Accept no more requests; those that run go on to their end, those that wait end with `UnavailableError`. Returns
-        at once. `caller`: who wants it, if it is not the operator."""
+    def leave(self, caller: Caller | None = None) -> None:
+        """Go out of service soon: doors report it (`wait_out_of_service`), requests are still answered. `caller`: who wants
+        it, if it is not the operator."""
         if caller is not None:
             with self.calls.call("drain", caller):
                 pass
         self._is_leaving = True
+
+    def drain(self, caller: Caller | None = None) -> None:
+        """Accept no more requests; those that run go on to their end, those that wait end with `UnavailableError`. Returns
+        at once."""
+        self.leave(caller)
         self._engine.drain()
 
     async def wait_out_of_service(self) -> None:

@@ -65,6 +65,8 @@ class ServerSettings:
     log_level: Literal["debug", "info", "warning", "error"] = described("info", "What is logged, at least.")
 
     def __post_init__(self) -> None:
+        if self.send_timeout == 0:
+            raise ConfigError("send_timeout must be above 0 seconds; no client reads in none")
         for name in ("lame_duck", "drain_timeout", "send_timeout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:

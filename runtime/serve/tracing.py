@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import MissingPackageError
+from ..trust.identity import Identity
 from .calls import Call
 
 _GENERATIONS = ("generate", "complete")
@@ -86,5 +87,5 @@ class Tracer:
             span.set_status(Status(StatusCode.ERROR, call.status))
         span.end(start + int(call.duration_s * 1e9))
 
-    def on_refusal(self, method: str, peer: str, error: Exception) -> None:
+    def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
         """A caller who is not known has no trace."""

@@ -7,6 +7,7 @@ file again when it has changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -14,8 +15,10 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +115,6 @@ def read_keys(path: Path) -> list[Key]:
 def add_key(path: Path, tenant: str, roles: Iterable[Role], *, lifetime_s: float | None = None) -> str:
     """Add a key to the file, which is made if there is none, and return the key; it is stored nowhere. Raises
     `ConfigError`, `UnavailableError`."""
-    keys = read_keys(path) if path.exists() else []
     now, key_id = time.time(), secrets.token_hex(6)
     text = f"{PREFIX}-{key_id}-{secrets.token_urlsafe(32)}"
     chosen = tuple(sorted(set(roles)))
@@ -120,20 +122,42 @@ def add_key(path: Path, tenant: str, roles: Iterable[Role], *, lifetime_s: float
         raise ConfigError(f"a key needs a role: {', '.join(Role)}")
     expires = None if lifetime_s is None else now + lifetime_s
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_keys(path, [*keys, Key(key_id, check_tenant(tenant), chosen, digest, now, expires)])
+    key = Key(key_id, check_tenant(tenant), chosen, digest, now, expires)
+    with _locked(path):
+        write_keys(path, [*(read_keys(path) if path.exists() else []), key])
     return text
 
 
 def revoke_key(path: Path, key_id: str) -> None:
     """Raises `NotFoundError` (no such key), `ConfigError`, `UnavailableError`."""
+    if not path.exists():
+        raise NotFoundError(f"there is no key file '{path}'; make one with `motet keys add`")
+    with _locked(path):
+        _revoke(path, key_id)
+
+
+def _revoke(path: Path, key_id: str) -> None:
     keys = read_keys(path)
     if key_id not in {key.id for key in keys}:
         raise NotFoundError(f"the key file '{path}' has no key {shown(key_id)}; `motet keys list` shows them")
     write_keys(path, [replace(k, revoked=k.revoked or time.time()) if k.id == key_id else k for k in keys])
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Nobody else changes the file meanwhile: a key that was just revoked must not come back."""
+    try:
+        lock = open(path.with_name(f"{path.name}.lock"), "ab")  # noqa: SIM115 - the `with` below closes it
+    except OSError as error:
+        raise UnavailableError(f"the key file '{path}' cannot be written: {error}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_keys(path: Path, keys: Iterable[Key]) -> None:
-    """Replace the file at once, readable by its owner alone. Raises `UnavailableError`."""
+    """Replace the file at once; a new one is readable by its owner alone, an old one keeps its owner and mode. Raises
+    `UnavailableError`."""
     text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1) + "\n"
     new = path.with_name(f"{path.name}.new")
     try:
@@ -142,6 +166,11 @@ def write_keys(path: Path, keys: Iterable[Key]) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+            if path.exists():
+                old = path.stat()
+                os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), old.st_uid, old.st_gid)
         new.replace(path)
     except OSError as error:
         raise UnavailableError(f"the key file '{path}' cannot be written: {error}") from None

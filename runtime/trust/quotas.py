@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Quotas:
         self, limits: Mapping[str, TenantLimits], num_places: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._limits, self._num_places, self._clock = limits, num_places, clock
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()  # the one used last is last
         self.num_open = 0  # places that are taken
 
     def of(self, tenant: str) -> TenantLimits:
@@ -174,4 +175,5 @@ class Quotas:
                 None if requests is None else Bucket(requests, self._clock),
                 None if tokens is None else Bucket(tokens, self._clock),
             )
+        self._accounts.move_to_end(tenant)
         return account

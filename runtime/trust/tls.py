@@ -17,6 +17,7 @@ class TlsContent:
 
     certificate: bytes  # the chain, leaf first
     key: bytes
+    context: ssl.SSLContext  # the same, for servers of the standard library
     client_ca: bytes | None  # authorities that a client's certificate must come from; None: clients need none
 
 
@@ -38,11 +39,11 @@ class TlsFiles:
 
     def _read(self) -> TlsContent:
         certificate, key, *authority = (path.read_bytes() for path in self._paths)
-        self.context()  # a pair that does not fit must not replace one that does
-        return TlsContent(certificate, key, authority[0] if authority else None)
+        context = self._context()  # a pair that does not fit must not replace one that does
+        return TlsContent(certificate, key, context, authority[0] if authority else None)
 
-    def context(self) -> ssl.SSLContext:
-        """For servers of the standard library. Raises `ConfigError`."""
+    def _context(self) -> ssl.SSLContext:
+        """Raises `ConfigError`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:

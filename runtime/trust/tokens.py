@@ -23,6 +23,7 @@ log = logging.getLogger("motet.trust")
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "Ed25519", "EdDSA"]
 _LEEWAY_S = 30
 _MAX_TOKEN_BYTES = 8192
+_MAX_SUBJECT = 200
 _NO_TOKEN = "the token is not valid for this server; get a new one from the identity provider"
 
 
@@ -63,11 +64,11 @@ class TokenVerifier:
             roles = claims.get("roles", [])
             if not isinstance(roles, list):
                 raise ValueError("the claim roles is no list")
-            return Identity(
-                check_tenant(claims["tenant"]),
-                f"sub:{claims['sub']}"[:256],
-                frozenset(set(Role) & set(map(str, roles))),
-            )
+            subject = claims["sub"]
+            if not isinstance(subject, str) or not subject.isprintable() or len(subject) > _MAX_SUBJECT:
+                raise ValueError(f"the claim sub must be printable text of at most {_MAX_SUBJECT} characters")
+            found = frozenset(set(Role) & set(map(str, roles)))
+            return Identity(check_tenant(claims["tenant"]), f"sub:{subject}", found)
         except (JoseError, ValueError, KeyError, TypeError) as error:
             log.warning("a token was refused: %s", error)
             raise UnauthenticatedError(_NO_TOKEN) from None

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .options import KEY_VARIABLE
 from .runtime.errors import ConfigError, UnauthenticatedError, UnavailableError
+from .runtime.serve.settings import is_loopback
 from .tables import table
 
 Series = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]  # (name, labels) → value
@@ -56,6 +57,8 @@ def read_metrics(address: str, ca: Path | None) -> dict[tuple[str, tuple[tuple[s
 
     request = urllib.request.Request(f"{'http' if ca is None else 'https'}://{address}/metrics")
     if key := os.environ.get(KEY_VARIABLE):
+        if ca is None and not is_loopback(address.rpartition(":")[0]):
+            raise ConfigError(f"a key must not travel to {address} unencrypted; give --ca, or unset {KEY_VARIABLE}")
         request.add_header("Authorization", f"Bearer {key}")
     try:
         context = None if ca is None else ssl.create_default_context(cafile=ca)

@@ -81,6 +81,24 @@ def test_nothing_is_saved_up_by_waiting():
     assert queue.served("b") == queue.served("a") == 10_000
 
 
+def test_long_prompts_do_not_starve_others():
+    """A tenant with few but long prompts, one after another, does not keep those of another from being computed."""
+    scheduler = Scheduler(BlockManager(512, 4), 16, 64, 16)
+    many = [group("a", prompt=tuple(range(100))) for _ in range(8)]
+    for each in many:
+        scheduler.add(each)
+    for _step in range(100):
+        while sum(g.owner.tenant == "b" for g in scheduler.running) < 3:
+            scheduler.add(group("b", prompt=tuple(range(200))))
+            scheduler._admit()
+        for prefill in scheduler.schedule().prefills:
+            scheduler._sharing.advance(prefill.sequence, prefill.count)
+            scheduler.waiting.computed(prefill.group, prefill.count, 0)
+        for done in [g for g in scheduler.running if not any(s.num_prefill for s in g.sequences)]:
+            scheduler.abort(done)
+    assert not any(each in scheduler.running for each in many)
+
+
 def test_batch_work_comes_last():
     queue = WaitingQueue()
     for each in (group("a", background=True), group("b", background=True), group("a")):
@@ -100,7 +118,12 @@ def test_who_gives_way():
     assert groups_over_share(group("b", weight=3.0, sequences=3), flood, 4) == flood[:0:-1]
     job = [group("a", background=True) for _ in range(4)]
     assert groups_over_share(group("a"), job, 4) == [job[3]]
-    assert groups_over_share(group("c", background=True), job, 4) == [job[3]]
+    assert groups_over_share(group("c", background=True), job, 4) == []  # batch work takes no place away
+    assert groups_over_share(group("c", background=True), flood, 4) == []
+    both = [*flood[:2], group("b", background=True), group("b", background=True)]
+    assert groups_over_share(group("a"), both, 4) == [both[3]]  # also from a tenant within its share
+    assert groups_over_share(group("b"), both, 4) == [both[3]]
+    assert groups_over_share(group("a", sequences=3), both, 4) == []  # its own others stay
 
 
 def test_a_flood_keeps_no_one_waiting():

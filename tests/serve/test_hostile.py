@@ -16,7 +16,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.servers import serving
 from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime.api.limits import MAX_REQUEST_BYTES
+from motet.runtime.serve.grpc import gate as gate_module
 from motet.runtime.serve.grpc import server as server_module
+from motet.runtime.trust.access import Access
+from motet.runtime.trust.identity import Role
+from motet.runtime.trust.keys import KeyFile, add_key
 
 CODES = grpc.StatusCode
 
@@ -107,6 +111,47 @@ def test_watchers_of_health(address, monkeypatch):
                 break
             except grpc.RpcError:
                 assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    "method", ["/motet.v1.Inference/Complete", "/motet.v1.Inference/Generate", "/grpc.health.v1.Health/Check"]
+)
+def test_calls_without_a_message(address, monkeypatch, method):
+    """A call that is only begun is ended, and takes no place from others."""
+    monkeypatch.setattr(gate_module, "_MESSAGE_S", 0.3)
+    with grpc.insecure_channel(address) as channel:
+        never = threading.Event()
+
+        def nothing():
+            never.wait(10)
+            yield b""
+
+        calls = [channel.stream_stream(method)(nothing(), timeout=20) for _ in range(8)]
+        assert complete(address, message()) is CODES.OK
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is CODES.INVALID_ARGUMENT
+            assert "no message came" in caught.value.details()
+        never.set()
+
+
+def test_strangers_are_refused_before_their_message(engine, tmp_path):
+    add_key(tmp_path / "keys.json", "acme", [Role.INFER])
+    access = Access(KeyFile(tmp_path / "keys.json"))
+    with serving(engine, access) as running, grpc.insecure_channel(running.address) as channel:
+        never = threading.Event()
+
+        def nothing():
+            never.wait(10)
+            yield b""
+
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream("/motet.v1.Inference/Complete")(nothing(), timeout=20))
+        assert caught.value.code() is CODES.UNAUTHENTICATED
+        assert time.monotonic() - started < 5
+        never.set()
 
 
 def test_connections_are_bounded(engine, monkeypatch):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from helpers.callers import caller
-from helpers.servers import serving
+from helpers.servers import serving, until
 from motet.options import KEY_VARIABLE
 from motet.runtime import errors
 from motet.runtime.api.request import Ensemble, GenerateRequest, Member
 from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.client.client import Client
 from motet.runtime.serve.audited import AuditSink
 from motet.runtime.serve.calls import Call, Caller
 from motet.runtime.serve.metrics import CallMetrics, engine_registry
@@ -145,6 +146,44 @@ def test_calls_are_audited(engine, tmp_path):
     assert wrong["status"] == "ContextLengthError"
     assert (refused["event"], refused["status"]) == ("refusal", "UnauthenticatedError")
     assert verify(tmp_path / "audit").last == 3
+
+
+def test_an_audit_log_that_fails_takes_the_server_out_of_service(engine, tmp_path):
+    with (
+        AuditLog(tmp_path / "audit") as audit,
+        serving(engine, service={"sinks": [AuditSink(audit, "")]}) as running,
+        Client(running.address) as client,
+    ):
+        assert client.is_serving()
+        audit.failure = errors.UnavailableError("the disk is full")
+        until(lambda: not client.is_serving())
+        assert running.service.failure is audit.failure
+
+
+def test_strangers_do_not_fill_the_disk(tmp_path):
+    with AuditLog(tmp_path / "audit") as audit:
+        sink = AuditSink(audit, "")
+        for _ in range(500):
+            sink.on_refusal("/" + "x" * 9000, "ipv4:1.2.3.4:5", errors.UnauthenticatedError("no"), None)
+        sink._second = -1  # a second later
+        sink.on_refusal("/x", "ipv4:1.2.3.4:5", errors.UnauthenticatedError("no"), None)
+    found = list(records(tmp_path / "audit"))
+    assert 20 < len(found) <= 61 and found[-1]["left_out"] >= 440
+    assert len(found[0]["method"]) == 100
+
+
+def test_names_that_are_invented_are_no_series(engine):
+    registry = engine_registry(engine)
+
+    async def run():
+        service = Service(engine, sinks=[CallMetrics(registry)])
+        for index in range(20):
+            with pytest.raises(errors.InvalidEnsembleError):
+                await service.complete(ask(ensemble=Ensemble((Member(f"invented-{index}", 1.0),))), caller("a"))
+
+    asyncio.run(run())
+    names = [s.labels["member"] for f in registry.collect() for s in f.samples if s.name == "motet_member_calls_total"]
+    assert not any(name.startswith("invented") for name in names)
 
 
 def test_traces(engine):

@@ -12,6 +12,7 @@ import pytest
 from helpers.callers import caller
 from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
 from helpers.servers import serving, until
+from motet.proto import admin_pb2
 from motet.runtime import errors
 from motet.runtime.api.request import FinishReason, GenerateRequest
 from motet.runtime.api.sampling import SamplingParams
@@ -144,6 +145,37 @@ def test_quotas_hold(engine):
             await service.complete(ask(), caller("c"))
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_drafts_are_one_request(engine):
+    limits = read_limits({"a": {"max_requests": 1, "requests_per_minute": 2}, "b": {"max_waiting": 2}})
+
+    async def run():
+        service = Service(engine, limits=limits)
+        drafted = GenerateRequest("hello", sampling=SamplingParams(max_tokens=4, temperature=1.0), drafts=3)
+        assert len(await service.complete(drafted, caller("a"))) == 1
+        assert len(await service.complete(drafted, caller("a"))) == 1
+        with pytest.raises(errors.OverloadedError, match="2 requests per minute"):
+            await service.complete(drafted, caller("a"))
+        with pytest.raises(errors.InvalidRequestError, match="at most 2 choices of a tenant"):
+            await service.complete(drafted, caller("b"))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_the_load_is_for_those_who_watch(engine, tmp_path):
+    keys = {role: add_key(tmp_path / "k.json", "a", [role]) for role in (Role.INFER, Role.MONITOR)}
+    held = GenerateRequest("x", sampling=SamplingParams(max_tokens=90, **GREEDY))
+    with serving(engine, Access(KeyFile(tmp_path / "k.json"))) as running:
+        backend = engine._backend
+        backend.on_step = lambda _batch: time.sleep(0.02)
+        task = running.start(running.service.complete(held, caller("a")))
+        until(lambda: engine.stats().running == 1)
+        for role, seen in ((Role.INFER, 0), (Role.MONITOR, 1)):
+            with Client(Connection(running.address, keys[role])) as client:
+                found = client._admin.GetModel(admin_pb2.GetModelRequest(), metadata=client._metadata)
+                assert found.running == seen
+        task.result(30)
 
 
 def test_batch_work_yields(tokenizer):

@@ -127,6 +127,9 @@ def test_a_key_stays_on_this_machine_or_is_encrypted(authority):
         Connection("127.0.0.1:1", certificate=authority.path)
     with pytest.raises(errors.ConfigError, match="printable ASCII"):
         Connection("127.0.0.1:1", key="a\nb")
+    with pytest.raises(errors.ConfigError, match="unencrypted"):
+        Connection("unix-box.example.org:1", key="motet-x")
+    Connection("unix:/run/motet.sock", key="motet-x")
     assert "motet-x" not in repr(Connection("127.0.0.1:1", key="motet-x"))
     with pytest.raises(errors.NotFoundError, match="cannot be read"):
         Client(Connection("127.0.0.1:1", ca=authority.path.with_name("nothing")))

@@ -79,7 +79,7 @@ def test_a_change_is_found(tmp_path, change):
     file.write_text("\n".join(change(found)) + "\n")
     with pytest.raises(errors.BundleError, match="the audit log is damaged"):
         verify(tmp_path / "a")
-    with pytest.raises(errors.UnavailableError, match="the audit log is damaged"):
+    with pytest.raises(errors.BundleError, match="the audit log is damaged"):
         AuditLog(tmp_path / "a")
 
 
@@ -175,6 +175,28 @@ def test_old_days_can_go(tmp_path, monkeypatch):
     os.unlink(path / "audit-20260503.jsonl")
     with pytest.raises(errors.BundleError):
         verify(path)
+
+
+def test_a_crash_while_old_days_go(tmp_path, monkeypatch):
+    """The start is noted and the files are still there."""
+    path = tmp_path / "a"
+    with monkeypatch.context() as patch:
+        for day in (1, 2):
+            moment = datetime(2026, 5, day, 12, tzinfo=UTC).timestamp()
+            patch.setattr(writer_module.time, "time", lambda moment=moment: moment)
+            fill(path, 2)
+        patch.setattr("pathlib.Path.unlink", lambda *_a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune(path, date(2026, 5, 2))
+    assert verify(path).first == 3
+    assert prune(path, date(2026, 5, 2)) == 2
+    assert verify(path).last == 5
+
+
+def test_text_that_is_none(tmp_path):
+    with AuditLog(tmp_path / "a") as audit:
+        audit.append(Entry("call", {"request_id": "\ud800"}))
+    assert verify(tmp_path / "a").last == 1
 
 
 def test_a_log_that_cannot_be_written(tmp_path, monkeypatch):

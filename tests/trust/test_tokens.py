@@ -66,6 +66,8 @@ BAD = {
     "unsigned": lambda: ".".join([token().split(".")[0].replace("ES256", "none"), token().split(".")[1], ""]),
     "signed by the public key": signed_by_the_public_key,
     "no token": lambda: "x.y.z",
+    "a subject that is no text": lambda: token(sub="a\nb"),
+    "a long subject": lambda: token(sub="x" * 201),
     "long": lambda: token(filler="x" * 9000),
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
 import grpc
 
-from ...errors import PermissionDeniedError
+from ...errors import InvalidRequestError, PermissionDeniedError
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
 from ..calls import Caller, Calls
@@ -30,6 +33,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/motet.v1.Batch/Cancel": frozenset({Role.BATCH}),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
 }
+_MESSAGE_S = 10.0  # for a call's message to come
 OPEN_TO_ALL = "/grpc.health.v1.Health/"  # load balancers have no keys
 
 _IDENTITY: ContextVar[tuple[Identity, str]] = ContextVar("motet_identity")
@@ -50,8 +54,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         method = details.method
         if method.startswith(OPEN_TO_ALL):
-            return await continuation(details)
-        metadata = details.invocation_metadata or ()
+            return _with_deadline(await continuation(details), method)
+        metadata, identity = details.invocation_metadata or (), None
         try:
             identity = self._access.identify([value for key, value in metadata if key == "authorization"])
             handler = await continuation(details)
@@ -63,13 +67,44 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 raise PermissionDeniedError("this method is open to nobody")
             identity.require(ROLES[method])
         except Exception as error:  # a fault of ours closes the method too
-            return self._refusal(method, error)
+            return self._refusal(method, error, identity)
         _IDENTITY.set((identity, next((value for key, value in metadata if key == "traceparent"), "")))
-        return handler
+        return _with_deadline(handler, method)
 
-    def _refusal(self, method: str, error: Exception) -> Any:
-        async def refuse(_message: Any, context: Any) -> None:
-            self._calls.refused(method, context.peer(), error)
+    def _refusal(self, method: str, error: Exception, identity: Identity | None) -> Any:
+        async def refuse(_messages: Any, context: Any) -> None:  # of a stream: it does not wait for a message
+            self._calls.refused(method, context.peer(), error, identity)
             await abort(context, method, error)
 
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _with_deadline(handler: Any, method: str) -> Any:
+    """The handler of one message, as one that ends the call if the message does not come: a call that was only begun must
+    not keep its place."""
+    if handler is None or handler.request_streaming:
+        return handler
+
+    async def first(messages: Any, context: Any) -> Any:
+        try:
+            return await asyncio.wait_for(anext(messages), _MESSAGE_S)
+        except (TimeoutError, StopAsyncIteration):
+            await abort(context, method, InvalidRequestError(f"no message came within {_MESSAGE_S:g} seconds"))
+
+    if not handler.response_streaming:
+
+        async def answer(messages: Any, context: Any) -> Any:
+            return await handler.unary_unary(await first(messages, context), context)
+
+        return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+
+    async def answer_stream(messages: Any, context: Any) -> Any:
+        async with aclosing(handler.unary_stream(await first(messages, context), context)) as responses:
+            async for response in responses:
+                yield response
+
+    async def answer_by_writing(messages: Any, context: Any) -> None:
+        await handler.unary_stream(await first(messages, context), context)
+
+    chosen = answer_stream if inspect.isasyncgenfunction(handler.unary_stream) else answer_by_writing
+    return grpc.stream_stream_rpc_method_handler(chosen, handler.request_deserializer, handler.response_serializer)

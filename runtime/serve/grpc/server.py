@@ -25,6 +25,7 @@ from ...api.limits import (
 )
 from ...errors import PortInUseError, UnimplementedError
 from ...trust.access import Access
+from ...trust.identity import Role
 from ...trust.tls import TlsContent, TlsFiles
 from ..service import Service
 from .gate import Gate, caller_of
@@ -111,19 +112,27 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 class Admin(admin_pb2_grpc.AdminServicer):
     """The `Admin` service. `Gate` has the roles that its methods need."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, lame_duck_s: float = 0.0) -> None:
         self._service = service
+        self._lame_duck_s = lame_duck_s
 
     async def ListModels(self, _message: admin_pb2.ListModelsRequest, context: Context) -> admin_pb2.ListModelsResponse:
         models = self._service.models(caller_of(context))
         return admin_pb2.ListModelsResponse(models=map(model_to_proto, models))
 
     async def GetModel(self, message: admin_pb2.GetModelRequest, context: Context) -> admin_pb2.GetModelResponse:
-        model, stats = self._service.model(message.name, caller_of(context)), self._service.stats()
-        return admin_pb2.GetModelResponse(model=model_to_proto(model), waiting=stats.waiting, running=stats.running)
+        caller = caller_of(context)
+        found = admin_pb2.GetModelResponse(model=model_to_proto(self._service.model(message.name, caller)))
+        if Role.MONITOR in caller.identity.roles:  # the load is of all tenants
+            stats = self._service.stats()
+            found.waiting, found.running = stats.waiting, stats.running
+        return found
 
     async def Drain(self, _message: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
-        self._service.drain(caller_of(context))
+        if self._lame_duck_s:
+            self._service.leave(caller_of(context))  # `Server.stop` drains when it is over
+        else:
+            self._service.drain(caller_of(context))
         return admin_pb2.DrainResponse()
 
 
@@ -190,13 +199,13 @@ class Server:
 
     async def start(self) -> None:
         """Raises `PortInUseError` if the port is taken."""
-        interceptors = [Gate(self._access, self.service.calls), Statuses()]
+        interceptors = [Gate(self._access, self.service.calls), Statuses(self.service.calls)]
         self._server = grpc.aio.server(
             options=OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
         )
         self._health = Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
-        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service), self._server)  # type: ignore[no-untyped-call]
+        admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service, lame_duck_s=self._lame_duck_s), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._with_reflection:

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from ... import errors
 from ...api.limits import MAX_ERROR_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ...errors import InvalidRequestError, MotetError, OverloadedError
+from ..calls import Calls
 
 log = logging.getLogger("motet.server")
 
@@ -99,6 +100,9 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Typed errors end a call with their status. Any other exception is a fault of ours: it is logged under a number, and
     the client gets the number and not its text. Bytes that are no message of the method are INVALID_ARGUMENT."""
 
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
         if handler is None or not details.method.startswith("/motet.v1."):
@@ -119,6 +123,7 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             async def answer_stream(message: Any, context: Any) -> AsyncIterator[Any]:
                 try:
                     if isinstance(message, MotetError):
+                        self._calls.refused(details.method, context.peer(), message)
                         raise message
                     async with aclosing(stream(message, context)) as responses:
                         async for response in responses:
@@ -132,6 +137,7 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def answer(message: Any, context: Any) -> Any:
             try:
                 if isinstance(message, MotetError):
+                    self._calls.refused(details.method, context.peer(), message)
                     raise message
                 return await unary(message, context)
             except Exception as error:

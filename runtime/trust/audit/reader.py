@@ -14,6 +14,8 @@ from ...errors import NotFoundError, UnavailableError
 from .chain import cipher, connect, files_of, lines_of, locked, subject_of, verify
 from .writer import AuditLog, Entry
 
+_ATTEMPTS = 10
+
 
 def records(directory: Path) -> Iterator[dict[str, Any]]:
     """All records in order, texts unsealed where the subject's key is still there: `prompt` beside `prompt_sealed`."""
@@ -37,14 +39,22 @@ def erase(directory: Path, subject: str) -> None:
             raise NotFoundError(f"the audit log in '{directory}' has no texts of subject '{subject}'")
         database.execute("INSERT INTO erasures VALUES (?, ?)", (subject, time.time()))
         database.commit()
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the key must not survive in the journal
+        for _ in range(_ATTEMPTS):  # the key must not survive in the journal; a reader may hold it for a while
+            if database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
+                break
+            time.sleep(0.5)
+        else:
+            raise UnavailableError(
+                f"the key of '{subject}' is destroyed, but something holds '{directory}' open, so a copy may be left in its "
+                "journal; close it, and restart the server, which clears the journal"
+            )
     _settle(directory)
 
 
 def prune(directory: Path, before: date) -> int:
     """Remove the files of days before `before`; the chain is checked from its new start on. Returns the number of records
     removed. Raises what `verify` raises, and `UnavailableError` while a server writes."""
-    verify(directory)
+    report = verify(directory)
     lock = locked(directory)
     if lock is None:
         raise UnavailableError(f"a server writes the audit log in '{directory}'; stop it first")
@@ -54,6 +64,7 @@ def prune(directory: Path, before: date) -> int:
         if not lines:
             return 0
         last = json.loads(lines[-1])
+        database.execute("INSERT OR REPLACE INTO marks VALUES ('head', ?, ?)", (report.last, report.head))
         database.execute("INSERT OR REPLACE INTO marks VALUES ('start', ?, ?)", (last["seq"], last["hash"]))
         database.commit()
         for file in old:

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
-from ...errors import UnavailableError
+from ...errors import MotetError, UnavailableError
 from .chain import canonical, cipher, connect, digest_of, files_of, locked, private, time_text, verify
 
 log = logging.getLogger("motet.audit")
@@ -45,7 +45,7 @@ class AuditLog:
     def __init__(self, directory: Path, *, with_content: bool = False) -> None:
         self._cipher = cipher() if with_content else None
         self._directory = directory
-        self.failure: UnavailableError | None = None  # why nothing more is recorded
+        self.failure: MotetError | None = None  # why nothing more is recorded
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = locked(directory)
@@ -104,6 +104,8 @@ class AuditLog:
                 found.set()
                 while self._write_batch():
                     pass
+        except MotetError as error:
+            self.failure = error
         except Exception as error:
             log.exception("the audit log has stopped")
             self.failure = UnavailableError(
@@ -183,6 +185,7 @@ class AuditLog:
             if row is None:
                 row = (secrets.token_bytes(32),)
                 self._database.execute("INSERT INTO subjects VALUES (?, ?)", (subject, row[0]))
+                self._database.commit()  # before any text that it seals
             if len(self._keys) > 10_000:
                 self._keys.clear()
             self._keys[subject] = row[0]

@@ -1,0 +1,28 @@
+"""`check_answer_size`: whether a whole answer fits a message."""
+
+from __future__ import annotations
+
+from ..api.limits import MAX_MESSAGE_BYTES
+from ..api.request import Request
+from ..engine.engine import Engine
+from ..errors import InvalidRequestError
+
+
+def check_answer_size(request: Request, engine: Engine) -> None:
+    """Raises `InvalidRequestError` if the whole answer may be too large for one message. What cannot be delivered
+    must not be computed."""
+    params, room = request.sampling, engine.model.max_model_len - min(map(len, request.prompts))
+    tokens = params.n * min(room, params.max_tokens or room)
+    size = 16 + (engine.tokenizer.max_token_bytes or 64)  # bytes per token: its text and id, and the fields
+    if params.logprobs is not None:
+        size += 16 + 16 * params.logprobs
+    if request.return_member_logprobs:
+        size += 8 + 4 * len(request.ensemble.members)
+    if request.return_confidence:
+        size += 8
+    if tokens * size > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {MAX_MESSAGE_BYTES} bytes; "
+            "lower max_tokens, n or logprobs, or stream it (Generate)",
+            field="max_tokens",
+        )
