@@ -176,7 +176,7 @@ async def _flood(flooding: Connection, other: Connection) -> tuple[list[float], 
     async with AsyncClient(flooding) as flood, AsyncClient(other) as client:
 
         async def measure(seed: int) -> list[float]:
-            return [await _stream(client, prompt, 8) for prompt in _prompts(60, seed)]
+            return [await _stream(client, prompt, 8) for prompt in _prompts(200, seed)]
 
         async def stream(index: int) -> None:
             for turn in range(1_000):
