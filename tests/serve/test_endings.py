@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
@@ -192,6 +194,35 @@ def test_what_expired_in_the_queue_is_never_computed(tokenizer, backend):
             reader.join(10)
         until(lambda: is_free(engine, running.service))
         assert engine.stats().prompt_tokens == len("first")
+
+
+def test_a_hundred_streams_of_which_ten_are_cancelled(tokenizer):
+    """At random points; the other 90 are those of solo runs, token for token."""
+    rng = random.Random(5)
+    with (
+        make_engine(tokenizer, FakeBackend(num_blocks=96), max_num_seqs=12, max_waiting=128) as engine,
+        serving(engine) as running,
+        Client(running.address) as client,
+    ):
+        options = [{"max_tokens": 30 + i % 40, "seed": i, "temperature": 0.9, "ignore_eos": True} for i in range(100)]
+        solo = [client.complete(f"prompt {i}", **options[i])[0].token_ids for i in range(100)]
+        cancelled = set(rng.sample(range(100), 10))
+        streams = [client.generate(f"prompt {i}", **options[i]) for i in range(100)]
+
+        def read(i):
+            tokens, stop = [], rng.randrange(1, 25)
+            for delta in streams[i]:
+                tokens += delta.token_ids
+                if i in cancelled and len(tokens) >= stop:
+                    break
+            streams[i].close()
+            return tokens
+
+        with ThreadPoolExecutor(100) as pool:
+            found = list(pool.map(read, range(100)))
+        for i in range(100):
+            assert found[i] == (solo[i][: len(found[i])] if i in cancelled else solo[i])
+        until(lambda: is_free(engine, running.service))
 
 
 # ---- readers that do not read ----------------------------------------------------------------------------------------

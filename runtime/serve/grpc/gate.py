@@ -59,10 +59,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             identity = self._access.identify([value for key, value in metadata if key == "authorization"])
             handler = await continuation(details)
-            if (
-                handler is None
-            ):  # there is no such method; that it is UNIMPLEMENTED may be known to callers who are known
-                return None
+            if handler is None:
+                return None  # there is no such method: UNIMPLEMENTED, which a known caller may know
             if method not in ROLES:
                 raise PermissionDeniedError("this method is open to nobody")
             identity.require(ROLES[method])
