@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,19 @@ from .graph import GraphWriter, Slice
 
 def write_standard_graph(bundle: Bundle, member: int, out: Path) -> None:
     """Write a directory with one member of a bundle as a standard decoder graph (input attention_mask, output logits
-    of the last position), the weights (linked) and onnxruntime-genai's configuration."""
+    of the last position), the weights (copied) and onnxruntime-genai's configuration."""
     out.mkdir(parents=True, exist_ok=True)
     config, name = bundle.config, bundle.members[member]
     for file in ("tokenizer.json", "tokenizer_config.json", WEIGHTS):
         (out / file).unlink(missing_ok=True)
         if (bundle.path / file).is_file():
-            _link(bundle.path / file, out / file)
+            # A copy: ONNX Runtime refuses external data behind a symbolic link, and a bundle has no hard links.
+            shutil.copyfile(bundle.path / file, out / file)
     tensors = stored_tensors(bundle.path / WEIGHTS)
     writer = GraphWriter(config, tensors, WEIGHTS, name)
     whole = Slice(embedding=True, start=0, stop=config.num_layers, norm=True, head=True)
     writer.write(whole, out / "model.onnx", standard=True)
     (out / "genai_config.json").write_text(json.dumps(_genai_config(config, bundle.eos_token_ids), indent=1))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a hard link: ONNX Runtime refuses external data behind a symbolic one. Copy if that is impossible."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _genai_config(config: DecoderConfig, eos: tuple[int, ...]) -> dict[str, Any]:

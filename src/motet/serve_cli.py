@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +95,8 @@ def list_keys(file: KeyFileArgument) -> None:
         [key.id, key.tenant, ", ".join(key.roles), day(key.created), day(key.expires), day(key.revoked)]
         for key in read_keys(file)
     ]
-    Console().print(table(str(file), ["id", "tenant", "roles", "created", "expires", "revoked"], rows))
+    width = None if sys.stdout.isatty() else 160  # a pipe has none, and rich's default of 80 would cut names off
+    Console(width=width).print(table(str(file), ["id", "tenant", "roles", "created", "expires", "revoked"], rows))
 
 
 @keys.command("revoke")
