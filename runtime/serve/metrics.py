@@ -118,7 +118,7 @@ class CallMetrics:
         tenant = self._label(call.caller.identity.tenant)
         self._calls.labels(call.method, call.status, tenant).inc()
         kinds = {"prompt": call.prompt_tokens, "cached": call.cached_tokens, "completion": call.completion_tokens}
-        for kind, tokens in kinds.items():
+        for kind, tokens in kinds.items() if call.completion_tokens or call.status == "ok" else ():
             self._tokens.labels(tenant, kind).inc(tokens)
         for member in call.mix if call.completion_tokens else ():  # names of a call that was refused may be invented
             self._members.labels(member).inc()

@@ -33,16 +33,17 @@ def mount(app: typer.Typer) -> None:
 def top(
     address: Annotated[str, typer.Argument(help="host:port of `motet serve --monitor-port`.")] = "127.0.0.1:9100",
     ca: Annotated[Path | None, typer.Option(help="The monitor has TLS; these authorities vouch for it (PEM).")] = None,
+    cert: Annotated[Path | None, typer.Option(help="This client's certificate and key in one file (PEM).")] = None,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one look over the interval, and end.")] = False,
 ) -> None:
     """Show load, speed and waiting times of a server, by tenant too. The environment's MOTET_KEY has a key with the role
     monitor, if the server asks for one."""
-    before, started = read_metrics(address, ca), time.monotonic()
+    before, started = read_metrics(address, ca, cert), time.monotonic()
     with Live(console=Console(), auto_refresh=False, transient=once) as live:
         while True:
             time.sleep(interval)
-            now, at = read_metrics(address, ca), time.monotonic()
+            now, at = read_metrics(address, ca, cert), time.monotonic()
             frame = view(before, now, at - started)
             if once:
                 live.console.print(frame)
@@ -51,10 +52,14 @@ def top(
             before, started = now, at
 
 
-def read_metrics(address: str, ca: Path | None) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def read_metrics(
+    address: str, ca: Path | None, cert: Path | None = None
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """All series of a server. Raises `UnavailableError`, `UnauthenticatedError`, `ConfigError`."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    if cert is not None and ca is None:
+        raise ConfigError("--cert is for TLS; give --ca too")
     request = urllib.request.Request(f"{'http' if ca is None else 'https'}://{address}/metrics")
     if key := os.environ.get(KEY_VARIABLE):
         if ca is None and not is_loopback(address.rpartition(":")[0]):
@@ -62,6 +67,8 @@ def read_metrics(address: str, ca: Path | None) -> dict[tuple[str, tuple[tuple[s
         request.add_header("Authorization", f"Bearer {key}")
     try:
         context = None if ca is None else ssl.create_default_context(cafile=ca)
+        if context is not None and cert is not None:
+            context.load_cert_chain(cert)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as response:
             text = response.read().decode()
     except urllib.error.HTTPError as error:

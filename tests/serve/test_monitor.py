@@ -258,17 +258,23 @@ def test_the_files_for_deployment_fit_together():
 
 def test_top(engine, monitored, monkeypatch, capsys):
     _, monitor, keys = monitored
-    CallMetrics(monitor.registry).on_call(Call("complete", caller("acme"), "tiny", prompt_tokens=5))
+    CallMetrics(monitor.registry).on_call(
+        Call("complete", caller("acme"), "tiny", prompt_tokens=5, completion_tokens=2)
+    )
     address = f"127.0.0.1:{monitor.port}"
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(errors.UnauthenticatedError, match="role monitor"):
-        top(address, None, 0.1, True)
+        top(address, interval=0.1, once=True)
     monkeypatch.setenv(KEY_VARIABLE, keys[Role.MONITOR])
-    top(address, None, 0.1, True)
+    top(address, interval=0.1, once=True)
     shown = capsys.readouterr().out
     assert "running / waiting" in shown and "acme" in shown
+    with pytest.raises(errors.ConfigError, match="unencrypted"):
+        top("example.org:1", interval=0.1, once=True)
+    with pytest.raises(errors.ConfigError, match="give --ca too"):
+        top(address, cert=DEPLOY / "motet.toml", interval=0.1, once=True)
     with pytest.raises(errors.UnavailableError, match="--monitor-port"):
-        top("127.0.0.1:1", None, 0.1, True)
+        top("127.0.0.1:1", interval=0.1, once=True)
 
 
 def test_quantiles_are_of_the_new_calls():
