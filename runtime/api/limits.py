@@ -19,6 +19,7 @@ MAX_METADATA_BYTES = 16 * 2**10  # of a call's headers
 MAX_STREAMS_PER_CONNECTION = 1024
 MAX_CONNECTIONS = 4096
 MAX_CONCURRENT_CALLS = 4096  # of all connections
+MAX_BEGUN_CALLS = 512  # of a host, whose messages have not come
 MAX_WATCHERS = 256  # of health, which is open to all
 
 # ---- what a request may bring ----------------------------------------------------------------------------------------

@@ -136,6 +136,27 @@ def test_calls_without_a_message(address, monkeypatch, method):
         never.set()
 
 
+def test_a_host_begins_only_so_many_calls(address, monkeypatch):
+    monkeypatch.setattr(gate_module, "MAX_BEGUN_CALLS", 4)
+    monkeypatch.setattr(gate_module, "_MESSAGE_S", 1.0)
+    with grpc.insecure_channel(address) as channel:
+        never = threading.Event()
+
+        def nothing():
+            never.wait(10)
+            yield b""
+
+        calls = [channel.stream_stream("/grpc.health.v1.Health/Check")(nothing(), timeout=20) for _ in range(8)]
+        codes = []
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            codes.append(caught.value.code())
+        never.set()
+    assert sorted(code.name for code in codes) == ["INVALID_ARGUMENT"] * 4 + ["RESOURCE_EXHAUSTED"] * 4
+    assert complete(address, message()) is CODES.OK
+
+
 def test_strangers_are_refused_before_their_message(engine, tmp_path):
     add_key(tmp_path / "keys.json", "acme", [Role.INFER])
     access = Access(KeyFile(tmp_path / "keys.json"))

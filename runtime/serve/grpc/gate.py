@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -11,7 +12,8 @@ from typing import Any
 
 import grpc
 
-from ...errors import InvalidRequestError, PermissionDeniedError
+from ...api.limits import MAX_BEGUN_CALLS
+from ...errors import InvalidRequestError, OverloadedError, PermissionDeniedError
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
 from ..calls import Caller, Calls
@@ -50,11 +52,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, access: Access, calls: Calls) -> None:
         self._access, self._calls = access, calls
+        self._begun: Counter[str] = Counter()  # host → its calls whose message has not come
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         method = details.method
         if method.startswith(OPEN_TO_ALL):
-            return _with_deadline(await continuation(details), method)
+            return self._with_deadline(await continuation(details), method)
         metadata, identity = details.invocation_metadata or (), None
         try:
             identity = self._access.identify([value for key, value in metadata if key == "authorization"])
@@ -67,7 +70,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except Exception as error:  # a fault of ours closes the method too
             return self._refusal(method, error, identity)
         _IDENTITY.set((identity, next((value for key, value in metadata if key == "traceparent"), "")))
-        return _with_deadline(handler, method)
+        return self._with_deadline(handler, method)
 
     def _refusal(self, method: str, error: Exception, identity: Identity | None) -> Any:
         async def refuse(_messages: Any, context: Any) -> None:  # of a stream: it does not wait for a message
@@ -76,33 +79,43 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
+    def _with_deadline(self, handler: Any, method: str) -> Any:
+        """The handler of one message, as one that ends the call if the message does not come: a call that was only begun must
+        not keep its place, and one host must not begin so many that others find none."""
+        if handler is None or handler.request_streaming:
+            return handler
 
-def _with_deadline(handler: Any, method: str) -> Any:
-    """The handler of one message, as one that ends the call if the message does not come: a call that was only begun must
-    not keep its place."""
-    if handler is None or handler.request_streaming:
-        return handler
+        async def first(messages: Any, context: Any) -> Any:
+            host = context.peer().rpartition(":")[0]
+            if self._begun[host] >= MAX_BEGUN_CALLS:
+                text = f"{MAX_BEGUN_CALLS} calls of this host are waiting for their messages; send those first"
+                await abort(context, method, OverloadedError(text))
+            self._begun[host] += 1
+            try:
+                return await asyncio.wait_for(anext(messages), _MESSAGE_S)
+            except (TimeoutError, StopAsyncIteration):
+                await abort(context, method, InvalidRequestError(f"no message came within {_MESSAGE_S:g} seconds"))
+            finally:
+                self._begun[host] -= 1
+                if not self._begun[host]:
+                    del self._begun[host]
 
-    async def first(messages: Any, context: Any) -> Any:
-        try:
-            return await asyncio.wait_for(anext(messages), _MESSAGE_S)
-        except (TimeoutError, StopAsyncIteration):
-            await abort(context, method, InvalidRequestError(f"no message came within {_MESSAGE_S:g} seconds"))
+        if not handler.response_streaming:
 
-    if not handler.response_streaming:
+            async def answer(messages: Any, context: Any) -> Any:
+                return await handler.unary_unary(await first(messages, context), context)
 
-        async def answer(messages: Any, context: Any) -> Any:
-            return await handler.unary_unary(await first(messages, context), context)
+            return grpc.stream_unary_rpc_method_handler(
+                answer, handler.request_deserializer, handler.response_serializer
+            )
 
-        return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+        async def answer_stream(messages: Any, context: Any) -> Any:
+            async with aclosing(handler.unary_stream(await first(messages, context), context)) as responses:
+                async for response in responses:
+                    yield response
 
-    async def answer_stream(messages: Any, context: Any) -> Any:
-        async with aclosing(handler.unary_stream(await first(messages, context), context)) as responses:
-            async for response in responses:
-                yield response
+        async def answer_by_writing(messages: Any, context: Any) -> None:
+            await handler.unary_stream(await first(messages, context), context)
 
-    async def answer_by_writing(messages: Any, context: Any) -> None:
-        await handler.unary_stream(await first(messages, context), context)
-
-    chosen = answer_stream if inspect.isasyncgenfunction(handler.unary_stream) else answer_by_writing
-    return grpc.stream_stream_rpc_method_handler(chosen, handler.request_deserializer, handler.response_serializer)
+        chosen = answer_stream if inspect.isasyncgenfunction(handler.unary_stream) else answer_by_writing
+        return grpc.stream_stream_rpc_method_handler(chosen, handler.request_deserializer, handler.response_serializer)
