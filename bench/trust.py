@@ -1,6 +1,6 @@
 """`motet bench trust`: what it costs to know one's callers, and what one tenant notices of another's flood.
 
-throughput   16 streams: the engine alone, a server, with TLS and keys, with an audit log too; in turns in one run
+throughput   16 streams: the engine alone, a server, with TLS and keys, with fewer messages, with an audit log; in turns
 first token  of one request at a time, the same way
 flood        a tenant's wait for the first token, alone and while another tenant has 64 streams open
 """
@@ -53,6 +53,7 @@ def run(
         secure += ["--max-num-seqs", str(streams), "--log-level", "warning"]
         audited = [*secure, "--audit", str(directory / "audit"), "--log-level", "info"]
         plain = stack.enter_context(server_process(bundle, threads, ["--max-num-seqs", str(streams)]))
+        coalesced = stack.enter_context(server_process(bundle, threads, [*secure, "--stream-interval", "8"]))
         with_tls = stack.enter_context(server_process(bundle, threads, secure))
         with_audit = stack.enter_context(server_process(bundle, threads, audited))
         engine = stack.enter_context(Engine.from_bundle(bundle, EngineConfig(max_num_seqs=streams, threads=threads)))
@@ -61,6 +62,9 @@ def run(
             "server": lambda n, count, seed: _served(Connection(plain), n, count, seed),
             "TLS and keys": lambda n, count, seed: _served(
                 Connection(with_tls, keys["a"], ca=authority.path), n, count, seed
+            ),
+            "8 tokens per message": lambda n, count, seed: _served(
+                Connection(coalesced, keys["a"], ca=authority.path), n, count, seed
             ),
             "and audit": lambda n, count, seed: _served(
                 Connection(with_audit, keys["a"], ca=authority.path), n, count, seed

@@ -10,10 +10,12 @@ from ..api.output import Output, join
 
 class OutputQueue:
     """`put` never waits for the reader. Deltas of a choice that the reader has not taken yet are joined, so the queue
-    holds at most one per choice, and no more than the answer."""
+    holds at most one per choice, and no more than the answer. After its first token a choice is ready when it has
+    `interval` tokens, or has ended."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: int = 1) -> None:
+        self._loop, self._interval = loop, interval
+        self._begun: set[int] = set()  # choices whose first token was sent
         self._pending: dict[int, Output] = {}
         self._ready = asyncio.Event()
         self._sending_since: float | None = None
@@ -24,7 +26,11 @@ class OutputQueue:
 
     def _add(self, output: Output) -> None:
         join(self._pending, output)
-        self._ready.set()
+        choice = self._pending[output.choice]
+        is_due = self._interval == 1 or output.choice not in self._begun or len(choice.token_ids) >= self._interval
+        if is_due or choice.finish_reason is not None or choice.error is not None:
+            self._begun.add(output.choice)
+            self._ready.set()
 
     async def take(self) -> list[Output]:
         """All deltas that are ready; waits until there is one. Until the next call they are on their way to the reader."""

@@ -44,7 +44,13 @@ def serve(bundle: Path, settings: Settings) -> None:
             sinks.append(AuditSink(audit, engine.model.digest))
         if tracer is not None:
             sinks.append(tracer)
-        service = Service(engine, limits=settings.tenants, sinks=sinks, send_timeout_s=server.send_timeout)
+        service = Service(
+            engine,
+            limits=settings.tenants,
+            sinks=sinks,
+            send_timeout_s=server.send_timeout,
+            stream_interval=server.stream_interval,
+        )
         if server.monitor_port is not None:
             monitor = Monitor(service, registry, access, server.host, server.monitor_port, tls)
             stack.callback(monitor.close)

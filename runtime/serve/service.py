@@ -54,13 +54,14 @@ class Service:
         limits: Mapping[str, TenantLimits] | None = None,
         sinks: Iterable[CallSink] = (),
         send_timeout_s: float = 60.0,
+        stream_interval: int = 1,
     ) -> None:
         """`limits`: of tenants, see `Quotas`. `send_timeout_s`: seconds that a delta may wait for its reader; then the request
-        ends, and so does the task that should have read."""
+        ends, and so does the task that should have read. `stream_interval`: tokens per delta of a choice, see `OutputQueue`."""
         self._engine = engine
         self._quotas = Quotas(limits or {}, engine.config.max_requests)
         self.calls = Calls(sinks, engine.model.name)
-        self._send_timeout_s = send_timeout_s
+        self._send_timeout_s, self._stream_interval = send_timeout_s, stream_interval
         self._is_leaving = self._is_shut_down = False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
@@ -137,7 +138,7 @@ class Service:
     async def _answer(self, request_id: str, tokenised: Request) -> AsyncGenerator[Output, None]:
         tenant, unfinished = tokenised.owner.tenant, tokenised.sampling.n
         with self._known(tenant, request_id, tokenised.request_id):
-            queue = OutputQueue(asyncio.get_running_loop())
+            queue = OutputQueue(asyncio.get_running_loop(), self._stream_interval)
             self._engine.submit(tokenised, queue.put)
             self._quotas.spend(tenant, sum(map(len, tokenised.prompts)))
             watch = asyncio.create_task(self._end_if_unread(queue, asyncio.current_task()))

@@ -58,6 +58,9 @@ class ServerSettings:
     lame_duck: float = described(0.0, "Seconds between NOT_SERVING and the refusal of new requests, at the end.")
     drain_timeout: float = described(300.0, "Seconds that running requests have at the end; then they are cut.")
     send_timeout: float = described(60.0, "Seconds that a client may leave an answer unread; then it is ended.")
+    stream_interval: int = described(
+        1, "Tokens of a choice per message of a stream, after its first; more are fewer messages to send and to read."
+    )
     audit: Path | None = described(None, "Directory of the audit log; see `motet audit`.")
     audit_content: bool = described(False, "Keep prompts and answers in the audit log, encrypted for each subject.")
     traces: bool = described(False, "Export OpenTelemetry traces by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
@@ -65,6 +68,12 @@ class ServerSettings:
     log_level: Literal["debug", "info", "warning", "error"] = described("info", "What is logged, at least.")
 
     def __post_init__(self) -> None:
+        if (
+            isinstance(self.stream_interval, bool)
+            or not isinstance(self.stream_interval, int)
+            or self.stream_interval < 1
+        ):
+            raise ConfigError(f"stream_interval must be an integer of at least 1, got {self.stream_interval!r}")
         if self.send_timeout == 0:
             raise ConfigError("send_timeout must be above 0 seconds; no client reads in none")
         for name in ("lame_duck", "drain_timeout", "send_timeout"):

@@ -199,6 +199,24 @@ def test_tokenize_and_models(engine, tokenizer):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("interval", [1, 5, 1000])
+def test_tokens_per_delta(engine, interval):
+    """The first token is sent at once, then so many at a time, and the rest with the end; the tokens are the same."""
+
+    async def run():
+        return await gather(Service(engine, stream_interval=interval), ask(n=2, seed=3, max_tokens=23))
+
+    deltas, whole = asyncio.run(run()), asyncio.run(Service(engine).complete(ask(n=2, seed=3, max_tokens=23), CALLER))
+    for choice in whole:
+        sizes = [len(delta.token_ids) for delta in deltas if delta.choice == choice.choice]
+        parts = [token for delta in deltas if delta.choice == choice.choice for token in delta.token_ids]
+        assert parts == choice.token_ids
+        assert sizes[0] >= 1
+        assert len(sizes) <= 2 + 2 * 22 // interval + 1
+        if interval == 1000:
+            assert sum(sizes) == 23 and len(sizes) <= 3
+
+
 def test_draining_ends_what_is_here_and_takes_no_more(engine, backend):
     held, go = hold_first_step(backend)
 

@@ -94,6 +94,8 @@ def test_the_environment_is_used_or_refused():
         ({"jwks": Path("j")}, "belong together"),
         ({"keys": Path("k"), "allow_drain": True}, "leave allow_drain out"),
         ({"audit_content": True}, "give audit too"),
+        ({"send_timeout": 0}, "send_timeout must be above 0"),
+        ({"stream_interval": 0}, "stream_interval must be an integer of at least 1"),
     ],
 )
 def test_contradictions(fields, message):
