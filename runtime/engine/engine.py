@@ -239,7 +239,11 @@ class Engine:
         if again:
             self._num_restarts += 1
             blocks = self._scheduler.blocks
-            self._scheduler = self._new_scheduler(BlockManager(blocks.num_blocks, blocks.block_size, stale=True))
+            old, self._scheduler = (
+                self._scheduler,
+                self._new_scheduler(BlockManager(blocks.num_blocks, blocks.block_size, stale=True)),
+            )
+            self._scheduler.go_on_counting(old)
         return again
 
     def _take_inbox(self) -> bool:

@@ -73,6 +73,14 @@ class Scheduler:
         self.num_preempted = 0
         self.num_accepted = 0  # of these, those that were drawn
 
+    def go_on_counting(self, other: Scheduler) -> None:
+        """Begin with the counts of the scheduler before this one."""
+        self.num_drafted, self.num_accepted, self.num_preempted = (
+            other.num_drafted,
+            other.num_accepted,
+            other.num_preempted,
+        )
+
     def add(self, group: Group) -> None:
         self.waiting.add(group)
 

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 import grpc
 from helpers.fake_backend import FakeBackend, make_engine
@@ -59,6 +60,7 @@ def soak(tokenizer, seconds, seed):
         expected = [client.complete(ignore_eos=True, **request)[0].token_ids for request in requests]
     backend = FakeBackend(num_blocks=40)  # too few for all: groups are preempted
     rng, ends, stop = random.Random(seed), Counter(), threading.Event()
+    wrong: list[BaseException] = []  # what a client's thread ended with
     faults = random.Random(seed + 1)
 
     def on_step(_batch):
@@ -80,21 +82,26 @@ def soak(tokenizer, seconds, seed):
         with serving(engine, ByPeer(seed), **options) as running:
             Scheduler.schedule = sometimes_broken
             try:
-                clients = [
-                    threading.Thread(
-                        target=_client, args=(running.address, requests, expected, rng.random(), stop, ends)
-                    )
-                    for _ in range(_CLIENTS)
-                ]
+
+                def run(client_seed):
+                    try:
+                        _client(running.address, requests, expected, client_seed, stop, ends)
+                    except BaseException as error:
+                        wrong.append(error)
+                        stop.set()
+
+                clients = [threading.Thread(target=run, args=(rng.random(),)) for _ in range(_CLIENTS)]
                 for client in clients:
                     client.start()
-                time.sleep(seconds)
+                stop.wait(seconds)
             finally:
                 stop.set()
                 Scheduler.schedule = schedule
                 for client in clients:
                     client.join(60)
             assert not any(client.is_alive() for client in clients), "a client waits for ever"
+            if wrong:
+                raise wrong[0]
             deadline = time.monotonic() + 10
             while not (engine.is_idle and engine.stats().free_blocks == 40 and running.service._quotas.num_open == 0):
                 assert time.monotonic() < deadline, f"something is held: {engine.stats()}"
@@ -121,8 +128,14 @@ def _client(address, requests, expected, seed, stop, ends):
                     return
             # The connection goes with what is open on it: a client that is killed.
             for _ in range(rng.randrange(3)):
-                next(client.generate(ignore_eos=True, **requests[0]), None) if rng.random() < 0.5 else None
+                _begin(client, requests[0])
             ends["connection closed"] += 1
+
+
+def _begin(client, request):
+    """Begin an answer and leave it."""
+    with suppress(errors.MotetError):  # it may be refused, as any other
+        next(client.generate(ignore_eos=True, **request))
 
 
 def _one(client, request, expected, rng):
