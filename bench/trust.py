@@ -2,7 +2,7 @@
 
 throughput   16 streams: the engine alone, a server, with TLS and keys, with fewer messages, with an audit log; in turns
 first token  of one request at a time, the same way
-flood        a tenant's wait for the first token, alone and while another tenant has 64 streams open
+flood        a tenant's wait for the first token, alone and while another tenant has 64 streams open, with long and short steps
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .lib.report import Plot, machine, table, write
 from .serve import percentile, server_process
 
 FLOOD_STREAMS = 64
+SHORT_STEP = 128  # rows: what waits for a step to end waits for less
 PROMPT = 64  # tokens
 
 
@@ -80,11 +81,13 @@ def run(
                 way(streams, tokens, 100 * repeat)
                 rates[name].append(streams * tokens / (time.perf_counter() - started))
                 firsts[name] += [way(1, 1, 1000 * repeat + i)[0] for i in range(10)]
-        quiet, flooded = asyncio.run(
-            _flood(
-                Connection(with_tls, keys["a"], ca=authority.path), Connection(with_tls, keys["b"], ca=authority.path)
-            )
+        short_steps = stack.enter_context(
+            server_process(bundle, threads, [*secure, "--max-num-batched-tokens", str(SHORT_STEP)])
         )
+        floods = {}
+        for num_rows, address in ((512, with_tls), (SHORT_STEP, short_steps)):
+            flooding, other = (Connection(address, keys[tenant], ca=authority.path) for tenant in ("a", "b"))
+            floods[f"{num_rows} rows per step"] = asyncio.run(_flood(flooding, other))
     shares = {
         name: statistics.median(one / alone for one, alone in zip(found, rates["engine"]))
         for name, found in rates.items()
@@ -99,31 +102,22 @@ def run(
         "share_of_engine": shares,
         "share_with_audit": audit,
         "first_token_ms": {name: 1e3 * statistics.median(found) for name, found in firsts.items()},
-        "flood": {
-            "streams": FLOOD_STREAMS,
-            "quiet_ms_p50": 1e3 * percentile(quiet, 0.5),
-            "quiet_ms_p99": 1e3 * percentile(quiet, 0.99),
-            "flooded_ms_p50": 1e3 * percentile(flooded, 0.5),
-            "flooded_ms_p99": 1e3 * percentile(flooded, 0.99),
-            "ratio_p99": percentile(flooded, 0.99) / percentile(quiet, 0.99),
-        },
+        "flood": {name: _percentiles(*found) for name, found in floods.items()},
+        "flood_streams": FLOOD_STREAMS,
         "machine": machine(),
     }
     rows = [
         [name, f"{result['tokens_per_s'][name]:.0f}", f"{shares[name]:.1%}", f"{result['first_token_ms'][name]:.1f}"]
         for name in ways
     ]
-    flood = result["flood"]
-    lines = [
-        [load, f"{flood[f'{load}_ms_p50']:.0f}", f"{flood[f'{load}_ms_p99']:.0f}"] for load in ("quiet", "flooded")
-    ]
+    lines = [[name, *(f"{figure:.1f}" for figure in figures.values())] for name, figures in result["flood"].items()]
     tables = [
         table(
             f"{bundle.name}: {streams} streams of {tokens} tokens",
             ["", "tok/s", "of the engine", "first token, ms"],
             rows,
         ),
-        table("a tenant's first token beside another's flood, ms", ["", "p50", "p99"], lines),
+        table("a tenant's first token beside another's flood, ms", ["", *_NAMES], lines),
     ]
     plots = [
         Plot("throughput", "tok/s", list(ways), {"": list(result["tokens_per_s"].values())}),
@@ -131,6 +125,15 @@ def run(
     ]
     write("trust", result, tables, plots, out)
     return result
+
+
+_NAMES = ("quiet p50", "quiet p99", "flooded p50", "flooded p99", "p99 ×")
+
+
+def _percentiles(quiet: list[float], flooded: list[float]) -> dict[str, float]:
+    """In milliseconds, and the ratio of the last percentiles."""
+    found = [1e3 * percentile(times, share) for times in (quiet, flooded) for share in (0.5, 0.99)]
+    return dict(zip(_NAMES, (*found, found[3] / found[1]), strict=True))
 
 
 def _prompts(count: int, seed: int) -> list[tuple[int, ...]]:
