@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from ..api.output import Output, join
 
@@ -22,7 +23,8 @@ class OutputQueue:
 
     def put(self, output: Output) -> None:
         """Add a delta. May be called from any thread."""
-        self._loop.call_soon_threadsafe(self._add, output)
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
+            self._loop.call_soon_threadsafe(self._add, output)
 
     def _add(self, output: Output) -> None:
         join(self._pending, output)

@@ -199,6 +199,14 @@ def test_tokenize_and_models(engine, tokenizer):
     asyncio.run(run())
 
 
+def test_a_delta_that_comes_after_the_loop(caplog):
+    loop = asyncio.new_event_loop()
+    queue = OutputQueue(loop)
+    loop.close()
+    queue.put(Output("x", 0, 0, text="late"))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("interval", [1, 5, 1000])
 def test_tokens_per_delta(engine, interval):
     """The first token is sent at once, then so many at a time, and the rest with the end; the tokens are the same."""
