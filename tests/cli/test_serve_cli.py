@@ -154,7 +154,7 @@ for thread in threads:
         ]
         try:
             for each in clients:
-                assert each.stdout.readline() == ".\n"
+                assert each.stdout.readline().startswith(".")
             time.sleep(0.2)
         finally:
             for each in clients:
