@@ -32,9 +32,6 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._arrival)
 
-    def __contains__(self, group: Group) -> bool:
-        return group in self._arrival
-
     def __iter__(self) -> Iterator[Group]:
         """The waiting groups in the order in which they start. The caller may remove the group that it got, and charge."""
         rest = {tenant: iter(list(groups)) for tenant, groups in self._groups.items()}

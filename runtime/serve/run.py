@@ -27,7 +27,7 @@ log = logging.getLogger("motet.server")
 def serve(bundle: Path, settings: Settings) -> None:
     """Load a bundle and serve it. Prints one line when it is ready. After Admin.Drain, SIGINT or SIGTERM running requests have
     `drain_timeout` seconds; a second signal ends them at once. Raises what `open_engine`, `Access` and `TlsFiles` raise,
-    `PortInUseError`, and the error that ended the engine, if one did."""
+    `PortInUseError`, and `MotetError` if the engine or the audit log ended it."""
     server = settings.server
     access, tls = server.access(), server.tls()  # a mistake there is told before the bundle is loaded
     with ExitStack() as stack:
@@ -40,7 +40,7 @@ def serve(bundle: Path, settings: Settings) -> None:
         sinks: list[CallSink] = [CallLog(), CallMetrics(registry)]
         if audit is not None:
             audit.append(Entry("start", {"model": engine.model.name, "bundle": engine.model.digest}))
-            stack.callback(audit.append, Entry("stop", {"model": engine.model.name}))
+            stack.callback(_record_stop, audit, engine.model.name)
             sinks.append(AuditSink(audit, engine.model.digest))
         if tracer is not None:
             sinks.append(tracer)
@@ -67,6 +67,11 @@ def serve(bundle: Path, settings: Settings) -> None:
         asyncio.run(_serve(door, engine, server))
         if service.failure is not None:  # exit code 1: it may be started again
             raise MotetError(str(service.failure))
+
+
+def _record_stop(audit: AuditLog, model: str) -> None:
+    if audit.failure is None:  # else it is why the server ends, and must stay the error that is raised
+        audit.append(Entry("stop", {"model": model}))
 
 
 async def _serve(door: Server, engine: Engine, settings: ServerSettings) -> None:

@@ -28,10 +28,6 @@ class Access:
         """No authentication: for a server that only this machine reaches."""
         return cls(anonymous=anonymous(may_drain=may_drain))
 
-    @property
-    def is_open(self) -> bool:
-        return self._anonymous is not None
-
     def identify(self, authorization: Sequence[str]) -> Identity:
         """The caller of a request with these `authorization` headers. Raises `UnauthenticatedError`."""
         if self._anonymous is not None:

@@ -18,6 +18,7 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime import errors
 from motet.runtime.client.client import Client
 from motet.runtime.client.connection import Connection
+from motet.runtime.serve import run as run_module
 from motet.runtime.serve.settings import Settings
 from typer.testing import CliRunner
 
@@ -131,6 +132,22 @@ def test_a_server_with_everything(bundle, tmp_path, capfd):
     assert motet("audit", "erase", tmp_path / "audit", "--subject", subject).exit_code == 0
     assert "records 1 to 6" in motet("audit", "verify", tmp_path / "audit").stdout
     assert "0 records removed" in motet("audit", "prune", tmp_path / "audit", "--before", "2020-01-01").stdout
+
+
+def test_a_server_whose_audit_log_fails_may_be_started_again(bundle, tmp_path, monkeypatch):
+    """It ends with exit code 1, not with 2, which says that starting it again would not help."""
+
+    class Failing(run_module.AuditLog):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            full = errors.UnavailableError("the disk is full")
+            threading.Timer(0.5, lambda: setattr(self, "failure", full)).start()
+
+    monkeypatch.setattr(run_module, "AuditLog", Failing)
+    settings = Settings.load(None, {}, server={"port": 0, "audit": tmp_path / "audit"}, engine={"threads": 1})
+    with pytest.raises(errors.MotetError, match="the disk is full") as caught:
+        run_module.serve(bundle, settings)
+    assert caught.value.exit_code == 1
 
 
 def test_fifty_clients_are_killed(bundle):

@@ -45,7 +45,7 @@ def test_one_tenant_is_first_come_first_served():
     queue.put_back(groups[0])
     assert list(queue) == groups  # what was preempted last began first
     queue.remove(groups[2])
-    assert len(queue) == 3 and groups[2] not in queue
+    assert list(queue) == [groups[0], groups[1], groups[3]]
 
 
 def test_priorities_are_within_a_tenant():

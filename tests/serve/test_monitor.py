@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.callers import caller
 from helpers.servers import serving, until
 from motet.options import KEY_VARIABLE
@@ -238,7 +239,6 @@ def test_the_dashboard_asks_for_series_that_there_are(engine):
 
 
 def test_the_files_for_deployment_fit_together():
-    yaml = pytest.importorskip("yaml", reason="PyYAML comes with huggingface-hub")
     settings = Settings.load(DEPLOY / "motet.toml")
     deployment, _service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]
