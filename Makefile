@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -38,6 +38,10 @@ soak: $(READY)
 
 fuzz-wire: $(READY)
 	cd tests && ../$(BIN)/python -m fuzz.wire --count $(COUNT) --seed $(SEED)
+
+# JSON of 200 schemas of the public test suite, which pip fetches: see tests/fuzz/structures.py.
+structures: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz.structures
 
 # Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)

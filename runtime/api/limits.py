@@ -35,6 +35,10 @@ MAX_LOGIT_BIASES = 65536
 MAX_STOPS = 64  # stop strings, and stop token ids
 MAX_STOP_BYTES = 1024
 
+MAX_STRUCTURE_BYTES = 64 * 2**10  # of a schema, grammar, regular expression or list of choices
+MAX_STRUCTURE_DEPTH = 64  # of JSON
+MAX_STRUCTURE_CHOICES = 1000
+
 # ---- what an answer may hold -----------------------------------------------------------------------------------------
 
 MAX_CHOICES = 64

@@ -19,6 +19,7 @@ from .limits import (
 from .prompt import Prompt
 from .rules import Flag, Integer, Number, Text
 from .sampling import SamplingParams
+from .structure import Structure
 
 MIX_TOLERANCE = 1e-6
 _FLAG = Flag()
@@ -122,7 +123,8 @@ class GenerateRequest:
     calibrated. `abstain_below` implies it: an answer with less confidence is marked as abstained. `drafts`: the answer is
     the one of so many drafts that agrees most with the others (`engine.consensus`); it comes in one piece, when all
     have ended. `priority`: of the caller's waiting requests the one with the lowest number goes first. `cache_salt`:
-    only requests of the same tenant with the same salt share cached prefixes. Raises `InvalidRequestError`,
+    only requests of the same tenant with the same salt share cached prefixes. `structure`: the form that the answer must
+    have. Raises `InvalidRequestError`,
     `InvalidEnsembleError`.
     """
 
@@ -139,6 +141,7 @@ class GenerateRequest:
     drafts: int = 0
     priority: int = 0
     cache_salt: str = ""
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, SamplingParams):
@@ -197,6 +200,7 @@ class Request:
     return_confidence: bool = False
     abstain_below: float | None = None
     drafts: int = 0  # to choose the answer from; the engine itself makes one answer, see `engine.consensus`
+    structure: Structure | None = None
     cache_salt: bytes = b""  # requests with different salts share no cached prefixes; the service has one per tenant
     priority: int = 0  # among its owner's waiting requests: the lowest goes first
     owner: Owner = field(default_factory=Owner)
@@ -227,6 +231,7 @@ def _check_options(request: GenerateRequest | Request) -> None:
     _FLAG.check("return_member_logprobs", request.return_member_logprobs)
     _FLAG.check("return_confidence", request.return_confidence)
     _PRIORITY.check("priority", request.priority)
+    _check_structure(request.structure, request.sampling)
     _DRAFTS.check("drafts", request.drafts)
     if request.drafts == 1 or (request.drafts and request.sampling.n > 1):
         raise InvalidRequestError(
@@ -242,3 +247,15 @@ def _check_options(request: GenerateRequest | Request) -> None:
     if request.abstain_below is not None:
         _SHARE.check("abstain_below", request.abstain_below)
         object.__setattr__(request, "return_confidence", True)
+
+
+def _check_structure(structure: Structure | None, sampling: SamplingParams) -> None:
+    if structure is None:
+        return
+    if not isinstance(structure, Structure):
+        raise InvalidRequestError(f"structure must be a Structure or None, got {shown(structure)}", field="structure")
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(sampling, name):
+            raise InvalidRequestError(
+                f"{name} goes on where the answer's structure ends it; leave {name} out, or the structure", field=name
+            )

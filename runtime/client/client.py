@@ -17,6 +17,7 @@ from ..api.prompt import Prompt, PromptContent
 from ..api.request import Ensemble, Member, Space
 from ..api.rules import Flag
 from ..api.sampling import SamplingParams, check_names
+from ..api.structure import Structure
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
 from ..serve.grpc.statuses import error_of
 from ..serve.grpc.wire import (
@@ -44,6 +45,7 @@ def _message(
     drafts: int = 0,
     priority: int = 0,
     cache_salt: str = "",
+    structure: Structure | None = None,
     sampling: SamplingParams | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateRequest:
@@ -52,7 +54,7 @@ def _message(
     `mix`: a mapping member → coefficient, or an `Ensemble`, whose members with view i see `views[i - 1]`; None is the
     bundle's own. `space`: of a `mix` that is a mapping; default LOGITS. `request_id` is returned with every output.
     `time_limit_s`: seconds after which the answer ends with what it has. `return_confidence`, `abstain_below`,
-    `drafts`, `priority`, `cache_salt`: see `GenerateRequest`. Sampling parameters are passed as `sampling`
+    `drafts`, `priority`, `cache_salt`, `structure`: see `GenerateRequest`. Sampling parameters are passed as `sampling`
     or as keywords. Everything is checked before anything is sent; an option that would have no effect is refused.
     Raises `InvalidRequestError`, `InvalidEnsembleError`.
     """
@@ -87,6 +89,7 @@ def _message(
         drafts=drafts,
         priority=priority,
         cache_salt=cache_salt,
+        structure=structure,
     )
 
 
@@ -112,7 +115,7 @@ class Client:
 
     `address`: host:port, or a `Connection` with a key or TLS. `prompt`: text, token ids, messages ({"role", "content"}), or
     a `Conversation`. Options: see `_message` (mix, space, views, request_id, time_limit_s, return_member_logprobs,
-    return_confidence, abstain_below, drafts, priority, cache_salt, sampling, or the fields of `SamplingParams`).
+    return_confidence, abstain_below, drafts, priority, cache_salt, structure, sampling, or the fields of `SamplingParams`).
     `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has.
     Raises the errors of the server, and `UnavailableError` if there is no answer from it.
     """

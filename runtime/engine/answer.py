@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..api.confidence import Calibration, disagreement
 from ..api.output import Output, Timings, Usage
 from ..api.request import FinishReason, Request
-from ..errors import MotetError
+from ..errors import InvalidRequestError, MotetError, NumericalError
 from ..schedule.batch import StepOutput
 from ..schedule.scheduler import GroupTokens
 from ..schedule.sequence import Group
@@ -49,6 +49,8 @@ class Answer:
         if self.text.stopped is not None:
             delta.stop_matched = self.text.stopped
             return FinishReason.STOP
+        if group.editor.matcher is not None and group.editor.matcher.is_complete:
+            return FinishReason.STOP
         return FinishReason.LENGTH if len(group.output) >= group.max_tokens else None
 
     def add_logprobs(self, run: GroupTokens, output: StepOutput) -> None:
@@ -66,6 +68,15 @@ class Answer:
                 self.delta.disagreement.append(apart)
                 self.delta.confidence.append(self.calibration.confidence(logprob, apart))
                 self.confidence_sum += self.delta.confidence[-1]
+
+    def no_token(self, reason: str) -> MotetError:
+        """Why the answer ends, if no token could be drawn for this reason."""
+        matcher = self.group.editor.matcher
+        if matcher is not None and matcher.failure:
+            return InvalidRequestError(
+                f"the answer's structure is too complex here ({matcher.failure}); simplify it", field="structure"
+            )
+        return NumericalError(f"no token for request '{self.group.request_id}': {reason}")
 
     def take_delta(self) -> Output:
         """What became ready since the last call. The caller owns it."""

@@ -14,13 +14,14 @@ from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output
 from ..api.request import FinishReason, Request
 from ..backends.base import Backend
-from ..errors import MotetError, NumericalError, UnavailableError
+from ..errors import MotetError, UnavailableError
 from ..schedule.admission import Admission
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
 from ..schedule.packing import ScheduledBatch
 from ..schedule.scheduler import GroupTokens, Scheduler
 from ..schedule.sequence import Group
+from ..text.grammar import Grammars
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
@@ -45,6 +46,7 @@ class Engine:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer, model.vocab_size, model.eos_token_ids)
         self.model = model
         self.config = config
         self._backend = backend
@@ -104,7 +106,8 @@ class Engine:
 
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
-        groups = self._admission.groups_of(request)
+        matcher = None if request.structure is None else self.grammars.matcher(request.structure)
+        groups = self._admission.groups_of(request, matcher)
         streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
         answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
         self._inbox.put(answers)
@@ -320,8 +323,7 @@ class Engine:
         if run.reason is not None:
             self._finish(answer, run.reason)
         elif run.error is not None:
-            error = NumericalError(f"no token for request '{group.request_id}': {run.error}")
-            self._finish(answer, FinishReason.ERROR, error)
+            self._finish(answer, FinishReason.ERROR, answer.no_token(run.error))
         else:
             self._send(answer, answer.take_delta())
 

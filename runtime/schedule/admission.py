@@ -6,13 +6,14 @@ import secrets
 from collections.abc import Iterable
 
 from ..api.config import EngineConfig
+from ..api.limits import MAX_SPECULATIVE_TOKENS
 from ..api.model_info import ModelInfo
 from ..api.request import Ensemble, Request
 from ..api.sampling import SamplingParams
 from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError
 from .blocks import BlockManager
 from .drafts import Drafter
-from .resolve import LogitEditor
+from .resolve import LogitEditor, Matcher
 from .sequence import Group, Sequence
 
 
@@ -36,8 +37,9 @@ class Admission:
         self._can_verify = can_verify
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
-    def groups_of(self, request: Request) -> list[Group]:
-        """One group per choice, with one sequence per view. Raises what `check` raises."""
+    def groups_of(self, request: Request, matcher: Matcher | None = None) -> list[Group]:
+        """One group per choice, with one sequence per view. `matcher`: of the request's structure. Raises what `check`
+        raises."""
         self.check(request)
         members_of: dict[int, set[int]] = {}  # view → members
         for member in request.ensemble.members:
@@ -48,7 +50,7 @@ class Admission:
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self._model.eos_token_ids
         stop_ids = frozenset((*eos, *params.stop_token_ids))
-        editor = LogitEditor(params, stop_ids, request.prompts[views[0]])
+        editor = LogitEditor(params, stop_ids, request.prompts[views[0]], matcher)
         return [
             Group(
                 request_id=request.request_id,
@@ -67,6 +69,9 @@ class Admission:
                 return_member_logprobs=request.return_member_logprobs or request.return_confidence,
                 return_logprobs=request.return_confidence,
                 drafter=self._drafter(params),
+                max_forced=MAX_SPECULATIVE_TOKENS
+                if matcher and self._can_verify and params.speculative_tokens != 0
+                else 0,
                 priority=request.priority,
                 owner=request.owner,
             )

@@ -4,7 +4,9 @@ before it."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,31 @@ from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
 
 I64 = npt.NDArray[np.int64]
+U32 = npt.NDArray[np.uint32]
+
+
+class Matcher(Protocol):
+    """Follows an answer through the structure that it must have (`text.grammar.GrammarMatcher`)."""
+
+    def fork(self) -> Self:
+        """An independent copy."""
+
+    def mask(self) -> U32:
+        """[ceil(vocab / 32)] the tokens that may follow (`Edits.mask`)."""
+
+    def accept(self, token_id: int) -> None: ...
+
+    def forced(self) -> list[int]:
+        """The tokens that must follow."""
+
+    def num_valid(self, token_ids: list[int]) -> int:
+        """How many of these tokens may follow, one after the other."""
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    @property
+    def failure(self) -> str: ...
 
 
 def resolve_sampling(
@@ -36,10 +63,18 @@ class LogitEditor:
 
     In this order (see `Edits`): `repetition_penalty` on every token of prompt and answer, `presence_penalty` plus
     `frequency_penalty` times its count on every token of the answer, `logit_bias`, and -inf on the stop ids until
-    `min_tokens` tokens are drawn. Each token costs one look-up, each step one copy of the edited entries.
+    `min_tokens` tokens are drawn; then the mask of `matcher`, if the answer has a structure. Each token costs one
+    look-up, each step one copy of the edited entries.
     """
 
-    def __init__(self, params: SamplingParams, stop_ids: Iterable[int], prompt_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        stop_ids: Iterable[int],
+        prompt_ids: Iterable[int],
+        matcher: Matcher | None = None,
+    ) -> None:
+        self.matcher = matcher
         self._repetition = params.repetition_penalty
         self._presence = params.presence_penalty
         self._frequency = params.frequency_penalty
@@ -62,6 +97,8 @@ class LogitEditor:
     def fork(self) -> LogitEditor:
         """An independent copy."""
         other = copy.copy(self)
+        if self.matcher is not None:
+            other.matcher = self.matcher.fork()
         if self._counts_answer:  # otherwise the arrays do not change any more
             other._ids, other._divisors = self._ids.copy(), self._divisors.copy()
             other._counts, other._biases = self._counts.copy(), self._biases.copy()
@@ -70,7 +107,9 @@ class LogitEditor:
 
     def observe(self, token_id: int) -> None:
         """Note that a token was drawn."""
-        if self._counts_answer or self._num_drawn < self._min_tokens:
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+        if self.matcher is not None or self._counts_answer or self._num_drawn < self._min_tokens:
             self._latest = None
         self._num_drawn += 1
         if not self._counts_answer:
@@ -85,6 +124,8 @@ class LogitEditor:
         """Edits for the token after those observed."""
         if self._latest is None:
             self._latest = self._edits()
+            if self.matcher is not None:
+                self._latest = dataclasses.replace(self._latest, mask=self.matcher.mask())
         return self._latest
 
     def edits_along(self, draft: Iterable[int]) -> list[Edits]:

@@ -317,12 +317,11 @@ class Scheduler:
         load = StepLoad(rows, len(decodes))
         for decode in decodes:
             group = decode.group
-            if group.drafter is not None:
+            if group.drafter is not None or group.max_forced:
                 room = (self._max_rows - load.rows) // len(group.sequences)
                 left = group.max_tokens - len(group.output) - 1
-                limit = self._fitting(group, min(room, left, group.drafter.max_tokens))
-                text = group.sequences[0].tokens.array()
-                decode.draft = group.drafter.propose(text, limit, load, len(group.sequences))
+                limit = self._fitting(group, min(room, left, group.max_draft))
+                decode.draft = group.draft(limit, load)
                 for sequence in group.sequences:
                     sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..api.request import Owner, Space
 from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
-from .drafts import Drafter
+from .drafts import Drafter, StepLoad
 from .resolve import LogitEditor, resolve_sampling
 
 I64 = npt.NDArray[np.int64]
@@ -99,6 +99,7 @@ class Group:
     return_member_logprobs: bool = False
     return_logprobs: bool = False  # the chosen token's, also if the parameters do not ask for them
     drafter: Drafter | None = None  # None: no speculation
+    max_forced: int = 0  # most tokens that are drafted because the answer's structure forces them
     priority: int = 0
     owner: Owner = field(default_factory=Owner)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -109,6 +110,25 @@ class Group:
 
     def __post_init__(self) -> None:
         self.sampling = resolve_sampling(self.params, self.seed, self.return_member_logprobs, self.return_logprobs)
+
+    @property
+    def max_draft(self) -> int:
+        """Most tokens of a draft."""
+        return max(self.max_forced, self.drafter.max_tokens if self.drafter is not None else 0)
+
+    def draft(self, limit: int, load: StepLoad) -> I64:
+        """A draft of at most `limit` tokens, none of which the answer's structure forbids; often empty. It is added to
+        `load`. What the structure forces comes before a guess."""
+        matcher = self.editor.matcher
+        if self.max_forced and matcher is not None and (forced := matcher.forced()[:limit]):
+            load.rows += len(self.sequences) * len(forced)
+            load.tokens += len(forced)
+            return np.array(forced, np.int64)
+        if self.drafter is None:
+            return np.empty(0, np.int64)
+        limit = min(limit, self.drafter.max_tokens)
+        found = self.drafter.propose(self.sequences[0].tokens.array(), limit, load, len(self.sequences))
+        return found if matcher is None else found[: matcher.num_valid(found.tolist())]
 
     def append(self, token_id: int) -> None:
         self.output.append(token_id)

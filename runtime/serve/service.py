@@ -244,6 +244,10 @@ class Service:
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
             ensemble = Ensemble(members, request.ensemble.space)
+        if (
+            request.structure is not None
+        ):  # compiled here, in a reader's thread; the engine finds it among those of late
+            self._engine.grammars.matcher(request.structure)
         sampling, owner = request.sampling, self._owner(identity)
         choices = max(sampling.n, request.drafts)
         if owner.max_waiting is not None and choices > owner.max_waiting:
@@ -264,6 +268,7 @@ class Service:
             abstain_below=request.abstain_below,
             drafts=request.drafts,
             priority=request.priority,
+            structure=request.structure,
             cache_salt=_salt(identity.tenant, request.cache_salt),
             owner=owner,
         )

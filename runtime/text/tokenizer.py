@@ -95,6 +95,10 @@ class Tokenizer:
         longest = max((len(token) for token in state["model"]["vocab"]), default=0)
         return rewritten * max(longest, *(len(token["content"].encode()) for token in added), 1)
 
+    def to_json(self) -> str:
+        """The tokenizer as the content of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # The same ids as `encode`, which holds the GIL: other threads would stand still while a long text is read.
         ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids

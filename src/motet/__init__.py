@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .runtime.api.prompt import Conversation
     from .runtime.api.request import Ensemble, FinishReason, Member, Request, Space
     from .runtime.api.sampling import SamplingParams
+    from .runtime.api.structure import Structure
     from .runtime.client.client import AsyncClient, Client
     from .runtime.engine.engine import Engine
     from .runtime.errors import MotetError
@@ -43,6 +44,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Space",
+    "Structure",
     "build_prompt",
 ]
 
@@ -63,6 +65,7 @@ _MODULES = {
     "Request": "api.request",
     "SamplingParams": "api.sampling",
     "Space": "api.request",
+    "Structure": "api.structure",
     "build_prompt": "text.prompt",
 }  # public name → its module in motet.runtime
 

@@ -17,6 +17,7 @@ import typer
 from .options import (
     DEFAULT_ADDRESS,
     KEY_VARIABLE,
+    STRUCTURE_OPTIONS,
     Address,
     Bundle,
     Ca,
@@ -29,6 +30,7 @@ from .options import (
     read_ensemble,
     read_sampling,
     sampling_options,
+    take_structure,
     with_options,
 )
 from .runtime.api.output import Completion, Output, join
@@ -49,7 +51,7 @@ def mount(app: typer.Typer) -> None:
     app.command()(chat)
 
 
-@with_options(sampling_options(max_tokens=256, temperature=0.7, top_p=0.95))
+@with_options(sampling_options(max_tokens=256, temperature=0.7, top_p=0.95) | STRUCTURE_OPTIONS)
 def generate(
     typed: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
@@ -98,6 +100,7 @@ def generate(
     **values: Any,
 ) -> None:
     """Generate from one prompt and stream it to the terminal."""
+    structure = take_structure(values)
     sampling = read_sampling(values, typed, defaults, bundle)
     ensemble = read_ensemble(mix, space)
     if context is None and (alpha is not None or member is not None):
@@ -127,6 +130,7 @@ def generate(
             drafts=drafts,
             priority=priority,
             cache_salt=cache_salt,
+            structure=structure,
         )
         if as_json:
             _print_json(deltas)

@@ -13,9 +13,10 @@ import typer
 from .runtime.api.request import Ensemble, Member, Space
 from .runtime.api.rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
 from .runtime.api.sampling import DEFAULTS, HELP, RULES, SamplingParams
+from .runtime.api.structure import Structure
 from .runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
 from .runtime.model.generation import recommended_sampling
-from .runtime.text.documents import decode_text
+from .runtime.text.documents import decode_text, read_document
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -126,6 +127,33 @@ def sampling_options(*, without: Collection[str] = (), **defaults: Any) -> dict[
             kind = kind | None if default is None else kind
         options[name] = (kind, typer.Option(default, help=help, metavar=metavar))
     return options
+
+
+STRUCTURE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "json_schema": (Path | None, typer.Option(None, help="The answer is JSON that this schema, a file, describes.")),
+    "json_object": (bool, typer.Option(False, "--json-object", help="The answer is a JSON object.")),
+    "regex": (str | None, typer.Option(None, help="The answer is text that this regular expression matches.")),
+    "grammar": (Path | None, typer.Option(None, help="The answer is text of this grammar, a file in Lark's syntax.")),
+    "choice": (
+        list[str] | None,
+        typer.Option(None, help="The answer is this text, or another one. May be given several times."),
+    ),
+}
+
+
+def take_structure(values: dict[str, Any]) -> Structure | None:
+    """Remove the values of `STRUCTURE_OPTIONS`; what they say. Raises `ConfigError` for more than one of them, and what
+    `Structure` and `read_document` raise."""
+    given = {name: value for name in STRUCTURE_OPTIONS if (value := values.pop(name))}
+    if len(given) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"an answer has one structure, and {options} are given; leave one out")
+    for name, value in given.items():
+        if name == "json_object":
+            return Structure.json_object()
+        make: Callable[[Any], Structure] = getattr(Structure, name)
+        return make(read_document(value) if isinstance(value, Path) else value)
+    return None
 
 
 def given_options(context: typer.Context) -> set[str]:

@@ -193,8 +193,9 @@ SOLO = Ensemble((Member("a", 1.0),))
 
 def make_engine(tokenizer, backend=None, *, observers=(), **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), 256, values["max_model_len"])
-    return Engine(backend or FakeBackend(), tokenizer, model, EngineConfig(**values), observers)
+    backend = backend or FakeBackend()
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), backend.vocab_size, values["max_model_len"])
+    return Engine(backend, tokenizer, model, EngineConfig(**values), observers)
 
 
 def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, cache_salt=b"", **params) -> Request:

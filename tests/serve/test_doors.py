@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 
 import pytest
 from helpers.callers import CALLER
-from helpers.fake_backend import make_engine
+from helpers.fake_backend import FakeBackend, make_engine
 from motet.cli import app
 from motet.proto import inference_pb2
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member, Request, Space
 from motet.runtime.api.rules import Biases, Flag, Integer, Number, Strings, TokenIds
 from motet.runtime.api.sampling import DEFAULTS, RULES, SamplingParams
+from motet.runtime.api.structure import Structure
 from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.schedule.admission import choice_seed
 from motet.runtime.serve.local import serve_engine
@@ -64,7 +66,14 @@ VIEWS = GenerateRequest(
 PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
 DRAFTED = GenerateRequest("hello", sampling=SamplingParams(seed=7, temperature=0.5, max_tokens=9), drafts=3)
-ALONE = {"drafts"}  # what other fields exclude: see DRAFTED
+STRUCTURES = [
+    Structure.json_schema({"type": "object"}),
+    Structure.json_object(),
+    Structure.regex("[a-c]+"),
+    Structure.grammar('start: "a"+'),
+    Structure.choice(["yes", "nö\n"]),
+]
+ALONE = {"drafts", "structure"}  # what other fields exclude: see DRAFTED and STRUCTURES
 MADE_BY_THE_SERVICE = {"request_id", "owner"}  # no caller of a door sets them
 
 
@@ -86,7 +95,7 @@ def test_no_field_of_the_wire_is_ignored():
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
-    with make_engine(tokenizer, max_num_seqs=64) as engine:
+    with make_engine(tokenizer, FakeBackend(vocab_size=259), max_num_seqs=64) as engine:
         yield engine
 
 
@@ -130,6 +139,7 @@ def options_of(request):
         "drafts",
         "priority",
         "cache_salt",
+        "structure",
     )
     return {"mix": request.ensemble} | {name: getattr(request, name) for name in names} | sampling
 
@@ -174,12 +184,27 @@ def by_cli(request, _engine, address, path):
     for name in ("drafts", "priority", "cache_salt"):
         value = getattr(request, name)
         arguments += [f"--{name.replace('_', '-')}", str(value)] if value else []
+    if request.structure is not None:
+        arguments += cli_structure(request.structure, path)
     for name in RULES:
         arguments += cli_option(name, getattr(request.sampling, name))
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("done") == request.sampling.n, "every choice is printed"
     return {line[1:].split(":")[0] for line in result.stderr.splitlines()}
+
+
+def cli_structure(structure, path):
+    option = f"--{structure.kind.replace('_', '-')}"
+    match structure.kind:
+        case "json_object":
+            return [option]
+        case "choice":
+            return [text for choice in json.loads(structure.spec) for text in (option, choice)]
+        case "regex":
+            return [option, structure.spec]
+    (path / "structure").write_text(structure.spec)
+    return [option, str(path / "structure")]
 
 
 def cli_option(name, value):
@@ -218,6 +243,13 @@ def test_every_field_arrives(door, engine, tokenizer, address, tmp_path, seen):
     assert len(seen[0].cache_salt) == 16
     assert ids == {"mine"}
     assert seen[0].request_id != "mine"
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.kind)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_structure_arrives(door, structure, engine, address, tmp_path, seen):
+    door(GenerateRequest("hello", structure=structure), engine, address, tmp_path)
+    assert [request.structure for request in seen] == [structure]
 
 
 @pytest.mark.parametrize("door", DOORS)

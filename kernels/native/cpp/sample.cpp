@@ -168,7 +168,7 @@ bool Sampler::mix() {
     const bool alone = taking_part == 1 && first->coefficient == 1;
     plain_ = alone ? first->row : nullptr;
     if (taking_part == 0) return false;
-    if (alone && !is_adjusted()) return true;
+    if (alone && !sample_->num_edits) return true;
     terms_.erase(
         std::remove_if(terms_.begin(), terms_.end(), [](const MixTerm& term) { return term.coefficient == 0; }),
         terms_.end());
@@ -241,8 +241,27 @@ void Sampler::adjust() {
         x = scaled - s.edit_penalties[i] + s.edit_biases[i];
     }
     if (!s.mask) return;
-    for (int64_t i = 0; i < size_; i++)
-        if (!(s.mask[i / 32] >> (i % 32) & 1)) exact_[size_t(i)] = -kInfinity;
+    if (plain_) {
+        masked_.assign(plain_, plain_ + size_);
+        forbid(s.mask, masked_.data());
+        plain_ = masked_.data();
+    } else {
+        forbid(s.mask, exact_.data());
+    }
+}
+
+template <typename T>
+void Sampler::forbid(const uint32_t* mask, T* row) const {
+    for (int64_t first = 0; first < size_; first += 32) {
+        const uint32_t allowed = mask[first / 32];
+        const int64_t count = std::min<int64_t>(32, size_ - first);
+        if (allowed == 0) {
+            std::fill_n(row + first, count, -std::numeric_limits<T>::infinity());
+        } else if (allowed != ~uint32_t(0)) {
+            for (int64_t i = 0; i < count; i++)
+                if (!(allowed >> i & 1)) row[first + i] = -std::numeric_limits<T>::infinity();
+        }
+    }
 }
 
 // ---- truncation: every rule is a threshold ----

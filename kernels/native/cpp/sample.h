@@ -29,7 +29,9 @@ private:
     State measure();  // sets top_ of the mixed or adjusted row
     void view();      // sets row_, from which the later passes read
     bool is_adjusted() const;
-    void adjust();               // applies edits and mask to exact_
+    void adjust();  // applies edits and mask to exact_, or the mask to a copy of plain_
+    template <typename T>
+    void forbid(const uint32_t* mask, T* row) const;
     int64_t largest_id() const;  // lowest id with the largest value
     void collect(float distance);
     void collect_largest(int64_t count);  // the `count` largest, perhaps more
@@ -51,7 +53,7 @@ private:
 
     std::vector<MixTerm> terms_;
     std::vector<double> exact_, exps_;
-    std::vector<float> narrow_, maxima_, scratch_;
+    std::vector<float> narrow_, maxima_, scratch_, masked_;
     int64_t found_ = 0;
     std::vector<int32_t> ids_;
     std::vector<Weighted> weighted_;
@@ -60,7 +62,7 @@ private:
         double before;
     };
     std::vector<Change> changes_;
-    const float* plain_ = nullptr;  // the member's row if the mix is one member and nothing is adjusted
+    const float* plain_ = nullptr;  // the member's row if the mix is one member and nothing is edited
     RowView row_;
     double top_ = 0.0;      // the largest value
     double log_sum_ = 0.0;  // log Σ exp(value - mixed_top_) of the mixed row

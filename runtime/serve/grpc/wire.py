@@ -19,6 +19,7 @@ from ...api.output import Output, Timings, Usage
 from ...api.prompt import Conversation, Prompt, PromptContent
 from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
 from ...api.sampling import RULES, SamplingParams
+from ...api.structure import Structure, StructureKind
 from ...errors import InvalidEnsembleError, InvalidRequestError
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -62,6 +63,7 @@ def request_from_proto(message: inference_pb2.GenerateRequest) -> GenerateReques
         drafts=message.drafts,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        structure=_structure_from_proto(message.structure) if message.HasField("structure") else None,
         allow_negative=message.ensemble.allow_negative,
     )
 
@@ -108,6 +110,34 @@ def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
     return Ensemble(tuple(members), _space_from_proto(message.space))
 
 
+def _structure_from_proto(message: inference_pb2.Structure) -> Structure:
+    match message.WhichOneof("structure"):
+        case None:
+            raise InvalidRequestError(
+                "structure is set and empty; set one of its fields, or leave it out", field="structure"
+            )
+        case "choice":
+            return Structure.choice(message.choice.texts)
+        case "json_object":
+            if not message.json_object:
+                raise InvalidRequestError("json_object is true or absent", field="structure")
+            return Structure.json_object()
+        case kind:
+            return Structure(StructureKind(kind), getattr(message, kind))
+
+
+def _structure_to_proto(structure: Structure) -> inference_pb2.Structure:
+    message = inference_pb2.Structure()
+    match structure.kind:
+        case StructureKind.CHOICE:
+            message.choice.texts.extend(json.loads(structure.spec))
+        case StructureKind.JSON_OBJECT:
+            message.json_object = True
+        case kind:
+            setattr(message, kind, structure.spec)
+    return message
+
+
 def _sampling_from_proto(message: inference_pb2.GenerateRequest) -> SamplingParams:
     """Fields that are absent keep the defaults of `SamplingParams`."""
     present = {name: getattr(message, part) for name, part in _PART_OF.items()}
@@ -137,6 +167,8 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
+    if request.structure is not None:
+        message.structure.CopyFrom(_structure_to_proto(request.structure))
     if request.ensemble is not None:
         message.ensemble.space = _SPACES[request.ensemble.space]
         message.ensemble.allow_negative = request.allow_negative
