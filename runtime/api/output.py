@@ -32,7 +32,8 @@ class Output:
     """Tokens and text of one choice that became ready together. The last delta has a `finish_reason`, usage and
     timings.
 
-    The lists have one entry per token, or none if the request did not ask for them.
+    The lists have one entry per token, or none if the request did not ask for them. Those of the prompt have one per token
+    of the prompt from the second on; only choice 0 has them.
     """
 
     request_id: str
@@ -43,6 +44,8 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     member_logprobs: list[list[float]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)  # -inf: no token of the mix may follow
+    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)  # see `confidence.Calibration`
     disagreement: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -60,6 +63,8 @@ class Output:
         self.logprobs += other.logprobs
         self.top_logprobs += other.top_logprobs
         self.member_logprobs += other.member_logprobs
+        self.prompt_logprobs += other.prompt_logprobs
+        self.prompt_top_logprobs += other.prompt_top_logprobs
         self.confidence += other.confidence
         self.disagreement += other.disagreement
         self.finish_reason = other.finish_reason

@@ -244,6 +244,11 @@ def _check_options(request: GenerateRequest | Request) -> None:
             "abstain_below",
             field="drafts",
         )
+    if request.sampling.prompt_logprobs is not None and request.drafts:
+        raise InvalidRequestError(
+            "prompt_logprobs are the ensemble's, and a draft may be of one member; leave one of the two out",
+            field="drafts",
+        )
     if request.abstain_below is not None:
         _SHARE.check("abstain_below", request.abstain_below)
         object.__setattr__(request, "return_confidence", True)

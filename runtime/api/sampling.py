@@ -61,6 +61,7 @@ class SamplingParams:
     skip_special_tokens: bool = _field(True, Flag(), "Special tokens are no part of the text.")
     n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: how many answers to the prompt.")
     logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: chosen token and k best.")
+    prompt_logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "The same of the prompt's tokens, from the second on.")
     speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Most tokens per draft: speed only.")
     # fmt: on
 

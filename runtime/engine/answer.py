@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,7 +56,9 @@ class Answer:
 
     def add_logprobs(self, run: GroupTokens, output: StepOutput) -> None:
         """Add the log-probabilities of the tokens that a step drew for the group, those that the request asks for."""
-        samples = slice(run.first, run.first + run.count)
+        if run.scored_ids:
+            self._add_prompt_logprobs(run, output)
+        samples = slice(run.first + len(run.scored_ids), run.first + run.count)
         if self.group.params.logprobs is not None:
             self.delta.logprobs += output.logprobs[samples].tolist()
             self.delta.top_logprobs += output.top_logprobs[samples]
@@ -68,6 +71,12 @@ class Answer:
                 self.delta.disagreement.append(apart)
                 self.delta.confidence.append(self.calibration.confidence(logprob, apart))
                 self.confidence_sum += self.delta.confidence[-1]
+
+    def _add_prompt_logprobs(self, run: GroupTokens, output: StepOutput) -> None:
+        for index, token_id in enumerate(run.scored_ids, run.first):
+            drawn = output.token_ids[index] == token_id  # else nothing could force it: its logit is -inf
+            self.delta.prompt_logprobs.append(float(output.logprobs[index]) if drawn else -math.inf)
+        self.delta.prompt_top_logprobs += output.top_logprobs[run.first : run.first + len(run.scored_ids)]
 
     def no_token(self, reason: str) -> MotetError:
         """Why the answer ends, if no token could be drawn for this reason."""

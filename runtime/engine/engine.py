@@ -314,11 +314,11 @@ class Engine:
     def _emit(self, run: GroupTokens, output: StepOutput, now: float) -> None:
         """Send the tokens that a step drew for a group, as one delta."""
         answer, group = self._answers[run.group], run.group
-        if run.count and answer.first_token is None:
+        if run.count > len(run.scored_ids) and answer.first_token is None:
             answer.first_token = now
             self._prompt_tokens += sum(sequence.num_prompt for sequence in group.sequences)
             self._cached_tokens += sum(sequence.num_cached for sequence in group.sequences)
-        self._tokens += run.count
+        self._tokens += run.count - len(run.scored_ids)
         answer.add_logprobs(run, output)
         if run.reason is not None:
             self._finish(answer, run.reason)

@@ -69,6 +69,10 @@ class Admission:
                 return_member_logprobs=request.return_member_logprobs or request.return_confidence,
                 return_logprobs=request.return_confidence,
                 drafter=self._drafter(params),
+                num_to_score=len(request.prompts[views[0]]) - 1
+                if params.prompt_logprobs is not None and not choice
+                else 0,
+                can_verify=self._can_verify,
                 max_forced=MAX_SPECULATIVE_TOKENS
                 if matcher and self._can_verify and params.speculative_tokens != 0
                 else 0,
@@ -104,6 +108,11 @@ class Admission:
                 f"'{self._model.name}' is calibrated for its own members and mix; leave the ensemble and drafts out, or "
                 "return_confidence and abstain_below",
                 field="return_confidence",
+            )
+        if params.prompt_logprobs is not None and len({member.view for member in request.ensemble.members}) > 1:
+            raise InvalidRequestError(
+                "prompt_logprobs are of one prompt, and members see different ones; leave the views out, or prompt_logprobs",
+                field="prompt_logprobs",
             )
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch, SampleRow
+from .resolve import force
 from .sequence import Group, Sequence
 
 I64 = npt.NDArray[np.int64]
@@ -53,6 +54,10 @@ class ScheduledBatch:
     prefills: list[PrefillRows]
 
 
+def num_rows(decodes: list[GroupRows], prefills: list[PrefillRows]) -> int:
+    return sum(decode.num_rows for decode in decodes) + sum(prefill.count for prefill in prefills)
+
+
 def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int, freed_blocks: list[int]) -> Batch:
     """Lay out a batch of at least one row: the sequences of `decodes` first, then those of `prefills`."""
     parts = [(s, [*s.tokens.tail(s.num_computed), *d.draft.tolist()]) for d in decodes for s in d.group.sequences]
@@ -93,13 +98,18 @@ def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[
     """One sample for the last token and one per draft token: each as if the draft were right up to it."""
     group = decode.group
     num_tokens = len(group.sequences[0].tokens)
+    forced = group.unscored[: 1 + len(decode.draft)].tolist()
+    edits_of = [(force(token_id), group.scoring) for token_id in forced]
+    if len(edits_of) <= len(decode.draft):  # the rows after the prompt draw the answer
+        drawn = group.editor.edits_along(decode.draft[len(forced) :].tolist())
+        edits_of += [(edits, group.sampling) for edits in drawn]
     return [
         SampleRow(
             terms=tuple((first_sampled[group.sequences[s]] + ahead, member, c) for s, member, c in group.terms),
             space=group.space,
-            sampling=group.sampling,
+            sampling=sampling,
             position=num_tokens + ahead,
             edits=edits,
         )
-        for ahead, edits in enumerate(group.editor.edits_along(decode.draft.tolist()))
+        for ahead, (edits, sampling) in enumerate(edits_of)
     ]

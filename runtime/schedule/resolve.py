@@ -58,6 +58,12 @@ def resolve_sampling(
     )
 
 
+def force(token_id: int) -> Edits:
+    """The token is drawn if its logit is finite. Its log-probability is that of the row before."""
+    one = np.ones(1, np.float64)
+    return Edits(np.array([token_id], np.int64), one, 0 * one, 1e30 * one)
+
+
 class LogitEditor:
     """The edits of one group's next token, kept up to date as its text grows.
 

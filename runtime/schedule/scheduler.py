@@ -20,7 +20,7 @@ from ..api.request import FinishReason
 from .batch import StepOutput
 from .blocks import BlockManager
 from .drafts import StepLoad
-from .packing import GroupRows, PrefillRows, ScheduledBatch, pack
+from .packing import GroupRows, PrefillRows, ScheduledBatch, num_rows, pack
 from .queue import WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
@@ -38,6 +38,7 @@ class GroupTokens:
     count: int
     reason: FinishReason | None  # why the answer ends with the last of them; None if it goes on
     error: str | None  # why no more tokens could be drawn; None if there was no error
+    scored_ids: tuple[int, ...] = ()  # the first of them are these tokens of the prompt (`Group.unscored`)
 
 
 class Scheduler:
@@ -109,12 +110,12 @@ class Scheduler:
         self._admit()
         self._adopt()
         decodes = self._schedule_decode()
-        prefills = self._schedule_prefill(_num_rows(decodes, []))
+        prefills = self._schedule_prefill(num_rows(decodes, []))
         if self._sample_prefill:
             decodes, prefills = self._sample_ended_prompts(decodes, prefills)
         if not decodes and not prefills:
             return None
-        self._schedule_drafts(decodes, _num_rows(decodes, prefills))
+        self._schedule_drafts(decodes, num_rows(decodes, prefills))
         batch = pack(decodes, prefills, self.blocks.block_size, self.blocks.take_freed())
         return ScheduledBatch(batch, decodes, prefills)
 
@@ -133,6 +134,7 @@ class Scheduler:
     def _commit_decode(self, decode: GroupRows, first: int, output: StepOutput, end_of: EndOf) -> GroupTokens:
         """Keeps tokens up to and including the first that differs from the draft or ends the answer."""
         group, count, reason, error = decode.group, 0, None, None
+        unscored = tuple(group.unscored[: 1 + len(decode.draft)].tolist())
         for ahead in range(1 + len(decode.draft)):
             error = output.errors.get(first + ahead)
             if error is not None:
@@ -140,18 +142,22 @@ class Scheduler:
             token_id = int(output.token_ids[first + ahead])
             group.append(token_id)
             count += 1
+            if count <= len(unscored):  # drawn by force, whatever came out
+                continue
             reason = end_of(group, token_id)
             if reason is not None or ahead == len(decode.draft) or token_id != decode.draft[ahead]:
                 break
-        self.waiting.computed(group, sum(decode.prompt_rows), count * len(group.sequences))
-        self.num_drafted += len(decode.draft)
-        self.num_accepted += count - (error is None)
+        scored = min(count, len(unscored))
+        self.waiting.computed(group, sum(decode.prompt_rows) + scored, (count - scored) * len(group.sequences))
+        if not unscored:
+            self.num_drafted += len(decode.draft)
+            self.num_accepted += count - (error is None)
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
             if error is None:
                 self._sharing.advance(sequence, prompt_rows + count)
             else:
                 self.blocks.forget(sequence.block_table)  # they may hold NaN: no other sequence may read them
-        return GroupTokens(group, first, count, reason, error)
+        return GroupTokens(group, first, count, reason, error, unscored[:scored])
 
     def fail(self, scheduled: ScheduledBatch) -> list[Group]:
         """The batch failed: return its groups, which the caller ends. It is unknown what the step left in the cache,
@@ -293,7 +299,7 @@ class Scheduler:
     ) -> tuple[list[GroupRows], list[PrefillRows]]:
         """If the prompts of a group end in this step and there is room for their last tokens, the group draws in this
         step: its prefill rows become rows of `decodes`."""
-        rows = _num_rows(decodes, prefills)
+        rows = num_rows(decodes, prefills)
         ends = {p.sequence for p in prefills if p.count == p.sequence.num_prefill and not p.trunk_cached}
         drawing: list[GroupRows] = []
         for group in self.running:
@@ -317,10 +323,9 @@ class Scheduler:
         load = StepLoad(rows, len(decodes))
         for decode in decodes:
             group = decode.group
-            if group.drafter is not None or group.max_forced:
+            if group.max_draft > 0:
                 room = (self._max_rows - load.rows) // len(group.sequences)
-                left = group.max_tokens - len(group.output) - 1
-                limit = self._fitting(group, min(room, left, group.max_draft))
+                limit = self._fitting(group, min(room, group.max_draft))
                 decode.draft = group.draft(limit, load)
                 for sequence in group.sequences:
                     sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))
@@ -340,7 +345,3 @@ class Scheduler:
             self.blocks.free(sequence.block_table)
             sequence.block_table = []
             sequence.num_computed = sequence.num_trunk = 0
-
-
-def _num_rows(decodes: list[GroupRows], prefills: list[PrefillRows]) -> int:
-    return sum(decode.num_rows for decode in decodes) + sum(prefill.count for prefill in prefills)

@@ -30,6 +30,11 @@ class TokenBuffer:
         self._array = np.array(token_ids or (0,), np.int64)
         self._size = len(token_ids)
 
+    def hide(self, count: int) -> I64:
+        """Take the last `count` tokens away, and return them."""
+        self._size -= count
+        return self._array[self._size : self._size + count].copy()
+
     def __len__(self) -> int:
         return self._size
 
@@ -99,6 +104,8 @@ class Group:
     return_member_logprobs: bool = False
     return_logprobs: bool = False  # the chosen token's, also if the parameters do not ask for them
     drafter: Drafter | None = None  # None: no speculation
+    num_to_score: int = 0  # of the prompt's last tokens: they are drawn by force, for their log-probabilities
+    can_verify: bool = False  # several rows of a sequence may be sampled in a step
     max_forced: int = 0  # most tokens that are drafted because the answer's structure forces them
     priority: int = 0
     owner: Owner = field(default_factory=Owner)
@@ -107,18 +114,29 @@ class Group:
     num_passed: int = 0  # groups that came later and were started before it
     output: TokenBuffer = field(default_factory=TokenBuffer)
     sampling: ResolvedSampling = field(init=False)
+    scoring: ResolvedSampling = field(init=False)  # of the prompt's tokens
+    unscored: I64 = field(init=False)  # tokens of the prompt that are still to be drawn by force
 
     def __post_init__(self) -> None:
         self.sampling = resolve_sampling(self.params, self.seed, self.return_member_logprobs, self.return_logprobs)
+        self.scoring = ResolvedSampling(temperature=0.0, logprobs=self.params.prompt_logprobs)
+        self.unscored = self.sequences[0].tokens.hide(self.num_to_score)
 
     @property
     def max_draft(self) -> int:
-        """Most tokens of a draft."""
-        return max(self.max_forced, self.drafter.max_tokens if self.drafter is not None else 0)
+        """Most tokens of a draft; 0 or less: none."""
+        if len(self.unscored):
+            return len(self.unscored) if self.can_verify else 0
+        most = max(self.max_forced, self.drafter.max_tokens if self.drafter is not None else 0)
+        return min(most, self.max_tokens - len(self.output) - 1)
 
     def draft(self, limit: int, load: StepLoad) -> I64:
         """A draft of at most `limit` tokens, none of which the answer's structure forbids; often empty. It is added to
         `load`. What the structure forces comes before a guess."""
+        if len(self.unscored):
+            load.rows += limit * len(self.sequences)
+            load.tokens += limit
+            return self.unscored[:limit]
         matcher = self.editor.matcher
         if self.max_forced and matcher is not None and (forced := matcher.forced()[:limit]):
             load.rows += len(self.sequences) * len(forced)
@@ -131,6 +149,11 @@ class Group:
         return found if matcher is None else found[: matcher.num_valid(found.tolist())]
 
     def append(self, token_id: int) -> None:
+        if len(self.unscored):
+            token_id, self.unscored = int(self.unscored[0]), self.unscored[1:]
+            for sequence in self.sequences:
+                sequence.tokens.append(token_id)
+            return
         self.output.append(token_id)
         self.editor.observe(token_id)
         for sequence in self.sequences:

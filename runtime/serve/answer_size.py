@@ -20,9 +20,10 @@ def check_answer_size(request: Request, engine: Engine) -> None:
         size += 8 + 4 * len(request.ensemble.members)
     if request.return_confidence:
         size += 8
-    if tokens * size > MAX_MESSAGE_BYTES:
+    prompt = 0 if params.prompt_logprobs is None else len(request.prompts[0]) * (16 + 16 * params.prompt_logprobs)
+    if tokens * size + prompt > MAX_MESSAGE_BYTES:
         raise InvalidRequestError(
             f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {MAX_MESSAGE_BYTES} bytes; "
-            "lower max_tokens, n or logprobs, or stream it (Generate)",
+            "lower max_tokens, n or (prompt_)logprobs, or stream it (Generate)",
             field="max_tokens",
         )

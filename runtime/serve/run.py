@@ -8,10 +8,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
 
 from ..engine.engine import Engine
 from ..errors import MotetError
+from ..trust.access import Access
 from ..trust.audit.writer import AuditLog, Entry
+from ..trust.tls import TlsFiles
 from .audited import AuditSink
 from .calls import CallLog, CallSink, JsonFormatter
 from .grpc.server import Server
@@ -20,6 +25,9 @@ from .monitor import Monitor
 from .service import Service
 from .settings import ServerSettings, Settings
 from .tracing import Tracer
+
+if TYPE_CHECKING:
+    from .http.server import HttpServer
 
 log = logging.getLogger("motet.server")
 
@@ -64,7 +72,7 @@ def serve(bundle: Path, settings: Settings) -> None:
             with_reflection=server.reflection,
             lame_duck_s=server.lame_duck,
         )
-        asyncio.run(_serve(door, engine, server))
+        asyncio.run(_serve(door, _http_door(service, access, server, tls, registry), engine, server))
         if service.failure is not None:  # exit code 1: it may be started again
             raise MotetError(str(service.failure))
 
@@ -74,8 +82,20 @@ def _record_stop(audit: AuditLog, model: str) -> None:
         audit.append(Entry("stop", {"model": model}))
 
 
-async def _serve(door: Server, engine: Engine, settings: ServerSettings) -> None:
+def _http_door(
+    service: Service, access: Access, settings: ServerSettings, tls: TlsFiles | None, registry: CollectorRegistry
+) -> HttpServer | None:
+    if settings.http_port is None:
+        return None
+    from .http.server import HttpServer  # its packages are optional
+
+    return HttpServer(service, access, settings.host, settings.http_port, tls=tls, registry=registry)
+
+
+async def _serve(door: Server, http: HttpServer | None, engine: Engine, settings: ServerSettings) -> None:
     await door.start()
+    if http is not None:
+        await http.start()
     loop, service = asyncio.get_running_loop(), door.service
 
     num_signals = 0
@@ -90,10 +110,13 @@ async def _serve(door: Server, engine: Engine, settings: ServerSettings) -> None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     members = ", ".join(engine.model.members)
-    print(f"motet serves '{engine.model.name}' ({members}) on {door.host}:{door.port}", flush=True)
+    places = f"{door.host}:{door.port}" + (f", HTTP on {http.host}:{http.port}" if http is not None else "")
+    print(f"motet serves '{engine.model.name}' ({members}) on {places}", flush=True)
     await service.wait_out_of_service()
     log.info("out of service; running requests have %g s", settings.drain_timeout)
-    await door.stop(settings.drain_timeout)
+    await door.stop(settings.drain_timeout)  # which drains the service
+    if http is not None:
+        await http.stop()
 
 
 @contextmanager

@@ -9,12 +9,8 @@ cancelling, draining, the record of each call.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import hashlib
 import logging
-import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -24,18 +20,19 @@ from ..api.limits import MAX_REQUEST_ID_BYTES
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
-from ..api.request import Ensemble, FinishReason, GenerateRequest, Owner, Request
+from ..api.request import FinishReason, GenerateRequest, Request
 from ..api.rules import Integer, Text
 from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, NotFoundError, shown
 from ..text.prompt import build_prompt
-from ..trust.identity import Identity
+from ..text.tokenizer import Tokenizer
 from ..trust.quotas import Quotas, TenantLimits
 from .answer_size import check_answer_size
 from .calls import Call, Caller, Calls, CallSink
 from .output_queue import OutputQueue
+from .reading import RequestReader
 
 log = logging.getLogger("motet.service")
 T = TypeVar("T")
@@ -61,8 +58,9 @@ class Service:
         self._engine = engine
         self._quotas = Quotas(limits or {}, engine.config.max_requests)
         self.calls = Calls(sinks, engine.model.name)
-        self._send_timeout_s, self._stream_interval = send_timeout_s, stream_interval
+        self.send_timeout_s, self._stream_interval = send_timeout_s, stream_interval
         self._is_leaving = self._is_shut_down = False
+        self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
@@ -97,7 +95,7 @@ class Service:
 
     async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
         """The request as the engine accepts it, within the tenant's quota of tokens."""
-        tokenised = await self._run(lambda: self._tokenise(request, caller.identity))
+        tokenised = await self._run(lambda: self._reader.read(request, caller.identity))
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
         return tokenised
@@ -158,9 +156,9 @@ class Service:
 
     async def _end_if_unread(self, queue: OutputQueue, reader: asyncio.Task[Any] | None) -> None:
         """A reader that takes nothing holds memory, and a place among the open requests."""
-        while queue.unread_s < self._send_timeout_s:
-            await asyncio.sleep(max(self._send_timeout_s - queue.unread_s, _POLL_S))
-        log.warning("an answer was not read for %g s; it is ended", self._send_timeout_s)
+        while queue.unread_s < self.send_timeout_s:
+            await asyncio.sleep(max(self.send_timeout_s - queue.unread_s, _POLL_S))
+        log.warning("an answer was not read for %g s; it is ended", self.send_timeout_s)
         if reader is not None:
             reader.cancel()
 
@@ -232,53 +230,16 @@ class Service:
             log.exception("a message could not be translated")
             raise MotetError("the server failed on this message; its log has the error") from error
 
-    def _tokenise(self, request: GenerateRequest, identity: Identity) -> Request:
-        """The request as the engine accepts it. Views with equal tokens become one. The engine's id is new: two
-        clients may choose the same id, and must not cancel each other's request."""
-        tokenizer, limit = self._engine.tokenizer, self._engine.model.max_model_len
-        prompts: dict[tuple[int, ...], int] = {build_prompt(tokenizer, request.prompt, limit): 0}
-        view_of = [0]  # view of the request → index into the prompts
-        for view in request.views:
-            view_of.append(prompts.setdefault(build_prompt(tokenizer, view, limit), len(prompts)))
-        ensemble = self._engine.model.default_ensemble
-        if request.ensemble is not None:
-            members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
-            ensemble = Ensemble(members, request.ensemble.space)
-        if (
-            request.structure is not None
-        ):  # compiled here, in a reader's thread; the engine finds it among those of late
-            self._engine.grammars.matcher(request.structure)
-        sampling, owner = request.sampling, self._owner(identity)
-        choices = max(sampling.n, request.drafts)
-        if owner.max_waiting is not None and choices > owner.max_waiting:
-            raise InvalidRequestError(
-                f"n or drafts is {choices}; the server queues at most {owner.max_waiting} choices of a tenant",
-                field="n",
-            )
-        if request.drafts and sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
-        return Request(
-            request_id=uuid.uuid4().hex,
-            prompts=tuple(prompts),
-            ensemble=ensemble,
-            sampling=sampling,
-            time_limit_s=request.time_limit_s,
-            return_member_logprobs=request.return_member_logprobs,
-            return_confidence=request.return_confidence,
-            abstain_below=request.abstain_below,
-            drafts=request.drafts,
-            priority=request.priority,
-            structure=request.structure,
-            cache_salt=_salt(identity.tenant, request.cache_salt),
-            owner=owner,
-        )
-
-    def _owner(self, identity: Identity) -> Owner:
-        limits, most = self._quotas.of(identity.tenant), self._engine.config.max_waiting
-        waiting = limits.max_waiting or (max(most // 2, 1) if identity.tenant else None)
-        return Owner(identity.tenant, limits.weight, identity.is_background, waiting)
-
     # ---- the model -----------------------------------------------------------------------------------------------
+
+    @property
+    def served(self) -> ModelInfo:
+        """The model that is served, for doors; `models` and `model` are calls of a caller."""
+        return self._engine.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
 
     def models(self, caller: Caller) -> list[ModelInfo]:
         with self.calls.call("list_models", caller):
@@ -343,10 +304,3 @@ class Service:
         self._is_shut_down = True
         self._engine.drain()
         self._engine.abort(None, FinishReason.SHUTDOWN)
-
-
-def _salt(tenant: str, salt: str) -> bytes:
-    """What keeps a tenant's cached prefixes apart from others', and within it those of each salt of its clients."""
-    if not tenant and not salt:
-        return b""
-    return hashlib.blake2b(salt.encode(), key=tenant.encode(), digest_size=16).digest()

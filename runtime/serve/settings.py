@@ -44,6 +44,7 @@ class ServerSettings:
         "127.0.0.1", "Address to listen on. Others than this machine's need TLS and --keys or --jwks."
     )
     port: int = described(50051, "Port of gRPC; 0: any that is free.")
+    http_port: int | None = described(None, "Answer OpenAI's HTTP API on this port too; 0: any that is free.")
     monitor_port: int | None = described(None, "HTTP with /metrics (Prometheus), /livez and /readyz on this port.")
     tls_cert: Path | None = described(None, "The server's certificate chain, PEM; read again when it changes.")
     tls_key: Path | None = described(None, "The certificate's private key, PEM.")
@@ -80,7 +81,7 @@ class ServerSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
                 raise ConfigError(f"{name} must be a number of seconds in [0, 1000000), got {value!r}")
-        for name in ("port", "monitor_port"):
+        for name in ("port", "http_port", "monitor_port"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not 0 <= value <= 65535):
                 raise ConfigError(f"{name} must be an integer in 0…65535, got {value!r}")

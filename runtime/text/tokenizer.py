@@ -14,6 +14,7 @@ import tokenizers
 from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
 from .template import ChatTemplate
+from .token_bytes import bytes_of
 
 ROLES = ("system", "user", "assistant", "tool")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -82,6 +83,9 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def template_mentions(self, text: str) -> bool:
+        return self._template is not None and self._template.mentions(text)
+
     @cached_property
     def max_token_bytes(self) -> int | None:
         """Most bytes of UTF-8 that one token can stand for; None if there is no bound, because text may be dropped or
@@ -96,7 +100,7 @@ class Tokenizer:
         return rewritten * max(longest, *(len(token["content"].encode()) for token in added), 1)
 
     def to_json(self) -> str:
-        """The tokenizer as the content of a tokenizer.json."""
+        """The content of a tokenizer.json."""
         return str(self._tokenizer.to_str())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -106,6 +110,17 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; some are only a part of a character. Empty for an unknown id."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self.special_tokens:
+            return (token or "").encode()
+        return bytes_of(token, self._is_byte_level)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""

@@ -267,6 +267,9 @@ def _print_json(deltas: Iterator[Output]) -> None:
 def _print_figures(answer: Completion, seconds: float) -> None:
     """Print one line per token if log-probabilities or confidences were requested, and one line for the answer."""
     print()
+    for index, logprob in enumerate(answer.prompt_logprobs, 1):
+        best = " ".join(f"{other}:{value:.3f}" for other, value in answer.prompt_top_logprobs[index - 1])
+        print(f"prompt token {index}, logprob {logprob:.3f}" + (f", best {best}" if best else ""), file=sys.stderr)
     for index, token_id in enumerate(answer.token_ids):
         line = f"token {token_id}"
         if answer.logprobs:

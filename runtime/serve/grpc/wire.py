@@ -233,10 +233,11 @@ _REASONS = {
 def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResponse]:
     """A delta as messages of about `MAX_DELTA_BYTES` at most. Only the last has the finish reason, usage and timings."""
     ids, text = output.token_ids, output.text
-    top = 16 * max(map(len, output.top_logprobs), default=0)
+    top = 16 * max(map(len, (*output.top_logprobs, *output.prompt_top_logprobs)), default=0)
     size = 40 + top + 8 * max(map(len, output.member_logprobs), default=0)  # bytes per token
-    count = max(1, -(-len(ids) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
-    tokens, characters = -(-len(ids) // count), -(-len(text) // count)
+    scored = len(output.prompt_logprobs)
+    count = max(1, -(-max(len(ids), scored) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
+    tokens, characters, prompt = -(-len(ids) // count), -(-len(text) // count), -(-scored // count)
     for index in range(count):
         at = slice(index * tokens, (index + 1) * tokens)
         piece = Output(
@@ -248,6 +249,8 @@ def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResp
             output.logprobs[at],
             output.top_logprobs[at],
             output.member_logprobs[at],
+            output.prompt_logprobs[index * prompt : (index + 1) * prompt],
+            output.prompt_top_logprobs[index * prompt : (index + 1) * prompt],
             output.confidence[at],
             output.disagreement[at],
         )
@@ -271,9 +274,13 @@ def response_from_output(output: Output) -> inference_pb2.GenerateResponse:
         answer_confidence=output.answer_confidence,
         abstained=output.abstained,
     )
-    for logprob, top in zip(output.logprobs, output.top_logprobs, strict=True):
-        best = [inference_pb2.TokenLogprob(token_id=token_id, logprob=value) for token_id, value in top]
-        message.logprobs.add(logprob=logprob, top=best)
+    for target, logprobs, tops in (
+        (message.logprobs, output.logprobs, output.top_logprobs),
+        (message.prompt_logprobs, output.prompt_logprobs, output.prompt_top_logprobs),
+    ):
+        for logprob, top in zip(logprobs, tops, strict=True):
+            best = [inference_pb2.TokenLogprob(token_id=token_id, logprob=value) for token_id, value in top]
+            target.add(logprob=logprob, top=best)
     if output.finish_reason in _REASONS:
         message.finish_reason = _REASONS[output.finish_reason]
     if isinstance(output.stop_matched, str):
@@ -302,7 +309,9 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
         text=message.text,
         token_ids=list(message.token_ids),
         logprobs=[entry.logprob for entry in message.logprobs],
-        top_logprobs=[[(top.token_id, top.logprob) for top in entry.top] for entry in message.logprobs],
+        top_logprobs=list(map(_top_from_proto, message.logprobs)),
+        prompt_logprobs=[entry.logprob for entry in message.prompt_logprobs],
+        prompt_top_logprobs=list(map(_top_from_proto, message.prompt_logprobs)),
         member_logprobs=[list(entry.logprobs) for entry in message.member_logprobs],
         confidence=list(message.confidence),
         disagreement=list(message.disagreement),
@@ -315,6 +324,10 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
         else None,
         timings=Timings(timings.queue_s, timings.prefill_s, timings.decode_s) if message.HasField("timings") else None,
     )
+
+
+def _top_from_proto(message: inference_pb2.Logprobs) -> list[tuple[int, float]]:
+    return [(top.token_id, top.logprob) for top in message.top]
 
 
 def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:

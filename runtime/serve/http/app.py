@@ -1,0 +1,237 @@
+"""`App`: who calls is asked before anything else, every route has its roles, and whatever ends a request is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from ...api.limits import MAX_BEGUN_CALLS, MAX_CONCURRENT_CALLS, MAX_REQUEST_BYTES
+from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError
+from ...trust.access import Access
+from ...trust.identity import Identity, Role
+from ..calls import Caller
+from ..service import Service
+from .statuses import as_motet_error, error_response
+
+log = logging.getLogger("motet.server")
+T = TypeVar("T")
+
+ANY = frozenset(Role)
+WORK = frozenset({Role.INFER, Role.BATCH})
+_BODY_S = 10.0  # for a request's body to come
+_OPEN_TO_ALL = "/health"  # load balancers have no keys
+
+Handler = Callable[["Door", Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRoute:
+    method: str
+    path: str
+    roles: frozenset[Role]
+    handler: Handler
+    name: str = ""  # of the call, in records of refused bodies
+
+
+class Door:
+    """What handlers work with."""
+
+    def __init__(self, service: Service, registry: CollectorRegistry | None = None) -> None:
+        self.service, self.registry = service, registry
+        self._begun: Counter[str] = Counter()  # host → its requests whose body has not come
+
+    @staticmethod
+    def caller(request: Request) -> Caller:
+        caller: Caller = request.scope["motet.caller"]
+        return caller
+
+    async def body(self, request: Request, kind: type[T], method: str) -> T:
+        """The request's JSON, as `kind`; `method`: of the call, for the record of one that is refused. Raises
+        `InvalidRequestError` for what is too large or too late, no JSON, or has an unknown field or a wrong type."""
+        content = await self.content(request)
+        caller = self.caller(request)
+        return await self.service.read(method, lambda: decoded(content, kind), caller)
+
+    async def content(self, request: Request, limit: int = MAX_REQUEST_BYTES) -> bytes:
+        host = request.client.host if request.client is not None else ""
+        if self._begun[host] >= MAX_BEGUN_CALLS:
+            raise OverloadedError(
+                f"{MAX_BEGUN_CALLS} requests of this host are waiting for their bodies; send those first"
+            )
+        self._begun[host] += 1
+        try:
+            return await asyncio.wait_for(_read(request, limit), _BODY_S)
+        except TimeoutError:
+            raise InvalidRequestError(f"the body did not come within {_BODY_S:g} seconds") from None
+        finally:
+            self._begun[host] -= 1
+            if not self._begun[host]:
+                del self._begun[host]
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    announced = request.headers.get("content-length", "0")
+    found = bytearray()
+    if not announced.isascii() or not announced.isdigit() or int(announced[:12]) > limit:
+        raise _too_large(limit)
+    async for piece in request.stream():
+        found += piece
+        if len(found) > limit:
+            raise _too_large(limit)
+    return bytes(found)
+
+
+def _too_large(limit: int) -> InvalidRequestError:
+    return InvalidRequestError(f"a request's body has at most {limit} bytes; send less")
+
+
+def decoded(content: bytes, kind: type[T]) -> T:
+    """JSON as `kind`. Raises `InvalidRequestError`, naming the field."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text, _, place = str(error).partition(" - at `")
+        field = place.strip("`").removeprefix("$.")
+        if text.startswith("Object contains unknown field"):
+            field = ".".join(filter(None, (field.removeprefix("$"), text.split("`")[1])))
+            text = f"the field {field} is unknown here, and nothing that is sent is ignored; leave it out"
+        elif field:
+            text = f"{field}: {text[:1].lower()}{text[1:]}"
+        raise InvalidRequestError(text, field=field) from None
+
+
+class App:
+    """The ASGI application. Every route but `/health` asks who calls, also one that does not exist."""
+
+    def __init__(self, service: Service, access: Access, registry: CollectorRegistry | None = None) -> None:
+        from .routes import ROUTES  # which imports this module
+
+        self._service, self._access = service, access
+        self._door = Door(service, registry)
+        self._num_open = 0
+        self.routes: Mapping[tuple[str, str], HttpRoute] = {(route.method, route.path): route for route in ROUTES}
+        self._router = Router(
+            [Route(r.path, self._endpoint(r), methods=[r.method]) for r in ROUTES],
+            redirect_slashes=False,
+            default=_no_route,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        identity: Identity | None = None
+        what = f"{scope['method']} {scope['path']}"
+        self._num_open += 1
+        try:
+            if self._num_open > MAX_CONCURRENT_CALLS:
+                raise OverloadedError(f"{MAX_CONCURRENT_CALLS} requests are open; send fewer at once")
+            if scope["path"] != _OPEN_TO_ALL:
+                identity = self._access.identify(_values(scope, b"authorization"))
+                traceparent = next(iter(_values(scope, b"traceparent")), "")
+                scope["motet.caller"] = Caller(identity, traceparent, _peer(scope))
+            await self._router(scope, receive, noting)
+        except Exception as error:
+            if "motet.admitted" not in scope:
+                self._service.calls.refused(what, _peer(scope), error, identity)
+            if started:  # its answer is cut: the client sees that it is not whole
+                log.error("%s failed in its answer", what, exc_info=error)
+                _break(scope)
+            else:
+                await error_response(as_motet_error(error, what))(scope, receive, send)
+        finally:
+            self._num_open -= 1
+
+    def _endpoint(self, route: HttpRoute) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            if route.path != _OPEN_TO_ALL:
+                Door.caller(request).identity.require(self.routes[route.method, route.path].roles)
+            request.scope["motet.admitted"] = True
+            return await route.handler(self._door, request)
+
+        return answer
+
+
+class Work(Response):
+    """An answer that takes time: `run` gets ASGI's `send`, and is cancelled when the client goes away."""
+
+    def __init__(self, run: Callable[[Send], Awaitable[None]]) -> None:
+        self._run_work = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        work = asyncio.ensure_future(self._run_work(send))
+        leaving = asyncio.create_task(gone())
+        try:
+            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.wait({work})
+        if work.cancelled():  # the client went away, or did not read
+            _break(scope)
+        elif (error := work.exception()) is not None:
+            raise error
+
+
+async def send_whole(send: Send, body: bytes, timeout_s: float, kind: str = "application/json") -> None:
+    """Send an answer at once. Raises `TimeoutError` if the client does not take it in time."""
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    async with asyncio.timeout(timeout_s):
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _break(scope: Scope) -> None:
+    """End the connection at once: closing would wait until the client has read."""
+    if "motet.break" in scope.get("extensions", {}):
+        scope["extensions"]["motet.break"]["abort"]()
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def _peer(scope: Scope) -> str:
+    client: Any = scope.get("client")
+    return f"{client[0]}:{client[1]}" if client else ""
+
+
+async def _no_route(scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise NotFoundError(f"there is no {scope['method']} {scope['path'][:100]} here")
+
+
+# ---- what needs no module of its own ---------------------------------------------------------------------------------
+
+
+async def health(door: Door, _request: Request) -> Response:
+    """200 while requests are taken."""
+    is_ready = door.service.failure is None and not door.service.is_leaving
+    return JSONResponse({"status": "ok" if is_ready else "unavailable"}, 200 if is_ready else 503)
+
+
+async def metrics(door: Door, _request: Request) -> Response:
+    if door.registry is None:
+        raise UnimplementedError("this server has no metrics")
+    return Response(generate_latest(door.registry), media_type=CONTENT_TYPE_LATEST)

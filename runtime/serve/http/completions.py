@@ -1,0 +1,242 @@
+"""`/v1/completions`: a prompt, or several, without a chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from ...api.limits import MAX_CHOICES
+from ...api.output import Output, Usage
+from ...api.prompt import Prompt
+from ...api.request import GenerateRequest
+from ...errors import InvalidRequestError
+from ...text.tokenizer import Tokenizer
+from ..calls import Caller
+from .app import Door, Work, send_whole
+from .events import Events, stream_events
+from .wire import Common, ResponseFormat, finish_reason, generate_request, motet_fields, structure_of, usage_of
+
+
+class CompletionRequest(Common, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[Any]  # a text, token ids, or a list of these
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    suffix: None = None
+    response_format: ResponseFormat | None = None
+
+
+async def completions(door: Door, request: Request) -> Response:
+    fields: Any = await door.body(request, CompletionRequest, "generate")
+    caller = door.caller(request)
+    asked = await door.service.read("generate", lambda: _requests(fields, door), caller)
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidRequestError("stream_options is for a stream; set stream, or leave it out", field="stream_options")
+    answer = _Answer(door, fields, asked, caller)
+    return Work(answer.stream if fields.stream else answer.whole)
+
+
+def _requests(fields: Any, door: Door) -> list[GenerateRequest]:
+    """One per prompt."""
+    prompts = _prompts(fields.prompt)
+    n = fields.n or 1
+    if isinstance(n, int) and len(prompts) * n > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts of {n} choices each are more than {MAX_CHOICES} answers; send fewer",
+            field="prompt",
+        )
+    if fields.best_of is not None and fields.best_of != n:
+        raise InvalidRequestError(f"best_of must be n ({n}) or absent; every choice is returned", field="best_of")
+    if fields.echo and fields.logprobs is not None and fields.prompt_logprobs is None:
+        fields.prompt_logprobs = fields.logprobs
+    if fields.max_tokens == 0 and not fields.echo:
+        raise InvalidRequestError("max_tokens must be at least 1; with echo it may be 0", field="max_tokens")
+    if fields.echo and fields.stream:
+        raise InvalidRequestError("echo is for a whole answer; leave it out, or stream", field="echo")
+    return [
+        generate_request(
+            fields,
+            prompt,
+            door.service.served,
+            max_tokens=1 if fields.max_tokens == 0 else fields.max_tokens,  # the one is left out of the answer
+            logprobs=fields.logprobs,
+            structure=structure_of(fields.response_format),
+        )
+        for prompt in prompts
+    ]
+
+
+def _prompts(prompt: Any) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError("the prompt is an empty list; send text or token ids", field="prompt")
+    if isinstance(prompt[0], int):
+        return [tuple(prompt)]
+    return [tuple(one) if isinstance(one, list) else one for one in prompt]
+
+
+class _Answer:
+    def __init__(self, door: Door, fields: Any, asked: list[GenerateRequest], caller: Caller) -> None:
+        self._door, self._fields, self._asked, self._caller = door, fields, asked, caller
+        self._head = {
+            "id": f"cmpl-{asked[0].request_id or uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": fields.model or door.service.served.name,
+            "system_fingerprint": door.service.served.digest or None,
+        }
+
+    async def whole(self, send: Send) -> None:
+        service = self._door.service
+        tasks = [asyncio.create_task(service.complete(asked, self._caller)) for asked in self._asked]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        prompts = [await service.tokenize(asked.prompt, self._caller) for asked in self._asked if self._fields.echo]
+        body = await service.in_thread(lambda: msgspec.json.encode(self._body(answers, prompts)), self._caller)
+        await send_whole(send, body, service.send_timeout_s)
+
+    def _body(self, answers: Sequence[list[Output]], prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        per_prompt = len(answers[0])
+        for outputs, prompt in zip(answers, prompts):
+            self._echo(outputs, prompt)
+        choices = [
+            self._choice(output, index * per_prompt, 0) for index, outputs in enumerate(answers) for output in outputs
+        ]
+        usage = _sum([usage_of([output.usage for output in outputs]) for outputs in answers])
+        return self._head | {"choices": choices, "usage": usage}
+
+    def _echo(self, outputs: list[Output], prompt: tuple[int, ...]) -> None:
+        """Put the prompt before each choice, with the log-probabilities that choice 0 has of it."""
+        text = self._door.service.tokenizer.decode(prompt)
+        scores, best = [math.nan, *outputs[0].prompt_logprobs], [[], *outputs[0].prompt_top_logprobs]
+        for output in outputs:
+            if self._fields.max_tokens == 0:
+                output.text, output.token_ids, output.logprobs, output.top_logprobs = "", [], [], []
+                if output.usage is not None:
+                    output.usage = dataclasses.replace(output.usage, completion_tokens=0)
+            output.text = text + output.text
+            if self._fields.logprobs is not None:
+                output.token_ids = [*prompt, *output.token_ids]
+                output.logprobs, output.top_logprobs = [*scores, *output.logprobs], [*best, *output.top_logprobs]
+
+    def _choice(self, output: Output, first: int, offset: int) -> dict[str, Any]:
+        return {
+            "index": first + output.choice,
+            "text": output.text,
+            "logprobs": logprobs_of(self._door.service.tokenizer, output, offset),
+            "finish_reason": finish_reason(output),
+            **motet_fields(output),
+        }
+
+    async def stream(self, send: Send) -> None:
+        async with aclosing(self._chunks()) as chunks:
+            await stream_events(send, chunks, str(self._head["id"]))
+
+    async def _chunks(self) -> AsyncGenerator[Events, None]:
+        usages: dict[tuple[int, int], Usage | None] = {}
+        offsets: dict[int, int] = {}
+        options = self._fields.stream_options
+        with_usage = options is not None and options.include_usage
+        per_prompt = self._asked[0].sampling.n
+        async with aclosing(_merged(self._door, self._asked, self._caller)) as outputs:
+            async for prompt, output in outputs:
+                if output.finish_reason is not None:
+                    usages[prompt, output.choice] = output.usage
+                first = prompt * per_prompt
+                at = first + output.choice
+                choice = self._choice(output, first, offsets.get(at, 0))
+                offsets[at] = offsets.get(at, 0) + len(output.text)
+                yield [self._head | {"choices": [choice]} | ({"usage": None} if with_usage else {})]
+        if with_usage:
+            each = [
+                usage_of([usage for (own, _), usage in usages.items() if own == prompt])
+                for prompt in range(len(self._asked))
+            ]
+            yield [self._head | {"choices": [], "usage": _sum(each)}]
+
+
+async def _merged(door: Door, asked: list[GenerateRequest], caller: Caller) -> AsyncGenerator[tuple[int, Output], None]:
+    """The deltas of several requests as they come: (index of the request, delta)."""
+    if len(asked) == 1:
+        async with aclosing(door.service.generate(asked[0], caller)) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, Output] | None] = asyncio.Queue(2 * len(asked))
+
+    async def read(index: int) -> None:
+        async with aclosing(door.service.generate(asked[index], caller)) as outputs:
+            async for output in outputs:
+                await queue.put((index, output))
+        await queue.put(None)
+
+    tasks = [asyncio.create_task(read(index)) for index in range(len(asked))]
+    ended = 0
+    try:
+        while ended < len(asked):
+            getting = asyncio.create_task(queue.get())
+            await asyncio.wait(
+                {getting, *(task for task in tasks if not task.done())}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in tasks:
+                if task.done():
+                    task.result()  # its error
+            if not getting.done():
+                getting.cancel()
+                continue
+            item = getting.result()
+            if item is None:
+                ended += 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sum(usages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found = dict(usages[0])
+    for other in usages[1:]:
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            found[name] += other[name]
+        cached = other["prompt_tokens_details"]["cached_tokens"]
+        found["prompt_tokens_details"] = {"cached_tokens": found["prompt_tokens_details"]["cached_tokens"] + cached}
+    return found
+
+
+def logprobs_of(tokenizer: Tokenizer, output: Output, offset: int) -> dict[str, Any] | None:
+    """OpenAI's completion form; `offset`: characters of the text before this delta."""
+    if not output.logprobs:
+        return None
+    texts = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in output.token_ids]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    best = [
+        {tokenizer.token_bytes(other).decode(errors="replace"): max(value, -9999.0) for other, value in top}
+        for top in output.top_logprobs
+    ]
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if math.isnan(value) else max(value, -9999.0) for value in output.logprobs],
+        "top_logprobs": [one or None for one in best] if any(best) else None,
+        "text_offset": offsets,
+    }

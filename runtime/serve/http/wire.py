@@ -1,0 +1,367 @@
+"""JSON ↔ requests and outputs: what the routes of generation share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ...api.limits import MAX_MEMBERS, MAX_MESSAGES
+from ...api.model_info import ModelInfo
+from ...api.output import Output, Usage
+from ...api.prompt import Conversation, Prompt
+from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
+from ...api.sampling import RULES, SamplingParams
+from ...api.structure import Structure
+from ...errors import InvalidEnsembleError, InvalidRequestError, NotFoundError, shown
+from ...text.tokenizer import Tokenizer
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class MemberFields(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    mix: float
+    view: str | list[Any] | None = None  # a prompt of its own: text, messages or token ids
+
+
+class EnsembleFields(msgspec.Struct, forbid_unknown_fields=True):
+    members: list[MemberFields]
+    space: str = Space.LOGITS.value
+    allow_negative: bool = False
+
+
+class StructureFields(msgspec.Struct, forbid_unknown_fields=True):
+    """As vLLM's `structured_outputs`: one of these."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str = ""
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: str = "text"
+    json_schema: JsonSchema | None = None
+
+
+_OWN_NAMES = {"max_tokens", "logprobs", "stop"}  # OpenAI's fields of other types or meanings; the routes have them
+
+
+class Extensions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields beyond OpenAI's, which OpenAI's client sends as `extra_body`: those of `GenerateRequest` and, below,
+    `SamplingParams`. null is an absent field."""
+
+    ensemble: EnsembleFields | None = None
+    request_id: str | None = None
+    time_limit_s: float | None = None
+    return_member_logprobs: bool | None = None
+    return_confidence: bool | None = None
+    abstain_below: float | None = None
+    drafts: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    structured_outputs: StructureFields | None = None
+
+
+class _Common(Extensions, kw_only=True):
+    model: str = ""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    user: str | None = None  # recorded
+
+
+if TYPE_CHECKING:
+    Common = _Common
+else:  # what all routes of generation take
+    _SAMPLING = [(name, Any, None) for name in RULES if name not in _OWN_NAMES]
+    Common = msgspec.defstruct("Common", _SAMPLING, bases=(_Common,), kw_only=True, forbid_unknown_fields=True)
+
+
+def generate_request(
+    fields: Any,
+    prompt: Prompt,
+    model: ModelInfo,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None = None,
+    structure: Structure | None = None,
+) -> GenerateRequest:
+    """A request of `Common` fields. Raises `InvalidRequestError` or a class derived from it, `NotFoundError` (another
+    model)."""
+    given = {name: value for name in RULES if name not in _OWN_NAMES and (value := getattr(fields, name)) is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = _biases(given["logit_bias"])
+    if isinstance(seed := given.get("seed"), int) and not isinstance(seed, bool) and -(2**63) <= seed < 0:
+        given["seed"] = seed + 2**64  # OpenAI's seeds are signed
+    if fields.stop is not None:
+        given["stop"] = fields.stop
+    ensemble, views, allow_negative = _ensemble(fields.ensemble, ensemble_of(fields.model, model))
+    own = fields.structured_outputs
+    if own is not None:
+        if structure is not None:
+            raise InvalidRequestError(
+                "structured_outputs is given beside another structure; leave one out", field="structured_outputs"
+            )
+        structure = _structure(own)
+    names = ("request_id", "time_limit_s", "return_member_logprobs", "return_confidence", "abstain_below")
+    options = {
+        name: value
+        for name in (*names, "drafts", "priority", "cache_salt")
+        if (value := getattr(fields, name)) is not None
+    }
+    return GenerateRequest(
+        prompt=prompt,
+        ensemble=ensemble,
+        views=views,
+        sampling=SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given),
+        allow_negative=allow_negative,
+        structure=structure,
+        **options,
+    )
+
+
+def ensemble_of(name: str, model: ModelInfo) -> Ensemble | None:
+    """The ensemble that a model's name asks for: `demo` is the bundle's own, `demo:code` one member, `demo:code=0.3,docs=0.7`
+    a mix. Raises `NotFoundError`, `InvalidEnsembleError`."""
+    if name in ("", model.name):
+        return None
+    first, _, mix = name.partition(":")
+    if first != model.name or not mix:
+        raise NotFoundError(f"there is no model {shown(name)} here; this server serves '{model.name}'")
+    members = []
+    for part in mix.split(",", MAX_MEMBERS):
+        member, is_mixed, coefficient = part.partition("=")
+        try:
+            members.append(Member(member, float(coefficient) if is_mixed else 1.0))
+        except ValueError:
+            raise InvalidEnsembleError(
+                f"a model's name is NAME, NAME:member or NAME:member=coefficient,…; {shown(part)} is none",
+                field="model",
+            ) from None
+    return Ensemble(tuple(members))
+
+
+def _ensemble(
+    fields: EnsembleFields | None, named: Ensemble | None
+) -> tuple[Ensemble | None, tuple[Prompt, ...], bool]:
+    if fields is None:
+        return named, (), False
+    if named is not None:
+        raise InvalidEnsembleError(
+            "the model's name has a mix, and ensemble is given too; leave one out", field="ensemble"
+        )
+    if len(fields.members) > MAX_MEMBERS:
+        raise InvalidEnsembleError(
+            f"an ensemble has 1 to {MAX_MEMBERS} members, got {len(fields.members)}", field="ensemble.members"
+        )
+    views: list[Prompt] = []
+    members = []
+    for member in fields.members:
+        if member.view is not None:
+            views.append(_view(member.view))
+        members.append(Member(member.name, member.mix, len(views) if member.view is not None else 0))
+    return Ensemble(tuple(members), fields.space), tuple(views), fields.allow_negative  # type: ignore[arg-type]
+
+
+def _view(view: str | list[Any]) -> Prompt:
+    if isinstance(view, str):
+        return view
+    if view and isinstance(view[0], dict):
+        try:
+            return conversation(msgspec.convert(view, list[ChatMessage]))
+        except msgspec.ValidationError as error:
+            raise InvalidRequestError(f"a view's messages: {error}", field="ensemble.members.view") from None
+    return tuple(view)
+
+
+def _biases(value: Any) -> Any:
+    """JSON's keys are texts."""
+    if not isinstance(value, Mapping):
+        return value  # refused by its rule
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except ValueError:
+        raise InvalidRequestError("logit_bias maps token ids to numbers", field="logit_bias") from None
+
+
+def _structure(fields: StructureFields) -> Structure:
+    given = {name: value for name in fields.__struct_fields__ if (value := getattr(fields, name)) is not None}
+    if len(given) != 1:
+        raise InvalidRequestError(
+            f"structured_outputs has one of {list(fields.__struct_fields__)}, got {sorted(given)}",
+            field="structured_outputs",
+        )
+    [(name, value)] = given.items()
+    if name == "json_object":
+        if not value:
+            raise InvalidRequestError("json_object is true or absent", field="structured_outputs.json_object")
+        return Structure.json_object()
+    make = {"json": Structure.json_schema, "regex": Structure.regex, "choice": Structure.choice}
+    return make.get(name, Structure.grammar)(value)
+
+
+def structure_of(format: ResponseFormat | None) -> Structure | None:
+    """Of `response_format`. Raises `InvalidRequestError`."""
+    if format is None:
+        return None
+    match format.type, format.json_schema:
+        case "text", None:
+            return None
+        case "json_object", None:
+            return Structure.json_object()
+        case "json_schema", JsonSchema(schema=dict() as schema):
+            return Structure.json_schema(schema)
+    raise InvalidRequestError(
+        "response_format is {type: text}, {type: json_object}, or {type: json_schema, json_schema: {name, schema}}",
+        field="response_format",
+    )
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCallFields(msgspec.Struct, forbid_unknown_fields=True):
+    function: FunctionCall
+    id: str = ""
+    type: str = "function"
+    index: int | None = None
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCallFields] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    audio: None = None
+    annotations: list[None] | None = None
+    function_call: None = None
+
+
+def conversation(
+    messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = (), continue_final_message: bool = False
+) -> Conversation:
+    """OpenAI's messages as the chat template gets them: texts joined, arguments of calls as objects, `developer` as
+    `system`. Raises `InvalidRequestError`."""
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"a conversation has at most {MAX_MESSAGES} messages, got {len(messages)}", field="messages"
+        )
+    return Conversation(tuple(map(_message, messages)), tuple(tools), continue_final_message)
+
+
+def _message(message: ChatMessage) -> dict[str, Any]:
+    content = message.content
+    if isinstance(content, list):
+        for part in content:
+            if part.type != "text" or part.text is None:
+                raise InvalidRequestError(
+                    f"a part of a message's content is {{type: text, text}} here, got type {shown(part.type)}",
+                    field="messages.content",
+                )
+        content = "\n".join(part.text or "" for part in content)
+    if content is None:
+        if not message.tool_calls and not message.refusal:
+            raise InvalidRequestError("a message without tool_calls needs a content", field="messages.content")
+        content = message.refusal or ""
+    found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    return found
+
+
+def _tool_call(call: ToolCallFields) -> dict[str, Any]:
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise InvalidRequestError(
+                f"the arguments of a tool call are a JSON object, got {shown(arguments)}", field="messages.tool_calls"
+            ) from None
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def usage_of(usages: Sequence[Usage | None]) -> dict[str, Any]:
+    """Of all choices: the prompt counts once."""
+    found = [usage for usage in usages if usage is not None]
+    prompt = max((usage.prompt_tokens for usage in found), default=0)
+    completion = sum(usage.completion_tokens for usage in found)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": max((usage.cached_tokens for usage in found), default=0)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def finish_reason(output: Output) -> str | None:
+    """`stop` and `length` are OpenAI's; an answer that ended otherwise says so: cancelled, time_limit, shutdown."""
+    reason = output.finish_reason
+    return None if reason is None or reason is FinishReason.ERROR else str(reason)
+
+
+def motet_fields(output: Output) -> dict[str, Any]:
+    """What a choice has beyond OpenAI's fields, where the request asked for it."""
+    found: dict[str, Any] = {"seed": output.seed} if output.finish_reason is not None else {}
+    if output.stop_matched is not None:
+        found["stop_reason"] = output.stop_matched
+    for name in ("member_logprobs", "confidence", "disagreement"):
+        if values := getattr(output, name):
+            found[name] = values
+    if output.answer_confidence is not None:
+        found |= {"answer_confidence": output.answer_confidence, "abstained": output.abstained}
+    return found
+
+
+def chat_logprobs(tokenizer: Tokenizer, output: Output) -> dict[str, Any] | None:
+    """OpenAI's chat form; None if no log-probabilities were asked for."""
+    if not output.logprobs:
+        return None
+    content = []
+    for token_id, logprob, top in zip(output.token_ids, output.logprobs, output.top_logprobs, strict=True):
+        best = [_token(tokenizer, other, value) for other, value in top]
+        content.append(_token(tokenizer, token_id, logprob) | {"top_logprobs": best})
+    return {"content": content, "refusal": None}
+
+
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    content = tokenizer.token_bytes(token_id)
+    return {
+        "token": content.decode(errors="replace"),
+        "logprob": max(logprob, -9999.0),  # JSON has no infinity
+        "bytes": list(content),
+    }
