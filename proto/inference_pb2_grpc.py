@@ -49,6 +49,11 @@ class InferenceStub:
                 request_serializer=motet_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=motet_dot_v1_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/motet.v1.Inference/Embed',
+                request_serializer=motet_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/motet.v1.Inference/Tokenize',
                 request_serializer=motet_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -85,6 +90,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Of each prompt Σ mix · mean of the member's final hidden states, scaled to length 1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -114,6 +126,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=motet_dot_v1_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=motet_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=motet_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -207,6 +224,33 @@ class Inference:
             '/motet.v1.Inference/Abort',
             motet_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
             motet_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/motet.v1.Inference/Embed',
+            motet_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            motet_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,7 @@ MAX_REQUEST_ID_BYTES = 256  # it is repeated in every message of the answer
 MAX_PRIORITY = 1000  # in size
 MAX_SALT_BYTES = 256
 MAX_MESSAGES = 4096  # of a conversation
+MAX_TEXTS = 256  # to embed at once
 MAX_MEMBERS = 64  # of an ensemble; so many views at most
 MAX_NAME_BYTES = 256  # of a member
 MAX_MIX = 1000  # absolute value of a coefficient: float32 has 7 digits, and larger terms that cancel leave few

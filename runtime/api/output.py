@@ -44,8 +44,6 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     member_logprobs: list[list[float]] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)  # -inf: no token of the mix may follow
-    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)  # see `confidence.Calibration`
     disagreement: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -55,6 +53,8 @@ class Output:
     error: MotetError | None = None
     answer_confidence: float | None = None  # of the whole choice; only in the last delta
     abstained: bool = False  # it is below the request's `abstain_below`
+    prompt_logprobs: list[float] = field(default_factory=list)  # -inf: the token has no probability
+    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def extend(self, other: Output) -> None:
         """Append `other`, the next delta of the same choice."""

@@ -163,11 +163,7 @@ class GenerateRequest:
             )
         _FLAG.check("allow_negative", self.allow_negative)
         for member in members:
-            if member.mix < 0 and not self.allow_negative:
-                raise InvalidEnsembleError(
-                    f"the mix of member '{member.name}' is {member.mix}; set allow_negative if that is meant",
-                    field="ensemble.members.mix",
-                )
+            _check_sign(member, self.allow_negative)
         _REQUEST_ID.check("request_id", self.request_id)
         _SALT.check("cache_salt", self.cache_salt)
         _check_options(self)
@@ -264,3 +260,23 @@ def _check_structure(structure: Structure | None, sampling: SamplingParams) -> N
             raise InvalidRequestError(
                 f"{name} goes on where the answer's structure ends it; leave {name} out, or the structure", field=name
             )
+
+
+def check_embedding(ensemble: Ensemble, allow_negative: bool) -> None:
+    """Whether an ensemble can embed. Raises `InvalidEnsembleError`."""
+    for member in ensemble.members:
+        if member.view:
+            raise InvalidEnsembleError(
+                "a text is embedded as it is; leave the views out", field="ensemble.members.view"
+            )
+        _check_sign(member, allow_negative)
+    if ensemble.space is not Space.LOGITS:
+        raise InvalidEnsembleError("hidden states are mixed in space logits; leave space out", field="ensemble.space")
+
+
+def _check_sign(member: Member, allow_negative: bool) -> None:
+    if member.mix < 0 and not allow_negative:
+        raise InvalidEnsembleError(
+            f"the mix of member '{member.name}' is {member.mix}; set allow_negative if that is meant",
+            field="ensemble.members.mix",
+        )

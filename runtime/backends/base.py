@@ -58,6 +58,11 @@ class Backend(Protocol):
         the whole step failed."""
         ...
 
+    def hidden(self, batch: Batch) -> list[F32]:
+        """Run a batch without samples: of each sequence the final hidden states, which the head multiplies, of its rows,
+        [members of the sequence, rows, hidden]."""
+        ...
+
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` (its index in the bundle) at every position of one sequence. It overwrites the
         first blocks of the KV cache, so it may be called only while no request runs."""

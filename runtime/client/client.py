@@ -19,13 +19,9 @@ from ..api.rules import Flag
 from ..api.sampling import SamplingParams, check_names
 from ..api.structure import Structure
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
+from ..serve.grpc.answers import model_from_proto, output_from_response
 from ..serve.grpc.statuses import error_of
-from ..serve.grpc.wire import (
-    model_from_proto,
-    output_from_response,
-    prompt_to_proto,
-    request_to_proto,
-)
+from ..serve.grpc.wire import ensemble_to_proto, prompt_to_proto, request_to_proto
 from .connection import Connection
 
 Mix = Ensemble | Mapping[str, float] | None
@@ -63,22 +59,11 @@ def _message(
         raise InvalidRequestError(
             f"sampling is given, and {sorted(fields)} beside it; put them into sampling", field="sampling"
         )
-    if space is not None and not isinstance(mix, Mapping):
-        raise InvalidEnsembleError(
-            "space is of a mix of member names; give mix, or set the space of the Ensemble", field="ensemble.space"
-        )
     if isinstance(views, str):
         raise InvalidRequestError("views must be a list with one prompt per view, got one text", field="views")
-    if isinstance(mix, Mapping):
-        members = tuple(Member(name, coefficient) for name, coefficient in mix.items())
-        mix = Ensemble(members, Space.LOGITS if space is None else space)
-    elif not isinstance(mix, Ensemble | None):
-        raise InvalidEnsembleError(
-            f"mix must be a mapping of member names to coefficients or an Ensemble, got {shown(mix)}", field="ensemble"
-        )
     return request_to_proto(
         prompt,
-        ensemble=mix,
+        ensemble=_ensemble(mix, space),
         views=tuple(views),
         sampling=sampling if sampling is not None else SamplingParams(**fields),
         request_id=request_id,
@@ -91,6 +76,30 @@ def _message(
         cache_salt=cache_salt,
         structure=structure,
     )
+
+
+def _ensemble(mix: Mix, space: Space | None) -> Ensemble | None:
+    if space is not None and not isinstance(mix, Mapping):
+        raise InvalidEnsembleError(
+            "space is of a mix of member names; give mix, or set the space of the Ensemble", field="ensemble.space"
+        )
+    if isinstance(mix, Mapping):
+        members = tuple(Member(name, coefficient) for name, coefficient in mix.items())
+        return Ensemble(members, Space.LOGITS if space is None else space)
+    if not isinstance(mix, Ensemble | None):
+        raise InvalidEnsembleError(
+            f"mix must be a mapping of member names to coefficients or an Ensemble, got {shown(mix)}", field="ensemble"
+        )
+    return mix
+
+
+def _embed(prompts: Sequence[Prompt], mix: Mix) -> inference_pb2.EmbedRequest:
+    if isinstance(prompts, str):
+        raise InvalidRequestError("prompts must be a list with one prompt per embedding, got one text", field="input")
+    message = inference_pb2.EmbedRequest(prompts=map(prompt_to_proto, prompts))
+    if (ensemble := _ensemble(mix, None)) is not None:
+        message.ensemble.CopyFrom(ensemble_to_proto(ensemble))
+    return message
 
 
 def _detokenize(token_ids: Sequence[int], skip_special_tokens: bool) -> inference_pb2.DetokenizeRequest:
@@ -156,6 +165,14 @@ class Client:
         for delta in self.generate(prompt, timeout_s=timeout_s, **options):
             join(choices, delta)
         return [choices[choice] for choice in sorted(choices)]
+
+    def embed(self, prompts: Sequence[Prompt], *, mix: Mix = None, timeout_s: float | None = None) -> list[list[float]]:
+        """The embedding of each prompt, of length 1: Σ mix · mean of the member's final hidden states."""
+        try:
+            response = self._inference.Embed(_embed(prompts, mix), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return [list(embedding.values) for embedding in response.embeddings]
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, chat template applied."""
@@ -245,6 +262,12 @@ class AsyncClient:
         async for delta in self.generate(prompt, timeout_s=timeout_s, **options):
             join(choices, delta)
         return [choices[choice] for choice in sorted(choices)]
+
+    async def embed(
+        self, prompts: Sequence[Prompt], *, mix: Mix = None, timeout_s: float | None = None
+    ) -> list[list[float]]:
+        call = self._inference.Embed(_embed(prompts, mix), timeout=timeout_s, metadata=self._metadata)
+        return [list(embedding.values) for embedding in (await _answer(call)).embeddings]
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))

@@ -25,6 +25,7 @@ from ..text.grammar import Grammars
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput
+from .embedder import Embedder
 from .inbox import Abort, Inbox
 from .observer import Observer, StepReport, notify
 from .stats import EngineStats
@@ -57,6 +58,7 @@ class Engine:
         self._answers: dict[Group, Answer] = {}
         self._taken: deque[list[Answer] | Abort] = deque()  # from the inbox, not yet processed
         self._inbox = Inbox(config.max_waiting, config.max_waiting_tokens)
+        self.embedder = Embedder(backend, model, config, self._inbox.wake)
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
         self._num_restarts = 0
         self._steps = 0
@@ -101,7 +103,8 @@ class Engine:
         try:
             self._accept(request, on_output)
         except MotetError as error:
-            self._note_rejected(request, error)
+            refused = error
+            notify(self._observers, lambda observer: observer.on_reject(request, refused))
             raise
 
     def _accept(self, request: Request, on_output: OnOutput) -> None:
@@ -111,9 +114,6 @@ class Engine:
         streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
         answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
         self._inbox.put(answers)
-
-    def _note_rejected(self, request: Request, error: MotetError) -> None:
-        notify(self._observers, lambda observer: observer.on_reject(request, error))
 
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End all requests with this id, or with any if it is None, that were submitted so far; their answers keep what
@@ -199,7 +199,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no request is queued or running."""
-        return self._inbox.is_empty and not self._answers
+        return self._inbox.is_empty and not self._answers and self.embedder.is_idle
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -219,6 +219,7 @@ class Engine:
         for item in (*self._taken, *self._inbox.take(wait=False)):
             for answer in item if isinstance(item, list) else ():
                 self._end(answer, FinishReason.ERROR if self.failure else FinishReason.CANCELLED, self.failure)
+        self.embedder.fail(self.failure or UnavailableError("the engine was closed"), close=True)
         self._backend.close()
 
     def _restart(self) -> bool:
@@ -230,6 +231,7 @@ class Engine:
         error = MotetError(text + ("send the request again" if again else "restart the server"))
         if not again:
             self._inbox.close(error)
+        self.embedder.fail(error)
         for answer in list(self._answers.values()):
             try:
                 self._end(answer, FinishReason.ERROR, error)  # without the scheduler: it may be broken
@@ -251,7 +253,7 @@ class Engine:
 
     def _take_inbox(self) -> bool:
         """Process the inbox; sleep while there is nothing to do. False if the engine is closed."""
-        self._taken.extend(self._inbox.take(wait=not self._answers and not self._taken))
+        self._taken.extend(self._inbox.take(wait=not self._answers and not self._taken and self.embedder.is_idle))
         while self._taken:  # one at a time: a fault at one must not lose the others
             item = self._taken.popleft()
             if isinstance(item, list):
@@ -270,9 +272,10 @@ class Engine:
 
     def _step(self) -> None:
         self._end_overdue()
+        self.embedder.step(self._scheduler.blocks, is_busy=bool(self._answers))
         scheduled = self._scheduler.schedule() if self._answers else None
         if scheduled is None:
-            self._scheduler.check_integrity()
+            self._scheduler.check_integrity(self.embedder.tables())
             return
         self._note_admitted()
         start = time.monotonic()

@@ -26,6 +26,7 @@ class Inbox:
         self._waiting: Counter[str] = Counter()  # choices by tenant
         self._tokens: Counter[str] = Counter()  # of their prompts
         self._departures: deque[float] = deque([time.monotonic()], maxlen=_RATE_OVER)
+        self._is_woken = False
         self.is_draining = False
         self.is_closed = False
         self.failure: MotetError | None = None
@@ -78,13 +79,20 @@ class Inbox:
             self._changed.notify()
 
     def take(self, *, wait: bool) -> list[list[Answer] | Abort]:
-        """All items; with `wait`, sleeps until there is one or the inbox is closed."""
+        """All items; with `wait`, sleeps until there is one, `wake` is called or the inbox is closed."""
         with self._changed:
-            while wait and not (self._items or self.is_closed):
+            while wait and not (self._items or self.is_closed or self._is_woken):
                 self._changed.wait()
+            self._is_woken = False
             items = list(self._items)
             self._items.clear()
             return items
+
+    def wake(self) -> None:
+        """There is work that is not in the inbox."""
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify()
 
     def leave(self, answer: Answer) -> None:
         """A choice waits no more: it runs, or has ended."""

@@ -12,7 +12,7 @@ the seed, the position and the tokens before, so an answer is the same with draf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -171,10 +171,10 @@ class Scheduler:
                 self.preempt(group)
         return failed
 
-    def check_integrity(self) -> None:
-        """Assert that the running sequences' tables account for every used block (see
+    def check_integrity(self, others: Iterable[list[int]] = ()) -> None:
+        """Assert that the running sequences' tables and `others` account for every used block (see
         `BlockManager.check_integrity`)."""
-        self.blocks.check_integrity(s.block_table for group in self.running for s in group.sequences)
+        self.blocks.check_integrity([*(s.block_table for group in self.running for s in group.sequences), *others])
 
     # ---- steps of schedule() -------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Caller:
     identity: Identity
     traceparent: str = ""
     peer: str = ""  # the address
+    end_user: str = ""  # for whom, in the caller's own words
 
 
 @dataclass(slots=True, eq=False)
@@ -159,6 +160,7 @@ class CallLog:
                     "tenant": who.tenant,
                     "subject": who.subject,
                     "peer": call.caller.peer,
+                    "end_user": call.caller.end_user,
                     "call_id": call.id,
                     "request_id": call.request_id,
                     "traceparent": call.caller.traceparent,

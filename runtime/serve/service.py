@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
-from ..api.limits import MAX_REQUEST_ID_BYTES
+from ..api.limits import MAX_REQUEST_ID_BYTES, MAX_TEXTS
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
-from ..api.request import FinishReason, GenerateRequest, Request
+from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
 from ..api.rules import Integer, Text
 from ..engine.consensus import draft_requests, most_agreed
 from ..engine.engine import Engine
@@ -31,6 +31,7 @@ from ..text.tokenizer import Tokenizer
 from ..trust.quotas import Quotas, TenantLimits
 from .answer_size import check_answer_size
 from .calls import Call, Caller, Calls, CallSink
+from .embeddings import Embeddings, embed_all
 from .output_queue import OutputQueue
 from .reading import RequestReader
 
@@ -183,6 +184,23 @@ class Service:
             self._of_caller[key].remove(engine_id)
             if not self._of_caller[key]:
                 del self._of_caller[key]
+
+    async def embed(self, prompts: Sequence[Prompt], ensemble: Ensemble | None, caller: Caller) -> Embeddings:
+        """The embedding of each prompt, of length 1 (see `Embedder`). `ensemble` None is the bundle's own; its members see the
+        prompts themselves. Raises what `generate` raises."""
+        tenant, model = caller.identity.tenant, self._engine.model
+        if not 1 <= len(prompts) <= MAX_TEXTS:
+            raise InvalidRequestError(f"1 to {MAX_TEXTS} texts are embedded at once, got {len(prompts)}", field="input")
+        with self.calls.call("embed", caller) as call, self._quotas.open(tenant):
+            tokens = await self._run(
+                lambda: [build_prompt(self.tokenizer, prompt, model.max_model_len) for prompt in prompts]
+            )
+            call.prompt_tokens = sum(map(len, tokens))
+            self._quotas.check_tokens(tenant, call.prompt_tokens)
+            chosen = ensemble or model.default_ensemble
+            call.mix = {member.name: member.mix for member in chosen.members}
+            self._quotas.spend(tenant, call.prompt_tokens)
+            return Embeddings(await embed_all(self._engine.embedder, tokens, chosen), call.prompt_tokens)
 
     async def tokenize(self, prompt: Prompt, caller: Caller) -> tuple[int, ...]:
         """Token ids of a prompt, chat template applied. Raises `InvalidRequestError`, and `ContextLengthError` if there

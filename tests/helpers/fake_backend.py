@@ -84,6 +84,20 @@ class FakeBackend:
         self._check(batch)
         return np.stack([self._logits(batch, row, member) for row in range(count)])
 
+    def hidden(self, batch: Batch) -> list[np.ndarray]:
+        """Four numbers a row, of what its slot holds."""
+        self.on_step(batch)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the fake backend was told to fail")
+        self._check(batch)
+        found = []
+        for sequence, members in enumerate(batch.members):
+            rows = slice(batch.cu_seqlens_q[sequence], batch.cu_seqlens_q[sequence + 1])
+            held = self.values[np.array(members)][:, batch.slot_mapping[rows]]
+            found.append(np.stack([(held >> shift) % 97 - 48 for shift in (0, 7, 14, 21)], axis=-1).astype(np.float32))
+        return found
+
     def step(self, batch: Batch) -> StepOutput:
         self.on_step(batch)
         if self.fail_next:

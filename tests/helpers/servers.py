@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 
 from motet.runtime.serve.grpc.server import Server
+from motet.runtime.serve.http.server import HttpServer
 from motet.runtime.serve.service import Service
 from motet.runtime.trust.access import Access
 
@@ -56,6 +57,31 @@ def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, **options
             yield running
         finally:
             running.start(running.server.stop(drain_timeout_s)).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def serving_http(engine, access=None, *, tls=None, registry=None, service=None):
+    """An HTTP door; yields (host:port, the service). `service`: options of `Service`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def begin():
+        made = Service(engine, **(service or {}))
+        server = HttpServer(made, access or Access.open_to_all(), tls=tls, registry=registry)
+        await server.start()
+        return server, made
+
+    try:
+        server, made = asyncio.run_coroutine_threadsafe(begin(), loop).result(30)
+        try:
+            yield f"127.0.0.1:{server.port}", made
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import http.client
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import pytest
 from helpers.callers import CALLER
 from helpers.fake_backend import FakeBackend, make_engine
+from helpers.servers import serving_http
 from motet.cli import app
 from motet.proto import inference_pb2
 from motet.runtime.api.output import Output
@@ -218,7 +220,41 @@ def cli_option(name, value):
     return [] if value is None else [option, repr(value)]
 
 
-DOORS = [by_service, by_client, by_client_complete, by_async_client, by_cli]
+def by_http(request, engine, _address, _path):
+    """As a completion, whose prompt is sent as it is."""
+    body = {"prompt": request.prompt, "stream": True, "model": "fake"}
+    for name in RULES:
+        value = getattr(request.sampling, name)
+        body[name] = {str(key): bias for key, bias in value.items()} if isinstance(value, Mapping) else value
+    for field in dataclasses.fields(GenerateRequest):
+        if field.name not in ("prompt", "ensemble", "views", "sampling", "allow_negative", "structure"):
+            body[field.name] = getattr(request, field.name)
+    if request.ensemble is not None:
+        members = [
+            {"name": member.name, "mix": member.mix, "view": request.views[member.view - 1] if member.view else None}
+            for member in request.ensemble.members
+        ]
+        space, is_negative = str(request.ensemble.space), request.allow_negative
+        body["ensemble"] = {"members": members, "space": space, "allow_negative": is_negative}
+    if request.structure is not None:
+        kind, spec = str(request.structure.kind), request.structure.spec
+        name = "json" if kind == "json_schema" else kind
+        values = {"json_object": True, "choice": json.loads(spec) if kind == "choice" else None}
+        body["structured_outputs"] = {name: values.get(kind) or spec}
+    with serving_http(engine) as (http_address, _service):
+        host, _, port = http_address.partition(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        response = connection.getresponse()
+        text = response.read().decode()
+        assert response.status == 200, text
+        connection.close()
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+    assert {choice["index"] for event in events for choice in event["choices"]} == set(range(request.sampling.n))
+    return {event["id"].removeprefix("cmpl-") for event in events}
+
+
+DOORS = [by_service, by_client, by_client_complete, by_async_client, by_cli, by_http]
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -20,9 +20,9 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.schedule.scheduler import Scheduler
 from motet.runtime.serve.grpc import server as server_module
+from motet.runtime.serve.grpc.answers import output_from_response, responses_from_output
 from motet.runtime.serve.grpc.server import LIVENESS, SERVICES, Server
 from motet.runtime.serve.grpc.statuses import error_of
-from motet.runtime.serve.grpc.wire import output_from_response, responses_from_output
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.metrics import engine_registry
 from motet.runtime.serve.service import Service

@@ -10,6 +10,7 @@ of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,7 @@ class CpuBackend:
         at = {output: index for index, output in enumerate(outputs)}
         terms = [[(at[output], c) for output, c in terms] for terms in needed]
         plan = plan_head(terms, batch.samples, self._linear_head)
-        seqs = None
-        if tails:
-            seqs = [[s for s, own in enumerate(batch.members) if m in own] for m in range(self._num_members)]
-        packed = PackedBatch(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
-            slot_mapping=batch.slot_mapping,
-            cu_seqlens=batch.cu_seqlens_q,
-            context_lens=batch.context_lens,
-            block_tables=batch.block_tables,
-            trunk_cached=batch.trunk_cached,
-            members=seqs,
-            outputs=outputs,
-            freed_blocks=batch.freed_blocks,
-        )
+        packed = self._packed(batch, outputs)
         fused, others = split_fused(batch.samples, FUSED_RULES)
         natives = native_samples([plan.mixes[i] for i in fused], [batch.samples[i] for i in fused])
         sampling = Sampling(natives, self._model.vocab_size)
@@ -110,6 +97,37 @@ class CpuBackend:
         rest_terms = [[(written[row], c) for row, c in plan.mixes[i]] for i in others]
         rest = sample_rows(logits, rest_terms, [batch.samples[i] for i in others])
         return merge_outputs([(fused, output), (others, rest)])
+
+    def hidden(self, batch: Batch) -> list[F32]:
+        """Run a batch without samples (see `Backend.hidden`)."""
+        tails, starts = self._has_tails, batch.cu_seqlens_q.tolist()
+        spans = [range(first, end) for first, end in pairwise(starts)]
+        places = [[(m if tails else 0, row) for m in own for row in span] for own, span in zip(batch.members, spans)]
+        outputs = sorted({place for own in places for place in own})
+        at = {place: index for index, place in enumerate(outputs)}
+        states = self._model.step(self._packed(batch, outputs))
+        return [
+            states[[at[place] for place in own]].reshape(len(members), len(span), -1)
+            for own, members, span in zip(places, batch.members, spans)
+        ]
+
+    def _packed(self, batch: Batch, outputs: list[tuple[int, int]]) -> PackedBatch:
+        """`outputs`: (member, or 0 without tails; row) pairs, ascending."""
+        seqs = None
+        if self._has_tails:
+            seqs = [[s for s, own in enumerate(batch.members) if m in own] for m in range(self._num_members)]
+        return PackedBatch(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            slot_mapping=batch.slot_mapping,
+            cu_seqlens=batch.cu_seqlens_q,
+            context_lens=batch.context_lens,
+            block_tables=batch.block_tables,
+            trunk_cached=batch.trunk_cached,
+            members=seqs,
+            outputs=outputs,
+            freed_blocks=batch.freed_blocks,
+        )
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence (see `Backend.score`). Raises `ConfigError`

@@ -11,6 +11,7 @@ decode batch size are made once and reused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,18 @@ class OnnxBackend:
         for row, fine in fine_rows:
             logits[row] += logits[fine]
         return sample_rows(logits, plan.mixes, batch.samples)
+
+    def hidden(self, batch: Batch) -> list[F32]:
+        """Run a batch without samples (see `Backend.hidden`)."""
+        for graph in (self._trunk, *self._tails):
+            graph.cache.free(batch.freed_blocks.tolist())
+        found = []
+        for s, (first, end) in enumerate(pairwise(batch.cu_seqlens_q.tolist())):
+            block, start = int(batch.block_tables[s, 0]), int(batch.context_lens[s]) - (end - first)
+            rows = self._trunk.prefill(block, batch.token_ids[first:end], start)
+            tails = [self._tails[member].prefill(block, rows, start) for member in batch.members[s] if self._tails]
+            found.append(np.stack(tails or [rows] * len(batch.members[s])))
+        return found
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:
         """Logits [S, vocab] of `member` at every position of one sequence (see `Backend.score`). It overwrites block

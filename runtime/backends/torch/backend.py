@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Literal
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from ...api.config import EngineConfig
-from ...errors import MissingPackageError
+from ...errors import MissingPackageError, MotetError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
 from ...sampling.terms import Terms, needed_terms
@@ -193,6 +194,19 @@ class TorchBackend:
         output = self._sampler.sample(hidden.states, terms, batch.samples)
         output.errors |= errors
         return output
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
+        """Run a batch without samples (see `Backend.hidden`). Raises `MotetError` for a sequence that cannot be run."""
+        checked = self._check(batch)
+        if checked.errors:
+            raise MotetError(next(iter(checked.errors.values())))
+        found = self._run(batch, checked)
+        states = found.states.float().cpu().numpy()
+        return [
+            np.stack([states[found.places[member][first:end]] for member in own])
+            for own, (first, end) in zip(batch.members, pairwise(batch.cu_seqlens_q.tolist()))
+        ]
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], member: int) -> npt.NDArray[np.float32]:

@@ -25,6 +25,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/motet.v1.Inference/Generate": _WORK,
     "/motet.v1.Inference/Complete": _WORK,
     "/motet.v1.Inference/Abort": _WORK,
+    "/motet.v1.Inference/Embed": _WORK,
     "/motet.v1.Inference/Tokenize": _WORK,
     "/motet.v1.Inference/Detokenize": _WORK,
     "/motet.v1.Admin/ListModels": _ANY,

@@ -28,15 +28,10 @@ from ...trust.access import Access
 from ...trust.identity import Role
 from ...trust.tls import TlsContent, TlsFiles
 from ..service import Service
+from .answers import model_to_proto, response_from_output, responses_from_output
 from .gate import Gate, caller_of
 from .statuses import Statuses
-from .wire import (
-    model_to_proto,
-    prompt_from_proto,
-    request_from_proto,
-    response_from_output,
-    responses_from_output,
-)
+from .wire import embed_from_proto, prompt_from_proto, request_from_proto
 
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICES = ("motet.v1.Inference", "motet.v1.Batch", "motet.v1.Admin")
@@ -93,6 +88,13 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 
     async def Abort(self, message: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
         return inference_pb2.AbortResponse(aborted=self._service.abort(message.request_id, caller_of(context)))
+
+    async def Embed(self, message: inference_pb2.EmbedRequest, context: Context) -> inference_pb2.EmbedResponse:
+        caller = caller_of(context)
+        prompts, ensemble = await self._service.read("embed", lambda: embed_from_proto(message), caller)
+        found = await self._service.embed(prompts, ensemble, caller)
+        embeddings = [inference_pb2.Embedding(values=vector) for vector in found.vectors]
+        return inference_pb2.EmbedResponse(embeddings=embeddings, prompt_tokens=found.prompt_tokens)
 
     async def Tokenize(
         self, message: inference_pb2.TokenizeRequest, context: Context

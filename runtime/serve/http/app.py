@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from ...api.limits import MAX_BEGUN_CALLS, MAX_CONCURRENT_CALLS, MAX_REQUEST_BYTES
+from ...api.limits import MAX_BEGUN_CALLS, MAX_CONCURRENT_CALLS, MAX_NAME_BYTES, MAX_REQUEST_BYTES
+from ...api.rules import Text
 from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
@@ -30,6 +32,7 @@ T = TypeVar("T")
 
 ANY = frozenset(Role)
 WORK = frozenset({Role.INFER, Role.BATCH})
+_USER = Text(MAX_NAME_BYTES)
 _BODY_S = 10.0  # for a request's body to come
 _OPEN_TO_ALL = "/health"  # load balancers have no keys
 
@@ -53,9 +56,12 @@ class Door:
         self._begun: Counter[str] = Counter()  # host → its requests whose body has not come
 
     @staticmethod
-    def caller(request: Request) -> Caller:
+    def caller(request: Request, end_user: str | None = None) -> Caller:
+        """Who calls, and for whom, if the body says so. Raises `InvalidRequestError`."""
         caller: Caller = request.scope["motet.caller"]
-        return caller
+        if end_user is None:
+            return caller
+        return dataclasses.replace(caller, end_user=_USER.check("user", end_user))
 
     async def body(self, request: Request, kind: type[T], method: str) -> T:
         """The request's JSON, as `kind`; `method`: of the call, for the record of one that is refused. Raises

@@ -15,33 +15,14 @@ from starlette.types import Send
 
 from ...api.output import Output, Usage
 from ...api.request import GenerateRequest
-from ...api.structure import Structure
 from ...errors import InvalidRequestError
-from ...text.tools import ToolCall, ToolFormat, ToolReader, check_tools, forced_call, tool_format
+from ...text.tools import ToolCall, ToolReader
 from ..calls import Caller
+from .answers import chat_logprobs, finish_reason, motet_fields, usage_of
 from .app import Door, Work, send_whole
 from .events import Events, stream_events
-from .wire import (
-    ChatMessage,
-    Common,
-    ResponseFormat,
-    chat_logprobs,
-    conversation,
-    finish_reason,
-    generate_request,
-    motet_fields,
-    structure_of,
-    usage_of,
-)
-
-
-class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-
-
-class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
-    function: NamedFunction
-    type: Literal["function"] = "function"
+from .tools import NamedTool, Tools
+from .wire import ChatMessage, Common, ResponseFormat, conversation, generate_request, structure_of
 
 
 class ChatRequest(Common, kw_only=True, forbid_unknown_fields=True):
@@ -60,41 +41,9 @@ class ChatRequest(Common, kw_only=True, forbid_unknown_fields=True):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class _Tools:
-    """The tools of a request: what the template is given, what the answer is forced to be, and how it is read."""
-
-    def __init__(self, fields: Any, door: Door) -> None:
-        known = check_tools(fields.tools or ())
-        choice = fields.tool_choice
-        if choice not in (None, "none") and not known:
-            raise InvalidRequestError(
-                "tool_choice chooses among tools, and there are none; give tools", field="tool_choice"
-            )
-        self.shown = (
-            () if choice == "none" else tuple(tool.get("function", tool) and tool for tool in fields.tools or ())
-        )
-        self.names = frozenset(known) if self.shown else frozenset()
-        self.format: ToolFormat | None = tool_format(door.service.tokenizer) if self.names else None
-        self.structure: Structure | None = None
-        if isinstance(choice, NamedTool):
-            name = choice.function.name
-            if name not in known:
-                raise InvalidRequestError(f"tool_choice names {name!r}, which is no tool here", field="tool_choice")
-            known = {name: known[name]}
-        if self.format is not None and (choice == "required" or isinstance(choice, NamedTool)):
-            self.structure = forced_call(known, self.format)
-        self._most = 1 if fields.parallel_tool_calls is False else None
-
-    def reader(self) -> ToolReader | None:
-        return ToolReader(self.format, self.names) if self.format is not None else None
-
-    def kept(self, calls: list[ToolCall]) -> list[ToolCall]:
-        return calls[: self._most]
-
-
 async def chat_completions(door: Door, request: Request) -> Response:
     fields: Any = await door.body(request, ChatRequest, "generate")
-    caller = door.caller(request)
+    caller = door.caller(request, fields.user)
     asked, tools = await door.service.read("generate", lambda: _request(fields, door), caller)
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options is for a stream; set stream, or leave it out", field="stream_options")
@@ -102,8 +51,8 @@ async def chat_completions(door: Door, request: Request) -> Response:
     return Work(answer.stream if fields.stream else answer.whole)
 
 
-def _request(fields: Any, door: Door) -> tuple[GenerateRequest, _Tools]:
-    tools = _Tools(fields, door)
+def _request(fields: Any, door: Door) -> tuple[GenerateRequest, Tools]:
+    tools = Tools(fields.tools or (), fields.tool_choice, fields.parallel_tool_calls, door.service.tokenizer)
     structure = structure_of(fields.response_format)
     if tools.structure is not None and structure is not None:
         raise InvalidRequestError(
@@ -125,7 +74,7 @@ def _request(fields: Any, door: Door) -> tuple[GenerateRequest, _Tools]:
 
 
 class _Answer:
-    def __init__(self, door: Door, fields: Any, asked: GenerateRequest, tools: _Tools, caller: Caller) -> None:
+    def __init__(self, door: Door, fields: Any, asked: GenerateRequest, tools: Tools, caller: Caller) -> None:
         self._door, self._fields, self._asked, self._tools, self._caller = door, fields, asked, tools, caller
         self._head = {
             "id": f"chatcmpl-{asked.request_id or uuid.uuid4().hex}",

@@ -18,14 +18,14 @@ from starlette.types import Send
 
 from ...api.limits import MAX_CHOICES
 from ...api.output import Output, Usage
-from ...api.prompt import Prompt
 from ...api.request import GenerateRequest
 from ...errors import InvalidRequestError
 from ...text.tokenizer import Tokenizer
 from ..calls import Caller
+from .answers import finish_reason, motet_fields, usage_of
 from .app import Door, Work, send_whole
 from .events import Events, stream_events
-from .wire import Common, ResponseFormat, finish_reason, generate_request, motet_fields, structure_of, usage_of
+from .wire import Common, ResponseFormat, generate_request, prompts_of, structure_of
 
 
 class CompletionRequest(Common, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class CompletionRequest(Common, kw_only=True, forbid_unknown_fields=True):
 
 async def completions(door: Door, request: Request) -> Response:
     fields: Any = await door.body(request, CompletionRequest, "generate")
-    caller = door.caller(request)
+    caller = door.caller(request, fields.user)
     asked = await door.service.read("generate", lambda: _requests(fields, door), caller)
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options is for a stream; set stream, or leave it out", field="stream_options")
@@ -50,7 +50,7 @@ async def completions(door: Door, request: Request) -> Response:
 
 def _requests(fields: Any, door: Door) -> list[GenerateRequest]:
     """One per prompt."""
-    prompts = _prompts(fields.prompt)
+    prompts = prompts_of(fields.prompt, "prompt")
     n = fields.n or 1
     if isinstance(n, int) and len(prompts) * n > MAX_CHOICES:
         raise InvalidRequestError(
@@ -76,16 +76,6 @@ def _requests(fields: Any, door: Door) -> list[GenerateRequest]:
         )
         for prompt in prompts
     ]
-
-
-def _prompts(prompt: Any) -> list[Prompt]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise InvalidRequestError("the prompt is an empty list; send text or token ids", field="prompt")
-    if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [tuple(one) if isinstance(one, list) else one for one in prompt]
 
 
 class _Answer:

@@ -1,4 +1,4 @@
-"""JSON ↔ requests and outputs: what the routes of generation share."""
+"""JSON → requests: what the routes of generation share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import msgspec
 
 from ...api.limits import MAX_MEMBERS, MAX_MESSAGES
 from ...api.model_info import ModelInfo
-from ...api.output import Output, Usage
 from ...api.prompt import Conversation, Prompt
-from ...api.request import Ensemble, FinishReason, GenerateRequest, Member, Space
+from ...api.request import Ensemble, GenerateRequest, Member, Space
 from ...api.sampling import RULES, SamplingParams
 from ...api.structure import Structure
 from ...errors import InvalidEnsembleError, InvalidRequestError, NotFoundError, shown
-from ...text.tokenizer import Tokenizer
-
-# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -112,7 +108,7 @@ def generate_request(
         given["seed"] = seed + 2**64  # OpenAI's seeds are signed
     if fields.stop is not None:
         given["stop"] = fields.stop
-    ensemble, views, allow_negative = _ensemble(fields.ensemble, ensemble_of(fields.model, model))
+    ensemble, views, allow_negative = read_ensemble(fields.ensemble, fields.model, model)
     own = fields.structured_outputs
     if own is not None:
         if structure is not None:
@@ -158,9 +154,12 @@ def ensemble_of(name: str, model: ModelInfo) -> Ensemble | None:
     return Ensemble(tuple(members))
 
 
-def _ensemble(
-    fields: EnsembleFields | None, named: Ensemble | None
+def read_ensemble(
+    fields: EnsembleFields | None, name: str, model: ModelInfo
 ) -> tuple[Ensemble | None, tuple[Prompt, ...], bool]:
+    """The ensemble of the extension field or of the model's name, its views, and whether coefficients may be negative.
+    Raises what `ensemble_of` raises."""
+    named = ensemble_of(name, model)
     if fields is None:
         return named, (), False
     if named is not None:
@@ -189,6 +188,17 @@ def _view(view: str | list[Any]) -> Prompt:
         except msgspec.ValidationError as error:
             raise InvalidRequestError(f"a view's messages: {error}", field="ensemble.members.view") from None
     return tuple(view)
+
+
+def prompts_of(value: str | list[Any], field: str) -> list[Prompt]:
+    """A text, token ids, or a list of these. Raises `InvalidRequestError`."""
+    if isinstance(value, str):
+        return [value]
+    if not value:
+        raise InvalidRequestError(f"{field} is an empty list; send text or token ids", field=field)
+    if isinstance(value[0], int):
+        return [tuple(value)]
+    return [tuple(one) if isinstance(one, list) else one for one in value]
 
 
 def _biases(value: Any) -> Any:
@@ -309,59 +319,3 @@ def _tool_call(call: ToolCallFields) -> dict[str, Any]:
                 f"the arguments of a tool call are a JSON object, got {shown(arguments)}", field="messages.tool_calls"
             ) from None
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
-
-
-# ---- outputs ---------------------------------------------------------------------------------------------------------
-
-
-def usage_of(usages: Sequence[Usage | None]) -> dict[str, Any]:
-    """Of all choices: the prompt counts once."""
-    found = [usage for usage in usages if usage is not None]
-    prompt = max((usage.prompt_tokens for usage in found), default=0)
-    completion = sum(usage.completion_tokens for usage in found)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": max((usage.cached_tokens for usage in found), default=0)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
-
-
-def finish_reason(output: Output) -> str | None:
-    """`stop` and `length` are OpenAI's; an answer that ended otherwise says so: cancelled, time_limit, shutdown."""
-    reason = output.finish_reason
-    return None if reason is None or reason is FinishReason.ERROR else str(reason)
-
-
-def motet_fields(output: Output) -> dict[str, Any]:
-    """What a choice has beyond OpenAI's fields, where the request asked for it."""
-    found: dict[str, Any] = {"seed": output.seed} if output.finish_reason is not None else {}
-    if output.stop_matched is not None:
-        found["stop_reason"] = output.stop_matched
-    for name in ("member_logprobs", "confidence", "disagreement"):
-        if values := getattr(output, name):
-            found[name] = values
-    if output.answer_confidence is not None:
-        found |= {"answer_confidence": output.answer_confidence, "abstained": output.abstained}
-    return found
-
-
-def chat_logprobs(tokenizer: Tokenizer, output: Output) -> dict[str, Any] | None:
-    """OpenAI's chat form; None if no log-probabilities were asked for."""
-    if not output.logprobs:
-        return None
-    content = []
-    for token_id, logprob, top in zip(output.token_ids, output.logprobs, output.top_logprobs, strict=True):
-        best = [_token(tokenizer, other, value) for other, value in top]
-        content.append(_token(tokenizer, token_id, logprob) | {"top_logprobs": best})
-    return {"content": content, "refusal": None}
-
-
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    content = tokenizer.token_bytes(token_id)
-    return {
-        "token": content.decode(errors="replace"),
-        "logprob": max(logprob, -9999.0),  # JSON has no infinity
-        "bytes": list(content),
-    }

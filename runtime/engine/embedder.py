@@ -1,0 +1,200 @@
+"""`Embedder`: embeddings of prompts, computed a piece at a time between the engine's steps."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from ..api.config import EngineConfig
+from ..api.model_info import ModelInfo
+from ..api.request import Ensemble
+from ..backends.base import Backend
+from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
+from ..schedule.batch import Batch
+from ..schedule.blocks import BlockManager
+
+log = logging.getLogger("motet.engine")
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+_BUSY_ROWS = 64  # of a piece, while requests run: they wait for it
+
+
+@dataclass(slots=True, eq=False)
+class EmbedJob:
+    """One prompt. `on_done` is called on the engine's thread, with the embedding or an error, once."""
+
+    prompt: tuple[int, ...]
+    ensemble: Ensemble
+    on_done: Callable[[F32 | MotetError], None]
+    is_cancelled: bool = False  # set by any thread; `on_done` may still be called
+    terms: tuple[tuple[int, float], ...] = ()  # (member, coefficient)
+    members: tuple[int, ...] = ()  # ascending
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    sums: F64 | None = None  # [members, hidden] of the hidden states so far
+
+
+class Embedder:
+    """The embedding of a prompt is Σ mix · mean over its tokens of the member's final hidden states, scaled to length 1.
+
+    `submit` may be called from any thread; the rest belongs to the engine's. No prefix is shared.
+    """
+
+    def __init__(self, backend: Backend, model: ModelInfo, config: EngineConfig, wake: Callable[[], None]) -> None:
+        self._backend, self._model, self._wake = backend, model, wake
+        self._most_rows, self._most_jobs = config.max_num_batched_tokens, config.max_num_seqs
+        self._most_tokens = config.max_waiting_tokens
+        self._lock = Lock()
+        self._waiting: deque[EmbedJob] = deque()
+        self._running: list[EmbedJob] = []
+        self._is_closed = False
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def submit(self, jobs: Sequence[EmbedJob]) -> None:
+        """Queue prompts, all or none. Raises `InvalidEnsembleError`, `InvalidRequestError`, `ContextLengthError`,
+        `OverloadedError`, `MotetError` (the engine has ended)."""
+        for job in jobs:
+            self._check(job)
+        with self._lock:
+            if self._is_closed:
+                raise MotetError("the engine has ended; send the request to another server")
+            queued, new = (sum(len(job.prompt) for job in some) for some in (self._waiting, jobs))
+            if queued and queued + new > self._most_tokens:
+                raise OverloadedError(
+                    f"texts of {queued} tokens wait to be embedded and {new} more exceed max_waiting_tokens "
+                    f"({self._most_tokens}); try again later"
+                )
+            self._waiting.extend(jobs)
+        self._wake()
+
+    def _check(self, job: EmbedJob) -> None:
+        if not job.prompt:
+            raise InvalidRequestError("the text to embed is empty; it needs at least one token", field="input")
+        if len(job.prompt) > self._model.max_model_len:
+            raise ContextLengthError(
+                f"the text has {len(job.prompt)} tokens, the context holds {self._model.max_model_len}; divide it",
+                field="input",
+            )
+        for token_id in (min(job.prompt), max(job.prompt)):
+            if not 0 <= token_id < self._model.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is not in 0…{self._model.vocab_size - 1}", field="input"
+                )
+        names = list(self._model.members)
+        for member in job.ensemble.members:
+            if member.name not in names:
+                raise InvalidEnsembleError(
+                    f"'{member.name}' is not a member of '{self._model.name}'; its members are {names}",
+                    field="ensemble.members.name",
+                )
+        job.terms = tuple((names.index(member.name), member.mix) for member in job.ensemble.members)
+        job.members = tuple(sorted({member for member, _ in job.terms}))
+
+    def step(self, blocks: BlockManager, *, is_busy: bool) -> None:
+        """Compute the next rows of some jobs. `is_busy`: requests run, and wait for it."""
+        self._drop_cancelled(blocks)
+        self._start(blocks)
+        parts = self._next_rows(_BUSY_ROWS if is_busy else self._most_rows)
+        if not parts:
+            return
+        try:
+            states = self._backend.hidden(_batch(parts, blocks))
+        except Exception:
+            log.exception("a step of embeddings failed; its requests end with an error")
+            blocks.forget()  # it is unknown what the step left in the cache
+            for job, _ in parts:
+                self._end(
+                    job, blocks, MotetError("the backend failed in a step of this request; the log has the error")
+                )
+            return
+        for (job, count), found in zip(parts, states, strict=True):
+            total = found.sum(axis=1, dtype=np.float64)
+            job.sums = total if job.sums is None else job.sums + total
+            job.num_computed += count
+            if job.num_computed == len(job.prompt):
+                self._end(job, blocks, _embedding(job))
+
+    def _drop_cancelled(self, blocks: BlockManager) -> None:
+        gone = MotetError("the request was cancelled")
+        for job in [job for job in self._running if job.is_cancelled]:
+            self._end(job, blocks, gone)
+
+    def _start(self, blocks: BlockManager) -> None:
+        while self._waiting and len(self._running) < self._most_jobs:
+            job = self._waiting[0]
+            count = blocks.blocks_for(len(job.prompt))
+            if not job.is_cancelled and not blocks.can_allocate(count):
+                return
+            with self._lock:
+                self._waiting.popleft()
+            if not job.is_cancelled:
+                job.blocks = blocks.allocate(count)
+                self._running.append(job)
+
+    def _next_rows(self, room: int) -> list[tuple[EmbedJob, int]]:
+        """(job, rows), the oldest jobs first."""
+        parts = []
+        for job in self._running:
+            count = min(room, len(job.prompt) - job.num_computed)
+            if count:
+                parts.append((job, count))
+                room -= count
+        return parts
+
+    def _end(self, job: EmbedJob, blocks: BlockManager, result: F32 | MotetError) -> None:
+        self._running.remove(job)
+        blocks.free(job.blocks)
+        job.on_done(result)
+
+    def fail(self, error: MotetError, *, close: bool = False) -> None:
+        """End all jobs, whose blocks are gone with their manager."""
+        with self._lock:
+            self._is_closed |= close
+            jobs = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for job in jobs:
+            job.on_done(error)
+
+    def tables(self) -> Iterator[list[int]]:
+        """The blocks of each running job."""
+        yield from (job.blocks for job in self._running)
+
+
+def _batch(parts: Sequence[tuple[EmbedJob, int]], blocks: BlockManager) -> Batch:
+    size = blocks.block_size
+    spans = [np.arange(job.num_computed, job.num_computed + count) for job, count in parts]
+    tables = [np.array(job.blocks, np.int32) for job, _ in parts]
+    width = max(map(len, tables))
+    return Batch(
+        token_ids=np.concatenate([np.array(job.prompt)[span] for (job, _), span in zip(parts, spans)]).astype(np.int64),
+        positions=np.concatenate(spans).astype(np.int32),
+        slot_mapping=np.concatenate(
+            [table[span // size].astype(np.int64) * size + span % size for table, span in zip(tables, spans)]
+        ),
+        cu_seqlens_q=np.cumsum([0, *(count for _, count in parts)]).astype(np.int32),
+        context_lens=np.array([job.num_computed + count for job, count in parts], np.int32),
+        block_tables=np.stack([np.pad(table, (0, width - len(table)), constant_values=-1) for table in tables]),
+        members=[job.members for job, _ in parts],
+        trunk_cached=np.zeros(len(parts), np.bool_),
+        samples=[],
+        freed_blocks=np.array(blocks.take_freed(), np.int32),
+    )
+
+
+def _embedding(job: EmbedJob) -> F32 | MotetError:
+    assert job.sums is not None
+    mixed = sum(mix * job.sums[job.members.index(member)] for member, mix in job.terms)
+    length = float(np.linalg.norm(mixed))
+    if not np.isfinite(length) or length == 0:
+        return MotetError("the hidden states of this text hold NaN or infinity, or are 0")
+    return np.asarray(mixed / length, np.float32)
