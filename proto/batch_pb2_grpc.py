@@ -34,34 +34,74 @@ class BatchStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Submit = channel.unary_unary(
+        self.Submit = channel.stream_unary(
                 '/motet.v1.Batch/Submit',
                 request_serializer=motet_dot_v1_dot_batch__pb2.SubmitRequest.SerializeToString,
-                response_deserializer=motet_dot_v1_dot_batch__pb2.SubmitResponse.FromString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.Job.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/motet.v1.Batch/Get',
+                request_serializer=motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.Job.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/motet.v1.Batch/List',
+                request_serializer=motet_dot_v1_dot_batch__pb2.ListRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.ListResponse.FromString,
                 _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/motet.v1.Batch/Watch',
-                request_serializer=motet_dot_v1_dot_batch__pb2.WatchRequest.SerializeToString,
+                request_serializer=motet_dot_v1_dot_batch__pb2.ResultsRequest.SerializeToString,
                 response_deserializer=motet_dot_v1_dot_batch__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.Results = channel.unary_stream(
+                '/motet.v1.Batch/Results',
+                request_serializer=motet_dot_v1_dot_batch__pb2.ResultsRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.RecordResult.FromString,
                 _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/motet.v1.Batch/Cancel',
-                request_serializer=motet_dot_v1_dot_batch__pb2.CancelRequest.SerializeToString,
-                response_deserializer=motet_dot_v1_dot_batch__pb2.CancelResponse.FromString,
+                request_serializer=motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.Job.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/motet.v1.Batch/Delete',
+                request_serializer=motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_batch__pb2.DeleteResponse.FromString,
                 _registered_method=True)
 
 
 class BatchServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Submit(self, request, context):
+    def Submit(self, request_iterator, context):
+        """The first message has the settings; records come in as many messages as they need. All or nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Streams the job's state until it ends, and each record when it is finished.
+        """The job's state and its results as they come to be, until it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Results(self, request, context):
+        """The results that there are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,23 +113,50 @@ class BatchServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Delete(self, request, context):
+        """Removes a job with its records and results.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BatchServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Submit': grpc.unary_unary_rpc_method_handler(
+            'Submit': grpc.stream_unary_rpc_method_handler(
                     servicer.Submit,
                     request_deserializer=motet_dot_v1_dot_batch__pb2.SubmitRequest.FromString,
-                    response_serializer=motet_dot_v1_dot_batch__pb2.SubmitResponse.SerializeToString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.Job.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.JobRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.Job.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.ListRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.ListResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
-                    request_deserializer=motet_dot_v1_dot_batch__pb2.WatchRequest.FromString,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.ResultsRequest.FromString,
                     response_serializer=motet_dot_v1_dot_batch__pb2.WatchResponse.SerializeToString,
+            ),
+            'Results': grpc.unary_stream_rpc_method_handler(
+                    servicer.Results,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.ResultsRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.RecordResult.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
-                    request_deserializer=motet_dot_v1_dot_batch__pb2.CancelRequest.FromString,
-                    response_serializer=motet_dot_v1_dot_batch__pb2.CancelResponse.SerializeToString,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.JobRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.Job.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=motet_dot_v1_dot_batch__pb2.JobRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_batch__pb2.DeleteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -103,7 +170,34 @@ class Batch:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Submit(request,
+    def Submit(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/motet.v1.Batch/Submit',
+            motet_dot_v1_dot_batch__pb2.SubmitRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
             target,
             options=(),
             channel_credentials=None,
@@ -116,9 +210,36 @@ class Batch:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/motet.v1.Batch/Submit',
-            motet_dot_v1_dot_batch__pb2.SubmitRequest.SerializeToString,
-            motet_dot_v1_dot_batch__pb2.SubmitResponse.FromString,
+            '/motet.v1.Batch/Get',
+            motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/motet.v1.Batch/List',
+            motet_dot_v1_dot_batch__pb2.ListRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.ListResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -144,8 +265,35 @@ class Batch:
             request,
             target,
             '/motet.v1.Batch/Watch',
-            motet_dot_v1_dot_batch__pb2.WatchRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.ResultsRequest.SerializeToString,
             motet_dot_v1_dot_batch__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Results(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/motet.v1.Batch/Results',
+            motet_dot_v1_dot_batch__pb2.ResultsRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.RecordResult.FromString,
             options,
             channel_credentials,
             insecure,
@@ -171,8 +319,35 @@ class Batch:
             request,
             target,
             '/motet.v1.Batch/Cancel',
-            motet_dot_v1_dot_batch__pb2.CancelRequest.SerializeToString,
-            motet_dot_v1_dot_batch__pb2.CancelResponse.FromString,
+            motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/motet.v1.Batch/Delete',
+            motet_dot_v1_dot_batch__pb2.JobRequest.SerializeToString,
+            motet_dot_v1_dot_batch__pb2.DeleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,7 +11,7 @@ from ..api.output import Output, Timings, Usage
 from ..api.request import FinishReason, Request
 from ..errors import InvalidRequestError, MotetError, NumericalError
 from ..schedule.batch import StepOutput
-from ..schedule.scheduler import GroupTokens
+from ..schedule.packing import GroupTokens
 from ..schedule.sequence import Group
 from ..text.stream import TextStream
 

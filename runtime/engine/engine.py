@@ -18,8 +18,8 @@ from ..errors import MotetError, UnavailableError
 from ..schedule.admission import Admission
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
-from ..schedule.packing import ScheduledBatch
-from ..schedule.scheduler import GroupTokens, Scheduler
+from ..schedule.packing import GroupTokens, ScheduledBatch
+from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Group
 from ..text.grammar import Grammars
 from ..text.stream import answer_stream

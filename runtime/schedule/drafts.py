@@ -45,6 +45,11 @@ class StepLoad:
         return MARGIN * ROW_COST * rows * self.tokens / cost
 
 
+def background_room(rows: int) -> int:
+    """Most rows of a step with `rows` rows of other work, so that batch work makes it at most a quarter longer."""
+    return rows + max(1, int(0.25 * (1 + ROW_COST * (rows - 1)) / ROW_COST))
+
+
 class Drafter:
     """Drafts for one group. Call `observe` after every token. `max_tokens` is the longest draft a caller should ask for; it is
     not enforced here."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..api.request import FinishReason
 from .batch import Batch, SampleRow
 from .resolve import force
 from .sequence import Group, Sequence
@@ -52,6 +53,18 @@ class ScheduledBatch:
     batch: Batch
     decodes: list[GroupRows]  # in the order of the batch's samples
     prefills: list[PrefillRows]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """The tokens that a step drew for a group: samples `first`…`first + count - 1` of the output."""
+
+    group: Group
+    first: int
+    count: int
+    reason: FinishReason | None  # why the answer ends with the last of them; None if it goes on
+    error: str | None  # why no more tokens could be drawn; None if there was no error
+    scored_ids: tuple[int, ...] = ()  # the first of them are these tokens of the prompt (`Group.unscored`)
 
 
 def num_rows(decodes: list[GroupRows], prefills: list[PrefillRows]) -> int:

@@ -133,6 +133,16 @@ class WaitingQueue:
             del self._num_running[idle]
 
 
+def background(groups: Sequence[Group]) -> list[Group]:
+    """Those of batch work, in their order."""
+    return [group for group in groups if group.owner.is_background]
+
+
+def foreground(groups: Sequence[Group]) -> list[Group]:
+    """Those of other work, in their order."""
+    return [group for group in groups if not group.owner.is_background]
+
+
 def groups_over_share(group: Group, running: Sequence[Group], places: int) -> list[Group]:
     """Running groups that must give up their places so that a waiting one can start, the latest first.
 

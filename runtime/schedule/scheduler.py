@@ -13,32 +13,21 @@ the seed, the position and the tokens before, so an answer is the same with draf
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 from ..api.request import FinishReason
 from .batch import StepOutput
 from .blocks import BlockManager
-from .drafts import StepLoad
-from .packing import GroupRows, PrefillRows, ScheduledBatch, num_rows, pack
-from .queue import WaitingQueue, groups_over_share
+from .drafts import StepLoad, background_room
+from .packing import GroupRows, GroupTokens, PrefillRows, ScheduledBatch, num_rows, pack
+from .queue import WaitingQueue, background, foreground, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
 
+BACKGROUND_EVERY = 128  # steps: more than a hundred, so that the 99th percentile of a token's time does not see it
+
 # (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTokens:
-    """The tokens that a step drew for a group: samples `first`…`first + count - 1` of the output."""
-
-    group: Group
-    first: int
-    count: int
-    reason: FinishReason | None  # why the answer ends with the last of them; None if it goes on
-    error: str | None  # why no more tokens could be drawn; None if there was no error
-    scored_ids: tuple[int, ...] = ()  # the first of them are these tokens of the prompt (`Group.unscored`)
 
 
 class Scheduler:
@@ -70,6 +59,7 @@ class Scheduler:
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._sharing = PrefixSharing(blocks, enabled=prefix_cache, keeps_trunk=keeps_trunk)
         self._sample_prefill = sample_prefill
+        self._steps_alone = 0  # since a chunk of batch work
         self.num_drafted = 0  # draft tokens since the start
         self.num_preempted = 0
         self.num_accepted = 0  # of these, those that were drawn
@@ -109,6 +99,7 @@ class Scheduler:
         """The next batch, to be passed to `commit` or `fail`; None if there is nothing to compute."""
         self._admit()
         self._adopt()
+        self._steps_alone += 1
         decodes = self._schedule_decode()
         prefills = self._schedule_prefill(num_rows(decodes, []))
         if self._sample_prefill:
@@ -248,13 +239,16 @@ class Scheduler:
                     self._sharing.take_over(group, sequence, len(found))
 
     def _schedule_decode(self) -> list[GroupRows]:
-        """One row per sequence of every group whose prefill is complete, the oldest group first."""
+        """One row per sequence of every group whose prefill is complete, the oldest group first. Batch work comes last, and
+        beside other work it has only as many rows as hardly slow the step."""
         decodes: list[GroupRows] = []
-        rows = 0
-        for group in list(self.running):
+        rows, most = 0, self._max_rows
+        for group in (*foreground(self.running), *background(self.running)):
+            if group.owner.is_background and foreground(self.running):
+                most = min(most, background_room(rows))
             if group.status is not SequenceStatus.RUNNING or any(s.num_prefill for s in group.sequences):
                 continue
-            if rows + len(group.sequences) > self._max_rows and rows:
+            if rows + len(group.sequences) > most and rows:
                 break
             if not self._grow(group):
                 continue
@@ -263,14 +257,14 @@ class Scheduler:
         return decodes
 
     def _grow(self, group: Group) -> bool:
-        """Allocate blocks for the next row of each sequence. Preempts the latest groups until there are enough, in
-        the end the group itself; False then."""
+        """Allocate blocks for the next row of each sequence. Preempts batch work and then the latest groups until there are
+        enough, in the end the group itself; False then."""
         for sequence in group.sequences:
             while self._missing(sequence, 0):
                 if self.blocks.can_allocate(1):
                     sequence.block_table += self.blocks.allocate(1)
                     continue
-                victim = self.running[-1]  # never one that is already in this step: those are older
+                victim = (background(self.running) or self.running)[-1]  # never one that is already in this step
                 self.preempt(victim)
                 if victim is group:
                     return False
@@ -290,6 +284,10 @@ class Scheduler:
             if prefills and rows + prefill.count > self._max_rows:
                 break
             prefills.append(prefill)
+            if group.owner.is_background:
+                self._steps_alone = 0
+                if foreground(self.running):
+                    break
             under_way.update(blocks)
             rows += prefill.count
         return prefills
@@ -314,8 +312,10 @@ class Scheduler:
         return decodes + drawing, [prefill for prefill in prefills if prefill.sequence not in sampled]
 
     def _prefilling(self) -> Iterator[tuple[Group, Sequence]]:
-        """In the order of the queue's `prefill_order`."""
-        for group in sorted(self.running, key=self.waiting.prefill_order):
+        """In the order of the queue's `prefill_order`. Beside other work, batch work has a chunk only now and then: each makes a
+        token of the others late."""
+        groups = foreground(self.running) if self._steps_alone < BACKGROUND_EVERY else self.running
+        for group in sorted(groups or self.running, key=self.waiting.prefill_order):
             yield from ((group, sequence) for sequence in group.sequences if sequence.num_prefill)
 
     def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:
@@ -323,7 +323,7 @@ class Scheduler:
         load = StepLoad(rows, len(decodes))
         for decode in decodes:
             group = decode.group
-            if group.max_draft > 0:
+            if group.max_draft > 0 and not (group.owner.is_background and foreground(self.running)):
                 room = (self._max_rows - load.rows) // len(group.sequences)
                 limit = self._fitting(group, min(room, group.max_draft))
                 decode.draft = group.draft(limit, load)

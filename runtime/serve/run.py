@@ -16,7 +16,6 @@ from ..engine.engine import Engine
 from ..errors import MotetError
 from ..trust.access import Access
 from ..trust.audit.writer import AuditLog, Entry
-from ..trust.tls import TlsFiles
 from .audited import AuditSink
 from .calls import CallLog, CallSink, JsonFormatter
 from .grpc.server import Server
@@ -27,7 +26,7 @@ from .settings import ServerSettings, Settings
 from .tracing import Tracer
 
 if TYPE_CHECKING:
-    from .http.server import HttpServer
+    from .http.app import App
 
 log = logging.getLogger("motet.server")
 
@@ -63,6 +62,7 @@ def serve(bundle: Path, settings: Settings) -> None:
             monitor = Monitor(service, registry, access, server.host, server.monitor_port, tls)
             stack.callback(monitor.close)
             log.info("metrics and health over HTTP on %s:%d", server.host, monitor.port)
+        app = _http_app(service, access, server, registry)
         door = Server(
             service,
             access,
@@ -72,7 +72,7 @@ def serve(bundle: Path, settings: Settings) -> None:
             with_reflection=server.reflection,
             lame_duck_s=server.lame_duck,
         )
-        asyncio.run(_serve(door, _http_door(service, access, server, tls, registry), engine, server))
+        asyncio.run(_serve(door, app, engine, server))
         if service.failure is not None:  # exit code 1: it may be started again
             raise MotetError(str(service.failure))
 
@@ -82,20 +82,29 @@ def _record_stop(audit: AuditLog, model: str) -> None:
         audit.append(Entry("stop", {"model": model}))
 
 
-def _http_door(
-    service: Service, access: Access, settings: ServerSettings, tls: TlsFiles | None, registry: CollectorRegistry
-) -> HttpServer | None:
-    if settings.http_port is None:
+def _http_app(service: Service, access: Access, settings: ServerSettings, registry: CollectorRegistry) -> App | None:
+    """What answers HTTP, and the records of batch jobs, which are requests of HTTP."""
+    if settings.http_port is None and settings.state_dir is None:
         return None
-    from .http.server import HttpServer  # its packages are optional
+    from .http.app import App  # its packages are optional
 
-    return HttpServer(service, access, settings.host, settings.http_port, tls=tls, registry=registry)
+    return App(service, access, registry)
 
 
-async def _serve(door: Server, http: HttpServer | None, engine: Engine, settings: ServerSettings) -> None:
+async def _serve(door: Server, app: App | None, engine: Engine, settings: ServerSettings) -> None:
+    jobs = http = None
+    if app is not None and settings.state_dir is not None:
+        from .batch.runner import Jobs
+
+        jobs = app.door.jobs = door.jobs = Jobs(door.service, settings.state_dir, app.answer)
     await door.start()
-    if http is not None:
+    if app is not None and settings.http_port is not None:
+        from .http.server import HttpServer
+
+        http = HttpServer(app, settings.host, settings.http_port, tls=door.tls)
         await http.start()
+    if jobs is not None:
+        jobs.start()
     loop, service = asyncio.get_running_loop(), door.service
 
     num_signals = 0
@@ -114,6 +123,8 @@ async def _serve(door: Server, http: HttpServer | None, engine: Engine, settings
     print(f"motet serves '{engine.model.name}' ({members}) on {places}", flush=True)
     await service.wait_out_of_service()
     log.info("out of service; running requests have %g s", settings.drain_timeout)
+    if jobs is not None:
+        await jobs.stop()  # what it answers now is answered after the next start
     await door.stop(settings.drain_timeout)  # which drains the service
     if http is not None:
         await http.stop()

@@ -256,6 +256,11 @@ class Service:
         return self._engine.model
 
     @property
+    def places_for_jobs(self) -> int:
+        """Records of batch jobs that are answered at once."""
+        return self._engine.config.max_num_seqs
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 

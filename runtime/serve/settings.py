@@ -45,6 +45,9 @@ class ServerSettings:
     )
     port: int = described(50051, "Port of gRPC; 0: any that is free.")
     http_port: int | None = described(None, "Answer OpenAI's HTTP API on this port too; 0: any that is free.")
+    state_dir: Path | None = described(
+        None, "Keep batch jobs in this directory, and answer them behind other requests."
+    )
     monitor_port: int | None = described(None, "HTTP with /metrics (Prometheus), /livez and /readyz on this port.")
     tls_cert: Path | None = described(None, "The server's certificate chain, PEM; read again when it changes.")
     tls_key: Path | None = described(None, "The certificate's private key, PEM.")

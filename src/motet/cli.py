@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .batch_cli import mount as mount_batch
 from .bench_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
@@ -216,6 +217,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 # ---- serving and jobs --------------------------------------------------------------------------------------------------
 
 mount_serve(app)
+mount_batch(app)
 mount_top(app)
 mount_generate(app)
 
@@ -253,8 +255,8 @@ def summarise(
 
     from .runtime.engine.engine import Engine
     from .runtime.jobs.records import check_output
-    from .runtime.jobs.summarise import INSTRUCTION, SummariseParams
     from .runtime.jobs.summarise import summarise as run
+    from .runtime.text.summary import INSTRUCTION, SummariseParams
 
     ensemble = read_ensemble(mix, space)
     told = INSTRUCTION if instruction is None else instruction

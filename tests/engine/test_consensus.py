@@ -19,8 +19,9 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.engine.consensus import draft_requests, most_agreed, similarity
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, InvalidRequestError
-from motet.runtime.jobs.summarise import SummariseParams, summarise
+from motet.runtime.jobs.summarise import summarise
 from motet.runtime.serve.service import Service
+from motet.runtime.text.summary import SummariseParams
 
 MIX = Ensemble((Member("a", 0.75), Member("b", 0.5), Member("c", -0.25)))
 GREEDY = SamplingParams(temperature=0.0, seed=3, max_tokens=8, ignore_eos=True)

@@ -23,10 +23,11 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError, ConfigError, DataError, InvalidRequestError
-from motet.runtime.jobs.summarise import SummariseParams, summarise
+from motet.runtime.jobs.summarise import summarise
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.service import Service
+from motet.runtime.text.summary import SummariseParams
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 

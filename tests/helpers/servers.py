@@ -7,7 +7,9 @@ import threading
 import time
 from contextlib import contextmanager
 
+from motet.runtime.serve.batch.runner import Jobs
 from motet.runtime.serve.grpc.server import Server
+from motet.runtime.serve.http.app import App
 from motet.runtime.serve.http.server import HttpServer
 from motet.runtime.serve.service import Service
 from motet.runtime.trust.access import Access
@@ -40,23 +42,30 @@ class Running:
 
 
 @contextmanager
-def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, **options):
-    """`options`: of `Server`; `service`: options of `Service`."""
+def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, prepare=None, **options):
+    """`options`: of `Server`; `service`: options of `Service`; `prepare` is called with the server before it starts."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def begin():
         server = Server(Service(engine, **(service or {})), access or Access.open_to_all(), **options)
+        if prepare is not None:
+            prepare(server)
         await server.start()
         return server
+
+    async def end(server):
+        if server.jobs is not None:
+            await server.jobs.stop()
+        await server.stop(drain_timeout_s)
 
     try:
         running = Running(asyncio.run_coroutine_threadsafe(begin(), loop).result(30), loop)
         try:
             yield running
         finally:
-            running.start(running.server.stop(drain_timeout_s)).result(30)
+            running.start(end(running.server)).result(30)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -64,24 +73,33 @@ def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, **options
 
 
 @contextmanager
-def serving_http(engine, access=None, *, tls=None, registry=None, service=None):
-    """An HTTP door; yields (host:port, the service). `service`: options of `Service`."""
+def serving_http(engine, access=None, *, tls=None, registry=None, service=None, state=None):
+    """An HTTP door; yields (host:port, the service). `service`: options of `Service`; `state`: directory of batch jobs."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def begin():
         made = Service(engine, **(service or {}))
-        server = HttpServer(made, access or Access.open_to_all(), tls=tls, registry=registry)
+        app = App(made, access or Access.open_to_all(), registry)
+        if state is not None:
+            app.door.jobs = Jobs(made, state, app.answer)
+            app.door.jobs.start()
+        server = HttpServer(app, tls=tls)
         await server.start()
-        return server, made
+        return server, app.door
+
+    async def end(server, door):
+        if door.jobs is not None:
+            await door.jobs.stop()
+        await server.stop()
 
     try:
-        server, made = asyncio.run_coroutine_threadsafe(begin(), loop).result(30)
+        server, door = asyncio.run_coroutine_threadsafe(begin(), loop).result(30)
         try:
-            yield f"127.0.0.1:{server.port}", made
+            yield f"127.0.0.1:{server.port}", door.service
         finally:
-            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+            asyncio.run_coroutine_threadsafe(end(server, door), loop).result(30)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

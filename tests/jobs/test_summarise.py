@@ -11,8 +11,9 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, DataError, InvalidRequestError, NotFoundError
-from motet.runtime.jobs.summarise import SummariseParams, summarise
+from motet.runtime.jobs.summarise import summarise
 from motet.runtime.text.documents import decode_text, split_document
+from motet.runtime.text.summary import SummariseParams
 
 PARAMS = SummariseParams(max_summary_tokens=12, chunk_tokens=60)
 SHORT = SummariseParams("", max_summary_tokens=2)

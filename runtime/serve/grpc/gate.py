@@ -31,9 +31,10 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/motet.v1.Admin/ListModels": _ANY,
     "/motet.v1.Admin/GetModel": _ANY,
     "/motet.v1.Admin/Drain": frozenset({Role.ADMIN}),
-    "/motet.v1.Batch/Submit": frozenset({Role.BATCH}),
-    "/motet.v1.Batch/Watch": frozenset({Role.BATCH}),
-    "/motet.v1.Batch/Cancel": frozenset({Role.BATCH}),
+    **{
+        f"/motet.v1.Batch/{name}": frozenset({Role.BATCH})
+        for name in ("Submit", "Get", "List", "Watch", "Results", "Cancel", "Delete")
+    },
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
 }
 _MESSAGE_S = 10.0  # for a call's message to come

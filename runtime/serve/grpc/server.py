@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ....proto import admin_pb2, admin_pb2_grpc, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from ...api.limits import (
     MAX_CONCURRENT_CALLS,
     MAX_CONNECTIONS,
@@ -23,12 +23,14 @@ from ...api.limits import (
     MAX_STREAMS_PER_CONNECTION,
     MAX_WATCHERS,
 )
-from ...errors import PortInUseError, UnimplementedError
+from ...errors import PortInUseError
 from ...trust.access import Access
 from ...trust.identity import Role
 from ...trust.tls import TlsContent, TlsFiles
+from ..batch.runner import Jobs
 from ..service import Service
 from .answers import model_to_proto, response_from_output, responses_from_output
+from .batch import BatchJobs
 from .gate import Gate, caller_of
 from .statuses import Statuses
 from .wire import embed_from_proto, prompt_from_proto, request_from_proto
@@ -138,25 +140,6 @@ class Admin(admin_pb2_grpc.AdminServicer):
         return admin_pb2.DrainResponse()
 
 
-class BatchJobs(batch_pb2_grpc.BatchServicer):
-    """The `Batch` service, which is not implemented: every call is refused. `motet summarise` runs jobs offline."""
-
-    async def Submit(self, _message: batch_pb2.SubmitRequest, _context: Context) -> None:
-        raise _NO_JOBS
-
-    async def Watch(
-        self, _message: batch_pb2.WatchRequest, _context: Context
-    ) -> AsyncIterator[batch_pb2.WatchResponse]:
-        raise _NO_JOBS
-        yield  # makes it a stream
-
-    async def Cancel(self, _message: batch_pb2.CancelRequest, _context: Context) -> None:
-        raise _NO_JOBS
-
-
-_NO_JOBS = UnimplementedError("this server runs no batch jobs; run them offline with `motet summarise`")
-
-
 class Health(HealthServicer):  # type: ignore[misc]
     """The standard health service, which is open to all; so those who watch are counted."""
 
@@ -194,9 +177,10 @@ class Server:
         self.host = host
         self._access = access
         self._wanted_port = port
-        self._tls = tls
+        self.tls = tls
         self._with_reflection = with_reflection
         self._lame_duck_s = lame_duck_s
+        self.jobs: Jobs | None = None  # to be set before `start`
         self.port = 0
 
     async def start(self) -> None:
@@ -208,7 +192,7 @@ class Server:
         self._health = Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service, lame_duck_s=self._lame_duck_s), self._server)  # type: ignore[no-untyped-call]
-        batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(), self._server)  # type: ignore[no-untyped-call]
+        batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(self.jobs), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._with_reflection:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -216,10 +200,10 @@ class Server:
         try:
             # Tried first, because gRPC writes a log line of its own when it cannot bind.
             socket.create_server((self.host, self._wanted_port)).close()
-            if self._tls is None:
+            if self.tls is None:
                 self.port = self._server.add_insecure_port(address)
             else:
-                self.port = self._server.add_secure_port(address, _credentials(self._tls))
+                self.port = self._server.add_secure_port(address, _credentials(self.tls))
         except (OSError, RuntimeError) as error:
             raise PortInUseError(f"cannot listen on {address} ({error}); choose another --port") from error
         await self._server.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -116,6 +116,23 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             except DecodeError:
                 return InvalidRequestError(f"the request's {len(data)} bytes are no message of {details.method}")
 
+        if handler.request_streaming:
+            take = handler.stream_unary
+
+            async def answer_to_stream(messages: Any, context: Any) -> Any:
+                async def checked() -> AsyncGenerator[Any, None]:
+                    async for message in messages:
+                        if isinstance(message, MotetError):
+                            raise message
+                        yield message
+
+                try:
+                    async with aclosing(checked()) as own:
+                        return await take(own, context)
+                except Exception as error:
+                    await abort(context, details.method, error)
+
+            return grpc.stream_unary_rpc_method_handler(answer_to_stream, deserialize, handler.response_serializer)
         if handler.response_streaming:
             stream = handler.unary_stream
             assert inspect.isasyncgenfunction(stream)

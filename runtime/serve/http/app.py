@@ -23,6 +23,7 @@ from ...api.rules import Text
 from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
+from ..batch.runner import Jobs
 from ..calls import Caller
 from ..service import Service
 from .statuses import as_motet_error, error_response
@@ -53,6 +54,7 @@ class Door:
 
     def __init__(self, service: Service, registry: CollectorRegistry | None = None) -> None:
         self.service, self.registry = service, registry
+        self.jobs: Jobs | None = None  # set when there are any: they need the application themselves
         self._begun: Counter[str] = Counter()  # host → its requests whose body has not come
 
     @staticmethod
@@ -125,7 +127,7 @@ class App:
         from .routes import ROUTES  # which imports this module
 
         self._service, self._access = service, access
-        self._door = Door(service, registry)
+        self.door = Door(service, registry)
         self._num_open = 0
         self.routes: Mapping[tuple[str, str], HttpRoute] = {(route.method, route.path): route for route in ROUTES}
         self._router = Router(
@@ -136,6 +138,40 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
+        self._num_open += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._num_open -= 1
+
+    async def answer(self, path: str, body: bytes, caller: Caller) -> tuple[int, bytes]:
+        """(status, JSON) of a POST that comes from this process, for a caller who is known."""
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [],
+            "motet.caller": caller,
+        }
+        messages: list[Message] = [{"type": "http.request", "body": body}]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]  # nobody goes away
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await self._answer(scope, receive, send)
+        content = b"".join(message.get("body", b"") for message in sent[1:])
+        return sent[0]["status"], content
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def noting(message: Message) -> None:
@@ -145,11 +181,10 @@ class App:
 
         identity: Identity | None = None
         what = f"{scope['method']} {scope['path']}"
-        self._num_open += 1
         try:
             if self._num_open > MAX_CONCURRENT_CALLS:
                 raise OverloadedError(f"{MAX_CONCURRENT_CALLS} requests are open; send fewer at once")
-            if scope["path"] != _OPEN_TO_ALL:
+            if scope["path"] != _OPEN_TO_ALL and "motet.caller" not in scope:
                 identity = self._access.identify(_values(scope, b"authorization"))
                 traceparent = next(iter(_values(scope, b"traceparent")), "")
                 scope["motet.caller"] = Caller(identity, traceparent, _peer(scope))
@@ -162,15 +197,13 @@ class App:
                 _break(scope)
             else:
                 await error_response(as_motet_error(error, what))(scope, receive, send)
-        finally:
-            self._num_open -= 1
 
     def _endpoint(self, route: HttpRoute) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             if route.path != _OPEN_TO_ALL:
                 Door.caller(request).identity.require(self.routes[route.method, route.path].roles)
             request.scope["motet.admitted"] = True
-            return await route.handler(self._door, request)
+            return await route.handler(self.door, request)
 
         return answer
 

@@ -168,34 +168,35 @@ async def _merged(door: Door, asked: list[GenerateRequest], caller: Caller) -> A
             async for output in outputs:
                 yield 0, output
         return
-    queue: asyncio.Queue[tuple[int, Output] | None] = asyncio.Queue(2 * len(asked))
+    reader, is_ending = asyncio.current_task(), False
+    queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue(2 * len(asked))
 
     async def read(index: int) -> None:
-        async with aclosing(door.service.generate(asked[index], caller)) as outputs:
-            async for output in outputs:
-                await queue.put((index, output))
-        await queue.put(None)
+        try:
+            async with aclosing(door.service.generate(asked[index], caller)) as outputs:
+                async for output in outputs:
+                    await queue.put((index, output))
+            await queue.put((index, None))
+        except asyncio.CancelledError:
+            if not is_ending and reader is not None:
+                reader.cancel()  # the service has ended the answer, because it was not read
+            raise
+        except Exception as error:
+            await queue.put((index, error))
 
     tasks = [asyncio.create_task(read(index)) for index in range(len(asked))]
-    ended = 0
+    unfinished = len(asked)
     try:
-        while ended < len(asked):
-            getting = asyncio.create_task(queue.get())
-            await asyncio.wait(
-                {getting, *(task for task in tasks if not task.done())}, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in tasks:
-                if task.done():
-                    task.result()  # its error
-            if not getting.done():
-                getting.cancel()
-                continue
-            item = getting.result()
+        while unfinished:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
             if item is None:
-                ended += 1
+                unfinished -= 1
             else:
-                yield item
+                yield index, item
     finally:
+        is_ending = True
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

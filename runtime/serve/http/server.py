@@ -9,13 +9,9 @@ import ssl
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
 from ...api.limits import MAX_CONNECTIONS, MAX_METADATA_BYTES
 from ...errors import MissingPackageError, PortInUseError
-from ...trust.access import Access
 from ...trust.tls import TlsFiles
-from ..service import Service
 
 try:
     import uvicorn
@@ -88,22 +84,19 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """OpenAI's HTTP API over a service. `start` binds the port; `port` is the bound one. It does not drain: the service
+    """OpenAI's HTTP API, on a port. `start` binds the port; `port` is the bound one. It does not drain: the service
     does, for all doors."""
 
     def __init__(
         self,
-        service: Service,
-        access: Access,
+        app: App,
         host: str = "127.0.0.1",
         port: int = 0,
         *,
         tls: TlsFiles | None = None,
-        registry: CollectorRegistry | None = None,
     ) -> None:
-        """`registry`: what /metrics shows; None: there is no /metrics."""
         self.host, self.port = host, port
-        self._app = App(service, access, registry)
+        self._app = app
         self._tls = tls
 
     async def start(self) -> None:

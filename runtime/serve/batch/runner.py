@@ -1,0 +1,238 @@
+"""`Jobs`: what doors call for batch jobs, and the task that answers their records behind all other requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...api.limits import MAX_REQUEST_BYTES, MAX_REQUEST_ID_BYTES
+from ...api.rules import Text
+from ...errors import DataError, InvalidRequestError, MotetError, shown
+from ...trust.identity import Identity, Role
+from ..calls import Caller
+from ..service import Service
+from .files import FileStore
+from .store import Job, JobStore, Record, Result
+
+log = logging.getLogger("motet.jobs")
+T = TypeVar("T")
+Execute = Callable[[str, bytes, Caller], Any]  # path, JSON, caller → awaitable of (HTTP status, JSON)
+
+# Paths of the HTTP API whose requests a record may hold → the field that a text becomes.
+ENDPOINTS: Mapping[str, str] = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+    "/v1/summarise": "text",
+    "/v1/classify": "text",
+}
+_SEEDED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_ID = Text(MAX_REQUEST_ID_BYTES, min_bytes=1)
+_POLL_S = 0.25
+_MOST_ATTEMPTS = 3  # of a record that ends with a fault of the server
+_AGAIN = 429, 503  # no answer, but "later"
+
+
+class Jobs:
+    """Use it on the event loop of its service, between `start` and `stop`. `directory` is the state of the jobs; `execute`
+    answers a request of the HTTP API in this process. Raises what `JobStore` raises."""
+
+    def __init__(self, service: Service, directory: Path, execute: Execute) -> None:
+        self._service, self._execute = service, execute
+        self._store = JobStore(directory)
+        self.files = FileStore(directory / "files")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="motet-jobs")
+        self._changed = asyncio.Event()
+        self._running: dict[asyncio.Task[None], Record] = {}
+        self._loop: asyncio.Task[None] | None = None
+
+    # ---- calls of doors ------------------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        endpoint: str,
+        records: AsyncIterator[list[tuple[str, bytes]]] | Iterable[list[tuple[str, bytes]]],
+        caller: Caller,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Take a job: pieces of (id, JSON of a request) pairs, which may come as slowly as they like and are in memory a piece
+        at a time. `defaults`: fields of every request that does not have them. All or nothing. Raises
+        `InvalidRequestError`, `DataError`, `OverloadedError`."""
+        if endpoint not in ENDPOINTS:
+            raise InvalidRequestError(
+                f"endpoint must be one of {list(ENDPOINTS)}, got {shown(endpoint)}", field="endpoint"
+            )
+        with self._service.calls.call("submit", caller):
+            who = caller.identity
+            text = json.dumps(dict(metadata or {}))
+            job = await self._run(lambda: self._store.begin(who.tenant, who.subject, endpoint, text))
+            try:
+                async for piece in _each(records):
+                    await self._run(partial(self._extend, job, piece, endpoint, defaults))
+                await self._run(lambda: self._complete(job))
+            except BaseException:
+                await asyncio.shield(self._run(lambda: self._store.discard(job)))
+                raise
+            self._wake()
+            return await self._run(lambda: self._store.job(job))
+
+    def _extend(
+        self, job: str, piece: list[tuple[str, bytes]], endpoint: str, defaults: Mapping[str, Any] | None
+    ) -> None:
+        self._store.extend(job, [_checked(id, request, endpoint, defaults) for id, request in piece])
+
+    def _complete(self, job: str) -> None:
+        self._store.complete(job)
+        self._store.end_empty(job)
+
+    async def job(self, id: str, caller: Caller) -> Job:
+        """Raises `NotFoundError`, also for a job of another tenant."""
+        return await self._run(lambda: self._store.job(id, caller.identity.tenant))
+
+    async def jobs(self, caller: Caller, limit: int = 100, after: str = "") -> list[Job]:
+        """The tenant's, the newest first."""
+        return await self._run(lambda: self._store.jobs(caller.identity.tenant, limit, after))
+
+    async def results(self, id: str, caller: Caller, after: int = 0, limit: int = 100) -> list[Result]:
+        """In the order in which they came to be. Raises `NotFoundError`."""
+        await self.job(id, caller)
+        return await self._run(lambda: self._store.results(id, after, limit))
+
+    async def cancel(self, id: str, caller: Caller) -> Job:
+        """End a job; the results that it has stay. Raises `NotFoundError`."""
+        await self.job(id, caller)
+        with self._service.calls.call("cancel", caller):
+            await self._run(lambda: self._store.cancel(id))
+            self._stop_records(id)
+            return await self.job(id, caller)
+
+    async def delete(self, id: str, caller: Caller) -> None:
+        """Remove a job with its records and results, running or not. Raises `NotFoundError`."""
+        await self.cancel(id, caller)
+        await self._run(lambda: self._store.discard(id))
+
+    async def wait_for_change(self, seconds: float = 1.0) -> None:
+        """Until something has happened to some job, or so long."""
+        changed = self._changed
+        try:
+            await asyncio.wait_for(changed.wait(), seconds)
+        except TimeoutError:
+            return
+
+    # ---- the task ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._loop = asyncio.create_task(self._answer_all())
+
+    async def stop(self) -> None:
+        """What runs waits again; it is answered after the next start."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.wait({self._loop})
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(set(self._running))
+        await self._run(self._store.close)
+        self._thread.shutdown()
+
+    async def _answer_all(self) -> None:
+        while True:
+            try:
+                await self._begin_records(self._service.places_for_jobs - len(self._running))
+            except Exception:  # such as a full disk: later there may be room
+                log.exception("no record of a batch job could be begun")
+                await asyncio.sleep(1)
+            await self.wait_for_change(_POLL_S)
+
+    async def _begin_records(self, room: int) -> None:
+        if room <= 0 or self._service.is_leaving:
+            return
+        for record in await self._run(partial(self._store.take, room)):
+            task = asyncio.create_task(self._answer(record))
+            self._running[task] = record
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a record could not be answered; its job waits until the next start", exc_info=error)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Tell all who wait, now and later."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _stop_records(self, job: str) -> None:
+        for task, record in list(self._running.items()):
+            if record.job == job:
+                task.cancel()
+        self._wake()
+
+    async def _answer(self, record: Record) -> None:
+        try:
+            job = await self._run(lambda: self._store.job(record.job))
+            identity = Identity(job.tenant, job.subject, frozenset({Role.BATCH}))
+            status, body = await self._execute(job.endpoint, record.request, Caller(identity))
+        except asyncio.CancelledError:
+            await asyncio.shield(self._run(lambda: self._store.put_back(record, was_tried=False)))
+            raise
+        except MotetError:  # the job is gone
+            return
+        if status in _AGAIN or (status >= 500 and record.attempts + 1 < _MOST_ATTEMPTS):
+            await self._run(lambda: self._store.put_back(record, was_tried=status not in _AGAIN))
+            await asyncio.sleep(_POLL_S)
+            return
+        await self._run(lambda: self._store.finish(record, status, body))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """In the one thread that the store belongs to."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+async def _each(
+    records: AsyncIterator[list[tuple[str, bytes]]] | Iterable[list[tuple[str, bytes]]],
+) -> AsyncIterator[list[tuple[str, bytes]]]:
+    if isinstance(records, Iterable):
+        for piece in records:
+            yield piece
+    else:
+        async for piece in records:
+            yield piece
+
+
+def _checked(id: str, request: bytes, endpoint: str, defaults: Mapping[str, Any] | None) -> tuple[str, bytes]:
+    """A record as it is kept: with the job's defaults, and a seed, so that it has one answer however often it is begun."""
+    _ID.check("records", id, "the id of a record")
+    if len(request) > MAX_REQUEST_BYTES:
+        raise DataError(f"record '{id}' has {len(request)} bytes; at most {MAX_REQUEST_BYTES} are allowed")
+    try:
+        body = json.loads(request)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"record '{id}' is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise DataError(f"record '{id}' must be a JSON object, the body of a request")
+    if body.get("stream"):
+        raise DataError(f"record '{id}' asks for a stream, and a job has whole answers; leave stream out")
+    body = dict(defaults or {}) | body
+    if endpoint in _SEEDED and body.get("seed") is None:
+        body["seed"] = int.from_bytes(blake2b(id.encode(), digest_size=7).digest())
+    return id, json.dumps(body, ensure_ascii=False).encode()
+
+
+def as_request(text: str, endpoint: str) -> bytes:
+    """A text as the request of an endpoint."""
+    field = ENDPOINTS.get(endpoint, "text")
+    value: Any = [{"role": "user", "content": text}] if field == "messages" else text
+    return json.dumps({field: value}, ensure_ascii=False).encode()

@@ -1,0 +1,292 @@
+"""Batch jobs: every record is answered once, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import openai
+import pytest
+from helpers.fake_backend import FakeBackend, make_engine
+from helpers.servers import serving, serving_http, until
+from motet.export.bundle_writer import export_bundle
+from motet.runtime.client.batch import BatchClient
+from motet.runtime.client.client import Client
+from motet.runtime.client.connection import Connection
+from motet.runtime.errors import (
+    DataError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+    UnimplementedError,
+)
+from motet.runtime.serve.batch.runner import Jobs
+from motet.runtime.serve.batch.store import JobStore
+from motet.runtime.serve.http.app import App
+from motet.runtime.trust.access import Access
+from motet.runtime.trust.identity import Role
+from motet.runtime.trust.keys import KeyFile, add_key
+
+BODY = {"max_tokens": 6, "ignore_eos": True, "temperature": 0.9}
+
+
+@pytest.fixture
+def engine(tokenizer):
+    with make_engine(tokenizer, FakeBackend(200, vocab_size=259)) as engine:
+        yield engine
+
+
+def with_jobs(engine, directory, access=None, **options):
+    """A gRPC door with batch jobs."""
+
+    def prepare(server):
+        app = App(server.service, access or Access.open_to_all())
+        server.jobs = app.door.jobs = Jobs(server.service, directory, app.answer)
+        server.jobs.start()
+
+    return serving(engine, access, prepare=prepare, **options)
+
+
+def records(count):
+    return [(f"r{i}", {"prompt": f"text {i % 7}", **BODY}) for i in range(count)]
+
+
+def ended(client, job_id):
+    """Every result of a job, by record, when it has ended."""
+    found, job = {}, None
+    for job, results in client.watch(job_id):  # noqa: B007
+        for result in results:
+            assert result.id not in found, "answered twice"
+            found[result.id] = result
+    assert job.has_ended
+    return job, found
+
+
+def test_a_job_has_the_answers_of_single_requests(engine, tmp_path):
+    with with_jobs(engine, tmp_path / "state") as running, BatchClient(running.address) as client:
+        job = client.submit("/v1/completions", records(40), metadata={"who": "me"})
+        assert (job.total, job.state in ("queued", "running"), job.metadata) == (40, True, {"who": "me"})
+        last, found = ended(client, job.id)
+        assert (last.state, last.done, last.failed) == ("done", 40, 0)
+        assert [result.number for result in found.values()] == list(range(1, 41))
+        assert {result.id for result in client.results(job.id)} == {f"r{i}" for i in range(40)}
+        assert [result.number for result in client.results(job.id, after=38)] == [39, 40]
+        assert [one.id for one in client.jobs()] == [job.id]
+        with Client(running.address) as own:
+            for index in (0, 17):
+                choice = found[f"r{index}"].response["choices"][0]
+                [alone] = own.complete(f"text {index % 7}", seed=choice["seed"], **BODY)
+                assert choice["text"] == alone.text
+        client.delete(job.id)
+        assert client.jobs() == []
+        with pytest.raises(NotFoundError):
+            client.get(job.id)
+
+
+def test_records_fail_alone(engine, tmp_path):
+    task = [("good", {"prompt": "x", **BODY}), ("bad", {"prompt": "x", "temperature": -1}), ("odd", {"promptt": "x"})]
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        last, found = ended(client, client.submit("/v1/completions", task).id)
+        assert (last.done, last.failed) == (1, 2)
+        assert [found[name].status for name in ("good", "bad", "odd")] == [200, 400, 400]
+        assert "temperature" in found["bad"].response["error"]["message"]
+
+
+def test_every_kind_of_task(engine, tmp_path):
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        for endpoint, task, name in (
+            ("/v1/chat/completions", "hello", "choices"),
+            ("/v1/responses", "hello", "output"),
+            ("/v1/embeddings", "hello", "data"),
+            ("/v1/summarise", "some words to make shorter", "summary"),
+            ("/v1/classify", {"text": "good", "labels": ["yes", "no"]}, "labels"),
+        ):
+            limits = {"/v1/chat/completions": {"max_tokens": 5}, "/v1/responses": {"max_output_tokens": 5}}
+            limits["/v1/summarise"] = {"max_summary_tokens": 4, "instruction": "short: "}
+            job = client.submit(endpoint, [("a", task)], defaults=limits.get(endpoint))
+            _, found = ended(client, job.id)
+            assert found["a"].status == 200, found
+            assert found["a"].response[name]
+
+
+REFUSED = {
+    "an unknown endpoint": ("/v1/models", [("a", {})], InvalidRequestError, "endpoint must be"),
+    "an id twice": ("/v1/completions", [("a", {}), ("a", {})], DataError, "same id"),
+    "no id": ("/v1/completions", [("", {})], InvalidRequestError, "id of a record"),
+    "a stream": ("/v1/completions", [("a", {"stream": True})], DataError, "leave stream out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_job_is_taken_whole_or_not_at_all(engine, tmp_path, case):
+    endpoint, task, error, text = REFUSED[case]
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        with pytest.raises(error, match=text):
+            client.submit(endpoint, [("first", {"prompt": "x"}), *task])
+
+        def broken():
+            yield "a", {"prompt": "x"}
+            raise ValueError("the source broke")
+
+        with pytest.raises(ValueError, match="source broke"):
+            client.submit("/v1/completions", broken())
+        assert client.jobs() == []
+
+
+def test_cancel_keeps_what_there_is(engine, tmp_path):
+    engine._backend.on_step = lambda _batch: time.sleep(0.005)
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        job = client.submit("/v1/completions", records(200))
+        until(lambda: client.get(job.id).done > 5)
+        assert client.cancel(job.id).state == "cancelled"
+        done = client.get(job.id).done
+        until(lambda: engine.is_idle)
+        assert client.get(job.id).done == done == len(list(client.results(job.id))) < 200
+
+
+def test_without_a_state_directory(engine):
+    with serving(engine) as running, BatchClient(running.address) as client:
+        with pytest.raises(UnimplementedError, match="--state-dir"):
+            client.submit("/v1/completions", records(1))
+        with pytest.raises(UnimplementedError, match="--state-dir"):
+            list(client.watch("x"))
+
+
+def test_a_tenant_sees_its_own(engine, tmp_path):
+    keys = tmp_path / "keys.json"
+    mine, other, infer = (
+        add_key(keys, tenant, [role]) for tenant, role in (("a", Role.BATCH), ("b", Role.BATCH), ("a", Role.INFER))
+    )
+    with with_jobs(engine, tmp_path / "state", Access(KeyFile(keys))) as running:
+        with BatchClient(Connection(running.address, key=mine)) as client:
+            job = client.submit("/v1/completions", records(3))
+            ended(client, job.id)
+        with BatchClient(Connection(running.address, key=other)) as client:
+            assert client.jobs() == []
+            for call in (client.get, client.cancel, client.delete, lambda id: list(client.results(id))):
+                with pytest.raises(NotFoundError):
+                    call(job.id)
+        with BatchClient(Connection(running.address, key=infer)) as client, pytest.raises(PermissionDeniedError):
+            client.jobs()
+
+
+def test_one_server_has_the_state(tmp_path):
+    store = JobStore(tmp_path)
+    with pytest.raises(UnavailableError, match="another server"):
+        JobStore(tmp_path)
+    store.close()
+    JobStore(tmp_path).close()
+
+
+def test_many_records_are_never_in_memory_together(tmp_path):
+    """A hundred thousand are taken in pieces."""
+    store = JobStore(tmp_path)
+    job = store.begin("", "me", "/v1/completions", "{}")
+    for first in range(0, 100_000, 5000):
+        store.extend(job, ((f"r{i}", b"{}") for i in range(first, first + 5000)))
+    assert store.jobs("", 10) == []
+    store.complete(job)
+    assert store.job(job).total == 100_000
+    began = time.monotonic()
+    taken = store.take(16)
+    for record in taken:
+        store.finish(record, 200, b"{}")
+        store.finish(record, 500, b"{}")  # a second time changes nothing
+    assert time.monotonic() - began < 2
+    assert [record.id for record in taken] == [f"r{i}" for i in range(16)]
+    assert (store.job(job).done, store.job(job).failed) == (16, 0)
+    store.close()
+
+
+# ---- a server that is killed -----------------------------------------------------------------------------------------
+
+
+def serve(bundle, state):
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--state-dir", str(state)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    return process, process.stdout.readline().split()[-1]
+
+
+def killed_and_undisturbed(bundle, folder, count, kills, seed):
+    """The results of a job whose server was killed some times, and of the same one whose server was not."""
+    rng = random.Random(seed)
+    task = [(f"r{i}", {"prompt": f"text number {i}", "max_tokens": 24, "temperature": 0.8}) for i in range(count)]
+    found = []
+    for times in (kills, 0):
+        job_id, state = None, folder / f"state-{times}"
+        for attempt in range(times + 1):
+            process, address = serve(bundle, state)
+            try:
+                with BatchClient(address) as client:
+                    if job_id is None:
+                        job_id = client.submit("/v1/completions", task).id
+                    if attempt < times:
+                        goal = min(count - 1, client.get(job_id).done + rng.randrange(1, max(2, count // (times + 1))))
+                        until(lambda: client.get(job_id).done >= goal, 120)  # noqa: B023
+                        time.sleep(rng.random() * 0.02)
+                        process.send_signal(signal.SIGKILL)
+                        continue
+                    job, results = ended(client, job_id)
+                    assert (job.state, job.done) == ("done", count)
+                    found.append({name: result.response["choices"][0]["text"] for name, result in results.items()})
+            finally:
+                process.kill()
+                process.wait()
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on(tiny_model_dir, tmp_path):
+    bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "tiny", graphs=False)
+    killed, undisturbed = killed_and_undisturbed(bundle, tmp_path, count=60, kills=3, seed=1)
+    assert killed == undisturbed
+    assert len(killed) == 60
+
+
+# ---- OpenAI's files and batches --------------------------------------------------------------------------------------
+
+
+def test_openai_batches(engine, tmp_path):
+    with serving_http(engine, state=tmp_path / "state") as (address, _service):
+        client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
+        lines = [
+            {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"prompt": "hello", **BODY, **more}}
+            for name, more in (("one", {}), ("two", {"seed": 5}), ("bad", {"temperature": -1}))
+        ]
+        content = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("in.jsonl", content), purpose="batch")
+        assert file.bytes == len(content)
+        assert [one.id for one in client.files.list()] == [file.id]
+        assert client.files.content(file.id).read() == content
+        options = {"endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"}}
+        batch = client.batches.create(input_file_id=file.id, **options)
+        until(lambda: client.batches.retrieve(batch.id).status == "completed")
+        batch = client.batches.retrieve(batch.id)
+        assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (3, 2, 1)
+        assert (batch.metadata, batch.input_file_id) == ({"a": "b"}, file.id)
+        output = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+        assert {line["custom_id"] for line in output} == {"one", "two"}
+        asked = {"model": "fake", "prompt": "hello", "seed": 5, "temperature": 0.9, "max_tokens": 6}
+        again = client.completions.create(**asked, extra_body={"ignore_eos": True})
+        [two] = [line for line in output if line["custom_id"] == "two"]
+        assert two["response"]["body"]["choices"][0]["text"] == again.choices[0].text
+        [error] = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+        assert (error["custom_id"], error["response"]["status_code"]) == ("bad", 400)
+        assert [one.id for one in client.batches.list()] == [batch.id]
+        with pytest.raises(openai.BadRequestError, match="line 1 of the file is for"):
+            client.batches.create(input_file_id=file.id, **(options | {"endpoint": "/v1/embeddings"}))
+        assert client.files.delete(file.id).deleted
+        for id in (file.id, "file-../../keys", "batch_x-output"):
+            with pytest.raises(openai.NotFoundError):
+                client.files.content(id)
+        with pytest.raises(openai.NotFoundError):
+            client.batches.create(input_file_id=file.id, **options)
+        with pytest.raises(openai.BadRequestError, match="purpose"):
+            client.files.create(file=("in.jsonl", b"{}"), purpose="fine-tune")
