@@ -17,8 +17,11 @@ def generate(out: Path) -> None:
         outs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
         names = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.rglob("*.proto"))]
         subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", *outs, *names], check=True)
-        for path in Path(folder, "motet", "v1").iterdir():
-            (out / path.name).write_text(path.read_text().replace("from motet.v1 import", "from . import"))
+        for path in (path for place in ("motet/v1", "inference") for path in Path(folder, place).iterdir()):
+            text = path.read_text()
+            for package in ("motet.v1", "inference"):
+                text = text.replace(f"from {package} import", "from . import")
+            (out / path.name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def serve(bundle: Path, settings: Settings) -> None:
             server.port,
             tls=tls,
             with_reflection=server.reflection,
+            with_gateways=server.gateways,
             lame_duck_s=server.lame_duck,
         )
         asyncio.run(_serve(door, app, engine, server))

@@ -45,6 +45,10 @@ class ServerSettings:
     )
     port: int = described(50051, "Port of gRPC; 0: any that is free.")
     http_port: int | None = described(None, "Answer OpenAI's HTTP API on this port too; 0: any that is free.")
+    gateways: bool = described(
+        False,
+        "Answer the gRPC of gateways on the same port: vllm.grpc.engine.VllmEngine and KServe's inference protocol.",
+    )
     state_dir: Path | None = described(
         None, "Keep batch jobs in this directory, and answer them behind other requests."
     )

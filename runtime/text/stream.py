@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..api.sampling import SamplingParams
-from .tokenizer import IncrementalDecoder, Tokenizer
+from .incremental import IncrementalDecoder
+from .tokenizer import Tokenizer
 
 
 def answer_stream(tokenizer: Tokenizer, prompt: tuple[int, ...], params: SamplingParams) -> TextStream:

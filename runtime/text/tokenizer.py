@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import tokenizers
 
 from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
+from .incremental import IncrementalDecoder
 from .template import ChatTemplate
 from .token_bytes import bytes_of
 
 ROLES = ("system", "user", "assistant", "tool")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 Marks = tuple[str, str]  # characters before and after a control token that is plain text
 
 
@@ -25,9 +25,14 @@ class Tokenizer:
     """A model's tokenizer.json and chat template. Safe to share between threads."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, template: ChatTemplate | None, eos_token_id: int | None = None
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        template: ChatTemplate | None,
+        eos_token_id: int | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        """`config`: what tokenizer_config.json holds."""
+        self._tokenizer, self._config = tokenizer, dict(config or {})
         self._template = template
         self.eos_token_id = eos_token_id  # of the files' eos_token
         added = tokenizer.get_added_tokens_decoder()
@@ -60,7 +65,7 @@ class Tokenizer:
             file = path / "chat_template.jinja"
             source = file.read_text() if file.is_file() else _default_template(values.get("chat_template"))
             eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-            return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos)
+            return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos, values)
         except BundleError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -102,6 +107,11 @@ class Tokenizer:
     def to_json(self) -> str:
         """The content of a tokenizer.json."""
         return str(self._tokenizer.to_str())
+
+    def files(self) -> dict[str, str]:
+        """Name → content of the files that other programs read this tokenizer from."""
+        found = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(self._config)}
+        return found if self._template is None else found | {"chat_template.jinja": self._template.source}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # The same ids as `encode`, which holds the GIL: other threads would stand still while a long text is read.
@@ -224,53 +234,6 @@ class Tokenizer:
     def stream(self, prompt: Sequence[int] = ()) -> IncrementalDecoder:
         """A decoder of the tokens that follow `prompt`."""
         return IncrementalDecoder(self, prompt)
-
-
-class IncrementalDecoder:
-    """Token ids in, text out, never half a character.
-
-    It decodes a short window: the tokens since the last but one clean cut, less the text that is already out. A cut is
-    clean if the window does not end in U+FFFD, which the decoder writes for an unfinished character. The texts of all
-    pushes and of the flush, joined, are the text of prompt and tokens less that of the prompt: the window begins with
-    the prompt's last tokens, because some decoders drop the first space of a text.
-    """
-
-    # A longer run of unfinished bytes is no character: let it out instead of waiting for ever.
-    _LONGEST_WAIT = 64
-    _PROMPT_TOKENS = 8  # of the prompt's end: more than a character has bytes
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = list(prompt[-self._PROMPT_TOKENS :])
-        # First token of the window. It is before the new tokens: the first token of a text may decode differently.
-        self._prefix = 0
-        self._read = len(self._ids)  # number of tokens whose text is out
-        # A character that the prompt left unfinished comes out with the answer's first tokens, which finish it.
-        while self._read and tokenizer.decode(self._ids[: self._read]).endswith(REPLACEMENT):
-            self._read -= 1
-
-    def push(self, token_ids: Iterable[int]) -> str:
-        """The complete characters that these tokens add. An unfinished character waits for the next push."""
-        text = ""
-        for token_id in token_ids:
-            self._ids.append(token_id)
-            text += self._emit(final=False)
-        return text
-
-    def flush(self) -> str:
-        """The rest of the text, with unfinished bytes as U+FFFD."""
-        return self._emit(final=True)
-
-    def _emit(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        window = self._tokenizer.decode(self._ids[self._prefix :])
-        unread = len(self._ids) - self._read
-        if window.endswith(REPLACEMENT) and not final and unread <= self._LONGEST_WAIT:
-            return ""
-        if len(window) <= len(before) and not final:
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return window[len(before) :]
 
 
 # How many times shorter a normaliser can make a text. NFC joins decomposed characters: Unicode bounds it by 3.

@@ -57,13 +57,14 @@ def test_stubs_are_generated_from_the_protos(tmp_path):
 
 
 def test_the_folder_of_protos_is_a_root_that_loaders_take_as_it_is(tmp_path):
-    """Every import is found below proto/, from wherever the loader is started, and so are all three services."""
+    """Every import is found below proto/, from wherever the loader is started, and so are all services."""
     names = sorted(path.relative_to(ROOT / "proto").as_posix() for path in (ROOT / "proto").rglob("*.proto"))
     command = ["grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"-o{tmp_path / 'set'}", *names]
     subprocess.run([sys.executable, "-m", *command], check=True, cwd=tmp_path)
     found = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes())
     assert sorted(file.name for file in found.file) == names
-    assert sorted(service.name for file in found.file for service in file.service) == ["Admin", "Batch", "Inference"]
+    services = sorted(service.name for file in found.file for service in file.service)
+    assert services == ["Admin", "Batch", "GRPCInferenceService", "Inference"]
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,28 @@ ROLES: Mapping[str, frozenset[Role]] = {
         f"/motet.v1.Batch/{name}": frozenset({Role.BATCH})
         for name in ("Submit", "Get", "List", "Watch", "Results", "Cancel", "Delete")
     },
+    **{f"/vllm.grpc.engine.VllmEngine/{name}": _WORK for name in ("Generate", "Embed", "Abort", "GetTokenizer")},
+    "/vllm.grpc.engine.VllmEngine/GetModelInfo": _ANY,
+    **{
+        f"/vllm.grpc.engine.VllmEngine/{name}": frozenset({Role.MONITOR})
+        for name in ("GetServerInfo", "GetLoads", "SubscribeKvEvents")
+    },
+    **{
+        f"/vllm.grpc.engine.VllmEngine/{name}": frozenset({Role.ADMIN})
+        for name in ("FlushCache", "StartProfile", "StopProfile")
+    },
+    **{f"/inference.GRPCInferenceService/{name}": _WORK for name in ("ModelInfer", "ModelStreamInfer")},
+    **{f"/inference.GRPCInferenceService/{name}": _ANY for name in ("ModelReady", "ServerMetadata", "ModelMetadata")},
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
 }
 _MESSAGE_S = 10.0  # for a call's message to come
-OPEN_TO_ALL = "/grpc.health.v1.Health/"  # load balancers have no keys
+# Health, and no more: load balancers have no keys.
+OPEN_TO_ALL = (
+    "/grpc.health.v1.Health/",
+    "/vllm.grpc.engine.VllmEngine/HealthCheck",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 
 _IDENTITY: ContextVar[tuple[Identity, str]] = ContextVar("motet_identity")
 

@@ -170,15 +170,17 @@ class Server:
         *,
         tls: TlsFiles | None = None,
         with_reflection: bool = False,
+        with_gateways: bool = False,
         lame_duck_s: float = 0.0,
     ) -> None:
-        """`lame_duck_s`: seconds between NOT_SERVING and the refusal of new requests, in which load balancers turn away."""
+        """`with_gateways`: answer what gateways speak too (`vllm.py`, `kserve.py`). `lame_duck_s`: seconds between NOT_SERVING
+        and the refusal of new requests, in which load balancers turn away."""
         self.service = service
         self.host = host
         self._access = access
         self._wanted_port = port
         self.tls = tls
-        self._with_reflection = with_reflection
+        self._with_reflection, self._with_gateways = with_reflection, with_gateways
         self._lame_duck_s = lame_duck_s
         self.jobs: Jobs | None = None  # to be set before `start`
         self.port = 0
@@ -194,8 +196,11 @@ class Server:
         admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service, lame_duck_s=self._lame_duck_s), self._server)  # type: ignore[no-untyped-call]
         batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(self.jobs), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = list(SERVICES)
+        if self._with_gateways:
+            services += _add_gateways(self.service, self._server)
         if self._with_reflection:
-            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+            reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"{self.host}:{self._wanted_port}"
         try:
             # Tried first, because gRPC writes a log line of its own when it cannot bind.
@@ -234,6 +239,15 @@ class Server:
     async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _add_gateways(service: Service, server: Any) -> list[str]:
+    """Raises `MissingPackageError`."""
+    from . import kserve, vllm  # their packages are optional
+
+    vllm.add(service, server)
+    kserve.add(service, server)
+    return [vllm.SERVICE, kserve.SERVICE]
 
 
 def _credentials(tls: TlsFiles) -> Any:

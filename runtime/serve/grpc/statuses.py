@@ -42,6 +42,7 @@ _CODES: Mapping[type, grpc.StatusCode] = {
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 _DOMAIN = "motet"
+OWN = ("/motet.v1.", "/vllm.grpc.engine.", "/inference.")  # packages of our services
 
 
 def status_of(error: MotetError) -> grpc.Status:
@@ -105,7 +106,7 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/motet.v1."):
+        if handler is None or not details.method.startswith(OWN):
             return handler
         decode = handler.request_deserializer
 
@@ -116,18 +117,32 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             except DecodeError:
                 return InvalidRequestError(f"the request's {len(data)} bytes are no message of {details.method}")
 
+        async def checked(messages: Any) -> AsyncGenerator[Any, None]:
+            async for message in messages:
+                if isinstance(message, MotetError):
+                    raise message
+                yield message
+
+        if handler.request_streaming and handler.response_streaming:
+            converse = handler.stream_stream
+
+            async def answer_stream_to_stream(messages: Any, context: Any) -> AsyncIterator[Any]:
+                try:
+                    async with aclosing(checked(messages)) as own, aclosing(converse(own, context)) as responses:
+                        async for response in responses:
+                            yield response
+                except Exception as error:
+                    await abort(context, details.method, error)
+
+            return grpc.stream_stream_rpc_method_handler(
+                answer_stream_to_stream, deserialize, handler.response_serializer
+            )
         if handler.request_streaming:
             take = handler.stream_unary
 
             async def answer_to_stream(messages: Any, context: Any) -> Any:
-                async def checked() -> AsyncGenerator[Any, None]:
-                    async for message in messages:
-                        if isinstance(message, MotetError):
-                            raise message
-                        yield message
-
                 try:
-                    async with aclosing(checked()) as own:
+                    async with aclosing(checked(messages)) as own:
                         return await take(own, context)
                 except Exception as error:
                     await abort(context, details.method, error)

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from ...api.limits import MAX_CHOICES
+from ...api.model_info import ModelInfo
 from ...api.output import Output, Usage
 from ...api.request import GenerateRequest
 from ...errors import InvalidRequestError
@@ -41,14 +42,14 @@ class CompletionRequest(Common, kw_only=True, forbid_unknown_fields=True):
 async def completions(door: Door, request: Request) -> Response:
     fields: Any = await door.body(request, CompletionRequest, "generate")
     caller = door.caller(request, fields.user)
-    asked = await door.service.read("generate", lambda: _requests(fields, door), caller)
+    asked = await door.service.read("generate", lambda: completion_requests(fields, door.service.served), caller)
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options is for a stream; set stream, or leave it out", field="stream_options")
     answer = _Answer(door, fields, asked, caller)
     return Work(answer.stream if fields.stream else answer.whole)
 
 
-def _requests(fields: Any, door: Door) -> list[GenerateRequest]:
+def completion_requests(fields: Any, model: ModelInfo) -> list[GenerateRequest]:
     """One per prompt."""
     prompts = prompts_of(fields.prompt, "prompt")
     n = fields.n or 1
@@ -69,7 +70,7 @@ def _requests(fields: Any, door: Door) -> list[GenerateRequest]:
         generate_request(
             fields,
             prompt,
-            door.service.served,
+            model,
             max_tokens=1 if fields.max_tokens == 0 else fields.max_tokens,  # the one is left out of the answer
             logprobs=fields.logprobs,
             structure=structure_of(fields.response_format),

@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from ...api.model_info import ModelInfo
 from ...api.request import Ensemble
+from ..model_names import ensemble_of
 from .app import Door
-from .wire import ensemble_of
 
 
 async def list_models(door: Door, request: Request) -> Response:

@@ -14,7 +14,8 @@ from ...api.prompt import Conversation, Prompt
 from ...api.request import Ensemble, GenerateRequest, Member, Space
 from ...api.sampling import RULES, SamplingParams
 from ...api.structure import Structure
-from ...errors import InvalidEnsembleError, InvalidRequestError, NotFoundError, shown
+from ...errors import InvalidEnsembleError, InvalidRequestError, shown
+from ..model_names import ensemble_of
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -131,27 +132,6 @@ def generate_request(
         structure=structure,
         **options,
     )
-
-
-def ensemble_of(name: str, model: ModelInfo) -> Ensemble | None:
-    """The ensemble that a model's name asks for: `demo` is the bundle's own, `demo:code` one member, `demo:code=0.3,docs=0.7`
-    a mix. Raises `NotFoundError`, `InvalidEnsembleError`."""
-    if name in ("", model.name):
-        return None
-    first, _, mix = name.partition(":")
-    if first != model.name or not mix:
-        raise NotFoundError(f"there is no model {shown(name)} here; this server serves '{model.name}'")
-    members = []
-    for part in mix.split(",", MAX_MEMBERS):
-        member, is_mixed, coefficient = part.partition("=")
-        try:
-            members.append(Member(member, float(coefficient) if is_mixed else 1.0))
-        except ValueError:
-            raise InvalidEnsembleError(
-                f"a model's name is NAME, NAME:member or NAME:member=coefficient,…; {shown(part)} is none",
-                field="model",
-            ) from None
-    return Ensemble(tuple(members))
 
 
 def read_ensemble(
