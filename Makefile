@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz soak fuzz-wire structures lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures lm-eval lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -38,6 +38,16 @@ soak: $(READY)
 
 fuzz-wire: $(READY)
 	cd tests && ../$(BIN)/python -m fuzz.wire --count $(COUNT) --seed $(SEED)
+
+# EleutherAI's evaluation harness, in an environment of its own, against the HTTP door.
+HARNESS := $(or $(MOTET_HOME),$(CURDIR)/.motet)/lm-eval/venv
+lm-eval: $(READY) $(HARNESS)/.ready
+	$(BIN)/python -m pytest tests/serve/test_other_clients.py
+
+$(HARNESS)/.ready:
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/python -m pip install --quiet 'lm-eval[api]==0.4.13' transformers
+	touch $@
 
 # JSON of 200 schemas of the public test suite, which pip fetches: see tests/fuzz/structures.py.
 structures: $(READY)
