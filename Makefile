@@ -42,7 +42,7 @@ fuzz-wire: $(READY)
 # EleutherAI's evaluation harness, in an environment of its own, against the HTTP door.
 HARNESS := $(or $(MOTET_HOME),$(CURDIR)/.motet)/lm-eval/venv
 lm-eval: $(READY) $(HARNESS)/.ready
-	$(BIN)/python -m pytest tests/serve/test_other_clients.py
+	$(BIN)/python -m pytest tests/serve/test_lm_eval.py
 
 $(HARNESS)/.ready:
 	$(PYTHON) -m venv $(HARNESS)

@@ -1,57 +1,18 @@
-"""Clients that others wrote, with their own packages: Node's gRPC from the protos, and EleutherAI's evaluation harness."""
+"""EleutherAI's evaluation harness, unchanged, against the HTTP door. (Node's client is in `tests/examples`.)"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from helpers.fake_backend import FakeBackend, make_engine
-from helpers.servers import serving, serving_http
-from motet.runtime.client.client import Client
+from helpers.servers import serving_http
 
 ROOT = Path(__file__).parents[2]
 HARNESS = Path(os.environ.get("MOTET_HOME", ROOT / ".motet")) / "lm-eval" / "venv" / "bin" / "lm-eval"
-
-NODE = """
-const grpc = require("@grpc/grpc-js");
-const loader = require("@grpc/proto-loader");
-const options = { keepCase: true, longs: String, includeDirs: [process.argv[2]] };
-const motet = grpc.loadPackageDefinition(loader.loadSync("motet/v1/inference.proto", options)).motet.v1;
-const client = new motet.Inference(process.argv[3], grpc.credentials.createInsecure());
-const call = client.Generate({
-  prompt: { text: "hello" }, sampling: { temperature: 0 }, stopping: { max_tokens: 12, ignore_eos: true },
-});
-const ids = [];
-let messages = 0;
-call.on("data", (response) => { messages += 1; ids.push(...response.token_ids); });
-call.on("error", (error) => { console.error(error); process.exit(1); });
-call.on("end", () => { console.log(JSON.stringify({ ids, messages })); process.exit(0); });
-"""
-
-
-@pytest.mark.network
-@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-def test_a_node_client_streams(tokenizer, tmp_path):
-    packages = ["@grpc/grpc-js@1", "@grpc/proto-loader@0"]
-    install = subprocess.run(
-        ["npm", "install", "--silent", "--no-fund", *packages], cwd=tmp_path, capture_output=True, text=True
-    )
-    if install.returncode:
-        pytest.skip(f"npm could not install grpc-js: {install.stderr[-200:]}")
-    (tmp_path / "client.js").write_text(NODE)
-    with make_engine(tokenizer, FakeBackend()) as engine, serving(engine) as running, Client(running.address) as client:
-        command = ["node", "client.js", str(ROOT / "proto"), running.address]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        [expected] = client.complete("hello", temperature=0.0, max_tokens=12, ignore_eos=True)
-        assert found["ids"] == expected.token_ids
-        assert found["messages"] > 1
-
 
 TASK = """
 task: {name}
