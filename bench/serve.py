@@ -148,7 +148,7 @@ def server_process(bundle: Path, threads: int = 0, options: Sequence[str] = ()) 
             line = process.stdout.readline()
             if " on " not in line:
                 raise UnavailableError(f"the server did not start (exit code {process.wait()}); its message is above")
-            yield line.rsplit(" on ", 1)[1].strip()
+            yield line.rsplit(") on ", 1)[1].strip()
         finally:
             process.terminate()
             process.wait(timeout=30)

@@ -69,6 +69,32 @@ class GetModelResponse(_message.Message):
     running: int
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("waiting", "running", "max_running", "num_blocks", "free_blocks", "prompt_tokens", "cached_tokens", "tokens", "is_leaving")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
+    waiting: int
+    running: int
+    max_running: int
+    num_blocks: int
+    free_blocks: int
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    is_leaving: bool
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., is_leaving: _Optional[bool] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

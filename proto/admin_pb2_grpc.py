@@ -44,6 +44,11 @@ class AdminStub:
                 request_serializer=motet_dot_v1_dot_admin__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=motet_dot_v1_dot_admin__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/motet.v1.Admin/GetLoad',
+                request_serializer=motet_dot_v1_dot_admin__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=motet_dot_v1_dot_admin__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/motet.v1.Admin/Drain',
                 request_serializer=motet_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -62,6 +67,13 @@ class AdminServicer:
 
     def GetModel(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """Of all tenants, for those who spread requests over servers; only for callers with the role monitor.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -85,6 +97,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=motet_dot_v1_dot_admin__pb2.GetModelRequest.FromString,
                     response_serializer=motet_dot_v1_dot_admin__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=motet_dot_v1_dot_admin__pb2.GetLoadRequest.FromString,
+                    response_serializer=motet_dot_v1_dot_admin__pb2.GetLoadResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -146,6 +163,33 @@ class Admin:
             '/motet.v1.Admin/GetModel',
             motet_dot_v1_dot_admin__pb2.GetModelRequest.SerializeToString,
             motet_dot_v1_dot_admin__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/motet.v1.Admin/GetLoad',
+            motet_dot_v1_dot_admin__pb2.GetLoadRequest.SerializeToString,
+            motet_dot_v1_dot_admin__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

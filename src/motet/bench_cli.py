@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from .options import given_options
+from .options import Threads, given_options
 from .parameter_options import words
 from .runtime.errors import ConfigError, MissingPackageError
 
@@ -31,7 +31,6 @@ DecodedTokens = Annotated[int, typer.Option(min=2, help="Tokens to generate per 
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate per sequence.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repeats; figures are medians.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: one per CPU that this process may use.")]
 
 
 @bench.command("decode")
@@ -146,6 +145,16 @@ def bench_trust(
     from .bench import trust
 
     trust.run(bundle, out, streams=streams, tokens=tokens, repeats=repeats, threads=threads)
+
+
+@bench.command("doors")
+def bench_doors(
+    bundle: BundleArgument, out: Results = Path("bench/results"), repeats: Repeats = 7, threads: Threads = 0
+) -> None:
+    """What each door and form of answers costs, and what a stream notices of a batch job."""
+    from .bench import doors
+
+    doors.run(bundle, out, repeats=repeats, threads=threads)
 
 
 @bench.command("peers")

@@ -8,8 +8,9 @@ import time
 import grpc
 import pytest
 from grpc_status import rpc_status
+from helpers.servers import serving
 from motet.export.bundle_writer import export_bundle
-from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
+from motet.proto import admin_pb2, admin_pb2_grpc, batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, FinishReason, Member, Space
@@ -234,3 +235,16 @@ def test_client_checks_before_it_sends(client):
         client.complete("x", stop=("x",) * 100_000)
     with pytest.raises(errors.InvalidEnsembleError, match="sums to"):
         client.complete("x", mix={"a": 0.4}, space=Space.PROBS)
+
+
+def test_the_load_of_a_server(engine):
+    with (
+        serving(engine) as running,
+        grpc.insecure_channel(running.address) as channel,
+        Client(running.address) as client,
+    ):
+        client.complete("hello", max_tokens=5, temperature=0.0, ignore_eos=True)
+        found = admin_pb2_grpc.AdminStub(channel).GetLoad(admin_pb2.GetLoadRequest())
+        stats = engine.stats()
+        assert (found.running, found.max_running, found.num_blocks) == (0, engine.config.max_num_seqs, stats.num_blocks)
+        assert (found.tokens, found.prompt_tokens, found.is_leaving) == (5, 5, False)

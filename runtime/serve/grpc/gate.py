@@ -30,6 +30,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/motet.v1.Inference/Detokenize": _WORK,
     "/motet.v1.Admin/ListModels": _ANY,
     "/motet.v1.Admin/GetModel": _ANY,
+    "/motet.v1.Admin/GetLoad": frozenset({Role.MONITOR}),
     "/motet.v1.Admin/Drain": frozenset({Role.ADMIN}),
     **{
         f"/motet.v1.Batch/{name}": frozenset({Role.BATCH})

@@ -132,6 +132,20 @@ class Admin(admin_pb2_grpc.AdminServicer):
             found.waiting, found.running = stats.waiting, stats.running
         return found
 
+    async def GetLoad(self, _message: admin_pb2.GetLoadRequest, _context: Context) -> admin_pb2.GetLoadResponse:
+        stats = self._service.stats()
+        return admin_pb2.GetLoadResponse(
+            waiting=stats.waiting,
+            running=stats.running,
+            max_running=self._service.places_for_jobs,
+            num_blocks=stats.num_blocks,
+            free_blocks=stats.free_blocks,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            tokens=stats.tokens,
+            is_leaving=self._service.is_leaving,
+        )
+
     async def Drain(self, _message: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         if self._lame_duck_s:
             self._service.leave(caller_of(context))  # `Server.stop` drains when it is over
