@@ -54,7 +54,21 @@ def _seeds() -> dict[str, list[bytes]]:
         "/motet.v1.Inference/Abort": [inference_pb2.AbortRequest(request_id="x")],
         "/motet.v1.Admin/GetModel": [admin_pb2.GetModelRequest(name="tiny")],
         "/motet.v1.Admin/ListModels": [admin_pb2.ListModelsRequest()],
-        "/motet.v1.Batch/Submit": [batch_pb2.SubmitRequest(instruction="x")],
+        "/motet.v1.Batch/Submit": [
+            batch_pb2.SubmitRequest(
+                settings=batch_pb2.JobSettings(endpoint="/v1/completions", defaults="{}", metadata={"a": "b"}),
+                records=[batch_pb2.Record(id="a", text="x"), batch_pb2.Record(id="b", request='{"prompt": "x"}')],
+            )
+        ],
+        "/motet.v1.Batch/Get": [batch_pb2.JobRequest(job_id="x")],
+        "/motet.v1.Batch/List": [batch_pb2.ListRequest(limit=3, after="x")],
+        "/motet.v1.Batch/Results": [batch_pb2.ResultsRequest(job_id="x", after=2)],
+        "/motet.v1.Inference/Embed": [
+            inference_pb2.EmbedRequest(
+                prompts=[inference_pb2.Prompt(text="hello")],
+                ensemble=inference_pb2.Ensemble(members=[inference_pb2.Member(name="a", mix=1.0)]),
+            )
+        ],
     }
     return {method: [message.SerializeToString() for message in kinds] for method, kinds in messages.items()}
 

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from helpers.fake_backend import hold_first_step
-from motet.proto import batch_pb2, batch_pb2_grpc, inference_pb2, inference_pb2_grpc
+from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
 from motet.runtime.api.prompt import Conversation
 from motet.runtime.api.request import Ensemble, Member, Space
@@ -63,11 +63,8 @@ def test_a_field_is_named_to_the_client(client):
     assert caught.value.field == "ensemble.members.name"
 
 
-def test_the_batch_service_is_not_offered(address):
+def test_a_method_that_is_not_offered(address):
     with grpc.insecure_channel(address) as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            batch_pb2_grpc.BatchStub(channel).Submit(batch_pb2.SubmitRequest())
-        assert type(error_of(caught.value)) is errors.UnimplementedError
         unknown = channel.unary_unary("/motet.v1.Inference/Nothing")
         with pytest.raises(grpc.RpcError) as caught:
             unknown(b"")
