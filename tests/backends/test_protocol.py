@@ -25,7 +25,7 @@ def test_the_protocol_is_what_is_compared():
     assert sorted(PROPERTIES) == [
         *("block_size", "can_sample_prefill", "can_verify", "keeps_trunk", "kv_dtype", "name", "num_blocks"),
     ]
-    assert sorted(METHODS) == ["close", "score", "seconds", "step"]
+    assert sorted(METHODS) == ["close", "hidden", "score", "seconds", "step"]
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -84,7 +84,7 @@ class FakeBackend:
         self._check(batch)
         return np.stack([self._logits(batch, row, member) for row in range(count)])
 
-    def hidden(self, batch: Batch) -> list[np.ndarray]:
+    def hidden(self, batch: Batch) -> list[npt.NDArray[np.float32]]:
         """Four numbers a row, of what its slot holds."""
         self.on_step(batch)
         if self.fail_next:

@@ -290,3 +290,15 @@ def test_openai_batches(engine, tmp_path):
             client.batches.create(input_file_id=file.id, **options)
         with pytest.raises(openai.BadRequestError, match="purpose"):
             client.files.create(file=("in.jsonl", b"{}"), purpose="fine-tune")
+
+
+def test_tenants_take_turns(tmp_path):
+    """A large job of one does not hold up another's."""
+    store = JobStore(tmp_path)
+    for tenant, count in (("a", 100), ("b", 2)):
+        job = store.begin(tenant, "me", "/v1/completions", "{}")
+        store.extend(job, ((f"{tenant}{i}", b"{}") for i in range(count)))
+        store.complete(job)
+    assert [record.id for record in store.take(6)] == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    assert [record.id for record in store.take(2)] == ["a4", "a5"]
+    store.close()

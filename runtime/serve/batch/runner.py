@@ -190,6 +190,9 @@ class Jobs:
             raise
         except MotetError:  # the job is gone
             return
+        if self._service.is_leaving:  # it may be cut: it is answered after the next start
+            await self._run(lambda: self._store.put_back(record, was_tried=False))
+            return
         if status in _AGAIN or (status >= 500 and record.attempts + 1 < _MOST_ATTEMPTS):
             await self._run(lambda: self._store.put_back(record, was_tried=status not in _AGAIN))
             await asyncio.sleep(_POLL_S)

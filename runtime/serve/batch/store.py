@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 
 from ...errors import BundleError, DataError, NotFoundError, UnavailableError
@@ -184,19 +185,22 @@ class JobStore:
     # ---- records -------------------------------------------------------------------------------------------------
 
     def take(self, count: int) -> list[Record]:
-        """The next records to answer, of the oldest jobs first; they are running from now on."""
-        rows: list[tuple[str, int, str, bytes, int]] = []
+        """The next records to answer, of each tenant's oldest jobs first, and of all tenants alike; they are running from now
+        on."""
+        of_tenant: dict[str, list[tuple[str, int, str, bytes, int]]] = {}
         states = (JobState.QUEUED, JobState.RUNNING)
-        for (job,) in self._database.execute(
-            "select id from jobs where state in (?, ?) order by created", states
+        for job, tenant in self._database.execute(
+            "select id, tenant from jobs where state in (?, ?) order by created", states
         ).fetchall():
-            rows += self._database.execute(
-                "select job, place, id, request, attempts from records where job = ? and state = 'waiting'"
-                " order by place limit ?",
-                (job, count - len(rows)),
-            ).fetchall()
-            if len(rows) == count:
-                break
+            found = of_tenant.setdefault(tenant, [])
+            if len(found) < count:
+                found += self._database.execute(
+                    "select job, place, id, request, attempts from records where job = ? and state = 'waiting'"
+                    " order by place limit ?",
+                    (job, count - len(found)),
+                ).fetchall()
+        in_turn = zip_longest(*of_tenant.values())
+        rows = [row for turn in in_turn for row in turn if row is not None][:count]
         with self._transaction():
             self._database.executemany(
                 "update records set state = 'running', attempts = attempts + 1 where job = ? and place = ?",

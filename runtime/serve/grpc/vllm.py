@@ -61,17 +61,19 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
         request = await self._service.read("generate", lambda: _request(message, ensemble), caller)
         whole: dict[int, Output] = {}
         prompt = await self._prompt_ids(request, caller)
+        if not message.stream:
+            for output in await self._service.complete(request, caller):
+                complete = _complete(output)
+                _add_logprobs(complete, output, prompt)
+                yield vllm_engine_pb2.GenerateResponse(complete=complete)
+            return
         async with aclosing(self._service.generate(request, caller)) as outputs:
             async for output in outputs:
-                is_last = output.finish_reason is not None
-                if message.stream:
-                    chunk = _chunk(output, whole, prompt)
-                    join(whole, output)
-                    yield vllm_engine_pb2.GenerateResponse(chunk=chunk)
-                else:
-                    join(whole, output)
-                if is_last:
-                    yield vllm_engine_pb2.GenerateResponse(complete=_complete(whole[output.choice], prompt))
+                chunk = _chunk(output, whole, prompt)
+                join(whole, output)
+                yield vllm_engine_pb2.GenerateResponse(chunk=chunk)
+                if output.finish_reason is not None:  # log-probabilities were in the chunks
+                    yield vllm_engine_pb2.GenerateResponse(complete=_complete(whole[output.choice]))
 
     async def _prompt_ids(self, request: GenerateRequest, caller: Any) -> tuple[int, ...]:
         """Of a request that wants to know its prompt's log-probabilities; else nobody asks."""
@@ -250,7 +252,7 @@ def _chunk(output: Output, whole: dict[int, Output], prompt: tuple[int, ...]) ->
     return chunk
 
 
-def _complete(output: Output, prompt: tuple[int, ...]) -> Any:
+def _complete(output: Output) -> Any:
     assert output.usage is not None
     reasons = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
     complete = vllm_engine_pb2.GenerateComplete(
@@ -265,7 +267,6 @@ def _complete(output: Output, prompt: tuple[int, ...]) -> Any:
         complete.matched_stop_str = output.stop_matched
     elif output.stop_matched is not None:
         complete.matched_token_id = output.stop_matched
-    _add_logprobs(complete, output, prompt)
     return complete
 
 

@@ -34,6 +34,7 @@ T = TypeVar("T")
 ANY = frozenset(Role)
 WORK = frozenset({Role.INFER, Role.BATCH})
 _USER = Text(MAX_NAME_BYTES)
+MAX_UPLOADS = 4  # at once
 _BODY_S = 10.0  # for a request's body to come
 _OPEN_TO_ALL = "/health"  # load balancers have no keys
 
@@ -55,6 +56,7 @@ class Door:
     def __init__(self, service: Service, registry: CollectorRegistry | None = None) -> None:
         self.service, self.registry = service, registry
         self.jobs: Jobs | None = None  # set when there are any: they need the application themselves
+        self.uploads = asyncio.Semaphore(MAX_UPLOADS)  # each is on the disk before it is kept
         self._begun: Counter[str] = Counter()  # host → its requests whose body has not come
 
     @staticmethod

@@ -15,11 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from ...api.rules import Integer
-from ...errors import DataError, InvalidRequestError, UnimplementedError
+from ...errors import DataError, InvalidRequestError, OverloadedError, UnimplementedError
 from ..batch.files import MAX_FILE_BYTES, FileStore, StoredFile
 from ..batch.runner import Jobs
 from ..batch.store import Job, JobState, Result
-from .app import Door, Work
+from .app import MAX_UPLOADS, Door, Work
 
 T = TypeVar("T")
 _STATUS = {
@@ -58,8 +58,10 @@ async def upload_file(door: Door, request: Request) -> Response:
         raise InvalidRequestError(
             f"a file has at most {MAX_FILE_BYTES} bytes, and its length is announced", field="file"
         )
+    if door.uploads.locked():
+        raise OverloadedError(f"{MAX_UPLOADS} files are being sent to this server; try again later")
     try:
-        async with asyncio.timeout(_UPLOAD_S):
+        async with door.uploads, asyncio.timeout(_UPLOAD_S):
             form = await request.form(max_files=1, max_fields=8, max_part_size=2**16)
     except TimeoutError:
         raise InvalidRequestError(f"the file did not come within {_UPLOAD_S:g} seconds", field="file") from None

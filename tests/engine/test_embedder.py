@@ -1,0 +1,133 @@
+"""Embeddings between the engine's steps: the same whatever else runs, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from helpers.fake_backend import FakeBackend, ask, make_engine, start
+from helpers.servers import until
+from motet.runtime.api.request import Ensemble, Member
+from motet.runtime.engine.embedder import EmbedJob
+from motet.runtime.errors import (
+    ContextLengthError,
+    InvalidEnsembleError,
+    InvalidRequestError,
+    MotetError,
+    OverloadedError,
+)
+
+MIX = Ensemble((Member("a", 0.25), Member("c", 0.75)))
+PROMPTS = [tuple(np.random.default_rng(i).integers(0, 255, 3 + 17 * i).tolist()) for i in range(5)]
+
+
+def embed(engine, prompts, ensemble=MIX):
+    """Results in the order of the prompts."""
+    results, done = [None] * len(prompts), threading.Semaphore(0)
+
+    def keeper(index):
+        def keep(result):
+            results[index] = result
+            done.release()
+
+        return keep
+
+    engine.embedder.submit([EmbedJob(prompt, ensemble, keeper(i)) for i, prompt in enumerate(prompts)])
+    for _ in prompts:
+        assert done.acquire(timeout=20), "an embedding did not come"
+    return results
+
+
+def expected(prompt, ensemble=MIX):
+    """From what the fake backend's slots hold after the whole prompt."""
+    backend = FakeBackend(200)
+    with_states = np.zeros(4)
+    for member in ensemble.members:
+        index = "abc".index(member.name)
+        backend.score(prompt, index)
+        held = backend.values[index, : len(prompt)]
+        states = np.stack([(held >> shift) % 97 - 48 for shift in (0, 7, 14, 21)], axis=-1)
+        with_states = with_states + member.mix * states.mean(axis=0)
+        backend = FakeBackend(200)
+    return with_states / np.linalg.norm(with_states)
+
+
+def test_it_is_the_mean_of_the_mixed_states(tokenizer):
+    with make_engine(tokenizer, FakeBackend(200)) as engine:
+        for prompt, found in zip(PROMPTS, embed(engine, PROMPTS), strict=True):
+            np.testing.assert_allclose(found, expected(prompt), atol=1e-6)
+        alone = Ensemble((Member("b", 1.0),))
+        np.testing.assert_allclose(embed(engine, PROMPTS[:1], alone)[0], expected(PROMPTS[0], alone), atol=1e-6)
+        until(lambda: engine.is_idle)
+        assert engine.stats().free_blocks == 200
+
+
+def test_beside_requests_neither_changes(tokenizer):
+    """In small pieces, with so few blocks that they wait for each other."""
+    requests = [ask(f"r{i}", tuple(range(i, i + 20)), max_tokens=40, temperature=0.9, seed=i) for i in range(6)]
+    with make_engine(tokenizer, FakeBackend(200)) as engine:
+        alone = {r.request_id: engine.complete([r])[0][0].token_ids for r in requests}
+    with make_engine(tokenizer, FakeBackend(20)) as engine:
+        wait = start(engine, requests)
+        found = [embed(engine, PROMPTS) for _ in range(3)]
+        outputs = wait()
+        until(lambda: engine.is_idle)
+        assert engine.stats().free_blocks == 20
+    assert {r: outputs[r, 0].token_ids for r in alone} == alone
+    for results in found:
+        for prompt, result in zip(PROMPTS, results, strict=True):
+            np.testing.assert_allclose(result, expected(prompt), atol=1e-6)
+
+
+def test_what_is_cancelled_is_dropped(tokenizer):
+    backend = FakeBackend(200)
+    backend.on_step = lambda _batch: time.sleep(0.01)
+    results = []
+    with make_engine(tokenizer, backend) as engine:
+        jobs = [EmbedJob(tuple(range(80)), MIX, results.append) for _ in range(6)]
+        engine.embedder.submit(jobs)
+        for job in jobs:
+            job.is_cancelled = True
+        until(lambda: engine.is_idle)
+        assert all(isinstance(result, MotetError) for result in results)
+        np.testing.assert_allclose(embed(engine, PROMPTS[:1])[0], expected(PROMPTS[0]), atol=1e-6)
+
+
+def test_a_step_that_fails_ends_its_jobs(tokenizer):
+    backend = FakeBackend(200)
+    with make_engine(tokenizer, backend) as engine:
+        backend.fail_next = True
+        assert isinstance(embed(engine, PROMPTS[:1])[0], MotetError)
+        np.testing.assert_allclose(embed(engine, PROMPTS[:1])[0], expected(PROMPTS[0]), atol=1e-6)
+        assert engine.stats().free_blocks == 200
+
+
+def test_a_restart_and_the_end_tell_those_who_wait(tokenizer, monkeypatch):
+    backend = FakeBackend(200)
+    with make_engine(tokenizer, backend) as engine:
+        fault = monkeypatch.context()
+        with fault as patched:
+            patched.setattr(engine.embedder, "_next_rows", lambda _room: 1 / 0)
+            assert isinstance(embed(engine, PROMPTS[:1])[0], MotetError)
+        assert engine.stats().restarts == 1
+        np.testing.assert_allclose(embed(engine, PROMPTS[:1])[0], expected(PROMPTS[0]), atol=1e-6)
+    with pytest.raises(MotetError, match="ended"):
+        engine.embedder.submit([EmbedJob((1,), MIX, print)])
+
+
+def test_what_is_refused(tokenizer):
+    with make_engine(tokenizer, FakeBackend(200), max_waiting_tokens=100) as engine:
+        for prompt, ensemble, error in (
+            ((), MIX, InvalidRequestError),
+            ((300,), MIX, InvalidRequestError),
+            (tuple(range(97)), MIX, ContextLengthError),
+            ((1,), Ensemble((Member("z", 1.0),)), InvalidEnsembleError),
+        ):
+            with pytest.raises(error):
+                engine.embedder.submit([EmbedJob(prompt, ensemble, print)])
+        engine._backend.on_step = lambda _batch: time.sleep(0.05)
+        many = [[EmbedJob(tuple(range(60)), MIX, lambda _result: None)] for _ in range(20)]
+        with pytest.raises(OverloadedError, match="max_waiting_tokens"):
+            list(map(engine.embedder.submit, many))
