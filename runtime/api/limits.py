@@ -39,6 +39,7 @@ MAX_STOP_BYTES = 1024
 MAX_STRUCTURE_BYTES = 64 * 2**10  # of a schema, grammar, regular expression or list of choices
 MAX_STRUCTURE_DEPTH = 64  # of JSON
 MAX_STRUCTURE_CHOICES = 1000
+MAX_STRUCTURE_RULES = 500  # of a grammar: what compiles it follows them in depth
 
 # ---- what an answer may hold -----------------------------------------------------------------------------------------
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from ..errors import InvalidRequestError, shown
-from .limits import MAX_STRUCTURE_BYTES, MAX_STRUCTURE_CHOICES, MAX_STRUCTURE_DEPTH
+from .limits import MAX_STRUCTURE_BYTES, MAX_STRUCTURE_CHOICES, MAX_STRUCTURE_DEPTH, MAX_STRUCTURE_RULES
 from .rules import Strings, Text
 
 _TEXT = Text(MAX_STRUCTURE_BYTES, min_bytes=1)
 _CHOICES = Strings("choices", MAX_STRUCTURE_CHOICES, MAX_STRUCTURE_BYTES)
+
+
+_RULE = re.compile(r"^\s*[?!]?\w+[^:\n\"/]*:", re.MULTILINE)  # the head of a rule or terminal
 
 
 class StructureKind(StrEnum):
@@ -51,6 +55,10 @@ class Structure:
         _TEXT.check("structure", self.spec, f"the {self.kind}")
         if self.kind is StructureKind.JSON_SCHEMA and not isinstance(_parsed(self.spec), dict):
             raise InvalidRequestError(f"a JSON schema must be an object, got {shown(self.spec)}", field="structure")
+        if self.kind is StructureKind.GRAMMAR and len(_RULE.findall(self.spec)) > MAX_STRUCTURE_RULES:
+            raise InvalidRequestError(
+                f"a grammar has at most {MAX_STRUCTURE_RULES} rules; use fewer", field="structure"
+            )
         if self.kind is StructureKind.CHOICE and not _CHOICES.check("structure", _parsed(self.spec)):
             raise InvalidRequestError("a choice needs at least one text", field="structure")
 

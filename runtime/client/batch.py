@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from ...proto import batch_pb2, batch_pb2_grpc
+from ..errors import DataError
 from ..serve.grpc.statuses import error_of
 from .connection import Connection
 
@@ -145,11 +146,14 @@ class BatchClient:
 def _pieces(records: Iterable[tuple[str, Mapping[str, Any] | str]]) -> Iterator[batch_pb2.SubmitRequest]:
     piece, size = batch_pb2.SubmitRequest(), 0
     for id, task in records:
-        record = batch_pb2.Record(id=id)
-        if isinstance(task, str):
-            record.text = task
-        else:
-            record.request = json.dumps(task, ensure_ascii=False)
+        try:
+            record = batch_pb2.Record(id=id)
+            if isinstance(task, str):
+                record.text = task
+            else:
+                record.request = json.dumps(task, ensure_ascii=False)
+        except UnicodeEncodeError:
+            raise DataError(f"record {id!a} holds half of a character (a lone surrogate)") from None
         size += record.ByteSize()
         if size > _PIECE_BYTES and piece.records:
             yield piece

@@ -15,9 +15,18 @@ from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
 from ..api.request import Ensemble
 from ..backends.base import Backend
-from ..errors import ContextLengthError, InvalidEnsembleError, InvalidRequestError, MotetError, OverloadedError
+from ..errors import (
+    ContextLengthError,
+    InvalidEnsembleError,
+    InvalidRequestError,
+    MotetError,
+    OverloadedError,
+    UnavailableError,
+)
 from ..schedule.batch import Batch
 from ..schedule.blocks import BlockManager
+from ..schedule.scheduler import BACKGROUND_EVERY
+from .inbox import Inbox
 
 log = logging.getLogger("motet.engine")
 F32 = npt.NDArray[np.float32]
@@ -32,6 +41,7 @@ class EmbedJob:
     prompt: tuple[int, ...]
     ensemble: Ensemble
     on_done: Callable[[F32 | MotetError], None]
+    is_background: bool = False  # it is computed behind all others
     is_cancelled: bool = False  # set by any thread; `on_done` may still be called
     terms: tuple[tuple[int, float], ...] = ()  # (member, coefficient)
     members: tuple[int, ...] = ()  # ascending
@@ -46,8 +56,9 @@ class Embedder:
     `submit` may be called from any thread; the rest belongs to the engine's. No prefix is shared.
     """
 
-    def __init__(self, backend: Backend, model: ModelInfo, config: EngineConfig, wake: Callable[[], None]) -> None:
-        self._backend, self._model, self._wake = backend, model, wake
+    def __init__(self, backend: Backend, model: ModelInfo, config: EngineConfig, inbox: Inbox) -> None:
+        self._backend, self._model, self._inbox = backend, model, inbox
+        self._num_steps = 0  # since batch work had one, while requests ran
         self._most_rows, self._most_jobs = config.max_num_batched_tokens, config.max_num_seqs
         self._most_tokens = config.max_waiting_tokens
         self._lock = Lock()
@@ -61,12 +72,12 @@ class Embedder:
 
     def submit(self, jobs: Sequence[EmbedJob]) -> None:
         """Queue prompts, all or none. Raises `InvalidEnsembleError`, `InvalidRequestError`, `ContextLengthError`,
-        `OverloadedError`, `MotetError` (the engine has ended)."""
+        `OverloadedError`, `UnavailableError` (draining or closed)."""
         for job in jobs:
             self._check(job)
         with self._lock:
-            if self._is_closed:
-                raise MotetError("the engine has ended; send the request to another server")
+            if self._is_closed or self._inbox.is_draining:
+                raise UnavailableError("the engine is shutting down; send the request to another server")
             queued, new = (sum(len(job.prompt) for job in some) for some in (self._waiting, jobs))
             if queued and queued + new > self._most_tokens:
                 raise OverloadedError(
@@ -74,7 +85,7 @@ class Embedder:
                     f"({self._most_tokens}); try again later"
                 )
             self._waiting.extend(jobs)
-        self._wake()
+        self._inbox.wake()
 
     def _check(self, job: EmbedJob) -> None:
         if not job.prompt:
@@ -83,6 +94,10 @@ class Embedder:
             raise ContextLengthError(
                 f"the text has {len(job.prompt)} tokens, the context holds {self._model.max_model_len}; divide it",
                 field="input",
+            )
+        if -(-len(job.prompt) // self._backend.block_size) > self._backend.num_blocks:
+            raise ContextLengthError(
+                f"the text has {len(job.prompt)} tokens, more than the KV cache holds; divide it", field="input"
             )
         for token_id in (min(job.prompt), max(job.prompt)):
             if not 0 <= token_id < self._model.vocab_size:
@@ -103,7 +118,12 @@ class Embedder:
         """Compute the next rows of some jobs. `is_busy`: requests run, and wait for it."""
         self._drop_cancelled(blocks)
         self._start(blocks)
-        parts = self._next_rows(_BUSY_ROWS if is_busy else self._most_rows)
+        self._num_steps += 1
+        jobs = [job for job in self._running if not job.is_background]
+        if not is_busy or self._num_steps >= BACKGROUND_EVERY:
+            jobs += [job for job in self._running if job.is_background]
+            self._num_steps = 0
+        parts = self._next_rows(jobs, _BUSY_ROWS if is_busy else self._most_rows)
         if not parts:
             return
         try:
@@ -127,23 +147,27 @@ class Embedder:
         gone = MotetError("the request was cancelled")
         for job in [job for job in self._running if job.is_cancelled]:
             self._end(job, blocks, gone)
+        with self._lock:
+            dropped = [job for job in self._waiting if job.is_cancelled]
+            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
+        for job in dropped:
+            job.on_done(gone)
 
     def _start(self, blocks: BlockManager) -> None:
         while self._waiting and len(self._running) < self._most_jobs:
-            job = self._waiting[0]
+            job = next((job for job in self._waiting if not job.is_background), self._waiting[0])
             count = blocks.blocks_for(len(job.prompt))
-            if not job.is_cancelled and not blocks.can_allocate(count):
+            if not blocks.can_allocate(count):
                 return
             with self._lock:
-                self._waiting.popleft()
-            if not job.is_cancelled:
-                job.blocks = blocks.allocate(count)
-                self._running.append(job)
+                self._waiting.remove(job)
+            job.blocks = blocks.allocate(count)
+            self._running.append(job)
 
-    def _next_rows(self, room: int) -> list[tuple[EmbedJob, int]]:
-        """(job, rows), the oldest jobs first."""
+    def _next_rows(self, jobs: Sequence[EmbedJob], room: int) -> list[tuple[EmbedJob, int]]:
+        """(job, rows), in the order of the jobs."""
         parts = []
-        for job in self._running:
+        for job in jobs:
             count = min(room, len(job.prompt) - job.num_computed)
             if count:
                 parts.append((job, count))
@@ -164,6 +188,12 @@ class Embedder:
             self._waiting.clear()
         for job in jobs:
             job.on_done(error)
+
+    def end_all(self, blocks: BlockManager) -> None:
+        """End all jobs, because the server goes out of service."""
+        for job in [*self._running, *self._waiting]:
+            job.is_cancelled = True
+        self._drop_cancelled(blocks)
 
     def tables(self) -> Iterator[list[int]]:
         """The blocks of each running job."""

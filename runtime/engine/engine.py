@@ -58,7 +58,7 @@ class Engine:
         self._answers: dict[Group, Answer] = {}
         self._taken: deque[list[Answer] | Abort] = deque()  # from the inbox, not yet processed
         self._inbox = Inbox(config.max_waiting, config.max_waiting_tokens)
-        self.embedder = Embedder(backend, model, config, self._inbox.wake)
+        self.embedder = Embedder(backend, model, config, self._inbox)
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
         self._num_restarts = 0
         self._steps = 0
@@ -181,8 +181,7 @@ class Engine:
         )
 
     def drain(self) -> None:
-        """Accept no more requests. Those that run go on to their end; those that wait end with `UnavailableError`, so that
-        their clients can go elsewhere. Returns at once."""
+        """Accept no more requests. Those that run go on to their end; those that wait end with `UnavailableError`."""
         self._inbox.drain()
 
     def close(self) -> None:
@@ -262,6 +261,7 @@ class Engine:
                     self._scheduler.add(answer.group)
                 continue
             request_id, reason = item
+            self.embedder.end_all(self._scheduler.blocks) if request_id is None else None
             for answer in [a for a in self._answers.values() if request_id in (None, a.request.request_id)]:
                 self._finish(answer, reason)
         if self._inbox.is_draining and self._inbox.num_waiting:

@@ -13,7 +13,7 @@ from ..api.request import Ensemble, FinishReason, GenerateRequest
 from ..api.rules import Strings
 from ..api.sampling import SamplingParams
 from ..api.structure import Structure
-from ..errors import InvalidRequestError
+from ..errors import ContextLengthError, InvalidRequestError, UnavailableError
 from ..text.documents import split_document
 from ..text.summary import SummariseParams, joined, summary_prompt
 from .calls import Caller
@@ -34,6 +34,8 @@ class Summary:
     chunks: int = 0  # answers that it is made of
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    confidence: float | None = None  # of the last answer, if the request asked for one
+    abstained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,17 @@ class Label:
 class _Worker:
     """Asks the service for one document, a few requests at once, and counts."""
 
-    def __init__(self, service: Service, params: SummariseParams, ensemble: Ensemble | None, caller: Caller) -> None:
+    def __init__(
+        self,
+        service: Service,
+        params: SummariseParams,
+        ensemble: Ensemble | None,
+        caller: Caller,
+        allow_negative: bool,
+    ) -> None:
         self._service, self._params, self._ensemble, self._caller = service, params, ensemble, caller
-        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._allow_negative = allow_negative
+        self._room = asyncio.Semaphore(service.at_once(_AT_ONCE, caller))
         self.found = Summary("", FinishReason.STOP)
 
     async def ask(self, instruction: str, text: str, max_tokens: int | None) -> Completion:
@@ -70,10 +80,11 @@ class _Worker:
             ),
             abstain_below=params.abstain_below,
             drafts=params.drafts,
-            allow_negative=self._ensemble is not None and any(member.mix < 0 for member in self._ensemble.members),
+            allow_negative=self._allow_negative,
         )
         async with self._room:
             [answer] = await self._service.complete(request, self._caller)
+        _check_whole(answer)
         self.found.chunks += 1
         if answer.usage is not None:
             self.found.prompt_tokens += answer.usage.prompt_tokens
@@ -120,6 +131,7 @@ async def summarise(
     *,
     method: str = "map_reduce",
     with_title: bool = False,
+    allow_negative: bool = False,
 ) -> Summary:
     """`method`: map_reduce, or refine, whose steps follow one another. Raises `InvalidRequestError` (no text), `ConfigError`
     (lengths that do not fit the context), and what `Service.complete` raises."""
@@ -132,10 +144,11 @@ async def summarise(
     assert fitted.max_summary_tokens is not None
     size = fitted.chunk_tokens - (fitted.max_summary_tokens if method == "refine" else 0)
     texts = await service.in_thread(lambda: split_document(tokenizer, text, size), caller)
-    worker = _Worker(service, fitted, ensemble, caller)
+    worker = _Worker(service, fitted, ensemble, caller, allow_negative)
     answer = await (worker.refine(texts) if method == "refine" else worker.map_reduce(texts))
     found = worker.found
     found.text, found.finish_reason = answer.text.strip(), answer.finish_reason or FinishReason.STOP
+    found.confidence, found.abstained = answer.answer_confidence, answer.abstained
     if with_title:
         title = await worker.ask(TITLE, found.text or text[:200], _TITLE_TOKENS)
         found.title = title.text.strip().split("\n")[0].strip('"* ')
@@ -148,8 +161,20 @@ def _fitted(params: SummariseParams, overhead: str, tokenizer: object, length: i
     return dataclasses.replace(own.fitted(tokenizer, length), instruction=params.instruction)  # type: ignore[arg-type]
 
 
+def _check_whole(answer: Completion) -> None:
+    """Raises `UnavailableError` for an answer that was cut from outside: nothing may be made of it."""
+    if answer.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        raise UnavailableError(f"an answer on the way was cut ({answer.finish_reason}); send the request again")
+
+
 async def classify(
-    service: Service, prompt: str, labels: Sequence[str], ensemble: Ensemble | None, caller: Caller
+    service: Service,
+    prompt: str,
+    labels: Sequence[str],
+    ensemble: Ensemble | None,
+    caller: Caller,
+    *,
+    allow_negative: bool = False,
 ) -> tuple[list[Label], int]:
     """How likely each label is as the answer to a prompt, the most likely first, and the tokens of the prompt. Raises
     `InvalidRequestError` and what `Service.complete` raises."""
@@ -157,14 +182,23 @@ async def classify(
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise InvalidRequestError("a text is classified by two labels or more, each given once", field="labels")
     tokens = await service.in_thread(lambda: summary_prompt(service.tokenizer, "", prompt), caller)
-    room = asyncio.Semaphore(_AT_ONCE)
+    room = asyncio.Semaphore(service.at_once(_AT_ONCE, caller))
 
     async def score(label: str) -> tuple[float, int]:
         """The label is forced; log-probabilities are those of free text."""
         sampling = SamplingParams(temperature=0.0, logprobs=0)
-        request = GenerateRequest(tokens, ensemble, sampling=sampling, structure=Structure.choice([label]))
+        request = GenerateRequest(
+            tokens,
+            ensemble,
+            sampling=sampling,
+            allow_negative=allow_negative,
+            structure=Structure.choice([label]),
+        )
         async with room:
             [answer] = await service.complete(request, caller)
+        _check_whole(answer)
+        if answer.finish_reason is not FinishReason.STOP:
+            raise ContextLengthError("a label does not fit the context after this text; shorten the text", field="text")
         return math.fsum(answer.logprobs), answer.usage.prompt_tokens if answer.usage is not None else 0
 
     first = await score(labels[0])  # its prefix serves the others

@@ -23,12 +23,15 @@ class Embeddings:
 
 
 async def embed_all(
-    embedder: Embedder, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble
+    embedder: Embedder, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble, *, is_background: bool = False
 ) -> list[npt.NDArray[np.float32]]:
     """One per prompt. Cancelling it cancels them. Raises what `Embedder.submit` raises, and the error that ended one."""
     loop = asyncio.get_running_loop()
     waiting: list[asyncio.Future[Any]] = [loop.create_future() for _ in prompts]
-    jobs = [EmbedJob(prompt, ensemble, _resolver(loop, one)) for prompt, one in zip(prompts, waiting, strict=True)]
+    jobs = [
+        EmbedJob(prompt, ensemble, _resolver(loop, one), is_background)
+        for prompt, one in zip(prompts, waiting, strict=True)
+    ]
     embedder.submit(jobs)
     try:
         return list(await asyncio.gather(*waiting))

@@ -13,8 +13,8 @@ def ensemble_of(name: str, model: ModelInfo) -> Ensemble | None:
     a mix. Raises `NotFoundError`, `InvalidEnsembleError`."""
     if name in ("", model.name):
         return None
-    first, _, mix = name.partition(":")
-    if first != model.name or not mix:
+    mix = name.removeprefix(f"{model.name}:")
+    if mix == name or not mix:
         raise NotFoundError(f"there is no model {shown(name)} here; this server serves '{model.name}'")
     members = []
     for part in mix.split(",", MAX_MEMBERS):

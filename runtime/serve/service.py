@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any, TypeVar
 
 from ..api.limits import MAX_REQUEST_ID_BYTES, MAX_TEXTS
@@ -74,8 +74,7 @@ class Service:
         blocks. Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError`,
         `UnavailableError`, and the error that ended a choice, such as `NumericalError`.
         """
-        tenant = caller.identity.tenant
-        with self.calls.call("generate", caller, request.request_id) as call, self._quotas.open(tenant):
+        with self.calls.call("generate", caller, request.request_id) as call, self._open(caller):
             tokenised = await self._accept(request, caller, call)
             async with aclosing(self._outputs(request, tokenised, call)) as outputs:
                 async for output in outputs:
@@ -84,8 +83,7 @@ class Service:
     async def complete(self, request: GenerateRequest, caller: Caller) -> list[Completion]:
         """The whole answer, one completion per choice, in order; refused if it may be larger than a message
         (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
-        tenant = caller.identity.tenant
-        with self.calls.call("complete", caller, request.request_id) as call, self._quotas.open(tenant):
+        with self.calls.call("complete", caller, request.request_id) as call, self._open(caller):
             tokenised = await self._accept(request, caller, call)
             check_answer_size(tokenised, self._engine)
             choices: dict[int, Completion] = {}
@@ -191,7 +189,10 @@ class Service:
         tenant, model = caller.identity.tenant, self._engine.model
         if not 1 <= len(prompts) <= MAX_TEXTS:
             raise InvalidRequestError(f"1 to {MAX_TEXTS} texts are embedded at once, got {len(prompts)}", field="input")
-        with self.calls.call("embed", caller) as call, self._quotas.open(tenant):
+        with (
+            self.calls.call("embed", caller) as call,
+            self._quotas.open(tenant, is_background=caller.identity.is_background),
+        ):
             tokens = await self._run(
                 lambda: [build_prompt(self.tokenizer, prompt, model.max_model_len) for prompt in prompts]
             )
@@ -200,7 +201,8 @@ class Service:
             chosen = ensemble or model.default_ensemble
             call.mix = {member.name: member.mix for member in chosen.members}
             self._quotas.spend(tenant, call.prompt_tokens)
-            return Embeddings(await embed_all(self._engine.embedder, tokens, chosen), call.prompt_tokens)
+            found = await embed_all(self._engine.embedder, tokens, chosen, is_background=caller.identity.is_background)
+            return Embeddings(found, call.prompt_tokens)
 
     async def tokenize(self, prompt: Prompt, caller: Caller) -> tuple[int, ...]:
         """Token ids of a prompt, chat template applied. Raises `InvalidRequestError`, and `ContextLengthError` if there
@@ -238,6 +240,22 @@ class Service:
         is logged and raised as `MotetError`. Raises `OverloadedError` if too many requests are open."""
         with self._quotas.place(caller.identity.tenant):
             return await self._run(work)
+
+    def _open(self, caller: Caller) -> AbstractContextManager[None]:
+        return self._quotas.open(caller.identity.tenant, is_background=caller.identity.is_background)
+
+    def place(self, caller: Caller) -> AbstractContextManager[None]:
+        """A place among the open requests, for what a door does by itself. Raises `OverloadedError`."""
+        return self._quotas.place(caller.identity.tenant)
+
+    def at_once(self, most: int, caller: Caller) -> int:
+        """How many requests may be made of one: `most`, or what the tenant may have open."""
+        limit = self._quotas.of(caller.identity.tenant).max_requests
+        return most if limit is None else max(1, min(most, limit // 2 if caller.identity.is_background else limit))
+
+    async def encode(self, work: Callable[[], T]) -> T:
+        """An answer as a message, in a reader's thread. The answer is made: it needs no place any more."""
+        return await self._run(work)
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:

@@ -82,8 +82,9 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(structure)
                 return found.fork()
-            library = self._open()
-            found = self._compile(library, structure)
+        library = self._open()
+        found = self._compile(library, structure)  # not under the lock: those who have one need not wait
+        with self._lock:
             self._compiled[structure] = found
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)

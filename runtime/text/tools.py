@@ -69,7 +69,10 @@ def forced_call(tools: Mapping[str, dict[str, Any]], format: ToolFormat) -> Stru
     definitions: dict[str, Any] = {}
     for parameters in tools.values():
         for key in ("$defs", "definitions"):
-            for name, schema in parameters.get(key, {}).items():
+            own = parameters.get(key, {})
+            if not isinstance(own, dict):
+                raise InvalidRequestError(f"{key} of a tool's parameters must be an object", field="tools")
+            for name, schema in own.items():
                 if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
                     raise InvalidRequestError(
                         f"two tools define {key}/{name} differently; rename one of them", field="tools"
@@ -93,13 +96,15 @@ class ToolReader:
     format: ToolFormat
     names: frozenset[str]
     _held: str = field(default="")  # of what may be a call
+    _is_text: bool = field(default=False)  # without `begin`: the answer began with something else than a call
 
     def push(self, text: str) -> str:
         """The text that is certainly no call."""
         self._held += text
         if not self.format.begin:
-            if self._held.lstrip()[:1] in ("{", ""):
+            if not self._is_text and self._held.lstrip()[:1] in ("{", ""):
                 return ""
+            self._is_text = True
             at = len(self._held)
         else:
             at = self._held.find(self.format.begin)
@@ -133,10 +138,11 @@ class ToolReader:
             found = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(found, dict) or found.get("name") not in self.names:
+        name = found.get("name") if isinstance(found, dict) else None
+        if not isinstance(name, str) or name not in self.names:
             return None
         arguments = found.get(self.format.arguments, found.get("arguments", {}))
-        return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False))
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
 def _overlap(text: str, begin: str) -> int:

@@ -74,7 +74,12 @@ class _Account:
     requests: Bucket | None
     tokens: Bucket | None
     num_requests: int = 0  # open
+    num_background: int = 0  # open, of batch work
     num_places: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.num_requests and not self.num_background and not self.num_places
 
 
 def read_limits(tables: Mapping[str, Any]) -> dict[str, TenantLimits]:
@@ -123,12 +128,16 @@ class Quotas:
             account.num_places -= 1
 
     @contextmanager
-    def open(self, tenant: str) -> Iterator[None]:
-        """Count a request of the tenant, and take a place, while it is open. Raises `OverloadedError`."""
+    def open(self, tenant: str, *, is_background: bool = False) -> Iterator[None]:
+        """Count a request of the tenant, and take a place, while it is open. Batch work is counted apart, and may have half as
+        many requests. Raises `OverloadedError`."""
         account, limits = self._account(tenant), self.of(tenant)
-        if limits.max_requests is not None and account.num_requests >= limits.max_requests:
+        held, most = account.num_requests, limits.max_requests
+        if is_background:
+            held, most = account.num_background, None if most is None else max(1, most // 2)
+        if most is not None and held >= most:
             raise OverloadedError(
-                f"tenant '{tenant}' has {account.num_requests} requests open, its limit (max_requests); wait for one to end"
+                f"tenant '{tenant}' has {held} requests open, its limit (max_requests); wait for one to end"
             )
         if account.requests is not None and (wait := account.requests.wait_s(1)) > 0:
             raise OverloadedError(
@@ -137,12 +146,14 @@ class Quotas:
             )
         if account.requests is not None:
             account.requests.take(1)
-        account.num_requests += 1
+        account.num_background += is_background
+        account.num_requests += not is_background
         try:
             with self.place(tenant):
                 yield
         finally:
-            account.num_requests -= 1
+            account.num_background -= is_background
+            account.num_requests -= not is_background
 
     def check_tokens(self, tenant: str, tokens: int) -> None:
         """Whether the tenant may begin a request with so many tokens in its prompts. Raises `OverloadedError`."""
@@ -163,9 +174,7 @@ class Quotas:
         account = self._accounts.get(tenant)
         if account is None:
             if len(self._accounts) >= _MOST_TENANTS:
-                idle = next(
-                    (name for name, one in self._accounts.items() if not one.num_requests and not one.num_places), None
-                )
+                idle = next((name for name, one in self._accounts.items() if one.is_idle), None)
                 if idle is None:
                     raise OverloadedError(f"{_MOST_TENANTS} tenants have requests open; try again later")
                 del self._accounts[idle]

@@ -69,6 +69,8 @@ def submit(
         fields = json.loads(defaults)
     except ValueError as error:
         raise ConfigError(f"--defaults is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError("--defaults must be a JSON object")
     url = None if source.is_dir() else _first_url(source)
     if url is not None and endpoint not in (None, url):
         raise ConfigError(f"--endpoint is {endpoint}, and the lines of '{source}' are for {url}; leave it out")

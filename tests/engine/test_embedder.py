@@ -17,6 +17,7 @@ from motet.runtime.errors import (
     InvalidRequestError,
     MotetError,
     OverloadedError,
+    UnavailableError,
 )
 
 MIX = Ensemble((Member("a", 0.25), Member("c", 0.75)))
@@ -109,11 +110,11 @@ def test_a_restart_and_the_end_tell_those_who_wait(tokenizer, monkeypatch):
     with make_engine(tokenizer, backend) as engine:
         fault = monkeypatch.context()
         with fault as patched:
-            patched.setattr(engine.embedder, "_next_rows", lambda _room: 1 / 0)
+            patched.setattr(engine.embedder, "_next_rows", lambda _jobs, _room: 1 / 0)
             assert isinstance(embed(engine, PROMPTS[:1])[0], MotetError)
         assert engine.stats().restarts == 1
         np.testing.assert_allclose(embed(engine, PROMPTS[:1])[0], expected(PROMPTS[0]), atol=1e-6)
-    with pytest.raises(MotetError, match="ended"):
+    with pytest.raises(UnavailableError, match="shutting down"):
         engine.embedder.submit([EmbedJob((1,), MIX, print)])
 
 

@@ -131,6 +131,7 @@ HOSTILE = {
     "bomb": ("regex", "(?:(?:.{0,500}){0,500}){0,500}"),
     "lark": ("grammar", "start: " + "(" * 30_000 + '"a"' + ")" * 30_000),
     "unknown rule": ("grammar", "start: foo"),
+    "a chain of rules": ("grammar", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(3000)) + 'r3000: "a"'),
     "empty": ("regex", ""),
     "no choice": ("choice", "[]"),
     "choice of numbers": ("choice", "[1, 2]"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -25,6 +27,7 @@ from motet.runtime.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from motet.runtime.serve.batch.files import MAX_LINE_BYTES, FileStore
 from motet.runtime.serve.batch.runner import Jobs
 from motet.runtime.serve.batch.store import JobStore
 from motet.runtime.serve.http.app import App
@@ -119,6 +122,7 @@ REFUSED = {
     "an id twice": ("/v1/completions", [("a", {}), ("a", {})], DataError, "same id"),
     "no id": ("/v1/completions", [("", {})], InvalidRequestError, "id of a record"),
     "a stream": ("/v1/completions", [("a", {"stream": True})], DataError, "leave stream out"),
+    "half a character": ("/v1/completions", [("a", {"prompt": "\ud800"})], DataError, "half of a character"),
 }
 
 
@@ -136,6 +140,72 @@ def test_a_job_is_taken_whole_or_not_at_all(engine, tmp_path, case):
         with pytest.raises(ValueError, match="source broke"):
             client.submit("/v1/completions", broken())
         assert client.jobs() == []
+
+
+def test_defaults_are_checked_with_each_record(engine, tmp_path):
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        for defaults, error, text in (
+            ({"stream": True}, DataError, "leave stream out"),
+            ({"prompt": "x" * 20_000}, InvalidRequestError, "defaults have at most"),
+        ):
+            with pytest.raises(error, match=text):
+                client.submit("/v1/completions", [("a", {"prompt": "x"})], defaults=defaults)
+        assert client.jobs() == []
+
+
+def test_a_record_that_ends_the_server_each_time_has_an_end(tmp_path):
+    """Else one record would keep a server from ever running."""
+    store = JobStore(tmp_path)
+    job = store.begin("", "me", "/v1/completions", "{}")
+    store.extend(job, [("bad", b"{}"), ("good", b"{}")])
+    store.complete(job)
+    for _ in range(20):
+        assert [record.id for record in store.take(1)] == ["bad"]
+        store._database.close()  # as a kill does
+        os.close(store._lock)
+        store = JobStore(tmp_path)
+    [result] = store.results(job, 0, 10)
+    assert (result.id, result.status) == ("bad", 500)
+    assert [record.id for record in store.take(5)] == ["good"]
+    store.close()
+
+
+def test_answers_that_fit_no_message_are_errors(tmp_path):
+    store = JobStore(tmp_path)
+    job = store.begin("", "me", "/v1/embeddings", "{}")
+    store.extend(job, ((f"r{i}", b"{}") for i in range(4)))
+    store.complete(job)
+    for record, size in zip(store.take(4), (2**22, 2**21, 2**21, 10), strict=True):
+        store.finish(record, 200, b'"' + b"x" * size + b'"')
+    assert [result.status for result in store.results(job, 0, 10)] == [413, 200]
+    assert [result.number for result in store.results(job, 2, 10)] == [3, 4]
+    store.close()
+
+
+def test_calls_after_the_end_are_unavailable(engine, tmp_path):
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        job = client.submit("/v1/completions", records(2))
+        ended(client, job.id)
+        running.start(running.server.jobs.stop()).result(20)
+        for call in (lambda: client.get(job.id), client.jobs, lambda: client.submit("/v1/completions", records(1))):
+            with pytest.raises(UnavailableError, match="next start"):
+                call()
+
+
+def test_files_that_are_torn_are_nobodys(tmp_path):
+    files = FileStore(tmp_path)
+    kept = files.add("a", "x.jsonl", io.BytesIO(b"{}\n"))
+    (tmp_path / "file-torn").write_bytes(b"half")
+    (tmp_path / "file-empty.json").write_bytes(b"")
+    files = FileStore(tmp_path)
+    assert [file.id for file in files.files("a")] == [kept.id]
+    assert not (tmp_path / "file-torn").exists()
+    for other in ("b", ""):
+        with pytest.raises(NotFoundError):
+            files.get(kept.id, other)
+    big = files.add("a", "y", io.BytesIO(b"x" * (MAX_LINE_BYTES + 2)))
+    with pytest.raises(DataError, match="a line of the file"):
+        list(files.lines(big.id, "a"))
 
 
 def test_cancel_keeps_what_there_is(engine, tmp_path):

@@ -15,6 +15,7 @@ from helpers.structures import structure_engine
 from motet.runtime.client.client import Client
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.text.tokenizer import Tokenizer
+from motet.runtime.text.tools import LLAMA, ToolReader
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }} answer in <tool_call>{% endif %}"
@@ -163,6 +164,8 @@ def test_an_ensemble_by_field_and_by_name(client, own):
     assert client.models.retrieve("fake:b").ensemble["members"] == [{"name": "b", "mix": 1.0}]
     with pytest.raises(openai.BadRequestError, match="sums to"):
         chat(client, model="fake:a=0.5")
+    with pytest.raises(openai.NotFoundError, match="not a member"):
+        client.models.retrieve("fake:z")
     with pytest.raises(openai.NotFoundError, match="serves 'fake'"):
         chat(client, model="gpt-4")
 
@@ -211,7 +214,16 @@ def test_an_answer_that_calls_by_itself(client, tokenizer):
     assert (none.message.content, none.message.tool_calls, none.finish_reason) == (words, None, "stop")
 
 
-@pytest.mark.parametrize("words", ['<tool_call>{"name": "rm"}</tool_call>', "<tool_call>{oops", "a <b> <tool"])
+WORDS = [
+    '<tool_call>{"name": "rm"}</tool_call>',
+    '<tool_call>{"name": ["time"]}</tool_call>',
+    "<tool_call>[1]</tool_call>",
+    "<tool_call>{oops",
+    "a <b> <tool",
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
 def test_what_is_no_call_is_text(client, words):
     options = {"tools": [TIME], "extra_body": {"structured_outputs": {"choice": [words]}}, "max_completion_tokens": 99}
     answer = chat(client, **options).choices[0]
@@ -236,6 +248,49 @@ def test_the_result_of_a_call_goes_into_the_prompt(client, own):
     ]
     [expected] = own.complete(same, temperature=0.0, max_tokens=30)
     assert chat(client, messages=messages).choices[0].message.content == expected.text
+
+
+@pytest.mark.parametrize("cuts", [1, 3, 100])
+def test_a_format_without_marks_reads_the_same_in_pieces(cuts):
+    """Llama's: the whole answer is a call, or none of it."""
+    for text, calls in (
+        ('{"name": "time", "parameters": {"a": 1}}', 1),
+        ('Sure: {"name": "time", "parameters": {}}', 0),
+    ):
+        reader = ToolReader(LLAMA, frozenset({"time"}))
+        out = "".join(reader.push(text[at : at + cuts]) for at in range(0, len(text), cuts))
+        rest, found = reader.finish()
+        assert len(found) == calls
+        assert out + rest == ("" if calls else text)
+
+
+def test_messages_as_harnesses_send_them(client):
+    plain = chat(client).choices[0].message.content
+    typed = chat(client, messages=[{"role": "user", "content": "hello", "type": "text"}])
+    assert typed.choices[0].message.content == plain
+
+
+def test_documents(client, own):
+    """Routes that OpenAI's API has not: by its client's own means."""
+    body = {"text": "fine", "labels": ["yes", "no"], "model": "fake:a"}
+    found = client.post("/classify", body=body, cast_to=object)
+    assert sum(one["probability"] for one in found["labels"]) == pytest.approx(1)
+    assert found["label"] == max(found["labels"], key=lambda one: one["logprob"])["label"]
+    negative = {"members": [{"name": "a", "mix": 1.5}, {"name": "b", "mix": -0.5}]}
+    for path, more in (("/classify", {}), ("/summarise", {"labels": None})):
+        asked = {key: value for key, value in (body | more | {"model": "fake", "ensemble": negative}).items() if value}
+        with pytest.raises(openai.BadRequestError, match="allow_negative"):
+            client.post(path, body=asked, cast_to=object)
+        asked["ensemble"] = negative | {"allow_negative": True}
+        if path == "/summarise":
+            asked |= {"max_summary_tokens": 5, "instruction": "short: ", "title": True}
+        assert client.post(path, body=asked, cast_to=object)
+    text = "many words that go on. " * 40
+    for method in ("map_reduce", "refine"):
+        options = {"method": method, "max_summary_tokens": 20, "chunk_tokens": 400, "instruction": "short: "}
+        found = client.post("/summarise", body={"text": text, **options}, cast_to=object)
+        assert found["chunks"] >= 3
+        assert found["usage"]["completion_tokens"] <= 20 * found["chunks"]
 
 
 # ---- completions, embeddings, responses ------------------------------------------------------------------------------
@@ -331,6 +386,13 @@ def test_responses_call_tools(client):
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSED = {
+    "parallel calls without tools": ({"parallel_tool_calls": True}, "is for tools", "parallel_tool_calls"),
+    "definitions that are none": (
+        {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"$defs": []}}}], "tool_choice": "required"},
+        "must be an object",
+        "tools",
+    ),
+    "an unknown parameter": ({"extra_query": {"verbose": "1"}}, "parameter 'verbose' is unknown", "verbose"),
     "a wrong value": ({"temperature": -1}, "temperature must be", "temperature"),
     "a wrong type": ({"temperature": "hot"}, "temperature must be", "temperature"),
     "an unknown field": ({"extra_body": {"best": 1}}, "best is unknown", "best"),

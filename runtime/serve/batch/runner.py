@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 from ...api.limits import MAX_REQUEST_BYTES, MAX_REQUEST_ID_BYTES
 from ...api.rules import Text
-from ...errors import DataError, InvalidRequestError, MotetError, shown
+from ...errors import DataError, InvalidRequestError, MotetError, UnavailableError, shown
 from ...trust.identity import Identity, Role
 from ..calls import Caller
 from ..service import Service
@@ -37,6 +38,10 @@ ENDPOINTS: Mapping[str, str] = {
 _SEEDED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _ID = Text(MAX_REQUEST_ID_BYTES, min_bytes=1)
 _POLL_S = 0.25
+MAX_DEFAULTS_BYTES = 16 * 2**10
+_PIECE = 64  # records that are added at once
+_LONGEST_WAIT_S = 30.0  # of a tenant whose quota is spent
+_MOST_WAITS = 200  # of a record for room; then its result says that there was none
 _MOST_ATTEMPTS = 3  # of a record that ends with a fault of the server
 _AGAIN = 429, 503  # no answer, but "later"
 
@@ -53,6 +58,11 @@ class Jobs:
         self._changed = asyncio.Event()
         self._running: dict[asyncio.Task[None], Record] = {}
         self._loop: asyncio.Task[None] | None = None
+        self._later: dict[
+            str, tuple[float, float]
+        ] = {}  # tenant → (when it has its turn again, seconds of the last wait)
+        self._cleaning: set[asyncio.Task[None]] = set()
+        self._is_stopped = False
 
     # ---- calls of doors ------------------------------------------------------------------------------------------
 
@@ -72,7 +82,9 @@ class Jobs:
             raise InvalidRequestError(
                 f"endpoint must be one of {list(ENDPOINTS)}, got {shown(endpoint)}", field="endpoint"
             )
-        with self._service.calls.call("submit", caller):
+        if len(json.dumps(dict(defaults or {}))) > MAX_DEFAULTS_BYTES:
+            raise InvalidRequestError(f"defaults have at most {MAX_DEFAULTS_BYTES} bytes of JSON", field="defaults")
+        with self._service.calls.call("submit", caller), self._service.place(caller):
             who = caller.identity
             text = json.dumps(dict(metadata or {}))
             job = await self._run(lambda: self._store.begin(who.tenant, who.subject, endpoint, text))
@@ -89,7 +101,9 @@ class Jobs:
     def _extend(
         self, job: str, piece: list[tuple[str, bytes]], endpoint: str, defaults: Mapping[str, Any] | None
     ) -> None:
-        self._store.extend(job, [_checked(id, request, endpoint, defaults) for id, request in piece])
+        for first in range(0, len(piece), _PIECE):  # with the defaults they may be much larger
+            part = piece[first : first + _PIECE]
+            self._store.extend(job, [_checked(id, request, endpoint, defaults) for id, request in part])
 
     def _complete(self, job: str) -> None:
         self._store.complete(job)
@@ -135,7 +149,9 @@ class Jobs:
         self._loop = asyncio.create_task(self._answer_all())
 
     async def stop(self) -> None:
-        """What runs waits again; it is answered after the next start."""
+        """What runs waits again; it is answered after the next start. Calls that come later are refused."""
+        if self._is_stopped:
+            return
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait({self._loop})
@@ -144,7 +160,9 @@ class Jobs:
         if self._running:
             await asyncio.wait(set(self._running))
         await self._run(self._store.close)
+        self._is_stopped = True
         self._thread.shutdown()
+        self._wake()
 
     async def _answer_all(self) -> None:
         while True:
@@ -158,15 +176,20 @@ class Jobs:
     async def _begin_records(self, room: int) -> None:
         if room <= 0 or self._service.is_leaving:
             return
-        for record in await self._run(partial(self._store.take, room)):
+        now = time.monotonic()
+        waiting = {tenant for tenant, (until, _) in self._later.items() if until > now}
+        for record in await self._run(partial(self._store.take, room, waiting)):
             task = asyncio.create_task(self._answer(record))
             self._running[task] = record
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task, None)
+        record = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a record could not be answered; its job waits until the next start", exc_info=error)
+            await_later = asyncio.get_running_loop().create_task(self._put_back_later(record))
+            self._cleaning.add(await_later)
+            await_later.add_done_callback(self._cleaning.discard)
         self._wake()
 
     def _wake(self) -> None:
@@ -185,6 +208,10 @@ class Jobs:
             job = await self._run(lambda: self._store.job(record.job))
             identity = Identity(job.tenant, job.subject, frozenset({Role.BATCH}))
             status, body = await self._execute(job.endpoint, record.request, Caller(identity))
+            if status in _AGAIN:
+                self._wait_longer(job.tenant)
+            else:
+                self._later.pop(job.tenant, None)
         except asyncio.CancelledError:
             await asyncio.shield(self._run(lambda: self._store.put_back(record, was_tried=False)))
             raise
@@ -193,14 +220,31 @@ class Jobs:
         if self._service.is_leaving:  # it may be cut: it is answered after the next start
             await self._run(lambda: self._store.put_back(record, was_tried=False))
             return
-        if status in _AGAIN or (status >= 500 and record.attempts + 1 < _MOST_ATTEMPTS):
-            await self._run(lambda: self._store.put_back(record, was_tried=status not in _AGAIN))
-            await asyncio.sleep(_POLL_S)
+        most = _MOST_WAITS if status in _AGAIN else _MOST_ATTEMPTS if status >= 500 else 0
+        if record.attempts + 1 < most:
+            await self._run(lambda: self._store.put_back(record, was_tried=True))
             return
         await self._run(lambda: self._store.finish(record, status, body))
 
+    def _wait_longer(self, tenant: str) -> None:
+        """Its quota is spent, or the server is full: twice as long as the last time."""
+        _, seconds = self._later.get(tenant, (0.0, _POLL_S / 2))
+        self._later[tenant] = (time.monotonic() + 2 * seconds, min(2 * seconds, _LONGEST_WAIT_S / 2))
+
+    async def _put_back_later(self, record: Record) -> None:
+        """After a failure of the store, such as a full disk."""
+        while not self._is_stopped:
+            await asyncio.sleep(_LONGEST_WAIT_S)
+            try:
+                await self._run(lambda: self._store.put_back(record, was_tried=True))
+                return
+            except Exception:
+                log.exception("a record still cannot be kept")
+
     async def _run(self, work: Callable[[], T]) -> T:
-        """In the one thread that the store belongs to."""
+        """In the one thread that the store belongs to. Raises `UnavailableError` after `stop`."""
+        if self._is_stopped:
+            raise UnavailableError("the server goes out of service; its batch jobs go on after its next start")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
@@ -218,20 +262,26 @@ async def _each(
 def _checked(id: str, request: bytes, endpoint: str, defaults: Mapping[str, Any] | None) -> tuple[str, bytes]:
     """A record as it is kept: with the job's defaults, and a seed, so that it has one answer however often it is begun."""
     _ID.check("records", id, "the id of a record")
-    if len(request) > MAX_REQUEST_BYTES:
-        raise DataError(f"record '{id}' has {len(request)} bytes; at most {MAX_REQUEST_BYTES} are allowed")
     try:
         body = json.loads(request)
     except (ValueError, RecursionError) as error:
         raise DataError(f"record '{id}' is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise DataError(f"record '{id}' must be a JSON object, the body of a request")
+    body = dict(defaults or {}) | body
     if body.get("stream"):
         raise DataError(f"record '{id}' asks for a stream, and a job has whole answers; leave stream out")
-    body = dict(defaults or {}) | body
     if endpoint in _SEEDED and body.get("seed") is None:
         body["seed"] = int.from_bytes(blake2b(id.encode(), digest_size=7).digest())
-    return id, json.dumps(body, ensure_ascii=False).encode()
+    try:
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"record '{id}' holds half of a character (a lone surrogate)") from None
+    if len(content) > MAX_REQUEST_BYTES:
+        raise DataError(
+            f"record '{id}' has {len(content)} bytes with the defaults; at most {MAX_REQUEST_BYTES} are allowed"
+        )
+    return id, content
 
 
 def as_request(text: str, endpoint: str) -> bytes:

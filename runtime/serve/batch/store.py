@@ -8,29 +8,34 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 
-from ...errors import BundleError, DataError, NotFoundError, UnavailableError
+from ...errors import BundleError, DataError, NotFoundError, OverloadedError, UnavailableError
 
 _SCHEMA = """
 create table if not exists jobs (
     id text primary key, tenant text not null, subject text not null, endpoint text not null, metadata text not null,
     state text not null, created real not null, ended real, total integer not null default 0, done integer not null default 0,
-    failed integer not null default 0
+    failed integer not null default 0, bytes integer not null default 0
 ) strict;
 create table if not exists records (
-    job text not null references jobs (id) on delete cascade, place integer not null, id text not null, request blob not null,
-    state text not null, attempts integer not null default 0, finished integer, status integer, response blob,
+    job text not null references jobs (id) on delete cascade, place integer not null, id text not null,
+    request blob not null, state text not null, attempts integer not null default 0, crashes integer not null default 0,
+    finished integer, status integer, response blob,
     primary key (job, place), unique (job, id)
 ) strict, without rowid;
 create index if not exists waiting on records (job, place) where state = 'waiting';
 create index if not exists finished on records (job, finished) where finished is not null;
 """
 _VERSION = 1
+_MOST_CRASHES = 20  # that a record may be running in
+MAX_TENANT_JOBS = 1000
+MAX_TENANT_BYTES = 8 * 2**30  # of all requests of all jobs
+MAX_RESULT_BYTES = 3 * 2**20  # a message of gRPC has 4 MiB
 
 
 class JobState(StrEnum):
@@ -104,7 +109,17 @@ class JobStore:
         self._database.execute(f"pragma user_version = {_VERSION}")
         # What a killed process had begun is begun again; what it had not taken whole was never accepted.
         self._database.execute("delete from jobs where state = 'loading'")
-        self._database.execute("update records set state = 'waiting' where state = 'running'")
+        self._database.execute("update records set state = 'waiting', crashes = crashes + 1 where state = 'running'")
+        for record in self._crashing():
+            self.finish(record, 500, b'{"error": {"message": "the server ended each time that it began this record"}}')
+
+    def _crashing(self) -> list[Record]:
+        """What the process has died with so often that it may be why."""
+        rows = self._database.execute(
+            "select job, place, id, request, attempts from records where state = 'waiting' and crashes >= ?",
+            (_MOST_CRASHES,),
+        ).fetchall()
+        return [Record(*row) for row in rows]
 
     def close(self) -> None:
         self._database.close()
@@ -113,7 +128,10 @@ class JobStore:
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
     def begin(self, tenant: str, subject: str, endpoint: str, metadata: str) -> str:
-        """A job that takes records until `complete`; nobody sees it before. Returns its id."""
+        """A job that takes records until `complete`; nobody sees it before. Returns its id. Raises `OverloadedError`."""
+        held = self._database.execute("select count(*) from jobs where tenant = ?", (tenant,)).fetchone()[0]
+        if held >= MAX_TENANT_JOBS:
+            raise OverloadedError(f"{held} batch jobs are kept, the limit of a tenant; delete some")
         job = f"batch_{uuid.uuid4().hex}"
         self._database.execute(
             "insert into jobs (id, tenant, subject, endpoint, metadata, state, created) values (?, ?, ?, ?, ?, 'loading', ?)",
@@ -122,7 +140,7 @@ class JobStore:
         return job
 
     def extend(self, job: str, records: Iterable[tuple[str, bytes]]) -> None:
-        """Add (id, request) pairs to a job that takes records. Raises `DataError` if an id occurs twice."""
+        """Add (id, request) pairs to a job that takes records. Raises `DataError` if an id occurs twice, `OverloadedError`."""
         total = self._database.execute("select total from jobs where id = ?", (job,)).fetchone()[0]
         rows = [(job, total + at, id, request, "waiting") for at, (id, request) in enumerate(records)]
         with self._transaction():
@@ -132,7 +150,15 @@ class JobStore:
                 )
             except sqlite3.IntegrityError:
                 raise DataError("two records of the job have the same id; give each its own") from None
-            self._database.execute("update jobs set total = ? where id = ?", (total + len(rows), job))
+            self._database.execute(
+                "update jobs set total = ?, bytes = bytes + ? where id = ?",
+                (total + len(rows), sum(len(row[3]) for row in rows), job),
+            )
+            held = self._database.execute(
+                "select sum(bytes) from jobs where tenant = (select tenant from jobs where id = ?)", (job,)
+            ).fetchone()[0]
+            if held > MAX_TENANT_BYTES:
+                raise OverloadedError(f"the jobs of a tenant hold at most {MAX_TENANT_BYTES} bytes; delete some")
 
     def complete(self, job: str) -> None:
         """The job has all of its records: it may run."""
@@ -184,14 +210,16 @@ class JobStore:
 
     # ---- records -------------------------------------------------------------------------------------------------
 
-    def take(self, count: int) -> list[Record]:
+    def take(self, count: int, without: Collection[str] = ()) -> list[Record]:
         """The next records to answer, of each tenant's oldest jobs first, and of all tenants alike; they are running from now
-        on."""
+        on. `without`: tenants that have to wait."""
         of_tenant: dict[str, list[tuple[str, int, str, bytes, int]]] = {}
         states = (JobState.QUEUED, JobState.RUNNING)
         for job, tenant in self._database.execute(
             "select id, tenant from jobs where state in (?, ?) order by created", states
         ).fetchall():
+            if tenant in without:
+                continue
             found = of_tenant.setdefault(tenant, [])
             if len(found) < count:
                 found += self._database.execute(
@@ -221,6 +249,9 @@ class JobStore:
 
     def finish(self, record: Record, status: int, response: bytes) -> None:
         """Its result, unless it has one or its job was cancelled. The last one ends the job."""
+        if len(response) > MAX_RESULT_BYTES:
+            text = f"the answer has {len(response)} bytes, and a job keeps at most {MAX_RESULT_BYTES}; ask for less"
+            status, response = 413, json.dumps({"error": {"message": text, "type": "invalid_request_error"}}).encode()
         with self._transaction():
             changed = self._database.execute(
                 "update records set state = 'finished', status = ?, response = ?,"
@@ -245,12 +276,18 @@ class JobStore:
         )
 
     def results(self, job: str, after: int, limit: int) -> list[Result]:
-        """Results with a number above `after`."""
-        rows = self._database.execute(
+        """Results with a number above `after`: at most `limit`, and together not much larger than a message."""
+        found: list[Result] = []
+        size = 0
+        for row in self._database.execute(
             "select finished, id, status, response from records where job = ? and finished > ? order by finished limit ?",
             (job, after, limit),
-        ).fetchall()
-        return [Result(*row) for row in rows]
+        ):
+            size += len(row[3])
+            if found and size > MAX_RESULT_BYTES:
+                break
+            found.append(Result(*row))
+        return found
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._database)
@@ -264,4 +301,7 @@ class _Transaction:
         self._database.execute("begin immediate")
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        self._database.execute("commit" if kind is None else "rollback")
+        if kind is None:
+            self._database.execute("commit")
+        elif self._database.in_transaction:  # a full disk has ended it already
+            self._database.execute("rollback")

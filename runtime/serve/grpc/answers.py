@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 
 from ....proto import admin_pb2, inference_pb2
-from ...api.limits import MAX_DELTA_BYTES
+from ...api.limits import MAX_DELTA_BYTES, MAX_MESSAGE_BYTES
 from ...api.model_info import MemberOrigin, ModelInfo
 from ...api.output import Output, Timings, Usage
 from ...api.request import Ensemble, FinishReason, Member
+from ...errors import InvalidRequestError
+from ..embeddings import Embeddings
 from .wire import SPACES, space_from_proto
 
 _REASONS = {
@@ -119,6 +121,21 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
 
 def _top_from_proto(message: inference_pb2.Logprobs) -> list[tuple[int, float]]:
     return [(top.token_id, top.logprob) for top in message.top]
+
+
+def check_embeddings_size(found: Embeddings) -> None:
+    """Raises `InvalidRequestError` if they do not fit a message."""
+    size = sum(vector.nbytes + 8 for vector in found.vectors)
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"{len(found.vectors)} embeddings have {size} bytes, a message at most {MAX_MESSAGE_BYTES}; send fewer texts",
+            field="input",
+        )
+
+
+def embeddings_to_proto(found: Embeddings) -> inference_pb2.EmbedResponse:
+    embeddings = [inference_pb2.Embedding(values=vector) for vector in found.vectors]
+    return inference_pb2.EmbedResponse(embeddings=embeddings, prompt_tokens=found.prompt_tokens)
 
 
 def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:

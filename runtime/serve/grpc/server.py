@@ -29,7 +29,13 @@ from ...trust.identity import Role
 from ...trust.tls import TlsContent, TlsFiles
 from ..batch.runner import Jobs
 from ..service import Service
-from .answers import model_to_proto, response_from_output, responses_from_output
+from .answers import (
+    check_embeddings_size,
+    embeddings_to_proto,
+    model_to_proto,
+    response_from_output,
+    responses_from_output,
+)
 from .batch import BatchJobs
 from .gate import Gate, caller_of
 from .statuses import Statuses
@@ -84,8 +90,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         caller = caller_of(context)
         request = await self._service.read("complete", lambda: request_from_proto(message), caller)
         choices = await self._service.complete(request, caller)
-        return await self._service.in_thread(
-            lambda: inference_pb2.CompleteResponse(choices=map(response_from_output, choices)), caller
+        return await self._service.encode(
+            lambda: inference_pb2.CompleteResponse(choices=map(response_from_output, choices))
         )
 
     async def Abort(self, message: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
@@ -95,8 +101,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         caller = caller_of(context)
         prompts, ensemble = await self._service.read("embed", lambda: embed_from_proto(message), caller)
         found = await self._service.embed(prompts, ensemble, caller)
-        embeddings = [inference_pb2.Embedding(values=vector) for vector in found.vectors]
-        return inference_pb2.EmbedResponse(embeddings=embeddings, prompt_tokens=found.prompt_tokens)
+        check_embeddings_size(found)
+        return await self._service.encode(lambda: embeddings_to_proto(found))
 
     async def Tokenize(
         self, message: inference_pb2.TokenizeRequest, context: Context

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from ...api.limits import MAX_BEGUN_CALLS, MAX_CONCURRENT_CALLS, MAX_NAME_BYTES, MAX_REQUEST_BYTES
 from ...api.rules import Text
-from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError
+from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError, shown
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
 from ..batch.runner import Jobs
@@ -47,7 +47,7 @@ class HttpRoute:
     path: str
     roles: frozenset[Role]
     handler: Handler
-    name: str = ""  # of the call, in records of refused bodies
+    query: frozenset[str] = frozenset()  # parameters that it takes
 
 
 class Door:
@@ -56,7 +56,7 @@ class Door:
     def __init__(self, service: Service, registry: CollectorRegistry | None = None) -> None:
         self.service, self.registry = service, registry
         self.jobs: Jobs | None = None  # set when there are any: they need the application themselves
-        self.uploads = asyncio.Semaphore(MAX_UPLOADS)  # each is on the disk before it is kept
+        self.uploads: Counter[str] = Counter()  # by tenant, at once: each is on the disk before it is kept
         self._begun: Counter[str] = Counter()  # host → its requests whose body has not come
 
     @staticmethod
@@ -191,6 +191,9 @@ class App:
                 traceparent = next(iter(_values(scope, b"traceparent")), "")
                 scope["motet.caller"] = Caller(identity, traceparent, _peer(scope))
             await self._router(scope, receive, noting)
+        except (ClientDisconnect, TimeoutError):  # it went away, or does not read: nobody is there to be told
+            log.info("%s: the client went away", what)
+            _break(scope)
         except Exception as error:
             if "motet.admitted" not in scope:
                 self._service.calls.refused(what, _peer(scope), error, identity)
@@ -205,6 +208,12 @@ class App:
             if route.path != _OPEN_TO_ALL:
                 Door.caller(request).identity.require(self.routes[route.method, route.path].roles)
             request.scope["motet.admitted"] = True
+            unknown = sorted(set(request.query_params) - route.query)
+            if unknown:
+                raise InvalidRequestError(
+                    f"the parameter {shown(unknown[0])} is unknown here, and nothing that is sent is ignored; leave it out",
+                    field=unknown[0][:100],
+                )
             return await route.handler(self.door, request)
 
         return answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -58,15 +59,18 @@ async def upload_file(door: Door, request: Request) -> Response:
         raise InvalidRequestError(
             f"a file has at most {MAX_FILE_BYTES} bytes, and its length is announced", field="file"
         )
-    if door.uploads.locked():
-        raise OverloadedError(f"{MAX_UPLOADS} files are being sent to this server; try again later")
+    if door.uploads.total() >= MAX_UPLOADS or door.uploads[tenant] >= max(1, MAX_UPLOADS // 2):
+        raise OverloadedError("too many files are being sent to this server; try again later")
+    door.uploads[tenant] += 1
     try:
-        async with door.uploads, asyncio.timeout(_UPLOAD_S):
+        async with asyncio.timeout(_UPLOAD_S):
             form = await request.form(max_files=1, max_fields=8, max_part_size=2**16)
     except TimeoutError:
         raise InvalidRequestError(f"the file did not come within {_UPLOAD_S:g} seconds", field="file") from None
     except HTTPException as error:
         raise InvalidRequestError(f"the form cannot be read: {error.detail}", field="file") from None
+    finally:
+        door.uploads[tenant] -= 1
     try:
         unknown = sorted(set(form) - {"file", "purpose"})
         file = form.get("file")
@@ -167,11 +171,16 @@ async def create_batch(door: Door, request: Request) -> Response:
     async def records() -> AsyncIterator[list[tuple[str, bytes]]]:
         number = 0
         while piece := await _thread(lambda: list(islice(lines, _PAGE))):
-            yield [_record(line, number + at, fields.endpoint) for at, line in enumerate(piece, 1) if line.strip()]
+            yield await _thread(partial(_records, piece, number, fields.endpoint))
             number += len(piece)
 
     metadata = {**(fields.metadata or {}), "input_file_id": fields.input_file_id}
     return JSONResponse(_batch(await _jobs(door).submit(fields.endpoint, records(), caller, metadata=metadata)))
+
+
+def _records(lines: list[bytes], number: int, endpoint: str) -> list[tuple[str, bytes]]:
+    """`number`: of lines before these."""
+    return [_record(line, number + at, endpoint) for at, line in enumerate(lines, 1) if line.strip()]
 
 
 def _record(line: bytes, number: int, endpoint: str) -> tuple[str, bytes]:

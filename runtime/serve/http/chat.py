@@ -86,7 +86,7 @@ class _Answer:
     async def whole(self, send: Send) -> None:
         service = self._door.service
         choices = await service.complete(self._asked, self._caller)
-        body = await service.in_thread(lambda: msgspec.json.encode(self._body(choices)), self._caller)
+        body = await service.encode(lambda: msgspec.json.encode(self._body(choices)))
         await send_whole(send, body, service.send_timeout_s)
 
     def _body(self, choices: list[Output]) -> dict[str, Any]:

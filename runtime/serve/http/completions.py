@@ -28,10 +28,12 @@ from .app import Door, Work, send_whole
 from .events import Events, stream_events
 from .wire import Common, ResponseFormat, generate_request, prompts_of, structure_of
 
+_MAX_TOKENS = 16
+
 
 class CompletionRequest(Common, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[Any]  # a text, token ids, or a list of these
-    max_tokens: int | None = 16
+    max_tokens: int | None = None  # 16, as in OpenAI's API
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -71,7 +73,7 @@ def completion_requests(fields: Any, model: ModelInfo) -> list[GenerateRequest]:
             fields,
             prompt,
             model,
-            max_tokens=1 if fields.max_tokens == 0 else fields.max_tokens,  # the one is left out of the answer
+            max_tokens=_MAX_TOKENS if fields.max_tokens is None else max(1, fields.max_tokens),  # of 0 it is left out
             logprobs=fields.logprobs,
             structure=structure_of(fields.response_format),
         )
@@ -92,14 +94,20 @@ class _Answer:
 
     async def whole(self, send: Send) -> None:
         service = self._door.service
-        tasks = [asyncio.create_task(service.complete(asked, self._caller)) for asked in self._asked]
+        room = asyncio.Semaphore(service.at_once(len(self._asked), self._caller))
+
+        async def complete(asked: GenerateRequest) -> list[Output]:
+            async with room:
+                return await service.complete(asked, self._caller)
+
+        tasks = [asyncio.create_task(complete(asked)) for asked in self._asked]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
         prompts = [await service.tokenize(asked.prompt, self._caller) for asked in self._asked if self._fields.echo]
-        body = await service.in_thread(lambda: msgspec.json.encode(self._body(answers, prompts)), self._caller)
+        body = await service.encode(lambda: msgspec.json.encode(self._body(answers, prompts)))
         await send_whole(send, body, service.send_timeout_s)
 
     def _body(self, answers: Sequence[list[Output]], prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -118,7 +126,9 @@ class _Answer:
         scores, best = [math.nan, *outputs[0].prompt_logprobs], [[], *outputs[0].prompt_top_logprobs]
         for output in outputs:
             if self._fields.max_tokens == 0:
-                output.text, output.token_ids, output.logprobs, output.top_logprobs = "", [], [], []
+                output.text, output.stop_matched = "", None
+                for name in ("token_ids", "logprobs", "top_logprobs", "member_logprobs", "confidence", "disagreement"):
+                    setattr(output, name, [])
                 if output.usage is not None:
                     output.usage = dataclasses.replace(output.usage, completion_tokens=0)
             output.text = text + output.text
@@ -170,11 +180,12 @@ async def _merged(door: Door, asked: list[GenerateRequest], caller: Caller) -> A
                 yield 0, output
         return
     reader, is_ending = asyncio.current_task(), False
+    room = asyncio.Semaphore(door.service.at_once(len(asked), caller))
     queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue(2 * len(asked))
 
     async def read(index: int) -> None:
         try:
-            async with aclosing(door.service.generate(asked[index], caller)) as outputs:
+            async with room, aclosing(door.service.generate(asked[index], caller)) as outputs:
                 async for output in outputs:
                     await queue.put((index, output))
             await queue.put((index, None))
@@ -222,13 +233,18 @@ def logprobs_of(tokenizer: Tokenizer, output: Output, offset: int) -> dict[str, 
     for text in texts:
         offsets.append(offset)
         offset += len(text)
-    best = [
-        {tokenizer.token_bytes(other).decode(errors="replace"): max(value, -9999.0) for other, value in top}
-        for top in output.top_logprobs
-    ]
+    best = [_by_text(tokenizer, top) for top in output.top_logprobs]
     return {
         "tokens": texts,
         "token_logprobs": [None if math.isnan(value) else max(value, -9999.0) for value in output.logprobs],
         "top_logprobs": [one or None for one in best] if any(best) else None,
         "text_offset": offsets,
     }
+
+
+def _by_text(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> dict[str, float]:
+    """Text → log-probability; of tokens that look alike, such as parts of characters, the most probable."""
+    found: dict[str, float] = {}
+    for token_id, value in top:
+        found.setdefault(tokenizer.token_bytes(token_id).decode(errors="replace"), max(value, -9999.0))
+    return found

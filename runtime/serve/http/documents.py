@@ -50,13 +50,20 @@ class ClassifyRequest(_Document, kw_only=True, forbid_unknown_fields=True):
 async def summarise(door: Door, request: Request) -> Response:
     fields = await door.body(request, SummariseRequest, "summarise")
     caller = door.caller(request, fields.user)
-    ensemble = _ensemble(fields, door)
+    ensemble, allow_negative = _ensemble(fields, door)
     names = [field.name for field in dataclasses.fields(SummariseParams) if field.name != "concurrency"]
     params = SummariseParams(**{name: getattr(fields, name) for name in names})
 
     async def run(send: Send) -> None:
         found = await summarise_text(
-            door.service, fields.text, params, ensemble, caller, method=fields.method, with_title=fields.title
+            door.service,
+            fields.text,
+            params,
+            ensemble,
+            caller,
+            method=fields.method,
+            with_title=fields.title,
+            allow_negative=allow_negative,
         )
         body = {
             "object": "summary",
@@ -65,6 +72,11 @@ async def summarise(door: Door, request: Request) -> Response:
             "title": found.title,
             "finish_reason": str(found.finish_reason),
             "chunks": found.chunks,
+            **(
+                {}
+                if found.confidence is None
+                else {"answer_confidence": found.confidence, "abstained": found.abstained}
+            ),
             "usage": _usage(found.prompt_tokens, found.completion_tokens),
         }
         await send_whole(send, msgspec.json.encode(body), door.service.send_timeout_s)
@@ -75,11 +87,13 @@ async def summarise(door: Door, request: Request) -> Response:
 async def classify(door: Door, request: Request) -> Response:
     fields = await door.body(request, ClassifyRequest, "classify")
     caller = door.caller(request, fields.user)
-    ensemble = _ensemble(fields, door)
+    ensemble, allow_negative = _ensemble(fields, door)
 
     async def run(send: Send) -> None:
         prompt = fields.instruction + fields.text
-        found, tokens = await classify_text(door.service, prompt, fields.labels, ensemble, caller)
+        found, tokens = await classify_text(
+            door.service, prompt, fields.labels, ensemble, caller, allow_negative=allow_negative
+        )
         body = {
             "object": "classification",
             "model": fields.model or door.service.served.name,
@@ -92,11 +106,12 @@ async def classify(door: Door, request: Request) -> Response:
     return Work(run)
 
 
-def _ensemble(fields: _Document, door: Door) -> Ensemble | None:
-    ensemble, views, _ = read_ensemble(fields.ensemble, fields.model, door.service.served)
+def _ensemble(fields: _Document, door: Door) -> tuple[Ensemble | None, bool]:
+    """And whether its coefficients may be negative."""
+    ensemble, views, allow_negative = read_ensemble(fields.ensemble, fields.model, door.service.served)
     if views:
         raise InvalidRequestError("a document has no views; leave them out", field="ensemble.members.view")
-    return ensemble
+    return ensemble, allow_negative
 
 
 def _usage(prompt: int, completion: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ async def embeddings(door: Door, request: Request) -> Response:
     async def run(send: Send) -> None:
         service = door.service
         found = await service.embed(prompts, ensemble, caller)
-        body = await service.in_thread(lambda: _body(found, fields, door), caller)
+        body = await service.encode(lambda: _body(found, fields, door))
         await send_whole(send, body, service.send_timeout_s)
 
     return Work(run)

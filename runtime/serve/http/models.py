@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from ...api.model_info import ModelInfo
 from ...api.request import Ensemble
+from ...errors import NotFoundError, shown
 from ..model_names import ensemble_of
 from .app import Door
 
@@ -29,7 +30,11 @@ async def get_model(door: Door, request: Request) -> Response:
     """Of a name, which may have a mix."""
     name = request.path_params["name"]
     model = door.service.model("", door.caller(request))
-    return JSONResponse(_model(model, name, ensemble_of(name, model) or model.default_ensemble))
+    ensemble = ensemble_of(name, model) or model.default_ensemble
+    for member in ensemble.members:
+        if member.name not in model.members:
+            raise NotFoundError(f"{shown(member.name)} is not a member of '{model.name}'")
+    return JSONResponse(_model(model, name, ensemble))
 
 
 def _model(model: ModelInfo, name: str, ensemble: Ensemble | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ ROUTES = (
     HttpRoute("DELETE", "/v1/files/{id}", _BATCH, delete_file),
     HttpRoute("GET", "/v1/files/{id}/content", _BATCH, file_content),
     HttpRoute("POST", "/v1/batches", _BATCH, create_batch),
-    HttpRoute("GET", "/v1/batches", _BATCH, list_batches),
+    HttpRoute("GET", "/v1/batches", _BATCH, list_batches, frozenset({"limit", "after"})),
     HttpRoute("GET", "/v1/batches/{id}", _BATCH, get_batch),
     HttpRoute("POST", "/v1/batches/{id}/cancel", _BATCH, cancel_batch),
 )

@@ -38,6 +38,10 @@ class Tools:
             raise InvalidRequestError(
                 "tool_choice chooses among tools, and there are none; give tools", field="tool_choice"
             )
+        if parallel is not None and not known:
+            raise InvalidRequestError(
+                "parallel_tool_calls is for tools; give some, or leave it out", field="parallel_tool_calls"
+            )
         self.shown = () if choice == "none" else tuple(tools)
         self._names = frozenset(known) if self.shown else frozenset()
         self._format: ToolFormat | None = tool_format(tokenizer) if self._names else None

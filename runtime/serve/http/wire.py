@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -244,6 +244,7 @@ class ToolCallFields(msgspec.Struct, forbid_unknown_fields=True):
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[TextPart] | None = None
+    type: Literal["text", "message"] | None = None  # evaluation harnesses send it
     name: str | None = None
     tool_calls: list[ToolCallFields] | None = None
     tool_call_id: str | None = None
