@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DEFAULT_ADDRESS, KEY_VARIABLE, Address, Ca, Cert, CertKey, Tls
+from .options import CONNECTION, DEFAULT_ADDRESS, KEY_VARIABLE, with_options
 from .runtime.errors import ConfigError, DataError, NotFoundError
 from .tables import table
 
@@ -42,6 +42,7 @@ def _client(
 
 
 @batch.command()
+@with_options(CONNECTION)
 def submit(
     source: Annotated[
         Path,
@@ -56,11 +57,7 @@ def submit(
     defaults: Annotated[
         str, typer.Option(help="JSON: fields of every request that does not have them, such as '{\"max_tokens\": 50}'.")
     ] = "{}",
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """Submit a job and print its id. All records are taken, or none."""
     if not source.exists():
@@ -75,7 +72,7 @@ def submit(
     if url is not None and endpoint not in (None, url):
         raise ConfigError(f"--endpoint is {endpoint}, and the lines of '{source}' are for {url}; leave it out")
     records = _texts(source) if url is None else _lines(source, url)
-    with _client(address, tls, ca, cert, cert_key) as client:
+    with _client(**connection) as client:
         print(client.submit(endpoint or url or "/v1/summarise", records, defaults=fields).id)
 
 
@@ -116,13 +113,10 @@ def _texts(source: Path) -> Iterator[tuple[str, str]]:
 
 
 @batch.command()
+@with_options(CONNECTION)
 def watch(
     job: JobId,
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """Show a job's progress until it has ended. Exit code 1: records failed, or it was cancelled."""
     from rich.console import Console
@@ -130,7 +124,7 @@ def watch(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     last: JobInfo | None = None
-    with _client(address, tls, ca, cert, cert_key) as client, Progress(*columns, console=Console(stderr=True)) as bar:
+    with _client(**connection) as client, Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         for last, _results in client.watch(job):
             bar.update(task, description=last.state, total=last.total, completed=last.done + last.failed)
@@ -141,17 +135,14 @@ def watch(
 
 
 @batch.command()
+@with_options(CONNECTION)
 def results(
     job: JobId,
     out: Annotated[Path | None, typer.Option(help="Write them to this file; default: print them.")] = None,
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """The results that a job has, one line of JSON each, as OpenAI's batch API writes them."""
-    with _client(address, tls, ca, cert, cert_key) as client:
+    with _client(**connection) as client:
         if out is None:
             for result in client.results(job):
                 print(_line(result))
@@ -168,18 +159,15 @@ def _line(result: RecordResult) -> str:
 
 
 @batch.command("list")
+@with_options(CONNECTION)
 def list_jobs(
     limit: Annotated[int, typer.Option(help="Most jobs, the newest first.")] = 100,
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """The jobs of the caller's tenant."""
     from rich.console import Console
 
-    with _client(address, tls, ca, cert, cert_key) as client:
+    with _client(**connection) as client:
         rows = [
             [
                 one.id,
@@ -196,28 +184,22 @@ def list_jobs(
 
 
 @batch.command()
+@with_options(CONNECTION)
 def cancel(
     job: JobId,
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """End a job; the results that it has stay."""
-    with _client(address, tls, ca, cert, cert_key) as client:
+    with _client(**connection) as client:
         print(client.cancel(job).state)
 
 
 @batch.command()
+@with_options(CONNECTION)
 def delete(
     job: JobId,
-    address: Address = None,
-    tls: Tls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    **connection: Any,
 ) -> None:
     """Remove a job with its records and results, running or not."""
-    with _client(address, tls, ca, cert, cert_key) as client:
+    with _client(**connection) as client:
         client.delete(job)

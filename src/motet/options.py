@@ -32,6 +32,14 @@ Tls = Annotated[
 Ca = Annotated[Path | None, typer.Option(help="Encrypt; these authorities vouch for the server (PEM).")]
 Cert = Annotated[Path | None, typer.Option(help="This client's certificate, for a server that asks for one (PEM).")]
 CertKey = Annotated[Path | None, typer.Option(help="The private key of --cert (PEM).")]
+# How to reach a server, for `with_options`.
+CONNECTION: dict[str, tuple[Any, Any]] = {
+    "address": (Address, None),
+    "tls": (Tls, False),
+    "ca": (Ca, None),
+    "cert": (Cert, None),
+    "cert_key": (CertKey, None),
+}
 Defaults = Annotated[
     Literal["motet", "model"],
     typer.Option(
