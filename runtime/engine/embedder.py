@@ -42,7 +42,7 @@ class EmbedJob:
     ensemble: Ensemble
     on_done: Callable[[F32 | MotetError], None]
     is_background: bool = False  # it is computed behind all others
-    is_cancelled: bool = False  # set by any thread; `on_done` may still be called
+    is_cancelled: bool = False  # see `Embedder.cancel`
     terms: tuple[tuple[int, float], ...] = ()  # (member, coefficient)
     members: tuple[int, ...] = ()  # ascending
     blocks: list[int] = field(default_factory=list)
@@ -62,13 +62,15 @@ class Embedder:
         self._most_rows, self._most_jobs = config.max_num_batched_tokens, config.max_num_seqs
         self._most_tokens = config.max_waiting_tokens
         self._lock = Lock()
-        self._waiting: deque[EmbedJob] = deque()
+        self._waiting: tuple[deque[EmbedJob], deque[EmbedJob]] = (deque(), deque())  # of others, of batch work
+        self._num_tokens = 0  # of those that wait
+        self._is_any_cancelled = False
         self._running: list[EmbedJob] = []
         self._is_closed = False
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not any(self._waiting) and not self._running
 
     def submit(self, jobs: Sequence[EmbedJob]) -> None:
         """Queue prompts, all or none. Raises `InvalidEnsembleError`, `InvalidRequestError`, `ContextLengthError`,
@@ -78,13 +80,22 @@ class Embedder:
         with self._lock:
             if self._is_closed or self._inbox.is_draining:
                 raise UnavailableError("the engine is shutting down; send the request to another server")
-            queued, new = (sum(len(job.prompt) for job in some) for some in (self._waiting, jobs))
-            if queued and queued + new > self._most_tokens:
+            new = sum(len(job.prompt) for job in jobs)
+            if self._num_tokens and self._num_tokens + new > self._most_tokens:
                 raise OverloadedError(
-                    f"texts of {queued} tokens wait to be embedded and {new} more exceed max_waiting_tokens "
+                    f"texts of {self._num_tokens} tokens wait to be embedded and {new} more exceed max_waiting_tokens "
                     f"({self._most_tokens}); try again later"
                 )
-            self._waiting.extend(jobs)
+            self._num_tokens += new
+            for job in jobs:
+                self._waiting[job.is_background].append(job)
+        self._inbox.wake()
+
+    def cancel(self, jobs: Sequence[EmbedJob]) -> None:
+        """From any thread. `on_done` is still called for those that have not ended."""
+        for job in jobs:
+            job.is_cancelled = True
+        self._is_any_cancelled = True
         self._inbox.wake()
 
     def _check(self, job: EmbedJob) -> None:
@@ -144,23 +155,32 @@ class Embedder:
                 self._end(job, blocks, _embedding(job))
 
     def _drop_cancelled(self, blocks: BlockManager) -> None:
+        if not self._is_any_cancelled:
+            return
+        self._is_any_cancelled = False  # before they are looked for: others may come meanwhile
         gone = MotetError("the request was cancelled")
         for job in [job for job in self._running if job.is_cancelled]:
             self._end(job, blocks, gone)
         with self._lock:
-            dropped = [job for job in self._waiting if job.is_cancelled]
-            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
+            dropped = [job for queue in self._waiting for job in queue if job.is_cancelled]
+            for queue in self._waiting:
+                kept = [job for job in queue if not job.is_cancelled]
+                queue.clear()
+                queue.extend(kept)
+            self._num_tokens -= sum(len(job.prompt) for job in dropped)
         for job in dropped:
             job.on_done(gone)
 
     def _start(self, blocks: BlockManager) -> None:
-        while self._waiting and len(self._running) < self._most_jobs:
-            job = next((job for job in self._waiting if not job.is_background), self._waiting[0])
+        while any(self._waiting) and len(self._running) < self._most_jobs:
+            queue = self._waiting[0] or self._waiting[1]
+            job = queue[0]
             count = blocks.blocks_for(len(job.prompt))
             if not blocks.can_allocate(count):
                 return
             with self._lock:
-                self._waiting.remove(job)
+                queue.popleft()
+                self._num_tokens -= len(job.prompt)
             job.blocks = blocks.allocate(count)
             self._running.append(job)
 
@@ -183,16 +203,19 @@ class Embedder:
         """End all jobs, whose blocks are gone with their manager."""
         with self._lock:
             self._is_closed |= close
-            jobs = [*self._running, *self._waiting]
+            jobs = [*self._running, *self._waiting[0], *self._waiting[1]]
             self._running.clear()
-            self._waiting.clear()
+            self._waiting[0].clear()
+            self._waiting[1].clear()
+            self._num_tokens = 0
         for job in jobs:
             job.on_done(error)
 
     def end_all(self, blocks: BlockManager) -> None:
         """End all jobs, because the server goes out of service."""
-        for job in [*self._running, *self._waiting]:
-            job.is_cancelled = True
+        with self._lock:
+            jobs = [*self._running, *self._waiting[0], *self._waiting[1]]
+        self.cancel(jobs)
         self._drop_cancelled(blocks)
 
     def tables(self) -> Iterator[list[int]]:

@@ -35,9 +35,9 @@ async def embed_all(
     embedder.submit(jobs)
     try:
         return list(await asyncio.gather(*waiting))
-    finally:
-        for job in jobs:
-            job.is_cancelled = True
+    except BaseException:  # one has failed, or the caller went away
+        embedder.cancel(jobs)
+        raise
 
 
 def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any]) -> Callable[[Any], None]:

@@ -89,8 +89,7 @@ def test_what_is_cancelled_is_dropped(tokenizer):
     with make_engine(tokenizer, backend) as engine:
         jobs = [EmbedJob(tuple(range(80)), MIX, results.append) for _ in range(6)]
         engine.embedder.submit(jobs)
-        for job in jobs:
-            job.is_cancelled = True
+        engine.embedder.cancel(jobs)
         until(lambda: engine.is_idle)
         assert all(isinstance(result, MotetError) for result in results)
         np.testing.assert_allclose(embed(engine, PROMPTS[:1])[0], expected(PROMPTS[0]), atol=1e-6)

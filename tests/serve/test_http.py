@@ -315,3 +315,18 @@ def test_metrics_are_shown(guarded, keys):
     status, _, body = ask(guarded, "GET", "/metrics", headers=bearer(keys["monitor"]))
     assert status == 200
     assert b"motet_" in body
+
+
+def test_embeddings_of_a_client_that_goes_away(tokenizer):
+    backend = FakeBackend(64)
+    backend.on_step = lambda _batch: time.sleep(0.02)
+    with make_engine(tokenizer, backend) as engine, serving_http(engine) as (address, service):
+        host, _, port = address.partition(":")
+        body = json.dumps({"input": ["many words " * 7] * 60}).encode()
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            until(lambda: not engine.embedder.is_idle)
+        began = time.monotonic()
+        until(lambda: is_free(engine, service))
+        assert time.monotonic() - began < 3, "60 texts would take more"
