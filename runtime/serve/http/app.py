@@ -20,13 +20,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ...api.limits import MAX_BEGUN_CALLS, MAX_CONCURRENT_CALLS, MAX_NAME_BYTES, MAX_REQUEST_BYTES
 from ...api.rules import Text
-from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnimplementedError, shown
+from ...errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError, UnimplementedError, shown
 from ...trust.access import Access
 from ...trust.identity import Identity, Role
 from ..batch.runner import Jobs
 from ..calls import Caller
 from ..service import Service
-from .statuses import as_motet_error, error_response
+from .statuses import as_motet_error, error_body, error_response
 
 log = logging.getLogger("motet.server")
 T = TypeVar("T")
@@ -170,6 +170,8 @@ class App:
             sent.append(message)
 
         await self._answer(scope, receive, send)
+        if not sent:  # it was cut before its first byte
+            return 503, msgspec.json.encode(error_body(UnavailableError("the answer was cut; send the request again")))
         content = b"".join(message.get("body", b"") for message in sent[1:])
         return sent[0]["status"], content
 
