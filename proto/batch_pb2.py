@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14motet/v1/batch.proto\x12\x08motet.v1\"\x99\x01\n\x0bJobSettings\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x66\x61ults\x18\x02 \x01(\t\x12\x35\n\x08metadata\x18\x03 \x03(\x0b\x32#.motet.v1.JobSettings.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x06Record\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\x07request\x18\x02 \x01(\tH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x06\n\x04task\"[\n\rSubmitRequest\x12\'\n\x08settings\x18\x01 \x01(\x0b\x32\x15.motet.v1.JobSettings\x12!\n\x07records\x18\x02 \x03(\x0b\x32\x10.motet.v1.Record\"\xf3\x01\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.motet.v1.JobState\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x0c\n\x04\x64one\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\r\n\x05\x65nded\x18\x08 \x01(\x01\x12-\n\x08metadata\x18\t \x03(\x0b\x32\x1b.motet.v1.Job.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1c\n\nJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"+\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"+\n\x0cListResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.motet.v1.Job\"/\n\x0eResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\"L\n\x0cRecordResult\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x0e\n\x06status\x18\x03 \x01(\x05\x12\x10\n\x08response\x18\x04 \x01(\t\"T\n\rWatchResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.motet.v1.Job\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.motet.v1.RecordResult\"\x10\n\x0e\x44\x65leteResponse*[\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\x0b\n\x07RUNNING\x10\x02\x12\x08\n\x04\x44ONE\x10\x03\x12\x11\n\rJOB_CANCELLED\x10\x04\x32\x84\x03\n\x05\x42\x61tch\x12\x32\n\x06Submit\x12\x17.motet.v1.SubmitRequest\x1a\r.motet.v1.Job(\x01\x12*\n\x03Get\x12\x14.motet.v1.JobRequest\x1a\r.motet.v1.Job\x12\x35\n\x04List\x12\x15.motet.v1.ListRequest\x1a\x16.motet.v1.ListResponse\x12<\n\x05Watch\x12\x18.motet.v1.ResultsRequest\x1a\x17.motet.v1.WatchResponse0\x01\x12=\n\x07Results\x12\x18.motet.v1.ResultsRequest\x1a\x16.motet.v1.RecordResult0\x01\x12-\n\x06\x43\x61ncel\x12\x14.motet.v1.JobRequest\x1a\r.motet.v1.Job\x12\x38\n\x06\x44\x65lete\x12\x14.motet.v1.JobRequest\x1a\x18.motet.v1.DeleteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14motet/v1/batch.proto\x12\x08motet.v1\"\x99\x01\n\x0bJobSettings\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x66\x61ults\x18\x02 \x01(\t\x12\x35\n\x08metadata\x18\x03 \x03(\x0b\x32#.motet.v1.JobSettings.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x06Record\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\x07request\x18\x02 \x01(\tH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x06\n\x04task\"l\n\rSubmitRequest\x12\'\n\x08settings\x18\x01 \x01(\x0b\x32\x15.motet.v1.JobSettings\x12!\n\x07records\x18\x02 \x03(\x0b\x32\x10.motet.v1.Record\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\"\xf3\x01\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.motet.v1.JobState\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x0c\n\x04\x64one\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\r\n\x05\x65nded\x18\x08 \x01(\x01\x12-\n\x08metadata\x18\t \x03(\x0b\x32\x1b.motet.v1.Job.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1c\n\nJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"+\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"+\n\x0cListResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.motet.v1.Job\"/\n\x0eResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\"L\n\x0cRecordResult\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x0e\n\x06status\x18\x03 \x01(\x05\x12\x10\n\x08response\x18\x04 \x01(\t\"T\n\rWatchResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.motet.v1.Job\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.motet.v1.RecordResult\"\x10\n\x0e\x44\x65leteResponse*[\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\x0b\n\x07RUNNING\x10\x02\x12\x08\n\x04\x44ONE\x10\x03\x12\x11\n\rJOB_CANCELLED\x10\x04\x32\x84\x03\n\x05\x42\x61tch\x12\x32\n\x06Submit\x12\x17.motet.v1.SubmitRequest\x1a\r.motet.v1.Job(\x01\x12*\n\x03Get\x12\x14.motet.v1.JobRequest\x1a\r.motet.v1.Job\x12\x35\n\x04List\x12\x15.motet.v1.ListRequest\x1a\x16.motet.v1.ListResponse\x12<\n\x05Watch\x12\x18.motet.v1.ResultsRequest\x1a\x17.motet.v1.WatchResponse0\x01\x12=\n\x07Results\x12\x18.motet.v1.ResultsRequest\x1a\x16.motet.v1.RecordResult0\x01\x12-\n\x06\x43\x61ncel\x12\x14.motet.v1.JobRequest\x1a\r.motet.v1.Job\x12\x38\n\x06\x44\x65lete\x12\x14.motet.v1.JobRequest\x1a\x18.motet.v1.DeleteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBSETTINGS_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_JOB_METADATAENTRY']._loaded_options = None
   _globals['_JOB_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=945
-  _globals['_JOBSTATE']._serialized_end=1036
+  _globals['_JOBSTATE']._serialized_start=962
+  _globals['_JOBSTATE']._serialized_end=1053
   _globals['_JOBSETTINGS']._serialized_start=35
   _globals['_JOBSETTINGS']._serialized_end=188
   _globals['_JOBSETTINGS_METADATAENTRY']._serialized_start=141
@@ -44,25 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECORD']._serialized_start=190
   _globals['_RECORD']._serialized_end=253
   _globals['_SUBMITREQUEST']._serialized_start=255
-  _globals['_SUBMITREQUEST']._serialized_end=346
-  _globals['_JOB']._serialized_start=349
-  _globals['_JOB']._serialized_end=592
+  _globals['_SUBMITREQUEST']._serialized_end=363
+  _globals['_JOB']._serialized_start=366
+  _globals['_JOB']._serialized_end=609
   _globals['_JOB_METADATAENTRY']._serialized_start=141
   _globals['_JOB_METADATAENTRY']._serialized_end=188
-  _globals['_JOBREQUEST']._serialized_start=594
-  _globals['_JOBREQUEST']._serialized_end=622
-  _globals['_LISTREQUEST']._serialized_start=624
-  _globals['_LISTREQUEST']._serialized_end=667
-  _globals['_LISTRESPONSE']._serialized_start=669
-  _globals['_LISTRESPONSE']._serialized_end=712
-  _globals['_RESULTSREQUEST']._serialized_start=714
-  _globals['_RESULTSREQUEST']._serialized_end=761
-  _globals['_RECORDRESULT']._serialized_start=763
-  _globals['_RECORDRESULT']._serialized_end=839
-  _globals['_WATCHRESPONSE']._serialized_start=841
-  _globals['_WATCHRESPONSE']._serialized_end=925
-  _globals['_DELETERESPONSE']._serialized_start=927
-  _globals['_DELETERESPONSE']._serialized_end=943
-  _globals['_BATCH']._serialized_start=1039
-  _globals['_BATCH']._serialized_end=1427
+  _globals['_JOBREQUEST']._serialized_start=611
+  _globals['_JOBREQUEST']._serialized_end=639
+  _globals['_LISTREQUEST']._serialized_start=641
+  _globals['_LISTREQUEST']._serialized_end=684
+  _globals['_LISTRESPONSE']._serialized_start=686
+  _globals['_LISTRESPONSE']._serialized_end=729
+  _globals['_RESULTSREQUEST']._serialized_start=731
+  _globals['_RESULTSREQUEST']._serialized_end=778
+  _globals['_RECORDRESULT']._serialized_start=780
+  _globals['_RECORDRESULT']._serialized_end=856
+  _globals['_WATCHRESPONSE']._serialized_start=858
+  _globals['_WATCHRESPONSE']._serialized_end=942
+  _globals['_DELETERESPONSE']._serialized_start=944
+  _globals['_DELETERESPONSE']._serialized_end=960
+  _globals['_BATCH']._serialized_start=1056
+  _globals['_BATCH']._serialized_end=1444
 # @@protoc_insertion_point(module_scope)

@@ -48,12 +48,14 @@ class Record(_message.Message):
     def __init__(self, id: _Optional[str] = ..., request: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("settings", "records")
+    __slots__ = ("settings", "records", "is_last")
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
     settings: JobSettings
     records: _containers.RepeatedCompositeFieldContainer[Record]
-    def __init__(self, settings: _Optional[_Union[JobSettings, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ...) -> None: ...
+    is_last: bool
+    def __init__(self, settings: _Optional[_Union[JobSettings, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., is_last: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "endpoint", "state", "total", "done", "failed", "created", "ended", "metadata")

@@ -91,6 +91,7 @@ class BatchClient:
             yield batch_pb2.SubmitRequest(settings=settings)
             try:
                 yield from _pieces(records)
+                yield batch_pb2.SubmitRequest(is_last=True)
             except BaseException as error:
                 failed.append(error)
                 raise

@@ -34,7 +34,7 @@ def embeddings(bundle, backend, **config):
 
         return keep
 
-    with Engine.from_bundle(bundle, EngineConfig(backend=backend, max_model_len=128, threads=1, **config)) as engine:
+    with Engine.from_bundle(bundle, EngineConfig(backend=backend, max_model_len=128, threads=2, **config)) as engine:
         engine.embedder.submit([EmbedJob(prompt, MIX, keeper(i)) for i, prompt in enumerate(PROMPTS)])
         for _ in PROMPTS:
             assert done.acquire(timeout=60)

@@ -58,6 +58,7 @@ def _seeds() -> dict[str, list[bytes]]:
             batch_pb2.SubmitRequest(
                 settings=batch_pb2.JobSettings(endpoint="/v1/completions", defaults="{}", metadata={"a": "b"}),
                 records=[batch_pb2.Record(id="a", text="x"), batch_pb2.Record(id="b", request='{"prompt": "x"}')],
+                is_last=True,
             )
         ],
         "/motet.v1.Batch/Get": [batch_pb2.JobRequest(job_id="x")],

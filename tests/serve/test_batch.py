@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 
+import grpc
 import openai
 import pytest
 from helpers.fake_backend import FakeBackend, make_engine
 from helpers.servers import serving, serving_http, until
 from motet.export.bundle_writer import export_bundle
+from motet.proto import batch_pb2, batch_pb2_grpc
 from motet.runtime.client.batch import BatchClient
 from motet.runtime.client.client import Client
 from motet.runtime.client.connection import Connection
@@ -372,3 +374,19 @@ def test_tenants_take_turns(tmp_path):
     assert [record.id for record in store.take(6)] == ["a0", "b0", "a1", "b1", "a2", "a3"]
     assert [record.id for record in store.take(2)] == ["a4", "a5"]
     store.close()
+
+
+def test_a_submission_that_is_cut_is_nothing(engine, tmp_path):
+    """However the stream ends: a client that breaks off may look like one that has sent all."""
+    settings = batch_pb2.JobSettings(endpoint="/v1/completions")
+    record = batch_pb2.Record(id="a", request='{"prompt": "x"}')
+    cut = [batch_pb2.SubmitRequest(settings=settings, records=[record])]
+    after = [*cut, batch_pb2.SubmitRequest(is_last=True), batch_pb2.SubmitRequest(records=[record])]
+    with with_jobs(engine, tmp_path) as running, grpc.insecure_channel(running.address) as channel:
+        stub = batch_pb2_grpc.BatchStub(channel)
+        for messages in (cut, after, [], [batch_pb2.SubmitRequest(records=[record])]):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Submit(iter(messages))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not stub.List(batch_pb2.ListRequest()).jobs
+        assert stub.Submit(iter([*cut, batch_pb2.SubmitRequest(is_last=True)])).total == 1

@@ -49,10 +49,18 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
 
         async def pieces() -> AsyncIterator[list[tuple[str, bytes]]]:
             yield [_record(record, settings.endpoint) for record in first.records]
+            is_whole = first.is_last
             async for message in rest:
-                if message.HasField("settings"):
-                    raise InvalidRequestError("the first message alone has settings", field="settings")
+                if is_whole or message.HasField("settings"):
+                    raise InvalidRequestError(
+                        "the first message alone has settings, and none comes after the last", field="settings"
+                    )
                 yield [_record(record, settings.endpoint) for record in message.records]
+                is_whole = message.is_last
+            if not is_whole:  # a client that breaks off looks like one that has ended
+                raise InvalidRequestError(
+                    "the submission was cut: its last message must say is_last; nothing of it is kept", field="is_last"
+                )
 
         job = await jobs.submit(
             settings.endpoint,
