@@ -12,6 +12,7 @@ from __future__ import annotations
 MAX_REQUEST_BYTES = 2**20
 # What every gRPC client accepts by default. A whole answer that may become larger is not computed; streams are cut.
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_HTTP_ANSWER_BYTES = 32 * 2**20  # of a whole answer, as counted for a message; its JSON is some times larger
 MAX_DELTA_BYTES = 2**16  # about the largest message of a stream; a slow reader's answer is cut into such pieces
 MAX_ERROR_BYTES = 1000  # of an error's text: it travels in HTTP/2 trailers, which hold 8 KiB, three times over
 

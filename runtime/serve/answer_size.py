@@ -8,9 +8,9 @@ from ..engine.engine import Engine
 from ..errors import InvalidRequestError
 
 
-def check_answer_size(request: Request, engine: Engine) -> None:
-    """Raises `InvalidRequestError` if the whole answer may be too large for one message. What cannot be delivered
-    must not be computed."""
+def check_answer_size(request: Request, engine: Engine, most: int = MAX_MESSAGE_BYTES) -> None:
+    """Raises `InvalidRequestError` if the whole answer may have more than `most` bytes. What cannot be delivered must not
+    be computed."""
     params, room = request.sampling, engine.model.max_model_len - min(map(len, request.prompts))
     tokens = params.n * min(room, params.max_tokens or room)
     size = 16 + (engine.tokenizer.max_token_bytes or 64)  # bytes per token: its text and id, and the fields
@@ -21,9 +21,9 @@ def check_answer_size(request: Request, engine: Engine) -> None:
     if request.return_confidence:
         size += 8
     prompt = 0 if params.prompt_logprobs is None else len(request.prompts[0]) * (16 + 16 * params.prompt_logprobs)
-    if tokens * size + prompt > MAX_MESSAGE_BYTES:
+    if tokens * size + prompt > most:
         raise InvalidRequestError(
-            f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {MAX_MESSAGE_BYTES} bytes; "
+            f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {most} bytes; "
             "lower max_tokens, n or (prompt_)logprobs, or stream it (Generate)",
             field="max_tokens",
         )

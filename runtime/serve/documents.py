@@ -13,7 +13,7 @@ from ..api.request import Ensemble, FinishReason, GenerateRequest
 from ..api.rules import Strings
 from ..api.sampling import SamplingParams
 from ..api.structure import Structure
-from ..errors import ContextLengthError, InvalidRequestError, UnavailableError
+from ..errors import ContextLengthError, InvalidRequestError, OverloadedError, UnavailableError
 from ..text.documents import split_document
 from ..text.summary import SummariseParams, joined, summary_prompt
 from .calls import Caller
@@ -23,6 +23,7 @@ REFINE = "\n\nThis is the summary of what came before:\n\n{summary}\n\nWrite one
 TITLE = "Write a short title for this text.\n\n"
 _TITLE_TOKENS = 16
 _AT_ONCE = 8  # requests of one document
+_MOST_WAITS, _LONGEST_WAIT_S = 20, 30.0  # for room
 _LABELS = Strings("labels", 64, 256)
 
 
@@ -64,6 +65,10 @@ class _Worker:
         self.found = Summary("", FinishReason.STOP)
 
     async def ask(self, instruction: str, text: str, max_tokens: int | None) -> Completion:
+        async with self._room:
+            return await self._ask(instruction, text, max_tokens)
+
+    async def _ask(self, instruction: str, text: str, max_tokens: int | None) -> Completion:
         params = self._params
         tokens = await self._service.in_thread(
             lambda: summary_prompt(self._service.tokenizer, instruction, text), self._caller
@@ -82,8 +87,7 @@ class _Worker:
             drafts=params.drafts,
             allow_negative=self._allow_negative,
         )
-        async with self._room:
-            [answer] = await self._service.complete(request, self._caller)
+        [answer] = await _patiently(self._service, request, self._caller, is_one_of_many=self.found.chunks > 0)
         _check_whole(answer)
         self.found.chunks += 1
         if answer.usage is not None:
@@ -161,6 +165,18 @@ def _fitted(params: SummariseParams, overhead: str, tokenizer: object, length: i
     return dataclasses.replace(own.fitted(tokenizer, length), instruction=params.instruction)  # type: ignore[arg-type]
 
 
+async def _patiently(
+    service: Service, request: GenerateRequest, caller: Caller, *, is_one_of_many: bool
+) -> list[Completion]:
+    """The answer to one request of many: when there is no room for it, the others shall not have been in vain."""
+    for _ in range(_MOST_WAITS if is_one_of_many else 0):
+        try:
+            return await service.complete(request, caller)
+        except OverloadedError as error:
+            await asyncio.sleep(min(error.retry_after_s, _LONGEST_WAIT_S))
+    return await service.complete(request, caller)
+
+
 def _check_whole(answer: Completion) -> None:
     """Raises `UnavailableError` for an answer that was cut from outside: nothing may be made of it."""
     if answer.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
@@ -186,7 +202,7 @@ async def classify(
 
     async def score(label: str) -> tuple[float, int]:
         """The label is forced; log-probabilities are those of free text."""
-        sampling = SamplingParams(temperature=0.0, logprobs=0)
+        sampling = SamplingParams(temperature=0.0, logprobs=0, max_tokens=len(label.encode()) + 8)
         request = GenerateRequest(
             tokens,
             ensemble,
@@ -195,7 +211,7 @@ async def classify(
             structure=Structure.choice([label]),
         )
         async with room:
-            [answer] = await service.complete(request, caller)
+            [answer] = await _patiently(service, request, caller, is_one_of_many=label != labels[0])
         _check_whole(answer)
         if answer.finish_reason is not FinishReason.STOP:
             raise ContextLengthError("a label does not fit the context after this text; shorten the text", field="text")

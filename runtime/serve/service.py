@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any, TypeVar
 
-from ..api.limits import MAX_REQUEST_ID_BYTES, MAX_TEXTS
+from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_ID_BYTES, MAX_TEXTS
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt
@@ -80,12 +80,14 @@ class Service:
                 async for output in outputs:
                     yield output
 
-    async def complete(self, request: GenerateRequest, caller: Caller) -> list[Completion]:
-        """The whole answer, one completion per choice, in order; refused if it may be larger than a message
-        (`MAX_MESSAGE_BYTES`). Cancelling and errors: see `generate`."""
+    async def complete(
+        self, request: GenerateRequest, caller: Caller, most_bytes: int = MAX_MESSAGE_BYTES
+    ) -> list[Completion]:
+        """The whole answer, one completion per choice, in order; refused if it may have more than `most_bytes` bytes.
+        Cancelling and errors: see `generate`."""
         with self.calls.call("complete", caller, request.request_id) as call, self._open(caller):
             tokenised = await self._accept(request, caller, call)
-            check_answer_size(tokenised, self._engine)
+            check_answer_size(tokenised, self._engine, most_bytes)
             choices: dict[int, Completion] = {}
             async with aclosing(self._outputs(request, tokenised, call)) as outputs:
                 async for output in outputs:

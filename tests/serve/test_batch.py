@@ -124,6 +124,7 @@ REFUSED = {
     "an id twice": ("/v1/completions", [("a", {}), ("a", {})], DataError, "same id"),
     "no id": ("/v1/completions", [("", {})], InvalidRequestError, "id of a record"),
     "a stream": ("/v1/completions", [("a", {"stream": True})], DataError, "leave stream out"),
+    "an id of a request": ("/v1/completions", [("a", {"request_id": "x"})], DataError, "request_id"),
     "half a character": ("/v1/completions", [("a", {"prompt": "\ud800"})], DataError, "half of a character"),
 }
 
@@ -390,3 +391,20 @@ def test_a_submission_that_is_cut_is_nothing(engine, tmp_path):
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert not stub.List(batch_pb2.ListRequest()).jobs
         assert stub.Submit(iter([*cut, batch_pb2.SubmitRequest(is_last=True)])).total == 1
+
+
+def test_watch_sends_all_of_large_results(engine, tmp_path):
+    """A page is short where its results are large, and still not the last one."""
+    with with_jobs(engine, tmp_path) as running, BatchClient(running.address) as client:
+        texts = [f"text {i}" for i in range(200)]
+        job = client.submit("/v1/embeddings", [(f"r{i}", {"input": texts}) for i in range(12)])
+        ended(client, job.id)
+        running.start(running.server.jobs._run(lambda: grow(running.server.jobs._store, job.id))).result(20)
+        _, found = ended(client, job.id)
+        assert len(found) == len(list(client.results(job.id))) == 12
+
+
+def grow(store, job):
+    """Make its results as large as those of a model that is not tiny."""
+    large = json.dumps({"data": "x" * 2**20}).encode()
+    store._database.execute("update records set response = ? where job = ?", (large, job))

@@ -330,3 +330,25 @@ def test_embeddings_of_a_client_that_goes_away(tokenizer):
         began = time.monotonic()
         until(lambda: is_free(engine, service))
         assert time.monotonic() - began < 3, "60 texts would take more"
+
+
+def test_idle_connections_have_an_end(tokenizer, monkeypatch):
+    """Whatever bytes are sent, as long as they are no request."""
+    monkeypatch.setattr(server, "_KEEP_ALIVE_S", 0.3)
+    with make_engine(tokenizer) as engine, serving_http(engine) as (address, _service):
+        request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        for more in (b"", b"\r\n"):
+            began = time.monotonic()
+            found = raw(address, request, more=more, wait_s=0.1)
+            assert found.startswith(b"HTTP/1.1 200")
+            assert time.monotonic() - began < 3
+
+
+def test_a_refusal_arrives_although_the_body_is_still_coming(guarded):
+    body = b"x" * (4 * MAX_METADATA_BYTES)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+    )
+    found = raw(guarded, head, more=body, wait_s=0.2)
+    assert found.startswith(b"HTTP/1.1 401")
+    assert found.count(b"HTTP/1.1") == 1

@@ -120,6 +120,7 @@ def as_body(options, structure):
 
 
 def by_kserve(doors, prompt, options, mix, structure):
+    options = {name: value for name, value in options.items() if name != "logprobs"}  # there is no output for them
     inputs = [
         {"name": name, "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [text.encode()]}}
         for name, text in (("text_input", prompt), ("sampling_parameters", json.dumps(as_body(options, structure))))

@@ -84,6 +84,7 @@ class Jobs:
             )
         if len(json.dumps(dict(defaults or {}))) > MAX_DEFAULTS_BYTES:
             raise InvalidRequestError(f"defaults have at most {MAX_DEFAULTS_BYTES} bytes of JSON", field="defaults")
+        _check_metadata(metadata or {})
         with self._service.calls.call("submit", caller), self._service.place(caller):
             who = caller.identity
             text = json.dumps(dict(metadata or {}))
@@ -159,8 +160,8 @@ class Jobs:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running))
-        await self._run(self._store.close)
         self._is_stopped = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown()
         self._wake()
 
@@ -213,22 +214,26 @@ class Jobs:
             else:
                 self._later.pop(job.tenant, None)
         except asyncio.CancelledError:
-            await asyncio.shield(self._run(lambda: self._store.put_back(record, was_tried=False)))
+            await asyncio.shield(self._run(lambda: self._store.put_back(record)))
             raise
         except MotetError:  # the job is gone
             return
         if self._service.is_leaving:  # it may be cut: it is answered after the next start
-            await self._run(lambda: self._store.put_back(record, was_tried=False))
+            await self._run(lambda: self._store.put_back(record))
             return
-        most = _MOST_WAITS if status in _AGAIN else _MOST_ATTEMPTS if status >= 500 else 0
-        if record.attempts + 1 < most:
-            await self._run(lambda: self._store.put_back(record, was_tried=True))
+        if status in _AGAIN and record.waits + 1 < _MOST_WAITS:
+            await self._run(lambda: self._store.put_back(record, waits=1))
+            return
+        if status >= 500 and status not in _AGAIN and record.attempts + 1 < _MOST_ATTEMPTS:
+            await self._run(lambda: self._store.put_back(record, attempts=1))
             return
         await self._run(lambda: self._store.finish(record, status, body))
 
     def _wait_longer(self, tenant: str) -> None:
         """Its quota is spent, or the server is full: twice as long as the last time."""
-        _, seconds = self._later.get(tenant, (0.0, _POLL_S / 2))
+        until, seconds = self._later.get(tenant, (0.0, _POLL_S / 2))
+        if until > time.monotonic():
+            return  # others of the same turn have told already
         self._later[tenant] = (time.monotonic() + 2 * seconds, min(2 * seconds, _LONGEST_WAIT_S / 2))
 
     async def _put_back_later(self, record: Record) -> None:
@@ -236,7 +241,7 @@ class Jobs:
         while not self._is_stopped:
             await asyncio.sleep(_LONGEST_WAIT_S)
             try:
-                await self._run(lambda: self._store.put_back(record, was_tried=True))
+                await self._run(lambda: self._store.put_back(record, attempts=1))
                 return
             except Exception:
                 log.exception("a record still cannot be kept")
@@ -246,6 +251,14 @@ class Jobs:
         if self._is_stopped:
             raise UnavailableError("the server goes out of service; its batch jobs go on after its next start")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    """As OpenAI bounds it. Raises `InvalidRequestError`."""
+    if len(metadata) > 17 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+        raise InvalidRequestError(
+            "metadata has at most 16 entries, with keys of 64 and values of 512 characters", field="metadata"
+        )
 
 
 async def _each(
@@ -269,6 +282,8 @@ def _checked(id: str, request: bytes, endpoint: str, defaults: Mapping[str, Any]
     if not isinstance(body, dict):
         raise DataError(f"record '{id}' must be a JSON object, the body of a request")
     body = dict(defaults or {}) | body
+    if "request_id" in body:
+        raise DataError(f"record '{id}' has a request_id, by which it could be ended; its own id is enough")
     if body.get("stream"):
         raise DataError(f"record '{id}' asks for a stream, and a job has whole answers; leave stream out")
     if endpoint in _SEEDED and body.get("seed") is None:

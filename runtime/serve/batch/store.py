@@ -24,7 +24,8 @@ create table if not exists jobs (
 ) strict;
 create table if not exists records (
     job text not null references jobs (id) on delete cascade, place integer not null, id text not null,
-    request blob not null, state text not null, attempts integer not null default 0, crashes integer not null default 0,
+    request blob not null, state text not null, attempts integer not null default 0, waits integer not null default 0,
+    crashes integer not null default 0,
     finished integer, status integer, response blob,
     primary key (job, place), unique (job, id)
 ) strict, without rowid;
@@ -34,7 +35,7 @@ create index if not exists finished on records (job, finished) where finished is
 _VERSION = 1
 _MOST_CRASHES = 20  # that a record may be running in
 MAX_TENANT_JOBS = 1000
-MAX_TENANT_BYTES = 8 * 2**30  # of all requests of all jobs
+MAX_TENANT_BYTES = 8 * 2**30  # of all jobs, for more records; four times as much with their results
 MAX_RESULT_BYTES = 3 * 2**20  # a message of gRPC has 4 MiB
 
 
@@ -72,7 +73,8 @@ class Record:
     place: int
     id: str  # the client's, unique in the job
     request: bytes  # JSON
-    attempts: int
+    attempts: int  # that ended with a fault of the server
+    waits: int  # for room
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class JobStore:
     def _crashing(self) -> list[Record]:
         """What the process has died with so often that it may be why."""
         rows = self._database.execute(
-            "select job, place, id, request, attempts from records where state = 'waiting' and crashes >= ?",
+            "select job, place, id, request, attempts, waits from records where state = 'waiting' and crashes >= ?",
             (_MOST_CRASHES,),
         ).fetchall()
         return [Record(*row) for row in rows]
@@ -154,11 +156,15 @@ class JobStore:
                 "update jobs set total = ?, bytes = bytes + ? where id = ?",
                 (total + len(rows), sum(len(row[3]) for row in rows), job),
             )
-            held = self._database.execute(
-                "select sum(bytes) from jobs where tenant = (select tenant from jobs where id = ?)", (job,)
-            ).fetchone()[0]
-            if held > MAX_TENANT_BYTES:
+            if self._held(job) > MAX_TENANT_BYTES:
                 raise OverloadedError(f"the jobs of a tenant hold at most {MAX_TENANT_BYTES} bytes; delete some")
+
+    def _held(self, job: str) -> int:
+        """Bytes of all jobs of this job's tenant."""
+        found = self._database.execute(
+            "select sum(bytes) from jobs where tenant = (select tenant from jobs where id = ?)", (job,)
+        ).fetchone()
+        return int(found[0] or 0)
 
     def complete(self, job: str) -> None:
         """The job has all of its records: it may run."""
@@ -213,7 +219,7 @@ class JobStore:
     def take(self, count: int, without: Collection[str] = ()) -> list[Record]:
         """The next records to answer, of each tenant's oldest jobs first, and of all tenants alike; they are running from now
         on. `without`: tenants that have to wait."""
-        of_tenant: dict[str, list[tuple[str, int, str, bytes, int]]] = {}
+        of_tenant: dict[str, list[tuple[str, int, str, bytes, int, int]]] = {}
         states = (JobState.QUEUED, JobState.RUNNING)
         for job, tenant in self._database.execute(
             "select id, tenant from jobs where state in (?, ?) order by created", states
@@ -223,7 +229,7 @@ class JobStore:
             found = of_tenant.setdefault(tenant, [])
             if len(found) < count:
                 found += self._database.execute(
-                    "select job, place, id, request, attempts from records where job = ? and state = 'waiting'"
+                    "select job, place, id, request, attempts, waits from records where job = ? and state = 'waiting'"
                     " order by place limit ?",
                     (job, count - len(found)),
                 ).fetchall()
@@ -231,7 +237,7 @@ class JobStore:
         rows = [row for turn in in_turn for row in turn if row is not None][:count]
         with self._transaction():
             self._database.executemany(
-                "update records set state = 'running', attempts = attempts + 1 where job = ? and place = ?",
+                "update records set state = 'running' where job = ? and place = ?",
                 [row[:2] for row in rows],
             )
             self._database.executemany(
@@ -240,15 +246,18 @@ class JobStore:
             )
         return [Record(*row) for row in rows]
 
-    def put_back(self, record: Record, *, was_tried: bool) -> None:
-        """It waits again. `was_tried`: the attempt counts."""
+    def put_back(self, record: Record, *, attempts: int = 0, waits: int = 0) -> None:
+        """It waits again, after so many attempts and waits more."""
         self._database.execute(
-            "update records set state = 'waiting', attempts = attempts - ? where job = ? and place = ? and state = 'running'",
-            (int(not was_tried), record.job, record.place),
+            "update records set state = 'waiting', attempts = attempts + ?, waits = waits + ?"
+            " where job = ? and place = ? and state = 'running'",
+            (attempts, waits, record.job, record.place),
         )
 
     def finish(self, record: Record, status: int, response: bytes) -> None:
         """Its result, unless it has one or its job was cancelled. The last one ends the job."""
+        if self._held(record.job) > 4 * MAX_TENANT_BYTES:
+            status, response = 413, b'{"error": {"message": "the jobs of this tenant hold too much; delete some"}}'
         if len(response) > MAX_RESULT_BYTES:
             text = f"the answer has {len(response)} bytes, and a job keeps at most {MAX_RESULT_BYTES}; ask for less"
             status, response = 413, json.dumps({"error": {"message": text, "type": "invalid_request_error"}}).encode()
@@ -261,8 +270,8 @@ class JobStore:
                 (status, response, record.job, record.job, record.place, record.job, JobState.RUNNING),
             ).rowcount
             self._database.execute(
-                "update jobs set done = done + ?, failed = failed + ? where id = ?",
-                (changed * (status < 400), changed * (status >= 400), record.job),
+                "update jobs set done = done + ?, failed = failed + ?, bytes = bytes + ? where id = ?",
+                (changed * (status < 400), changed * (status >= 400), len(response), record.job),
             )
             self._database.execute(
                 "update jobs set state = ?, ended = ? where id = ? and state = ? and done + failed = total",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from ....proto import batch_pb2, batch_pb2_grpc
+from ...api.limits import MAX_WATCHERS
 from ...api.rules import Integer
-from ...errors import InvalidRequestError, UnimplementedError
+from ...errors import InvalidRequestError, OverloadedError, UnimplementedError
 from ..batch.runner import Jobs, as_request
 from ..batch.store import Job, JobState, Result
+from ..calls import Caller
 from .gate import caller_of
 
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
@@ -32,6 +36,7 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
 
     def __init__(self, jobs: Jobs | None) -> None:
         self._given = jobs
+        self._watchers: Counter[str] = Counter()  # by tenant
 
     @property
     def _jobs(self) -> Jobs:
@@ -83,6 +88,20 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
         self, message: batch_pb2.ResultsRequest, context: Context
     ) -> AsyncIterator[batch_pb2.WatchResponse]:
         jobs, caller = self._jobs, caller_of(context)
+        tenant = caller.identity.tenant
+        if self._watchers.total() >= MAX_WATCHERS or self._watchers[tenant] >= MAX_WATCHERS // 2:
+            raise OverloadedError(f"{MAX_WATCHERS} clients watch jobs already; ask with Get, or try again later")
+        self._watchers[tenant] += 1
+        try:
+            async with aclosing(self._watch(message, jobs, caller)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            self._watchers[tenant] -= 1
+
+    async def _watch(
+        self, message: batch_pb2.ResultsRequest, jobs: Jobs, caller: Caller
+    ) -> AsyncGenerator[batch_pb2.WatchResponse, None]:
         after, last = _AFTER.check("after", message.after), None
         while True:
             job = await jobs.job(message.job_id, caller)
@@ -90,10 +109,11 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
             if results or job != last:
                 after, last = max([after, *(result.number for result in results)]), job
                 yield batch_pb2.WatchResponse(job=job_to_proto(job), results=map(_result_to_proto, results))
-            if job.has_ended and len(results) < _PAGE:
+            if results:
+                continue  # a page may be short because its results are large
+            if job.has_ended:
                 return
-            if len(results) < _PAGE:
-                await jobs.wait_for_change()
+            await jobs.wait_for_change()
 
     async def Results(
         self, message: batch_pb2.ResultsRequest, context: Context

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -73,6 +73,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, access: Access, calls: Calls) -> None:
         self._access, self._calls = access, calls
+        self._streams: Counter[str] = Counter()  # host → its open calls that send any number of messages
         self._begun: Counter[str] = Counter()  # host → its calls whose message has not come
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
@@ -103,8 +104,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _with_deadline(self, handler: Any, method: str) -> Any:
         """The handler of one message, as one that ends the call if the message does not come: a call that was only begun must
         not keep its place, and one host must not begin so many that others find none."""
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
+        if handler.request_streaming:
+            return self._counted(handler, method)
 
         async def first(messages: Any, context: Any) -> Any:
             host = context.peer().rpartition(":")[0]
@@ -139,4 +142,52 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await handler.unary_stream(await first(messages, context), context)
 
         chosen = answer_stream if inspect.isasyncgenfunction(handler.unary_stream) else answer_by_writing
+        return grpc.stream_stream_rpc_method_handler(chosen, handler.request_deserializer, handler.response_serializer)
+
+    def _counted(self, handler: Any, method: str) -> Any:
+        """The handler of a stream of messages, of which one host has a limited number open."""
+
+        @contextmanager
+        def counted(context: Any) -> Iterator[bool]:
+            host = context.peer().rpartition(":")[0]
+            if self._streams[host] >= MAX_BEGUN_CALLS:
+                yield False
+                return
+            self._streams[host] += 1
+            try:
+                yield True
+            finally:
+                self._streams[host] -= 1
+                if not self._streams[host]:
+                    del self._streams[host]
+
+        full = OverloadedError(f"{MAX_BEGUN_CALLS} streams of this host are open; end some first")
+
+        if not handler.response_streaming:
+
+            async def answer(messages: Any, context: Any) -> Any:
+                with counted(context) as has_place:
+                    if not has_place:
+                        await abort(context, method, full)
+                    return await handler.stream_unary(messages, context)
+
+            return grpc.stream_unary_rpc_method_handler(
+                answer, handler.request_deserializer, handler.response_serializer
+            )
+
+        async def converse(messages: Any, context: Any) -> Any:
+            with counted(context) as has_place:
+                if not has_place:
+                    await abort(context, method, full)
+                async with aclosing(handler.stream_stream(messages, context)) as responses:
+                    async for response in responses:
+                        yield response
+
+        async def converse_by_writing(messages: Any, context: Any) -> None:
+            with counted(context) as has_place:
+                if not has_place:
+                    await abort(context, method, full)
+                await handler.stream_stream(messages, context)
+
+        chosen = converse if inspect.isasyncgenfunction(handler.stream_stream) else converse_by_writing
         return grpc.stream_stream_rpc_method_handler(chosen, handler.request_deserializer, handler.response_serializer)

@@ -6,6 +6,7 @@ In: `text_input` BYTES [1]; optional `stream` BOOL [1], `sampling_parameters` BY
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import struct
@@ -35,6 +36,11 @@ except ImportError as error:
 
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICE = "inference.GRPCInferenceService"
+_WITHOUT_OUTPUT = {
+    *("prompt", "model", "stream", "stream_options", "echo", "logprobs", "prompt_logprobs"),
+    *("return_member_logprobs", "return_confidence", "abstain_below"),
+}
+_NEXT_S = 300.0  # for the next request of a stream
 _INPUTS = {
     "text_input": "BYTES",
     "stream": "BOOL",
@@ -99,7 +105,11 @@ class KServe(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[v2.ModelStreamInferResponse]:
         """Requests one after the other. An error is a message, as Triton's clients expect, and the stream goes on."""
         caller = caller_of(context)
-        async for message in messages:
+        while True:
+            try:
+                message = await asyncio.wait_for(anext(messages), _NEXT_S)
+            except (StopAsyncIteration, TimeoutError):
+                return
             try:
                 async with aclosing(self._answer(message, caller)) as responses:
                     async for response in responses:
@@ -147,10 +157,8 @@ def _read(message: v2.ModelInferRequest, service: Service) -> _Asked:
         body = json.loads(values.get("sampling_parameters", b"{}"))
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"sampling_parameters is not JSON: {error}", field="sampling_parameters") from None
-    if not isinstance(body, dict) or {"prompt", "model", "stream", "echo"} & set(body):
-        raise InvalidRequestError(
-            "sampling_parameters is a JSON object, without prompt, model, stream and echo", field="sampling_parameters"
-        )
+    if not isinstance(body, dict):
+        raise InvalidRequestError("sampling_parameters is a JSON object", field="sampling_parameters")
     for name, parameter in message.parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
         if name.startswith("triton_"):  # of the client library itself
@@ -158,6 +166,10 @@ def _read(message: v2.ModelInferRequest, service: Service) -> _Asked:
         if kind is None or name in body:
             raise InvalidRequestError(f"the parameter {shown(name)} is empty, or given twice", field=name)
         body[name] = getattr(parameter, kind)
+    if refused := _WITHOUT_OUTPUT & set(body):
+        raise InvalidRequestError(
+            f"{sorted(refused)} are no parameters here, or have no output", field="sampling_parameters"
+        )
     text = values["text_input"].decode(errors="strict")
     if message.id:
         body.setdefault("request_id", message.id)

@@ -37,6 +37,7 @@ except ImportError as error:
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICE = "vllm.grpc.engine.VllmEngine"
 _MODEL = "motet-model"
+_MOST_IDS = 256
 _CHUNK = 2**18  # bytes of a tokenizer at once
 _NO_MEANING = ("mm_inputs", "extra_mm_inputs", "media_refs", "kv_transfer_params", "kv_transfer_params_json")
 _NUMBERS = {  # of which 0 is the default
@@ -54,6 +55,7 @@ _NUMBERS = {  # of which 0 is the default
 class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
     def __init__(self, service: Service) -> None:
         self._service, self._started, self._last = service, time.monotonic(), 0.0
+        self._zip: bytes | None = None  # of the tokenizer, when somebody has asked
 
     async def Generate(self, message: Any, context: Context) -> AsyncIterator[Any]:
         caller, ensemble = caller_of(context), _ensemble(context, self._service)
@@ -94,6 +96,8 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
         return vllm_engine_pb2.HealthCheckResponse(healthy=healthy, message="" if healthy else "out of service")
 
     async def Abort(self, message: Any, context: Context) -> Any:
+        if len(message.request_ids) > _MOST_IDS:
+            raise InvalidRequestError(f"at most {_MOST_IDS} requests are ended at once", field="request_ids")
         for request_id in message.request_ids:
             self._service.abort(request_id, caller_of(context))
         return vllm_engine_pb2.AbortResponse()
@@ -142,7 +146,9 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
 
     async def GetTokenizer(self, _message: Any, context: Context) -> AsyncIterator[Any]:
         """A zip of tokenizer.json, tokenizer_config.json and chat_template.jinja, as far as there are such."""
-        data = await self._service.in_thread(lambda: _zipped(self._service), caller_of(context))
+        if self._zip is None:
+            self._zip = await self._service.in_thread(lambda: _zipped(self._service), caller_of(context))
+        data = self._zip
         for first in range(0, len(data), _CHUNK):
             is_last = first + _CHUNK >= len(data)
             digest = hashlib.sha256(data).hexdigest() if is_last else ""

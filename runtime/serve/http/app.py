@@ -181,7 +181,8 @@ class App:
         async def noting(message: Message) -> None:
             nonlocal started
             started = True
-            await send(message)
+            async with asyncio.timeout(self._service.send_timeout_s):
+                await send(message)
 
         identity: Identity | None = None
         what = f"{scope['method']} {scope['path']}"
@@ -203,7 +204,10 @@ class App:
                 log.error("%s failed in its answer", what, exc_info=error)
                 _break(scope)
             else:
-                await error_response(as_motet_error(error, what))(scope, receive, send)
+                try:
+                    await error_response(as_motet_error(error, what))(scope, receive, noting)
+                except TimeoutError:
+                    _break(scope)
 
     def _endpoint(self, route: HttpRoute) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
@@ -247,12 +251,11 @@ class Work(Response):
             raise error
 
 
-async def send_whole(send: Send, body: bytes, timeout_s: float, kind: str = "application/json") -> None:
-    """Send an answer at once. Raises `TimeoutError` if the client does not take it in time."""
-    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
-    async with asyncio.timeout(timeout_s):
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+async def send_whole(send: Send, body: bytes) -> None:
+    """Send an answer at once."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _break(scope: Scope) -> None:

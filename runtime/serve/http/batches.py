@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import msgspec
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
+from ...api.limits import MAX_REQUEST_BYTES
 from ...api.rules import Integer
 from ...errors import DataError, InvalidRequestError, OverloadedError, UnimplementedError
 from ..batch.files import MAX_FILE_BYTES, FileStore, StoredFile
@@ -55,31 +56,39 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 async def upload_file(door: Door, request: Request) -> Response:
     files, tenant = _files(door), _tenant(request)
     announced = request.headers.get("content-length", "")
-    if not announced.isdigit() or int(announced[:12]) > MAX_FILE_BYTES + 2**16:
+    if not announced.isdigit() or len(announced) > 12 or int(announced) > MAX_FILE_BYTES + 2**16:
         raise InvalidRequestError(
             f"a file has at most {MAX_FILE_BYTES} bytes, and its length is announced", field="file"
         )
+    with _transfer(door, tenant):
+        try:
+            async with asyncio.timeout(_UPLOAD_S):
+                form = await request.form(max_files=1, max_fields=8, max_part_size=2**16)
+        except TimeoutError:
+            raise InvalidRequestError(f"the file did not come within {_UPLOAD_S:g} seconds", field="file") from None
+        except MultiPartException as error:
+            raise InvalidRequestError(f"the form cannot be read: {error.message}", field="file") from None
+        try:
+            unknown = sorted(set(form) - {"file", "purpose"})
+            file = form.get("file")
+            if unknown or not isinstance(file, UploadFile) or form.get("purpose") != "batch":
+                raise InvalidRequestError("a file is a form with `file` and `purpose`, which is batch", field="purpose")
+            kept = file.file
+            return JSONResponse(_file(await _thread(lambda: files.add(tenant, file.filename or "", kept))))
+        finally:
+            await form.close()
+
+
+@contextmanager
+def _transfer(door: Door, tenant: str) -> Iterator[None]:
+    """One of few at once: each holds much of a file. Raises `OverloadedError`."""
     if door.uploads.total() >= MAX_UPLOADS or door.uploads[tenant] >= max(1, MAX_UPLOADS // 2):
         raise OverloadedError("too many files are being sent to this server; try again later")
     door.uploads[tenant] += 1
     try:
-        async with asyncio.timeout(_UPLOAD_S):
-            form = await request.form(max_files=1, max_fields=8, max_part_size=2**16)
-    except TimeoutError:
-        raise InvalidRequestError(f"the file did not come within {_UPLOAD_S:g} seconds", field="file") from None
-    except HTTPException as error:
-        raise InvalidRequestError(f"the form cannot be read: {error.detail}", field="file") from None
+        yield
     finally:
         door.uploads[tenant] -= 1
-    try:
-        unknown = sorted(set(form) - {"file", "purpose"})
-        file = form.get("file")
-        if unknown or not isinstance(file, UploadFile) or form.get("purpose") != "batch":
-            raise InvalidRequestError("a file is a form with `file` and `purpose`, which is batch", field="purpose")
-        kept = file.file
-        return JSONResponse(_file(await _thread(lambda: files.add(tenant, file.filename or "", kept))))
-    finally:
-        await form.close()
 
 
 async def list_files(door: Door, request: Request) -> Response:
@@ -95,7 +104,13 @@ async def get_file(door: Door, request: Request) -> Response:
 
 
 async def delete_file(door: Door, request: Request) -> Response:
+    """Of the output or the errors of a batch that has ended: the batch goes with them."""
     id = request.path_params["id"]
+    if (job := await _job_of(door, request, id)) is not None:
+        if not job.has_ended:
+            raise InvalidRequestError("the batch has not ended; cancel it first", field="id")
+        await _jobs(door).delete(job.id, door.caller(request))
+        return JSONResponse({"id": id, "object": "file", "deleted": True})
     await _thread(lambda: _files(door).delete(id, _tenant(request)))
     return JSONResponse({"id": id, "object": "file", "deleted": True})
 
@@ -111,8 +126,7 @@ async def file_content(door: Door, request: Request) -> Response:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         pieces = _pieces(_files(door).content(id, tenant)) if job is None else _results(door, request, job, id)
         async for piece in pieces:
-            async with asyncio.timeout(door.service.send_timeout_s):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     return Work(run)
@@ -170,12 +184,25 @@ async def create_batch(door: Door, request: Request) -> Response:
 
     async def records() -> AsyncIterator[list[tuple[str, bytes]]]:
         number = 0
-        while piece := await _thread(lambda: list(islice(lines, _PAGE))):
+        while piece := await _thread(lambda: _piece(lines)):
             yield await _thread(partial(_records, piece, number, fields.endpoint))
             number += len(piece)
 
     metadata = {**(fields.metadata or {}), "input_file_id": fields.input_file_id}
-    return JSONResponse(_batch(await _jobs(door).submit(fields.endpoint, records(), caller, metadata=metadata)))
+    with _transfer(door, caller.identity.tenant):
+        job = await _jobs(door).submit(fields.endpoint, records(), caller, metadata=metadata)
+    return JSONResponse(_batch(job))
+
+
+def _piece(lines: Iterator[bytes]) -> list[bytes]:
+    """The next lines: some, and together not much more than a message."""
+    found, size = list[bytes](), 0
+    for line in lines:
+        found.append(line)
+        size += len(line)
+        if len(found) == _PAGE or size > MAX_REQUEST_BYTES:
+            break
+    return found
 
 
 def _records(lines: list[bytes], number: int, endpoint: str) -> list[tuple[str, bytes]]:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
+from ...api.limits import MAX_HTTP_ANSWER_BYTES
 from ...api.output import Output, Usage
 from ...api.request import GenerateRequest
 from ...errors import InvalidRequestError
@@ -85,9 +86,9 @@ class _Answer:
 
     async def whole(self, send: Send) -> None:
         service = self._door.service
-        choices = await service.complete(self._asked, self._caller)
+        choices = await service.complete(self._asked, self._caller, MAX_HTTP_ANSWER_BYTES)
         body = await service.encode(lambda: msgspec.json.encode(self._body(choices)))
-        await send_whole(send, body, service.send_timeout_s)
+        await send_whole(send, body)
 
     def _body(self, choices: list[Output]) -> dict[str, Any]:
         found = [self._choice(output) for output in choices]

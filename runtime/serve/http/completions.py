@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
-from ...api.limits import MAX_CHOICES
+from ...api.limits import MAX_CHOICES, MAX_HTTP_ANSWER_BYTES
 from ...api.model_info import ModelInfo
 from ...api.output import Output, Usage
 from ...api.request import GenerateRequest
@@ -98,7 +98,7 @@ class _Answer:
 
         async def complete(asked: GenerateRequest) -> list[Output]:
             async with room:
-                return await service.complete(asked, self._caller)
+                return await service.complete(asked, self._caller, MAX_HTTP_ANSWER_BYTES)
 
         tasks = [asyncio.create_task(complete(asked)) for asked in self._asked]
         try:
@@ -108,7 +108,7 @@ class _Answer:
                 task.cancel()
         prompts = [await service.tokenize(asked.prompt, self._caller) for asked in self._asked if self._fields.echo]
         body = await service.encode(lambda: msgspec.json.encode(self._body(answers, prompts)))
-        await send_whole(send, body, service.send_timeout_s)
+        await send_whole(send, body)
 
     def _body(self, answers: Sequence[list[Output]], prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         per_prompt = len(answers[0])

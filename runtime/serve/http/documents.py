@@ -79,7 +79,7 @@ async def summarise(door: Door, request: Request) -> Response:
             ),
             "usage": _usage(found.prompt_tokens, found.completion_tokens),
         }
-        await send_whole(send, msgspec.json.encode(body), door.service.send_timeout_s)
+        await send_whole(send, msgspec.json.encode(body))
 
     return Work(run)
 
@@ -101,7 +101,7 @@ async def classify(door: Door, request: Request) -> Response:
             "labels": [dataclasses.asdict(one) for one in found],
             "usage": _usage(tokens, 0),
         }
-        await send_whole(send, msgspec.json.encode(body), door.service.send_timeout_s)
+        await send_whole(send, msgspec.json.encode(body))
 
     return Work(run)
 

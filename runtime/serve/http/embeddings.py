@@ -36,7 +36,7 @@ async def embeddings(door: Door, request: Request) -> Response:
         service = door.service
         found = await service.embed(prompts, ensemble, caller)
         body = await service.encode(lambda: _body(found, fields, door))
-        await send_whole(send, body, service.send_timeout_s)
+        await send_whole(send, body)
 
     return Work(run)
 

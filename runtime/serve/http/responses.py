@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
+from ...api.limits import MAX_HTTP_ANSWER_BYTES
 from ...api.output import Output
 from ...api.request import FinishReason, GenerateRequest
 from ...errors import InvalidRequestError, shown
@@ -189,7 +190,7 @@ class _Answer:
 
     async def whole(self, send: Send) -> None:
         service = self._door.service
-        [output] = await service.complete(self._asked, self._caller)
+        [output] = await service.complete(self._asked, self._caller, MAX_HTTP_ANSWER_BYTES)
         text = output.text
         calls: list[ToolCall] = []
         reader = self._tools.reader()
@@ -197,7 +198,7 @@ class _Answer:
             text = reader.push(text)
             rest, calls = reader.finish()
             text += rest
-        await send_whole(send, msgspec.json.encode(self._ended(output, text, calls)), service.send_timeout_s)
+        await send_whole(send, msgspec.json.encode(self._ended(output, text, calls)))
 
     def _ended(self, output: Output, text: str, calls: list[ToolCall]) -> dict[str, Any]:
         """The response, as it is at its end."""

@@ -71,9 +71,16 @@ class _Protocol(HttpToolsProtocol):
         self._stop_waiting()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_headers, self._header_bytes = True, 0  # what comes now are the next request's
+
     def on_response_complete(self) -> None:
+        """uvicorn's own timer is ended by any byte, and waits for a client that does not read."""
         super().on_response_complete()
-        self._in_headers, self._header_bytes = True, 0
+        self._stop_waiting()
+        if self.cycle.response_complete:  # else the next request is there already
+            self._deadline = self.loop.call_later(_KEEP_ALIVE_S, self.transport.abort)
 
 
 class _Uvicorn(uvicorn.Server):
