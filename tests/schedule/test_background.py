@@ -7,7 +7,7 @@ import dataclasses
 from helpers.fake_backend import FakeBackend, ask, gather, make_engine, start
 from helpers.servers import until
 from motet.runtime.api.request import Owner
-from motet.runtime.schedule.drafts import ROW_COST, background_room
+from motet.runtime.schedule.drafts import BACKGROUND_SHARE, ROW_COST, background_room
 from motet.runtime.schedule.scheduler import BACKGROUND_EVERY
 
 BATCH = Owner("", is_background=True)
@@ -17,11 +17,11 @@ def as_batch(request):
     return dataclasses.replace(request, owner=BATCH)
 
 
-def test_room_is_a_quarter_of_the_step():
+def test_room_is_an_eighth_of_the_step():
     for rows in (1, 2, 5, 16, 100):
         extra = background_room(rows) - rows
         assert extra >= 1
-        assert ROW_COST * extra <= 0.25 * (1 + ROW_COST * (rows - 1)) + 1e-9
+        assert ROW_COST * extra <= max(ROW_COST, BACKGROUND_SHARE * (1 + ROW_COST * (rows - 1))) + 1e-9
 
 
 def test_beside_other_work_it_has_few_rows(tokenizer):
