@@ -126,7 +126,7 @@ class Embedder:
         job.members = tuple(sorted({member for member, _ in job.terms}))
 
     def step(self, blocks: BlockManager, *, is_busy: bool) -> None:
-        """Compute the next rows of some jobs. `is_busy`: requests run, and wait for it."""
+        """Compute the next rows of some jobs. `is_busy`: requests that are not batch work run, and wait for it."""
         self._drop_cancelled(blocks)
         self._start(blocks)
         self._num_steps += 1

@@ -19,6 +19,7 @@ from ..schedule.admission import Admission
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
 from ..schedule.packing import GroupTokens, ScheduledBatch
+from ..schedule.queue import foreground
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Group
 from ..text.grammar import Grammars
@@ -63,8 +64,7 @@ class Engine:
         self._num_restarts = 0
         self._steps = 0
         self._tokens = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=self._run, name="motet-engine", daemon=True)
         self._thread.start()
 
@@ -272,7 +272,7 @@ class Engine:
 
     def _step(self) -> None:
         self._end_overdue()
-        self.embedder.step(self._scheduler.blocks, is_busy=bool(self._answers))
+        self.embedder.step(self._scheduler.blocks, is_busy=bool(foreground(self._answers)))
         scheduled = self._scheduler.schedule() if self._answers else None
         if scheduled is None:
             self._scheduler.check_integrity(self.embedder.tables())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from .sequence import Group
 
@@ -138,7 +138,7 @@ def background(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.owner.is_background]
 
 
-def foreground(groups: Sequence[Group]) -> list[Group]:
+def foreground(groups: Collection[Group]) -> list[Group]:
     """Those of other work, in their order."""
     return [group for group in groups if not group.owner.is_background]
 

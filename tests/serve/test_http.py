@@ -10,6 +10,7 @@ import time
 
 import pytest
 from helpers.fake_backend import FakeBackend, make_engine
+from helpers.http_door import ASK, ask, bearer, complete, raw, start
 from helpers.servers import is_free, serving_http, until
 from motet.bench.lib.certificates import Authority
 from motet.runtime.api.limits import MAX_METADATA_BYTES, MAX_REQUEST_BYTES
@@ -23,7 +24,6 @@ from motet.runtime.trust.keys import KeyFile, add_key
 from motet.runtime.trust.tls import TlsFiles
 
 PATHS = [(route.method, route.path.replace("{name:path}", "fake").replace("{id}", "x")) for route in ROUTES]
-ASK = {"model": "fake", "prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +43,6 @@ def guarded(tokenizer, keys, key_file):
         serving_http(engine, Access(KeyFile(key_file)), registry=engine_registry(engine)) as (address, _service),
     ):
         yield address
-
-
-def ask(address, method, path, body=b"", headers=(), context=None):
-    """(status, headers, body)."""
-    kind = http.client.HTTPConnection if context is None else http.client.HTTPSConnection
-    connection = kind(address, timeout=20, **({} if context is None else {"context": context}))
-    try:
-        connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), dict(headers))
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()
-
-
-def bearer(key):
-    return {"Authorization": f"Bearer {key}"}
-
-
-def complete(address, **options):
-    status, _, body = ask(address, "POST", "/v1/completions", ASK | options)
-    return status, json.loads(body)
 
 
 # ---- who may call ----------------------------------------------------------------------------------------------------
@@ -162,22 +141,6 @@ def test_bodies(tokenizer, case):
         assert is_free(engine, service)
 
 
-def raw(address, content, *, more=b"", wait_s=0.0):
-    """Send bytes, and perhaps more after a while; what comes back until the connection ends."""
-    host, _, port = address.partition(":")
-    with socket.create_connection((host, int(port)), timeout=15) as connection:
-        found = b""
-        try:
-            connection.sendall(content)
-            time.sleep(wait_s)
-            connection.sendall(more)
-            while piece := connection.recv(65536):
-                found += piece
-        except ConnectionError:
-            pass
-        return found
-
-
 def test_headers_are_bounded(tokenizer):
     many = b"".join(b"x%d: y\r\n" % i for i in range(10_000))
     with make_engine(tokenizer) as engine, serving_http(engine) as (address, _service):
@@ -209,15 +172,6 @@ def test_compressed_bodies_are_no_json(tokenizer):
 
 
 # ---- how a request ends ----------------------------------------------------------------------------------------------
-
-
-def start(address, path="/v1/completions", **options):
-    host, _, port = address.partition(":")
-    body = json.dumps(ASK | options).encode()
-    connection = socket.create_connection((host, int(port)), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    return connection
 
 
 @pytest.mark.parametrize("stream", [True, False])
