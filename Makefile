@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz soak fuzz-wire structures lm-eval lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures lm-eval aiperf lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -47,6 +47,16 @@ lm-eval: $(READY) $(HARNESS)/.ready
 $(HARNESS)/.ready:
 	$(PYTHON) -m venv $(HARNESS)
 	$(HARNESS)/bin/python -m pip install --quiet 'lm-eval[api]==0.4.13' transformers
+	touch $@
+
+# `motet bench serve` with NVIDIA's AIPerf beside it, which runs in an environment of its own.
+AIPERF := $(or $(MOTET_HOME),$(CURDIR)/.motet)/aiperf/venv
+aiperf: $(READY) $(AIPERF)/.ready
+	$(BIN)/motet bench serve .motet/bundles/base --doors grpc,http --aiperf $(AIPERF)/bin/aiperf
+
+$(AIPERF)/.ready:
+	$(PYTHON) -m venv $(AIPERF)
+	$(AIPERF)/bin/python -m pip install --quiet aiperf==0.13.0
 	touch $@
 
 # JSON of 200 schemas of the public test suite, which pip fetches: see tests/fuzz/structures.py.

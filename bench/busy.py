@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.engine.observer import StepReport
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import Bundle
 from .lib import probes
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 from .lib.timed import random_request, run_together, timed_engine
 
 
@@ -63,7 +64,7 @@ def run(
         "limits_after": probes.measure(config.num_threads),
         "rows": [_row(size, phases[size]) for size in batch_sizes],
     }
-    write("busy", result, [_table(result)], _plots(result), out)
+    write("busy", result, [_table(result), *_plots(result)], out)
     return result
 
 
@@ -95,7 +96,7 @@ def _row(size: int, phases: dict[str, list[list[StepReport]]]) -> dict[str, Any]
     return {**row, "share": row["busy_tok_s"] / row["quiet_tok_s"]}
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     limits = result["limits"]
     title = (
         f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads, context {result['context']}; "
@@ -114,11 +115,11 @@ def _table(result: dict[str, Any]) -> Any:
         ]
         for row in result["rows"]
     ]
-    return table(title, header, rows)
+    return Table(title, header, rows)
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     labels = [f"{row['batch_size']} sequences" for row in result["rows"]]
     speeds = {name: [row[f"{name}_tok_s"] for row in result["rows"]] for name in ("quiet", "busy")}
     worst = {name: [row[f"{name}_worst_ms"] for row in result["rows"]] for name in ("quiet", "busy")}
-    return [Plot("Decode", "tok/s", labels, speeds), Plot("Longest step", "ms", labels, worst)]
+    return [Bars("Decode", "tok/s", labels, speeds), Bars("Longest step", "ms", labels, worst)]

@@ -20,9 +20,10 @@ from ..finetune.params import TuneParams
 from ..finetune.training.loop import Watch
 from ..finetune.training.train import RunData, Workbench, run
 from ..finetune.training.trunk_cache import TrunkCache
+from ..pages import Bars, Part, Table
 from ..runtime.checkpoints.store import resolve_model
 from .busy import burner
-from .lib.report import machine, table, write
+from .lib.report import machine, write
 
 
 def run_bench(model: str, data: str, out: Path, *, examples: int = 64, repeats: int = 3) -> dict[str, Any]:
@@ -53,10 +54,18 @@ def run_bench(model: str, data: str, out: Path, *, examples: int = 64, repeats: 
         "tokens_per_s": speeds,
         "share": medians["busy"] / medians["quiet"],
     }
-    title = f"{bench.model_dir.name}, tails of 2 layers, {torch.get_num_threads()} threads, {result['environment']}"
-    rows = [[name, f"{medians[name]:.0f}", f"{medians[name] / medians['quiet']:.0%}"] for name in medians]
-    write("busy-finetune", result, [table(title, ["", "tokens/s", "share"], rows)], [], out)
+    write("busy-finetune", result, _parts(result), out)
     return result
+
+
+def _parts(result: dict[str, Any]) -> list[Part]:
+    speeds = result["tokens_per_s"]
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    title = f"{result['model']}, tails of 2 layers, {result['threads']} threads, {result['environment']}"
+    rows = [[name, f"{medians[name]:.0f}", f"{medians[name] / medians['quiet']:.0%}"] for name in medians]
+    spans = {"median": [(min(values), max(values)) for values in speeds.values()]}
+    bars = Bars("Training", "tokens/s", list(medians), {"median": list(medians.values())}, spans)
+    return [Table(title, ["", "tokens/s", "share"], rows), bars]
 
 
 def _speed(bench: Workbench, out: Path, params: TuneParams, loaded: RunData) -> float:

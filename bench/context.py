@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import Bundle
 from .lib import probes
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 from .lib.timed import cached_layers, kv_position_bytes, random_request, run_together, timed_engine
 
 
@@ -63,7 +64,7 @@ def run(
         **fit(list(times), [row["ms"] for row in rows], position_bytes),
     }
     result["share_of_bandwidth"] = result["slope_gb_s"] / max(before["read_gb_s"], after["read_gb_s"])
-    write("context", result, [_table(result)], _plots(result), out)
+    write("context", result, [_table(result), *_plots(result)], out)
     return result
 
 
@@ -86,7 +87,7 @@ def fit(contexts: Sequence[int], ms: Sequence[float], position_bytes: int) -> di
     }
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     title = (
         f"{result['bundle']}, {result['bits']} bits, one sequence: {result['fixed_ms']:.2f} ms + {result['slope_us']:.3f} µs "
         f"per position (R² {result['r2']:.4f}, off by {result['largest_deviation']:.1%} at most)\n"
@@ -103,9 +104,9 @@ def _table(result: dict[str, Any]) -> Any:
         ]
         for row in result["contexts"]
     ]
-    return table(title, ["context", "ms", "tok/s", "line ms"], rows)
+    return Table(title, ["context", "ms", "tok/s", "line ms"], rows)
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     labels = [f"{row['context']:,} positions" for row in result["contexts"]]
-    return [Plot("Decode step, 1 sequence", "ms", labels, {"ms": [row["ms"] for row in result["contexts"]]})]
+    return [Bars("Decode step, 1 sequence", "ms", labels, {"ms": [row["ms"] for row in result["contexts"]]})]

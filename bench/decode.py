@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
@@ -26,7 +27,7 @@ from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, decoder_layout
 from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
 from .lib import probes
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 from .lib.timed import (
     StepTimer,
     attended_positions,
@@ -83,7 +84,7 @@ def run(
         "prefill_tok_s": prefill,
         "decode": decode,
     }
-    write(name, result, _tables(result), _plots(result), out)
+    write(name, result, [*_tables(result), *_plots(result)], out)
     return result
 
 
@@ -217,16 +218,16 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     ]
     names = list(result["decode"][0]["parts_ms"]) if result["decode"] else []
     if not names:
-        return [table(title, header, rows)]
+        return [Table(title, header, rows)]
     parts = [[*_sizes(row), *(f"{row['parts_ms'][name]:.2f}" for name in names)] for row in result["decode"]]
-    return [table(title, header, rows), table("Parts of a step, ms", ["sequences", "members", *names], parts)]
+    return [Table(title, header, rows), Table("Parts of a step, ms", ["sequences", "members", *names], parts)]
 
 
 def _sizes(row: dict[str, Any]) -> list[str]:
     return [str(row["batch_size"]), str(row["ensemble_size"])]
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     batch_sizes = sorted({row["batch_size"] for row in result["decode"]})
     sizes = sorted({row["ensemble_size"] for row in result["decode"]})
     found = {(row["batch_size"], row["ensemble_size"]): row for row in result["decode"]}
@@ -235,4 +236,4 @@ def _plots(result: dict[str, Any]) -> list[Plot]:
     def bars(field: str) -> dict[str, Sequence[float]]:
         return {f"{k} members": [found[b, k][field] for b in batch_sizes] for k in sizes}
 
-    return [Plot("Decode", "tok/s", labels, bars("tok_s")), Plot("Step", "ms", labels, bars("step_ms"))]
+    return [Bars("Decode", "tok/s", labels, bars("tok_s")), Bars("Step", "ms", labels, bars("step_ms"))]

@@ -25,8 +25,8 @@ from ..runtime.checkpoints.store import resolve_model
 from ..runtime.client.client import Client
 from ..runtime.errors import MotetError
 from ..runtime.model.bundle import Bundle
-from .lib.report import table
-from .serve import server_process
+from ..tables import table
+from .lib.servers import server_process
 
 MODEL = "smollm2-135m"
 HOME = Path(os.environ.get("MOTET_HOME", ".motet"))

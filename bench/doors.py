@@ -8,15 +8,14 @@ job         the time between the tokens of one stream, alone and beside a batch 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..pages import Bars, Part, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Request
 from ..runtime.api.sampling import SamplingParams
@@ -24,8 +23,11 @@ from ..runtime.api.structure import Structure
 from ..runtime.client.batch import BatchClient
 from ..runtime.client.client import AsyncClient
 from ..runtime.engine.engine import Engine
-from .lib.report import Plot, machine, table, write
-from .serve import percentile, server_process
+from ..runtime.errors import UnavailableError
+from .lib import load
+from .lib.load import percentile
+from .lib.report import machine, write
+from .lib.servers import server_process
 
 PROMPT = 64  # tokens
 STREAMS, TOKENS = 8, 96
@@ -67,30 +69,45 @@ def run(bundle: Path, out: Path, *, repeats: int = 7, threads: int = 0) -> dict[
         "job": job,
         "machine": machine(),
     }
+    write("doors", result, _parts(result), out)
+    return result
+
+
+def _parts(result: dict[str, Any]) -> list[Part]:
     tables = [
-        table(
-            f"{bundle.name}: {streams} streams of {tokens} tokens",
+        Table(
+            f"{result['bundle']}: {result['streams']} streams of {result['tokens']} tokens",
             ["door", "tok/s", "× gRPC"],
-            [[name, f"{found['tokens_per_s']:.0f}", f"{found['share']:.2f}"] for name, found in doors.items()],
+            [
+                [name, f"{found['tokens_per_s']:.0f}", f"{found['share']:.2f}"]
+                for name, found in result["doors"].items()
+            ],
         ),
-        table(
-            f"{streams} answers at once",
+        Table(
+            f"{result['streams']} answers at once",
             ["form", "tok/s", "× free"],
-            [[name, f"{found['tokens_per_s']:.0f}", f"{found['share']:.2f}"] for name, found in forms.items()],
+            [
+                [name, f"{found['tokens_per_s']:.0f}", f"{found['share']:.2f}"]
+                for name, found in result["structures"].items()
+            ],
         ),
-        table(
+        Table(
             "between the tokens of one stream, ms",
             ["", "p50", "p99"],
-            [[name, *(f"{job[name][p]:.2f}" for p in ("p50", "p99"))] for name in ("alone", "beside a job")]
-            + [["×", *(f"{job['ratio'][p]:.2f}" for p in ("p50", "p99"))]],
+            [[name, *(f"{result['job'][name][p]:.2f}" for p in ("p50", "p99"))] for name in ("alone", "beside a job")]
+            + [["×", *(f"{result['job']['ratio'][p]:.2f}" for p in ("p50", "p99"))]],
         ),
     ]
     plots = [
-        Plot("doors", "tok/s", list(doors), {"": [found["tokens_per_s"] for found in doors.values()]}),
-        Plot("forms of answers", "tok/s", list(forms), {"": [found["tokens_per_s"] for found in forms.values()]}),
+        Bars(
+            title,
+            "tok/s",
+            list(result[name]),
+            {"median": [found["tokens_per_s"] for found in result[name].values()]},
+        )
+        for name, title in (("doors", "Doors"), ("structures", "Forms of answers"))
     ]
-    write("doors", result, tables, plots, out)
-    return result
+    return [*tables, *plots]
 
 
 def _prompt(seed: int) -> list[int]:
@@ -113,37 +130,18 @@ def _shares(rates: dict[str, list[float]], first: str) -> dict[str, dict[str, fl
 async def _doors(
     grpc_address: str, http_address: str, streams: int, tokens: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    async with AsyncClient(grpc_address) as client:
-
-        async def own(seed: int) -> None:
-            async for _ in client.generate(_prompt(seed), max_tokens=tokens, temperature=0.0, ignore_eos=True):
-                pass
-
-        async def http(seed: int) -> None:
-            await _http_stream(http_address, seed, tokens)
-
-        ways: dict[str, Callable[[int], Awaitable[None]]] = {"gRPC": own, "HTTP": http}
+    async with load.door("grpc", grpc_address) as grpc, load.door("http", http_address) as http:
+        ways = {"gRPC": grpc, "HTTP": http}
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for repeat in range(-1, repeats):  # the first warms up
             for name, way in ways.items():
                 started = time.perf_counter()
-                await asyncio.gather(*(way(1000 * repeat + index) for index in range(streams)))
+                found = await asyncio.gather(*(way(_prompt(1000 * repeat + index), tokens) for index in range(streams)))
+                if failed := [request.error for request in found if request.error is not None]:
+                    raise UnavailableError(f"a stream over {name} failed: {failed[0]}")
                 if repeat >= 0:
                     rates[name].append(streams * tokens / (time.perf_counter() - started))
         return _shares(rates, "gRPC")
-
-
-async def _http_stream(address: str, seed: int, tokens: int) -> None:
-    body = {"prompt": _prompt(seed), "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    content = json.dumps(body).encode()
-    host, _, port = address.partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(content)}\r\n\r\n"
-    writer.write(head.encode() + content)
-    while not (line := await reader.readline()).startswith(b"data: [DONE]"):
-        if not line:
-            raise ConnectionError("the stream was cut")
-    writer.close()
 
 
 # ---- forms of answers ------------------------------------------------------------------------------------------------

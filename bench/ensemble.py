@@ -35,6 +35,7 @@ from ..finetune.search.search import SearchResult, search
 from ..finetune.training.progress import Progress
 from ..finetune.training.train import Workbench
 from ..finetune.training.trunk_cache import TrunkCache
+from ..pages import Table
 from ..runtime.api.request import Space
 from ..runtime.checkpoints.store import resolve_model
 from ..runtime.model.layout import decoder_layout
@@ -222,11 +223,11 @@ def run_bench(model: str, tasks: Sequence[str], seeds: int, work: Path, out: Pat
     """Measure what is not measured yet; write `out/ensemble.json` and `.html`."""
     found = {task: [Bench(model, task, seed, work, budget).run() for seed in range(seeds)] for task in tasks}
     result = {"model": model, "budget": asdict(budget), "machine": report.machine(), "tasks": found}
-    report.write("ensemble", result, [_table(task, runs) for task, runs in found.items()], [], out)
+    report.write("ensemble", result, [_table(task, runs) for task, runs in found.items()], out)
     return result
 
 
-def _table(task: str, runs: Sequence[Mapping[str, Any]]) -> Any:
+def _table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for run in runs:
         for name, way in run["test"]["ways"].items():
@@ -248,4 +249,4 @@ def _table(task: str, runs: Sequence[Mapping[str, Any]]) -> Any:
             kept = "no gain to keep" if share is None else f"{share:.0%} of the gain kept"
             rows.append([str(run["seed"]), f"student of {run['student']['way']}", "1", "", loss, kept])
     header = ["seed", "", "members", "minutes", "test NLL", "against the single's best, 95 % over documents"]
-    return report.table(task, header, rows)
+    return Table(task, header, rows)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..export.bundle_writer import export_bundle
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Ensemble, Member, Request
 from ..runtime.api.sampling import SamplingParams
@@ -32,7 +33,7 @@ from ..runtime.checkpoints.store import resolve_model
 from ..runtime.engine.engine import Engine
 from ..runtime.engine.open import open_engine
 from .lib import probes
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 
 BASE, MEMBERS = "one model", "fine-tunes"
 
@@ -87,7 +88,7 @@ def run(
         "memory_ratio": rows[MEMBERS]["peak_bytes"] / rows[BASE]["peak_bytes"],
         "shared_ttft_ratio": statistics.median(r["ttft_shared_s"] / r["ttft_own_s"] for r in rounds[MEMBERS]),
     }
-    write("fine-tunes", result, [_table(result)], _plots(result), out)
+    write("fine-tunes", result, [_table(result), *_plots(result)], out)
     return result
 
 
@@ -173,7 +174,7 @@ def _first_token(member: int, prompt: tuple[int, ...]) -> float:
     return time.monotonic() - started
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     traffic = result["traffic"]
     title = (
         f"{traffic['members']} fine-tunes of {result['model']} ({result['bits']} bits; rank {result['rank']}, last "
@@ -192,14 +193,14 @@ def _table(result: dict[str, Any]) -> Any:
     ]
     ratios = ["ratio", f"{result['throughput_ratio']:.2f}", "", "", f"{result['memory_ratio']:.2f}"]
     header = ["", "tok/s", "first token, own document, ms", "shared by another member, ms", "peak memory, MB"]
-    return table(title, header, [*rows, ratios])
+    return Table(title, header, [*rows, ratios])
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     labels = list(result["rows"])
     speeds = {"tok/s": [row["tok_s"] for row in result["rows"].values()]}
     waits = {
         "own document": [row["ttft_own_s"] * 1e3 for row in result["rows"].values()],
         "shared document": [row["ttft_shared_s"] * 1e3 for row in result["rows"].values()],
     }
-    return [Plot("Throughput", "tok/s", labels, speeds), Plot("Time to the first token", "ms", labels, waits)]
+    return [Bars("Throughput", "tok/s", labels, speeds), Bars("Time to the first token", "ms", labels, waits)]

@@ -33,6 +33,7 @@ from ..finetune.search.search import SearchResult, search, trial_dir
 from ..finetune.search.space import Trial
 from ..finetune.training.train import RunData, Workbench, run
 from ..finetune.training.trunk_cache import TrunkCache
+from ..pages import Table
 from ..runtime.api.request import Space
 from ..runtime.checkpoints.store import resolve_model
 from .fused import served
@@ -254,7 +255,7 @@ def run_bench(model: str, data: str, work: Path, out: Path, parts: list[str], bu
         "private": bench.private,
     }
     results = {name: bench.part(name, compute[name]) for name in parts}
-    report.write("finetune", results, [table for name in results for table in _tables(name, results[name])], [], out)
+    report.write("finetune", results, [table for name in results for table in _tables(name, results[name])], out)
 
 
 def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
@@ -265,7 +266,7 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
             ["the same trial without it", f"{result['uncached_s']:.1f}", "1 ×"],
         ]
         title = f"One trial, n = 2; loss curves differ by at most {result['largest_difference']:.1e}"
-        return [report.table(title, ["", "seconds", "speed"], rows)]
+        return [Table(title, ["", "seconds", "speed"], rows)]
     if name == "search":
         return [_search_table(seed) for seed in result["seeds"]]
     if name == "served":
@@ -275,7 +276,7 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
             + ", ".join(f"{ratio:.2f} at {size}" for size, ratio in result["cost"].items())
         )
         rows = [[name, f"{value:.4f}"] for name, value in result["rouge_l"].items()]
-        return [report.table(title, ["", "ROUGE-L"], rows)]
+        return [Table(title, ["", "ROUGE-L"], rows)]
     if name == "random":
         curves = result["best_so_far"]
         rows = [
@@ -284,10 +285,10 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
         title = (
             f"Best validation loss of {len(curves['gp'][0])} trials: the GP wins {result['wins']} of {len(rows)} seeds"
         )
-        return [report.table(title, ["seed", "GP", "random"], rows)]
+        return [Table(title, ["seed", "GP", "random"], rows)]
     if name == "regularisation":
         rows = [[n, *(f"{r[k]:.4f}" for k in ("train", "validation", "gap"))] for n, r in result["rows"].items()]
-        return [report.table("Regularisation", ["", "train", "validation", "gap"], rows)]
+        return [Table("Regularisation", ["", "train", "validation", "gap"], rows)]
     spent = result["privacy"]
     rows = [
         ["base", f"{result['before']:.4f}"],
@@ -295,10 +296,10 @@ def _tables(name: str, result: Mapping[str, Any]) -> list[Any]:
         ["not private", f"{result['not_private']:.4f}"],
     ]
     title = f"DP-SGD, ε = {spent['epsilon']:.2f}, δ = {spent['delta']:.1e}, noise {spent['noise_multiplier']:.2f}"
-    return [report.table(title, ["", "validation loss"], rows)]
+    return [Table(title, ["", "validation loss"], rows)]
 
 
-def _search_table(result: Mapping[str, Any]) -> Any:
+def _search_table(result: Mapping[str, Any]) -> Table:
     rows: list[list[str]] = []
     for space, fused in result["fused"].items():
         figures = fused["report"]
@@ -318,4 +319,4 @@ def _search_table(result: Mapping[str, Any]) -> Any:
             ]
         )
     title = f"Search seed {result['seed']}: {len(result['values'])} trials in {result['training_s']:.0f} s"
-    return report.table(title, ["", "validation NLL", "test NLL", "against best single"], rows)
+    return Table(title, ["", "validation NLL", "test NLL", "against best single"], rows)

@@ -21,11 +21,13 @@ from typing import Any
 
 import grpc
 
+from ..pages import Bars, Part, Table
 from ..proto import inference_pb2, inference_pb2_grpc
 from ..runtime.client.client import Client
 from ..runtime.errors import UnavailableError
-from .lib.report import Plot, machine, table, write
-from .serve import percentile, server_process
+from .lib.load import percentile
+from .lib.report import machine, write
+from .lib.servers import server_process
 
 HEALTH_EVERY_S = 0.1
 
@@ -79,15 +81,21 @@ def run(
         "loads": rows,
         "machine": machine(),
     }
+    write("flood", result, _parts(result), out)
+    return result
+
+
+def _parts(result: dict[str, Any]) -> list[Part]:
+    rows = result["loads"]
     names = list(rows["quiet"])
-    title = f"{bundle.name}: {clients} clients send {prompt_bytes / 1e6:g} MB; largest gap × {result['gap_ratio']:.2f}"
+    sent = f"{result['clients']} clients send {result['prompt_bytes'] / 1e6:g} MB"
+    title = f"{result['bundle']}: {sent}; largest gap × {result['gap_ratio']:.2f}"
     lines = [[load, *(f"{figures[name]:.1f}" for name in names)] for load, figures in rows.items()]
     plots = [
-        Plot(name.replace("_ms_", ", "), "ms", list(rows), {"": [figures[name] for figures in rows.values()]})
+        Bars(name.replace("_ms_", ", "), "ms", list(rows), {"largest": [figures[name] for figures in rows.values()]})
         for name in ("gap_ms_max", "health_ms_max")
     ]
-    write("flood", result, [table(title, ["load", *names], lines)], plots, out)
-    return result
+    return [Table(title, ["load", *names], lines), *plots]
 
 
 def _watch(address: str, duration_s: float) -> Watched:

@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from ..export.parity import Agreement, reference_logits
 from ..finetune.data.dataset import heldout_token_ids
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.backends.base import F32
 from ..runtime.backends.open import open_backend
@@ -30,7 +31,7 @@ from ..runtime.errors import ConfigError, MotetError
 from ..runtime.model.bundle import Bundle
 from ..runtime.model.members import MemberKind
 from ..runtime.text.tokenizer import Tokenizer
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 from .peers.worker import Worker, peer_paths, peer_python
 
 LLAMA_VARIANTS = ("Q8_0", "Q4_1")
@@ -80,7 +81,7 @@ def run(
         "rows": rows,
         "failed": failed,
     }
-    write("quality", result, [_table(result)], _plots(result), out)
+    write("quality", result, [_table(result), *_plots(result)], out)
     return result
 
 
@@ -143,19 +144,19 @@ def _compare(
     return [asdict(total.result(name)) for name, total in sums.items() if name not in failed]
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     rows = [
         [row["name"], f"{row['nll']:.3f}", f"{row['nll_change']:+.2%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
         for row in result["rows"]
     ]
     title = f"{result['model']}, {result['tokens']:,} held-out tokens, against fp32; KV cache {result['kv_dtype']}"
     notes = [f"{name}: {reason}" for name, reason in result["failed"].items()]
-    return table("\n".join([title, *notes]), ["", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
+    return Table("\n".join([title, *notes]), ["", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     return [
-        Plot(
+        Bars(
             "KL(fp32 ‖ served)", "nats", [r["name"] for r in result["rows"]], {"KL": [r["kl"] for r in result["rows"]]}
         )
     ]

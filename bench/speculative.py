@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..finetune.data.dataset import load_dataset
+from ..pages import Bars, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Request
 from ..runtime.api.sampling import SamplingParams
@@ -24,7 +25,7 @@ from ..runtime.engine.engine import Engine
 from ..runtime.model.bundle import Bundle
 from ..runtime.text.tokenizer import Tokenizer
 from .lib import probes
-from .lib.report import Plot, machine, table, write
+from .lib.report import machine, write
 
 EXTRACT = "Summarise the following text: copy its first three sentences, word for word.\n\n"
 QUESTIONS = (
@@ -95,7 +96,7 @@ def run(
         "limits_after": probes.measure(config.num_threads),
         "sets": rows,
     }
-    write("speculative", result, [_table(result)], _plots(result), out)
+    write("speculative", result, [_table(result), *_plots(result)], out)
     return result
 
 
@@ -190,7 +191,7 @@ def _quoted(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) 
     return found / total if total else 0.0
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     limits = result["limits"]
     title = (
         f"{result['bundle']}, {result['bits']} bits, {limits['threads']} threads, drafts of {result['speculative_tokens']} "
@@ -212,10 +213,10 @@ def _table(result: dict[str, Any]) -> Any:
         ]
         for row in result["sets"]
     ]
-    return table(title, header, rows)
+    return Table(title, header, rows)
 
 
-def _plots(result: dict[str, Any]) -> list[Plot]:
+def _plots(result: dict[str, Any]) -> list[Bars]:
     labels = [f"{row['set']}, T {row['temperature']:g}" for row in result["sets"]]
     values = {name: [row[f"{name}_tok_s"] for row in result["sets"]] for name in ("off", "on")}
-    return [Plot("Decode, drafts", "tok/s", labels, values)]
+    return [Bars("Decode, drafts", "tok/s", labels, values)]

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..pages import Bars, Part, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.api.output import Output
 from ..runtime.api.request import Request
@@ -26,8 +27,9 @@ from ..runtime.engine.engine import Engine
 from ..runtime.trust.identity import Role
 from ..runtime.trust.keys import add_key
 from .lib.certificates import Authority
-from .lib.report import Plot, machine, table, write
-from .serve import percentile, server_process
+from .lib.load import percentile
+from .lib.report import machine, write
+from .lib.servers import server_process
 
 FLOOD_STREAMS = 64
 SHORT_STEP = 128  # rows: what waits for a step to end waits for less
@@ -106,25 +108,30 @@ def run(
         "flood_streams": FLOOD_STREAMS,
         "machine": machine(),
     }
+    write("trust", result, _parts(result), out)
+    return result
+
+
+def _parts(result: dict[str, Any]) -> list[Part]:
+    ways, shares = list(result["tokens_per_s"]), result["share_of_engine"]
     rows = [
         [name, f"{result['tokens_per_s'][name]:.0f}", f"{shares[name]:.1%}", f"{result['first_token_ms'][name]:.1f}"]
         for name in ways
     ]
     lines = [[name, *(f"{figure:.1f}" for figure in figures.values())] for name, figures in result["flood"].items()]
     tables = [
-        table(
-            f"{bundle.name}: {streams} streams of {tokens} tokens",
+        Table(
+            f"{result['bundle']}: {result['streams']} streams of {result['tokens']} tokens",
             ["", "tok/s", "of the engine", "first token, ms"],
             rows,
         ),
-        table("a tenant's first token beside another's flood, ms", ["", *_NAMES], lines),
+        Table("a tenant's first token beside another's flood, ms", ["", *_NAMES], lines),
     ]
     plots = [
-        Plot("throughput", "tok/s", list(ways), {"": list(result["tokens_per_s"].values())}),
-        Plot("first token", "ms", list(ways), {"": list(result["first_token_ms"].values())}),
+        Bars("Throughput", "tok/s", ways, {"median": list(result["tokens_per_s"].values())}),
+        Bars("First token", "ms", ways, {"median": list(result["first_token_ms"].values())}),
     ]
-    write("trust", result, tables, plots, out)
-    return result
+    return [*tables, *plots]
 
 
 _NAMES = ("quiet p50", "quiet p99", "flooded p50", "flooded p99", "p99 ×")

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ...kernels.oracle.operands import Draw, LayerCache, LinearWeight, Mixture
+from ...pages import Table
 from ...runtime.errors import UnavailableError
-from ..lib.report import table, write
+from ..lib.report import write
 from . import problems as make
 
 Tensor = torch.Tensor
@@ -234,11 +235,11 @@ def run(out: Path) -> dict[str, Any]:
     options = TorchOptions.of_machine()
     found = limits(options.device)
     result = {"machine": machine(options), "limits": found, "kernels": measure(Sizes(), found)}
-    write("kernels", result, [kernel_table(result)], [], out)
+    write("kernels", result, [kernel_table(result)], out)
     return result
 
 
-def kernel_table(result: dict[str, Any]) -> Any:
+def kernel_table(result: dict[str, Any]) -> Table:
     rows = [
         [
             row["case"],
@@ -250,4 +251,4 @@ def kernel_table(result: dict[str, Any]) -> Any:
         for row in result["kernels"]
     ]
     title = f"kernels on {result['machine']['device']}; copy {result['limits']['copy_gb_s']:,.0f} GB/s"
-    return table(title, ["op", "µs", "of bandwidth", "TFLOP/s", "slower"], rows)
+    return Table(title, ["op", "µs", "of bandwidth", "TFLOP/s", "slower"], rows)

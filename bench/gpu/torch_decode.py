@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...pages import Table
 from ...runtime.api.config import EngineConfig
 from ...runtime.api.request import Space
 from ...runtime.backends.torch.backend import TorchBackend, TorchOptions
 from ...runtime.errors import MotetError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.schedule.batch import Batch, ResolvedSampling, SampleRow
-from ..lib.report import table, write
+from ..lib.report import write
 from .random_model import RandomModel, shape
 
 SLICE_ERROR = 0.03  # largest ‖kernels in bfloat16 − oracle in float32‖ / ‖oracle‖ of a slice's logits
@@ -118,7 +119,7 @@ def run(
             kv_dtype=kv_dtype,
             threads=threads,
         )
-    write("torch-decode", result, [_table(result)], [], out)
+    write("torch-decode", result, [_table(result)], out)
     return result
 
 
@@ -262,7 +263,7 @@ def check_slice(config: DecoderConfig, bits: int, options: TorchOptions) -> floa
     return error
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Table:
     limits = result["limits"]
     title = (
         f"{result['shape']}, random, {result['bits']} bits on {result['machine']['device']}; context {result['context']}; copy "
@@ -280,4 +281,4 @@ def _table(result: dict[str, Any]) -> Any:
         ]
         for row in result["decode"]
     ]
-    return table(title, header, rows)
+    return Table(title, header, rows)

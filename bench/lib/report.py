@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from ...tables import table as table
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A bar chart: one cluster of bars per label, one bar per series. `values[series]` has one value per label."""
-
-    title: str
-    unit: str
-    labels: Sequence[str]
-    values: Mapping[str, Sequence[float]]
+from ...pages import Part, Table, as_json, from_json, page
+from ...runtime.errors import DataError
+from ...tables import table
 
 
 def machine() -> dict[str, Any]:
@@ -49,54 +38,43 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def write(name: str, result: dict[str, Any], tables: Sequence[Table], plots: Sequence[Plot], out: Path) -> None:
-    """Write `out/name.json` and `out/name.html`, print the tables, then print the result as one line of JSON."""
+def write(name: str, result: dict[str, Any], parts: Sequence[Part], out: Path) -> None:
+    """Write `out/name.json`, its page `out/name.html` and the list of all pages, print the tables, then the result as one
+    line of JSON. The file also holds the page's parts, under "page", for `draw`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / f"{name}.html").write_text(_page(name, result, tables, plots))
+    content = {**result, "page": [as_json(part) for part in parts]}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(out, [name])
     # A pipe has no width, and rich's default of 80 columns would cut figures off.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for item in tables:
-        console.print(item)
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(table(part.title, part.header, part.rows))
     print(json.dumps({"bench": name, **result}), flush=True)
 
 
-def _page(name: str, result: dict[str, Any], tables: Sequence[Table], plots: Sequence[Plot]) -> str:
-    captured = []
-    for item in tables:
-        console = Console(record=True, width=120, file=io.StringIO())
-        console.print(item)
-        captured.append(f"<pre>{html.escape(console.export_text())}</pre>")
-    style = "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{overflow-x:auto}svg{max-width:100%}"
-    figures = "\n".join(_svg(plot) for plot in plots)
-    data = html.escape(json.dumps(result, indent=1))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>motet bench {name}</title><style>{style}</style>'
-        f"<h1>motet bench {name}</h1>{''.join(captured)}{figures}<h2>Data</h2><pre>{data}</pre></html>\n"
-    )
+def draw(out: Path, names: Collection[str] | None = None) -> int:
+    """Draw the pages of these results of a directory (default: of all), and `index.html`, which lists all of them.
 
-
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#97bbf5")
-
-
-def _svg(plot: Plot) -> str:
-    """The plot as horizontal bars with their values. It is too small to need a library."""
-    largest = max((value for values in plot.values.values() for value in values), default=0.0) or 1.0
-    rows: list[str] = []
-    y = 40
-    for index, label in enumerate(plot.labels):
-        rows.append(f'<text x="0" y="{y + 12}" font-weight="bold">{html.escape(label)}</text>')
-        y += 20
-        for number, (series, values) in enumerate(plot.values.items()):
-            width = 420 * values[index] / largest
-            colour = _COLOURS[number % len(_COLOURS)]
-            rows.append(f'<text x="150" y="{y + 12}" text-anchor="end">{html.escape(series)}</text>')
-            rows.append(f'<rect x="160" y="{y}" width="{width:.1f}" height="15" fill="{colour}"/>')
-            rows.append(f'<text x="{166 + width:.1f}" y="{y + 12}">{values[index]:,.4g}</text>')
-            y += 18
-        y += 8
-    title = html.escape(f"{plot.title} ({plot.unit})")
-    return (
-        f'<svg viewBox="0 0 700 {y}" font-family="sans-serif" font-size="12" role="img" aria-label="{title}">'
-        f'<text x="0" y="18" font-size="15">{title}</text>{"".join(rows)}</svg>'
-    )
+    Returns how many results there are. Raises `DataError` if a file is no result.
+    """
+    rows = []
+    for path in sorted(out.glob("*.json")):
+        try:
+            result = json.loads(path.read_bytes())
+            parts = [from_json(values) for values in result.pop("page", [])]
+            found = result.get("machine", {})
+            where = f"{found['cpu']}, {found['cores']} cores" if "cpu" in found else found.get("device", "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a result of `motet bench`: {error!r}") from error
+        if names is None or path.stem in names:
+            data = html.escape(json.dumps(result, indent=1))
+            back = '<p><a href="index.html">All results</a></p>'
+            details = f"<details><summary>Data</summary><pre>{data}</pre></details>"
+            path.with_suffix(".html").write_text(page(f"motet bench {path.stem}", [back, *parts, details]))
+        link = f'<th scope="row"><a href="{path.stem}.html">{html.escape(path.stem)}</a></th>'
+        rows.append(f'<tr>{link}<td class="text">{html.escape(where)}</td><td><a href="{path.name}">JSON</a></td></tr>')
+    head = '<thead><tr><th scope="col">result</th><th scope="col" class="text">machine</th><th scope="col">data</th></tr></thead>'
+    body = f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    (out / "index.html").write_text(page("motet bench: all results", [body]))
+    return len(rows)

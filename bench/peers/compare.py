@@ -101,7 +101,7 @@ def run(
         "limits_after": probes.measure(threads),
         "runtimes": rows,
     }
-    write("peers", result, tables(result), plots(result), out)
+    write("peers", result, [*tables(result), *plots(result)], out)
     return result
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
-from ..lib.report import Plot, table
+from ...pages import Bars, Table
 
 _OWN = "motet "
 
@@ -44,18 +42,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
         lines += [f"{row['name']}, {columns[column]}: {reason}" for column, reason in row["errors"].items()]
     own = [row for row in result["runtimes"] if row.get("ratio")]
     ratios = [[row["name"], *(f"{row['ratio'][c]:.2f}" if c in row["ratio"] else "–" for c in columns)] for row in own]
-    found = [table("\n".join(lines), ["runtime", *columns.values()], speeds)]
+    found = [Table("\n".join(lines), ["runtime", *columns.values()], speeds)]
     if own:
         fastest = ["fastest peer", *(own[0]["fastest_peer"].get(column, "–") for column in columns)]
-        found.append(table("× the fastest peer", ["", *columns.values()], [*ratios, fastest]))
+        found.append(Table("× the fastest peer", ["", *columns.values()], [*ratios, fastest]))
     return found
 
 
-def plots(result: dict[str, Any]) -> list[Plot]:
-    """One plot per column, with the runtimes that have a figure there."""
+def plots(result: dict[str, Any]) -> list[Bars]:
+    """One sorted chart per column, with the runtimes that have a figure there; error bars span the repeats."""
     found = []
     for column, title in result["columns"].items():
         rows = [row for row in result["runtimes"] if column in row["tok_s"]]
-        values = {"tok/s": [row["tok_s"][column] for row in rows]}
-        found.append(Plot(title, "tok/s", [row["name"] for row in rows], values))
+        values = {"median": [row["tok_s"][column] for row in rows]}
+        spans = {"median": [(min(row["all_tok_s"][column]), max(row["all_tok_s"][column])) for row in rows]}
+        found.append(Bars(title, "tok/s", [row["name"] for row in rows], values, spans, ours=_OWN))
     return found

@@ -55,7 +55,7 @@ def bench_decode(
             raise ConfigError("--random makes a model for the torch backend; give --backend torch and no bundle")
         _refuse(typed, {"prompt_tokens", "new_tokens"}, "bundles; leave it out with --random")
         torch_decode = _gpu_bench("torch_decode")
-        sizes = (_numbers(batch_sizes), _numbers(ensemble_sizes or "1"))
+        sizes = (integers(batch_sizes), integers(ensemble_sizes or "1"))
         options = {"bits": bits, "context": context, "repeats": repeats, "threads": threads}
         torch_decode.run(random, out, batch_sizes=sizes[0], ensemble_sizes=sizes[1], **options)
         return
@@ -67,8 +67,8 @@ def bench_decode(
     decode.run(
         bundle,
         out,
-        batch_sizes=_numbers(batch_sizes),
-        ensemble_sizes=_numbers(ensemble_sizes) if ensemble_sizes else None,
+        batch_sizes=integers(batch_sizes),
+        ensemble_sizes=integers(ensemble_sizes) if ensemble_sizes else None,
         prompt_tokens=prompt_tokens,
         context=context,
         new_tokens=new_tokens,
@@ -77,84 +77,20 @@ def bench_decode(
     )
 
 
+@bench.command("pages")
+def bench_pages(results: Annotated[Path, typer.Argument(help="Directory of results.")] = Path("bench/results")) -> None:
+    """Draw the HTML pages of results, and `index.html`, anew from their JSON."""
+    from .bench.lib import report
+
+    if not results.is_dir():
+        raise ConfigError(f"{results} is not a directory")
+    typer.echo(f"{report.draw(results)} pages, listed in {results / 'index.html'}")
+
+
 @bench.command("kernels")
 def bench_kernels(out: Results = Path("bench/results")) -> None:
     """Speed of every GPU kernel: bytes moved, and the share of the bandwidth. Needs an NVIDIA GPU."""
     _gpu_bench("kernels").run(out)
-
-
-@bench.command("serve")
-def bench_serve(
-    bundle: BundleArgument,
-    out: Results = Path("bench/results"),
-    rates: Annotated[str, typer.Option(help="Open loop: requests per second.")] = "1,2",
-    clients: Annotated[str, typer.Option(help="Closed loop: number of clients.")] = "1,8",
-    duration_s: Annotated[float, typer.Option(help="Seconds per load.")] = 15.0,
-    prompt_tokens: PromptTokens = 128,
-    new_tokens: NewTokens = 64,
-    ttft_ms: Annotated[float, typer.Option(help="Goodput: most milliseconds to the first token.")] = 1000.0,
-    tpot_ms: Annotated[float, typer.Option(help="Goodput: most milliseconds per later token, on average.")] = 100.0,
-    seed: Annotated[int, typer.Option(help="Seed of arrivals and prompts.")] = 0,
-    threads: Threads = 0,
-) -> None:
-    """Latency and throughput over gRPC, open-loop and closed-loop."""
-    from .bench import serve as load
-
-    if 0 in _rates(rates):
-        raise ConfigError(f"every rate in '{rates}' must be above 0")
-    load.run(
-        bundle,
-        out,
-        rates=_rates(rates),
-        clients=_numbers(clients),
-        duration_s=duration_s,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        ttft_ms=ttft_ms,
-        tpot_ms=tpot_ms,
-        seed=seed,
-        threads=threads,
-    )
-
-
-@bench.command("flood")
-def bench_flood(
-    bundle: BundleArgument,
-    out: Results = Path("bench/results"),
-    clients: Annotated[int, typer.Option(min=1, help="Clients that send prompts which are far too long.")] = 12,
-    prompt_bytes: Annotated[int, typer.Option(min=1000, max=4_190_000, help="Bytes of such a prompt.")] = 4_000_000,
-    duration_s: Annotated[float, typer.Option(min=0.1, help="Seconds without the flood, and with it.")] = 20.0,
-    threads: Threads = 0,
-) -> None:
-    """Streams and health while other clients send prompts that are far too long."""
-    from .bench import flood
-
-    flood.run(bundle, out, clients=clients, prompt_bytes=prompt_bytes, duration_s=duration_s, threads=threads)
-
-
-@bench.command("trust")
-def bench_trust(
-    bundle: BundleArgument,
-    out: Results = Path("bench/results"),
-    streams: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 96,
-    repeats: Repeats = 7,
-    threads: Threads = 0,
-) -> None:
-    """What TLS, keys and an audit log cost, and what one tenant notices of another's flood."""
-    from .bench import trust
-
-    trust.run(bundle, out, streams=streams, tokens=tokens, repeats=repeats, threads=threads)
-
-
-@bench.command("doors")
-def bench_doors(
-    bundle: BundleArgument, out: Results = Path("bench/results"), repeats: Repeats = 7, threads: Threads = 0
-) -> None:
-    """What each door and form of answers costs, and what a stream notices of a batch job."""
-    from .bench import doors
-
-    doors.run(bundle, out, repeats=repeats, threads=threads)
 
 
 @bench.command("peers")
@@ -233,7 +169,7 @@ def bench_context(
     """How the time per token grows with the context, against the bytes of the KV cache."""
     from .bench import context
 
-    context.run(bundle, out, contexts=_numbers(contexts), new_tokens=new_tokens, repeats=repeats, threads=threads)
+    context.run(bundle, out, contexts=integers(contexts), new_tokens=new_tokens, repeats=repeats, threads=threads)
 
 
 @bench.command("busy")
@@ -252,7 +188,7 @@ def bench_busy(
     busy.run(
         bundle,
         out,
-        batch_sizes=_numbers(batch_sizes),
+        batch_sizes=integers(batch_sizes),
         context=context,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -282,7 +218,7 @@ def bench_speculative(
         source_tokens=source_tokens,
         max_tokens=max_tokens,
         speculative_tokens=speculative_tokens,
-        temperatures=_rates(temperatures),
+        temperatures=floats(temperatures),
         repeats=repeats,
         threads=threads,
     )
@@ -324,7 +260,7 @@ def _refuse(context: typer.Context, names: set[str], use: str) -> None:
         raise ConfigError(f"--{name.replace('_', '-')} is for {use}")
 
 
-def _numbers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     """Whole numbers of at least 1, one at least."""
     numbers = _values(text, int, "whole numbers of at least 1 such as 1,4,16")
     if min(numbers) < 1:
@@ -332,7 +268,7 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _rates(text: str) -> list[float]:
+def floats(text: str) -> list[float]:
     """Finite numbers of at least 0, one at least."""
     numbers = _values(text, float, "numbers such as 0.5,2")
     if not all(0 <= number < math.inf for number in numbers):

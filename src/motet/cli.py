@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from .batch_cli import mount as mount_batch
-from .bench_cli import bench
+from .bench_serve_cli import bench
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
 from .openmp import wait_passively

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import sys
+import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +16,20 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import make_adapter
+from motet import pages
 from motet.bench import busy, context, decode, fine_tunes, quality, serve, speculative
+from motet.bench.lib import load as loads
 from motet.bench.lib import probes, timed
-from motet.bench.lib.report import Plot, table, write
+from motet.bench.lib.load import Measured, Objective
+from motet.bench.lib.report import draw, write
 from motet.bench.lib.timed import attended_positions, kv_position_bytes, random_request
 from motet.bench.peers import compare as peers
 from motet.export.bundle_writer import export_bundle
 from motet.finetune.data.dataset import heldout_token_ids
+from motet.pages import Bars, Lines, Table
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.checkpoints.decoder import Decoder
-from motet.runtime.errors import ConfigError
+from motet.runtime.errors import ConfigError, DataError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.layout import decoder_layout
 from motet.runtime.text.tokenizer import Tokenizer
@@ -50,7 +55,7 @@ def clock(monkeypatch):
 
 def words(path: Path) -> str:
     """The text of a report's tables, in one line without rules and markup."""
-    page = path.read_text().partition("<h2>Data")[0]
+    page = path.read_text().partition("<details>")[0]
     return " ".join(re.sub(r"<[^>]*>|[─-╿]", " ", html.unescape(page)).split())
 
 
@@ -65,26 +70,27 @@ def bundle(tiny_model_dir, tmp_path_factory):
 def test_percentiles_are_numpys():
     values = np.random.default_rng(0).random(37).tolist()
     for share in (0.0, 0.5, 0.9, 0.99, 1.0):
-        assert serve.percentile(values, share) == pytest.approx(np.quantile(values, share))
+        assert loads.percentile(values, share) == pytest.approx(np.quantile(values, share))
 
 
-def test_poisson_arrivals():
-    times = serve.poisson_arrivals(50.0, 100.0, seed=1)
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_arrivals_have_gamma_distributed_gaps(burstiness):
+    times = loads.arrival_times(50.0, 400.0, 1, burstiness)
     assert times == sorted(times)
-    assert times == serve.poisson_arrivals(50.0, 100.0, seed=1)
-    assert abs(len(times) / 5000 - 1) < 0.05
-    assert np.std(np.diff(times)) == pytest.approx(0.02, rel=0.1)
+    assert times == loads.arrival_times(50.0, 400.0, 1, burstiness)
+    assert abs(len(times) / 20_000 - 1) < 0.05
+    assert np.std(np.diff(times)) == pytest.approx(0.02 / burstiness**0.5, rel=0.1)
 
 
 def test_summary_counts_goodput_and_failures():
-    fast = serve.Measured(3, [0.1, 0.2, 0.3], 0.3)
-    late = serve.Measured(3, [0.9, 1.0, 1.1], 1.1)
-    failed = serve.Measured(error="OverloadedError")
-    figures = serve.summary([fast, late, failed], 2.0, ttft_ms=500, tpot_ms=150)
+    fast = Measured(3, [0.1, 0.2, 0.3], 0.3)
+    late = Measured(3, [0.9, 1.0, 1.1], 1.1)
+    failed = Measured(error="OverloadedError")
+    figures = loads.summary([fast, late, failed], 2.0, Objective(ttft_ms=500, tpot_ms=150))
     assert figures["goodput_s"] == 0.5
     assert figures["tokens_s"] == 3.0
     assert figures["failures"] == {"OverloadedError": 1}
-    assert figures["itl_ms"]["p50"] == pytest.approx(100.0)
+    assert figures["icl_ms"]["p50"] == pytest.approx(100.0)
 
 
 @pytest.mark.slow
@@ -262,16 +268,27 @@ def test_quality_report(bundle, tmp_path, tiny_model_dir):
 
 @pytest.mark.slow
 def test_serve_report(bundle, tmp_path):
+    lengths = {"prompt_tokens": 8, "new_tokens": 4, "duration_s": 0.5}
     result = serve.run(
-        bundle, tmp_path, rates=[4.0], clients=[2], duration_s=0.5, prompt_tokens=8, new_tokens=4, threads=2
+        bundle, tmp_path, doors=["grpc", "http"], rates=[4.0], clients=[2], repeats=2, threads=2, **lengths
     )
-    assert [load["load"] for load in result["loads"]] == ["open", "closed"]
-    assert all(load["failures"] == {} for load in result["loads"])
+    found = [(load["door"], load["load"]) for load in result["loads"]]
+    assert found == [("grpc", "open"), ("http", "open"), ("grpc", "closed"), ("http", "closed")]
+    records = [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
     for load in result["loads"]:
-        assert load["requests"] >= load["rate_or_clients"] / 4
-        assert load["requests_s"] * load["seconds"] == pytest.approx(load["requests"])
-        assert load["tokens_s"] * load["seconds"] == pytest.approx(4 * load["requests"])  # new_tokens of each
-        assert 0 < load["ttft_ms"]["p50"] <= load["e2e_ms"]["p50"]
+        assert load["failures"] == {}
+        own = [r for r in records if (r["door"], r["load"]) == (load["door"], load["load"])]
+        assert [sum(r["repeat"] == repeat for r in own) for repeat in range(2)] == [
+            one["requests"] for one in load["repeats"]
+        ]
+        assert all(r["tokens"] == 4 and r["error"] is None and r["arrivals_ms"] for r in own)
+        for one in load["repeats"]:
+            assert one["requests_s"] * one["seconds"] == pytest.approx(one["requests"])
+            assert one["tokens_s"] * one["seconds"] == pytest.approx(4 * one["requests"])  # new_tokens of each
+            assert 0 < one["ttft_ms"]["p50"] <= one["e2e_ms"]["p50"]
+        rates = sorted(one["tokens_s"] for one in load["repeats"])
+        assert rates[0] <= load["tokens_s"] <= rates[1]
+    assert words(tmp_path / "serve.html").count("http, open, 4 req/s") >= 1
 
 
 @pytest.mark.slow
@@ -290,8 +307,40 @@ def test_peers_that_are_unknown_or_absent(bundle, tmp_path, tiny_model_dir):
 
 
 def test_pages_are_self_contained(tmp_path):
-    plot = Plot("Speed", "tok/s", ["<one>"], {"a": [1.0], "b": [2.0]})
-    write("x", {"figure": 1}, [table("t", ["h"], [["<v>"]])], [plot], tmp_path)
+    parts = [
+        Table("t <1>", ["h", "n"], [["<v>", "1"]]),
+        Bars(
+            "A < B & C", "tok/s", ["<one>", "two"], {"a": [1.0, 4.0], "b": [2.0, 0.0]}, {"a": [[0.5, 2.0], [4.0, 4.0]]}
+        ),
+        Lines("Time", ("ms", "share"), {"a <x>": [[1.0, 0.5], [2.0, 1.0]], "b": [[1.0, 1.0]]}, is_log=True),
+    ]
+    write("x", {"figure": 1}, parts, tmp_path)
     page = (tmp_path / "x.html").read_text()
-    assert "&lt;one&gt;" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    for text in ("t &lt;1&gt;", "&lt;v&gt;", "&lt;one&gt;", "a &lt;x&gt;"):
+        assert text in page
+    assert "<script" not in page and not re.search(r"(src|href)=.?https?:", page.replace("http://www.w3.org", ""))
+    charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", page, re.DOTALL)]
+    assert [chart.get("aria-label") for chart in charts] == ["A < B & C (tok/s)", "Time"]
+    shown = [element.text for element in charts[0].iter("{http://www.w3.org/2000/svg}text")]
+    assert {"<one>", "two", "A < B & C", "tok/s", "4", "0"} <= set(shown)  # every value is written at its bar
+
+
+def test_pages_are_drawn_anew_from_their_json_and_listed(tmp_path):
+    write("x", {"figure": 1, "machine": {"cpu": "Z80", "cores": 1}}, [Table("t", ["h"], [["v"]])], tmp_path)
+    (tmp_path / "y.json").write_text('{"figure": 2}')
+    before = (tmp_path / "x.html").read_text()
+    (tmp_path / "x.html").unlink()
+    assert draw(tmp_path) == 2
+    assert (tmp_path / "x.html").read_text() == before
+    index = (tmp_path / "index.html").read_text()
+    assert 'href="x.html"' in index and "Z80, 1 cores" in index and 'href="y.html"' in index
+    (tmp_path / "z.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"z\.json is not a result"):
+        draw(tmp_path)
+
+
+def test_our_bars_are_sorted_among_the_others():
+    values = {"median": [1.0, 3.0, 2.0]}
+    page = pages.page("p", [Bars("speed", "tok/s", ["a", "motet b", "c"], values, ours="motet ")])
+    places = [page.index(f">{label}<") for label in ("motet b", "c", "a")]
+    assert places == sorted(places)

@@ -72,7 +72,7 @@ def test_search_and_fuse(bench, tmp_path):
     page = (tmp_path / "s" / "report.html").read_text()
     assert f"Best: trial {result.best.number}, validation loss {result.best.value:.4f} nats" in page
     for trial in result.trials:
-        assert f"<td>{trial.number}</td><td>{trial.value:.4f}</td><td>{trial.state}</td>" in page
+        assert f'<th scope="row">{trial.number}</th><td>{trial.value:.4f}</td><td>{trial.state}</td>' in page
         assert f"<td>{trial.params['learning_rate']:.3g}</td>" in page
     assert outcome(search(bench, tmp_path / "s", params).trials) == outcome(result.trials)  # done: nothing is run again
     with pytest.raises(ConfigError, match="other settings"):

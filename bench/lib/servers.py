@@ -1,0 +1,32 @@
+"""`server_process`: `motet serve` in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...runtime.errors import UnavailableError
+
+
+@contextmanager
+def server_process(bundle: Path, threads: int = 0, options: Sequence[str] = ()) -> Iterator[str]:
+    """Run `motet serve` on a free port, with more `options`, yield its address, and end it. With `--http-port` the address is
+    "HOST:PORT, HTTP on HOST:PORT".
+
+    Raises `UnavailableError` if it does not start.
+    """
+    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0"]
+    command += ["--threads", str(threads), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if " on " not in line:
+                raise UnavailableError(f"the server did not start (exit code {process.wait()}); its message is above")
+            yield line.split(") on ", 1)[1].strip()
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
