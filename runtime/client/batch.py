@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from ...proto import batch_pb2, batch_pb2_grpc
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..serve.grpc.statuses import error_of
 from .connection import Connection
 
@@ -147,6 +147,8 @@ class BatchClient:
 def _pieces(records: Iterable[tuple[str, Mapping[str, Any] | str]]) -> Iterator[batch_pb2.SubmitRequest]:
     piece, size = batch_pb2.SubmitRequest(), 0
     for id, task in records:
+        if not isinstance(id, str):
+            raise DataError(f"the id of a record must be a string, got {shown(id)}")
         try:
             record = batch_pb2.Record(id=id)
             if isinstance(task, str):

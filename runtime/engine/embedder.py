@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
-from ..api.request import Ensemble
+from ..api.request import Ensemble, Owner
 from ..backends.base import Backend
 from ..errors import (
     ContextLengthError,
@@ -23,15 +23,16 @@ from ..errors import (
     OverloadedError,
     UnavailableError,
 )
+from ..schedule.background import EVERY
 from ..schedule.batch import Batch
 from ..schedule.blocks import BlockManager
-from ..schedule.scheduler import BACKGROUND_EVERY
 from .inbox import Inbox
 
 log = logging.getLogger("motet.engine")
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 _BUSY_ROWS = 64  # of a piece, while requests run: they wait for it
+_BUSY_SHARE = 1 / 4  # of the cache, while requests run
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +42,48 @@ class EmbedJob:
     prompt: tuple[int, ...]
     ensemble: Ensemble
     on_done: Callable[[F32 | MotetError], None]
-    is_background: bool = False  # it is computed behind all others
+    owner: Owner = field(default_factory=Owner)  # batch work is computed behind all others
     is_cancelled: bool = False  # see `Embedder.cancel`
     terms: tuple[tuple[int, float], ...] = ()  # (member, coefficient)
     members: tuple[int, ...] = ()  # ascending
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     sums: F64 | None = None  # [members, hidden] of the hidden states so far
+
+    @property
+    def is_background(self) -> bool:
+        return self.owner.is_background
+
+
+class _Queue:
+    """Jobs that wait; tenants take turns."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[str, deque[EmbedJob]] = OrderedDict()  # tenant → its jobs; whose turn it is comes first
+        self.tokens: Counter[str] = Counter()  # by tenant
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def __iter__(self) -> Iterator[EmbedJob]:
+        for jobs in self._jobs.values():
+            yield from jobs
+
+    def add(self, job: EmbedJob, *, is_first: bool = False) -> None:
+        jobs = self._jobs.setdefault(job.owner.tenant, deque())
+        jobs.appendleft(job) if is_first else jobs.append(job)
+        self.tokens[job.owner.tenant] += len(job.prompt)
+
+    def first(self) -> EmbedJob:
+        return next(iter(self._jobs.values()))[0]
+
+    def remove(self, job: EmbedJob) -> None:
+        tenant = job.owner.tenant
+        self._jobs[tenant].remove(job)
+        self._jobs.move_to_end(tenant)
+        self.tokens[tenant] -= len(job.prompt)
+        if not self._jobs[tenant]:
+            del self._jobs[tenant], self.tokens[tenant]
 
 
 class Embedder:
@@ -62,8 +98,7 @@ class Embedder:
         self._most_rows, self._most_jobs = config.max_num_batched_tokens, config.max_num_seqs
         self._most_tokens = config.max_waiting_tokens
         self._lock = Lock()
-        self._waiting: tuple[deque[EmbedJob], deque[EmbedJob]] = (deque(), deque())  # of others, of batch work
-        self._num_tokens = 0  # of those that wait
+        self._waiting = (_Queue(), _Queue())  # others, batch work
         self._is_any_cancelled = False
         self._running: list[EmbedJob] = []
         self._is_closed = False
@@ -80,15 +115,9 @@ class Embedder:
         with self._lock:
             if self._is_closed or self._inbox.is_draining:
                 raise UnavailableError("the engine is shutting down; send the request to another server")
-            new = sum(len(job.prompt) for job in jobs)
-            if self._num_tokens and self._num_tokens + new > self._most_tokens:
-                raise OverloadedError(
-                    f"texts of {self._num_tokens} tokens wait to be embedded and {new} more exceed max_waiting_tokens "
-                    f"({self._most_tokens}); try again later"
-                )
-            self._num_tokens += new
+            self._check_room(jobs)
             for job in jobs:
-                self._waiting[job.is_background].append(job)
+                self._waiting[job.is_background].add(job)
         self._inbox.wake()
 
     def cancel(self, jobs: Sequence[EmbedJob]) -> None:
@@ -97,6 +126,23 @@ class Embedder:
             job.is_cancelled = True
         self._is_any_cancelled = True
         self._inbox.wake()
+
+    def _check_room(self, jobs: Sequence[EmbedJob]) -> None:
+        """A tenant's texts, and those of batch work, may be half of those that wait: others find room too."""
+        owner = jobs[0].owner
+        new = sum(len(job.prompt) for job in jobs)
+        others, batch = (queue.tokens for queue in self._waiting)
+        own, most = others[owner.tenant] + batch[owner.tenant], self._most_tokens
+        for queued, limit in (
+            (others.total() + batch.total(), most),
+            (own, most // 2 if owner.tenant else most),
+            (batch.total(), most // 2 if owner.is_background else most),
+        ):
+            if queued and queued + new > limit:
+                raise OverloadedError(
+                    f"texts of {queued} tokens wait to be embedded and {new} more exceed {limit} (max_waiting_tokens is "
+                    f"{most}; a tenant, and batch work, may have half); try again later"
+                )
 
     def _check(self, job: EmbedJob) -> None:
         if not job.prompt:
@@ -125,18 +171,24 @@ class Embedder:
         job.terms = tuple((names.index(member.name), member.mix) for member in job.ensemble.members)
         job.members = tuple(sorted({member for member, _ in job.terms}))
 
-    def step(self, blocks: BlockManager, *, is_busy: bool) -> None:
-        """Compute the next rows of some jobs. `is_busy`: requests that are not batch work run, and wait for it."""
+    def step(self, blocks: BlockManager, *, is_busy: bool, may_start: bool = True) -> bool:
+        """Compute the next rows of some jobs. False: the backend failed, and it is unknown what the step left in the cache.
+
+        `is_busy`: requests that are not batch work run or wait. `may_start` False: a request waits for blocks and none runs, so
+        new jobs leave it those that become free.
+        """
         self._drop_cancelled(blocks)
-        self._start(blocks)
+        self._give_way(blocks, is_busy)
+        if may_start:
+            self._start(blocks, is_busy)
         self._num_steps += 1
         jobs = [job for job in self._running if not job.is_background]
-        if not is_busy or self._num_steps >= BACKGROUND_EVERY:
+        if not is_busy or self._num_steps >= EVERY:
             jobs += [job for job in self._running if job.is_background]
             self._num_steps = 0
         parts = self._next_rows(jobs, _BUSY_ROWS if is_busy else self._most_rows)
         if not parts:
-            return
+            return True
         try:
             states = self._backend.hidden(_batch(parts, blocks))
         except Exception:
@@ -146,43 +198,62 @@ class Embedder:
                 self._end(
                     job, blocks, MotetError("the backend failed in a step of this request; the log has the error")
                 )
-            return
+            return False
         for (job, count), found in zip(parts, states, strict=True):
             total = found.sum(axis=1, dtype=np.float64)
             job.sums = total if job.sums is None else job.sums + total
             job.num_computed += count
             if job.num_computed == len(job.prompt):
                 self._end(job, blocks, _embedding(job))
+        return True
 
-    def _drop_cancelled(self, blocks: BlockManager) -> None:
+    def _give_way(self, blocks: BlockManager, is_busy: bool) -> None:
+        """Batch jobs that others need the places or blocks of begin again later. Beside other work one may run."""
+        first = self._waiting[0].first() if self._waiting[0] else None
+        running = [job for job in self._running if job.is_background]
+        kept = 1 if is_busy else len(running)
+        while running and (len(running) > kept or (first is not None and not self._fits(first, blocks, is_busy))):
+            job = running.pop()
+            self._running.remove(job)
+            blocks.free(job.blocks)
+            job.blocks, job.num_computed, job.sums = [], 0, None
+            with self._lock:
+                self._waiting[1].add(job, is_first=True)
+
+    def _drop_cancelled(self, blocks: BlockManager, gone: MotetError | None = None) -> None:
         if not self._is_any_cancelled:
             return
         self._is_any_cancelled = False  # before they are looked for: others may come meanwhile
-        gone = MotetError("the request was cancelled")
+        gone = gone or MotetError("the request was cancelled")
         for job in [job for job in self._running if job.is_cancelled]:
             self._end(job, blocks, gone)
         with self._lock:
             dropped = [job for queue in self._waiting for job in queue if job.is_cancelled]
-            for queue in self._waiting:
-                kept = [job for job in queue if not job.is_cancelled]
-                queue.clear()
-                queue.extend(kept)
-            self._num_tokens -= sum(len(job.prompt) for job in dropped)
+            for job in dropped:
+                self._waiting[job.is_background].remove(job)
         for job in dropped:
             job.on_done(gone)
 
-    def _start(self, blocks: BlockManager) -> None:
-        while any(self._waiting) and len(self._running) < self._most_jobs:
-            queue = self._waiting[0] or self._waiting[1]
-            job = queue[0]
-            count = blocks.blocks_for(len(job.prompt))
-            if not blocks.can_allocate(count):
-                return
+    def _start(self, blocks: BlockManager, is_busy: bool) -> None:
+        while any(self._waiting):
             with self._lock:
-                queue.popleft()
-                self._num_tokens -= len(job.prompt)
-            job.blocks = blocks.allocate(count)
+                queue = self._waiting[0] or self._waiting[1]
+                job = queue.first()
+                if not self._fits(job, blocks, is_busy):
+                    return
+                queue.remove(job)
+            job.blocks = blocks.allocate(blocks.blocks_for(len(job.prompt)))
             self._running.append(job)
+
+    def _fits(self, job: EmbedJob, blocks: BlockManager, is_busy: bool) -> bool:
+        """Whether a job may start. Beside other work jobs hold a part of the cache, or it is one job."""
+        count = blocks.blocks_for(len(job.prompt))
+        if len(self._running) >= self._most_jobs or not blocks.can_allocate(count):
+            return False
+        if not is_busy or not self._running:
+            return True
+        held = sum(len(other.blocks) for other in self._running)
+        return not job.is_background and held + count <= _BUSY_SHARE * blocks.num_blocks
 
     def _next_rows(self, jobs: Sequence[EmbedJob], room: int) -> list[tuple[EmbedJob, int]]:
         """(job, rows), in the order of the jobs."""
@@ -205,9 +276,7 @@ class Embedder:
             self._is_closed |= close
             jobs = [*self._running, *self._waiting[0], *self._waiting[1]]
             self._running.clear()
-            self._waiting[0].clear()
-            self._waiting[1].clear()
-            self._num_tokens = 0
+            self._waiting = (_Queue(), _Queue())
         for job in jobs:
             job.on_done(error)
 
@@ -216,11 +285,9 @@ class Embedder:
         with self._lock:
             jobs = [*self._running, *self._waiting[0], *self._waiting[1]]
         self.cancel(jobs)
-        self._drop_cancelled(blocks)
-
-    def tables(self) -> Iterator[list[int]]:
-        """The blocks of each running job."""
-        yield from (job.blocks for job in self._running)
+        self._drop_cancelled(
+            blocks, UnavailableError("the server goes out of service; send the request to another one")
+        )
 
 
 def _batch(parts: Sequence[tuple[EmbedJob, int]], blocks: BlockManager) -> Batch:

@@ -16,10 +16,10 @@ from ..api.request import FinishReason, Request
 from ..backends.base import Backend
 from ..errors import MotetError, UnavailableError
 from ..schedule.admission import Admission
+from ..schedule.background import foreground
 from ..schedule.batch import StepOutput
 from ..schedule.blocks import BlockManager
 from ..schedule.packing import GroupTokens, ScheduledBatch
-from ..schedule.queue import foreground
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Group
 from ..text.grammar import Grammars
@@ -164,7 +164,7 @@ class Engine:
         return results
 
     def stats(self) -> EngineStats:
-        blocks = self._scheduler.blocks
+        blocks, counts = self._scheduler.blocks, self._scheduler.counts
         return EngineStats(
             waiting=self._inbox.num_waiting,
             running=len(self._scheduler.running),
@@ -174,10 +174,10 @@ class Engine:
             tokens=self._tokens,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            drafted_tokens=self._scheduler.num_drafted,
-            preemptions=self._scheduler.num_preempted,
+            drafted_tokens=counts["drafted"],
+            preemptions=counts["preempted"],
             restarts=self._num_restarts,
-            accepted_tokens=self._scheduler.num_accepted,
+            accepted_tokens=counts["accepted"],
         )
 
     def drain(self) -> None:
@@ -242,12 +242,11 @@ class Engine:
         self._restarts.append(now)
         if again:
             self._num_restarts += 1
-            blocks = self._scheduler.blocks
-            old, self._scheduler = (
-                self._scheduler,
-                self._new_scheduler(BlockManager(blocks.num_blocks, blocks.block_size, stale=True)),
+            old = self._scheduler
+            self._scheduler = self._new_scheduler(
+                BlockManager(old.blocks.num_blocks, old.blocks.block_size, stale=True)
             )
-            self._scheduler.go_on_counting(old)
+            self._scheduler.counts = old.counts
         return again
 
     def _take_inbox(self) -> bool:
@@ -272,10 +271,14 @@ class Engine:
 
     def _step(self) -> None:
         self._end_overdue()
-        self.embedder.step(self._scheduler.blocks, is_busy=bool(foreground(self._answers)))
-        scheduled = self._scheduler.schedule() if self._answers else None
+        scheduler = self._scheduler
+        is_busy, may_start = bool(foreground(self._answers)), bool(scheduler.running) or not scheduler.waiting
+        if not self.embedder.step(scheduler.blocks, is_busy=is_busy, may_start=may_start):
+            scheduler.preempt_all()
+        scheduled = scheduler.schedule() if self._answers else None
         if scheduled is None:
-            self._scheduler.check_integrity(self.embedder.tables())
+            if self.embedder.is_idle:
+                scheduler.check_integrity()
             return
         self._note_admitted()
         start = time.monotonic()

@@ -25,6 +25,7 @@ class Inbox:
         self._items: deque[list[Answer] | Abort] = deque()
         self._waiting: Counter[str] = Counter()  # choices by tenant
         self._tokens: Counter[str] = Counter()  # of their prompts
+        self._batch = Counter[str]()  # "choices" and "tokens" of batch work among them: at most half
         self._departures: deque[float] = deque([time.monotonic()], maxlen=_RATE_OVER)
         self._is_woken = False
         self.is_draining = False
@@ -47,6 +48,7 @@ class Inbox:
                 raise UnavailableError("the engine is shutting down; send the request to another server")
             for waiting, limit, whose in (
                 (self._waiting[owner.tenant], owner.max_waiting, f"of tenant '{owner.tenant}' "),
+                (self._batch["choices"], self._max_waiting // 2 if owner.is_background else None, "of batch work "),
                 (self.num_waiting, self._max_waiting, ""),
             ):
                 excess = 0 if limit is None else waiting + len(answers) - limit
@@ -60,6 +62,7 @@ class Inbox:
             tokens = sum(map(_num_tokens, answers))
             for queued, limit in (
                 (self._tokens[owner.tenant], self._max_tokens // 2 if owner.tenant else self._max_tokens),
+                (self._batch["tokens"], self._max_tokens // 2 if owner.is_background else self._max_tokens),
                 (self._tokens.total(), self._max_tokens),
             ):
                 if queued and queued + tokens > limit:
@@ -70,6 +73,8 @@ class Inbox:
                     )
             self._tokens[owner.tenant] += tokens
             self._waiting[owner.tenant] += len(answers)
+            if owner.is_background:
+                self._batch.update(choices=len(answers), tokens=tokens)
             self._items.append(answers)
             self._changed.notify()
 
@@ -98,6 +103,8 @@ class Inbox:
         """A choice waits no more: it runs, or has ended."""
         with self._changed:
             tenant = answer.request.owner.tenant
+            if answer.request.owner.is_background:
+                self._batch.subtract({"choices": 1, "tokens": _num_tokens(answer)})
             self._tokens[tenant] -= _num_tokens(answer)
             self._waiting[tenant] -= 1
             if not self._waiting[tenant]:

@@ -67,6 +67,10 @@ class BlockManager:
                 else:
                     self._give_back(block)
 
+    def count_freed(self, blocks: Iterable[int]) -> int:
+        """Blocks that nothing refers to once these references, one each, are dropped."""
+        return sum(self._owners[block] == count for block, count in Counter(blocks).items())
+
     def publish(self, block: int, digest: bytes, members: Iterable[int]) -> None:
         """A used block is full and can be shared from now on. `members`: those whose tails ran over it."""
         assert block in self._owners

@@ -24,7 +24,6 @@ Ids = TypeVar("Ids", int, I64)
 # rows: 0.13 with 4-bit weights, 0.06 with 8 bits). Adding a row pays if its chance of a token is above its share of
 # the step's cost.
 ROW_COST = 0.1
-BACKGROUND_SHARE = 1 / 8  # of a step
 MARGIN = 1.25  # what is not in the model: sampling a row, the gaps between steps
 
 # A new group's chances that the next token is guessed right, by how many tokens have matched so far.
@@ -44,12 +43,6 @@ class StepLoad:
         """The chance of a token above which `rows` more rows raise the tokens per second."""
         cost = 1 + ROW_COST * (self.rows - 1)
         return MARGIN * ROW_COST * rows * self.tokens / cost
-
-
-def background_room(rows: int) -> int:
-    """Most rows of a step with `rows` rows of other work, so that batch work makes it at most an eighth longer; at least one,
-    so that batch work goes on."""
-    return rows + max(1, int(BACKGROUND_SHARE * (1 + ROW_COST * (rows - 1)) / ROW_COST))
 
 
 class Drafter:

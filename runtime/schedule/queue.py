@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from .sequence import Group
 
@@ -133,26 +133,16 @@ class WaitingQueue:
             del self._num_running[idle]
 
 
-def background(groups: Sequence[Group]) -> list[Group]:
-    """Those of batch work, in their order."""
-    return [group for group in groups if group.owner.is_background]
-
-
-def foreground(groups: Collection[Group]) -> list[Group]:
-    """Those of other work, in their order."""
-    return [group for group in groups if not group.owner.is_background]
-
-
-def groups_over_share(group: Group, running: Sequence[Group], places: int) -> list[Group]:
+def groups_over_share(group: Group, running: Sequence[Group], places: int) -> list[Group] | None:
     """Running groups that must give up their places so that a waiting one can start, the latest first.
 
     Batch work gives way to all other work, and nothing gives way to batch work. A tenant's share of the `places` for sequences
     is its weight's. Groups give way only to a tenant that stays within its share, and only while their own tenant keeps
-    its share. Empty if that is not enough.
+    its share. None if that is not enough.
     """
     owner, chosen = group.owner, list[Group]()
     if owner.is_background:
-        return []
+        return None
     missing = sum(len(other.sequences) for other in (*running, group)) - places
     for other in reversed(running):
         if missing > 0 and other.owner.is_background:
@@ -167,11 +157,11 @@ def groups_over_share(group: Group, running: Sequence[Group], places: int) -> li
     weights = {other.owner.tenant: other.owner.weight for other in (*others, group)}
     share = {tenant: places * weight / sum(weights.values()) for tenant, weight in weights.items()}
     if held[owner.tenant] > max(share[owner.tenant], 1):
-        return []
+        return None
     for other in reversed(others):
         tenant, size = other.owner.tenant, len(other.sequences)
         if missing > 0 and tenant != owner.tenant and held[tenant] - size >= share[tenant]:
             chosen.append(other)
             held[tenant] -= size
             missing -= size
-    return chosen if missing <= 0 else []
+    return chosen if missing <= 0 else None

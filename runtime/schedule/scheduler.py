@@ -12,19 +12,19 @@ the seed, the position and the tokens before, so an answer is the same with draf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator
 from itertools import chain
 
 from ..api.request import FinishReason
+from .background import BackgroundTurns, background, foreground
 from .batch import StepOutput
 from .blocks import BlockManager
-from .drafts import StepLoad, background_room
+from .drafts import StepLoad
 from .packing import GroupRows, GroupTokens, PrefillRows, ScheduledBatch, num_rows, pack
-from .queue import WaitingQueue, background, foreground, groups_over_share
+from .queue import WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
-
-BACKGROUND_EVERY = 128  # steps: more than a hundred, so that the 99th percentile of a token's time does not see it
 
 # (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
@@ -59,18 +59,10 @@ class Scheduler:
         self._prefill_chunk = min(prefill_chunk, max_num_batched_tokens)
         self._sharing = PrefixSharing(blocks, enabled=prefix_cache, keeps_trunk=keeps_trunk)
         self._sample_prefill = sample_prefill
-        self._steps_alone = 0  # since a chunk of batch work
-        self.num_drafted = 0  # draft tokens since the start
-        self.num_preempted = 0
-        self.num_accepted = 0  # of these, those that were drawn
-
-    def go_on_counting(self, other: Scheduler) -> None:
-        """Begin with the counts of the scheduler before this one."""
-        self.num_drafted, self.num_accepted, self.num_preempted = (
-            other.num_drafted,
-            other.num_accepted,
-            other.num_preempted,
-        )
+        self._turns = BackgroundTurns()
+        self.counts = Counter[
+            str
+        ]()  # since the start: preempted groups; drafted tokens, and those of them that were accepted
 
     def add(self, group: Group) -> None:
         self.waiting.add(group)
@@ -92,14 +84,14 @@ class Scheduler:
         self._release(group)
         group.status = SequenceStatus.WAITING
         group.num_preemptions += 1
-        self.num_preempted += 1
+        self.counts["preempted"] += 1
         self.waiting.put_back(group)
 
     def schedule(self) -> ScheduledBatch | None:
         """The next batch, to be passed to `commit` or `fail`; None if there is nothing to compute."""
         self._admit()
         self._adopt()
-        self._steps_alone += 1
+        self._turns.next_step()
         decodes = self._schedule_decode()
         prefills = self._schedule_prefill(num_rows(decodes, []))
         if self._sample_prefill:
@@ -141,8 +133,8 @@ class Scheduler:
         scored = min(count, len(unscored))
         self.waiting.computed(group, sum(decode.prompt_rows) + scored, (count - scored) * len(group.sequences))
         if not unscored:
-            self.num_drafted += len(decode.draft)
-            self.num_accepted += count - (error is None)
+            self.counts["drafted"] += len(decode.draft)
+            self.counts["accepted"] += count - (error is None)
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
             if error is None:
                 self._sharing.advance(sequence, prompt_rows + count)
@@ -157,15 +149,17 @@ class Scheduler:
         under_way = {prefill.sequence for prefill in scheduled.prefills}
         under_way |= {sequence for decode in scheduled.decodes for sequence in decode.group.sequences}
         failed = [group for group in self.running if not under_way.isdisjoint(group.sequences)]
-        for group in self.running[::-1]:
-            if group not in failed:
-                self.preempt(group)
+        self.preempt_all(failed)
         return failed
 
-    def check_integrity(self, others: Iterable[list[int]] = ()) -> None:
-        """Assert that the running sequences' tables and `others` account for every used block (see
-        `BlockManager.check_integrity`)."""
-        self.blocks.check_integrity([*(s.block_table for group in self.running for s in group.sequences), *others])
+    def preempt_all(self, but: Collection[Group] = ()) -> None:
+        """The running groups wait again: it is unknown what the cache holds."""
+        for group in [group for group in self.running if group not in but][::-1]:
+            self.preempt(group)
+
+    def check_integrity(self) -> None:
+        """Assert that the running sequences' tables account for every used block (see `BlockManager.check_integrity`)."""
+        self.blocks.check_integrity(s.block_table for group in self.running for s in group.sequences)
 
     # ---- steps of schedule() -------------------------------------------------------------------------------------
 
@@ -193,14 +187,22 @@ class Scheduler:
                 return
 
     def _make_room(self, group: Group) -> bool:
-        """Preempt groups of tenants that run more than their share, if this one may have their places."""
-        victims = groups_over_share(group, self.running, self._max_num_seqs)
-        free = self.blocks.num_free + sum(len(s.block_table) for victim in victims for s in victim.sequences)
-        if sum(self.blocks.blocks_for(len(sequence.tokens)) for sequence in group.sequences) > free:
-            return False  # it could not start all the same
+        """Preempt batch work, and groups of tenants that run more than their share, if this one can have their room."""
+        if (victims := groups_over_share(group, self.running, self._max_num_seqs)) is None:
+            return False
+        missing = sum(self.blocks.blocks_for(len(s.tokens)) for s in group.sequences) - self.blocks.num_free
+        for other in background(self.running)[::-1]:
+            if other not in victims and self._held_by(victims) < missing:
+                victims.append(other)
+        if self._held_by(victims) < missing:
+            return False
         for other in victims:
             self.preempt(other)
         return bool(victims)
+
+    def _held_by(self, groups: Collection[Group]) -> int:
+        """Blocks that nothing but these groups holds."""
+        return self.blocks.count_freed(chain.from_iterable(s.block_table for group in groups for s in group.sequences))
 
     def _start(self, group: Group) -> bool:
         """Start a group of the queue if there are places for its sequences, and blocks for all of their tokens."""
@@ -240,20 +242,21 @@ class Scheduler:
 
     def _schedule_decode(self) -> list[GroupRows]:
         """One row per sequence of every group whose prefill is complete, the oldest group first. Batch work comes last, and
-        beside other work it has only as many rows as hardly slow the step."""
+        beside other work it has only as many rows as hardly slow the step: a group of more rows waits some steps for them."""
         decodes: list[GroupRows] = []
-        rows, most = 0, self._max_rows
+        rows = 0
         for group in (*foreground(self.running), *background(self.running)):
-            if group.owner.is_background and foreground(self.running):
-                most = min(most, background_room(rows))
             if group.status is not SequenceStatus.RUNNING or any(s.num_prefill for s in group.sequences):
                 continue
-            if rows + len(group.sequences) > most and rows:
+            count = len(group.sequences)
+            if rows + count > self._max_rows and rows:
+                break
+            if group.owner.is_background and foreground(self.running) and not self._turns.may_draw(rows, count):
                 break
             if not self._grow(group):
                 continue
-            rows += len(group.sequences)
-            decodes.append(GroupRows(group, [0] * len(group.sequences)))
+            rows += count
+            decodes.append(GroupRows(group, [0] * count))
         return decodes
 
     def _grow(self, group: Group) -> bool:
@@ -285,7 +288,7 @@ class Scheduler:
                 break
             prefills.append(prefill)
             if group.owner.is_background:
-                self._steps_alone = 0
+                self._turns.prefilled()
                 if foreground(self.running):
                     break
             under_way.update(blocks)
@@ -314,7 +317,7 @@ class Scheduler:
     def _prefilling(self) -> Iterator[tuple[Group, Sequence]]:
         """In the order of the queue's `prefill_order`. Beside other work, batch work has a chunk only now and then: each makes a
         token of the others late."""
-        groups = foreground(self.running) if self._steps_alone < BACKGROUND_EVERY else self.running
+        groups = self.running if self._turns.may_prefill else foreground(self.running)
         for group in sorted(groups or self.running, key=self.waiting.prefill_order):
             yield from ((group, sequence) for sequence in group.sequences if sequence.num_prefill)
 

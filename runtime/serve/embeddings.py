@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..api.request import Ensemble
+from ..api.request import Ensemble, Owner
 from ..engine.embedder import Embedder, EmbedJob
 from ..errors import MotetError
 
@@ -23,14 +23,13 @@ class Embeddings:
 
 
 async def embed_all(
-    embedder: Embedder, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble, *, is_background: bool = False
+    embedder: Embedder, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble, owner: Owner
 ) -> list[npt.NDArray[np.float32]]:
     """One per prompt. Cancelling it cancels them. Raises what `Embedder.submit` raises, and the error that ended one."""
     loop = asyncio.get_running_loop()
     waiting: list[asyncio.Future[Any]] = [loop.create_future() for _ in prompts]
     jobs = [
-        EmbedJob(prompt, ensemble, _resolver(loop, one), is_background)
-        for prompt, one in zip(prompts, waiting, strict=True)
+        EmbedJob(prompt, ensemble, _resolver(loop, one), owner) for prompt, one in zip(prompts, waiting, strict=True)
     ]
     embedder.submit(jobs)
     try:

@@ -37,7 +37,7 @@ class RequestReader:
             request.structure is not None
         ):  # compiled here, in a reader's thread; the engine finds it among those of late
             self._engine.grammars.matcher(request.structure)
-        sampling, owner = request.sampling, self._owner(identity)
+        sampling, owner = request.sampling, self.owner(identity)
         choices = max(sampling.n, request.drafts)
         if owner.max_waiting is not None and choices > owner.max_waiting:
             raise InvalidRequestError(
@@ -62,7 +62,8 @@ class RequestReader:
             owner=owner,
         )
 
-    def _owner(self, identity: Identity) -> Owner:
+    def owner(self, identity: Identity) -> Owner:
+        """Whose turn this caller's requests take."""
         limits, most = self._quotas.of(identity.tenant), self._engine.config.max_waiting
         waiting = limits.max_waiting or (max(most // 2, 1) if identity.tenant else None)
         return Owner(identity.tenant, limits.weight, identity.is_background, waiting)

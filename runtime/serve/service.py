@@ -203,7 +203,7 @@ class Service:
             chosen = ensemble or model.default_ensemble
             call.mix = {member.name: member.mix for member in chosen.members}
             self._quotas.spend(tenant, call.prompt_tokens)
-            found = await embed_all(self._engine.embedder, tokens, chosen, is_background=caller.identity.is_background)
+            found = await embed_all(self._engine.embedder, tokens, chosen, self._reader.owner(caller.identity))
             return Embeddings(found, call.prompt_tokens)
 
     async def tokenize(self, prompt: Prompt, caller: Caller) -> tuple[int, ...]:

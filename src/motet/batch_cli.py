@@ -96,10 +96,13 @@ def _lines(source: Path, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 found = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{source}:{number} is not JSON: {error}") from None
-            if not isinstance(found, dict) or not {"custom_id", "body"} <= set(found):
-                raise DataError(f"{source}:{number} must have custom_id, url and body")
-            if found.get("url") != url:
-                raise DataError(f"{source}:{number} is for {found.get('url')}, and the first line for {url}")
+            kinds = {"custom_id": str, "url": str, "body": dict}
+            if not isinstance(found, dict) or not all(isinstance(found.get(k), kind) for k, kind in kinds.items()):
+                raise DataError(
+                    f"{source}:{number} must have custom_id and url, which are strings, and body, an object"
+                )
+            if found["url"] != url:
+                raise DataError(f"{source}:{number} is for {found['url']}, and the first line for {url}")
             yield found["custom_id"], found["body"]
 
 
@@ -149,8 +152,13 @@ def results(
             return
         if out.exists():
             raise ConfigError(f"'{out}' exists; choose another file")
-        with out.open("w", encoding="utf-8") as file:
-            file.writelines(f"{_line(result)}\n" for result in client.results(job))
+        new = out.with_name(f"{out.name}.new")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.writelines(f"{_line(result)}\n" for result in client.results(job))
+            os.replace(new, out)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def _line(result: RecordResult) -> str:

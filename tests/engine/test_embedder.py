@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.fake_backend import FakeBackend, ask, make_engine, start
 from helpers.servers import until
-from motet.runtime.api.request import Ensemble, Member
+from motet.runtime.api.request import Ensemble, Member, Owner
 from motet.runtime.engine.embedder import EmbedJob
 from motet.runtime.errors import (
     ContextLengthError,
@@ -131,3 +131,90 @@ def test_what_is_refused(tokenizer):
         many = [[EmbedJob(tuple(range(60)), MIX, lambda _result: None)] for _ in range(20)]
         with pytest.raises(OverloadedError, match="max_waiting_tokens"):
             list(map(engine.embedder.submit, many))
+
+
+BATCH = Owner(is_background=True)
+
+
+def submit(engine, prompts, owner=None, ended=None):
+    """Queue prompts; the list gets the index of each when it has ended."""
+    order = [] if ended is None else ended
+    jobs = [EmbedJob(p, MIX, lambda _r, i=i: order.append(i), owner or Owner()) for i, p in enumerate(prompts)]
+    engine.embedder.submit(jobs)
+    return order
+
+
+def test_batch_work_gives_its_places_to_others(tokenizer):
+    """Beside a request one batch job runs, and none that another embedding needs the place of."""
+    backend = FakeBackend(200)
+    backend.on_step = lambda _batch: time.sleep(0.002)
+    with make_engine(tokenizer, backend, max_num_seqs=4) as engine:
+        behind = submit(engine, [tuple(range(90))] * 8, BATCH)
+        wait = start(engine, [ask("r", (1, 2, 3), max_tokens=80)])
+        until(lambda: engine.stats().running == 1)
+        for prompt, found in zip(PROMPTS, embed(engine, PROMPTS), strict=True):
+            np.testing.assert_allclose(found, expected(prompt), atol=1e-6)
+        assert engine.stats().running == 1, "they came before the request had ended"
+        assert len(behind) < 8
+        wait()
+        until(lambda: len(behind) == 8)
+        until(lambda: engine.is_idle)
+        assert engine.stats().free_blocks == 200
+
+
+def test_embeddings_leave_blocks_to_a_long_prompt(tokenizer):
+    """They come without end, and the prompt needs more blocks than they leave."""
+    backend, ended, stop = FakeBackend(40), [], threading.Event()
+    with make_engine(tokenizer, backend, max_num_seqs=16, max_model_len=200) as engine:
+
+        def flood():
+            while not stop.is_set():
+                submit(engine, [tuple(range(40))] * 12, ended=ended)
+                until(lambda: len(ended) % 12 < 8)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        until(lambda: len(ended) > 20)
+        try:
+            [[answer]] = engine.complete([ask("r", tuple(range(170)), max_tokens=8)])
+            assert len(answer.token_ids) == 8
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_tenants_take_turns_and_leave_each_other_room(tokenizer):
+    backend, order = FakeBackend(200), []
+    with make_engine(tokenizer, backend, max_num_seqs=1, max_waiting_tokens=1000) as engine:
+        gate = threading.Event()
+        backend.on_step = lambda _batch: gate.wait(10)
+        submit(engine, [(1,) * 30])
+        until(lambda: engine.embedder._running)
+        for tenant, count in (("a", 6), ("b", 2)):
+            jobs = [EmbedJob((1,) * 80, MIX, lambda _r, t=tenant: order.append(t), Owner(tenant)) for _ in range(count)]
+            engine.embedder.submit(jobs)
+        with pytest.raises(OverloadedError, match="half"):
+            submit(engine, [(1,) * 80], Owner("a"))
+        with pytest.raises(OverloadedError, match="half"):
+            submit(engine, [(1,) * 80] * 7, Owner("c", is_background=True))
+        submit(engine, [(1,) * 80], Owner("c"))
+        gate.set()
+        until(lambda: engine.is_idle)
+    assert order[:5] == ["a", "b", "a", "b", "a"]
+
+
+def test_a_step_that_fails_makes_requests_begin_again(tokenizer):
+    """It is unknown what it left in the cache."""
+    request = ask("r", (1, 2, 3), max_tokens=80)
+    backend = FakeBackend(200)
+    with make_engine(tokenizer, backend) as engine:
+        [[alone]] = engine.complete([request])
+        backend.on_step = lambda _batch: time.sleep(0.002)
+        wait = start(engine, [request])
+        until(lambda: engine.stats().running == 1)
+        fail = backend.hidden
+        backend.hidden = lambda _batch: 1 / 0
+        assert isinstance(embed(engine, PROMPTS[:1])[0], MotetError)
+        backend.hidden = fail
+        assert wait()["r", 0].token_ids == alone.token_ids
+        assert engine.stats().preemptions == 1

@@ -50,7 +50,7 @@ def test_a_fault_of_the_engine_ends_what_is_there_and_no_more(tokenizer, monkeyp
     backend = FakeBackend()
     with make_engine(tokenizer, backend) as engine:
         expected = engine.complete([ask("c")])[0][0].token_ids
-        engine._scheduler.num_preempted = preempted = 7
+        engine._scheduler.counts["preempted"] = preempted = 7
         monkeypatch.setattr(engine._scheduler, "commit", lambda scheduled, output, end_of: 1 / 0)
         results = gather(engine, [ask("a"), ask("b", n=2)])
         assert {output.finish_reason for output in results.values()} == {FinishReason.ERROR}

@@ -197,7 +197,7 @@ def test_what_is_right_is_kept_and_the_rest_dropped(right):
     assert (run.count, run.reason, run.error) == (right + 1, None, None)
     assert group.output.array().tolist() == [112, *range(113, 113 + right), 55]
     assert group.sequences[0].num_computed == len(group.sequences[0].tokens) - 1
-    assert (scheduler.num_drafted, scheduler.num_accepted) == (size, right)
+    assert (scheduler.counts["drafted"], scheduler.counts["accepted"]) == (size, right)
     scheduler.check_integrity()
     following = scheduler.schedule().batch
     assert following.positions[0] == 44 + right

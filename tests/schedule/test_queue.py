@@ -108,22 +108,22 @@ def test_batch_work_comes_last():
 
 def test_who_gives_way():
     flood = [group("a") for _ in range(4)]
-    assert groups_over_share(group("a"), flood, 4) == []  # nobody to its own tenant
+    assert groups_over_share(group("a"), flood, 4) is None  # nobody to its own tenant
     assert groups_over_share(group("b"), flood, 4) == [flood[3]]
     even = [*flood[:2], group("b"), group("b")]
-    assert groups_over_share(group("b"), even, 4) == []  # b would have more than its share
-    assert groups_over_share(group("a"), even, 4) == []
+    assert groups_over_share(group("b"), even, 4) is None  # b would have more than its share
+    assert groups_over_share(group("a"), even, 4) is None
     assert groups_over_share(group("b", sequences=2), flood, 4) == [flood[3], flood[2]]
-    assert groups_over_share(group("b", sequences=3), flood, 4) == []
+    assert groups_over_share(group("b", sequences=3), flood, 4) is None
     assert groups_over_share(group("b", weight=3.0, sequences=3), flood, 4) == flood[:0:-1]
     job = [group("a", background=True) for _ in range(4)]
     assert groups_over_share(group("a"), job, 4) == [job[3]]
-    assert groups_over_share(group("c", background=True), job, 4) == []  # batch work takes no place away
-    assert groups_over_share(group("c", background=True), flood, 4) == []
+    assert groups_over_share(group("c", background=True), job, 4) is None  # batch work takes no place away
+    assert groups_over_share(group("c", background=True), flood, 4) is None
     both = [*flood[:2], group("b", background=True), group("b", background=True)]
     assert groups_over_share(group("a"), both, 4) == [both[3]]  # also from a tenant within its share
     assert groups_over_share(group("b"), both, 4) == [both[3]]
-    assert groups_over_share(group("a", sequences=3), both, 4) == []  # its own others stay
+    assert groups_over_share(group("a", sequences=3), both, 4) is None  # its own others stay
 
 
 def test_a_flood_keeps_no_one_waiting():

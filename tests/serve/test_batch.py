@@ -27,11 +27,13 @@ from motet.runtime.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from motet.runtime.serve.batch import runner
 from motet.runtime.serve.batch.runner import Jobs
 from motet.runtime.serve.http.app import App
 from motet.runtime.trust.access import Access
 from motet.runtime.trust.identity import Role
 from motet.runtime.trust.keys import KeyFile, add_key
+from motet.runtime.trust.quotas import TenantLimits
 
 BODY = {"max_tokens": 6, "ignore_eos": True, "temperature": 0.9}
 
@@ -319,3 +321,42 @@ def grow(store, job):
     """Make its results as large as those of a model that is not tiny."""
     large = json.dumps({"data": "x" * 2**20}).encode()
     store._database.execute("update records set response = ? where job = ?", (large, job))
+
+
+def test_a_small_quota_makes_a_job_slower_and_loses_nothing(engine, tmp_path, monkeypatch):
+    """One record may run at a time, and the others are refused meanwhile, far more often than a record may be refused alone."""
+    monkeypatch.setattr(runner, "_MOST_WAITS", 3)
+    limits = {"default": TenantLimits(max_requests=2)}
+    with with_jobs(engine, tmp_path, service={"limits": limits}) as running, BatchClient(running.address) as client:
+        job = client.submit("/v1/completions", records(60))
+        last, found = ended(client, job.id)
+        assert (last.done, last.failed, len(found)) == (60, 0, 60)
+
+
+def test_a_record_that_never_has_room_has_an_end(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_MOST_WAITS", 2)
+    limits = {"default": TenantLimits(requests_per_minute=3)}
+    with with_jobs(engine, tmp_path, service={"limits": limits}) as running, BatchClient(running.address) as client:
+        job = client.submit("/v1/completions", [("r", {"prompt": [f"text {i}" for i in range(5)], **BODY})])
+        last, found = ended(client, job.id)
+        assert (last.failed, found["r"].status) == (1, 429)
+
+
+@pytest.mark.parametrize("method", ["Results", "Watch"])
+def test_results_that_nobody_reads_are_ended(engine, tmp_path, method):
+    with (
+        with_jobs(engine, tmp_path, service={"send_timeout_s": 0.5}) as running,
+        BatchClient(running.address) as client,
+        grpc.insecure_channel(running.address) as channel,
+    ):
+        texts = [f"text {i}" for i in range(20)]
+        job = client.submit("/v1/embeddings", [(f"r{i}", {"input": texts}) for i in range(12)])
+        ended(client, job.id)
+        running.start(running.server.jobs._run(lambda: grow(running.server.jobs._store, job.id))).result(20)
+        stub = batch_pb2_grpc.BatchStub(channel)
+        calls = [getattr(stub, method)(batch_pb2.ResultsRequest(job_id=job.id)) for _ in range(5)]
+        time.sleep(1.5)  # the server gives up on them
+        assert running.server.service._quotas.num_open == 0
+        for call in calls:
+            with pytest.raises(grpc.RpcError, match="not read"):
+                list(call)

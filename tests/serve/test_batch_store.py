@@ -95,3 +95,30 @@ def test_tenants_take_turns(tmp_path):
     assert [record.id for record in store.take(6)] == ["a0", "b0", "a1", "b1", "a2", "a3"]
     assert [record.id for record in store.take(2)] == ["a4", "a5"]
     store.close()
+
+
+def test_a_tenant_gets_no_more_than_it_may_have(tmp_path):
+    store = JobStore(tmp_path)
+    for tenant in ("a", "b"):
+        job = store.begin(tenant, "me", "/v1/completions", "{}")
+        store.extend(job, ((f"{tenant}{i}", b"{}") for i in range(5)))
+        store.complete(job)
+    assert [record.id for record in store.take(6, {"a": 1, "b": 0})] == ["a0"]
+    assert [(record.id, record.tenant) for record in store.take(2)] == [("a1", "a"), ("b0", "b")]
+    store.close()
+
+
+def test_what_is_kept_is_counted_and_nothing_else(tmp_path):
+    """Small records count what the database needs for them; results of a job that was cancelled are not kept."""
+    store = JobStore(tmp_path)
+    job = store.begin("", "me", "/v1/completions", "{}")
+    store.extend(job, ((f"r{i:05}", b"{}") for i in range(20_000)))
+    store.complete(job)
+    counted = store._held(job)
+    store._database.execute("pragma wal_checkpoint(truncate)")
+    assert 0.5 < counted / (tmp_path / "jobs.sqlite").stat().st_size < 2
+    [record] = store.take(1)
+    store.cancel(job)
+    store.finish(record, 200, b"x" * 1000)
+    assert store._held(job) == counted
+    store.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -41,7 +42,7 @@ _POLL_S = 0.25
 MAX_DEFAULTS_BYTES = 16 * 2**10
 _PIECE = 64  # records that are added at once
 _LONGEST_WAIT_S = 30.0  # of a tenant whose quota is spent
-_MOST_WAITS = 200  # of a record for room; then its result says that there was none
+_MOST_WAITS = 200  # of a record for room while no other of its tenant runs; then its result says that there was none
 _MOST_ATTEMPTS = 3  # of a record that ends with a fault of the server
 _AGAIN = 429, 503  # no answer, but "later"
 
@@ -61,6 +62,7 @@ class Jobs:
         self._later: dict[
             str, tuple[float, float]
         ] = {}  # tenant → (when it has its turn again, seconds of the last wait)
+        self._most: dict[str, float] = {}  # tenant that was refused → records that it may have running
         self._cleaning: set[asyncio.Task[None]] = set()
         self._is_stopped = False
 
@@ -178,8 +180,10 @@ class Jobs:
         if room <= 0 or self._service.is_leaving:
             return
         now = time.monotonic()
-        waiting = {tenant for tenant, (until, _) in self._later.items() if until > now}
-        for record in await self._run(partial(self._store.take, room, waiting)):
+        running = Counter(record.tenant for record in self._running.values())
+        most = {tenant: max(0, int(value) - running[tenant]) for tenant, value in self._most.items()}
+        most |= {tenant: 0 for tenant, (until, _) in self._later.items() if until > now}
+        for record in await self._run(partial(self._store.take, room, most)):
             task = asyncio.create_task(self._answer(record))
             self._running[task] = record
             task.add_done_callback(self._ended)
@@ -209,10 +213,7 @@ class Jobs:
             job = await self._run(lambda: self._store.job(record.job))
             identity = Identity(job.tenant, job.subject, frozenset({Role.BATCH}))
             status, body = await self._execute(job.endpoint, record.request, Caller(identity))
-            if status in _AGAIN:
-                self._wait_longer(job.tenant)
-            else:
-                self._later.pop(job.tenant, None)
+            is_alone = self._note(job.tenant, is_refused=status in _AGAIN)
         except asyncio.CancelledError:
             await asyncio.shield(self._run(lambda: self._store.put_back(record)))
             raise
@@ -222,12 +223,27 @@ class Jobs:
             await self._run(lambda: self._store.put_back(record))
             return
         if status in _AGAIN and record.waits + 1 < _MOST_WAITS:
-            await self._run(lambda: self._store.put_back(record, waits=1))
+            await self._run(lambda: self._store.put_back(record, waits=int(is_alone)))
             return
         if status >= 500 and status not in _AGAIN and record.attempts + 1 < _MOST_ATTEMPTS:
             await self._run(lambda: self._store.put_back(record, attempts=1))
             return
         await self._run(lambda: self._store.finish(record, status, body))
+
+    def _note(self, tenant: str, *, is_refused: bool) -> bool:
+        """Fit the number of a tenant's records that run at once to what it is given: fewer than now after a refusal, then slowly
+        more. After a refusal of its only one it waits. Returns whether it is its only one."""
+        running = sum(record.tenant == tenant for record in self._running.values())
+        if is_refused:
+            self._most[tenant] = max(1, running - 1)
+            self._wait_longer(tenant)
+            return running == 1
+        self._later.pop(tenant, None)
+        if tenant in self._most:
+            self._most[tenant] += 1 / self._most[tenant]
+            if self._most[tenant] > self._service.places_for_jobs:
+                del self._most[tenant]
+        return running == 1
 
     def _wait_longer(self, tenant: str) -> None:
         """Its quota is spent, or the server is full: twice as long as the last time."""

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
@@ -34,6 +34,7 @@ create index if not exists finished on records (job, finished) where finished is
 """
 _VERSION = 1
 _MOST_CRASHES = 20  # that a record may be running in
+_ROW_BYTES = 300  # that the database needs for a record beside its request, its result and twice its id
 MAX_TENANT_JOBS = 1000
 MAX_TENANT_BYTES = 8 * 2**30  # of all jobs, for more records; four times as much with their results
 MAX_RESULT_BYTES = 3 * 2**20  # a message of gRPC has 4 MiB
@@ -70,6 +71,7 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Record:
     job: str
+    tenant: str
     place: int
     id: str  # the client's, unique in the job
     request: bytes  # JSON
@@ -118,7 +120,8 @@ class JobStore:
     def _crashing(self) -> list[Record]:
         """What the process has died with so often that it may be why."""
         rows = self._database.execute(
-            "select job, place, id, request, attempts, waits from records where state = 'waiting' and crashes >= ?",
+            "select job, tenant, place, records.id, request, attempts, waits from records join jobs on jobs.id = job"
+            " where records.state = 'waiting' and crashes >= ?",
             (_MOST_CRASHES,),
         ).fetchall()
         return [Record(*row) for row in rows]
@@ -154,7 +157,7 @@ class JobStore:
                 raise DataError("two records of the job have the same id; give each its own") from None
             self._database.execute(
                 "update jobs set total = ?, bytes = bytes + ? where id = ?",
-                (total + len(rows), sum(len(row[3]) for row in rows), job),
+                (total + len(rows), sum(len(row[3]) + 2 * len(row[2].encode()) + _ROW_BYTES for row in rows), job),
             )
             if self._held(job) > MAX_TENANT_BYTES:
                 raise OverloadedError(f"the jobs of a tenant hold at most {MAX_TENANT_BYTES} bytes; delete some")
@@ -216,35 +219,35 @@ class JobStore:
 
     # ---- records -------------------------------------------------------------------------------------------------
 
-    def take(self, count: int, without: Collection[str] = ()) -> list[Record]:
+    def take(self, count: int, most: Mapping[str, int] | None = None) -> list[Record]:
         """The next records to answer, of each tenant's oldest jobs first, and of all tenants alike; they are running from now
-        on. `without`: tenants that have to wait."""
-        of_tenant: dict[str, list[tuple[str, int, str, bytes, int, int]]] = {}
+        on. `most`: of a tenant, where that is less."""
+        most = most or {}
+        of_tenant: dict[str, list[tuple[str, int]]] = {}  # (job, place) of each
         states = (JobState.QUEUED, JobState.RUNNING)
         for job, tenant in self._database.execute(
             "select id, tenant from jobs where state in (?, ?) order by created", states
         ).fetchall():
-            if tenant in without:
-                continue
             found = of_tenant.setdefault(tenant, [])
-            if len(found) < count:
+            if (room := min(count, most.get(tenant, count)) - len(found)) > 0:
                 found += self._database.execute(
-                    "select job, place, id, request, attempts, waits from records where job = ? and state = 'waiting'"
+                    "select job, place from records indexed by waiting where job = ? and state = 'waiting'"
                     " order by place limit ?",
-                    (job, count - len(found)),
+                    (job, room),
                 ).fetchall()
         in_turn = zip_longest(*of_tenant.values())
         rows = [row for turn in in_turn for row in turn if row is not None][:count]
         with self._transaction():
             self._database.executemany(
                 "update records set state = 'running' where job = ? and place = ?",
-                [row[:2] for row in rows],
+                rows,
             )
             self._database.executemany(
                 "update jobs set state = ? where id = ? and state = ?",
                 [(JobState.RUNNING, job, JobState.QUEUED) for job in {row[0] for row in rows}],
             )
-        return [Record(*row) for row in rows]
+        read = "select job, tenant, place, records.id, request, attempts, waits from records join jobs on jobs.id = job"
+        return [Record(*self._database.execute(f"{read} where job = ? and place = ?", row).fetchone()) for row in rows]
 
     def put_back(self, record: Record, *, attempts: int = 0, waits: int = 0) -> None:
         """It waits again, after so many attempts and waits more."""
@@ -271,7 +274,7 @@ class JobStore:
             ).rowcount
             self._database.execute(
                 "update jobs set done = done + ?, failed = failed + ?, bytes = bytes + ? where id = ?",
-                (changed * (status < 400), changed * (status >= 400), len(response), record.job),
+                (changed * (status < 400), changed * (status >= 400), changed * len(response), record.job),
             )
             self._database.execute(
                 "update jobs set state = ?, ended = ? where id = ? and state = ? and done + failed = total",

@@ -16,6 +16,7 @@ from ...errors import InvalidRequestError, OverloadedError, UnimplementedError
 from ..batch.runner import Jobs, as_request
 from ..batch.store import Job, JobState, Result
 from ..calls import Caller
+from ..service import Service
 from .gate import caller_of
 
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
@@ -34,8 +35,8 @@ _AFTER = Integer(0, 2**63 - 1)
 class BatchJobs(batch_pb2_grpc.BatchServicer):
     """`jobs` None: the server keeps none, and every call is refused."""
 
-    def __init__(self, jobs: Jobs | None) -> None:
-        self._given = jobs
+    def __init__(self, service: Service, jobs: Jobs | None) -> None:
+        self._service, self._given = service, jobs
         self._watchers: Counter[str] = Counter()  # by tenant
 
     @property
@@ -119,10 +120,11 @@ class BatchJobs(batch_pb2_grpc.BatchServicer):
         self, message: batch_pb2.ResultsRequest, context: Context
     ) -> AsyncIterator[batch_pb2.RecordResult]:
         jobs, caller, after = self._jobs, caller_of(context), _AFTER.check("after", message.after)
-        while results := await jobs.results(message.job_id, caller, after, _PAGE):
-            for result in results:
-                yield _result_to_proto(result)
-            after = results[-1].number
+        with self._service.place(caller):
+            while results := await jobs.results(message.job_id, caller, after, _PAGE):
+                for result in results:
+                    yield _result_to_proto(result)
+                after = results[-1].number
 
     async def Cancel(self, message: batch_pb2.JobRequest, context: Context) -> batch_pb2.Job:
         return job_to_proto(await self._jobs.cancel(message.job_id, caller_of(context)))

@@ -207,14 +207,17 @@ class Server:
 
     async def start(self) -> None:
         """Raises `PortInUseError` if the port is taken."""
-        interceptors = [Gate(self._access, self.service.calls), Statuses(self.service.calls)]
+        interceptors = [
+            Gate(self._access, self.service.calls),
+            Statuses(self.service.calls, self.service.send_timeout_s),
+        ]
         self._server = grpc.aio.server(
             options=OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
         )
         self._health = Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(Admin(self.service, lame_duck_s=self._lame_duck_s), self._server)  # type: ignore[no-untyped-call]
-        batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(self.jobs), self._server)  # type: ignore[no-untyped-call]
+        batch_pb2_grpc.add_BatchServicer_to_server(BatchJobs(self.service, self.jobs), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = list(SERVICES)
         if self._with_gateways:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import uuid
@@ -18,7 +19,7 @@ from grpc_status import rpc_status
 
 from ... import errors
 from ...api.limits import MAX_ERROR_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
-from ...errors import InvalidRequestError, MotetError, OverloadedError
+from ...errors import InvalidRequestError, MotetError, OverloadedError, UnavailableError
 from ..calls import Calls
 
 log = logging.getLogger("motet.server")
@@ -99,10 +100,19 @@ def error_of(call_error: Any) -> MotetError:
 
 class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Typed errors end a call with their status. Any other exception is a fault of ours: it is logged under a number, and
-    the client gets the number and not its text. Bytes that are no message of the method are INVALID_ARGUMENT."""
+    the client gets the number and not its text. Bytes that are no message of the method are INVALID_ARGUMENT. A stream that
+    its client does not read for `send_timeout_s` seconds ends."""
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+    def __init__(self, calls: Calls, send_timeout_s: float) -> None:
+        self._calls, self._send_timeout_s = calls, send_timeout_s
+
+    async def _send(self, context: Any, responses: AsyncIterator[Any]) -> None:
+        async for response in responses:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await context.write(response)
+            except TimeoutError:
+                raise UnavailableError(f"the answer was not read for {self._send_timeout_s:g} seconds") from None
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
@@ -126,11 +136,10 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.request_streaming and handler.response_streaming:
             converse = handler.stream_stream
 
-            async def answer_stream_to_stream(messages: Any, context: Any) -> AsyncIterator[Any]:
+            async def answer_stream_to_stream(messages: Any, context: Any) -> None:
                 try:
                     async with aclosing(checked(messages)) as own, aclosing(converse(own, context)) as responses:
-                        async for response in responses:
-                            yield response
+                        await self._send(context, responses)
                 except Exception as error:
                     await abort(context, details.method, error)
 
@@ -152,14 +161,13 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             stream = handler.unary_stream
             assert inspect.isasyncgenfunction(stream)
 
-            async def answer_stream(message: Any, context: Any) -> AsyncIterator[Any]:
+            async def answer_stream(message: Any, context: Any) -> None:
                 try:
                     if isinstance(message, MotetError):
                         self._calls.refused(details.method, context.peer(), message)
                         raise message
                     async with aclosing(stream(message, context)) as responses:
-                        async for response in responses:
-                            yield response
+                        await self._send(context, responses)
                 except Exception as error:
                     await abort(context, details.method, error)
 

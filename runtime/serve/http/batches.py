@@ -222,7 +222,7 @@ def _record(line: bytes, number: int, endpoint: str) -> tuple[str, bytes]:
 
 async def list_batches(door: Door, request: Request) -> Response:
     text, after = request.query_params.get("limit", "20"), request.query_params.get("after", "")
-    limit = _LIMIT.check("limit", int(text) if text.isascii() and text.isdigit() else text)
+    limit = _LIMIT.check("limit", int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text)
     found = await _jobs(door).jobs(door.caller(request), limit, after)
     data = list(map(_batch, found))
     ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
