@@ -22,13 +22,15 @@ _FIRST_BYTES = b'{"id": "'  # of every line that a job writes
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document of the input. `number` is its place there, from 1; `source` says where it stands."""
+    """A document of the input, or a request in JSON, which `endpoint` answers. `number` is its place there, from 1; `source`
+    says where it stands."""
 
     number: int
     id: str
     source: str
     text: str = ""
     error: MotetError | None = None
+    endpoint: str = ""
 
 
 # ---- input -----------------------------------------------------------------------------------------------------------
@@ -42,17 +44,18 @@ def count_records(in_path: Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
-def read_records(in_path: Path) -> Iterator[Record]:
-    """The records of a folder, in the order of their paths, or of a JSONL file. Raises `OSError` if the input itself
-    cannot be read."""
+def read_records(in_path: Path, *, with_requests: bool = False) -> Iterator[Record]:
+    """The records of a folder, in the order of their paths, or of a JSONL file; `with_requests`: its lines may be those of
+    OpenAI's batch API. Raises `OSError` if the input itself cannot be read."""
     if in_path.is_dir():
         for number, (path, error) in enumerate(_files(in_path), 1):
-            yield _file_record(number, path, in_path, error)
+            yield _path_record(number, path, in_path, error)
         return
     with in_path.open("rb") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for count, (number, line) in enumerate(lines, 1):
-            yield _line_record(count, line, number, f"{_shown(in_path.name)}:{number}")
+            place = f"line {number}", f"line-{number}", f"{_shown(in_path.name)}:{number}"
+            yield line_record(count, line, *place, with_requests=with_requests)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, OSError | None]]:
@@ -65,40 +68,57 @@ def _files(folder: Path) -> Iterator[tuple[Path, OSError | None]]:
     yield from sorted(found, key=lambda item: item[0])
 
 
-def _file_record(number: int, path: Path, folder: Path, error: OSError | None) -> Record:
+def _path_record(number: int, path: Path, folder: Path, error: OSError | None) -> Record:
     name, source = _shown(path.relative_to(folder)), _shown(path)
     try:
         if error is not None:
             raise error
         if not path.is_file():  # reading a pipe would wait for its writer
             raise DataError(f"'{name}' is not a file, or a link to nothing")
-        text = decode_text(path.read_bytes(), f"'{name}'")
+        return file_record(number, name, source, path.read_bytes())
     except DataError as reason:
         return Record(number, name, source, error=reason)
     except OSError as reason:
         return Record(number, name, source, error=DataError(f"'{name}' cannot be read: {reason.strerror}"))
-    return _checked(number, name, source, text)
 
 
-def _line_record(number: int, line: bytes, line_number: int, source: str) -> Record:
-    name = f"line-{line_number}"
+def file_record(number: int, name: str, source: str, content: bytes) -> Record:
+    """A whole file as a record."""
     try:
-        text = decode_text(line, f"line {line_number}")
+        return text_record(number, name, source, decode_text(content, f"'{name}'"))
+    except DataError as reason:
+        return Record(number, name, source, error=reason)
+
+
+def line_record(number: int, line: bytes, what: str, name: str, source: str, *, with_requests: bool = False) -> Record:
+    """A line of JSONL as a record. `what` is the line in an error's words; `name`: its id if it has none."""
+    try:
+        text = decode_text(line, what)
         try:
             values: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"line {line_number} is not JSON: {error}") from error
+            raise DataError(f"{what} is not JSON: {error}") from error
+        if with_requests and isinstance(values, dict) and "custom_id" in values:
+            return _request_record(number, values, what, name, source)
         if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-            raise DataError(f'line {line_number} must be an object with a "text" string')
+            raise DataError(f'{what} must be an object with a "text" string')
         given = values.get("id", name)
         if not isinstance(given, str | int) or isinstance(given, bool) or not _is_unicode(str(given)):
-            raise DataError(f"the id in line {line_number} must be an integer or valid Unicode text, got {given!a:.80}")
+            raise DataError(f"the id in {what} must be an integer or valid Unicode text, got {given!a:.80}")
     except DataError as error:
         return Record(number, name, source, error=error)
-    return _checked(number, str(given), source, values["text"])
+    return text_record(number, str(given), source, values["text"])
 
 
-def _checked(number: int, name: str, source: str, text: str) -> Record:
+def _request_record(number: int, values: dict[str, Any], what: str, name: str, source: str) -> Record:
+    kinds = {"custom_id": str, "url": str, "body": dict}
+    if not all(isinstance(values.get(field), kind) for field, kind in kinds.items()):
+        raise DataError(f"{what} must have custom_id and url, which are strings, and body, an object")
+    return Record(number, values["custom_id"], source, json.dumps(values["body"]), endpoint=values["url"])
+
+
+def text_record(number: int, name: str, source: str, text: str) -> Record:
+    """A text as a record, which has an error if it is empty or no Unicode."""
     error = None
     if not _is_unicode(text):
         error = DataError(f"the text of '{name}' is not valid Unicode: it has half of a surrogate pair")

@@ -8,6 +8,7 @@ id, text and settings), and tries failed ones again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any, TextIO
 
+from ..api.config import EngineConfig
 from ..api.output import Completion
 from ..api.request import Ensemble, Request
 from ..api.sampling import SamplingParams
@@ -44,16 +46,135 @@ class SummariseReport:
     seconds: float = 0.0
 
 
+class Summariser:
+    """Summarises texts on an engine. `line` may be called from `concurrency` threads at once.
+
+    Raises `ConfigError` (see `SummariseParams.fitted`), and what a request with these settings would.
+    """
+
+    def __init__(self, engine: Engine, ensemble: Ensemble | None = None, params: SummariseParams | None = None) -> None:
+        self.engine = engine
+        self.ensemble = ensemble or engine.model.default_ensemble
+        self.params = params = (params or SummariseParams()).fitted(engine.tokenizer, engine.model.max_model_len)
+        if params.drafts:  # fail early
+            sampling = SamplingParams(temperature=params.temperature, seed=params.seed)
+            draft_requests(Request("", ((0,),), self.ensemble, sampling, drafts=params.drafts))
+        is_own = self.ensemble == engine.model.default_ensemble
+        self.has_confidence = engine.model.calibration is not None and is_own and not params.drafts
+        if params.abstain_below is not None and engine.model.calibration is None:
+            raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
+        if params.abstain_below is not None and not self.has_confidence:
+            raise ConfigError("abstain_below is for the bundle's own mix without drafts; leave it out, or these")
+        self.concurrency = _concurrency(params, engine.config)
+        self._number = itertools.count()  # of requests
+
+    def line(self, record: Record) -> dict[str, Any]:
+        """What a job writes of a record: its summary, or why it has none."""
+        base: dict[str, Any] = {"id": record.id, "source": record.source}
+        try:
+            if record.error is not None:
+                raise record.error
+            summary, usage = self._reduce(record)
+        except MotetError as error:
+            return {**base, "error": {"type": type(error).__name__, "message": str(error)}}
+        mix = {member.name: member.mix for member in self.ensemble.members}
+        line = {**base, "summary": summary.text.strip(), "key": self.key(record), "mix": mix, **usage}
+        line["finish_reason"] = str(summary.finish_reason)
+        if summary.answer_confidence is not None:
+            line["confidence"] = round(summary.answer_confidence, 4)
+        if self.params.abstain_below is not None:
+            line["abstained"] = summary.abstained
+        return line
+
+    def key(self, record: Record) -> str:
+        """By it a rerun recognises a finished record: a digest of its id and text, the bundle, ensemble and settings."""
+        settings = asdict(self.params) | {"concurrency": None}
+        del settings["speculative_tokens"]  # summaries do not depend on it
+        settings["calibration"] = repr(self.engine.model.calibration)  # confidences do
+        parts = (
+            record.id,
+            record.text,
+            self.engine.model.digest,
+            repr(self.ensemble),
+            json.dumps(settings, sort_keys=True),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+    def close(self) -> None:
+        """It holds nothing: the engine is the caller's."""
+
+    def _reduce(self, record: Record) -> tuple[Completion, dict[str, int]]:
+        """Summarise the chunks of a text, then groups of their summaries, until one summary is left."""
+        usage = {"prompt_tokens": 0, "completion_tokens": 0, "chunks": 0}
+        assert self.params.chunk_tokens is not None
+        texts = split_document(self.engine.tokenizer, record.text, self.params.chunk_tokens)
+        while True:
+            summaries = self._summarise(texts)
+            usage["chunks"] += len(texts)
+            for summary in summaries:
+                assert summary.usage is not None
+                usage["prompt_tokens"] += summary.usage.prompt_tokens
+                usage["completion_tokens"] += summary.usage.completion_tokens
+            told = [summary for summary in summaries if summary.text.strip()] or summaries[:1]
+            if len(told) == 1:
+                return told[0], usage
+            texts = joined(self.engine.tokenizer, self.params, [summary.text.strip() for summary in told])
+
+    def _summarise(self, texts: list[str]) -> list[Completion]:
+        each = self.concurrency * max(1, self.params.drafts)
+        window = max(1, min(_WINDOW, self.engine.config.max_waiting // each))
+        summaries: list[Completion] = []
+        for start in range(0, len(texts), window):
+            requests = [self._request(text) for text in texts[start : start + window]]
+            groups = [draft_requests(request) if request.drafts else [request] for request in requests]
+            found = iter([choices[0] for choices in self.engine.complete([r for group in groups for r in group])])
+            for group in groups:
+                drafts = [next(found) for _ in group]
+                summaries.append(drafts[most_agreed(drafts)])
+        return summaries
+
+    def _request(self, text: str) -> Request:
+        params = self.params
+        sampling = SamplingParams(
+            max_tokens=params.max_summary_tokens,
+            temperature=params.temperature,
+            repetition_penalty=params.repetition_penalty,
+            seed=params.seed,
+            speculative_tokens=params.speculative_tokens,
+        )
+        prompt = summary_prompt(self.engine.tokenizer, params.instruction, text)
+        return Request(
+            str(next(self._number)),
+            (prompt,),
+            self.ensemble,
+            sampling,
+            return_confidence=self.has_confidence,
+            abstain_below=params.abstain_below,
+            drafts=params.drafts,
+        )
+
+
+def _concurrency(params: SummariseParams, config: EngineConfig) -> int:
+    """Records at once. Raises `ConfigError` if more are asked for than may wait."""
+    concurrency = params.concurrency or min(config.max_num_seqs, config.max_waiting)
+    if params.drafts and concurrency * params.drafts > config.max_waiting:
+        if params.concurrency:
+            raise ConfigError(
+                f"concurrency times drafts must be at most max_waiting ({config.max_waiting}), got {concurrency} and "
+                f"{params.drafts}"
+            )
+        concurrency = max(1, config.max_waiting // params.drafts)
+    if concurrency > config.max_waiting:
+        raise ConfigError(f"concurrency must be at most max_waiting ({config.max_waiting}), got {concurrency}")
+    return concurrency
+
+
 @dataclass(slots=True)
 class _Job:
     """A running job, shared by its worker threads. `lock` guards `output` and `report`."""
 
-    engine: Engine
-    ensemble: Ensemble
-    params: SummariseParams  # fitted
+    summariser: Summariser
     output: TextIO
-    concurrency: int
-    confidence: bool  # whether summaries have one
     report: SummariseReport = field(default_factory=SummariseReport)
     lock: Lock = field(default_factory=Lock)
 
@@ -99,33 +220,13 @@ def summarise(
     if not in_path.exists():
         raise NotFoundError(f"there is no file or folder '{in_path}'")
     check_output(in_path, out_path)
-    params = (params or SummariseParams()).fitted(engine.tokenizer, engine.model.max_model_len)
-    if params.drafts:  # fail early
-        sampling = SamplingParams(temperature=params.temperature, seed=params.seed)
-        draft_requests(Request("", ((0,),), ensemble or engine.model.default_ensemble, sampling, drafts=params.drafts))
-    is_own = ensemble is None or ensemble == engine.model.default_ensemble
-    confidence = engine.model.calibration is not None and is_own and not params.drafts
-    if params.abstain_below is not None and engine.model.calibration is None:
-        raise ConfigError(f"'{engine.model.name}' is not calibrated (motet calibrate); leave abstain_below out")
-    if params.abstain_below is not None and not confidence:
-        raise ConfigError("abstain_below is for the bundle's own mix without drafts; leave it out, or these")
-    concurrency = params.concurrency or min(engine.config.max_num_seqs, engine.config.max_waiting)
-    if params.drafts and concurrency * params.drafts > engine.config.max_waiting:
-        if params.concurrency:
-            raise ConfigError(
-                f"concurrency times drafts must be at most max_waiting ({engine.config.max_waiting}), got {concurrency} and "
-                f"{params.drafts}"
-            )
-        concurrency = max(1, engine.config.max_waiting // params.drafts)
-    if concurrency > engine.config.max_waiting:
-        raise ConfigError(f"concurrency must be at most max_waiting ({engine.config.max_waiting}), got {concurrency}")
+    summariser = Summariser(engine, ensemble, params)
     started = time.monotonic()
     try:
         total = count_records(in_path)
         finished = keep_finished(out_path)
         with out_path.open("a", encoding="utf-8") as output:
-            mix = ensemble or engine.model.default_ensemble
-            job = _Job(engine, mix, params, output, concurrency, confidence)
+            job = _Job(summariser, output)
             _run(job, read_records(in_path), finished, _Progress(total, on_progress))
     except OSError as error:
         raise UnavailableError(f"the job cannot read its input or write '{out_path}': {error}") from error
@@ -135,16 +236,16 @@ def summarise(
 
 def _run(job: _Job, records: Iterator[Record], finished: set[str], progress: _Progress) -> None:
     """Keep a bounded number of records in flight, so that a large input is never wholly in memory."""
-    room = Semaphore(2 * job.concurrency)
+    room = Semaphore(2 * job.summariser.concurrency)
     futures: set[Future[None]] = set()
 
     def done(future: Future[None]) -> None:
         room.release()
         progress.advance()
 
-    with ThreadPoolExecutor(job.concurrency) as pool:
+    with ThreadPoolExecutor(job.summariser.concurrency) as pool:
         for record in records:
-            if record.error is None and _key(job, record) in finished:
+            if record.error is None and job.summariser.key(record) in finished:
                 job.report.skipped += 1
                 progress.advance()
                 continue
@@ -158,97 +259,13 @@ def _run(job: _Job, records: Iterator[Record], finished: set[str], progress: _Pr
 
 
 def _summarise_record(job: _Job, record: Record) -> None:
-    base: dict[str, Any] = {"id": record.id, "source": record.source}
-    try:
-        if record.error is not None:
-            raise record.error
-        summary, usage = _reduce(job, record)
-    except MotetError as error:
-        line = {**base, "error": {"type": type(error).__name__, "message": str(error)}}
-        with job.lock:
-            job.report.failed += 1
-            _write(job, line)
-        return
-    line = {**base, "summary": summary.text.strip(), "key": _key(job, record), "mix": _mix(job.ensemble), **usage}
-    line["finish_reason"] = str(summary.finish_reason)
-    if summary.answer_confidence is not None:
-        line["confidence"] = round(summary.answer_confidence, 4)
-    if job.params.abstain_below is not None:
-        line["abstained"] = summary.abstained
+    line = job.summariser.line(record)
     with job.lock:
-        job.report.done += 1
-        job.report.prompt_tokens += usage["prompt_tokens"]
-        job.report.completion_tokens += usage["completion_tokens"]
-        _write(job, line)
-
-
-def _reduce(job: _Job, record: Record) -> tuple[Completion, dict[str, int]]:
-    """Summarise the chunks of a text, then groups of their summaries, until one summary is left."""
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "chunks": 0}
-    assert job.params.chunk_tokens is not None
-    texts = split_document(job.engine.tokenizer, record.text, job.params.chunk_tokens)
-    while True:
-        summaries = _summarise_texts(job, record, texts)
-        usage["chunks"] += len(texts)
-        for summary in summaries:
-            assert summary.usage is not None
-            usage["prompt_tokens"] += summary.usage.prompt_tokens
-            usage["completion_tokens"] += summary.usage.completion_tokens
-        told = [summary for summary in summaries if summary.text.strip()] or summaries[:1]
-        if len(told) == 1:
-            return told[0], usage
-        texts = joined(job.engine.tokenizer, job.params, [summary.text.strip() for summary in told])
-
-
-def _summarise_texts(job: _Job, record: Record, texts: list[str]) -> list[Completion]:
-    each = job.concurrency * max(1, job.params.drafts)
-    window = max(1, min(_WINDOW, job.engine.config.max_waiting // each))
-    summaries: list[Completion] = []
-    for start in range(0, len(texts), window):
-        requests = [_request(job, record, text, start + i) for i, text in enumerate(texts[start : start + window])]
-        groups = [draft_requests(request) if request.drafts else [request] for request in requests]
-        found = iter([choices[0] for choices in job.engine.complete([r for group in groups for r in group])])
-        for group in groups:
-            drafts = [next(found) for _ in group]
-            summaries.append(drafts[most_agreed(drafts)])
-    return summaries
-
-
-def _request(job: _Job, record: Record, text: str, index: int) -> Request:
-    params = job.params
-    sampling = SamplingParams(
-        max_tokens=params.max_summary_tokens,
-        temperature=params.temperature,
-        repetition_penalty=params.repetition_penalty,
-        seed=params.seed,
-        speculative_tokens=params.speculative_tokens,
-    )
-    prompt = summary_prompt(job.engine.tokenizer, params.instruction, text)
-    return Request(
-        f"{record.number}/{index}",
-        (prompt,),
-        job.ensemble,
-        sampling,
-        return_confidence=job.confidence,
-        abstain_below=params.abstain_below,
-        drafts=params.drafts,
-    )
-
-
-def _write(job: _Job, line: dict[str, Any]) -> None:
-    job.output.write(json.dumps(line, ensure_ascii=False) + "\n")
-    job.output.flush()
-
-
-def _mix(ensemble: Ensemble) -> dict[str, float]:
-    return {member.name: member.mix for member in ensemble.members}
-
-
-def _key(job: _Job, record: Record) -> str:
-    """The key by which a rerun recognises a finished record: a digest of its id and text, the bundle, ensemble and
-    settings."""
-    settings = asdict(job.params) | {"concurrency": None}
-    del settings["speculative_tokens"]  # summaries do not depend on it
-    settings["calibration"] = repr(job.engine.model.calibration)  # confidences do
-    parts = (record.id, record.text, job.engine.model.digest, repr(job.ensemble), json.dumps(settings, sort_keys=True))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        if "error" in line:
+            job.report.failed += 1
+        else:
+            job.report.done += 1
+            job.report.prompt_tokens += line["prompt_tokens"]
+            job.report.completion_tokens += line["completion_tokens"]
+        job.output.write(json.dumps(line, ensure_ascii=False) + "\n")
+        job.output.flush()

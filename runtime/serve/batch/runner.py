@@ -106,7 +106,7 @@ class Jobs:
     ) -> None:
         for first in range(0, len(piece), _PIECE):  # with the defaults they may be much larger
             part = piece[first : first + _PIECE]
-            self._store.extend(job, [_checked(id, request, endpoint, defaults) for id, request in part])
+            self._store.extend(job, [kept_request(id, request, endpoint, defaults) for id, request in part])
 
     def _complete(self, job: str) -> None:
         self._store.complete(job)
@@ -288,7 +288,7 @@ async def _each(
             yield piece
 
 
-def _checked(id: str, request: bytes, endpoint: str, defaults: Mapping[str, Any] | None) -> tuple[str, bytes]:
+def kept_request(id: str, request: bytes, endpoint: str, defaults: Mapping[str, Any] | None) -> tuple[str, bytes]:
     """A record as it is kept: with the job's defaults, and a seed, so that it has one answer however often it is begun."""
     _ID.check("records", id, "the id of a record")
     try:
