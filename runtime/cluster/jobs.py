@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,27 +20,25 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
+from .. import errors
 from ..api.config import EngineConfig
 from ..errors import MotetError, NotFoundError, UnavailableError
 from ..jobs.parts import Format, Parts
 from ..jobs.records import TEXT_FILES, Record, file_record, line_record, text_record
 from ..jobs.work import JobReport, Lines, Work
+from .connection import connect
 
 InputFormat = Literal["jsonl", "parquet", "text"]
-_PIECE = 256  # records that an actor takes at once: enough to keep its engine busy, and few to do again
+_PIECE = 64  # records that an actor takes at once: enough to keep its engine busy, and few to do again
+_OURS = re.compile(r"motet\.runtime\.errors\.(\w+): (.*)")
 _IO_CPUS = 0.25  # of a task that reads or writes: beside actors that have all cores
 _HALF = 2  # pieces that an actor has at once: the second fills the places that the first no longer needs
 
 
 @contextmanager
 def cluster(address: str, cpus: int) -> Iterator[None]:
-    """A connection to the cluster at `address`; "local" starts one on this machine, which has `cpus` for actors. Raises
-    `UnavailableError`."""
-    try:
-        own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus + 1} if address == "local" else {}
-        ray.init(None if address == "local" else address, log_to_driver=False, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UnavailableError(f"there is no Ray cluster at '{address}': {error}") from None
+    """A connection to a cluster (see `connect`)."""
+    connect(address, cpus)
     try:
         yield
     finally:
@@ -74,11 +73,10 @@ def run(
     threads = config.threads or 1
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.log_internal_stack_trace_to_stdout = False
     rows = _read(source)
     sink = _Sink(out, out_format, uuid.uuid4().hex[:8])
     try:
-        rows.map_batches(
+        rows.repartition(target_num_rows_per_block=_PIECE).map_batches(
             _Actor,
             fn_constructor_args=(
                 work,
@@ -91,7 +89,7 @@ def run(
             batch_size=_PIECE,
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 * _HALF),
             num_cpus=threads,
-            max_concurrency=_HALF,
+            ray_remote_args_fn=lambda: {"max_concurrency": _HALF},
         ).write_datasink(sink, ray_remote_args={"num_cpus": _IO_CPUS})
     except ray.exceptions.RayError as error:
         raise _cause(error) from error
@@ -172,11 +170,10 @@ class _Sink(Datasink[JobReport]):
 
 
 def _cause(error: BaseException) -> MotetError:
-    """Our error below Ray's, if there is one."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, MotetError):
-            return found
-        inner = getattr(found, "cause", None)
-        found = inner if isinstance(inner, BaseException) and inner is not found else found.__cause__
-    return UnavailableError(f"the job could not go on: {str(error).strip().splitlines()[-1]}")
+    """Our error below Ray's, which has it as text."""
+    text = str(error).strip()
+    found = _OURS.findall(text)
+    kind = getattr(errors, found[-1][0], None) if found else None
+    if isinstance(kind, type) and issubclass(kind, MotetError):
+        return kind(found[-1][1])
+    return UnavailableError(f"the job could not go on: {text.splitlines()[-1]}")

@@ -178,7 +178,13 @@ class Engine:
             preemptions=counts["preempted"],
             restarts=self._num_restarts,
             accepted_tokens=counts["accepted"],
+            waiting_tokens=self._inbox.num_waiting_tokens,
+            block_size=blocks.block_size,
         )
+
+    def cached_digests(self) -> list[bytes]:
+        """Of the blocks that a prompt could share now."""
+        return self._scheduler.blocks.cached_digests()
 
     def drain(self) -> None:
         """Accept no more requests. Those that run go on to their end; those that wait end with `UnavailableError`."""

@@ -36,6 +36,10 @@ class Inbox:
     def num_waiting(self) -> int:
         return self._waiting.total()
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._tokens.total()
+
     def put(self, answers: list[Answer]) -> None:
         """Queue the choices of a request, all or none. Raises `UnavailableError` (draining, closed, failed),
         `OverloadedError` (the queue, or the tenant's part of it, is full). Prompts that are larger than the queue may wait

@@ -21,3 +21,5 @@ class EngineStats:
     preemptions: int
     restarts: int  # of the loop, after a fault
     accepted_tokens: int  # of the drafted ones, those that were drawn
+    waiting_tokens: int  # of the prompts in the queue
+    block_size: int  # positions of a block

@@ -92,6 +92,10 @@ class BlockManager:
             found.append(block)
         return found
 
+    def cached_digests(self) -> list[bytes]:
+        """Of the blocks that can be shared. May be called from any thread."""
+        return self._prefixes.digests()
+
     def forget(self, blocks: Iterable[int] | None = None) -> None:
         """The content of these blocks (None: of all blocks) cannot be trusted: stop sharing it."""
         chosen = range(self.num_blocks) if blocks is None else list(blocks)

@@ -44,6 +44,9 @@ class PrefixIndex:
                 return block
         return blocks[0] if any_members and blocks else None
 
+    def digests(self) -> list[bytes]:
+        return list(self._blocks)  # in one step: others may write meanwhile
+
     def members_of(self, block: int) -> frozenset[int]:
         """Members that ran over an indexed block; empty if it is not indexed."""
         return self._held[block][1] if block in self._held else frozenset()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..api.limits import MAX_MESSAGE_BYTES
 from ..api.request import Request
-from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
 
 
-def check_answer_size(request: Request, engine: Engine, most: int = MAX_MESSAGE_BYTES) -> None:
+def check_answer_size(request: Request, engine: ServedEngine, most: int = MAX_MESSAGE_BYTES) -> None:
     """Raises `InvalidRequestError` if the whole answer may have more than `most` bytes. What cannot be delivered must not
     be computed."""
     params, room = request.sampling, engine.model.max_model_len - min(map(len, request.prompts))

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..api.request import Ensemble, Owner
-from ..engine.embedder import Embedder, EmbedJob
+from ..engine.embedder import EmbedJob
+from ..engine.interface import Embeds
 from ..errors import MotetError
 
 
@@ -23,7 +24,7 @@ class Embeddings:
 
 
 async def embed_all(
-    embedder: Embedder, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble, owner: Owner
+    embedder: Embeds, prompts: Sequence[tuple[int, ...]], ensemble: Ensemble, owner: Owner
 ) -> list[npt.NDArray[np.float32]]:
     """One per prompt. Cancelling it cancels them. Raises what `Embedder.submit` raises, and the error that ended one."""
     loop = asyncio.get_running_loop()

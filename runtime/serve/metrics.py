@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from ..api.output import Output
 from ..api.request import FinishReason, Request
-from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..engine.observer import Observer, StepReport
 from ..errors import MotetError
 from ..trust.identity import Identity
@@ -23,7 +23,7 @@ WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0
 class EngineCollector:
     """`motet_*` gauges and counters, read from `Engine.stats` at each scrape."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ServedEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
@@ -84,7 +84,7 @@ class EngineMetrics(Observer):
         self._rejected.labels(type(error).__name__).inc()
 
 
-def engine_registry(engine: Engine) -> CollectorRegistry:
+def engine_registry(engine: ServedEngine) -> CollectorRegistry:
     """A registry with all metrics of an engine, counted from now on."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))

@@ -8,7 +8,7 @@ import secrets
 import uuid
 
 from ..api.request import Ensemble, GenerateRequest, Owner, Request
-from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
 from ..text.prompt import build_prompt
 from ..trust.identity import Identity
@@ -18,7 +18,7 @@ from ..trust.quotas import Quotas
 class RequestReader:
     """Thread-safe. It tokenises, so it must not run on the event loop."""
 
-    def __init__(self, engine: Engine, quotas: Quotas) -> None:
+    def __init__(self, engine: ServedEngine, quotas: Quotas) -> None:
         self._engine, self._quotas = engine, quotas
 
     def read(self, request: GenerateRequest, identity: Identity) -> Request:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from ..api.config import EngineConfig
 from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..errors import MotetError
 from ..trust.access import Access
 from ..trust.audit.writer import AuditLog, Entry
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
     from .http.app import App
 
 log = logging.getLogger("motet.server")
+OpenEngine = Callable[[Path, EngineConfig], AbstractContextManager[ServedEngine]]
 
 
-def serve(bundle: Path, settings: Settings) -> None:
+def serve(bundle: Path, settings: Settings, open_engine: OpenEngine = Engine.from_bundle) -> None:
     """Load a bundle and serve it. Prints one line when it is ready. After Admin.Drain, SIGINT or SIGTERM running requests have
     `drain_timeout` seconds; a second signal ends them at once. Raises what `open_engine`, `Access` and `TlsFiles` raise,
     `PortInUseError`, and `MotetError` if the engine or the audit log ended it."""
@@ -42,7 +45,7 @@ def serve(bundle: Path, settings: Settings) -> None:
         if server.audit is not None:
             audit = stack.enter_context(AuditLog(server.audit, with_content=server.audit_content))
         tracer = stack.enter_context(Tracer()) if server.traces else None
-        engine = stack.enter_context(Engine.from_bundle(bundle, settings.engine))
+        engine = stack.enter_context(open_engine(bundle, settings.engine))
         registry = engine_registry(engine)
         sinks: list[CallSink] = [CallLog(), CallMetrics(registry)]
         if audit is not None:
@@ -92,7 +95,7 @@ def _http_app(service: Service, access: Access, settings: ServerSettings, regist
     return App(service, access, registry)
 
 
-async def _serve(door: Server, app: App | None, engine: Engine, settings: ServerSettings) -> None:
+async def _serve(door: Server, app: App | None, engine: ServedEngine, settings: ServerSettings) -> None:
     jobs = http = None
     if app is not None and settings.state_dir is not None:
         from .batch.runner import Jobs

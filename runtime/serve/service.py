@@ -23,7 +23,7 @@ from ..api.prompt import Prompt
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
 from ..api.rules import Integer, Text
 from ..engine.consensus import draft_requests, most_agreed
-from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, NotFoundError, shown
 from ..text.prompt import build_prompt
@@ -47,7 +47,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServedEngine,
         *,
         limits: Mapping[str, TenantLimits] | None = None,
         sinks: Iterable[CallSink] = (),

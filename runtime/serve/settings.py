@@ -69,6 +69,16 @@ class ServerSettings:
     stream_interval: int = described(
         1, "Tokens of a choice per message of a stream, after its first; more are fewer messages to send and to read."
     )
+    ray: str | None = described(
+        None, "Serve replicas on this Ray cluster: its address, auto, or local (one of this machine's own)."
+    )
+    replicas: int | None = described(None, "With ray: replicas, each with --threads CPUs; default: 2.")
+    max_replicas: int | None = described(
+        None, "With ray: most replicas; more than --replicas come and go with the load."
+    )
+    queued_tokens: int | None = described(
+        None, "With ray: tokens that wait at a replica before there is one more; default: 4096."
+    )
     audit: Path | None = described(None, "Directory of the audit log; see `motet audit`.")
     audit_content: bool = described(False, "Keep prompts and answers in the audit log, encrypted for each subject.")
     traces: bool = described(False, "Export OpenTelemetry traces by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
@@ -106,6 +116,9 @@ class ServerSettings:
             raise ConfigError("jwks, jwt_issuer and jwt_audience belong together; give all or none")
         if self.allow_drain and self.has_authentication:
             raise ConfigError("with keys or tokens the role admin may drain the server; leave allow_drain out")
+        scaling = {"replicas": self.replicas, "max_replicas": self.max_replicas, "queued_tokens": self.queued_tokens}
+        if self.ray is None and (given := [name for name, value in scaling.items() if value is not None]):
+            raise ConfigError(f"{', '.join(given)}: these are for replicas on a Ray cluster; give ray too")
         if self.audit_content and self.audit is None:
             raise ConfigError("audit_content is part of an audit log; give audit too")
         is_safe = is_loopback(self.host) or (self.tls_cert is not None and self.has_authentication)

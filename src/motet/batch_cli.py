@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import CONNECTION, DEFAULT_ADDRESS, KEY_VARIABLE, with_options
+from .cluster_options import (
+    Actors,
+    OutFormat,
+    RayAddress,
+    format_of,
+    refuse_cluster_options,
+    run_on_cluster,
+    tell,
+)
+from .options import CONNECTION, DEFAULT_ADDRESS, KEY_VARIABLE, Threads, progress_bar, with_options
 from .runtime.errors import ConfigError, DataError, NotFoundError
 from .tables import table
 
@@ -62,18 +71,58 @@ def submit(
     """Submit a job and print its id. All records are taken, or none."""
     if not source.exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
-    try:
-        fields = json.loads(defaults)
-    except ValueError as error:
-        raise ConfigError(f"--defaults is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError("--defaults must be a JSON object")
+    fields = _fields(defaults)
     url = None if source.is_dir() else _first_url(source)
     if url is not None and endpoint not in (None, url):
         raise ConfigError(f"--endpoint is {endpoint}, and the lines of '{source}' are for {url}; leave it out")
     records = _texts(source) if url is None else _lines(source, url)
     with _client(**connection) as client:
         print(client.submit(endpoint or url or "/v1/summarise", records, defaults=fields).id)
+
+
+@batch.command("run")
+def run_job(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN",
+            help="JSONL of {id, text} or of OpenAI's batch API ({custom_id, url, body}), or a folder of text files.",
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of parts; finished records are kept on a rerun.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle.")],
+    endpoint: Annotated[str, typer.Option(help="What answers the records.")] = "/v1/summarise",
+    defaults: Annotated[str, typer.Option(help="JSON: fields of every request that does not have them.")] = "{}",
+    threads: Threads = 0,
+    ray: RayAddress = None,
+    actors: Actors = None,
+    out_format: OutFormat = None,
+) -> None:
+    """Answer a job without a server: in this process, or on a Ray cluster. Exit code 1: records failed."""
+    from .runtime.api.config import EngineConfig
+    from .runtime.jobs.parts import Parts
+    from .runtime.jobs.work import RequestWork, run
+
+    work = RequestWork(endpoint, _fields(defaults))
+    if ray is not None:
+        run_on_cluster(ray, work, bundle, threads, source, out, actors, out_format)
+        return
+    refuse_cluster_options(actors, None)
+    if not Path(source).exists():
+        raise NotFoundError(f"there is no file or folder '{source}'")
+    with progress_bar("answering") as show:
+        report = run(work, bundle, EngineConfig(threads=threads), Path(source), Parts(out, format_of(out_format)), show)
+    tell(out, report)
+
+
+def _fields(defaults: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(defaults)
+    except ValueError as error:
+        raise ConfigError(f"--defaults is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError("--defaults must be a JSON object")
+    return fields
 
 
 def _first_url(source: Path) -> str | None:

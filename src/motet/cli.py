@@ -17,10 +17,20 @@ from rich.table import Table
 
 from .batch_cli import mount as mount_batch
 from .bench_serve_cli import bench
+from .cluster_options import Actors, OutFormat, RayAddress, refuse_cluster_options, run_on_cluster
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
 from .openmp import wait_passively
-from .options import MixOption, SpaceOption, Threads, by_name, check_arguments, coefficients, read_ensemble
+from .options import (
+    MixOption,
+    SpaceOption,
+    Threads,
+    by_name,
+    check_arguments,
+    coefficients,
+    progress_bar,
+    read_ensemble,
+)
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
@@ -60,7 +70,7 @@ def main() -> None:
         print(f"motet: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        needed = {"torch": "export", "transformers": "export", "onnx": "export", "matplotlib": "bench"}
+        needed = {"torch": "export", "transformers": "export", "onnx": "export", "matplotlib": "bench", "ray": "ray"}
         needed |= dict.fromkeys(("pytorch_lightning", "peft", "optuna", "scipy", "opacus", "pyarrow"), "finetune")
         extra = needed.get((error.name or "").split(".")[0])
         if extra is None:
@@ -225,9 +235,11 @@ mount_generate(app)
 @app.command()
 def summarise(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="JSONL with one text per record, or a folder of text files.")
+        str, typer.Argument(metavar="IN", help="JSONL with one text per record, or a folder of text files.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL; finished records are kept on a rerun.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="JSONL, with --ray a folder; finished records are kept on a rerun.")
+    ],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
     mix: MixOption = None,
     space: SpaceOption = None,
@@ -247,12 +259,12 @@ def summarise(
         typer.Option(help="Each summary is the one of so many drafts that agrees most with the others; 0: no drafts."),
     ] = 0,
     threads: Threads = 0,
+    ray: RayAddress = None,
+    actors: Actors = None,
+    out_format: OutFormat = None,
 ) -> None:
     """Summarise many documents offline. A record that fails has an error in OUT, and is tried again on a rerun. Exit
     code 1: there are such records."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .runtime.engine.engine import Engine
     from .runtime.jobs.records import check_output
     from .runtime.jobs.summarise import summarise as run
@@ -261,18 +273,18 @@ def summarise(
     ensemble = read_ensemble(mix, space)
     told = INSTRUCTION if instruction is None else instruction
     params = SummariseParams(told, max_summary_tokens, chunk_tokens, abstain_below=abstain_below, drafts=drafts)
-    if not source.exists():  # before the bundle is loaded
+    if ray is not None:
+        from .runtime.jobs.work import SummariseWork
+
+        run_on_cluster(ray, SummariseWork(ensemble, params), bundle, threads, source, out, actors, out_format)
+        return
+    refuse_cluster_options(actors, out_format)
+    in_path, out_path = Path(source), Path(out)
+    if not in_path.exists():  # before the bundle is loaded
         raise NotFoundError(f"there is no file or folder '{source}'")
-    check_output(source, out)
-    columns = (TextColumn("summarising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, bar as progress:
-        task = progress.add_task("", total=None)
-
-        def show(ended: int, total: int) -> None:
-            progress.update(task, completed=ended, total=total)
-
-        report = run(engine, source, out, ensemble=ensemble, params=params, on_progress=show)
+    check_output(in_path, out_path)
+    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, progress_bar("summarising") as show:
+        report = run(engine, in_path, out_path, ensemble=ensemble, params=params, on_progress=show)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")
     if report.failed:

@@ -7,7 +7,7 @@ import os
 import sys
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from .runtime.errors import ConfigError
 from .runtime.serve.settings import ServerSettings, Settings
 from .runtime.trust.identity import Role
 from .tables import table
+
+if TYPE_CHECKING:
+    from .runtime.serve.run import OpenEngine
 
 keys = typer.Typer(no_args_is_help=True, help="Bearer keys of a server.")
 audit = typer.Typer(no_args_is_help=True, help="The audit log of a server.")
@@ -65,7 +68,22 @@ def serve(
     from .runtime.serve.run import serve as run
 
     with logging_as(settings.server):
-        run(bundle, settings)
+        run(bundle, settings, _engine_of(settings.server))
+
+
+def _engine_of(server: ServerSettings) -> OpenEngine:
+    """In this process, or on a Ray cluster."""
+    if server.ray is None:
+        from .runtime.engine.engine import Engine
+
+        return Engine.from_bundle
+    from .runtime.cluster.engine import ClusterEngine
+    from .runtime.cluster.settings import ClusterSettings
+
+    names = ("replicas", "max_replicas", "queued_tokens")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(server, name)) is not None}
+    chosen = ClusterSettings(server.ray, **given)
+    return lambda bundle, config: ClusterEngine(bundle, config, chosen)
 
 
 @keys.command("add")
