@@ -101,7 +101,12 @@ class PrefixRouter(RequestRouter):
         return [[by_name[name]] for name in self._routing.rank(request)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._routing.sent(replica_id.unique_id, _request(pending_request))
+        self._routing.sent(
+            replica_id.unique_id, pending_request.metadata.internal_request_id, _request(pending_request)
+        )
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._routing.ended(replica_id.unique_id, internal_request_id)
 
 
 def _request(pending: PendingRequest | None) -> Request | None:

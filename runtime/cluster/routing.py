@@ -1,5 +1,5 @@
 """Which replica a request goes to: the one that has the least to compute before its first token. That is the prompts that wait
-there, and the part of this one that its prefix cache does not hold. Replicas publish both; what was sent to them since then is
+there, and the part of this one that its prefix cache does not hold. Replicas publish both; what was sent to them from here is
 known here. It knows nothing of Ray."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Replica:
     block_size: int = 0
     keys: frozenset[bytes] = frozenset()
     tokens: int = 0  # that wait there
-    sent: int = 0  # tokens that it was sent since
+    open: dict[str, int] = field(default_factory=dict)  # requests from here that are open there → tokens to compute
     recent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # keys of blocks that it was sent
 
     def missing(self, request: Request) -> int:
@@ -73,7 +73,7 @@ class PrefixRouting:
             if not found or found["version"] == replica.version:
                 continue
             packed = found["keys"]
-            replica.version, replica.tokens, replica.sent = found["version"], found["tokens"], 0
+            replica.version, replica.tokens = found["version"], found["tokens"]
             replica.block_size = found["block_size"]
             replica.keys = frozenset(packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES))
 
@@ -83,16 +83,21 @@ class PrefixRouting:
         def cost(name: str) -> tuple[int, str]:
             replica = self._replicas[name]
             missing = 0 if request is None else replica.missing(request)
-            return replica.tokens + replica.sent + missing, name
+            return max(replica.tokens, sum(replica.open.values())) + missing, name
 
         return sorted(self._replicas, key=cost)
 
-    def sent(self, name: str, request: Request | None) -> None:
-        """A request was sent to a replica."""
+    def ended(self, name: str, id: str) -> None:
+        """A request is not open any more."""
+        if (replica := self._replicas.get(name)) is not None:
+            replica.open.pop(id, None)
+
+    def sent(self, name: str, id: str, request: Request | None) -> None:
+        """A request was sent to a replica; `id` is for `ended`."""
         replica = self._replicas.get(name)
         if replica is None or request is None:
             return
-        replica.sent += replica.missing(request) + RUNNING_TOKENS
+        replica.open[id] = replica.missing(request) + RUNNING_TOKENS
         for key in replica.keys_of(request):
             replica.recent[key] = None
             replica.recent.move_to_end(key)

@@ -44,12 +44,12 @@ def test_what_was_sent_counts_before_it_is_published():
     prompt = tuple(range(100))
     routing = PrefixRouting()
     routing.update({"a": published(0), "b": published(0)})
-    routing.sent("a", ask("r", prompt))
+    routing.sent("a", "1", ask("r", prompt))
     assert routing.rank(ask("other", (7,) * 50)) == ["b", "a"]
-    routing.update({"a": published(1), "b": published(0)})  # it has computed it, and says what waits now: nothing
+    routing.ended("a", "1")
+    assert routing.rank(ask("other", (7,) * 50)) == ["a", "b"]
     assert routing.rank(ask("again", prompt))[0] == "a"
-    for _ in range(4):
-        routing.sent("a", ask("short", (1, 2, 3)))
+    routing.update({"a": published(1, tokens=10), "b": published(1)})  # sent from elsewhere
     assert routing.rank(ask("short", (1, 2, 3)))[0] == "b"
 
 
@@ -59,7 +59,7 @@ def test_replicas_come_and_go():
     routing.update({"a": {}, "b": published(0)})  # one has not published anything yet
     assert set(routing.rank(None)) == {"a", "b"}
     routing.update({"b": published(0)})
-    routing.sent("a", ask("r"))  # it ended meanwhile
+    routing.sent("a", "1", ask("r"))  # it ended meanwhile
     assert routing.rank(ask("r")) == ["b"]
 
 
