@@ -113,6 +113,7 @@ class ClusterEngine:
     def close(self) -> None:
         self.abort(None, FinishReason.SHUTDOWN)
         self._stop_loop()
+        self.grammars.close()
         if self._settings.owns_replicas:
             serve.delete(self._settings.application)
         ray.shutdown()

@@ -109,7 +109,7 @@ class Engine:
 
     def _accept(self, request: Request, on_output: OnOutput) -> None:
         now = time.monotonic()
-        matcher = None if request.structure is None else self.grammars.matcher(request.structure)
+        matcher = None if request.structure is None else self.grammars.matcher(request.structure, request.owner.tenant)
         groups = self._admission.groups_of(request, matcher)
         streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
         answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
@@ -195,6 +195,7 @@ class Engine:
         self._inbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        self.grammars.close()
 
     @property
     def failure(self) -> MotetError | None:

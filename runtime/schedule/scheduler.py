@@ -26,6 +26,7 @@ from .queue import WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
 
+_SCORED_ROWS = 128  # of a step, of prompts whose tokens are scored: each goes through the head
 # (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
 
@@ -138,7 +139,7 @@ class Scheduler:
         for sequence, prompt_rows in zip(group.sequences, decode.prompt_rows, strict=True):
             if error is None:
                 self._sharing.advance(sequence, prompt_rows + count)
-            else:
+            elif not group.is_stuck:
                 self.blocks.forget(sequence.block_table)  # they may hold NaN: no other sequence may read them
         return GroupTokens(group, first, count, reason, error, unscored[:scored])
 
@@ -216,6 +217,7 @@ class Scheduler:
             return False
         size = self.blocks.block_size
         to_compute = sum(len(s.tokens) - size * len(found) for s, found in zip(group.sequences, shared, strict=True))
+        to_compute += len(group.unscored)
         self.waiting.start(group, to_compute)
         self.blocks.retain(chain.from_iterable(shared))
         for sequence, found, count in zip(group.sequences, shared, rest, strict=True):
@@ -323,13 +325,14 @@ class Scheduler:
 
     def _schedule_drafts(self, decodes: list[GroupRows], rows: int) -> None:
         """Add drafts to the groups that draw, within the rows and blocks that the step's `rows` leave free."""
-        load = StepLoad(rows, len(decodes))
+        load, scored = StepLoad(rows, len(decodes)), _SCORED_ROWS
         for decode in decodes:
             group = decode.group
             if group.max_draft > 0 and not (group.owner.is_background and foreground(self.running)):
-                room = (self._max_rows - load.rows) // len(group.sequences)
-                limit = self._fitting(group, min(room, group.max_draft))
+                room = min(self._max_rows - load.rows, scored if len(group.unscored) else self._max_rows)
+                limit = self._fitting(group, min(max(room, 0) // len(group.sequences), group.max_draft))
                 decode.draft = group.draft(limit, load)
+                scored -= len(decode.draft) * len(group.sequences) if len(group.unscored) else 0
                 for sequence in group.sequences:
                     sequence.block_table += self.blocks.allocate(self._missing(sequence, len(decode.draft)))
 

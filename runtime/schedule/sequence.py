@@ -148,6 +148,11 @@ class Group:
         found = self.drafter.propose(self.sequences[0].tokens.array(), limit, load, len(self.sequences))
         return found if matcher is None else found[: matcher.num_valid(found.tolist())]
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the answer's structure allows no token any more."""
+        return self.editor.matcher is not None and not self.editor.matcher.mask().any()
+
     def append(self, token_id: int) -> None:
         if len(self.unscored):
             token_id, self.unscored = int(self.unscored[0]), self.unscored[1:]

@@ -31,7 +31,7 @@ class OutputQueue:
         choice = self._pending[output.choice]
         is_due = self._interval == 1 or output.choice not in self._begun or len(choice.token_ids) >= self._interval
         if is_due or choice.finish_reason is not None or choice.error is not None:
-            self._begun.add(output.choice)
+            self._begun.update([output.choice] if choice.token_ids else [])
             self._ready.set()
 
     async def take(self) -> list[Output]:

@@ -33,10 +33,6 @@ class RequestReader:
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
             ensemble = Ensemble(members, request.ensemble.space)
-        if (
-            request.structure is not None
-        ):  # compiled here, in a reader's thread; the engine finds it among those of late
-            self._engine.grammars.matcher(request.structure)
         sampling, owner = request.sampling, self.owner(identity)
         choices = max(sampling.n, request.drafts)
         if owner.max_waiting is not None and choices > owner.max_waiting:

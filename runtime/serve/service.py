@@ -63,6 +63,10 @@ class Service:
         self._is_leaving = self._is_shut_down = False
         self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
+        self._compiler = ThreadPoolExecutor(
+            1, thread_name_prefix="motet-compiler"
+        )  # of structures: only those wait for it
+        engine.grammars.tries_first = True
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -96,6 +100,9 @@ class Service:
 
     async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
         """The request as the engine accepts it, within the tenant's quota of tokens."""
+        if (structure := request.structure) is not None:  # the engine finds it among those of late
+            tenant = caller.identity.tenant
+            await self._run(lambda: self._engine.grammars.matcher(structure, tenant), self._compiler)
         tokenised = await self._run(lambda: self._reader.read(request, caller.identity))
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
@@ -259,9 +266,9 @@ class Service:
         """An answer as a message, in a reader's thread. The answer is made: it needs no place any more."""
         return await self._run(work)
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def _run(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+            return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
         except MotetError:
             raise
         except Exception as error:

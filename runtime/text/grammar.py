@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -13,38 +14,67 @@ import numpy.typing as npt
 
 from ..api.structure import Structure, StructureKind
 from ..errors import InvalidRequestError, MissingPackageError, shown
+from .grammar_trial import Trial
 from .tokenizer import Tokenizer
 
 U32 = npt.NDArray[np.uint32]
 
 # One line, as json.dumps writes it: no model can spend its answer on white space, and most of what is between values is forced.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# What one token of an answer may cost. A grammar with more ends its request: it is ambiguous, or written to be slow.
+# What one token of an answer may cost. A grammar with more ends its request: it is ambiguous, or written to be slow. All answers
+# of a compiled structure share the states of its lexer.
 _LIMITS = {"max_items_in_row": 500, "step_max_items": 3000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
 _KEPT = 128  # compiled structures
+_KEPT_REFUSALS = 1024
+_QUICK_S = 0.05  # what is compiled as fast may be compiled again for an answer whose lexer is full
 
 
 class GrammarMatcher:
-    """Where an answer is in its structure. Token ids are drawn from `mask`, and `accept` is told of each."""
+    """Where an answer is in its structure. Token ids are drawn from `mask`, and `accept` is told of each.
 
-    def __init__(self, matcher: Any, words: int) -> None:
+    `again` compiles the structure anew, if that is quick: other answers may have filled the lexer that this one shares.
+    """
+
+    def __init__(self, matcher: Any, words: int, again: Callable[[], Any] | None = None) -> None:
         self._matcher = matcher
         self._words = words  # of 32 bits, in a mask
+        self._again = again
+        self._accepted: tuple[Any, int] | None = None  # (what was accepted before, the last token)
 
     def fork(self) -> GrammarMatcher:
         """An independent copy."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._words)
+        copy = GrammarMatcher(self._matcher.deep_copy(), self._words, self._again)
+        copy._accepted = self._accepted
+        return copy
 
     def mask(self) -> U32:
         """Bit id % 32 of word id // 32 is 1 for the tokens that may follow; no bit if the grammar has failed."""
-        if not self._matcher.is_error():
-            found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+        for _ in range(2):
             if not self._matcher.is_error():
-                return found
+                found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+                if not self._matcher.is_error():
+                    return found
+            if not self._renewed():
+                break
         return np.zeros(self._words, np.uint32)
 
     def accept(self, token_id: int) -> None:
+        self._accepted = self._accepted, token_id
         self._matcher.consume_token(token_id)
+        if self._matcher.is_error():
+            self._renewed()
+
+    def _renewed(self) -> bool:
+        """Begin again with a lexer of its own, once. Returns whether that helped."""
+        if self._again is None:
+            return False
+        self._matcher, self._again = self._again(), None
+        token_ids, rest = list[int](), self._accepted
+        while rest is not None:
+            rest, token_id = rest
+            token_ids.append(token_id)
+        self._matcher.consume_tokens(token_ids[::-1])
+        return not self._matcher.is_error()
 
     @property
     def is_complete(self) -> bool:
@@ -66,75 +96,134 @@ class GrammarMatcher:
 
 
 class Grammars:
-    """Compiles structures and keeps those of late. Safe to share between threads."""
+    """Compiles structures and keeps those of late. Safe to share between threads. With `tries_first`, a structure is tried in
+    another process before (see `Trial`): for those of clients that are not trusted."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos_token_ids)
-        self._lock = Lock()
-        self._compiled: OrderedDict[Structure, GrammarMatcher] = OrderedDict()
+        self._lock, self._trial_lock = Lock(), Lock()
+        self._compiled: OrderedDict[tuple[str, Structure], GrammarMatcher] = OrderedDict()  # by tenant
+        self._refused: OrderedDict[Structure, str] = OrderedDict()  # why
         self._for_tokenizer: Any = None
+        self._trial: Trial | None = None
+        self.tries_first = False
 
-    def matcher(self, structure: Structure) -> GrammarMatcher:
-        """At the beginning of an answer. The first time it takes up to some hundred milliseconds. Raises
-        `InvalidRequestError` for what cannot be compiled, `MissingPackageError`."""
+    def matcher(self, structure: Structure, tenant: str = "") -> GrammarMatcher:
+        """At the beginning of an answer. The first time it takes up to some hundred milliseconds, with `tries_first` up to
+        seconds. Raises `InvalidRequestError` for what cannot be compiled, `MissingPackageError`, `UnavailableError`."""
         with self._lock:
-            found = self._compiled.get(structure)
+            found = self._compiled.get((tenant, structure))
             if found is not None:
-                self._compiled.move_to_end(structure)
-                return found.fork()
-        library = self._open()
-        found = self._compile(library, structure)  # not under the lock: those who have one need not wait
+                self._compiled.move_to_end((tenant, structure))
+                copy = found.fork()
+                if copy.mask().any():
+                    return copy  # else the answers before have filled its lexer
+        self._open()
+        if self.tries_first:
+            self._try(structure)
+        began = time.monotonic()
+        compiled = _compile(
+            self._for_tokenizer, structure.kind, structure.spec
+        )  # not under a lock: others need not wait
+        if isinstance(compiled, str):
+            raise self._refusal(structure, compiled)
+        again = None
+        if time.monotonic() - began < _QUICK_S:
+            again = lambda: _compile(self._for_tokenizer, structure.kind, structure.spec)  # noqa: E731
+        found = GrammarMatcher(compiled, -(-self._vocab_size // 32), again)
         with self._lock:
-            self._compiled[structure] = found
+            self._compiled[tenant, structure] = found
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
             return found.fork()
 
-    def _open(self) -> Any:
+    def close(self) -> None:
+        with self._trial_lock:
+            if self._trial is not None:
+                self._trial.close()
+
+    def _try(self, structure: Structure) -> None:
+        """Raises `InvalidRequestError` if another process could not compile it."""
+        with self._lock:
+            reason = self._refused.get(structure)
+        if reason is None:
+            with self._trial_lock:
+                if self._trial is None:
+                    self._trial = Trial(self._tokenizer.to_json(), self._vocab_size, self._eos)
+                reason = self._trial.reason_against(structure.kind, structure.spec)
+        if reason:
+            with self._lock:
+                self._refused[structure] = reason
+                if len(self._refused) > _KEPT_REFUSALS:
+                    self._refused.popitem(last=False)
+            raise self._refusal(structure, reason)
+
+    def _refusal(self, structure: Structure, reason: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"the {structure.kind} {shown(structure.spec)} cannot be used: {reason}", field="structure"
+        )
+
+    def _open(self) -> None:
+        if self._for_tokenizer is not None:
+            return
+        if not self._eos:
+            raise InvalidRequestError(
+                "the model has no end-of-sequence token, which structured output needs; leave structure out",
+                field="structure",
+            )
         try:
-            import llguidance
+            self._for_tokenizer = library_tokenizer(self._tokenizer.to_json(), self._vocab_size, self._eos)
         except ImportError as error:
             raise MissingPackageError(
                 f"structured output needs llguidance ({error}); install it with `pip install llguidance`"
             ) from error
-        if self._for_tokenizer is None:
-            if not self._eos:
-                raise InvalidRequestError(
-                    "the model has no end-of-sequence token, which structured output needs; leave structure out",
-                    field="structure",
-                )
-            try:
-                self._for_tokenizer = llguidance.LLTokenizer(
-                    self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos
-                )
-            except ValueError as error:
-                raise InvalidRequestError(
-                    f"this model's tokenizer has no structured output ({error}); leave structure out", field="structure"
-                ) from error
-        return llguidance
-
-    def _compile(self, library: Any, structure: Structure) -> GrammarMatcher:
-        make, kind, spec = library.LLMatcher, structure.kind, structure.spec
-        try:
-            if kind is StructureKind.JSON_SCHEMA or kind is StructureKind.JSON_OBJECT:
-                grammar = make.grammar_from_json_schema(spec or '{"type": "object"}', defaults=_JSON)
-            elif kind is StructureKind.REGEX:
-                grammar = make.grammar_from_regex(spec)
-            elif kind is StructureKind.GRAMMAR:
-                grammar = make.grammar_from_lark(spec)
-            else:  # a terminal: all texts are one state of the lexer, where a rule would have a branch for each
-                grammar = make.grammar_from_lark(
-                    f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, json.loads(spec)))}"
-                )
         except ValueError as error:
-            raise InvalidRequestError(f"the {kind} {shown(spec)} cannot be read: {error}", field="structure") from None
-        limits = library.LLParserLimits(verbose_errors=False, **_LIMITS)
-        matcher = make(self._for_tokenizer, grammar, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        if matcher.is_error():
-            reason = matcher.get_error().replace("<non-verbose/>", "").strip()
             raise InvalidRequestError(
-                f"the {kind} {shown(spec)} cannot be used: {shown(reason.splitlines()[0])}", field="structure"
-            )
-        return GrammarMatcher(matcher, -(-self._vocab_size // 32))
+                f"this model's tokenizer has no structured output ({error}); leave structure out", field="structure"
+            ) from error
+
+
+def library_tokenizer(tokenizer: str, vocab_size: int, eos: list[int]) -> Any:
+    """llguidance's form of a tokenizer. Raises `ImportError`, `ValueError`."""
+    import llguidance
+
+    return llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+
+
+def try_structure(tokenizer: Any, kind: str, spec: str) -> str:
+    """Why a structure cannot be used; empty if it can. It is compiled, and its first token drawn."""
+    matcher = _compile(tokenizer, StructureKind(kind), spec)
+    if isinstance(matcher, str):
+        return matcher
+    mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    matcher.consume_token(int(mask.argmax()))
+    if not matcher.is_error() and not matcher.is_stopped():
+        matcher.compute_bitmask()
+    return _reason(matcher) if matcher.is_error() else ""
+
+
+def _compile(tokenizer: Any, kind: StructureKind, spec: str) -> Any:
+    """llguidance's matcher, or the reason why there is none."""
+    import llguidance
+
+    make = llguidance.LLMatcher
+    try:
+        if kind is StructureKind.JSON_SCHEMA or kind is StructureKind.JSON_OBJECT:
+            grammar = make.grammar_from_json_schema(spec or '{"type": "object"}', defaults=_JSON)
+        elif kind is StructureKind.REGEX:
+            grammar = make.grammar_from_regex(spec)
+        elif kind is StructureKind.GRAMMAR:
+            grammar = make.grammar_from_lark(spec)
+        else:  # a terminal: all texts are one state of the lexer, where a rule would have a branch for each
+            grammar = make.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, json.loads(spec)))}")
+    except ValueError as error:
+        return f"it cannot be read: {error}"
+    limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
+    matcher = make(tokenizer, grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return _reason(matcher) if matcher.is_error() else matcher
+
+
+def _reason(matcher: Any) -> str:
+    return shown(matcher.get_error().replace("<non-verbose/>", "").strip().splitlines()[0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 
+import numpy as np
 import pytest
 from helpers.fake_backend import FakeBackend
 from helpers.structures import FOUR, check_schema, structure_engine
@@ -13,6 +15,7 @@ from motet.runtime.api.request import FinishReason, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.api.structure import Structure, StructureKind
 from motet.runtime.errors import InvalidRequestError
+from motet.runtime.text.grammar import Grammars
 
 TEXT = {"type": "string", "maxLength": 8}
 NODE = {"type": "object", "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}}}
@@ -167,3 +170,74 @@ def test_what_contradicts_a_structure_is_refused(engine, name):
 
 def test_kinds_have_their_makers():
     assert {getattr(Structure, str(kind)).__name__ for kind in StructureKind} == {str(kind) for kind in StructureKind}
+
+
+def deep(links=50, levels=58):
+    """A schema of few levels whose references together are thousands deep."""
+    parts = {}
+    for index in range(links):
+        part = {"$ref": f"#/$defs/{index + 1}"}
+        for _ in range(levels):
+            part = {"items": part}
+        parts[str(index)] = part
+    return json.dumps({"$ref": "#/$defs/0", "$defs": parts | {str(links): {"type": "null"}}}, separators=(",", ":"))
+
+
+BREAKING = {
+    "deeper than the stack": Structure.json_schema(deep()),
+    "the same in a grammar": Structure.grammar(f"start: %json {deep()}"),
+    "a machine of a million states": Structure.json_schema('{"type": "integer", "multipleOf": 100000007}'),
+    "a product of two": Structure.json_schema(
+        '{"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}'
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKING)
+def test_what_would_end_or_stop_the_process_is_refused(tried, name):
+    """It is tried in another process, and refused at once when it comes again."""
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="takes more than"):
+            tried.matcher(BREAKING[name])
+    assert tried.matcher(Structure.json_object()).mask().any(), "others go on"
+
+
+@pytest.fixture(scope="module")
+def tried(tokenizer):
+    grammars = Grammars(tokenizer, 259, [257])
+    grammars.tries_first = True
+    yield grammars
+    grammars.close()
+
+
+def test_answers_do_not_use_up_what_they_share(tokenizer):
+    """All answers of a structure fill one lexer; each still has what it would have alone, also if it has begun already."""
+    grammars = Grammars(tokenizer, 259, [257])
+    structure = Structure.regex(r"(\w\w?\w?x){1,600}")
+    early = grammars.matcher(structure, "a")
+    rng, failures, renewed = random.Random(0), 0, False
+    for _ in range(40):
+        matcher = grammars.matcher(structure, "a")
+        for _ in range(250):
+            allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
+            if not len(allowed):
+                failures += 1
+                break
+            matcher.accept(int(rng.choice(allowed)))
+        renewed |= matcher._again is None
+    assert failures == 0
+    assert early.mask().any()
+
+
+def test_a_structure_that_fails_keeps_the_cache(engine):
+    """Its answer ends with an error, and what is cached of its prompt is no worse for it."""
+    prompt = tuple(engine.tokenizer.encode("hello " * 40))
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    engine.complete([Request("a", (prompt,), FOUR, params)])
+    slow = Structure.grammar('start: s\ns: s s | "a" | s s s | "aa"')
+    until_it_fails = SamplingParams(max_tokens=400, temperature=1.0, seed=1, logit_bias={258: -50})
+    with pytest.raises(InvalidRequestError, match="too complex"):
+        engine.complete([Request("b", (prompt,), FOUR, until_it_fails, structure=slow)])
+    [[answer]] = engine.complete([Request("c", (prompt,), FOUR, params)])
+    assert answer.usage.cached_tokens > len(prompt) // 2

@@ -70,6 +70,7 @@ def test_a_group_of_many_rows_draws_in_its_turn_and_others_after_it(tokenizer):
     views = Ensemble(tuple(Member("a", 1 / 4, view) for view in range(4)))
     wide = as_batch(ask("wide", (1, 2, 3), views=[(1, 2), (3,), (4, 5)], ensemble=views, max_tokens=30))
     narrow = as_batch(ask("narrow", (4, 5, 6), max_tokens=60))
+    backend.on_step = lambda _batch: time.sleep(0.005)  # they have not ended when the other one comes
     with make_engine(tokenizer, backend, max_num_seqs=12, max_model_len=800) as engine:
         wait = start(engine, [wide, narrow])
         until(lambda: engine.stats().tokens > 4)

@@ -19,6 +19,7 @@ from helpers.servers import serving
 from motet.proto import grpc_predict_v2_pb2 as v2
 from motet.proto import grpc_predict_v2_pb2_grpc
 from motet.runtime.client.client import Client
+from motet.runtime.schedule import scheduler
 from motet.runtime.serve.grpc.gate import OPEN_TO_ALL, ROLES
 from motet.runtime.serve.grpc.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
@@ -104,6 +105,21 @@ def test_generate_is_the_own_clients_answer(vllm, own):
         else:
             assert list(one.complete.output_ids) == chunks[one.complete.index]
     assert chunks == {one.choice: one.token_ids for one in expected}
+
+
+def test_a_long_prompts_log_probabilities_come_in_pieces(vllm, own, monkeypatch):
+    """A step scores a part of it; each chunk has the tokens that its values belong to."""
+    monkeypatch.setattr(scheduler, "_SCORED_ROWS", 8)
+    ids = [3 + i % 200 for i in range(80)]
+    [expected] = own.complete(ids, max_tokens=3, ignore_eos=True, temperature=0.0, prompt_logprobs=1)
+    chunks = [one.chunk for one in vllm.Generate(message(ids, stream=True, prompt_logprobs=1)) if one.HasField("chunk")]
+    parts = [chunk.input_logprobs for chunk in chunks if chunk.input_logprobs.token_ids]
+    assert len(parts) > 1
+    assert [id for part in parts for id in part.token_ids] == ids
+    assert all(len(p.token_ids) == len(p.token_logprobs) == len(p.top_logprobs) for p in parts)
+    values = [value for part in parts for value in part.token_logprobs]
+    assert not values[0].HasField("value")
+    np.testing.assert_allclose([value.value for value in values[1:]], expected.prompt_logprobs, rtol=1e-5)
 
 
 def test_an_absent_number_is_the_default(vllm, own):

@@ -245,7 +245,8 @@ def _structure(params: Any) -> Structure | None:
 
 
 def _chunk(output: Output, whole: dict[int, Output], prompt: tuple[int, ...]) -> Any:
-    before = len(whole[output.choice].token_ids) if output.choice in whole else 0
+    earlier = whole.get(output.choice)
+    before = 0 if earlier is None else len(earlier.token_ids)
     usage = output.usage
     chunk = vllm_engine_pb2.GenerateStreamChunk(
         token_ids=output.token_ids,
@@ -254,7 +255,7 @@ def _chunk(output: Output, whole: dict[int, Output], prompt: tuple[int, ...]) ->
         completion_tokens=before + len(output.token_ids),
         index=output.choice,
     )
-    _add_logprobs(chunk, output, prompt)
+    _add_logprobs(chunk, output, prompt, 0 if earlier is None else len(earlier.prompt_logprobs))
     return chunk
 
 
@@ -276,17 +277,19 @@ def _complete(output: Output) -> Any:
     return complete
 
 
-def _add_logprobs(target: Any, output: Output, prompt: tuple[int, ...]) -> None:
+def _add_logprobs(target: Any, output: Output, prompt: tuple[int, ...], num_sent: int = 0) -> None:
+    """`num_sent`: log-probabilities of the prompt that earlier chunks had."""
     if output.logprobs:
         target.output_logprobs.token_logprobs.extend(output.logprobs)
         target.output_logprobs.token_ids.extend(output.token_ids)
         for top in output.top_logprobs:
             _add_top(target.output_logprobs, top)
     if output.prompt_logprobs:
-        values = target.input_logprobs
-        values.token_ids.extend(prompt)
-        values.token_logprobs.add()  # the first token has none
-        values.top_logprobs.add()
+        values, first = target.input_logprobs, num_sent + 1 if num_sent else 0
+        values.token_ids.extend(prompt[first : num_sent + 1 + len(output.prompt_logprobs)])
+        if not num_sent:
+            values.token_logprobs.add()  # the first token has none
+            values.top_logprobs.add()
         for logprob, top in zip(output.prompt_logprobs, output.prompt_top_logprobs, strict=True):
             values.token_logprobs.add(value=logprob)
             _add_top(values, top)
