@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz soak fuzz-wire structures lm-eval aiperf lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures jobs lm-eval aiperf lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -62,6 +62,10 @@ $(AIPERF)/.ready:
 # JSON of 200 schemas of the public test suite, which pip fetches: see tests/fuzz/structures.py.
 structures: $(READY)
 	cd tests && ../$(BIN)/python -m fuzz.structures
+
+# A server that is killed ten times in a job of 500 records, and a job of 100,000.
+jobs: $(READY)
+	cd tests && ../$(BIN)/python -m fuzz.jobs
 
 # Types and imports are checked on the package with the folders that an installed one has. They need no native kernels.
 lint: $(READY)

@@ -72,7 +72,7 @@ def run(
             client.complete(load.random_prompt(random.Random(seed), prompt_tokens, vocab), max_tokens=2)  # warm
         for repeat in range(repeats):
             for door, kind, value in keys:
-                rng = random.Random(seed + repeat)
+                rng = random.Random(f"{seed} {repeat} {door} {kind} {value}")  # no load finds another's prompts cached
                 times = load.arrival_times(value, duration_s, seed + repeat, burstiness) if kind == "open" else None
                 started = time.perf_counter()
                 found = asyncio.run(

@@ -46,7 +46,7 @@ def write(name: str, result: dict[str, Any], parts: Sequence[Part], out: Path) -
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(out, [name])
     # A pipe has no width, and rich's default of 80 columns would cut figures off.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for part in parts:
         if isinstance(part, Table):
             console.print(table(part.title, part.header, part.rows))

@@ -25,7 +25,7 @@ def built_in_examples(name: str) -> Iterator[Example]:
     return BUILT_IN[name]()
 
 
-def _documents() -> Iterator[tuple[str, str, ast.Module]]:
+def standard_library() -> Iterator[tuple[str, str, ast.Module]]:
     """(name, source, tree) of every module of the standard library, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -40,7 +40,7 @@ def _documents() -> Iterator[tuple[str, str, ast.Module]]:
 
 
 def _code_examples() -> Iterator[Example]:
-    for name, source, tree in _documents():
+    for name, source, tree in standard_library():
         lines = source.splitlines()
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
@@ -57,7 +57,7 @@ def _code_examples() -> Iterator[Example]:
 
 
 def _docs_examples() -> Iterator[Example]:
-    for name, _, tree in _documents():
+    for name, _, tree in standard_library():
         for node in ast.walk(tree):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 continue

@@ -167,6 +167,10 @@ class NativeModel:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         self._check(self._library.motet_set_vector(self._handle, which, index, flat.ctypes.data, flat.size), name)
 
+    def set_unrotated(self, layer: int) -> None:
+        """Queries and keys are not rotated in this layer."""
+        self._check(self._library.motet_set_unrotated(self._handle, layer), f"layer {layer}")
+
     def set_window(self, layer: int, window: int) -> None:
         """Rows attend to the last `window` positions in this layer, their own included; unless set, to all."""
         self._check(self._library.motet_set_window(self._handle, layer, window), f"layer {layer}")

@@ -228,7 +228,11 @@ def _start(bundle: Path, config: EngineConfig, settings: ClusterSettings) -> Any
                 min_replicas=settings.replicas, max_replicas=settings.most, policy=policy, upscale_delay_s=5
             )
         }
-    routing: dict[str, Any] = {"request_router_class": PrefixRouter, "request_routing_stats_period_s": _STATS_S}
+    routing: dict[str, Any] = {
+        "request_router_class": PrefixRouter,
+        "request_router_kwargs": {"by_prefix": settings.by_prefix},
+        "request_routing_stats_period_s": _STATS_S,
+    }
     deployment: Any = serve.deployment(
         Replica,
         name="engine",

@@ -89,8 +89,8 @@ class Replica:
 class PrefixRouter(RequestRouter):
     """`PrefixRouting` for Ray Serve: it runs where the deployment's handle is."""
 
-    def initialize_state(self, **_kwargs: Any) -> None:
-        self._routing = PrefixRouting()
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._routing = PrefixRouting(by_prefix=kwargs["by_prefix"])
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -60,10 +60,12 @@ class _Replica:
 
 
 class PrefixRouting:
-    """The replicas that are known, by name. `update`, `rank` and `sent` may be called in any order."""
+    """The replicas that are known, by name. Its methods may be called in any order. `by_prefix` False: what is cached does not
+    count."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_prefix: bool = True) -> None:
         self._replicas: dict[str, _Replica] = {}
+        self._by_prefix = by_prefix
 
     def update(self, published: Mapping[str, Mapping[str, Any]]) -> None:
         """What the replicas that there are have published: {"version", "keys", "tokens", "block_size"}, or nothing yet."""
@@ -74,7 +76,7 @@ class PrefixRouting:
                 continue
             packed = found["keys"]
             replica.version, replica.tokens = found["version"], found["tokens"]
-            replica.block_size = found["block_size"]
+            replica.block_size = found["block_size"] if self._by_prefix else 0
             replica.keys = frozenset(packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES))
 
     def rank(self, request: Request | None) -> list[str]:

@@ -40,6 +40,7 @@ class DecoderConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None  # kinds "llama3" and "linear"; None: no scaling
+    unrotated_every: int = 0  # one of every so many layers does not rotate queries and keys (smollm3); 0: all do
     activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, without a gate
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
@@ -53,7 +54,9 @@ class DecoderConfig:
     )
 
     def __post_init__(self) -> None:
-        limits = {"first_window_layer": 0} | ({} if self.sliding_window is None else {"sliding_window": 1})
+        limits = {"first_window_layer": 0, "unrotated_every": 0} | (
+            {} if self.sliding_window is None else {"sliding_window": 1}
+        )
         for name, low in (dict.fromkeys(_SIZES, 1) | limits).items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**31:

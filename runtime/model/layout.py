@@ -179,7 +179,8 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
         else _whole(up, hidden, config.mlp_bias, "gelu", mlp_norm.name),
         # silu(gate) · up is linear in up; gelu(up) is not
         down=_whole(Part(f"{mlp}.down_proj", hidden), inner, config.mlp_bias, "add", up.name if gated else None),
-        rotary=config.positions == "rotary",
+        rotary=config.positions == "rotary"
+        and not (config.unrotated_every and (index + 1) % config.unrotated_every == 0),
         window=config.sliding_window if index >= config.first_window_layer else None,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..api.config import EngineConfig
 from ..engine.engine import Engine
+from ..engine.interface import ServedEngine
 from ..trust.access import Access
 from .grpc.server import Server
 from .service import Service
@@ -23,7 +24,7 @@ def local_server(bundle: Path, config: EngineConfig | None = None) -> Iterator[s
 
 
 @contextmanager
-def serve_engine(engine: Engine) -> Iterator[str]:
+def serve_engine(engine: ServedEngine) -> Iterator[str]:
     """Serve a running engine on a free port of 127.0.0.1, from a thread of its own; yields host:port."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="motet-server", daemon=True)

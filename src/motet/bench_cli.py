@@ -157,6 +157,20 @@ def bench_quality(
     )
 
 
+@bench.command("summaries")
+def bench_summaries(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    documents: Annotated[int, typer.Option(min=2, help="Documents, at most.")] = 40,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document, at least.")] = 1500,
+    threads: Threads = 0,
+) -> None:
+    """Summaries of long documents against their first sentences and their first chunk, in ROUGE-L."""
+    from .bench import summaries
+
+    summaries.run(bundle, out, documents=documents, min_tokens=min_tokens, threads=threads)
+
+
 @bench.command("context")
 def bench_context(
     bundle: BundleArgument,

@@ -67,6 +67,20 @@ def bench_serve(
     )
 
 
+@bench.command("scale")
+def bench_scale(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    actors: Annotated[int, typer.Option(min=0, help="Engines of one thread; 0: as many as cores.")] = 0,
+    records: Annotated[int, typer.Option(min=100, help="Records of the job.")] = 600,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; figures are medians.")] = 3,
+) -> None:
+    """A job over a Ray cluster of this machine, routing by prefix, and how many machines a load needs."""
+    from .bench import scale
+
+    scale.run(bundle, out, actors=actors, records=records, repeats=repeats)
+
+
 @bench.command("flood")
 def bench_flood(
     bundle: BundleArgument,

@@ -8,7 +8,7 @@ import random
 from functools import partial
 
 import pytest
-from motet.bench import decode, flood, serve
+from motet.bench import decode, flood, scale, serve, summaries
 from motet.bench.lib import aiperf, probes
 from motet.bench.lib import load as loads
 from motet.bench.lib.servers import server_process
@@ -187,3 +187,29 @@ def test_a_flood_of_long_prompts_is_refused_and_watched(bundle_dir, tmp_path):
     assert min(quiet["messages"], flooded["messages"]) > 10
     kept = json.loads((tmp_path / "flood.json").read_text())
     assert kept.pop("page") and kept == result
+
+
+# ---- scale, summaries ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mtbf_days", [0.02, 0.5, 7])
+def test_the_capacity_model_is_what_the_simulation_gives(mtbf_days):
+    plan = scale.Plan(200_000, rate=5.0, mtbf_s=mtbf_days * 86_400)
+    simulated = [scale.simulate(plan, seed) for seed in range(5)]
+    assert sum(simulated) / 5 == pytest.approx(plan.hours, rel=0.1)
+    assert plan.hours <= 24 * (1 - plan.spare) * 1.01
+    assert scale.Plan(200_000, rate=5.0, mtbf_s=60.0).engines > plan.engines
+
+
+def test_a_rate_is_that_between_the_parts():
+    assert scale._rate([(10.0, 64), (12.0, 128), (14.0, 256)]) == pytest.approx((256 - 64) / 4)
+
+
+def test_documents_are_docstrings_without_their_first_paragraph():
+    found = {name: (reference, text) for name, reference, text in summaries._modules()}
+    assert len(found) > 50
+    assert all(len(reference.split()) >= 8 for reference, _ in found.values())
+    held = [reference in " ".join(text.split()) for reference, text in found.values()]
+    assert sum(held) < len(held) / 20, "some modules say it again"
+    assert summaries._sentences("One. Two three? Four") == ["One.", "Two three?", "Four"]
+    assert summaries._rouge("a b c", "a b c") == 1.0

@@ -121,6 +121,27 @@ def truncated(path):
 # name → (family, change, None if the logits are those of transformers, else words of the refusal)
 TABLE = {
     # ---- settings ----
+    "phi3 without a window": ("phi3", config(sliding_window=None), None),
+    "phi3 of long contexts": (
+        "phi3",
+        rope(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
+        "rope scaling 'longrope' is not supported",
+    ),
+    "phi3 that rotates a part": ("phi3", config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "phi3 of an original length": ("phi3", config(original_max_position_embeddings=64), None),
+    "smollm3 whose every second layer does not rotate": ("smollm3", config(no_rope_layers=[1, 0, 1, 0]), None),
+    "smollm3 whose layers all rotate": ("smollm3", config(no_rope_layers=[1, 1, 1, 1]), None),
+    "smollm3 by its interval": ("smollm3", config(no_rope_layers=None, no_rope_layer_interval=3), None),
+    "smollm3 with another pattern": ("smollm3", config(no_rope_layers=[0, 1, 1, 0]), "no_rope_layers="),
+    "smollm3 with a window": ("smollm3", config(use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
+    "smollm3 with a window that is off": ("smollm3", config(use_sliding_window=False, sliding_window=8), None),
+    "smollm3 with layers of windows": (
+        "smollm3",
+        config(layer_types=["full_attention", "sliding_attention"] * 2),
+        "layer_types=",
+    ),
+    "smollm3 without a base of its positions": ("smollm3", config(rope_parameters=None), None),
+    "smollm3 with biases": ("smollm3", both(config(attention_bias=True), with_biases("self_attn.")), None),
     "rope of transformers 4": ("llama", rope(), None),
     "rope linear": ("llama", rope(type="linear", factor=3.0), None),
     "rope llama3": ("llama", rope(rope_type="llama3", **LLAMA3), None),

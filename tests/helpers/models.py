@@ -10,7 +10,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2")
+FAMILIES = ("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen3", "phi3", "smollm3", "gpt2")
 WINDOW = 24  # positions that a row of mistral and of qwen2-window's later layers sees
 
 
@@ -44,8 +44,10 @@ def tiny_config(family: str) -> object:
         "mistral": transformers.MistralConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
+        "phi3": transformers.Phi3Config,
+        "smollm3": transformers.SmolLM3Config,
     }[name]
-    window: dict[str, object] = {"sliding_window": WINDOW} if name == "mistral" else {}
+    window: dict[str, object] = {"sliding_window": WINDOW} if name in ("mistral", "phi3") else {}
     if kind == "window":
         window = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2}
     return cls(
@@ -61,6 +63,7 @@ def tiny_config(family: str) -> object:
         tie_word_embeddings=kind != "untied",
         eos_token_id=258,
         bos_token_id=256,
+        **({"pad_token_id": 258} if name in ("phi3", "smollm3") else {}),
     )
 
 

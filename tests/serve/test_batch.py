@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import subprocess
-import sys
 import time
 
 import grpc
 import openai
 import pytest
+from helpers.batch_jobs import ended, killed_and_undisturbed, memory_of_a_submission
 from helpers.fake_backend import FakeBackend, make_engine
 from helpers.servers import serving, serving_http, until
 from motet.export.bundle_writer import export_bundle
@@ -57,17 +54,6 @@ def with_jobs(engine, directory, access=None, **options):
 
 def records(count):
     return [(f"r{i}", {"prompt": f"text {i % 7}", **BODY}) for i in range(count)]
-
-
-def ended(client, job_id):
-    """Every result of a job, by record, when it has ended."""
-    found, job = {}, None
-    for job, results in client.watch(job_id):  # noqa: B007
-        for result in results:
-            assert result.id not in found, "answered twice"
-            found[result.id] = result
-    assert job.has_ended
-    return job, found
 
 
 def test_a_job_has_the_answers_of_single_requests(engine, tmp_path):
@@ -204,48 +190,19 @@ def test_a_tenant_sees_its_own(engine, tmp_path):
 # ---- a server that is killed -----------------------------------------------------------------------------------------
 
 
-def serve(bundle, state):
-    command = [sys.executable, "-m", "motet.cli", "serve", str(bundle), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(
-        [*command, "--state-dir", str(state)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    return process, process.stdout.readline().split()[-1]
-
-
-def killed_and_undisturbed(bundle, folder, count, kills, seed):
-    """The results of a job whose server was killed some times, and of the same one whose server was not."""
-    rng = random.Random(seed)
-    task = [(f"r{i}", {"prompt": f"text number {i}", "max_tokens": 24, "temperature": 0.8}) for i in range(count)]
-    found = []
-    for times in (kills, 0):
-        job_id, state = None, folder / f"state-{times}"
-        for attempt in range(times + 1):
-            process, address = serve(bundle, state)
-            try:
-                with BatchClient(address) as client:
-                    if job_id is None:
-                        job_id = client.submit("/v1/completions", task).id
-                    if attempt < times:
-                        goal = min(count - 1, client.get(job_id).done + rng.randrange(1, max(2, count // (times + 1))))
-                        until(lambda: client.get(job_id).done >= goal, 120)  # noqa: B023
-                        time.sleep(rng.random() * 0.02)
-                        process.send_signal(signal.SIGKILL)
-                        continue
-                    job, results = ended(client, job_id)
-                    assert (job.state, job.done) == ("done", count)
-                    found.append({name: result.response["choices"][0]["text"] for name, result in results.items()})
-            finally:
-                process.kill()
-                process.wait()
-    return found
-
-
 @pytest.mark.slow
 def test_a_killed_server_goes_on(tiny_model_dir, tmp_path):
     bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "tiny", graphs=False)
     killed, undisturbed = killed_and_undisturbed(bundle, tmp_path, count=60, kills=3, seed=1)
     assert killed == undisturbed
     assert len(killed) == 60
+
+
+@pytest.mark.slow
+def test_a_large_job_needs_no_more_memory_than_a_small_one(tiny_model_dir, tmp_path):
+    bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "tiny", graphs=False)
+    small, large = (memory_of_a_submission(bundle, tmp_path / str(count), count) for count in (1000, 20_000))
+    assert large < small + 60, "MiB; the requests alone are 40"
 
 
 # ---- OpenAI's files and batches --------------------------------------------------------------------------------------

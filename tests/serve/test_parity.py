@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from motet.proto import grpc_predict_v2_pb2 as v2
 from motet.proto import grpc_predict_v2_pb2_grpc
 from motet.runtime.api.structure import Structure
 from motet.runtime.client.client import Client
+from motet.runtime.errors import InvalidRequestError
 from motet.runtime.serve.grpc.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
 from motet.runtime.serve.http.app import App
 from motet.runtime.serve.http.server import HttpServer
@@ -70,6 +72,10 @@ def doors(tokenizer):
 
 def name_of(mix):
     return "fake" if mix is None else "fake:" + ",".join(f"{member}={value}" for member, value in mix.items())
+
+
+class Refused(Exception):
+    """(HTTP status, message)"""
 
 
 def by_own(doors, prompt, options, mix, structure):
@@ -149,7 +155,8 @@ def by_http(doors, prompt, options, mix, structure):
     response = connection.getresponse()
     found = json.loads(response.read())
     connection.close()
-    assert response.status == 200, found
+    if response.status != 200:
+        raise Refused(response.status, found["error"]["message"])
     return [
         {
             "logprobs": one["logprobs"]["token_logprobs"],
@@ -177,3 +184,48 @@ def test_doors_agree(doors, door):
                 elif name in other:
                     assert other[name] == one[name], (name, prompt, options)
     assert reasons == {"stop", "length"}
+
+
+# What is wrong → (prompt, options, mix, structure) of a request that has no other fault.
+REFUSED = {
+    "temperature": ("x", {"temperature": -0.5}, None, None),
+    "temperature that is no number": ("x", {"temperature": float("nan")}, None, None),
+    "top_p": ("x", {"top_p": 1.5}, None, None),
+    "min_p": ("x", {"min_p": 2.0}, None, None),
+    "frequency_penalty": ("x", {"frequency_penalty": float("inf")}, None, None),
+    "presence_penalty": ("x", {"presence_penalty": float("-inf")}, None, None),
+    "repetition_penalty": ("x", {"repetition_penalty": -1.0}, None, None),
+    "max_tokens": ("x", {"max_tokens": 0}, None, None),
+    "n": ("x", {"n": 10_000}, None, None),
+    "logit_bias of a token that is none": ("x", {"logit_bias": {10_000: 1.0}}, None, None),
+    "an empty prompt": ("", {}, None, None),
+    "a prompt that is too long": ("hello " * 200, {}, None, None),
+    "a member that is none": ("x", {}, {"z": 1.0}, None),
+    "a mix that sums to two": ("x", {}, {"a": 1.0, "d": 1.0}, None),
+    "a structure that cannot be read": ("x", {}, None, Structure.regex("(")),
+    "a structure and ignore_eos": ("x", {"ignore_eos": True}, None, Structure.choice(["yes"])),
+}
+PLAIN = {"max_tokens": 4, "seed": 1, "logit_bias": {}, "temperature": 0.5}
+
+
+def refusal(door, doors, case):
+    """(is it the caller's fault, the message) of a door's refusal."""
+    prompt, options, mix, structure = case
+    try:
+        door(doors, prompt, PLAIN | options, mix, structure)
+    except Refused as refused:
+        return refused.args[0] == 400, refused.args[1]
+    except InvalidRequestError as error:
+        return True, str(error)
+    except grpc.RpcError as error:
+        return error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+    return pytest.fail(f"{door.__name__} takes it")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_door_refuses_what_the_others_refuse(doors, name):
+    found = {door.__name__: refusal(door, doors, REFUSED[name]) for door in (by_own, by_vllm, by_kserve, by_http)}
+    assert all(is_fault for is_fault, _ in found.values()), found
+    messages = [message for _, message in found.values() if "JSON" not in message]  # which has no NaN and no infinity
+    words = [set(re.sub(r"\W+", " ", message).lower().split()) for message in messages]
+    assert len(set.intersection(*words)) >= 2, f"they say something else: {found}"

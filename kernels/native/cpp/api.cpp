@@ -178,6 +178,13 @@ int motet_set_window(MotetModel* model, int layer, int window) {
     });
 }
 
+int motet_set_unrotated(MotetModel* model, int layer) {
+    return guarded([&] {
+        model->model.set_unrotated(layer);
+        return int(MOTET_OK);
+    });
+}
+
 int motet_ready(MotetModel* model) {
     return guarded([&] {
         const std::string missing = model->model.missing();

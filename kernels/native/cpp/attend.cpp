@@ -47,12 +47,12 @@ void Step::start_prefetch(int layer, int thread) {
     s.prefetch_list = {s.blocks.data(), s.blocks.data() + s.blocks.size(), kv.data, int(m_.head_bytes_)};
 }
 
-void Step::norm_and_rotate(float* head, const std::vector<float>& norm, int32_t position) const {
+void Step::norm_and_rotate(float* head, const std::vector<float>& norm, bool rotates, int32_t position) const {
     const int d = c_.head_size;
     if (c_.qk_norm)
         isa_.norm(head, {Norm::RMS, c_.norm_eps, norm.data(), nullptr},
                   isa_.norm_stats(head, c_.norm_eps, Norm::RMS, d), 0, d, head);
-    if (c_.learned) return;
+    if (c_.learned || !rotates) return;
     isa_.rotate(head, m_.cos_.data() + int64_t(position) * (d / 2), m_.sin_.data() + int64_t(position) * (d / 2), d);
 }
 
@@ -62,7 +62,7 @@ void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t r
     float* key = scratch_[size_t(thread)].head;
     const float* from = qkv + row * qkv_ld_ + q_size_ + int64_t(kv_head) * d;
     memcpy(key, from, size_t(d) * sizeof(float));
-    norm_and_rotate(key, layer.k_norm, set.contexts[size_t(row)] - 1);
+    norm_and_rotate(key, layer.k_norm, layer.rotates, set.contexts[size_t(row)] - 1);
     const int64_t slot = set.slots[size_t(row)];
     isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key, from + kv_size_);
 }
@@ -81,7 +81,7 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
     for (int i = 0; i < queries; i++) {
         const int64_t row = unit.row0 + i / group_;
         memcpy(s.head, qkv + row * qkv_ld_ + int64_t(kv_head * group_ + i % group_) * d, size_t(d) * sizeof(float));
-        norm_and_rotate(s.head, layer.q_norm, set.contexts[size_t(row)] - 1);
+        norm_and_rotate(s.head, layer.q_norm, layer.rotates, set.contexts[size_t(row)] - 1);
         const int first = i / kMaxQueries * kMaxQueries;
         isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d,
                         s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first),

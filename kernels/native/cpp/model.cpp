@@ -264,6 +264,8 @@ void Model::set_window(int layer, int32_t window) {
     layer_at(layer).window = std::min(window, config_.max_positions);
 }
 
+void Model::set_unrotated(int layer) { layer_at(layer).rotates = false; }
+
 std::string Model::missing() const {
     if (!head_) return "the head";
     if (!config_.tied_head && !embedding_) return "the embedding";

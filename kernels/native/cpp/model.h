@@ -83,6 +83,7 @@ struct Layer {
     int ranks[kModules] = {};                         // the largest of their ranks
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
+    bool rotates = true;
     int32_t window = 0;  // positions that a row attends to, its own included; max_positions: all
 };
 
@@ -113,6 +114,7 @@ public:
                      const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
     void set_window(int layer, int32_t window);
+    void set_unrotated(int layer);
     std::string missing() const;  // what has not been set; empty if the model is complete
 
     std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty if it can

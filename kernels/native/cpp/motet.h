@@ -87,6 +87,8 @@ MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
+/* In this layer queries and keys are not rotated. */
+MOTET_API int motet_set_unrotated(MotetModel*, int layer);
 /* In this layer rows attend to the last `window` positions, their own included. Unless it is set, to all. */
 MOTET_API int motet_set_window(MotetModel*, int layer, int window);
 MOTET_API int motet_ready(MotetModel*);

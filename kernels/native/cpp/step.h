@@ -114,7 +114,7 @@ private:
                       Scratch& s) const;
     void merge_partials(const Unit& unit, int first, int kv_head, Activations* quantise_to);
     void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to);
-    void norm_and_rotate(float* head, const std::vector<float>& norm, int32_t position) const;
+    void norm_and_rotate(float* head, const std::vector<float>& norm, bool rotates, int32_t position) const;
 
     void barrier_and_time(Part part, int thread);
     int next_phase(int thread) { return phases_[size_t(thread)].next++; }

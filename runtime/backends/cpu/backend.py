@@ -238,6 +238,8 @@ class _Loader:
         self.norm((Vector.MLP_NORM, Vector.MLP_NORM_BIAS), target, layer.mlp_norm, member)
         for vector, norm in zip((Vector.Q_NORM, Vector.K_NORM), layer.head_norms or ()):
             self.norm((vector,), target, norm, member)
+        if not layer.rotary:
+            self._model.set_unrotated(target)
         if layer.window is not None:
             self._model.set_window(target, layer.window)
 

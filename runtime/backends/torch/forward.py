@@ -197,7 +197,7 @@ class Forward:
         config, ops = self._config, self._ops
         query = ops.rotary_write(
             qkv,
-            self._weights.rotary,
+            self._weights.rotary if layer.rotates else None,
             layer.head_norms,
             config.norm_eps,
             rows.positions,

@@ -90,6 +90,7 @@ class LayerWeights:
     up: LinearLayer
     gated: bool  # True: `up` is gate and up, SwiGLU; False: GELU
     down: LinearLayer
+    rotates: bool = True  # queries and keys
     window: int | None = None  # positions that a row attends to, itself included; None: all before it
 
 
@@ -189,6 +190,7 @@ class ModelReader:
             up=self._linear(layer.up, member),
             gated=layer.up.epilogue == "swiglu",
             down=self._linear(layer.down, member),
+            rotates=layer.rotary,
             window=layer.window,
         )
 

@@ -14,10 +14,12 @@ from .gpt2 import GPT2
 from .keys import check_keys_read
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GPT2)}
 
 
 def decoder_config(values: Json) -> DecoderConfig:

@@ -154,7 +154,7 @@ def _read(message: v2.ModelInferRequest, service: Service) -> _Asked:
         if output.name not in _OUTPUTS or output.parameters:
             raise InvalidRequestError(f"outputs are {list(_OUTPUTS)}, without parameters", field="outputs")
     try:
-        body = json.loads(values.get("sampling_parameters", b"{}"))
+        body = json.loads(values.get("sampling_parameters", b"{}"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"sampling_parameters is not JSON: {error}", field="sampling_parameters") from None
     if not isinstance(body, dict):
@@ -235,6 +235,11 @@ def _response(message: v2.ModelInferRequest, asked: _Asked, choices: list[Output
         response.outputs.add(name=name, datatype=_OUTPUTS[name], shape=[len(choices)])
         response.raw_output_contents.append(values[name][1])
     return response
+
+
+def _no_number(text: str) -> float:
+    """JSON has no NaN and no infinity; written again, they would be null, and so a default."""
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def _packed(texts: list[bytes]) -> bytes:
