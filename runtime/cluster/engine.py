@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import threading
+import uuid
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from .settings import ClusterSettings
 log = logging.getLogger("motet.cluster")
 _STOP_S = 30.0
 _STATS_S = 1.0
-_GONE = UnavailableError("the replica that answered has ended; send the request again")
+_GONE: MotetError = UnavailableError("the replica that answered has ended; send the request again")
 
 
 class ClusterEngine:
-    """Starts `settings.replicas` engines on the cluster, or joins those of the same application, and ends them with `close`,
-    if it has started them. Requests are checked where they run.
+    """Starts `settings.replicas` engines on the cluster, as an application of its own, and ends them with `close`. Requests are
+    checked where they run.
 
     Raises `BundleError`, `UnavailableError` (there is no cluster, or no replica became ready).
     """
@@ -51,18 +52,23 @@ class ClusterEngine:
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
         self.embedder = _Embedder(self)
         self._observers: tuple[Observer, ...] = ()
-        self._open: dict[str, asyncio.Task[None]] = {}
+        self._open: dict[
+            str, asyncio.Task[None] | FinishReason | None
+        ] = {}  # None: it has not begun; a reason: nor will it
         self._is_draining = False
         self._stats = _total([])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="motet-cluster", daemon=True)
         self._thread.start()
+        self._application = f"motet-{uuid.uuid4().hex[:12]}"  # another's of the same name would be replaced
         try:
-            self._handle = _start(bundle, config, settings)
-        except (ConnectionError, RuntimeError, TimeoutError, RayServeException) as error:
+            self._handle = _start(self._application, bundle, config, settings)
+        except BaseException as error:
             self._stop_loop()
-            raise UnavailableError(f"no replica became ready on '{settings.address}': {error}") from error
-        self._settings = settings
+            ray.shutdown()
+            if isinstance(error, ConnectionError | RuntimeError | TimeoutError | RayServeException):
+                raise UnavailableError(f"no replica became ready on '{settings.address}': {error}") from error
+            raise
         self.run(self._follow_stats())
 
     def __enter__(self) -> ClusterEngine:
@@ -90,13 +96,17 @@ class ClusterEngine:
             raise UnavailableError("the server is shutting down; send the request to another one")
         if request.request_id in self._open:
             raise InvalidRequestError(f"request '{request.request_id}' is open already", field="request_id")
-        self.run(self._begin(request, on_output))
+        self._open[request.request_id] = None
+        self.run(self._answer(request, on_output))
 
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
         def end() -> None:
             for id, task in list(self._open.items()):
-                if request_id in (None, id):
-                    task.cancel(reason)
+                if request_id in (None, id) and not isinstance(task, FinishReason):
+                    if task is None:
+                        self._open[id] = reason
+                    else:
+                        task.cancel(reason)
 
         self._loop.call_soon_threadsafe(end)
 
@@ -114,22 +124,31 @@ class ClusterEngine:
         self.abort(None, FinishReason.SHUTDOWN)
         self._stop_loop()
         self.grammars.close()
-        if self._settings.owns_replicas:
-            serve.delete(self._settings.application)
+        serve.delete(self._application)
         ray.shutdown()
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
-    async def _begin(self, request: Request, on_output: OnOutput) -> None:
-        task = asyncio.create_task(self._answer(request, on_output))
-        self._open[request.request_id] = task
-        task.add_done_callback(lambda _task: self._open.pop(request.request_id, None))
-
     async def _answer(self, request: Request, on_output: OnOutput) -> None:
         unfinished = dict.fromkeys(range(request.sampling.n))
+        before = self._open[request.request_id]
+        if isinstance(before, FinishReason):
+            reason, error = before, _GONE
+        else:
+            self._open[request.request_id] = asyncio.current_task()
+            reason, error = await self._follow(request, on_output, unfinished)
+        del self._open[request.request_id]
+        for choice in unfinished:
+            last = Output(request.request_id, choice, request.sampling.seed or 0)
+            last.finish_reason, last.error = reason, error if reason is FinishReason.ERROR else None
+            on_output(last)
+
+    async def _follow(
+        self, request: Request, on_output: OnOutput, unfinished: dict[int, None]
+    ) -> tuple[FinishReason, MotetError]:
+        """Pass on what a replica sends. Returns why the choices end that are left in `unfinished`."""
+        reason, error = FinishReason.ERROR, _GONE
         responses = self._handle.options(stream=True).generate.remote(request)
-        reason = FinishReason.ERROR
-        error: MotetError = _GONE
         try:
             async for found in responses:
                 if isinstance(found, MotetError):
@@ -149,10 +168,7 @@ class ClusterEngine:
             log.warning("a replica ended in a request: %s", str(fault).strip().splitlines()[-1:])
         finally:
             responses.cancel()
-        for choice in unfinished:
-            last = Output(request.request_id, choice, request.sampling.seed or 0)
-            last.finish_reason, last.error = reason, error if reason is FinishReason.ERROR else None
-            on_output(last)
+        return reason, error
 
     def _tell_refusal(self, request: Request, error: MotetError) -> None:
         notify(self._observers, lambda observer: observer.on_reject(request, error))
@@ -212,11 +228,9 @@ def _total(replicas: Sequence[EngineStats]) -> EngineStats:
     return dataclasses.replace(total, block_size=max((stats.block_size for stats in replicas), default=0))
 
 
-def _start(bundle: Path, config: EngineConfig, settings: ClusterSettings) -> Any:
+def _start(name: str, bundle: Path, config: EngineConfig, settings: ClusterSettings) -> Any:
     """The handle of the application's deployment."""
     connect(settings.address, settings.most * settings.threads(config))
-    if not settings.owns_replicas:
-        return serve.get_app_handle(settings.application)
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.most > settings.replicas:
         policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
@@ -244,4 +258,4 @@ def _start(bundle: Path, config: EngineConfig, settings: ClusterSettings) -> Any
         **scaling,
     )
     serve.start(proxy_location="Disabled")  # the doors are ours
-    return serve.run(deployment.bind(str(bundle.resolve()), config), name=settings.application, route_prefix=None)
+    return serve.run(deployment.bind(str(bundle.resolve()), config), name=name, route_prefix=None)

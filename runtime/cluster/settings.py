@@ -16,11 +16,9 @@ class ClusterSettings:
     replicas: int = 2  # at least
     max_replicas: int | None = None  # None: always `replicas`
     queued_tokens: int = 4096  # that wait at a replica before there shall be one more
-    application: str = "motet"
     by_prefix: bool = (
         True  # False: requests go where the fewest tokens wait, whatever is cached there (for measurements)
     )
-    owns_replicas: bool = True  # False: join the replicas of an application that another server has started
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.most < self.replicas or self.queued_tokens < 1:

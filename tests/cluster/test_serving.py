@@ -9,9 +9,11 @@ import threading
 import time
 
 import pytest
+from helpers.fake_backend import ask
 from helpers.servers import until
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import FinishReason
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ContextLengthError, InvalidRequestError, UnavailableError
@@ -90,6 +92,21 @@ def test_a_cancelled_stream_ends_at_its_replica(served, client):
     until(lambda: engine.stats().running == 0)
 
 
+def test_what_is_aborted_before_it_begins_ends(served):
+    engine, _ = served
+    ended = []
+    request = ask("early", (1, 2, 3), max_tokens=200)
+    engine.submit(request, lambda output: ended.append(output) if output.finish_reason is not None else None)
+    engine.abort("early")
+    until(lambda: ended)
+    assert ended[0].finish_reason is FinishReason.CANCELLED and len(ended) == 1
+    engine.submit(request, lambda _output: None)
+    with pytest.raises(InvalidRequestError, match="open already"):
+        engine.submit(request, lambda _output: None)
+    engine.abort("early")
+    until(lambda: engine.is_idle)
+
+
 def test_prompts_go_where_their_beginning_is(served, client):
     """Turns of several conversations: each finds all blocks of its earlier turns."""
     texts = {name: [ord(name)] * 80 for name in "abcdef"}
@@ -109,14 +126,14 @@ def test_a_replica_that_ends_breaks_its_streams_and_no_others(served, client):
     until(lambda: len(replicas()) == 2)
     outcomes = []
 
-    def ask(number):
+    def open_stream(number):
         with Client(address) as own:
             try:
                 outcomes.append(len(tokens(own.generate(f"text {number}", **LONG))))
             except UnavailableError as error:
                 outcomes.append(error)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=open_stream, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     time.sleep(0.15)
