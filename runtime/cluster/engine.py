@@ -65,7 +65,7 @@ class ClusterEngine:
             self._handle = _start(self._application, bundle, config, settings)
         except BaseException as error:
             self._stop_loop()
-            ray.shutdown()
+            self._end_application()
             if isinstance(error, ConnectionError | RuntimeError | TimeoutError | RayServeException):
                 raise UnavailableError(f"no replica became ready on '{settings.address}': {error}") from error
             raise
@@ -122,10 +122,18 @@ class ClusterEngine:
 
     def close(self) -> None:
         self.abort(None, FinishReason.SHUTDOWN)
-        self._stop_loop()
-        self.grammars.close()
-        serve.delete(self._application)
-        ray.shutdown()
+        try:
+            self._stop_loop()
+            self.grammars.close()
+        finally:
+            self._end_application()
+
+    def _end_application(self) -> None:
+        try:
+            if ray.is_initialized():
+                serve.delete(self._application)
+        finally:
+            ray.shutdown()
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -258,4 +266,4 @@ def _start(name: str, bundle: Path, config: EngineConfig, settings: ClusterSetti
         **scaling,
     )
     serve.start(proxy_location="Disabled")  # the doors are ours
-    return serve.run(deployment.bind(str(bundle.resolve()), config), name=name, route_prefix=None)
+    return serve.run(deployment.bind(str(bundle.resolve()), config, settings.orphaned_s), name=name, route_prefix=None)

@@ -5,12 +5,14 @@ name of its task."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +20,12 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
 from ray.data.block import Block, BlockAccessor
-from ray.data.datasource import WriteResult
+from ray.data.datasource import FileBasedDatasource, WriteResult
 
 from .. import errors
 from ..api.config import EngineConfig
 from ..errors import MotetError, NotFoundError, UnavailableError
-from ..jobs.parts import Format, Parts
+from ..jobs.parts import Format, Parts, check_places
 from ..jobs.records import TEXT_FILES, Record, file_record, line_record, text_record
 from ..jobs.work import JobReport, Lines, Work
 from .connection import connect
@@ -69,11 +71,12 @@ def run(
 
     Raises `NotFoundError`, `UnavailableError`, and the `MotetError` that an actor ended with.
     """
+    check_places(source, out)
+    rows = _read(source)
     finished = ray.put(Parts(out, out_format).keep_finished())
     threads = config.threads or 1
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    rows = _read(source)
     sink = _Sink(out, out_format, uuid.uuid4().hex[:8])
     try:
         rows.repartition(target_num_rows_per_block=_PIECE).map_batches(
@@ -97,11 +100,12 @@ def run(
 
 
 def _read(source: str) -> Dataset:
-    """Rows with `path`, and `text` (JSONL: the line) or `bytes`."""
+    """Rows with `path`, and `line`, `text` or `bytes`."""
     kind = format_of(source)
     try:
         if kind == "jsonl":
-            return ray.data.read_text(source, include_paths=True, num_cpus=_IO_CPUS)
+            lines: Dataset = ray.data.read_datasource(_LineSource(source, include_paths=True), num_cpus=_IO_CPUS)
+            return lines
         if kind == "parquet":
             return ray.data.read_parquet(source, include_paths=True, num_cpus=_IO_CPUS)
         endings = [ending[1:] for ending in TEXT_FILES]
@@ -132,19 +136,27 @@ def _record(row: dict[str, Any], format: InputFormat, with_requests: bool) -> Re
     if format == "text":
         return file_record(0, path, path, row["bytes"])
     if format == "jsonl":
-        content = str(row["text"])
-        name = _digest(content)
-        return line_record(0, content.encode(), f"record {name}", name, path, with_requests=with_requests)
+        name = _digest(row["line"])
+        return line_record(0, row["line"], f"record {name}", name, path, with_requests=with_requests)
     text = row.get("text")
     given = row.get("id")
     if not isinstance(text, str):
-        name = _digest(repr(row))
+        name = _digest(repr(row).encode())
         return Record(0, name, path, error=MotetError(f"row {name} of '{path}' has no column 'text' of strings"))
-    return text_record(0, _digest(text) if given is None else str(given), path, text)
+    return text_record(0, _digest(text.encode(errors="replace")) if given is None else str(given), path, text)
 
 
-def _digest(content: str) -> str:
-    return "text-" + hashlib.sha256(content.encode(errors="replace")).hexdigest()[:16]
+def _digest(content: bytes) -> str:
+    return "text-" + hashlib.sha256(content).hexdigest()[:16]
+
+
+class _LineSource(FileBasedDatasource):
+    """The lines of files, as bytes: Ray's own reader of text cuts at every line end of Unicode, and fails at what is no UTF-8."""
+
+    def _read_stream(self, f: Any, path: str) -> Iterator[Block]:
+        lines = (line for line in io.BufferedReader(f) if line.strip())
+        while piece := list(islice(lines, 1024)):
+            yield pa.table({"line": pa.array([line.rstrip(b"\n") for line in piece], pa.large_binary())})
 
 
 class _Sink(Datasink[JobReport]):

@@ -6,12 +6,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import threading
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ray import serve
 from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -31,9 +34,18 @@ TOKENS_METRIC = "motet_queued_tokens"
 class Replica:
     """Ray Serve makes one in each replica's process. Errors of ours are values here: Ray would wrap them."""
 
-    def __init__(self, bundle: str, config: EngineConfig) -> None:
+    def __init__(self, bundle: str, config: EngineConfig, orphaned_s: float) -> None:
         self._engine = Engine.from_bundle(Path(bundle), config)
         self._versions = itertools.count()
+        self._heard, self._orphaned_s = time.monotonic(), orphaned_s  # when the server last asked
+        threading.Thread(target=self._end_if_orphaned, name="motet-orphaned", daemon=True).start()
+
+    def _end_if_orphaned(self) -> None:
+        """A server that was killed has not ended its application, and nobody else would."""
+        name = serve.get_replica_context().app_name
+        while time.monotonic() - self._heard < self._orphaned_s:
+            time.sleep(min(self._orphaned_s / 4, 10.0))
+        serve.delete(name, _blocking=False)
 
     async def generate(self, request: Request) -> AsyncGenerator[list[Output] | MotetError, None]:
         """Deltas as they become ready, until each choice has one with a `finish_reason`; or why there are none."""
@@ -61,6 +73,7 @@ class Replica:
             return error
 
     async def stats(self) -> EngineStats:
+        self._heard = time.monotonic()
         return self._engine.stats()
 
     def check_health(self) -> None:

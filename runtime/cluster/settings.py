@@ -16,6 +16,7 @@ class ClusterSettings:
     replicas: int = 2  # at least
     max_replicas: int | None = None  # None: always `replicas`
     queued_tokens: int = 4096  # that wait at a replica before there shall be one more
+    orphaned_s: float = 120.0  # seconds without word of the server, after which its replicas end themselves
     by_prefix: bool = (
         True  # False: requests go where the fewest tokens wait, whatever is cached there (for measurements)
     )

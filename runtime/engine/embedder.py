@@ -171,16 +171,16 @@ class Embedder:
         job.terms = tuple((names.index(member.name), member.mix) for member in job.ensemble.members)
         job.members = tuple(sorted({member for member, _ in job.terms}))
 
-    def step(self, blocks: BlockManager, *, is_busy: bool, may_start: bool = True) -> bool:
+    def step(self, blocks: BlockManager, *, is_busy: bool, is_short: bool = False, may_start: bool = True) -> bool:
         """Compute the next rows of some jobs. False: the backend failed, and it is unknown what the step left in the cache.
 
-        `is_busy`: requests that are not batch work run or wait. `may_start` False: a request waits for blocks and none runs, so
-        new jobs leave it those that become free.
+        `is_busy`: requests that are not batch work run or wait; `is_short`: some of them wait. `may_start` False: a request
+        waits for blocks and none runs, so new jobs leave it those that become free.
         """
         self._drop_cancelled(blocks)
-        self._give_way(blocks, is_busy)
+        self._give_way(blocks, is_busy, is_short)
         if may_start:
-            self._start(blocks, is_busy)
+            self._start(blocks, is_busy, is_short)
         self._num_steps += 1
         jobs = [job for job in self._running if not job.is_background]
         if not is_busy or self._num_steps >= EVERY:
@@ -207,11 +207,12 @@ class Embedder:
                 self._end(job, blocks, _embedding(job))
         return True
 
-    def _give_way(self, blocks: BlockManager, is_busy: bool) -> None:
-        """Batch jobs that others need the places or blocks of begin again later. Beside other work one may run."""
+    def _give_way(self, blocks: BlockManager, is_busy: bool, is_short: bool) -> None:
+        """Batch jobs that others need the places or blocks of begin again later. Beside other work one may run, while none of it
+        waits."""
         first = self._waiting[0].first() if self._waiting[0] else None
         running = [job for job in self._running if job.is_background]
-        kept = 1 if is_busy else len(running)
+        kept = 0 if is_short else 1 if is_busy else len(running)
         while running and (len(running) > kept or (first is not None and not self._fits(first, blocks, is_busy))):
             job = running.pop()
             self._running.remove(job)
@@ -234,8 +235,8 @@ class Embedder:
         for job in dropped:
             job.on_done(gone)
 
-    def _start(self, blocks: BlockManager, is_busy: bool) -> None:
-        while any(self._waiting):
+    def _start(self, blocks: BlockManager, is_busy: bool, is_short: bool) -> None:
+        while self._waiting[0] or (self._waiting[1] and not is_short):
             with self._lock:
                 queue = self._waiting[0] or self._waiting[1]
                 job = queue.first()

@@ -280,7 +280,8 @@ class Engine:
         self._end_overdue()
         scheduler = self._scheduler
         is_busy, may_start = bool(foreground(self._answers)), bool(scheduler.running) or not scheduler.waiting
-        if not self.embedder.step(scheduler.blocks, is_busy=is_busy, may_start=may_start):
+        is_short = any(not group.owner.is_background for group in scheduler.waiting)
+        if not self.embedder.step(scheduler.blocks, is_busy=is_busy, is_short=is_short, may_start=may_start):
             scheduler.preempt_all()
         scheduled = scheduler.schedule() if self._answers else None
         if scheduled is None:

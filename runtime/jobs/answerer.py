@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from ..engine.engine import Engine
-from ..errors import DataError, InvalidRequestError, MotetError, shown
+from ..errors import DataError, InvalidRequestError, MotetError, UnavailableError, shown
 from ..serve.batch.runner import ENDPOINTS, as_request, kept_request
 from ..serve.calls import Caller
 from ..serve.http.app import App
@@ -21,7 +22,7 @@ from .records import Record
 
 _CALLER = Caller(Identity("", "job", frozenset({Role.INFER})))
 _AGAIN_S = 0.2  # after "later": other records have the engine's queue
-_MOST_WAITS = 3000
+_LONGEST_S = 600.0  # that a record waits for room
 _AGAIN = 429, 503
 
 
@@ -35,7 +36,7 @@ class Answerer:
                 f"endpoint must be one of {list(ENDPOINTS)}, got {shown(endpoint)}", field="endpoint"
             )
         self._endpoint, self._defaults = endpoint, defaults
-        self._digest = engine.model.digest
+        self._engine, self._digest = engine, engine.model.digest
         self.concurrency = engine.config.max_num_seqs
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="motet-answerer", daemon=True)
@@ -54,12 +55,15 @@ class Answerer:
                 raise record.error
             _, request = kept_request(record.id, self._request(record), self._endpoint, self._defaults)
         except MotetError as error:
-            body = {"error": {"message": str(error), "type": "invalid_request_error"}}
-            return {"custom_id": record.id, "response": {"status_code": 400, "body": body}}
+            return _refusal(record, 400, str(error))
         answer = asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
         status, content = answer.result()
         line = {"custom_id": record.id, "response": {"status_code": status, "body": json.loads(content)}}
         return line | ({"key": self.key(record)} if status < 400 else {})
+
+    def failed(self, record: Record) -> dict[str, Any]:
+        """The line of a record at which the program failed; the log says why."""
+        return _refusal(record, 500, "the program failed at this record; its log has the error")
 
     def key(self, record: Record) -> str:
         """A digest of all that the answer depends on."""
@@ -72,13 +76,20 @@ class Answerer:
         return record.text.encode() if record.endpoint else as_request(record.text, self._endpoint)
 
     async def _answer(self, request: bytes) -> tuple[int, bytes]:
-        for wait in range(_MOST_WAITS):
-            if wait:
-                await asyncio.sleep(_AGAIN_S)
+        until = time.monotonic() + _LONGEST_S
+        while True:
             status, content = await self._app.answer(self._endpoint, request, _CALLER)
-            if status not in _AGAIN:
-                break
-        return status, content
+            if status not in _AGAIN or time.monotonic() > until:
+                return status, content
+            if self._engine.failure is not None:
+                raise UnavailableError(str(self._engine.failure))
+            await asyncio.sleep(_AGAIN_S)
+
+
+def _refusal(record: Record, status: int, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind}}
+    return {"custom_id": record.id, "response": {"status_code": status, "body": body}}
 
 
 async def _app(engine: Engine) -> App:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
 
-from ..errors import DataError, UnavailableError
+from ..errors import DataError, InvalidRequestError, UnavailableError
 
 Format = Literal["jsonl", "parquet"]
 
@@ -42,7 +42,7 @@ class Parts:
     """
 
     def __init__(self, out: str, format: Format = "jsonl") -> None:
-        self._out, self._format = out, format
+        self.out, self._format = out, format
         try:
             uri = out if "://" in out else Path(out).resolve().as_uri()
             self._files, self._root = pa.fs.FileSystem.from_uri(uri)
@@ -64,7 +64,7 @@ class Parts:
             if is_local:
                 self._files.move(beside, path)
         except OSError as error:
-            raise UnavailableError(f"'{self._out}' cannot be written: {error}") from None
+            raise UnavailableError(f"'{self.out}' cannot be written: {error}") from None
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The results of all parts."""
@@ -72,24 +72,25 @@ class Parts:
             yield from self._read(path)
 
     def keep_finished(self) -> set[str]:
-        """The keys of the finished results. Results that are to be tried again are removed."""
+        """The keys of the finished results. Results that are to be tried again are removed. Nothing is touched if any part was
+        not written by a job."""
         keys: set[str] = set()
-        for path in self._paths():
-            lines = list(self._read(path))
+        parts = {path: list(self._read(path)) for path in self._paths()}
+        for path, lines in parts.items():
             finished = [line for line in lines if line.get("key")]
             keys.update(line["key"] for line in finished)
             if not finished:
                 self._files.delete_file(path)
             elif len(finished) < len(lines):
                 name, _, ending = path.rpartition("/")[2].removeprefix("part-").rpartition(".")
-                Parts(self._out, "parquet" if ending == "parquet" else "jsonl").write(name, finished)
+                Parts(self.out, "parquet" if ending == "parquet" else "jsonl").write(name, finished)
         return keys
 
     def _paths(self) -> list[str]:
         try:
             found = self._files.get_file_info(pa.fs.FileSelector(self._root))
         except OSError as error:
-            raise UnavailableError(f"'{self._out}' cannot be read: {error}") from None
+            raise UnavailableError(f"'{self.out}' cannot be read: {error}") from None
         names = [info.path for info in found if info.is_file]
         return sorted(
             p for p in names if p.rpartition("/")[2].startswith("part-") and p.endswith((".jsonl", ".parquet"))
@@ -99,18 +100,36 @@ class Parts:
         try:
             if path.endswith(".parquet"):
                 for row in pa.parquet.read_table(path, filesystem=self._files).to_pylist():
-                    yield {name: _from_cell(name, value) for name, value in row.items() if value is not None}
+                    yield _checked({name: _from_cell(name, value) for name, value in row.items() if value is not None})
                 return
             with self._files.open_input_stream(path) as file:
                 for line in file.read().splitlines():
-                    found = json.loads(line)
-                    if not isinstance(found, dict):
-                        raise ValueError("a line is not an object")
-                    yield found
+                    yield _checked(json.loads(line))
         except OSError as error:
             raise UnavailableError(f"'{path}' cannot be read: {error}") from None
         except (ValueError, pa.ArrowException) as error:
             raise DataError(f"'{path}' was not written by a job: {error}; choose another folder") from None
+
+
+def check_places(source: str, out: str) -> None:
+    """Raises `InvalidRequestError` if a job would write into what it reads, or take what it reads for its results."""
+    if "://" in source or "://" in out:
+        is_wrong = source.rstrip("/") == out.rstrip("/") or source.startswith(out.rstrip("/") + "/")
+    else:
+        read, written = Path(source).resolve(), Path(out).resolve()
+        is_wrong = read == written or written in read.parents or (read.is_dir() and read in written.parents)
+    if is_wrong:
+        raise InvalidRequestError(
+            f"the input '{source}' and the output '{out}' must not lie in each other; choose another output"
+        )
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """Raises `ValueError` unless a job has written it."""
+    has = line.keys() if isinstance(line, dict) else set()
+    if ({"id", "source"} <= has and has & {"summary", "error"}) or {"custom_id", "response"} <= has:
+        return dict(line)
+    raise ValueError("it holds a line that is no result")
 
 
 def _table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:

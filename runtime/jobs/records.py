@@ -114,6 +114,8 @@ def _request_record(number: int, values: dict[str, Any], what: str, name: str, s
     kinds = {"custom_id": str, "url": str, "body": dict}
     if not all(isinstance(values.get(field), kind) for field, kind in kinds.items()):
         raise DataError(f"{what} must have custom_id and url, which are strings, and body, an object")
+    if not _is_unicode(values["custom_id"]):
+        raise DataError(f"the custom_id in {what} is not valid Unicode")
     return Record(number, values["custom_id"], source, json.dumps(values["body"]), endpoint=values["url"])
 
 

@@ -86,6 +86,11 @@ class Summariser:
             line["abstained"] = summary.abstained
         return line
 
+    def failed(self, record: Record) -> dict[str, Any]:
+        """The line of a record at which the program failed; the log says why."""
+        error = {"type": "MotetError", "message": "the program failed at this record; its log has the error"}
+        return {"id": record.id, "source": record.source, "error": error}
+
     def key(self, record: Record) -> str:
         """By it a rerun recognises a finished record: a digest of its id and text, the bundle, ensemble and settings."""
         settings = asdict(self.params) | {"concurrency": None}

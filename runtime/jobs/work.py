@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,13 @@ from typing import Any, Protocol
 from ..api.config import EngineConfig
 from ..api.request import Ensemble
 from ..engine.engine import Engine
+from ..errors import MotetError
 from ..text.summary import SummariseParams
-from .parts import Parts
+from .parts import Parts, check_places
 from .records import Record, count_records, read_records
 from .summarise import OnProgress, Summariser
 
+log = logging.getLogger("motet.jobs")
 _PART = 16  # records of a part, for each that is answered at once
 
 
@@ -30,6 +33,8 @@ class Worker(Protocol):
     def line(self, record: Record) -> dict[str, Any]: ...
 
     def key(self, record: Record) -> str: ...
+
+    def failed(self, record: Record) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -99,10 +104,19 @@ class Lines:
                 report.skipped += 1
             else:
                 chosen.append(record)
-        lines = list(self._pool.map(self._worker.line, chosen))
+        lines = list(self._pool.map(self._line, chosen))
         report.done = sum("key" in line for line in lines)
         report.failed = len(lines) - report.done
         return lines, report
+
+    def _line(self, record: Record) -> dict[str, Any]:
+        try:
+            return self._worker.line(record)
+        except MotetError:
+            raise
+        except Exception:  # a fault of ours at one record does not end the others
+            log.exception("record '%s' could not be answered", record.id)
+            return self._worker.failed(record)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -125,6 +139,7 @@ def run(
     """Answer every record of a folder or JSONL file into `parts`, in this process. A run that was ended goes on: finished
     records are kept, failed ones are tried again. Raises `OSError` if the input cannot be read, and what `Engine.from_bundle`,
     `Work.open` and `Parts` raise."""
+    check_places(str(in_path), parts.out)
     report, tell = JobReport(), on_progress or _nothing
     total = count_records(in_path)
     tell(0, total)

@@ -34,6 +34,7 @@ from .calls import Call, Caller, Calls, CallSink
 from .embeddings import Embeddings, embed_all
 from .output_queue import OutputQueue
 from .reading import RequestReader
+from .structures import StructureCompiler
 
 log = logging.getLogger("motet.service")
 T = TypeVar("T")
@@ -63,10 +64,7 @@ class Service:
         self._is_leaving = self._is_shut_down = False
         self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
-        self._compiler = ThreadPoolExecutor(
-            1, thread_name_prefix="motet-compiler"
-        )  # of structures: only those wait for it
-        engine.grammars.tries_first = True
+        self._structures = StructureCompiler(engine.grammars, self._run)
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -101,8 +99,7 @@ class Service:
     async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
         """The request as the engine accepts it, within the tenant's quota of tokens."""
         if (structure := request.structure) is not None:  # the engine finds it among those of late
-            tenant = caller.identity.tenant
-            await self._run(lambda: self._engine.grammars.matcher(structure, tenant), self._compiler)
+            await self._structures.compile(structure, caller.identity.tenant)
         tokenised = await self._run(lambda: self._reader.read(request, caller.identity))
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)

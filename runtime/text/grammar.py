@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,8 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 _LIMITS = {"max_items_in_row": 500, "step_max_items": 3000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
 _KEPT = 128  # compiled structures
 _KEPT_REFUSALS = 1024
+_STACK = 16 * 2**20
+_STACK_LOCK = Lock()  # the size is of all threads that start
 _QUICK_S = 0.05  # what is compiled as fast may be compiled again for an answer whose lexer is full
 
 
@@ -107,6 +110,11 @@ class Grammars:
         self._for_tokenizer: Any = None
         self._trial: Trial | None = None
         self.tries_first = False
+
+    def is_known(self, structure: Structure, tenant: str = "") -> bool:
+        """Whether `matcher` need not compile it, or has refused it already."""
+        with self._lock:
+            return structure in self._refused or (tenant, structure) in self._compiled
 
     def matcher(self, structure: Structure, tenant: str = "") -> GrammarMatcher:
         """At the beginning of an answer. The first time it takes up to some hundred milliseconds, with `tries_first` up to
@@ -192,7 +200,7 @@ def library_tokenizer(tokenizer: str, vocab_size: int, eos: list[int]) -> Any:
 
 def try_structure(tokenizer: Any, kind: str, spec: str) -> str:
     """Why a structure cannot be used; empty if it can. It is compiled, and its first token drawn."""
-    matcher = _compile(tokenizer, StructureKind(kind), spec)
+    matcher = _compiled(tokenizer, StructureKind(kind), spec)
     if isinstance(matcher, str):
         return matcher
     mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -203,7 +211,21 @@ def try_structure(tokenizer: Any, kind: str, spec: str) -> str:
 
 
 def _compile(tokenizer: Any, kind: StructureKind, spec: str) -> Any:
-    """llguidance's matcher, or the reason why there is none."""
+    """llguidance's matcher, or the reason why there is none. It runs in a thread with a stack that is larger than that of the
+    process which has tried it: what compiles is recursive, and some systems give threads little."""
+    found: list[Any] = []
+    with _STACK_LOCK:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=lambda: found.append(_compiled(tokenizer, kind, spec)))
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return found[0] if found else "the compiler failed"
+
+
+def _compiled(tokenizer: Any, kind: StructureKind, spec: str) -> Any:
     import llguidance
 
     make = llguidance.LLMatcher

@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from ..errors import UnavailableError
 
 LIMIT_S = 0.7  # of a structure
 _MEMORY = 2 * 2**30  # of the process, address space
-_STACK = 4 * 2**20  # half of a thread's here
+_STACK = 2**20  # of the thread there; that here has sixteen times as much
 _START_S = 60.0
+_HOSTILE = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)  # ends by its own fault
 
 
 class Trial:
@@ -31,23 +34,36 @@ class Trial:
         self._process: subprocess.Popen[bytes] | None = None
 
     def reason_against(self, kind: str, spec: str) -> str:
-        """Why the structure cannot be used; empty if it can. Raises `UnavailableError` if the process does not start."""
-        process = self._started()
-        assert process.stdin is not None
+        """Why the structure cannot be used; empty if it can. Raises `UnavailableError` if that could not be found out: the
+        process did not start, was ended by somebody, or had no time on a busy machine."""
         try:
-            process.stdin.write(json.dumps([kind, spec]).encode() + b"\n")
-            process.stdin.flush()
-            found = self._line(LIMIT_S)
-        except OSError:
-            found = None
-        if found is None:
+            for _ in range(2):
+                process = self._started()
+                before = _cpu_seconds(process.pid)
+                try:
+                    assert process.stdin is not None
+                    process.stdin.write(json.dumps([kind, spec]).encode() + b"\n")
+                    process.stdin.flush()
+                except OSError:  # it had ended before it was asked
+                    self.close()
+                    continue
+                found = self._line(LIMIT_S)
+                if found is not None:
+                    return str(found)
+                spent = _cpu_seconds(process.pid) - before
+                self.close()
+                if process.returncode in _HOSTILE or spent > LIMIT_S / 2:
+                    return f"it takes more than {LIMIT_S:g} s or {_MEMORY >> 30} GiB to compile, or is nested too deep"
+                break
+        except Exception:
             self.close()
-            return f"it takes more than {LIMIT_S:g} s or {_MEMORY >> 30} GiB to compile, or is nested too deep"
-        return str(found)
+            raise
+        raise UnavailableError("the structure could not be tried, because the server is busy; try again later")
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            if self._process.poll() is None:
+                self._process.kill()
             self._process.communicate()
             self._process = None
 
@@ -75,16 +91,26 @@ class Trial:
         """The next line of JSON; None if it does not come in time."""
         assert self._process is not None and self._process.stdout is not None
         content, until = b"", time.monotonic() + seconds
-        handle = self._process.stdout.fileno()
+        handle, poll = self._process.stdout.fileno(), select.poll()  # select.select has no room for many descriptors
+        poll.register(handle, select.POLLIN)
         while not content.endswith(b"\n"):
             left = until - time.monotonic()
-            if left <= 0 or not select.select([handle], [], [], left)[0]:
+            if left <= 0 or not poll.poll(1000 * left):
                 return None
             piece = os.read(handle, 2**16)
             if not piece:
                 return None
             content += piece
         return json.loads(content)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process so far, all threads; 0 if that is not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _main() -> None:

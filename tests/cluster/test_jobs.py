@@ -12,7 +12,7 @@ import time
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.errors import DataError, InvalidRequestError, NotFoundError
+from motet.runtime.errors import DataError, InvalidRequestError, NotFoundError, UnavailableError
 from motet.runtime.jobs.parts import Parts
 from motet.runtime.jobs.work import JobReport, RequestWork, SummariseWork, run
 from motet.runtime.text.summary import SummariseParams
@@ -122,13 +122,48 @@ def test_a_killed_actor_loses_and_doubles_nothing(bundle, cluster, tmp_path):
     assert set(answers(tmp_path / "out")) == {f"r{i}" for i in range(1500)}
 
 
+def test_lines_are_cut_as_files_are_not_as_unicode_is(bundle, cluster, tmp_path):
+    source = tmp_path / "in.jsonl"
+    texts = ["one\u2028two", "three\x85four", "five\u2029six"]
+    lines = [json.dumps({"id": f"r{i}", "text": text}, ensure_ascii=False).encode() for i, text in enumerate(texts)]
+    source.write_bytes(b"\n".join([*lines, b'{"id": "bad", "text": "\xff"}', b"", lines[0].replace(b"r0", b"r9")]))
+    report = jobs.run(WORK, bundle, CONFIG, str(source), str(tmp_path / "out"), actors=1)
+    assert (report.done, report.failed) == (4, 1)
+
+
+def test_a_job_writes_only_where_jobs_have_written(bundle, tmp_path):
+    """Others name their files as we do."""
+    source = write(tmp_path / "in.jsonl", 3)
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "part-00001.jsonl", 2)
+    with pytest.raises(DataError, match="was not written by a job"):
+        run(WORK, bundle, CONFIG, source, Parts(str(other)))
+    for out in (tmp_path, source):
+        with pytest.raises((InvalidRequestError, UnavailableError)):
+            run(WORK, bundle, CONFIG, source, Parts(str(out)))
+    with pytest.raises(InvalidRequestError, match="must not lie in each other"):
+        run(WORK, bundle, CONFIG, other / "part-00001.jsonl", Parts(str(other)))
+    assert len((other / "part-00001.jsonl").read_text().splitlines()) == 2
+
+
+def test_one_record_does_not_end_the_others(bundle, tmp_path):
+    source = tmp_path / "in.jsonl"
+    body = {"prompt": "x", "max_tokens": 1}
+    lines = [{"custom_id": name, "url": "/v1/completions", "body": body} for name in ("good", "\ud800")]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run(WORK, bundle, CONFIG, source, Parts(str(tmp_path / "out")))
+    assert (report.done, report.failed) == (1, 1)
+
+
 def test_parts_are_whole_or_absent(tmp_path):
     parts = Parts(str(tmp_path))
-    parts.write("a", [{"custom_id": "1", "key": "k1"}, {"custom_id": "2", "response": {"status_code": 500}}])
-    parts.write("b", [{"custom_id": "3"}])
+    first = {"custom_id": "1", "response": {"status_code": 200}, "key": "k1"}
+    parts.write("a", [first, {"custom_id": "2", "response": {"status_code": 500}}])
+    parts.write("b", [{"custom_id": "3", "response": {"status_code": 429}}])
     (tmp_path / ".part-c.new").write_text('{"custom_id": "4"')  # of a process that was killed
     assert parts.keep_finished() == {"k1"}
-    assert list(parts.lines()) == [{"custom_id": "1", "key": "k1"}]
+    assert list(parts.lines()) == [first]
     (tmp_path / "part-x.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match="was not written by a job"):
         parts.keep_finished()

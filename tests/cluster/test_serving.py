@@ -21,7 +21,7 @@ from motet.runtime.serve.local import serve_engine
 
 pytest.importorskip("ray", reason="Ray is the extra [ray]")
 from motet.runtime.cluster.engine import ClusterEngine
-from motet.runtime.cluster.replica import replicas_for
+from motet.runtime.cluster.replica import Replica, replicas_for
 from motet.runtime.cluster.settings import ClusterSettings
 
 pytestmark = pytest.mark.slow
@@ -146,6 +146,17 @@ def test_a_replica_that_ends_breaks_its_streams_and_no_others(served, client):
     assert [outcome for outcome in outcomes if outcome not in broken] == [200] * (8 - len(broken))
     assert len(client.complete("again", **LONG)[0].token_ids) == 200
     until(lambda: len(replicas()) == 2, seconds=60)
+
+
+def test_replicas_without_a_server_end(served, bundle):
+    """As after a server that was killed."""
+    from ray import serve
+
+    name = "orphan"
+    deployment = serve.deployment(Replica, name="engine", ray_actor_options={"num_cpus": 0})
+    serve.run(deployment.bind(str(bundle), CONFIG, 2.0), name=name, route_prefix=None)
+    assert name in serve.status().applications
+    until(lambda: name not in serve.status().applications, seconds=40)
 
 
 def test_how_many_replicas():

@@ -218,3 +218,16 @@ def test_a_step_that_fails_makes_requests_begin_again(tokenizer):
         backend.hidden = fail
         assert wait()["r", 0].token_ids == alone.token_ids
         assert engine.stats().preemptions == 1
+
+
+def test_a_batch_text_gives_its_blocks_to_a_request_that_waits(tokenizer):
+    backend, ended = FakeBackend(40), []
+    backend.on_step = lambda _batch: time.sleep(0.002)
+    with make_engine(tokenizer, backend, max_num_seqs=4, max_model_len=320) as engine:
+        submit(engine, [tuple(range(250))], BATCH, ended)
+        wait = start(engine, [ask("a", (1, 2, 3), max_tokens=60)])
+        until(lambda: engine.stats().running == 1)
+        engine.complete([ask("b", tuple(range(100)), max_tokens=4)])
+        assert engine.stats().running == 1 and not ended
+        wait()
+        until(lambda: ended)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import time
 
 import numpy as np
@@ -14,7 +16,7 @@ from helpers.structures import FOUR, check_schema, structure_engine
 from motet.runtime.api.request import FinishReason, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.api.structure import Structure, StructureKind
-from motet.runtime.errors import InvalidRequestError
+from motet.runtime.errors import InvalidRequestError, UnavailableError
 from motet.runtime.text.grammar import Grammars
 
 TEXT = {"type": "string", "maxLength": 8}
@@ -201,6 +203,29 @@ def test_what_would_end_or_stop_the_process_is_refused(tried, name):
         with pytest.raises(InvalidRequestError, match="takes more than"):
             tried.matcher(BREAKING[name])
     assert tried.matcher(Structure.json_object()).mask().any(), "others go on"
+
+
+@pytest.mark.slow
+def test_who_ends_the_other_process_harms_nobody(tried):
+    """It is started again; and what was refused for want of time is not refused for good."""
+    tried.matcher(Structure.regex("a+"))
+    tried._trial._process.kill()
+    tried._trial._process.wait()
+    assert tried.matcher(Structure.regex("b+")).mask().any()
+    os.kill(tried._trial._process.pid, signal.SIGSTOP)
+    with pytest.raises(UnavailableError, match="busy"):
+        tried.matcher(Structure.regex("c+"))
+    assert tried.matcher(Structure.regex("c+")).mask().any()
+
+
+def test_many_open_files_do_not_matter(tried):
+    files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
+    try:
+        tried.close()
+        assert tried.matcher(Structure.regex("d+")).mask().any()
+    finally:
+        for file in files:
+            file.close()
 
 
 @pytest.fixture(scope="module")
