@@ -18,8 +18,9 @@ from helpers.fake_backend import FakeBackend, make_engine
 from helpers.servers import serving
 from motet.proto import grpc_predict_v2_pb2 as v2
 from motet.proto import grpc_predict_v2_pb2_grpc
+from motet.runtime.api.output import Output, join
 from motet.runtime.client.client import Client
-from motet.runtime.schedule import scheduler
+from motet.runtime.serve.grpc import vllm as gateway
 from motet.runtime.serve.grpc.gate import OPEN_TO_ALL, ROLES
 from motet.runtime.serve.grpc.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
@@ -107,19 +108,18 @@ def test_generate_is_the_own_clients_answer(vllm, own):
     assert chunks == {one.choice: one.token_ids for one in expected}
 
 
-def test_a_long_prompts_log_probabilities_come_in_pieces(vllm, own, monkeypatch):
+def test_a_long_prompts_log_probabilities_come_in_pieces():
     """A step scores a part of it; each chunk has the tokens that its values belong to."""
-    monkeypatch.setattr(scheduler, "_SCORED_ROWS", 8)
-    ids = [3 + i % 200 for i in range(80)]
-    [expected] = own.complete(ids, max_tokens=3, ignore_eos=True, temperature=0.0, prompt_logprobs=1)
-    chunks = [one.chunk for one in vllm.Generate(message(ids, stream=True, prompt_logprobs=1)) if one.HasField("chunk")]
-    parts = [chunk.input_logprobs for chunk in chunks if chunk.input_logprobs.token_ids]
-    assert len(parts) > 1
-    assert [id for part in parts for id in part.token_ids] == ids
+    ids, whole, parts = tuple(range(30, 40)), {}, []
+    for values in ([-1.0, -2.0, -3.0], [-4.0] * 5, [-5.0]):
+        output = Output("r", 0, 0, prompt_logprobs=values, prompt_top_logprobs=[[(7, value)] for value in values])
+        parts.append(gateway._chunk(output, whole, ids).input_logprobs)
+        join(whole, output)
+    assert [list(part.token_ids) for part in parts] == [[30, 31, 32, 33], [34, 35, 36, 37, 38], [39]]
     assert all(len(p.token_ids) == len(p.token_logprobs) == len(p.top_logprobs) for p in parts)
-    values = [value for part in parts for value in part.token_logprobs]
-    assert not values[0].HasField("value")
-    np.testing.assert_allclose([value.value for value in values[1:]], expected.prompt_logprobs, rtol=1e-5)
+    found = [value for part in parts for value in part.token_logprobs]
+    assert not found[0].HasField("value")
+    assert [value.value for value in found[1:]] == [-1.0, -2.0, -3.0] + [-4.0] * 5 + [-5.0]
 
 
 def test_an_absent_number_is_the_default(vllm, own):
