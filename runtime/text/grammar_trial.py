@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..errors import UnavailableError
 LIMIT_S = 0.7  # of a structure
 _MEMORY = 2 * 2**30  # of the process, address space
 _STACK = 2**20  # of the thread there; that here has sixteen times as much
-_START_S = 60.0
+_START_S, _END_S = 60.0, 5.0
 _HOSTILE = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)  # ends by its own fault
 
 
@@ -74,6 +75,7 @@ class Trial:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C is for the server
             )
             assert self._process.stdin is not None
             try:
@@ -98,7 +100,9 @@ class Trial:
             if left <= 0 or not poll.poll(1000 * left):
                 return None
             piece = os.read(handle, 2**16)
-            if not piece:
+            if not piece:  # it ends: how, is known in a moment
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_END_S)
                 return None
             content += piece
         return json.loads(content)
