@@ -53,7 +53,7 @@ class Trial:
                     return str(found)
                 spent = _cpu_seconds(process.pid) - before
                 self.close()
-                if process.returncode in _HOSTILE or spent > LIMIT_S / 2:
+                if process.returncode in _HOSTILE or spent > LIMIT_S / 5:
                     return f"it takes more than {LIMIT_S:g} s or {_MEMORY >> 30} GiB to compile, or is nested too deep"
                 break
         except Exception:

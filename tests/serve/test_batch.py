@@ -26,6 +26,7 @@ from motet.runtime.errors import (
 )
 from motet.runtime.serve.batch import runner
 from motet.runtime.serve.batch.runner import Jobs
+from motet.runtime.serve.grpc.statuses import Statuses
 from motet.runtime.serve.http.app import App
 from motet.runtime.trust.access import Access
 from motet.runtime.trust.identity import Role
@@ -300,7 +301,17 @@ def test_a_record_that_never_has_room_has_an_end(engine, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["Results", "Watch"])
-def test_results_that_nobody_reads_are_ended(engine, tmp_path, method):
+def test_results_that_nobody_reads_are_ended(engine, tmp_path, method, monkeypatch):
+    given_up, send = [], Statuses._send
+
+    async def noting(*args):
+        try:
+            await send(*args)
+        except UnavailableError:
+            given_up.append(method)
+            raise
+
+    monkeypatch.setattr(Statuses, "_send", noting)
     with (
         with_jobs(engine, tmp_path, service={"send_timeout_s": 0.5}) as running,
         BatchClient(running.address) as client,
@@ -312,8 +323,8 @@ def test_results_that_nobody_reads_are_ended(engine, tmp_path, method):
         running.start(running.server.jobs._run(lambda: grow(running.server.jobs._store, job.id))).result(20)
         stub = batch_pb2_grpc.BatchStub(channel)
         calls = [getattr(stub, method)(batch_pb2.ResultsRequest(job_id=job.id)) for _ in range(5)]
-        time.sleep(1.5)  # the server gives up on them
-        assert running.server.service._quotas.num_open == 0
+        until(lambda: len(given_up) == 5, seconds=60)
+        until(lambda: running.server.service._quotas.num_open == 0)
         for call in calls:
             with pytest.raises(grpc.RpcError, match="not read"):
                 list(call)
