@@ -275,9 +275,9 @@ def test_watch_sends_all_of_large_results(engine, tmp_path):
         assert len(found) == len(list(client.results(job.id))) == 12
 
 
-def grow(store, job):
+def grow(store, job, size=2**20):
     """Make its results as large as those of a model that is not tiny."""
-    large = json.dumps({"data": "x" * 2**20}).encode()
+    large = json.dumps({"data": "x" * size}).encode()
     store._database.execute("update records set response = ? where job = ?", (large, job))
 
 
@@ -318,9 +318,11 @@ def test_results_that_nobody_reads_are_ended(engine, tmp_path, method, monkeypat
         grpc.insecure_channel(running.address) as channel,
     ):
         texts = [f"text {i}" for i in range(20)]
-        job = client.submit("/v1/embeddings", [(f"r{i}", {"input": texts}) for i in range(12)])
+        job = client.submit("/v1/embeddings", [(f"r{i}", {"input": texts}) for i in range(24)])
         ended(client, job.id)
-        running.start(running.server.jobs._run(lambda: grow(running.server.jobs._store, job.id))).result(20)
+        running.start(
+            running.server.jobs._run(lambda: grow(running.server.jobs._store, job.id, 29 * 2**20 // 10))
+        ).result(20)
         stub = batch_pb2_grpc.BatchStub(channel)
         calls = [getattr(stub, method)(batch_pb2.ResultsRequest(job_id=job.id)) for _ in range(5)]
         until(lambda: len(given_up) == 5, seconds=60)
