@@ -239,6 +239,7 @@ def _total(replicas: Sequence[EngineStats]) -> EngineStats:
 def _start(name: str, bundle: Path, config: EngineConfig, settings: ClusterSettings) -> Any:
     """The handle of the application's deployment."""
     connect(settings.address, settings.most * settings.threads(config))
+    config = dataclasses.replace(config, threads=settings.threads(config))  # as many as Ray reserves for it
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.most > settings.replicas:
         policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..engine.engine import Engine
 from ..errors import DataError, InvalidRequestError, MotetError, UnavailableError, shown
-from ..serve.batch.runner import ENDPOINTS, as_request, kept_request
+from ..serve.batch.runner import AGAIN, ENDPOINTS, as_request, kept_request
 from ..serve.calls import Caller
 from ..serve.http.app import App
 from ..serve.service import Service
@@ -23,7 +23,6 @@ from .records import Record
 _CALLER = Caller(Identity("", "job", frozenset({Role.INFER})))
 _AGAIN_S = 0.2  # after "later": other records have the engine's queue
 _LONGEST_S = 600.0  # that a record waits for room
-_AGAIN = 429, 503
 
 
 class Answerer:
@@ -79,7 +78,7 @@ class Answerer:
         until = time.monotonic() + _LONGEST_S
         while True:
             status, content = await self._app.answer(self._endpoint, request, _CALLER)
-            if status not in _AGAIN or time.monotonic() > until:
+            if status not in AGAIN or time.monotonic() > until:
                 return status, content
             if self._engine.failure is not None:
                 raise UnavailableError(str(self._engine.failure))

@@ -12,14 +12,11 @@ import time
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.cluster import jobs
 from motet.runtime.errors import DataError, InvalidRequestError, NotFoundError, UnavailableError
 from motet.runtime.jobs.parts import Parts
 from motet.runtime.jobs.work import JobReport, RequestWork, SummariseWork, run
 from motet.runtime.text.summary import SummariseParams
-
-ray = pytest.importorskip("ray", reason="Ray is the extra [ray]")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
-from motet.runtime.cluster import jobs  # noqa: E402
 
 pytestmark = pytest.mark.slow
 CONFIG = EngineConfig(threads=1, max_num_seqs=4)

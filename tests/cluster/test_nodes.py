@@ -9,11 +9,9 @@ import time
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.cluster import jobs
 from motet.runtime.jobs.parts import Parts
 from motet.runtime.jobs.work import JobReport, RequestWork
-
-pytest.importorskip("ray", reason="Ray is the extra [ray]")
-from motet.runtime.cluster import jobs
 from ray.cluster_utils import Cluster
 
 

@@ -15,14 +15,12 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import FinishReason
 from motet.runtime.client.client import Client
-from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import ContextLengthError, InvalidRequestError, UnavailableError
-from motet.runtime.serve.local import serve_engine
-
-pytest.importorskip("ray", reason="Ray is the extra [ray]")
 from motet.runtime.cluster.engine import ClusterEngine
 from motet.runtime.cluster.replica import Replica, replicas_for
 from motet.runtime.cluster.settings import ClusterSettings
+from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import ContextLengthError, InvalidRequestError, UnavailableError
+from motet.runtime.serve.local import serve_engine
 
 pytestmark = pytest.mark.slow
 CONFIG = EngineConfig(threads=1, max_num_seqs=4)

@@ -44,7 +44,7 @@ _PIECE = 64  # records that are added at once
 _LONGEST_WAIT_S = 30.0  # of a tenant whose quota is spent
 _MOST_WAITS = 200  # of a record for room while no other of its tenant runs; then its result says that there was none
 _MOST_ATTEMPTS = 3  # of a record that ends with a fault of the server
-_AGAIN = 429, 503  # no answer, but "later"
+AGAIN = 429, 503  # no answer, but "later"
 
 
 class Jobs:
@@ -213,7 +213,7 @@ class Jobs:
             job = await self._run(lambda: self._store.job(record.job))
             identity = Identity(job.tenant, job.subject, frozenset({Role.BATCH}))
             status, body = await self._execute(job.endpoint, record.request, Caller(identity))
-            is_alone = self._note(job.tenant, is_refused=status in _AGAIN)
+            is_alone = self._note(job.tenant, is_refused=status in AGAIN)
         except asyncio.CancelledError:
             await asyncio.shield(self._run(lambda: self._store.put_back(record)))
             raise
@@ -222,10 +222,10 @@ class Jobs:
         if self._service.is_leaving:  # it may be cut: it is answered after the next start
             await self._run(lambda: self._store.put_back(record))
             return
-        if status in _AGAIN and record.waits + 1 < _MOST_WAITS:
+        if status in AGAIN and record.waits + 1 < _MOST_WAITS:
             await self._run(lambda: self._store.put_back(record, waits=int(is_alone)))
             return
-        if status >= 500 and status not in _AGAIN and record.attempts + 1 < _MOST_ATTEMPTS:
+        if status >= 500 and status not in AGAIN and record.attempts + 1 < _MOST_ATTEMPTS:
             await self._run(lambda: self._store.put_back(record, attempts=1))
             return
         await self._run(lambda: self._store.finish(record, status, body))
