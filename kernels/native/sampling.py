@@ -41,6 +41,7 @@ class Sample:
     seed: int = 0
     position: int = 0
     logprobs: int | None = None  # how many of the most probable tokens to report; None: no log-probabilities
+    candidates: Sequence[int] = ()  # tokens whose log-probabilities are reported, too; not without `logprobs`
     member_logprobs: bool = False
 
 
@@ -54,6 +55,7 @@ class Sampled:
     top_ids: I64  # [samples, n] best first, -1 after the requested ones
     top_logprobs: F64  # [samples, n]
     member_logprobs: F64  # [terms of all samples] of the chosen token under each term alone, NaN if not requested
+    candidate_logprobs: F64  # [candidates of all samples], NaN where there is no token
 
 
 class _Sample(ctypes.Structure):
@@ -62,6 +64,7 @@ class _Sample(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("first_term", "num_terms")),
         *((name, ctypes.c_int32) for name in ("probs", "logprobs", "member_logprobs")),
+        *(("candidates", ctypes.c_void_p), ("num_candidates", ctypes.c_int64), ("candidate_logprobs", ctypes.c_void_p)),
         ("top_k", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("top_p", "min_p", "temperature")),
         *((f"edit_{name}", ctypes.c_void_p) for name in ("ids", "divisors", "penalties", "biases")),
@@ -94,6 +97,7 @@ class Sampling:
         terms = [term for one in samples for term in one.terms]
         rows = np.array([row for row, _ in terms], np.int64)
         coefficients = np.array([c for _, c in terms], np.float64)
+        candidates = np.array([token_id for one in samples for token_id in one.candidates], np.int64)
         count, top = len(samples), max((one.logprobs or 0 for one in samples), default=0)
         self.result = result = Sampled(
             token_ids=np.empty(count, np.int64),
@@ -102,13 +106,19 @@ class Sampling:
             top_ids=np.empty((count, top), np.int64),
             top_logprobs=np.empty((count, top), np.float64),
             member_logprobs=np.empty(len(terms), np.float64),
+            candidate_logprobs=np.empty(len(candidates), np.float64),
         )
         packed = (_Sample * count)()
-        self._keep: list[Any] = [packed, rows, coefficients]  # arrays that the library reads
-        first = 0
+        self._keep: list[Any] = [packed, rows, coefficients, candidates]  # arrays that the library reads
+        first = place = 0
         for target, one in zip(packed, samples, strict=True):
             _pack(target, one, first, vocab, self._keep)
             first += len(one.terms)
+            if one.candidates:
+                target.num_candidates = len(one.candidates)
+                target.candidates = address(candidates[place:])
+                target.candidate_logprobs = address(result.candidate_logprobs[place:])
+                place += len(one.candidates)
         self.struct = _Sampling(
             *(None, 0, 0, vocab),
             *(len(terms), *addresses(rows, coefficients)),

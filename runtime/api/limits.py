@@ -46,4 +46,5 @@ MAX_STRUCTURE_RULES = 500  # of a grammar: what compiles it follows them in dept
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 64  # per token
+MAX_LOGPROB_TOKEN_IDS = 1024  # per request; each is 4 bytes a token of the answer
 MAX_SPECULATIVE_TOKENS = 64  # per draft

@@ -53,26 +53,29 @@ class Output:
     error: MotetError | None = None
     answer_confidence: float | None = None  # of the whole choice; only in the last delta
     abstained: bool = False  # it is below the request's `abstain_below`
+    # [token][id of `logprob_token_ids`]; -inf: the token has no probability
+    candidate_logprobs: list[list[float]] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)  # -inf: the token has no probability
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def extend(self, other: Output) -> None:
         """Append `other`, the next delta of the same choice."""
         self.text += other.text
-        self.token_ids += other.token_ids
-        self.logprobs += other.logprobs
-        self.top_logprobs += other.top_logprobs
-        self.member_logprobs += other.member_logprobs
-        self.prompt_logprobs += other.prompt_logprobs
-        self.prompt_top_logprobs += other.prompt_top_logprobs
-        self.confidence += other.confidence
-        self.disagreement += other.disagreement
+        for name in (*PER_TOKEN, *PER_PROMPT_TOKEN):
+            if values := getattr(other, name):
+                getattr(self, name).extend(values)
         self.finish_reason = other.finish_reason
         self.stop_matched = other.stop_matched
         self.usage, self.timings, self.error = other.usage, other.timings, other.error
         self.answer_confidence, self.abstained = other.answer_confidence, other.abstained
 
 
+# Fields with an entry per token of the answer, and of the prompt.
+PER_TOKEN = (
+    *("token_ids", "logprobs", "top_logprobs", "member_logprobs"),
+    *("candidate_logprobs", "confidence", "disagreement"),
+)
+PER_PROMPT_TOKEN = ("prompt_logprobs", "prompt_top_logprobs")
 Completion = Output  # all deltas of a choice, joined
 
 

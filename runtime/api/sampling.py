@@ -15,6 +15,7 @@ from ..errors import InvalidRequestError
 from .limits import (
     MAX_CHOICES,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_SPECULATIVE_TOKENS,
     MAX_STOP_BYTES,
@@ -62,6 +63,7 @@ class SamplingParams:
     n: int = _field(1, Integer(1, MAX_CHOICES), "Choices: how many answers to the prompt.")
     logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "Report log-probabilities: chosen token and k best.")
     prompt_logprobs: int | None = _field(None, Integer(0, MAX_LOGPROBS), "The same of the prompt's tokens, from the second on.")
+    logprob_token_ids: tuple[int, ...] = _field((), TokenIds("token ids", MAX_LOGPROB_TOKEN_IDS), "Report this token id's, too.")
     speculative_tokens: int | None = _field(None, Integer(0, MAX_SPECULATIVE_TOKENS), "Most tokens per draft: speed only.")
     # fmt: on
 

@@ -62,6 +62,8 @@ class Answer:
         if self.group.params.logprobs is not None:
             self.delta.logprobs += output.logprobs[samples].tolist()
             self.delta.top_logprobs += output.top_logprobs[samples]
+        if self.group.params.logprob_token_ids:
+            self.delta.candidate_logprobs += output.candidate_logprobs[samples]
         if self.request.return_member_logprobs:
             self.delta.member_logprobs += output.member_logprobs[samples]
         if self.calibration is not None and self.request.return_confidence:

@@ -72,6 +72,7 @@ def empty_output(count: int) -> StepOutput:
         logprobs=np.full(count, np.nan),
         top_logprobs=[[] for _ in range(count)],
         member_logprobs=[[] for _ in range(count)],
+        candidate_logprobs=[[] for _ in range(count)],
     )
 
 
@@ -86,8 +87,10 @@ def merge_outputs(parts: Sequence[tuple[Sequence[int], StepOutput]]) -> StepOutp
 def put_output(target: StepOutput, index: Sequence[int], output: StepOutput) -> None:
     """Copy the entries of `output` to the indices `index` of `target`."""
     target.token_ids[index], target.logprobs[index] = output.token_ids, output.logprobs
-    for place, top, members in zip(index, output.top_logprobs, output.member_logprobs, strict=True):
-        target.top_logprobs[place], target.member_logprobs[place] = top, members
+    for name in ("top_logprobs", "member_logprobs", "candidate_logprobs"):
+        lists = getattr(target, name)
+        for place, values in zip(index, getattr(output, name), strict=True):
+            lists[place] = values
     target.errors |= {index[place]: error for place, error in output.errors.items()}
 
 
@@ -98,19 +101,22 @@ def native_samples(row_terms: Sequence[Terms], samples: Sequence[SampleRow]) -> 
 
 def step_output(natives: Sequence[cpu_sample.Sample], result: cpu_sample.Sampled) -> StepOutput:
     """The native kernels' result as a `StepOutput`."""
-    output = StepOutput(result.token_ids, result.logprobs, [[] for _ in natives], [[] for _ in natives])
+    output = empty_output(len(natives))
+    output.token_ids, output.logprobs = result.token_ids, result.logprobs
     for index, code in enumerate(result.codes.tolist()):
         if code:
             output.errors[index] = _NOT_FINITE if code == cpu_sample.NOT_FINITE else _NOTHING_LEFT
-    first = 0
+    first = first_candidate = 0
     for index, native in enumerate(natives):
-        end = first + len(native.terms)
+        end, end_candidate = first + len(native.terms), first_candidate + len(native.candidates)
         if native.logprobs and index not in output.errors:
             best = zip(result.top_ids[index].tolist(), result.top_logprobs[index].tolist(), strict=True)
             output.top_logprobs[index] = [one for one in best if one[0] >= 0][: native.logprobs]
         if native.member_logprobs and index not in output.errors:
             output.member_logprobs[index] = result.member_logprobs[first:end].tolist()
-        first = end
+        if native.candidates and index not in output.errors:
+            output.candidate_logprobs[index] = result.candidate_logprobs[first_candidate:end_candidate].tolist()
+        first, first_candidate = end, end_candidate
     return output
 
 
@@ -125,6 +131,7 @@ def _native(terms: Terms, sample: SampleRow) -> cpu_sample.Sample:
         seed=sampling.seed,
         position=sample.position,
         logprobs=sampling.logprobs,
+        candidates=sampling.candidates,
         member_logprobs=sampling.member_logprobs,
     )
 
@@ -145,6 +152,7 @@ def _sample_numpy(logits: F32, row_terms: Sequence[Terms], samples: Sequence[Sam
             logprobs = _log_softmax(mixed)
             output.logprobs[index] = logprobs[token_id]
             output.top_logprobs[index] = _top(logprobs, sample.sampling.logprobs)
+            output.candidate_logprobs[index] = logprobs[list(sample.sampling.candidates)].tolist()
         if sample.sampling.member_logprobs:
             output.member_logprobs[index] = [float(_log_softmax(logits[row])[token_id]) for row, _ in terms]
     return output

@@ -120,6 +120,7 @@ class Admission:
                 field="n",
             )
         _check_ids("logit_bias", params.logit_bias, self._model.vocab_size)
+        _check_ids("logprob_token_ids", params.logprob_token_ids, self._model.vocab_size)
         _check_ids("stop_token_ids", params.stop_token_ids, self._model.vocab_size)
         for prompt in request.prompts:  # also those that no member sees
             _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)

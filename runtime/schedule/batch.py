@@ -28,6 +28,7 @@ class ResolvedSampling:
     truncation: Mapping[str, float] = field(default_factory=dict)  # rule of `RULES` → value, without rules that are off
     seed: int = 0  # with the position, it determines the counter-based draw
     logprobs: int | None = None  # how many of the most probable tokens to report; None: no log-probabilities
+    candidates: tuple[int, ...] = ()  # tokens whose log-probabilities are reported, too; not without `logprobs`
     member_logprobs: bool = False  # report the chosen token's log-probability under each term alone
 
 
@@ -80,4 +81,5 @@ class StepOutput:
     logprobs: F64  # [samples] of the token, under the mixed distribution; NaN if sampling.logprobs is None
     top_logprobs: list[list[tuple[int, float]]]  # [samples] the n best (token id, log-probability), best first
     member_logprobs: list[list[float]]  # [samples] of the token, under each term alone; empty if not requested
+    candidate_logprobs: list[list[float]]  # [samples] of sampling.candidates, under the mixed distribution
     errors: dict[int, str] = field(default_factory=dict)  # sample index → why it has no token

@@ -49,11 +49,13 @@ def resolve_sampling(
 ) -> ResolvedSampling:
     """The numbers of a group's draws. A greedy draw needs no truncation: no rule removes the most probable token.
     `logprobs`: report the chosen token's, also if the parameters do not ask for them."""
+    candidates = params.logprob_token_ids
     return ResolvedSampling(
         temperature=params.temperature,
         truncation=active_rules({name: getattr(params, name) for name in RULES}) if params.temperature else {},
         seed=seed,
-        logprobs=0 if params.logprobs is None and logprobs else params.logprobs,
+        logprobs=0 if params.logprobs is None and (logprobs or candidates) else params.logprobs,
+        candidates=candidates,
         member_logprobs=member_logprobs,
     )
 

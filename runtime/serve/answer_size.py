@@ -18,12 +18,14 @@ def check_answer_size(request: Request, engine: ServedEngine, most: int = MAX_ME
         size += 16 + 16 * params.logprobs
     if request.return_member_logprobs:
         size += 8 + 4 * len(request.ensemble.members)
+    if params.logprob_token_ids:
+        size += 8 + 4 * len(params.logprob_token_ids)
     if request.return_confidence:
         size += 8
     prompt = 0 if params.prompt_logprobs is None else len(request.prompts[0]) * (16 + 16 * params.prompt_logprobs)
     if tokens * size + prompt > most:
         raise InvalidRequestError(
             f"the answer may have {tokens} tokens of {size} bytes; a whole answer has at most {most} bytes; "
-            "lower max_tokens, n or (prompt_)logprobs, or stream it (Generate)",
+            "lower max_tokens, n, logprob_token_ids or (prompt_)logprobs, or stream it (Generate)",
             field="max_tokens",
         )

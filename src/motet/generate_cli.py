@@ -277,9 +277,11 @@ def _print_figures(answer: Completion, seconds: float) -> None:
             line += f", logprob {answer.logprobs[index]:.3f}" + (f", best {best}" if best else "")
         if answer.member_logprobs:
             line += ", members " + " ".join(f"{value:.3f}" for value in answer.member_logprobs[index])
+        if answer.candidate_logprobs:
+            line += ", of the ids " + " ".join(f"{value:.3f}" for value in answer.candidate_logprobs[index])
         if answer.confidence:
             line += f", confidence {answer.confidence[index]:.3f}, disagreement {answer.disagreement[index]:.3f}"
-        if answer.logprobs or answer.member_logprobs or answer.confidence:
+        if answer.logprobs or answer.member_logprobs or answer.candidate_logprobs or answer.confidence:
             print(line, file=sys.stderr)
     count = len(answer.token_ids)
     name = f"{answer.request_id}: " if answer.request_id else ""

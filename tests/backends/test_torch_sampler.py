@@ -38,8 +38,9 @@ def agree(found, expected):
     for a, b in zip(found.top_logprobs, expected.top_logprobs, strict=True):
         assert [token for token, _ in a] == [token for token, _ in b]
         np.testing.assert_allclose([v for _, v in a], [v for _, v in b], atol=2e-5)
-    for c, d in zip(found.member_logprobs, expected.member_logprobs, strict=True):
-        np.testing.assert_allclose(c, d, atol=2e-5)
+    for name in ("member_logprobs", "candidate_logprobs"):
+        for c, d in zip(getattr(found, name), getattr(expected, name), strict=True):
+            np.testing.assert_allclose(c, d, atol=2e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,6 +60,7 @@ def test_it_is_the_host_sampler(data):
             "top_p": data.draw(st.sampled_from([1.0, 0.8])),
             "min_p": data.draw(st.sampled_from([0.0, 0.05])),
             "logprobs": data.draw(st.sampled_from([None, 0, 3])),
+            "logprob_token_ids": data.draw(st.sampled_from([(), (0, 200, 7)])),
         }
         if edited:
             values |= {
@@ -91,10 +93,15 @@ def test_nan_and_nothing_left_are_errors_of_that_sample():
     hidden = torch.ones(4, HIDDEN)
     hidden[1] = float("nan")
     everything = tuple(range(VOCAB))
-    samples = [row(), row(), row(forbidden=everything, logprobs=2), row(temperature=0.0, logprobs=1)]
+    samples = [
+        row(),
+        row(),
+        row(forbidden=everything, logprobs=2, logprob_token_ids=(1,)),
+        row(temperature=0.0, logprobs=1),
+    ]
     output = device.sample(hidden, [[(i, 1.0)] for i in range(4)], samples)
     assert sorted(output.errors) == [1, 2]
-    assert output.top_logprobs[2] == []
+    assert output.top_logprobs[2] == output.candidate_logprobs[2] == []
     assert len(output.top_logprobs[3]) == 1
 
 

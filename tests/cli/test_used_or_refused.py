@@ -128,7 +128,8 @@ def test_standard_input_of_chat(command, bundle):
 
 
 def test_choices_as_json(command, bundle):
-    options = ("--max-tokens", 3, "--ignore-eos", "--n", 2, "--logprobs", 2, "--seed", 5, "--member-logprobs")
+    options = ("--max-tokens", 3, "--ignore-eos", "--n", 2, "--logprobs", 2, "--seed", 5)
+    options += ("--member-logprobs", "--logprob-token-ids", 7)
     code, out, _ = command("generate", "x", "--bundle", bundle, "--json", "--request-id", "mine", *options)
     assert code == 0
     choices = [json.loads(line) for line in out.splitlines()]
@@ -138,6 +139,7 @@ def test_choices_as_json(command, bundle):
         assert choice["finish_reason"] == "length"
         assert choice["usage"]["completion_tokens"] == len(choice["token_ids"]) == 3
         assert [len(best) for best in choice["top_logprobs"]] == [2, 2, 2]
+        assert [len(values) for values in choice["candidate_logprobs"]] == [1, 1, 1]
         # The only member is the mix.
         assert [values[0] for values in choice["member_logprobs"]] == pytest.approx(choice["logprobs"], abs=1e-4)
 

@@ -127,6 +127,8 @@ class _Answer:
         for values in (self.answer.logprobs, self.answer.top_logprobs):
             if len(values) != (len(tokens) if self.params.logprobs is not None else 0):
                 raise Wrong("not one log-probability a token")
+        if len(self.answer.candidate_logprobs) != (len(tokens) if self.params.logprob_token_ids else 0):
+            raise Wrong("not one list of candidates' log-probabilities a token")
         if len(self.answer.member_logprobs) != (len(tokens) if self.request.return_member_logprobs else 0):
             raise Wrong("not one list of members' log-probabilities a token")
         return len(tokens) + failed
@@ -197,6 +199,11 @@ class _Answer:
 
     def _check_logprobs(self, step: int, token: int, mixed: F64) -> None:
         limit = 2 * self.tolerance(step) + 1e-9
+        if ids := self.params.logprob_token_ids:
+            expected = reference.log_softmax(mixed)[list(ids)]
+            found = np.array(self.answer.candidate_logprobs[step])
+            if len(found) != len(ids) or not _all_close(found, expected, limit):
+                raise Wrong(f"token {step}: the candidates' log-probabilities are {found}, the oracle's {expected}")
         if self.params.logprobs is not None:
             expected = reference.log_softmax(mixed)
             found, top = self.answer.logprobs[step], self.answer.top_logprobs[step]

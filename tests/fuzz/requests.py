@@ -122,6 +122,7 @@ class Asker:
             "frequency_penalty": lambda: float(rng.choice([0.3, -0.7, -1e308, 1e308])),
             "logit_bias": self._bias,
             "logprobs": lambda: int(rng.choice([0, 1, 3, 64])),
+            "logprob_token_ids": lambda: tuple(rng.integers(0, vocab + (rng.random() < 0.02), 3).tolist()),
             "stop_token_ids": lambda: tuple(rng.integers(0, vocab, 2).tolist()),
             "n": lambda: int(rng.integers(1, 4)),
             "speculative_tokens": lambda: int(rng.choice([0, 2, 8])),

@@ -12,7 +12,7 @@ import numpy as np
 from helpers.models import write_tokenizer
 from helpers.native import ISAS
 from motet.runtime.api.model_info import ModelInfo
-from motet.runtime.api.output import Output
+from motet.runtime.api.output import PER_TOKEN, Output
 from motet.runtime.api.request import Request
 from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.engine.engine import Engine
@@ -140,7 +140,8 @@ def _is_bad(request: Request, model: ModelInfo, max_num_seqs: int) -> bool:
     members, params = request.ensemble.members, request.sampling
     prompts = [request.prompts[member.view] for member in members]
     sequences = {member.view for member in members}
-    ids = [*params.logit_bias, *params.stop_token_ids, *(token for prompt in request.prompts for token in prompt)]
+    ids = [*params.logit_bias, *params.stop_token_ids, *params.logprob_token_ids]
+    ids += (token for prompt in request.prompts for token in prompt)
     return (
         not {member.name for member in members} <= set(model.members)
         or len(sequences) > max_num_seqs
@@ -155,6 +156,6 @@ def _check_equal(together: Answers, alone: Answers) -> None:
         raise Wrong("the engines refused other requests")
     for key, answer in together.items():
         other = alone[key]
-        for name in ("token_ids", "logprobs", "top_logprobs", "member_logprobs", "finish_reason", "text", "error"):
+        for name in (*PER_TOKEN, "finish_reason", "text", "error"):
             if repr(getattr(answer, name)) != repr(getattr(other, name)):
                 raise Wrong(f"{key}: {name} is {getattr(answer, name)} together, {getattr(other, name)} alone")

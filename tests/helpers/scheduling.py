@@ -33,7 +33,7 @@ def make_group(name, *lengths, stop_ids=(), members=(0,), first=None, **params) 
 def answer(batch, errors=None) -> StepOutput:
     """Token 100 + position for every sample."""
     token_ids = np.array([100 + sample.position for sample in batch.samples], np.int64)
-    return StepOutput(token_ids, np.zeros(len(token_ids), np.float32), [], [], errors or {})
+    return StepOutput(token_ids, np.zeros(len(token_ids), np.float32), [], [], [], errors or {})
 
 
 def go_on(group, token_id):

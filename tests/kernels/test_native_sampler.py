@@ -60,6 +60,7 @@ def check(logits, one, isa):
     assert result.top_logprobs[0, :count] == pytest.approx(logprobs[best], rel=1e-12, abs=1e-12)
     if not one.probs:  # a mix of probabilities may order equal ones otherwise, by the last bit
         assert result.top_ids[0, :count].tolist() == best.tolist()
+    assert result.candidate_logprobs == pytest.approx(logprobs[list(one.candidates)], rel=1e-12, abs=1e-12)
     if one.member_logprobs:
         alone = [reference.log_softmax(logits[row].astype(np.float64))[token] for row, _ in one.terms]
         assert result.member_logprobs == pytest.approx(alone, rel=1e-12, abs=1e-12)
@@ -105,6 +106,8 @@ def problems(draw, vocabularies=VOCABULARIES[:3]):
         logprobs=draw(pick([None, 0, 1, 5, 20])),
         member_logprobs=draw(st.booleans()),
     )
+    if one.logprobs is not None and draw(st.booleans()):
+        one = replace(one, candidates=rng.integers(0, vocab, draw(st.integers(1, 30))).tolist())
     if draw(st.booleans()):
         edits = edits_of(
             rng.integers(0, vocab, draw(st.integers(0, 40))),
@@ -179,13 +182,14 @@ def test_every_path_returns_the_same_bits():
             truncation={"top_p": 0.9},
             seed=i,
             logprobs=7,
+            candidates=range(10 * i, 12 * i),
             member_logprobs=True,
         )
         for i in range(6)
     ]
     first, *others = [sample(logits, samples, isa=isa) for isa in ISAS]
     for other in others:
-        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs", "member_logprobs"):
+        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs", "member_logprobs", "candidate_logprobs"):
             assert np.array_equal(getattr(first, name), getattr(other, name)), name
 
 
@@ -196,7 +200,7 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_threads():
     samples = [
         Sample(
             [(i, 0.5), ((i + 1) % 24, 0.5)], probs=i % 3 == 0, temperature=i % 4 / 2, truncation={"top_k": i},
-            edits=edits_of(rng.integers(0, 3001, 30), repetition_penalty=1 + i % 2), seed=i, logprobs=i % 5,
+            edits=edits_of(rng.integers(0, 3001, 30), repetition_penalty=1 + i % 2), seed=i, logprobs=i % 5, candidates=range(i),
             member_logprobs=True,
         )
         for i in range(24)
@@ -209,9 +213,9 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_threads():
         assert np.flatnonzero(together.codes).tolist() == [4, 5]
         assert together.token_ids.tolist() == [one.token_ids[0] for one in alone]
         assert np.array_equal(together.logprobs, [one.logprobs[0] for one in alone], equal_nan=True)
-        assert np.array_equal(
-            together.member_logprobs, np.concatenate([one.member_logprobs for one in alone]), equal_nan=True
-        )
+        for name in ("member_logprobs", "candidate_logprobs"):
+            joined = np.concatenate([getattr(one, name) for one in alone])
+            assert np.array_equal(getattr(together, name), joined, equal_nan=True)
     model.close()
 
 

@@ -144,7 +144,7 @@ def make_scheduler(num_blocks=64, block_size=4, max_rows=64) -> Scheduler:
 def answer(batch, tokens, errors=None) -> StepOutput:
     token_ids = np.array(tokens, np.int64)
     assert len(token_ids) == len(batch.samples)
-    return StepOutput(token_ids, np.zeros(len(tokens), np.float32), [], [], errors or {})
+    return StepOutput(token_ids, np.zeros(len(tokens), np.float32), [], [], [], errors or {})
 
 
 def stop_token(group, token_id):

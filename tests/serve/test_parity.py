@@ -25,7 +25,7 @@ from motet.runtime.trust.access import Access
 COUNT = 60
 WORDS = ("hello", "once upon a time", "{", "def f(x):", "the end.\n\n", "größe")
 STRUCTURES = [None, None, Structure.regex("[a-f]{3,9}"), Structure.choice(["yes", "no"]), Structure.json_object()]
-SAME = ("token_ids", "logprobs", "finish_reason", "prompt_tokens", "completion_tokens", "text")
+SAME = ("token_ids", "logprobs", "candidate_logprobs", "finish_reason", "prompt_tokens", "completion_tokens", "text")
 
 
 def requests():
@@ -38,6 +38,7 @@ def requests():
             "temperature": rng.choice([0.0, 0.7, 1.3]),
             "seed": rng.randrange(2**31),
             "logprobs": rng.randint(0, 3),
+            "logprob_token_ids": rng.choice([(), (258, 97, 0)]),
             "top_k": rng.choice([0, 5]),
             "top_p": rng.choice([1.0, 0.8]),
             "min_p": rng.choice([0.0, 0.05]),
@@ -85,6 +86,7 @@ def by_own(doors, prompt, options, mix, structure):
         {
             "token_ids": one.token_ids,
             "logprobs": one.logprobs,
+            "candidate_logprobs": [value for values in one.candidate_logprobs for value in values],
             "finish_reason": str(one.finish_reason),
             "prompt_tokens": one.usage.prompt_tokens,
             "completion_tokens": sum(other.usage.completion_tokens for other in answers),
@@ -94,8 +96,12 @@ def by_own(doors, prompt, options, mix, structure):
     ]
 
 
+def options_but(options, *names):
+    return {name: value for name, value in options.items() if name not in names}
+
+
 def by_vllm(doors, prompt, options, mix, structure):
-    constraint = {}
+    options, constraint = options_but(options, "logprob_token_ids"), {}  # it has no field for them
     if structure is not None:
         values = {"choice": {"choices": json.loads(structure.spec)} if structure.kind == "choice" else None}
         constraint = {str(structure.kind): values.get(structure.kind) or structure.spec or True}
@@ -126,7 +132,7 @@ def as_body(options, structure):
 
 
 def by_kserve(doors, prompt, options, mix, structure):
-    options = {name: value for name, value in options.items() if name != "logprobs"}  # there is no output for them
+    options = options_but(options, "logprobs", "logprob_token_ids")  # there is no output for them
     inputs = [
         {"name": name, "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [text.encode()]}}
         for name, text in (("text_input", prompt), ("sampling_parameters", json.dumps(as_body(options, structure))))
@@ -160,6 +166,7 @@ def by_http(doors, prompt, options, mix, structure):
     return [
         {
             "logprobs": one["logprobs"]["token_logprobs"],
+            "candidate_logprobs": [value for values in one.get("candidate_logprobs", ()) for value in values],
             "finish_reason": one["finish_reason"],
             "text": one["text"],
             "prompt_tokens": found["usage"]["prompt_tokens"],
@@ -179,7 +186,7 @@ def test_doors_agree(doors, door):
         for one, other in zip(expected, found, strict=True):
             reasons.add(one["finish_reason"])
             for name in SAME:
-                if name == "logprobs" and name in other:
+                if name.endswith("logprobs") and name in other:
                     assert other[name] == pytest.approx(one[name], rel=1e-5)
                 elif name in other:
                     assert other[name] == one[name], (name, prompt, options)

@@ -102,10 +102,13 @@ MOTET_API int64_t motet_logits_stride(const MotetModel*);
 /* How the token of one sample is chosen. Edits: the logit x of token edit_ids[i] becomes (x > 0 ? x / divisor :
    x * divisor) - penalty + bias, in this order; then the mask. Null lists have count 0. */
 typedef struct {
-    int64_t first_term, num_terms;    /* into the terms of MotetSampling, at least one */
-    int32_t probs;                    /* space of the mix: 1: probs, 0: logits */
-    int32_t logprobs;                 /* how many of the most probable tokens to report; -1: no log-probabilities */
-    int32_t member_logprobs;          /* 1: report the chosen token's under each term alone */
+    int64_t first_term, num_terms; /* into the terms of MotetSampling, at least one */
+    int32_t probs;                 /* space of the mix: 1: probs, 0: logits */
+    int32_t logprobs;              /* how many of the most probable tokens to report; -1: no log-probabilities */
+    int32_t member_logprobs;       /* 1: report the chosen token's under each term alone */
+    const int64_t* candidates;     /* [num_candidates] their log-probabilities are reported; none without logprobs */
+    int64_t num_candidates;
+    double* candidate_logprobs;       /* [num_candidates] result, like `logprobs` of MotetSampling */
     int64_t top_k;                    /* 0: off */
     double top_p, min_p, temperature; /* off: 1 and 0; temperature 0: greedy */
     const int64_t* edit_ids;          /* [num_edits] no token twice */

@@ -52,12 +52,14 @@ void Sampler::run(const SampleIsa& isa, const MotetSampling& all, int64_t index)
     std::fill_n(all.top_ids + index * all.top_stride, all.top_stride, int64_t(-1));
     std::fill_n(all.top_logprobs + index * all.top_stride, all.top_stride, kNaN);
     std::fill_n(all.member_logprobs + sample_->first_term, sample_->num_terms, kNaN);
+    std::fill_n(sample_->candidate_logprobs, sample_->num_candidates, kNaN);
     changes_.clear();
 
     State state = mix() ? measure() : State::NotFinite;
     if (state == State::Fine && sample_->logprobs >= 0) {
         view();
         report_top();
+        report_candidates();
     }
     if (state == State::Fine && is_adjusted()) {
         adjust();
@@ -321,6 +323,11 @@ void Sampler::report_top() {
         all_->top_ids[index_ * all_->top_stride + i] = best[size_t(i)].second;
         all_->top_logprobs[index_ * all_->top_stride + i] = -best[size_t(i)].first;
     }
+}
+
+void Sampler::report_candidates() {
+    for (int64_t i = 0; i < sample_->num_candidates; i++)
+        sample_->candidate_logprobs[i] = row_.value(sample_->candidates[i]) - mixed_top_ - log_sum_;
 }
 
 double Sampler::value_before(int64_t id) const {

@@ -43,6 +43,7 @@ private:
     void gather(double least, double tempered_top);
     bool largest_of(const float* row, float* largest);
     void report_top();
+    void report_candidates();
     void report(int64_t token);
     double value_before(int64_t id) const;
 

@@ -40,6 +40,16 @@ std::string check_edits(const MotetSample& s, int64_t sample, int64_t vocab) {
     return "";
 }
 
+std::string check_candidates(const MotetSample& s, int64_t sample, int64_t vocab) {
+    if (s.num_candidates < 0 || (s.num_candidates > 0 && !(s.candidates && s.candidate_logprobs && s.logprobs >= 0)))
+        return "sample " + std::to_string(sample) + ": num_candidates is " + std::to_string(s.num_candidates) +
+               ", it must be at least 0, and where it is more there must be two arrays and logprobs";
+    for (int64_t i = 0; i < s.num_candidates; i++)
+        if (s.candidates[i] < 0 || s.candidates[i] >= vocab)
+            return out_of_range("a candidate", sample, s.candidates[i], vocab - 1);
+    return "";
+}
+
 std::string check_numbers(const MotetSample& s, int64_t index) {
     const struct {
         const char* name;
@@ -65,7 +75,8 @@ std::string check_sample(const MotetSampling& all, int64_t index) {
         return out_of_range("the end of its terms", index, s.first_term + s.num_terms, all.num_terms);
     if (s.logprobs < -1 || s.logprobs > all.top_stride)
         return out_of_range("logprobs", index, s.logprobs, all.top_stride);
-    const std::string problem = check_edits(s, index, all.vocab_size);
+    std::string problem = check_edits(s, index, all.vocab_size);
+    if (problem.empty()) problem = check_candidates(s, index, all.vocab_size);
     return problem.empty() ? check_numbers(s, index) : problem;
 }
 

@@ -44,6 +44,8 @@ class _DeviceResult:
     top_index: list[int] = field(default_factory=list)  # samples that request top log-probabilities
     top_values: Tensor | None = None  # [T, n] log-probabilities
     top_tokens: Tensor | None = None  # [T, n]
+    candidate_index: list[tuple[int, int]] = field(default_factory=list)  # (sample, number of candidates)
+    candidate_values: Tensor | None = None  # [Σ candidates] log-probabilities
     member_index: list[tuple[int, int]] = field(default_factory=list)  # (sample, number of terms)
     member_values: Tensor | None = None  # [Σ terms] the chosen token under each term
 
@@ -85,7 +87,7 @@ class TorchSampler:
         return output
 
     def _is_fused(self, terms: Terms, sample: SampleRow) -> bool:
-        plain = sample.edits.is_empty and not sample.sampling.truncation and not sample.sampling.logprobs
+        plain = sample.edits.is_empty and not sample.sampling.truncation and not _needs_row(sample)
         return plain and self._linear_head and is_mixed_before_head(terms, sample, self._linear_head)
 
     # ---- the three ways ----------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class TorchSampler:
     ) -> _DeviceResult:
         chosen = [samples[i] for i in index]
         plan = plan_head([terms[i] for i in index], chosen, self._linear_head)
-        written = [i for i, sample in enumerate(chosen) if not sample.edits.is_empty or sample.sampling.logprobs]
+        written = [i for i, sample in enumerate(chosen) if not sample.edits.is_empty or _needs_row(sample)]
         draw_terms = list(plan.mixes)
         for place, i in enumerate(written):  # these draw from a written row, which follows the head's rows
             draw_terms[i] = [(len(plan.rows) + place, 1.0)]
@@ -195,7 +197,8 @@ class TorchSampler:
     def _alternatives(
         self, found: _DeviceResult, mixed: Tensor, written: list[int], samples: Sequence[SampleRow]
     ) -> None:
-        """Log-probabilities of written rows before edits: of the drawn token and of the most probable ones."""
+        """Log-probabilities of written rows before edits: of the drawn token, the most probable ones and the
+        candidates."""
         lse = mixed.logsumexp(-1)
         where = Packed.of({"written": np.array(written, np.int64)}, self._device).device["written"]
         tokens = found.tokens[where].long().clamp_min(0)
@@ -205,6 +208,12 @@ class TorchSampler:
             best = mixed.topk(min(wanted, mixed.shape[1]), dim=-1)
             found.top_index = [found.index[i] for i in written]
             found.top_values, found.top_tokens = best.values - lse[:, None], best.indices
+        pairs = [(row, token) for row, i in enumerate(written) for token in samples[i].sampling.candidates]
+        if pairs:
+            arrays = {"rows": np.array([row for row, _ in pairs]), "tokens": np.array([token for _, token in pairs])}
+            device = Packed.of(arrays, self._device).device
+            found.candidate_index = [(found.index[i], len(samples[i].sampling.candidates)) for i in written]
+            found.candidate_values = mixed[device["rows"], device["tokens"]] - lse[device["rows"]]
 
     def _member_logprobs(
         self, found: _DeviceResult, logits: Tensor, row_terms: Sequence[Terms], samples: Sequence[SampleRow]
@@ -227,12 +236,19 @@ class TorchSampler:
         tensors = [
             t
             for part in found
-            for t in (part.tokens, part.logprobs, part.top_values, part.top_tokens, part.member_values)
+            for t in (
+                part.tokens,
+                part.logprobs,
+                part.top_values,
+                part.top_tokens,
+                part.member_values,
+                part.candidate_values,
+            )
         ]
         arrays = iter(_to_host(tensors, self._device))
         output = empty_output(len(samples))
         for part in found:
-            tokens, logprobs, top_values, top_tokens, member_values = (next(arrays) for _ in range(5))
+            tokens, logprobs, top_values, top_tokens, *flat = (next(arrays) for _ in range(6))
             assert tokens is not None and logprobs is not None
             for place, index in enumerate(part.index):
                 if tokens[place] < 0:
@@ -244,14 +260,22 @@ class TorchSampler:
             if top_values is not None and top_tokens is not None:
                 for index, values, ids in zip(part.top_index, top_values, top_tokens, strict=True):
                     output.top_logprobs[index] = _best(values, ids, samples[index].sampling.logprobs or 0)
-            if member_values is not None:
+            targets = (output.member_logprobs, output.candidate_logprobs)
+            for target, counts, values in zip(targets, (part.member_index, part.candidate_index), flat, strict=True):
                 at = 0
-                for index, count in part.member_index:
-                    output.member_logprobs[index] = [float(value) for value in member_values[at : at + count]]
+                if values is None:
+                    continue
+                for index, count in counts:
+                    target[index] = [float(value) for value in values[at : at + count]]
                     at += count
         for index in output.errors:
-            output.top_logprobs[index], output.member_logprobs[index] = [], []
+            output.top_logprobs[index], output.member_logprobs[index], output.candidate_logprobs[index] = [], [], []
         return output
+
+
+def _needs_row(sample: SampleRow) -> bool:
+    """Whether more of the mixed row is read than the token that is drawn from it."""
+    return bool(sample.sampling.logprobs or sample.sampling.candidates)
 
 
 def _mixture_arrays(terms: Sequence[Terms], prefix: str) -> dict[str, npt.NDArray[np.generic]]:

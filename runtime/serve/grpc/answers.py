@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ....proto import admin_pb2, inference_pb2
 from ...api.limits import MAX_DELTA_BYTES, MAX_MESSAGE_BYTES
 from ...api.model_info import MemberOrigin, ModelInfo
-from ...api.output import Output, Timings, Usage
+from ...api.output import PER_PROMPT_TOKEN, PER_TOKEN, Output, Timings, Usage
 from ...api.request import Ensemble, FinishReason, Member
 from ...errors import InvalidRequestError
 from ..embeddings import Embeddings
@@ -28,24 +28,19 @@ def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResp
     ids, text = output.token_ids, output.text
     top = 16 * max(map(len, (*output.top_logprobs, *output.prompt_top_logprobs)), default=0)
     size = 40 + top + 8 * max(map(len, output.member_logprobs), default=0)  # bytes per token
+    size += 4 * max(map(len, output.candidate_logprobs), default=0)
     scored = len(output.prompt_logprobs)
     count = max(1, -(-max(len(ids), scored) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
     tokens, characters, prompt = -(-len(ids) // count), -(-len(text) // count), -(-scored // count)
     for index in range(count):
-        at = slice(index * tokens, (index + 1) * tokens)
+        at, of_prompt = slice(index * tokens, (index + 1) * tokens), slice(index * prompt, (index + 1) * prompt)
         piece = Output(
             output.request_id,
             output.choice,
             output.seed,
             text[index * characters : (index + 1) * characters],
-            ids[at],
-            output.logprobs[at],
-            output.top_logprobs[at],
-            output.member_logprobs[at],
-            output.confidence[at],
-            output.disagreement[at],
-            prompt_logprobs=output.prompt_logprobs[index * prompt : (index + 1) * prompt],
-            prompt_top_logprobs=output.prompt_top_logprobs[index * prompt : (index + 1) * prompt],
+            **{name: getattr(output, name)[at] for name in PER_TOKEN},
+            **{name: getattr(output, name)[of_prompt] for name in PER_PROMPT_TOKEN},
         )
         if index == count - 1:
             piece.finish_reason, piece.stop_matched = output.finish_reason, output.stop_matched
@@ -62,6 +57,7 @@ def response_from_output(output: Output) -> inference_pb2.GenerateResponse:
         token_ids=output.token_ids,
         seed=output.seed,
         member_logprobs=[inference_pb2.MemberLogprobs(logprobs=values) for values in output.member_logprobs],
+        candidate_logprobs=[inference_pb2.CandidateLogprobs(logprobs=values) for values in output.candidate_logprobs],
         confidence=output.confidence,
         disagreement=output.disagreement,
         answer_confidence=output.answer_confidence,
@@ -106,6 +102,7 @@ def output_from_response(message: inference_pb2.GenerateResponse) -> Output:
         prompt_logprobs=[entry.logprob for entry in message.prompt_logprobs],
         prompt_top_logprobs=list(map(_top_from_proto, message.prompt_logprobs)),
         member_logprobs=[list(entry.logprobs) for entry in message.member_logprobs],
+        candidate_logprobs=[list(entry.logprobs) for entry in message.candidate_logprobs],
         confidence=list(message.confidence),
         disagreement=list(message.disagreement),
         answer_confidence=message.answer_confidence if message.HasField("answer_confidence") else None,

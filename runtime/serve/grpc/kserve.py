@@ -37,7 +37,7 @@ except ImportError as error:
 Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 SERVICE = "inference.GRPCInferenceService"
 _WITHOUT_OUTPUT = {
-    *("prompt", "model", "stream", "stream_options", "echo", "logprobs", "prompt_logprobs"),
+    *("prompt", "model", "stream", "stream_options", "echo", "logprobs", "prompt_logprobs", "logprob_token_ids"),
     *("return_member_logprobs", "return_confidence", "abstain_below"),
 }
 _NEXT_S = 300.0  # for the next request of a stream

@@ -38,6 +38,8 @@ def motet_fields(output: Output) -> dict[str, Any]:
     if output.prompt_logprobs:
         found["prompt_logprobs"] = [max(value, -9999.0) for value in output.prompt_logprobs]
         found["prompt_top_logprobs"] = output.prompt_top_logprobs
+    if output.candidate_logprobs:
+        found["candidate_logprobs"] = [[max(value, -9999.0) for value in one] for one in output.candidate_logprobs]
     for name in ("member_logprobs", "confidence", "disagreement"):
         if values := getattr(output, name):
             found[name] = values

@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from ...api.limits import MAX_CHOICES, MAX_HTTP_ANSWER_BYTES
 from ...api.model_info import ModelInfo
-from ...api.output import Output, Usage
+from ...api.output import PER_TOKEN, Output, Usage
 from ...api.request import GenerateRequest
 from ...errors import InvalidRequestError
 from ...text.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ class _Answer:
         for output in outputs:
             if self._fields.max_tokens == 0:
                 output.text, output.stop_matched = "", None
-                for name in ("token_ids", "logprobs", "top_logprobs", "member_logprobs", "confidence", "disagreement"):
+                for name in PER_TOKEN:
                     setattr(output, name, [])
                 if output.usage is not None:
                     output.usage = dataclasses.replace(output.usage, completion_tokens=0)

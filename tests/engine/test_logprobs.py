@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt: those of the mixed distribution after each of its tokens, whatever else is in the batch."""
+"""Log-probabilities of a prompt, and of chosen tokens: those of the mixed distribution, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -81,3 +81,18 @@ def test_of_views_they_are_refused(tokenizer):
     mix = Ensemble((Member("a", 0.5), Member("a", 0.5, 1)))
     with make_engine(tokenizer) as engine, pytest.raises(InvalidRequestError, match="see different ones"):
         engine.complete([ask("p", views=[(4, 5)], ensemble=mix, prompt_logprobs=0)])
+
+
+@pytest.mark.parametrize("kind", [FakeBackend, OneAtATime])
+def test_chosen_tokens_are_reported_beside_each_token(tokenizer, kind):
+    """Those of the mix before penalties, temperature and structure, in the order of the request; nothing else changes."""
+    options = {"temperature": 0.9, "seed": 3, "max_tokens": 12, "logit_bias": {7: -3.0}, "speculative_tokens": 4}
+    with make_engine(tokenizer, kind()) as engine:
+        plain = engine.complete([ask("p", PROMPT, ensemble=MIX, **options)])[0][0]
+        asked = ask("q", PROMPT, ensemble=MIX, logprob_token_ids=(7, 250, 7), **options)
+        answer = engine.complete([asked])[0][0]
+        with pytest.raises(InvalidRequestError, match="token id 900 in logprob_token_ids"):
+            engine.complete([ask("r", PROMPT, logprob_token_ids=(900,))])
+    rows = expected((*PROMPT, *answer.token_ids))[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(answer.candidate_logprobs, rows[:, [7, 250, 7]], atol=1e-5)
+    assert (answer.token_ids, answer.logprobs) == (plain.token_ids, [])
