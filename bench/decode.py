@@ -24,7 +24,7 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import WEIGHTS, Bundle
-from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, decoder_layout
+from ..runtime.model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, decoder_layout
 from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
 from .lib import probes
 from .lib.report import machine, write
@@ -158,7 +158,7 @@ def step_work(
     config, layout = bundle.config, decoder_layout(bundle.config)
     tensors = stored_tensors(bundle.path / WEIGHTS)
     chosen = bundle.members[:ensemble_size]
-    gathered = (COS, SIN, POSITIONS, *(() if layout.head == EMBEDDING else (EMBEDDING,)))
+    gathered = (*ROTARY, *WINDOW_ROTARY, POSITIONS, *(() if layout.head == EMBEDDING else (EMBEDDING,)))
 
     def is_read(name: str) -> bool:
         if name.startswith("members."):

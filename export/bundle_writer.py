@@ -21,7 +21,7 @@ from ..runtime.errors import ConfigError, InvalidEnsembleError, UnsupportedModel
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
-from ..runtime.model.layout import COS, EMBEDDING, HEAD, SIN, Layout, decoder_layout
+from ..runtime.model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from ..runtime.model.members import MemberKind
 from ..runtime.model.rotary import rotary_tables
 from ..runtime.model.stored import own_name, stored_tensors
@@ -228,7 +228,7 @@ def _bundle_tensors(
     """
     tensors: dict[str, Array] = {}
     if layout.config.positions == "rotary":
-        tensors[COS], tensors[SIN] = rotary_tables(layout.config)
+        tensors |= rotary_tables(layout.config)
     quantised = {f"{linear.name}.weight" for linear in layout.linears}
     fused = [{part.name for part in linear.parts} for linear in layout.linears]
     fused_with = {part: parts for parts in fused for part in parts}

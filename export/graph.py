@@ -30,12 +30,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from ..runtime.errors import UnsupportedModelError
 from ..runtime.model.config import DecoderConfig
-from ..runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Linear, Norm, decoder_layout
+from ..runtime.model.layout import EMBEDDING, POSITIONS, Layer, Linear, Norm, decoder_layout
 from ..runtime.model.stored import StoredTensor, StoredWeight, own_name, resolve, stored_weight
 
 MICROSOFT = "com.microsoft"
 HIDDEN = "hidden_states"
+
+
+_ROTARY_STEP = 16  # of GroupQueryAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,12 @@ class GraphWriter:
         weights_file: str,
         member: str | None = None,
     ) -> None:
+        """Raises `UnsupportedModelError` for what the operators of ONNX Runtime do not compute."""
+        if (config.rotary_size or 0) % _ROTARY_STEP:
+            raise UnsupportedModelError(
+                f"{config.rotary_size} channels of a head rotate; graphs need a multiple of {_ROTARY_STEP}; export with "
+                "--no-graphs"
+            )
         self.config = config
         self.layout = decoder_layout(config)
         self.tensors = tensors
@@ -112,6 +122,7 @@ class GraphWriter:
             )
         else:
             hidden = self._node("Gather", [self._stored(weight.name), ids])
+        hidden = self._scaled(hidden, self.config.embedding_scale)
         if self.config.positions == "learned":
             positions = self._input("position_ids", TensorProto.INT64, ["batch", "sequence"])
             embedded = self._node("Gather", [self._tensor(POSITIONS), positions])
@@ -131,10 +142,27 @@ class GraphWriter:
         self._node("Cast", [length], output="total_sequence_length", to=TensorProto.INT32)
 
     def _layer(self, index: int, layer: Layer, hidden: str, pending: str | None) -> tuple[str, str]:
-        normed, hidden = self._norm(layer.attention_norm, hidden, pending)
-        attention = self._attention(index, layer, normed)
-        normed, hidden = self._norm(layer.mlp_norm, hidden, attention)
-        return hidden, self._mlp(layer, normed)
+        normed, hidden = self._input_of(layer.attention_norm, hidden, pending)
+        attention = self._branch(layer.attention_out_norm, self._attention(index, layer, normed))
+        normed, hidden = self._input_of(layer.mlp_norm, hidden, attention)
+        return hidden, self._branch(layer.mlp_out_norm, self._mlp(layer, normed))
+
+    def _input_of(self, norm: Norm | None, hidden: str, pending: str | None) -> tuple[str, str]:
+        """Returns (what attention or an MLP gets, the residual stream)."""
+        if norm is not None:
+            return self._norm(norm, hidden, pending)
+        total = hidden if pending is None else self._node("Add", [hidden, pending])
+        return total, total
+
+    def _branch(self, norm: Norm | None, added: str) -> str:
+        """What is added to the residual stream."""
+        normed = added if norm is None else self._norm(norm, added, None)[0]
+        return self._scaled(normed, self.config.residual_scale)
+
+    def _scaled(self, tensor: str, factor: float) -> str:
+        if factor == 1:
+            return tensor
+        return self._node("Mul", [tensor, self._constant(f"scale_{factor}", np.array(factor, np.float32))])
 
     def _norm(self, norm: Norm, hidden: str, pending: str | None, *, residual: bool = True) -> tuple[str, str]:
         """Returns (normed, residual stream). A pending branch is added in the same node: residual = hidden +
@@ -164,8 +192,10 @@ class GraphWriter:
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
             self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, cache))
-        tables = [self._stored(COS), self._stored(SIN)] if layer.rotary else []
-        window = {} if layer.window is None else {"local_window_size": layer.window}
+        tables = [self._stored(name) for name in layer.rotary or ()]
+        options: dict[str, Any] = {} if layer.window is None else {"local_window_size": layer.window}
+        if config.attention_softcap is not None:
+            options["softcap"] = config.attention_softcap
         output = self._name("attention")
         self._nodes.append(
             helper.make_node(
@@ -176,16 +206,16 @@ class GraphWriter:
                 domain=MICROSOFT,
                 num_heads=config.num_heads,
                 kv_num_heads=config.num_kv_heads,
-                scale=config.head_size**-0.5,
-                do_rotary=int(layer.rotary),
+                scale=config.attention_scale or config.head_size**-0.5,
+                do_rotary=int(layer.rotary is not None),
                 rotary_interleaved=0,
-                **window,
+                **options,
             )
         )
         return self._linear(layer.out, output)
 
     def _split_and_norm_heads(self, linear: Linear, norms: tuple[Norm, Norm], qkv: str) -> tuple[str, str, str]:
-        """qk-norm: an RMS norm over each head of q and of k, before rotary."""
+        """qk-norm: an RMS norm over each head of q and of k, or over all of them, before rotary."""
         sizes = [part.rows for part in linear.parts]
         query, key, value = self._split(qkv, sizes)
         normed = []
@@ -204,8 +234,11 @@ class GraphWriter:
             inner = self._node("Gelu", [self._linear(layer.up, normed)], approximate="tanh")
         else:
             gate, up = self._split(self._linear(layer.up, normed), [part.rows for part in layer.up.parts])
-            silu = self._node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x)
-            inner = self._node("Mul", [silu, up])
+            if layer.up.epilogue == "geglu":
+                activated = self._node("Gelu", [gate], approximate="tanh")
+            else:
+                activated = self._node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x)
+            inner = self._node("Mul", [activated, up])
         return self._linear(layer.down, inner)
 
     def _head(self, hidden: str, *, last_position: bool) -> None:
@@ -215,7 +248,9 @@ class GraphWriter:
         if last_position:
             hidden = self._node("Gather", [hidden, self._constant("last", np.array([-1], np.int64))], axis=1)
             shape = ["batch", 1, self.config.vocab_size]
-        logits = self._matmul(weight, hidden)
+        logits = self._scaled(self._matmul(weight, hidden), self.config.logit_scale)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = self._scaled(self._node("Tanh", [self._scaled(logits, 1 / cap)]), cap)
         self._output(logits, "logits", TensorProto.FLOAT, shape)
 
     # ---- linear layers -----------------------------------------------------------------------------------------

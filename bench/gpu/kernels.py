@@ -76,7 +76,9 @@ def _elementwise(s: Sizes) -> Iterator[Case]:
         rows * s.hidden * (4 * splits + 8 + 2),
     )
     parts = torch.randn(1, rows, 2 * s.inner, device=make.DEVICE)
-    yield Case(f"activate, {rows} rows", partial(gpu.activate, parts, True, torch.bfloat16), rows * s.inner * (8 + 2))
+    yield Case(
+        f"activate, {rows} rows", partial(gpu.activate, parts, "swiglu", torch.bfloat16), rows * s.inner * (8 + 2)
+    )
     adapter = make.adapter_weight(4, 8, s.hidden, s.hidden, torch.bfloat16)
     x, out = _bf16(rows, s.hidden), torch.zeros(1, rows, s.hidden, device=make.DEVICE)
     tiles = make.adapter_tiles([row % 4 for row in range(rows)])

@@ -61,11 +61,11 @@ class RandomModel:
         table = layout.decoder_layout(config)
         split = config.num_layers - tail_layers
         tied = self._linear(config.vocab_size, config.hidden_size, max(self._bits, 8))
-        tables = tuple(torch.from_numpy(table).to(self._device) for table in rotary_tables(config))
+        tables = {name: torch.from_numpy(table).to(self._device) for name, table in rotary_tables(config).items()}
         return ModelWeights(
             embedding=tied,
             position_embedding=None,
-            rotary=(tables[0], tables[1]),
+            rotary={names: (tables[names[0]], tables[names[1]]) for names in table.rotary_tables},
             trunk=[self._layer(layer) for layer in table.layers[:split]],
             tails=[[self._layer(layer) for layer in table.layers[split:]] for _ in range(num_tails)],
             tail_of=tuple(range(num_tails)),
@@ -76,6 +76,7 @@ class RandomModel:
 
     def _layer(self, layer: layout.Layer) -> LayerWeights:
         qkv, out, up, down = (self._projection(linear) for linear in layer.linears)
+        assert layer.attention_norm is not None and layer.mlp_norm is not None, "norms are before attention and MLP"
         return LayerWeights(
             attention_norm=self._norm(layer.attention_norm),
             qkv=qkv,
@@ -83,7 +84,7 @@ class RandomModel:
             out=out,
             mlp_norm=self._norm(layer.mlp_norm),
             up=up,
-            gated=layer.up.epilogue == "swiglu",
+            activation=layer.up.epilogue,
             down=down,
         )
 

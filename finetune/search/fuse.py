@@ -48,7 +48,7 @@ def fuse(
     params, progress = params or FuseParams(), progress or Progress(False)
     if not bench.config.linear_head:
         raise UnsupportedModelError(
-            f"the head of '{bench.model_dir.name}' is not linear (linear_head is false); a mix can be fitted only where "
+            f"the head of '{bench.model_dir.name}' is not linear (it has a soft cap); a mix can be fitted only where "
             "logits are products of hidden states and the head; choose the mix by hand"
         )
     if BASE in members:

@@ -57,7 +57,7 @@ def _declare(lib: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_int64),
     ]
     lib.motet_set_window.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    lib.motet_set_unrotated.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    lib.motet_set_rotary.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     lib.motet_ready.argtypes = [ctypes.c_void_p]
     lib.motet_step.argtypes = [ctypes.c_void_p] * 3
     lib.motet_head.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]

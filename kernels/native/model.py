@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...runtime.errors import BundleError, MotetError, UnavailableError
 from .library import address, addresses, load
-from .structs import BatchArrays, LinearKind, Mixes, ModelConfig, Tensor, Vector
+from .structs import BatchArrays, LinearKind, Mixes, ModelConfig, Rotary, Tensor, Vector
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -167,9 +167,9 @@ class NativeModel:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         self._check(self._library.motet_set_vector(self._handle, which, index, flat.ctypes.data, flat.size), name)
 
-    def set_unrotated(self, layer: int) -> None:
-        """Queries and keys are not rotated in this layer."""
-        self._check(self._library.motet_set_unrotated(self._handle, layer), f"layer {layer}")
+    def set_rotary(self, layer: int, tables: Rotary) -> None:
+        """The tables by which queries and keys are rotated in this layer; unless set, `Rotary.ALL`."""
+        self._check(self._library.motet_set_rotary(self._handle, layer, tables), f"layer {layer}")
 
     def set_window(self, layer: int, window: int) -> None:
         """Rows attend to the last `window` positions in this layer, their own included; unless set, to all."""

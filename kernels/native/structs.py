@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class LinearKind(IntEnum):
-    """Linear layers, as `motet.h` numbers them. `UP` is gate and up stacked where the activation is SwiGLU."""
+    """Linear layers, as `motet.h` numbers them. `UP` is gate and up stacked where there is a gate."""
 
     QKV = 0
     OUT = 1
@@ -24,13 +24,33 @@ class Vector(IntEnum):
     ATTENTION_NORM_BIAS = 1
     MLP_NORM = 2
     MLP_NORM_BIAS = 3
-    Q_NORM = 4
-    K_NORM = 5
-    FINAL_NORM = 6
-    FINAL_NORM_BIAS = 7
-    POSITIONS = 8
-    COS = 9
-    SIN = 10
+    ATTENTION_OUT_NORM = 4
+    ATTENTION_OUT_NORM_BIAS = 5
+    MLP_OUT_NORM = 6
+    MLP_OUT_NORM_BIAS = 7
+    Q_NORM = 8
+    K_NORM = 9
+    FINAL_NORM = 10
+    FINAL_NORM_BIAS = 11
+    POSITIONS = 12
+    COS = 13
+    SIN = 14
+    WINDOW_COS = 15
+    WINDOW_SIN = 16
+
+
+class Rotary(IntEnum):
+    """Tables of a layer, as `motet.h` numbers them."""
+
+    NONE = 0
+    ALL = 1
+    WINDOW = 2
+
+
+# Values of `DecoderConfig` in the order in which `motet.h` numbers them.
+ACTIVATIONS = ("swiglu", "geglu", "gelu")
+NORM_PLACES = ("before", "around", "after")
+QK_NORMS = (None, "head", "projection")
 
 
 class ModelConfig(ctypes.Structure):
@@ -41,11 +61,18 @@ class ModelConfig(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-                *("head_size", "max_positions", "layer_norm", "gelu", "learned", "qk_norm", "tied_head", "split_layer"),
+                *("head_size", "max_positions", "layer_norm", "activation", "norm_places", "learned", "rotary_size"),
+                *("qk_norm", "tied_head", "split_layer"),
                 *("num_members", "num_tails", "kv_int8", "num_blocks", "threads"),
             )
         ],
-        ("norm_eps", ctypes.c_float),
+        *[
+            (name, ctypes.c_float)
+            for name in (
+                *("norm_eps", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
+                *("attention_softcap", "logit_softcap"),
+            )
+        ],
         ("tail_of", ctypes.c_void_p),
     ]
 

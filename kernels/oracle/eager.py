@@ -17,6 +17,7 @@ from . import reference
 from .operands import (
     ADAPTER_TILE,
     FUSED_RULES,
+    PLAIN_SCORES,
     AdapterTiles,
     AdapterWeight,
     DecodeRows,
@@ -25,6 +26,7 @@ from .operands import (
     LinearWeight,
     Mixture,
     PrefillChunks,
+    Scores,
 )
 
 Tensor = torch.Tensor
@@ -42,13 +44,14 @@ def residual_norm(
     return (normed if bias is None else normed + bias.float()).to(dtype)
 
 
-def activate(parts: Tensor, gated: bool, dtype: torch.dtype) -> Tensor:
-    """parts [splits, rows, 2 I] → silu(gate) · up, or [splits, rows, I] → gelu (tanh), in `dtype`."""
+def activate(parts: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    """parts [splits, rows, 2 I] → silu(gate) · up ("swiglu") or gelu(gate) · up ("geglu"); [splits, rows, I] → gelu ("gelu"). In
+    `dtype`; gelu is the tanh approximation."""
     x = parts.float().sum(0)
-    if not gated:
+    if activation == "gelu":
         return F.gelu(x, approximate="tanh").to(dtype)
     gate, up = x.chunk(2, dim=-1)
-    inner: Tensor = F.silu(gate) * up
+    inner: Tensor = (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
     return inner.to(dtype)
 
 
@@ -70,7 +73,7 @@ def rotary_write(
     if norms is not None:
         query, key = (F.rms_norm(x, (size,), w.float(), eps) for x, w in zip((query, key), norms, strict=True))
     if tables is not None:
-        cos, sin = (table[positions.long()][:, None] for table in tables)  # [rows, 1, D / 2]
+        cos, sin = (table[positions.long()][:, None] for table in tables)  # [rows, 1, rotary size / 2]
         query, key = (_rotate(x, cos, sin) for x in (query, key))
     block, offset = slots.long() // block_size, slots.long() % block_size
     for x, target, scales in ((key, cache.keys, cache.key_scales), (value, cache.values, cache.value_scales)):
@@ -85,8 +88,9 @@ def rotary_write(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    rotated: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
+    rotated: Tensor = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
     return rotated
 
 
@@ -102,13 +106,16 @@ def _context(cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Ten
     return found[0], found[1]
 
 
-def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, window: int | None) -> Tensor:
+def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, how: Scores) -> Tensor:
     """Causal attention [Q, heads, D] of query [Q, heads, D], the last Q of `length` positions. With a window, each sees only
     that many positions, its own included."""
+    window = how.window
     keys, values = _context(cache, table, length)
     count, _, size = query.shape
     q = query.float().transpose(0, 1).reshape(len(keys), -1, count, size)  # [kv_heads, group, Q, D]
-    scores = q @ keys[:, None].transpose(-1, -2) * size**-0.5
+    scores = q @ keys[:, None].transpose(-1, -2) * how.scale_for(size)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     place = torch.arange(length, device=query.device)
     own = place[length - count :, None]
     unseen = place > own if window is None else (place > own) | (place <= own - window)
@@ -118,20 +125,20 @@ def _attend(query: Tensor, cache: LayerCache, table: Tensor, length: int, window
 
 
 def decode_attention(
-    query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor, window: int | None = None
+    query: Tensor, cache: LayerCache, rows: DecodeRows, out: Tensor, scores: Scores = PLAIN_SCORES
 ) -> None:
-    """Write out[r] [heads, D] for each row r of `rows`, over its last `window` positions. A row of length 0 gets zeros."""
+    """Write out[r] [heads, D] for each row r of `rows`. A row of length 0 gets zeros."""
     for row, seq, length in zip(rows.rows.tolist(), rows.seqs.tolist(), rows.lengths.tolist(), strict=True):
-        out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length, window)[0] if length else 0
+        out[row] = _attend(query[row : row + 1], cache, rows.tables[seq], length, scores)[0] if length else 0
 
 
 def prefill_attention(
-    query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor, window: int | None = None
+    query: Tensor, cache: LayerCache, chunks: PrefillChunks, out: Tensor, scores: Scores = PLAIN_SCORES
 ) -> None:
-    """Write out[r] [heads, D] for each row r of the chunks, over its last `window` positions."""
+    """Write out[r] [heads, D] for each row r of the chunks."""
     fields = (chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs)
     for start, size, length, seq in zip(*(field.tolist() for field in fields), strict=True):
-        out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length, window)
+        out[start : start + size] = _attend(query[start : start + size], cache, chunks.tables[seq], length, scores)
 
 
 def dequantise(weight: LinearWeight) -> Tensor:

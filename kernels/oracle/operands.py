@@ -47,6 +47,22 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer's attention scores are made. `window`: positions that a row attends to, its own included; None: all before
+    it. `scale`: None is D^-0.5. `softcap`: scores s become c · tanh(s / c)."""
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def scale_for(self, head_size: int) -> float:
+        return self.scale if self.scale is not None else float(head_size**-0.5)
+
+
+PLAIN_SCORES = Scores()
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCache:
     """Keys and values of one layer, [blocks, kv_heads, block_size, head_size]: floating point, int8 or float8_e4m3fn.
 

@@ -1,4 +1,5 @@
-"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up, or gelu of the up projection.
+"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up or gelu(gate) · up, or gelu of the
+up projection.
 
 Per row it reads splits · 2 I float32 values and writes I. Oracle: `kernels.oracle.eager`.
 """
@@ -12,10 +13,19 @@ import triton.language as tl
 from .launch import FLOATS, check
 
 BLOCK = 1024
+ACTIVATIONS = ("swiglu", "geglu", "gelu")
 
 
 @triton.jit
-def _activate_kernel(parts, out, rows, size, SPLITS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu(x):  # x / 2 · (1 + tanh(inner)) = x · sigmoid(2 inner)
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * inner))
+
+
+@triton.jit
+def _activate_kernel(
+    parts, out, rows, size, SPLITS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -28,20 +38,25 @@ def _activate_kernel(parts, out, rows, size, SPLITS: tl.constexpr, GATED: tl.con
             gate += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
             first += size
         up += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
+    if not GATED:
+        y = _gelu(up)
+    elif GELU:
+        y = _gelu(gate) * up
+    else:
         y = gate / (1.0 + tl.exp(-gate)) * up
-    else:  # gelu = up / 2 · (1 + tanh(inner)), tanh(inner) = 1 − 2 / (exp(2 inner) + 1)
-        inner = 0.7978845608028654 * (up + 0.044715 * up * up * up)
-        y = 0.5 * up * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
     tl.store(out + row * size + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-def activate(parts: torch.Tensor, gated: bool, dtype: torch.dtype) -> torch.Tensor:
+def activate(parts: torch.Tensor, activation: str, dtype: torch.dtype) -> torch.Tensor:
     """Sum the parts and activate: [rows, I] in `dtype`.
 
-    gated: parts [splits, rows, 2 I], gate first → silu(gate) · up (SwiGLU, Shazeer 2020). Otherwise: parts [splits, rows, I]
-    → gelu with the tanh approximation. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout.
+    "swiglu", "geglu": parts [splits, rows, 2 I], gate first → silu(gate) · up or gelu(gate) · up (Shazeer 2020). "gelu": parts
+    [splits, rows, I]. gelu is the tanh approximation. Raises `ValueError` for an operand of the wrong shape, dtype, device or
+    layout, or another activation.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"the activation is {activation!r}; known are {ACTIVATIONS}")
+    gated = activation != "gelu"
     splits, rows, width = parts.shape
     check("parts", parts, (splits, rows, width), FLOATS, parts)
     if gated and width % 2:
@@ -50,5 +65,6 @@ def activate(parts: torch.Tensor, gated: bool, dtype: torch.dtype) -> torch.Tens
     out = torch.empty(rows, size, dtype=dtype, device=parts.device)
     if rows:
         grid = (rows, triton.cdiv(size, BLOCK))
-        _activate_kernel[grid](parts, out, rows, size, SPLITS=splits, GATED=gated, BLOCK=BLOCK)
+        gelu = activation != "swiglu"
+        _activate_kernel[grid](parts, out, rows, size, SPLITS=splits, GATED=gated, GELU=gelu, BLOCK=BLOCK)
     return out

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..oracle.operands import DecodeRows, LayerCache
+from ..oracle.operands import PLAIN_SCORES, DecodeRows, LayerCache, Scores
 from .launch import FLOATS, I32, check, dot, power_of_two, wide
 from .rotary_write import CACHE_DTYPES
 
@@ -41,6 +41,15 @@ def load_cache(
 
 
 @triton.jit
+def scaled_scores(scores, k_scale, scale, cap, CAPPED: tl.constexpr):
+    """Scores [queries, positions] in powers of 2. CAPPED: cap · tanh(scores / cap), `cap` in the same unit."""
+    scores = scores * (k_scale * scale)[None, :]
+    if CAPPED:  # tanh(x) = 1 − 2 / (exp(2 x) + 1)
+        scores = cap - 2.0 * cap / (tl.exp2(scores * (2.8853900817779268 / cap)) + 1.0)
+    return scores
+
+
+@triton.jit
 def _decode_kernel(
     query,
     keys,
@@ -56,6 +65,7 @@ def _decode_kernel(
     maxima,
     totals,
     scale,
+    cap,
     window,
     num_heads,
     kv_heads,
@@ -64,6 +74,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -96,7 +107,8 @@ def _decode_kernel(
             keys, key_scales, table, head, kv_heads, size, place, inside, column, BLOCK_SIZE, SCALED
         )
         scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((HEADS, TILE), tl.float32), WIDE)
-        scores = tl.where(inside[None, :], scores * (k_scale * scale)[None, :], float("-inf"))
+        scores = scaled_scores(scores, k_scale, scale, cap, CAPPED)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         p = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(largest - new)
@@ -166,12 +178,12 @@ def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor
 
 
 def decode_attention(
-    query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor, window: int | None = None
+    query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor, scores: Scores = PLAIN_SCORES
 ) -> None:
     """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`. Other rows stay as they are.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last `window` of a row's positions; what
-    lies before them is not read. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout. The caller
+    query, out [rows, heads, D]; with a window, only the last of a row's positions; what lies before them is not
+    read. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout. The caller
     must check the contents of the block tables; reading them here would synchronise.
     """
     group = check_attention(query, cache, rows.tables, out)
@@ -185,16 +197,28 @@ def decode_attention(
     shape = (count, num_heads, num_splits)
     sums = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
     maxima, totals = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
-    window = rows.max_length if window is None else window
+    window = rows.max_length if scores.window is None else scores.window
     scaled = cache.key_scales is not None
     _decode_kernel[(count, kv_heads, num_splits)](
         *(query, cache.keys, cache.values),
         *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
         *(rows.rows, rows.seqs, rows.lengths, rows.tables, rows.tables.shape[1]),
-        *(sums, maxima, totals, size**-0.5 * LOG2E, window, num_heads, kv_heads, num_splits, size),
+        *(
+            sums,
+            maxima,
+            totals,
+            scores.scale_for(size) * LOG2E,
+            LOG2E * (scores.softcap or 0.0),
+            window,
+            num_heads,
+            kv_heads,
+            num_splits,
+            size,
+        ),
         GROUP=group,
         BLOCK_SIZE=cache.block_size,
         SCALED=scaled,
+        CAPPED=scores.softcap is not None,
         SPLIT=SPLIT,
         TILE=64,
         HEADS=power_of_two(group, 16),

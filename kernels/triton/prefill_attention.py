@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..oracle.operands import LayerCache, PrefillChunks
+from ..oracle.operands import PLAIN_SCORES, LayerCache, PrefillChunks, Scores
 from .launch import I32, INTERPRETED, check, dot, power_of_two, wide
-from .paged_attention import LOG2E, check_attention, load_cache
+from .paged_attention import LOG2E, check_attention, load_cache, scaled_scores
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def _prefill_kernel(
     table_width,
     out,
     scale,
+    cap,
     window,
     num_heads,
     kv_heads,
@@ -38,6 +39,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -76,7 +78,7 @@ def _prefill_kernel(
         )
         scores = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((ROWS * HEADS, TILE), tl.float32), WIDE)
         seen = inside[None, :] & (place[None, :] <= position[:, None]) & (place[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores * (k_scale * scale)[None, :], float("-inf"))
+        scores = tl.where(seen, scaled_scores(scores, k_scale, scale, cap, CAPPED), float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         p = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(largest - new)
@@ -91,11 +93,11 @@ def _prefill_kernel(
 
 
 def prefill_attention(
-    query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor, window: int | None = None
+    query: torch.Tensor, cache: LayerCache, chunks: PrefillChunks, out: torch.Tensor, scores: Scores = PLAIN_SCORES
 ) -> None:
     """out[r] = causal attention of query[r] over its sequence, for every row r of the chunks. Other rows stay as they are.
 
-    query, out [rows, heads, D]; scores are scaled by D^-0.5. `window`: only the last `window` positions up to a row's own.
+    query, out [rows, heads, D]; with a window, only the last positions up to a row's own.
     Raises `ValueError` for an operand of the wrong shape, dtype, device or layout.
     """
     group = check_attention(query, cache, chunks.tables, out)
@@ -112,16 +114,25 @@ def prefill_attention(
     num_heads, size = query.shape[1:]
     heads = power_of_two(group)
     rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter is slow on large, mostly empty tiles
-    window = chunks.tables.shape[1] * cache.block_size if window is None else window
+    window = chunks.tables.shape[1] * cache.block_size if scores.window is None else scores.window
     scaled = cache.key_scales is not None
     _prefill_kernel[(count, num_heads // group, triton.cdiv(chunks.max_size, rows))](
         *(query, cache.keys, cache.values),
         *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
         *(chunks.starts, chunks.sizes, chunks.lengths, chunks.seqs, chunks.tables, chunks.tables.shape[1]),
-        *(out, size**-0.5 * LOG2E, window, num_heads, num_heads // group, size),
+        *(
+            out,
+            scores.scale_for(size) * LOG2E,
+            LOG2E * (scores.softcap or 0.0),
+            window,
+            num_heads,
+            num_heads // group,
+            size,
+        ),
         GROUP=group,
         BLOCK_SIZE=cache.block_size,
         SCALED=scaled,
+        CAPPED=scores.softcap is not None,
         ROWS=rows,
         TILE=64,
         HEADS=heads,

@@ -52,6 +52,7 @@ def _rotary_write_kernel(
     num_heads,
     kv_heads,
     size,
+    turned,
     eps,
     SPLITS: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -65,31 +66,36 @@ def _rotary_write_kernel(
     half = size // 2
     at = tl.arange(0, HALF)
     inside = at < half
+    # Channel i < turned is paired with turned + i, which the rotation combines; the channels behind them are split in two.
+    one = tl.where(at < turned, at, turned + at)
+    two = tl.where(at < turned, turned + at, half + at)
     width = (num_heads + 2 * kv_heads) * size
-    first = tl.zeros((HALF,), tl.float32)  # the two halves of the head, which the rotation combines
+    first = tl.zeros((HALF,), tl.float32)
     second = tl.zeros((HALF,), tl.float32)
     for split in tl.static_range(SPLITS):
         start = qkv + (split * rows + row) * width + head * size
-        first += tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
-        second += tl.load(start + half + at, mask=inside, other=0.0).to(tl.float32)
+        first += tl.load(start + one, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(start + two, mask=inside, other=0.0).to(tl.float32)
     is_key = (head >= num_heads) & (head < num_heads + kv_heads)
     if head < num_heads + kv_heads:
         if NORM:
             weight = k_norm if is_key else q_norm
             scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=0) / size + eps)
-            first = first * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-            second = second * scale * tl.load(weight + half + at, mask=inside, other=0.0).to(tl.float32)
+            first = first * scale * tl.load(weight + one, mask=inside, other=0.0).to(tl.float32)
+            second = second * scale * tl.load(weight + two, mask=inside, other=0.0).to(tl.float32)
         if ROTARY:
-            place = tl.load(positions + row).to(tl.int64) * half
-            cosine = tl.load(cos + place + at, mask=inside, other=0.0)
-            sine = tl.load(sin + place + at, mask=inside, other=0.0)
+            place = tl.load(positions + row).to(tl.int64) * turned
+            cosine = tl.load(cos + place + at, mask=at < turned, other=1.0)
+            sine = tl.load(sin + place + at, mask=at < turned, other=0.0)
             rotated = first * cosine - second * sine
             second = second * cosine + first * sine
             first = rotated
     both = tl.arange(0, 2 * HALF)  # HALF is a power of two, half may not be
     x = tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (2 * HALF,))
     column = both % HALF
-    offsets = tl.where(both < HALF, column, half + column)
+    turns = column < turned
+    front, back = tl.where(turns, column, turned + column), tl.where(turns, turned + column, half + column)
+    offsets = tl.where(both < HALF, front, back)
     valid = column < half
     if head < num_heads:
         target = query + (row * num_heads + head) * size
@@ -118,9 +124,9 @@ def rotary_write(
 ) -> torch.Tensor:
     """Queries [rows, heads, D] in `dtype`, after norm and rotation. Keys and values are written to the cache.
 
-    qkv [splits, rows, (heads + 2 kv_heads) · D]. tables: cos and sin [positions, D / 2] float32, or None for no rotation; the
-    rotation combines the halves of a head, as in Hugging Face's layout. norms: weights [D] of the RMS norms of query and key
-    heads, or None. positions, slots: [rows] int32, slot = block · block_size + offset. Raises `ValueError` for an operand of
+    qkv [splits, rows, (heads + 2 kv_heads) · D]. tables: cos and sin [positions, r / 2] float32, or None for no rotation; the
+    first r ≤ D channels rotate, i with i + r / 2, as in Hugging Face's layout. norms: weights [D] of the RMS norms of query and
+    key heads, or None. positions, slots: [rows] int32, slot = block · block_size + offset. Raises `ValueError` for an operand of
     the wrong shape, dtype, device or layout.
     """
     splits, rows, _ = qkv.shape
@@ -130,12 +136,13 @@ def rotary_write(
     scales = cache.keys if cache.key_scales is None else cache.key_scales
     value_scales = cache.values if cache.value_scales is None else cache.value_scales
     cos, sin = tables or (qkv, qkv)
+    turned = size // 2 if tables is None else tables[0].shape[1]
     q_norm, k_norm = norms or (qkv, qkv)
     if rows:
         _rotary_write_kernel[(rows, num_heads + 2 * kv_heads)](
             *(qkv, cos, sin, q_norm, k_norm, positions, slots, query),
             *(cache.keys, cache.values, scales, value_scales),
-            *(rows, num_heads, kv_heads, size, eps),
+            *(rows, num_heads, kv_heads, size, turned, eps),
             SPLITS=splits,
             ROTARY=tables is not None,
             NORM=norms is not None,
@@ -165,8 +172,9 @@ def _check(
     check("values", cache.values, cache.keys.shape, (cache.keys.dtype,), qkv)
     check("positions", positions, (rows,), I32, qkv)
     check("slots", slots, (rows,), I32, qkv)
+    turned = min(tables[0].shape[-1], size // 2) if tables else 0
     for name, table in zip(("cos", "sin"), tables or ()):
-        check(name, table, (-1, size // 2), F32, qkv)
+        check(name, table, (-1, turned), F32, qkv)
     for name, weight in zip(("q_norm", "k_norm"), norms or ()):
         check(name, weight, (size,), FLOATS, qkv)
     for name, scale in (("key_scales", cache.key_scales), ("value_scales", cache.value_scales)):

@@ -7,6 +7,7 @@ slice of it can be run: `embed` → `run_layers(…, 0, split)` is the trunk, `r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,14 @@ from ..model.config import DecoderConfig
 from ..model.rotary import rotary_tables
 
 Dropout = Callable[[Tensor], Tensor]
-Tables = tuple[Tensor, Tensor]  # cosines and sines, each [S, head_size / 2]
 
 
 def _norm(norm: layout.Norm, eps: float) -> nn.Module:
     return nn.RMSNorm(norm.size, eps=eps) if norm.kind == "rms" else nn.LayerNorm(norm.size, eps=eps)
+
+
+def _softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def _projections(linear: layout.Linear) -> Iterator[nn.Linear]:
@@ -39,10 +43,22 @@ def _rows(x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, S, head_size]; cos, sin [S, head_size / 2]. Channel i is paired with i + head_size / 2 (Hugging
-    Face's layout)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """x [B, heads, S, head_size]; cos, sin [S, r / 2]: the first r channels rotate, i paired with i + r / 2 (Hugging Face's
+    layout)."""
+    half = cos.shape[-1]
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def softcapped_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, enable_gqa: bool, scale: float | None, softcap: float
+) -> Tensor:
+    """`F.scaled_dot_product_attention` whose scores s become softcap · tanh(s / softcap)."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    attended: Tensor = _softcap(scores, softcap).masked_fill(~attn_mask, float("-inf")).softmax(-1) @ v
+    return attended
 
 
 class Attention(nn.Module):
@@ -51,31 +67,37 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         self.q_proj, self.k_proj, self.v_proj = _projections(layer.qkv)
         (self.o_proj,) = _projections(layer.out)
-        self.has_head_norms = layer.head_norms is not None
+        self.head_norms = config.qk_norm
         if layer.head_norms is not None:
             self.q_norm, self.k_norm = (_norm(norm, config.norm_eps) for norm in layer.head_norms)
         self.rotary = layer.rotary
         self.window = layer.window
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
 
-    def forward(self, x: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tables: Mapping[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """x [B, S, hidden] → [B, S, hidden]; with `positions` [B, A] only the rows of these queries → [B, A,
         hidden]."""
-        q = self.q_proj(_rows(x, positions)).unflatten(-1, (-1, self.head_size))
-        k, v = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.k_proj, self.v_proj))
-        if self.has_head_norms:
+        q, k, v = self.q_proj(_rows(x, positions)), self.k_proj(x), self.v_proj(x)
+        if self.head_norms == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_size)) for t in (q, k, v))
+        if self.head_norms == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, head_size]; q may have A instead of S
-        if self.rotary:
-            assert tables is not None
-            at = tables if positions is None else tuple(table[positions][:, None] for table in tables)
-            q, k = rotate(q, *at), rotate(k, *tables)
-        if positions is None and self.window is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if self.rotary is not None:
+            cos, sin = (tables[name] for name in self.rotary)
+            at = (cos, sin) if positions is None else (cos[positions][:, None], sin[positions][:, None])
+            q, k = rotate(q, *at), rotate(k, cos, sin)
+        if positions is None and self.window is None and self.softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=self.scale)
         else:
             places = torch.arange(x.shape[1], device=x.device)
             own = (places[None] if positions is None else positions)[:, :, None]  # [B or 1, A or S, 1]
             visible = places <= own if self.window is None else (places <= own) & (places > own - self.window)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
+            attend = F.scaled_dot_product_attention
+            if self.softcap is not None:
+                attend = partial(softcapped_attention, softcap=self.softcap)
+            out = attend(q, k, v, attn_mask=visible[:, None], enable_gqa=True, scale=self.scale)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result
 
@@ -83,17 +105,20 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, layer: layout.Layer) -> None:
         super().__init__()
-        self.gated = layer.up.epilogue == "swiglu"
-        if self.gated:
+        self.activation = layer.up.epilogue
+        if self.activation != "gelu":
             self.gate_proj, self.up_proj = _projections(layer.up)
         else:
             (self.up_proj,) = _projections(layer.up)
         (self.down_proj,) = _projections(layer.down)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = (
-            F.silu(self.gate_proj(x)) * self.up_proj(x) if self.gated else F.gelu(self.up_proj(x), approximate="tanh")
-        )
+        if self.activation == "swiglu":
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        elif self.activation == "geglu":
+            inner = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)
+        else:
+            inner = F.gelu(self.up_proj(x), approximate="tanh")
         result: Tensor = self.down_proj(inner)
         return result
 
@@ -101,19 +126,25 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: layout.Layer) -> None:
         super().__init__()
-        self.input_layernorm = _norm(layer.attention_norm, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = _norm(layer.mlp_norm, config.norm_eps)
         self.mlp = MLP(layer)
+        self.residual_scale = config.residual_scale
+        self.places = []  # modules of the norms around attention and MLP; their names are the checkpoint's
+        for norm in (layer.attention_norm, layer.attention_out_norm, layer.mlp_norm, layer.mlp_out_norm):
+            name = "" if norm is None else norm.name.rpartition(".")[2]
+            self.places.append(name)
+            if norm is not None:
+                setattr(self, name, _norm(norm, config.norm_eps))
 
     def forward(
-        self, x: Tensor, tables: Tables | None, positions: Tensor | None = None, dropout: Dropout = _keep
+        self, x: Tensor, tables: Mapping[str, Tensor], positions: Tensor | None = None, dropout: Dropout = _keep
     ) -> Tensor:
         """x [B, S, hidden] → [B, S, hidden]; with `positions` [B, A] only these rows → [B, A, hidden], and the others
         only make keys and values. `dropout` is applied to what is added to the residual stream."""
-        attended = self.self_attn(self.input_layernorm(x), tables, positions)
-        x = _rows(x, positions) + dropout(attended)
-        return x + dropout(self.mlp(self.post_attention_layernorm(x)))
+        before, after, mlp_before, mlp_after = (getattr(self, name) if name else _keep for name in self.places)
+        attended = after(self.self_attn(before(x), tables, positions))
+        x = _rows(x, positions) + dropout(attended) * self.residual_scale
+        return x + dropout(mlp_after(self.mlp(mlp_before(x)))) * self.residual_scale
 
 
 class Body(nn.Module):
@@ -155,7 +186,7 @@ class Decoder(nn.Module):
         return cls.from_weights(read_config(model_dir), read_weights(model_dir))
 
     def embed(self, token_ids: Tensor) -> Tensor:  # [B, S] → [B, S, hidden]
-        hidden: Tensor = self.model.embed_tokens(token_ids)
+        hidden: Tensor = self.model.embed_tokens(token_ids) * self.config.embedding_scale
         if self.config.positions == "learned":
             hidden = hidden + self.model.embed_positions(torch.arange(token_ids.shape[1], device=token_ids.device))
         return hidden
@@ -174,10 +205,10 @@ class Decoder(nn.Module):
         With `positions` [B, A] the last of these layers computes only these rows → [B, A, hidden]. The result equals
         running all rows and selecting these.
         """
-        tables = None
+        tables: dict[str, Tensor] = {}
         if self.config.positions == "rotary" and stop > start:
-            cos, sin = (torch.from_numpy(table[: hidden.shape[1]]) for table in rotary_tables(self.config))
-            tables = (cos.to(hidden), sin.to(hidden))
+            for name, table in rotary_tables(self.config).items():
+                tables[name] = torch.from_numpy(table[: hidden.shape[1]]).to(hidden)
         for index in range(start, stop):
             hidden = self.model.layers[index](hidden, tables, positions if index + 1 == stop else None, dropout)
         return hidden if stop > start else _rows(hidden, positions)
@@ -187,7 +218,8 @@ class Decoder(nn.Module):
         return result
 
     def head(self, hidden: Tensor) -> Tensor:  # [..., hidden] → [..., vocab]
-        return F.linear(hidden, self.model.embed_tokens.weight if self.config.tied_head else self.lm_head.weight)
+        weight = self.model.embed_tokens.weight if self.config.tied_head else self.lm_head.weight
+        return _softcap(F.linear(hidden, weight) * self.config.logit_scale, self.config.logit_softcap)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.head(self.norm(self.run_layers(self.embed(token_ids), 0, self.config.num_layers)))

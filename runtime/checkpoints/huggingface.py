@@ -101,7 +101,7 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
     quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
     stored = _stored(Path(model_dir))
     weights: dict[str, torch.Tensor] = {}
-    parts = _parts(layout)
+    parts, norms = _parts(layout), layout.norm_tensors
     for name, tensor in _widened(family, stored) if quantised else _emptied(stored):
         canonical = family.canonical_name(name)
         if canonical is None:
@@ -115,7 +115,7 @@ def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
                 raise BundleError(f"'{model_dir}' stores '{part}' twice, as '{name}' and under another name")
             if not torch.isfinite(values).all():
                 raise BundleError(f"'{name}' of '{model_dir}' holds NaN or infinite values; the training failed")
-            weights[part] = values
+            weights[part] = values + family.norm_offset if part in norms else values
     if layout.config.tied_head and HEAD in weights and EMBEDDING in weights:
         if not torch.equal(weights[HEAD], weights[EMBEDDING]):
             raise BundleError(

@@ -14,7 +14,17 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
     "max_position_embeddings",
 )  # fmt: skip
-_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied_head", "linear_head")
+_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "tied_head")
+_SCALES = ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logit_scale")
+_OPTIONAL_SCALES = ("attention_scale", "attention_softcap", "logit_softcap", "window_rope_theta")
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "norm_places": ("before", "around", "after"),
+    "positions": ("rotary", "learned"),
+    "activation": ("swiglu", "geglu", "gelu"),
+    "qk_norm": (None, "head", "projection"),
+}
+_LAYER_LISTS = ("window_layers", "unrotated_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +47,77 @@ class DecoderConfig:
     max_position_embeddings: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    # before attention and MLP, of what they add to the residual stream (olmo2), or both (gemma2)
+    norm_places: Literal["before", "around", "after"] = "before"
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # kinds "llama3" and "linear"; None: no scaling
-    unrotated_every: int = 0  # one of every so many layers does not rotate queries and keys (smollm3); 0: all do
-    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, without a gate
+    rope_scaling: dict[str, Any] | None = None  # a kind of `rotary.SCALINGS`; None: no scaling
+    rotary_size: int | None = None  # channels of a head that rotate, the first ones (phi4); None: all
+    window_rope_theta: float | None = None  # of the layers with a window, unscaled (gemma3); None: as the others
+    unrotated_layers: tuple[int, ...] = ()  # whose queries and keys do not rotate (smollm3)
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: the tanh approximation; geglu: it is of a gate
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm over each head of q and k, before rotary (qwen3)
+    # RMS norm of q and of k before rotary: over each head (qwen3), or over all heads together (olmo2)
+    qk_norm: Literal["head", "projection"] | None = None
     sliding_window: int | None = None  # positions that a row attends to, itself included; None: all before it
-    first_window_layer: int = 0  # the layers before it attend to all positions
+    window_layers: tuple[int, ...] | None = None  # those with the window; None: all
+    attention_scale: float | None = None  # of the scores; None: 1 / √head_size
+    attention_softcap: float | None = None  # c: scores become c · tanh(score / c)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream (granite)
+    logit_scale: float = 1.0  # before the soft cap
+    logit_softcap: float | None = None
     tied_head: bool = True
-    linear_head: bool = (
-        True  # False: logits are changed after the head, as by a soft cap, so hidden states cannot be mixed before it
-    )
 
     def __post_init__(self) -> None:
-        limits = {"first_window_layer": 0, "unrotated_every": 0} | (
-            {} if self.sliding_window is None else {"sliding_window": 1}
-        )
-        for name, low in (dict.fromkeys(_SIZES, 1) | limits).items():
+        optional = [name for name in ("sliding_window", "rotary_size") if getattr(self, name) is not None]
+        for name in (*_SIZES, *optional):
+            low = 2 if name == "rotary_size" else 1
             value = getattr(self, name)
             if type(value) is not int or not low <= value < 2**31:
-                note = " (null: none)" if name == "sliding_window" else ""
+                note = " (null: none)" if name in optional else ""
                 raise ConfigError(f"{name} must be an integer in {low}…{2**31 - 1}{note}, got {shown(value)}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {shown(getattr(self, name))}")
-        for name in ("norm_eps", "rope_theta"):
-            _check_positive(name, getattr(self, name))
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {shown(getattr(self, name))}")
+        for name in (*_SCALES, *_OPTIONAL_SCALES):
+            if name in _SCALES or getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name in _LAYER_LISTS:
+            self._check_layers(name)
         for name, value in (self.rope_scaling or {}).items():
-            if name not in ("rope_type", "type"):
-                _check_positive(f"rope scaling's {name}", value)
+            if name not in ("rope_type", "type", "truncate"):
+                for number in value if isinstance(value, list) else (value,):
+                    _check_positive(f"rope scaling's {name}", number)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.positions == "rotary" and self.head_size % 2:
             raise ConfigError(f"head_size must be even for rotary positions, got {self.head_size}")
+        if self.rotary_size is not None and (self.rotary_size % 2 or self.rotary_size > self.head_size):
+            raise ConfigError(
+                f"rotary_size must be even and at most head_size ({self.head_size}), got {self.rotary_size}"
+            )
+
+    def _check_layers(self, name: str) -> None:
+        """A list becomes a tuple."""
+        value = getattr(self, name)
+        if value is None and name == "window_layers":
+            return
+        if not isinstance(value, list | tuple) or not all(
+            type(index) is int and 0 <= index < self.num_layers for index in value
+        ):
+            raise ConfigError(f"{name} must be a list of layers in 0…{self.num_layers - 1}, got {shown(value)}")
+        object.__setattr__(self, name, tuple(value))
+
+    @property
+    def linear_head(self) -> bool:
+        """Whether mixing hidden states before the head is mixing logits."""
+        return self.logit_softcap is None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:

@@ -18,9 +18,11 @@ from .config import DecoderConfig
 EMBEDDING = "model.embed_tokens.weight"
 POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
-COS, SIN = "rotary.cos", "rotary.sin"  # tables that are in a bundle but in no checkpoint
+# (cosines, sines): tables that are in a bundle but in no checkpoint
+COS, SIN = ROTARY = ("rotary.cos", "rotary.sin")
+WINDOW_ROTARY = ("rotary.window_cos", "rotary.window_sin")  # of layers with a window, where theirs differ
 
-Epilogue = Literal["store", "add", "swiglu", "gelu"]
+Epilogue = Literal["store", "add", "swiglu", "geglu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class Part:
 class Linear:
     """A linear layer as a bundle stores it: `<name>.weight` [rows, columns], and `<name>.bias` [rows] with `bias`.
 
-    `epilogue` says what happens to the product: it is stored, added to the residual stream, or activated (swiglu: the
-    parts are gate and up, and the result has half as many rows). `source` is the module whose output channels scale
+    `epilogue` says what happens to the product: it is stored, added to the residual stream, or activated (swiglu,
+    geglu: the parts are gate and up, and the result has half as many rows). `source` is the module whose output channels scale
     this layer's input channels one to one: the norm before it, or the up projection of a gated MLP; None if there is
     none.
     """
@@ -74,17 +76,22 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer. `head_norms`: norms over each head of q and of k, before rotary. `rotary`: whether q and k are
-    rotated. `window`: how many positions a row attends to, its own included; None: its own and all before it."""
+    """One layer: x += out_norm(attention(norm(x))), and the same with the MLP; norms that are None do nothing.
 
-    attention_norm: Norm
+    `head_norms`: norms of q and of k before rotary, over each head or over all of them (`Norm.size`). `rotary`: names of the
+    tables (cosines, sines) by which q and k are rotated; None: they are not. `window`: how many positions a row attends to,
+    its own included; None: its own and all before it."""
+
+    attention_norm: Norm | None
     qkv: Linear
     head_norms: tuple[Norm, Norm] | None
     out: Linear
-    mlp_norm: Norm
+    attention_out_norm: Norm | None
+    mlp_norm: Norm | None
     up: Linear  # gate and up, if the activation is gated
     down: Linear
-    rotary: bool
+    mlp_out_norm: Norm | None
+    rotary: tuple[str, str] | None
     window: int | None
 
     @property
@@ -94,7 +101,9 @@ class Layer:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        return self.attention_norm, *(self.head_norms or ()), self.mlp_norm
+        own = (self.attention_norm, *(self.head_norms or ()))
+        found = (*own, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
+        return tuple(norm for norm in found if norm is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,16 @@ class Layout:
     @property
     def linears(self) -> Iterator[Linear]:
         return (linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def norm_tensors(self) -> frozenset[str]:
+        norms = (*(norm for layer in self.layers for norm in layer.norms), self.norm)
+        return frozenset(name for norm in norms for name in norm.tensors)
+
+    @property
+    def rotary_tables(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of tables that some layer uses."""
+        return tuple(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary is not None))
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -144,11 +163,15 @@ def decoder_layout(config: DecoderConfig) -> Layout:
 def _layer(config: DecoderConfig, index: int) -> Layer:
     name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-    attention_norm = Norm(f"{name}.input_layernorm", hidden, config.norm)
-    mlp_norm = Norm(f"{name}.post_attention_layernorm", hidden, config.norm)
+    before, after = config.norm_places != "after", config.norm_places != "before"
+    names = _NORMS if after else _NORMS_BEFORE
+    norms = {place: Norm(f"{name}.{own}", hidden, config.norm) for place, own in names.items()}
+    attention_norm, mlp_norm = (norms[place] if before else None for place in ("attention", "mlp"))
     sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
-    gated = config.activation == "swiglu"
+    gated = config.activation != "gelu"
     up = Part(f"{mlp}.up_proj", inner)
+    windowed = config.sliding_window is not None and (config.window_layers is None or index in config.window_layers)
+    rotates = config.positions == "rotary" and index not in config.unrotated_layers
     return Layer(
         attention_norm=attention_norm,
         qkv=Linear(
@@ -157,32 +180,49 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
             columns=hidden,
             bias=config.qkv_bias,
             epilogue="store",
-            source=attention_norm.name,
+            source=_name(attention_norm),
         ),
-        head_norms=(
-            Norm(f"{attention}.q_norm", config.head_size, "rms"),
-            Norm(f"{attention}.k_norm", config.head_size, "rms"),
-        )
-        if config.qk_norm
-        else None,
+        head_norms=_head_norms(config, attention),
         out=_whole(Part(f"{attention}.o_proj", hidden), config.q_size, config.out_bias, "add", None),
+        attention_out_norm=norms["attention_out"] if after else None,
         mlp_norm=mlp_norm,
         up=Linear(
             name=f"{mlp}.gate_up_proj",
             parts=(Part(f"{mlp}.gate_proj", inner), up),
             columns=hidden,
             bias=config.mlp_bias,
-            epilogue="swiglu",
-            source=mlp_norm.name,
+            epilogue=config.activation,
+            source=_name(mlp_norm),
         )
         if gated
-        else _whole(up, hidden, config.mlp_bias, "gelu", mlp_norm.name),
-        # silu(gate) · up is linear in up; gelu(up) is not
+        else _whole(up, hidden, config.mlp_bias, "gelu", _name(mlp_norm)),
+        # activated(gate) · up is linear in up; gelu(up) is not
         down=_whole(Part(f"{mlp}.down_proj", hidden), inner, config.mlp_bias, "add", up.name if gated else None),
-        rotary=config.positions == "rotary"
-        and not (config.unrotated_every and (index + 1) % config.unrotated_every == 0),
-        window=config.sliding_window if index >= config.first_window_layer else None,
+        mlp_out_norm=norms["mlp_out"] if after else None,
+        rotary=None if not rotates else WINDOW_ROTARY if windowed and config.window_rope_theta is not None else ROTARY,
+        window=config.sliding_window if windowed else None,
     )
+
+
+# Place of a norm → its name in checkpoints. Where there are norms of what is added, the second name means something else.
+_NORMS_BEFORE = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+_NORMS = {
+    "attention": "input_layernorm",
+    "attention_out": "post_attention_layernorm",
+    "mlp": "pre_feedforward_layernorm",
+    "mlp_out": "post_feedforward_layernorm",
+}
+
+
+def _head_norms(config: DecoderConfig, attention: str) -> tuple[Norm, Norm] | None:
+    if config.qk_norm is None:
+        return None
+    sizes = (config.head_size,) * 2 if config.qk_norm == "head" else (config.q_size, config.kv_size)
+    return Norm(f"{attention}.q_norm", sizes[0], "rms"), Norm(f"{attention}.k_norm", sizes[1], "rms")
+
+
+def _name(norm: Norm | None) -> str | None:
+    return None if norm is None else norm.name
 
 
 def _whole(part: Part, columns: int, bias: bool, epilogue: Epilogue, source: str | None) -> Linear:

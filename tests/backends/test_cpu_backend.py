@@ -21,6 +21,7 @@ from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.cpu.backend import CpuBackend
+from motet.runtime.checkpoints import decoder
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.engine.engine import Engine
 from motet.runtime.engine.open import model_info
@@ -45,10 +46,12 @@ def rounded_attention(kv):
 
     store, rounded = (bf16, bf16) if kv == "bf16" else (int8, lambda x: x)
 
-    def attention(q, k, v, *, enable_gqa, is_causal=False, attn_mask=None):
+    def attention(q, k, v, *, enable_gqa, is_causal=False, attn_mask=None, scale=None, softcap=None):
         assert enable_gqa and is_causal == (attn_mask is None)
         k, v = (store(x).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scores = rounded(q * q.shape[-1] ** -0.5 / math.log(2)) @ k.transpose(-1, -2)  # powers of 2
+        scores = rounded(q * (q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)) @ k.transpose(-1, -2)
+        if softcap is not None:  # scores are in powers of 2
+            scores = torch.tanh(scores * math.log(2) / softcap) * softcap / math.log(2)
         count = scores.shape[-1]
         visible = torch.ones(count, count).tril().bool() if attn_mask is None else attn_mask
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -88,6 +91,7 @@ def test_every_family_is_the_torch_page(faint_model_dir, tmp_path, monkeypatch, 
     tokens, model_dir = tokens_of(150), faint_model_dir(family)
     path = export_bundle(model_dir, tmp_path / "bundle", bits=32)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounded_attention(kv))
+    monkeypatch.setattr(decoder, "softcapped_attention", rounded_attention(kv))
     with torch.no_grad():
         expected = Decoder.from_dir(model_dir).double()(torch.from_numpy(tokens)[None])[0]
     found = cpu_backend(path, kv=kv).score(tokens.tolist(), 0)

@@ -162,8 +162,14 @@ def test_bits_do_not_depend_on_the_batch(mixed_bundle, isa, bits, kv):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("family", "kv"), [("mistral", "int8"), ("mistral", "bf16"), ("qwen2-window", "int8")])
-def test_bits_over_a_window_do_not_depend_on_the_batch(bundle_of, isa, family, kv):
+@pytest.mark.parametrize(
+    ("family", "kv"),
+    [
+        *(("mistral", "int8"), ("mistral", "bf16"), ("qwen2-window", "int8"), ("gemma2", "int8"), ("gemma2", "bf16")),
+        *(("gemma3_text", "int8"), ("granite", "int8"), ("olmo2", "int8"), ("phi3-long", "int8")),
+    ],
+)
+def test_bits_of_a_family_do_not_depend_on_the_batch(bundle_of, isa, family, kv):
     """As above where rows see a window only; in qwen2's first layers they see everything."""
     driver = Driver(bundle_of(family), isa, kv)
     for text in range(len(driver.texts)):

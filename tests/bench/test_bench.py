@@ -141,7 +141,7 @@ def test_step_work_of_low_rank_members(tiny_model_dir, tmp_path):
 
 
 def test_a_window_bounds_the_positions_that_are_read(bundle):
-    config = dataclasses.replace(Bundle.load(bundle).config, sliding_window=24, first_window_layer=1)
+    config = dataclasses.replace(Bundle.load(bundle).config, sliding_window=24, window_layers=(1, 2, 3))
     layers = decoder_layout(config).layers
     assert attended_positions(layers, 20) == 4 * 20
     assert attended_positions(layers, 100) == 100 + 3 * 24

@@ -70,6 +70,21 @@ def keep(*_args):
     """No change."""
 
 
+def null(*names):
+    """config.json with null as these values."""
+
+    def change(path):
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(names)))
+
+    return change
+
+
+def untie(tensors):
+    """A head of its own."""
+    tensors[HEAD] = tensors[EMBEDDING] * 0.7 + 0.1
+
+
 def cast(dtype):
     return weights(lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
 
@@ -98,6 +113,8 @@ Q, K, EMBEDDING, HEAD = (
     "model.embed_tokens.weight",
     "lm_head.weight",
 )
+ORIGINAL = {"original_max_position_embeddings": 128}
+YARN = {"original_max_position_embeddings": 64, "attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2}
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -124,21 +141,46 @@ TABLE = {
     "phi3 without a window": ("phi3", config(sliding_window=None), None),
     "phi3 of long contexts": (
         "phi3",
-        rope(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
-        "rope scaling 'longrope' is not supported",
+        both(rope(type="longrope", short_factor=[1.5] * 8, long_factor=[2.0] * 8), config(**ORIGINAL)),
+        None,
     ),
-    "phi3 that rotates a part": ("phi3", config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "phi3 with too few factors": (
+        "phi3",
+        both(rope(type="longrope", short_factor=[1.5] * 4, long_factor=[2.0] * 4), config(**ORIGINAL)),
+        "has 4 short factors; 8 channels rotate",
+    ),
+    "phi3 scaled linearly": ("phi3", rope(type="linear", factor=2.0), "phi3 has longrope"),
+    "phi3 that rotates a part": (
+        "phi3",
+        config(partial_rotary_factor=0.5, rope_parameters=None, rope_theta=5000.0),
+        None,
+    ),
+    "phi3 that rotates a part as a parameter": (
+        "phi3",
+        config(rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}),
+        None,
+    ),
     "phi3 of an original length": ("phi3", config(original_max_position_embeddings=64), None),
     "smollm3 whose every second layer does not rotate": ("smollm3", config(no_rope_layers=[1, 0, 1, 0]), None),
     "smollm3 whose layers all rotate": ("smollm3", config(no_rope_layers=[1, 1, 1, 1]), None),
     "smollm3 by its interval": ("smollm3", config(no_rope_layers=None, no_rope_layer_interval=3), None),
-    "smollm3 with another pattern": ("smollm3", config(no_rope_layers=[0, 1, 1, 0]), "no_rope_layers="),
-    "smollm3 with a window": ("smollm3", config(use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
+    "smollm3 with another pattern": ("smollm3", config(no_rope_layers=[0, 1, 1, 0]), None),
+    "smollm3 with a pattern of other numbers": ("smollm3", config(no_rope_layers=[2, 1]), "no_rope_layers="),
+    "smollm3 with a window": (
+        "smollm3",
+        config(use_sliding_window=True, sliding_window=8, layer_types=None),
+        None,
+    ),
     "smollm3 with a window that is off": ("smollm3", config(use_sliding_window=False, sliding_window=8), None),
     "smollm3 with layers of windows": (
         "smollm3",
+        config(layer_types=["full_attention", "sliding_attention"] * 2, use_sliding_window=True, sliding_window=8),
+        None,
+    ),
+    "smollm3 with layers of windows without one": (
+        "smollm3",
         config(layer_types=["full_attention", "sliding_attention"] * 2),
-        "layer_types=",
+        "without use_sliding_window",
     ),
     "smollm3 without a base of its positions": ("smollm3", config(rope_parameters=None), None),
     "smollm3 with biases": ("smollm3", both(config(attention_bias=True), with_biases("self_attn.")), None),
@@ -150,12 +192,16 @@ TABLE = {
         config(rope_parameters={"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3}),
         None,
     ),
-    "rope dynamic": ("llama", rope(type="dynamic", factor=2.0), "rope scaling 'dynamic' is not supported"),
-    "rope yarn": ("qwen3", rope(rope_type="yarn", factor=4.0), "rope scaling 'yarn' is not supported"),
+    "rope dynamic": ("llama", rope(type="dynamic", factor=2.0), None),
+    "rope yarn": ("qwen3", rope(rope_type="yarn", factor=4.0), None),
+    "rope yarn with its settings": ("qwen3", rope(rope_type="yarn", factor=8.0, **YARN), None),
+    "rope yarn with scales": ("llama", rope(rope_type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=0.4), None),
+    "rope yarn without rounding": ("llama", rope(rope_type="yarn", factor=8.0, truncate=False), None),
+    "rope of an unknown kind": ("llama", rope(rope_type="xpos", factor=2.0), "rope scaling 'xpos' is not supported"),
     "rope longrope": (
         "llama",
         rope(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, factor=2.0),
-        "rope scaling 'longrope' is not supported",
+        None,
     ),
     "rope llama3 without a factor": ("llama", rope(rope_type="llama3", factor=4.0), "'llama3' lacks"),
     "rope with another key": ("llama", rope(rope_type="linear", factor=2.0, beta_fast=32), "with beta_fast=32"),
@@ -191,8 +237,89 @@ TABLE = {
     "a window in other layers": (
         "qwen2-window",
         config(layer_types=["sliding_attention", "full_attention"] * 2),
+        None,
+    ),
+    "layers of another kind": (
+        "qwen2-window",
+        config(layer_types=["chunked_attention", "full_attention"] * 2),
         "layer_types=",
     ),
+    "too few kinds of layers": ("gemma2", config(layer_types=["full_attention"]), "layer_types="),
+    "gemma by its old activation": ("gemma", config(hidden_act="gelu"), None),
+    "gemma without an activation": ("gemma", config(hidden_act=None), None),
+    "gemma with another activation": ("gemma", config(hidden_act="silu"), "hidden_act='silu'"),
+    "gemma with biases": ("gemma", both(config(attention_bias=True), with_biases("self_attn.")), None),
+    "gemma that looks ahead": ("gemma", config(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    "gemma untied": ("gemma", both(config(tie_word_embeddings=False), weights(untie)), None),
+    "gemma with biases of its MLP": ("gemma", both(config(mlp_bias=True), with_biases("mlp.")), "mlp_bias=True"),
+    "gemma2 without soft caps": (
+        "gemma2",
+        null("attn_logit_softcapping", "final_logit_softcapping"),
+        None,
+    ),
+    "gemma2 by default": (
+        "gemma2",
+        config(attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=None),
+        None,
+    ),
+    "gemma2 with all windows": ("gemma2", config(layer_types=["sliding_attention"] * 4), None),
+    "gemma2 without windows": ("gemma2", config(layer_types=["full_attention"] * 4), None),
+    "gemma2 by its pattern": ("gemma2", config(layer_types=None), None),
+    "gemma2 with another window": ("gemma2", config(sliding_window=7), None),
+    "gemma2 with another activation": ("gemma2", config(hidden_activation="silu"), "hidden_activation='silu'"),
+    "gemma2 with a soft cap below zero": ("gemma2", config(final_logit_softcapping=-1.0), "logit_softcap must be"),
+    "gemma3 of transformers 4": (
+        "gemma3_text",
+        config(rope_parameters=None, rope_theta=5000.0, rope_local_base_freq=300.0, layer_types=None),
+        None,
+    ),
+    "gemma3 of transformers 4, scaled": (
+        "gemma3_text",
+        config(rope_parameters=None, rope_theta=5000.0, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        None,
+    ),
+    "gemma3 by its pattern": ("gemma3_text", config(layer_types=None, sliding_window_pattern=2), None),
+    "gemma3 with a soft cap of logits": ("gemma3_text", config(final_logit_softcapping=2.0), None),
+    "gemma3 with one of scores": (
+        "gemma3_text",
+        config(attn_logit_softcapping=2.0),
+        "attn_logit_softcapping is not supported",
+    ),
+    "gemma3 with a scaled window": (
+        "gemma3_text",
+        config(
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            }
+        ),
+        "in the layers with a window",
+    ),
+    "gemma3 with pictures": ("gemma3_text", config(model_type="gemma3"), "model family 'gemma3'"),
+    "granite without factors": (
+        "granite",
+        config(embedding_multiplier=None, attention_multiplier=None, residual_multiplier=None, logits_scaling=None),
+        None,
+    ),
+    "granite with biases": (
+        "granite",
+        both(config(attention_bias=True, mlp_bias=True), both(with_biases("self_attn."), with_biases("mlp."))),
+        None,
+    ),
+    "granite of zero": ("granite", config(embedding_multiplier=0.0), "embedding_scale must be"),
+    "granite that divides by zero": ("granite", config(logits_scaling=0.0), "lacks or misstates"),
+    "olmo2 with biases of attention": (
+        "olmo2",
+        both(
+            config(attention_bias=True),
+            with_biases("self_attn.q_proj"),
+            with_biases("self_attn.k_proj"),
+            with_biases("self_attn.v_proj"),
+            with_biases("self_attn.o_proj"),
+        ),
+        None,
+    ),
+    "olmo2 with a window": ("olmo2", config(sliding_window=8), "sliding_window=8"),
     "a window in a family without": ("llama", config(sliding_window=7), "sliding_window=7"),
     "unknown family": ("llama", config(model_type="cohere"), "model family 'cohere'"),
     "gpt2 attention by layer": (

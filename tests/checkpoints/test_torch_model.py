@@ -68,7 +68,7 @@ def test_trunk_and_tail_are_the_whole(tiny_model_dir):
 
 def test_configuration(tiny_model_dir):
     config = read_config(tiny_model_dir("qwen3"))
-    assert (config.family, config.qk_norm, config.num_kv_heads, config.head_size) == ("qwen3", True, 2, 16)
+    assert (config.family, config.qk_norm, config.num_kv_heads, config.head_size) == ("qwen3", "head", 2, 16)
     assert read_config(tiny_model_dir("qwen2")).qkv_bias
     windows = {"llama": [None] * 4, "mistral": [WINDOW] * 4, "qwen2-window": [None, None, WINDOW, WINDOW]}
     for family, expected in windows.items():
@@ -88,7 +88,7 @@ def test_configuration(tiny_model_dir):
                 "use_sliding_window": True,
                 "sliding_window": 8,
                 "max_window_layers": 2,
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "layer_types": ["chunked_attention", "full_attention"] * 2,
             },
             "layer_types",
         ),
@@ -100,13 +100,20 @@ def test_unsupported_models(tiny_model_dir, change, message):
         decoder_config(values | change)
 
 
+def test_long_contexts_by_an_older_name(tiny_model_dir):
+    values = json.loads((tiny_model_dir("phi3-long") / "config.json").read_text())
+    older = values | {"rope_parameters": values["rope_parameters"] | {"rope_type": "su"}}
+    assert decoder_config(older) == decoder_config(values)
+    assert decoder_config(values).max_position_embeddings == 512, "the context of short texts"
+
+
 def test_windows(tiny_model_dir):
     values = json.loads((tiny_model_dir("mistral") / "config.json").read_text())
     for window in (0, -1, 2.5, True, 2**31, "8"):
         with pytest.raises(ConfigError, match=f"sliding_window must be an integer in 1…2147483647 .* got {window!r}"):
             decoder_config(values | {"sliding_window": window})
-    with pytest.raises(ConfigError, match="first_window_layer must be"):
-        DecoderConfig.from_dict(decoder_config(values).to_dict() | {"first_window_layer": -1})
+    with pytest.raises(ConfigError, match="window_layers must be a list of layers in 0…3"):
+        DecoderConfig.from_dict(decoder_config(values).to_dict() | {"window_layers": [-1]})
     assert decoder_config(values | {"sliding_window": None}).sliding_window is None
     del values["sliding_window"]  # the default is transformers'
     assert decoder_config(values).sliding_window == transformers.MistralConfig().sliding_window

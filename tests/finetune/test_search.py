@@ -376,7 +376,7 @@ def test_what_cannot_be_fused(bench, tmp_path, tiny_model_dir):
     with pytest.raises(ConfigError, match="untuned model"):
         fuse(bench, {"base": tmp_path}, tmp_path / "f")
     linear = bench.config
-    bench.config = replace(linear, linear_head=False)
+    bench.config = replace(linear, logit_softcap=30.0)
     with pytest.raises(UnsupportedModelError, match="is not linear"):
         fuse(bench, {"a": tmp_path}, tmp_path / "f")
     bench.config = linear

@@ -65,7 +65,8 @@ class Judge:
         found = self.backend._model.head(self.hidden(tokens, member))
         norms = [np.square(x).sum(-1).mean() for x in (states, head.values)]
         size = np.sqrt(norms[0] * norms[1] / states.shape[1])  # of a logit, were states and columns independent
-        error = np.abs(found - head(states)) / max(size, 1e-30)  # a head of zeros has logits of 0
+        size *= self.oracle.config.logit_scale
+        error = np.abs(found - self.oracle.logits(states)) / max(size, 1e-30)  # a head of zeros has logits of 0
         if not error.max() < 0.3:
             raise Wrong(f"member {member} on {tokens}: logits are off by {error.max():.3g} of their size")
         self.compared.append((float(error.max()), float(error.mean())))
@@ -107,6 +108,7 @@ class _Answer:
         if self.is_exact:
             return EXACT * max(largest, 1.0)
         share = HEAD_8_BITS if self.judge.oracle.head.group else HEAD_FLOAT
+        share *= self.judge.oracle.config.logit_scale
         return share * float((self.judge.column_sums @ self.peaks[step]).max()) + 1e-6 * largest
 
     def check(self) -> int:
@@ -190,6 +192,11 @@ class _Answer:
         scores = tempered + reference.gumbel(np.arange(len(tempered)), position, self.seed)
         kept = truncate(tempered, **_moved(tempered, rules, tolerance))
         sure = truncate(tempered, **_moved(tempered, rules, -tolerance))
+        if (
+            rules["typical_p"] == 1
+        ):  # the other rules keep the largest: those as good as equal to the last one may change places
+            kept |= tempered >= tempered[kept].min(initial=np.inf) - 2 * tolerance
+            sure &= tempered > tempered[~sure].max(initial=-np.inf) + 2 * tolerance
         best = scores[sure].max() if sure.any() else -np.inf
         if not kept[token] or not scores[token] >= best - 2 * tolerance - 1e-12 * abs(best):
             raise Wrong(

@@ -10,7 +10,7 @@ from motet.export.quantise import quantise
 from motet.runtime.api.request import Space
 from motet.runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from motet.runtime.model.config import DecoderConfig
-from motet.runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layout, Norm, decoder_layout
+from motet.runtime.model.layout import EMBEDDING, POSITIONS, Layout, Norm, decoder_layout
 from motet.runtime.model.members import MemberKind
 from motet.runtime.model.rotary import rotary_tables
 from motet.runtime.model.stored import own_name
@@ -78,6 +78,12 @@ class Writer:
                     self.tensors[own_name(member, f"{linear.name}.{half}")] = values.astype(np.float32)
 
 
+_SCALES = (
+    *("embedding_scale", "residual_scale", "attention_softcap"),
+    *("logit_scale", "logit_softcap"),
+)
+
+
 def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
     """Sizes that the kernels and the groups fit."""
     unit = max(group, 32)
@@ -98,15 +104,20 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
         norm=str(rng.choice(["rms", "layer"])),  # type: ignore[arg-type]
         norm_eps=float(rng.choice([1e-6, 1e-5])),
         positions=str(rng.choice(["rotary", "rotary", "learned"])),  # type: ignore[arg-type]
-        activation=str(rng.choice(["swiglu", "swiglu", "gelu"])),  # type: ignore[arg-type]
+        activation=str(rng.choice(["swiglu", "swiglu", "geglu", "gelu"])),  # type: ignore[arg-type]
+        norm_places=str(rng.choice(["before", "before", "around", "after"])),  # type: ignore[arg-type]
+        rotary_size=int(rng.integers(1, head_size // 2 + 1)) * 2 if rng.random() < 0.2 else None,
+        window_rope_theta=float(rng.choice([100.0, 1e6])) if rng.random() < 0.3 else None,
+        unrotated_layers=(int(rng.integers(layers)),) if rng.random() < 0.2 else (),
         qkv_bias=bool(rng.random() < 0.4),
         out_bias=bool(rng.random() < 0.3),
         mlp_bias=bool(rng.random() < 0.3),
-        qk_norm=bool(rng.random() < 0.3),
+        qk_norm=[None, None, "head", "projection"][rng.integers(4)],
         sliding_window=window,
-        first_window_layer=int(rng.integers(layers)) if window else 0,
+        window_layers=tuple(range(int(rng.integers(layers)), layers)) if window else None,
         tied_head=bool(rng.random() < 0.5),
-        linear_head=bool(rng.random() < 0.9),
+        attention_scale=head_size**-0.5 * float(rng.choice([0.3, 2.0])) if rng.random() < 0.2 else None,
+        **{name: float(rng.choice([0.3, 4.0])) for name in _SCALES if rng.random() < 0.15},  # type: ignore[arg-type]
     )
 
 
@@ -127,7 +138,7 @@ def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
             0.1 * rng.standard_normal((config.max_position_embeddings, config.hidden_size))
         ).astype(np.float32)
     else:
-        writer.tensors[COS], writer.tensors[SIN] = rotary_tables(config)
+        writer.tensors |= rotary_tables(config)
     writer.layers(layout, 0)
     kinds = [KINDS[i] for i in rng.integers(0, 3, rng.integers(1, 5))]
     names = [f"m{index}" for index in range(len(kinds))]

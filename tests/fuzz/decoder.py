@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 from motet.runtime.model.bundle import WEIGHTS, Bundle
-from motet.runtime.model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Linear, Norm, decoder_layout
+from motet.runtime.model.layout import EMBEDDING, POSITIONS, Layer, Linear, Norm, decoder_layout
 from motet.runtime.model.stored import fold_group_sums, own_name, resolve, stored_weight, unpack_nibbles
 from safetensors.numpy import load_file
 
@@ -69,6 +69,10 @@ class Weight:
         return np.asarray((round_groups(x, self.group) if self.group else x) @ self.values.T)
 
 
+def _gelu(x: F64) -> F64:
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
 class Oracle:
     """The final states of a bundle's members over a cache of this kind, and the head that makes them logits."""
 
@@ -89,7 +93,7 @@ class Oracle:
 
     def hidden(self, tokens: list[int], member: int) -> F64:
         """[tokens, hidden] after the final norm of `member`."""
-        x = self._weight(EMBEDDING).values[tokens]
+        x = self._weight(EMBEDDING).values[tokens] * self.config.embedding_scale
         if self.config.positions == "learned":
             x = x + self.tensors[POSITIONS][: len(tokens)]
         owner = None
@@ -97,9 +101,11 @@ class Oracle:
             if len(self.bundle.members) > 1 and index >= self.bundle.split_layer:
                 owner = self.bundle.members[member]
             qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), owner, member)
-            x = x + self._linear(layer.out, self._attend(layer, qkv, owner), owner, member)
+            added = self._linear(layer.out, self._attend(layer, qkv, owner), owner, member)
+            x = x + self._norm(layer.attention_out_norm, added, owner) * self.config.residual_scale
             inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), owner, member)
-            x = x + self._linear(layer.down, self._activate(inner), owner, member)
+            added = self._linear(layer.down, self._activate(inner), owner, member)
+            x = x + self._norm(layer.mlp_out_norm, added, owner) * self.config.residual_scale
         return self._norm(self.layout.norm, x, self.bundle.members[member])
 
     def _weight(self, name: str, owner: str | None = None) -> Weight:
@@ -117,7 +123,14 @@ class Oracle:
             y = y + x @ _rounded(self.tensors[a], 1).T @ _rounded(self.tensors[b], 0).T
         return y
 
-    def _norm(self, norm: Norm, x: F64, owner: str | None) -> F64:
+    def logits(self, states: F64) -> F64:
+        """[rows, vocab] of final states [rows, hidden]."""
+        found, cap = self.head(states) * self.config.logit_scale, self.config.logit_softcap
+        return found if cap is None else cap * np.tanh(found / cap)
+
+    def _norm(self, norm: Norm | None, x: F64, owner: str | None) -> F64:
+        if norm is None:
+            return x
         weight, *bias = (self.tensors[resolve(self.tensors, name, owner)].astype(np.float64) for name in norm.tensors)
         if norm.kind == "layer":
             x = x - x.mean(-1, keepdims=True)
@@ -126,26 +139,35 @@ class Oracle:
 
     def _activate(self, inner: F64) -> F64:
         if self.config.activation == "gelu":
-            return np.asarray(0.5 * inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))))
+            return _gelu(inner)
         gate, up = np.split(inner, 2, -1)
-        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+        activated = gate / (1 + np.exp(-gate)) if self.config.activation == "swiglu" else _gelu(gate)
+        return np.asarray(activated * up)
 
     def _attend(self, layer: Layer, qkv: F64, owner: str | None) -> F64:
         c, count = self.config, len(qkv)
+        if layer.head_norms and c.qk_norm == "projection":
+            parts = np.split(qkv, [c.q_size, c.q_size + c.kv_size], -1)
+            parts[:2] = (self._norm(norm, x, owner) for norm, x in zip(layer.head_norms, parts))
+            qkv = np.concatenate(parts, -1)
         heads = qkv.reshape(count, -1, c.head_size).transpose(1, 0, 2)  # [heads, tokens, size]
         q, k, v = np.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads])
-        if layer.head_norms:
+        if layer.head_norms and c.qk_norm == "head":
             q, k = (self._norm(norm, x, owner) for norm, x in zip(layer.head_norms, (q, k)))
-        if c.positions == "rotary":
-            cos, sin = (self.tensors[name][:count].astype(np.float64) for name in (COS, SIN))
+        if layer.rotary is not None:
+            cos, sin = (self.tensors[name][:count].astype(np.float64) for name in layer.rotary)
+            half = cos.shape[-1]
             q, k = (
-                np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-                for a, b in (np.split(x, 2, -1) for x in (q, k))
+                np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+                for a, b, rest in (np.split(x, [half, 2 * half], -1) for x in (q, k))
             )
-        q = q * c.head_size**-0.5 / math.log(2)  # powers of 2
+        q = q * (c.attention_scale or c.head_size**-0.5) / math.log(2)  # powers of 2
         k, v = (bf16(x) if self.bf16 else int8(x) for x in (k, v))
         k, v = (np.repeat(x, c.num_heads // c.num_kv_heads, 0) for x in (k, v))
         scores = (bf16(q) if self.bf16 else q) @ k.transpose(0, 2, 1)
+        if c.attention_softcap is not None:
+            cap = c.attention_softcap / math.log(2)
+            scores = cap * np.tanh(scores / cap)
         at = np.arange(count)
         unseen = at > at[:, None]
         if layer.window is not None:

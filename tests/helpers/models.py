@@ -10,7 +10,18 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen3", "phi3", "smollm3", "gpt2")
+FAMILIES = (
+    *("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen2-yarn", "qwen3", "phi3", "phi3-long"),
+    *("smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "gpt2"),
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 2.0, 3.0, 4.0, 6.0],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+}
 WINDOW = 24  # positions that a row of mistral and of qwen2-window's later layers sees
 
 
@@ -46,29 +57,62 @@ def tiny_config(family: str) -> object:
         "qwen3": transformers.Qwen3Config,
         "phi3": transformers.Phi3Config,
         "smollm3": transformers.SmolLM3Config,
+        "granite": transformers.GraniteConfig,
+        "olmo2": transformers.Olmo2Config,
+        "gemma": transformers.GemmaConfig,
+        "gemma2": transformers.Gemma2Config,
+        "gemma3_text": transformers.Gemma3TextConfig,
     }[name]
-    window: dict[str, object] = {"sliding_window": WINDOW} if name in ("mistral", "phi3") else {}
-    if kind == "window":
-        window = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2}
-    return cls(
-        **window,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=kind != "untied",
-        eos_token_id=258,
-        bos_token_id=256,
-        **({"pad_token_id": 258} if name in ("phi3", "smollm3") else {}),
-    )
+    own: dict[str, object] = {
+        "mistral": {"sliding_window": WINDOW},
+        "phi3": {"sliding_window": WINDOW},
+        "qwen2-window": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+        "qwen2-yarn": {"rope_parameters": YARN},
+        "phi3-long": {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "rope_parameters": LONGROPE,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 512,
+        },
+        "granite": {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.35,
+            "logits_scaling": 2.5,
+        },
+        "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0},
+        "gemma3_text": {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+            },
+        },
+    }.get(family, {})
+    common: dict[str, object] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": kind != "untied",
+        "eos_token_id": 258,
+        "bos_token_id": 256,
+        "pad_token_id": 258 if name in ("phi3", "smollm3", "olmo2") else None,
+    }
+    return cls(**(common | own))
 
 
 def write_model(path: Path, family: str, seed: int = 0) -> Path:
-    """A tiny random model directory. Norms and biases are random too: their usual 1 and 0 would hide mistakes."""
+    """A tiny random model directory. Norms and biases are random too, around their usual 1 and 0, which
+    would hide mistakes."""
     import torch
     import transformers
 
@@ -76,9 +120,9 @@ def write_model(path: Path, family: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + (0 if name.endswith("bias") else 1))
+                parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
     model.save_pretrained(path)

@@ -41,5 +41,10 @@ def model_config(**changes):
         "num_blocks": 4,
         "threads": 1,
         "norm_eps": 1e-5,
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
+        "attention_scale": 0.25,
+        "logit_scale": 1.0,
+        "rotary_size": 16,
     }
     return ModelConfig(**{**values, **changes})

@@ -76,7 +76,7 @@ def launch_single(gpu, make) -> None:
     x = gpu.residual_norm(None, torch.empty(1, 64), torch.empty(64), torch.empty(64), 1e-5, bf16)
     parts = gpu.matmul(x, make.weight(64, 64, 8, bias=True))
     gpu.add_adapter(x, make.adapter_weight(1, 1, 64, 64, bf16), make.adapter_tiles([0]), parts)
-    gpu.activate(parts, False, bf16)
+    gpu.activate(parts, "gelu", bf16)
     gpu.mix_head_sample(x, make.weight(64, 64, 8), make.mixture([1]), make.draw(1))
     gpu.mix_sample(torch.empty(1, 100), make.mixture([1], probs=True), make.draw(1, min_p=0.1))
 
@@ -113,7 +113,7 @@ def launch_all(quick: bool) -> None:
             gpu.matmul(x, weight)
     x = torch.empty(4, hidden, dtype=bf16)
     gpu.residual_norm(torch.empty(4, 4, hidden), torch.empty(4, hidden), torch.empty(hidden), None, 1e-5, bf16)
-    gpu.activate(torch.empty(1, 4, 2 * inner), True, bf16)
+    gpu.activate(torch.empty(1, 4, 2 * inner), "swiglu", bf16)
     adapter = make.adapter_weight(2, 8, hidden, hidden, bf16)
     gpu.add_adapter(x, adapter, make.adapter_tiles([0, 1, -1, 0]), torch.empty(2, 4, hidden))
     mixture, draw = make.mixture([2, 2]), make.draw(2)

@@ -15,25 +15,28 @@ TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.bfloat16: (1e-3, 8e-3), torch.fl
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
 @pytest.mark.parametrize(("splits", "size"), [(1, 1), (3, 129), (2, 1536)])
-def test_against_the_oracle(splits, size, gated, dtype):
-    parts = make.normal(splits, 3, 2 * size if gated else size, seed=size, scale=3)
+def test_against_the_oracle(splits, size, activation, dtype):
+    parts = make.normal(splits, 3, size if activation == "gelu" else 2 * size, seed=size, scale=3)
     atol, rtol = TOLERANCE[dtype]
-    torch.testing.assert_close(activate(parts, gated, dtype), eager.activate(parts, gated, dtype), atol=atol, rtol=rtol)
+    expected = eager.activate(parts, activation, dtype)
+    torch.testing.assert_close(activate(parts, activation, dtype), expected, atol=atol, rtol=rtol)
 
 
 def test_large_values_saturate():
     parts = torch.tensor([[[-200.0, 200.0]]], device=make.DEVICE)
-    assert activate(parts, False, torch.float32).tolist() == [[0.0, 200.0]]
+    assert activate(parts, "gelu", torch.float32).tolist() == [[0.0, 200.0]]
 
 
 def test_batch_invariance():
     parts = make.normal(2, 5, 64)
-    alone = activate(parts[:, :1].contiguous(), True, torch.float32)
-    assert torch.equal(activate(parts, True, torch.float32)[:1], alone)
+    alone = activate(parts[:, :1].contiguous(), "swiglu", torch.float32)
+    assert torch.equal(activate(parts, "swiglu", torch.float32)[:1], alone)
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="same width"):
-        activate(make.normal(1, 2, 7), True, torch.float32)
+        activate(make.normal(1, 2, 7), "swiglu", torch.float32)
+    with pytest.raises(ValueError, match="'relu'"):
+        activate(make.normal(1, 2, 8), "relu", torch.float32)

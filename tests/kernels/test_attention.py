@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from motet.bench.gpu import problems as make  # noqa: E402
 from motet.kernels.oracle import eager  # noqa: E402
-from motet.kernels.oracle.operands import DecodeRows, LayerCache  # noqa: E402
+from motet.kernels.oracle.operands import DecodeRows, LayerCache, Scores  # noqa: E402
 from motet.kernels.triton.paged_attention import SPLIT, decode_attention  # noqa: E402
 from motet.kernels.triton.prefill_attention import prefill_attention  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_the_oracle_over_a_window_is_a_softmax_over_the_last_positions(window):
     tables = make.tables(1, 50, 50)
     cache, query = make.cache(50, 2, 4, 16, torch.float32), make.normal(1, 4, 16, seed=9)
     found = torch.zeros_like(query)
-    eager.decode_attention(query, cache, make.decode_rows([length], tables, 200), found, window)
+    eager.decode_attention(query, cache, make.decode_rows([length], tables, 200), found, Scores(window))
     places = torch.arange(max(0, length - window), length)
     keys, values = (t.cpu()[tables[0].long().cpu()[places // 4], :, places % 4] for t in (cache.keys, cache.values))
     scores = torch.einsum("hgd,phd->hgp", query.cpu().reshape(2, 2, 16), keys) * 16**-0.5
@@ -95,9 +95,11 @@ def test_the_oracle_over_a_window_is_a_softmax_over_the_last_positions(window):
     torch.testing.assert_close(found.cpu(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"scale": 0.7}, {"softcap": 0.4}], ids=str)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_attention_over_a_window(window):
+def test_attention_over_a_window(window, how):
     """Decode rows and chunks as the oracle; whole tiles before a window are not read: they may hold NaN."""
+    scores = Scores(window, **how)
     lengths, sizes = [1, 7, SPLIT, SPLIT + 1, 3 * SPLIT + 37], [1, 7, 30, 1, 99]
     width = -(-max(lengths) // 8)
     tables = make.tables(5, width, 5 * width)
@@ -108,9 +110,9 @@ def test_attention_over_a_window(window):
         unread = [max(0, length - count + 1 - window) // 64 * 64 for length, count in zip(lengths, seen)]
         own = forgotten(poisoned(cache, tables, lengths), tables, unread)
         found, expected = torch.zeros_like(query), torch.zeros_like(query)
-        getattr(eager, name)(query, cache, work, expected, window)
+        getattr(eager, name)(query, cache, work, expected, scores)
         {"decode_attention": decode_attention, "prefill_attention": prefill_attention}[name](
-            query, own, work, found, window
+            query, own, work, found, scores
         )
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
@@ -145,25 +147,27 @@ def test_padded_rows_are_zero_and_others_are_left():
 @pytest.mark.parametrize("window", [None, 40, 140])
 def test_decode_batch_invariance(window):
     """A row alone, in a batch, under another longest length, and as one of several rows of its sequence: the same bits."""
+    scores = Scores(window)
     cache, tables = make.cache(200, 2, 4, 16, torch.float32), make.tables(3, 60, 200)
     query = make.normal(3, 4, 16)
     together, alone, drafted = (torch.zeros_like(query) for _ in range(3))
-    decode_attention(query, cache, make.decode_rows([150, 20, 230], tables, 240), together, window)
+    decode_attention(query, cache, make.decode_rows([150, 20, 230], tables, 240), together, scores)
     one = DecodeRows(make.integers([0]), make.integers([0]), make.integers([150]), tables, 152)
-    decode_attention(query, cache, one, alone, window)
+    decode_attention(query, cache, one, alone, scores)
     rows = DecodeRows(make.integers([0, 1, 2]), make.integers([0, 0, 0]), make.integers([150, 151, 152]), tables, 240)
-    decode_attention(query, cache, rows, drafted, window)
+    decode_attention(query, cache, rows, drafted, scores)
     assert torch.equal(alone[0], together[0])
     assert torch.equal(drafted[0], together[0])
 
 
 @pytest.mark.parametrize("window", [None, 15])
 def test_prefill_batch_invariance(window):
+    scores = Scores(window)
     cache, tables = make.cache(40, 2, 4, 16, torch.float32), make.tables(2, 20, 40)
     query = make.normal(50, 4, 16)
     together, alone = torch.zeros_like(query), torch.zeros_like(query)
-    prefill_attention(query, cache, make.chunks([20, 30], [40, 70], tables), together, window)
-    prefill_attention(query, cache, make.chunks([20], [40], tables), alone, window)
+    prefill_attention(query, cache, make.chunks([20, 30], [40, 70], tables), together, scores)
+    prefill_attention(query, cache, make.chunks([20], [40], tables), alone, scores)
     assert torch.equal(alone[:20], together[:20])
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.native import model_config
 from helpers.samples import edits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels.native import library
 from motet.kernels.native.model import NativeModel
 from motet.kernels.native.sampling import NOT_FINITE, NOTHING_LEFT, Sample, sample
-from motet.kernels.native.structs import ModelConfig
 from motet.kernels.oracle import reference
 from motet.kernels.oracle.edits import NO_EDITS, apply_edits
 from motet.runtime.sampling import host as sampler
@@ -205,9 +205,7 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_threads():
         )
         for i in range(24)
     ]  # fmt: skip
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size")
-    more = {"max_positions": 8, "num_members": 1, "num_blocks": 1, "threads": 3, "norm_eps": 1e-5, "split_layer": 1}
-    model = NativeModel(ModelConfig(**dict.fromkeys(sizes, 16) | {"num_layers": 1} | more))
+    model = NativeModel(model_config(threads=3))
     alone = [sample(logits, [one]) for one in samples]
     for together in (sample(logits, samples), sample(logits, samples, model)):
         assert np.flatnonzero(together.codes).tolist() == [4, 5]

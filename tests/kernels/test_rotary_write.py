@@ -25,8 +25,9 @@ ONE_STEP = {
 TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1e-3, 8e-3), torch.float16: (1e-4, 1e-3)}
 
 
-def arguments(*, heads=4, kv_heads=2, size=16, splits=2, rows=3, rotary=True, norm=False, seed=0):
-    tables = (make.normal(64, size // 2, seed=1), make.normal(64, size // 2, seed=2)) if rotary else None
+def arguments(*, heads=4, kv_heads=2, size=16, splits=2, rows=3, rotary=True, part=1.0, norm=False, seed=0):
+    half = int(size * part) // 2
+    tables = (make.normal(64, half, seed=1), make.normal(64, half, seed=2)) if rotary else None
     norms = (make.normal(size, seed=3), make.normal(size, seed=4)) if norm else None
     qkv = make.normal(splits, rows, (heads + 2 * kv_heads) * size, seed=seed)
     positions = make.integers([7, 0, 63, 5, 6][:rows])
@@ -48,6 +49,8 @@ def tensors(cache: LayerCache):
     [
         {},
         {"heads": 6, "kv_heads": 3, "size": 20, "norm": True},
+        {"heads": 6, "kv_heads": 3, "size": 20, "norm": True, "part": 0.4},
+        {"size": 16, "part": 0.75},
         {"heads": 2, "kv_heads": 2, "size": 2, "splits": 1, "rotary": False},
     ],
     ids=str,

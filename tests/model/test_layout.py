@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_torch_page_has_exactly_the_tensors_of_the_table(tiny_model_dir, family):
     config = read_config(tiny_model_dir(family))
-    for changed in (config, dataclasses.replace(config, qk_norm=not config.qk_norm, mlp_bias=not config.mlp_bias)):
+    for changed in (
+        config,
+        dataclasses.replace(config, qk_norm=None if config.qk_norm else "head", mlp_bias=not config.mlp_bias),
+    ):
         with torch.device("meta"):
             state = Decoder(changed).state_dict()
         assert {name: tuple(tensor.shape) for name, tensor in state.items()} == decoder_layout(
@@ -43,7 +46,8 @@ def test_the_source_of_an_input_scales_its_channels(tiny_model_dir, family):
                 changed[f"{linear.source}.{kind}"][3] /= 2
         for part in linear.parts:
             changed[f"{part.name}.weight"][:, 3] *= 2
-    assert sources == config.num_layers * (3 if config.activation == "swiglu" else 2)
+    norms = 0 if config.norm_places == "after" else 2
+    assert sources == config.num_layers * (norms + (config.activation != "gelu"))
     token_ids = torch.arange(40)[None]
     with torch.no_grad():
         before, after = (Decoder.from_weights(config, own).double()(token_ids) for own in (weights, changed))

@@ -16,6 +16,7 @@ from motet.runtime.api.request import Space
 from motet.runtime.backends.cpu.backend import CpuBackend
 from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.config import DecoderConfig
 from motet.runtime.sampling.terms import plan_head
 from motet.runtime.schedule.batch import Batch
 
@@ -72,7 +73,11 @@ def open_backend(request, bundle, monkeypatch):
         pytest.importorskip("torch", reason="the torch backend runs on torch")
 
     def make(linear_head=True):
-        changed = replace(bundle, config=replace(bundle.config, linear_head=linear_head))
+        with monkeypatch.context() as patch:  # the backends ask when they are made
+            patch.setattr(DecoderConfig, "linear_head", linear_head)
+            return opened()
+
+    def opened():
         config = EngineConfig(backend=kind, max_num_seqs=2, max_model_len=64, threads=2)
         counts = []
 
@@ -84,17 +89,17 @@ def open_backend(request, bundle, monkeypatch):
             return run
 
         if kind == "cpu":
-            backend = CpuBackend(changed, config)
+            backend = CpuBackend(bundle, config)
             monkeypatch.setattr(backend._model, "generate", counting(backend._model.generate, lambda args: args[1]))
         elif kind == "onnx":
-            backend = OnnxBackend(changed, config)
+            backend = OnnxBackend(bundle, config)
             monkeypatch.setattr(backend, "_logits", counting(backend._logits, lambda args: args[0]))
         else:
             import torch
             from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions
 
             options = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=False)
-            backend = TorchBackend(changed, config, options)
+            backend = TorchBackend(bundle, config, options)
             monkeypatch.setattr(backend._sampler, "_head", counting(backend._sampler._head, lambda args: args[0]))
         return backend, counts
 

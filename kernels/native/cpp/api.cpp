@@ -1,6 +1,7 @@
 // The C interface: it validates arguments, and no exception leaves it.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -89,6 +90,15 @@ std::string check(const MotetConfig& c) {
     if (c.head_size % kLanes || c.head_size > kMaxHeadSize)
         return "head_size is " + text(c.head_size) + ", these kernels need a multiple of 16 up to " +
                text(kMaxHeadSize);
+    if (!c.learned && (c.rotary_size < 2 || c.rotary_size % 2 || c.rotary_size > c.head_size))
+        return "rotary_size is " + text(c.rotary_size) + ", it must be even and at most head_size";
+    if (c.activation < MOTET_SWIGLU || c.activation > MOTET_GELU || c.norm_places < MOTET_NORM_BEFORE ||
+        c.norm_places > MOTET_NORM_AFTER || c.qk_norm < MOTET_NO_QK_NORM || c.qk_norm > MOTET_QK_NORM_PROJECTION)
+        return "the activation, the places of the norms or the norm of q and k is none of those known";
+    for (const float scale : {c.embedding_scale, c.residual_scale, c.attention_scale, c.logit_scale})
+        if (!(scale > 0) || !std::isfinite(scale)) return "a scale is not a finite number above 0";
+    for (const float cap : {c.attention_softcap, c.logit_softcap})
+        if (!(cap >= 0) || !std::isfinite(cap)) return "a soft cap is not a finite number from 0 on";
     if (c.num_heads % c.num_kv_heads)
         return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
     if (c.split_layer < 0 || c.split_layer > c.num_layers) return "split_layer is not in 0…" + text(c.num_layers);
@@ -178,9 +188,9 @@ int motet_set_window(MotetModel* model, int layer, int window) {
     });
 }
 
-int motet_set_unrotated(MotetModel* model, int layer) {
+int motet_set_rotary(MotetModel* model, int layer, int tables) {
     return guarded([&] {
-        model->model.set_unrotated(layer);
+        model->model.set_rotary(layer, MotetRotary(tables));
         return int(MOTET_OK);
     });
 }
@@ -209,7 +219,10 @@ int motet_head(MotetModel* model, const float* hidden, int64_t rows, float* logi
     return guarded([&] {
         if (!model->ready || rows < 0)
             return fail(MOTET_INVALID, "the model is not ready, or there is a negative number of rows");
-        if (rows) model->model.head(hidden, rows, logits);
+        if (rows) {
+            model->model.head(hidden, rows, logits);
+            model->model.finish_logits(logits, rows);
+        }
         return int(MOTET_OK);
     });
 }

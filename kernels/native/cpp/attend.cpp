@@ -47,24 +47,33 @@ void Step::start_prefetch(int layer, int thread) {
     s.prefetch_list = {s.blocks.data(), s.blocks.data() + s.blocks.size(), kv.data, int(m_.head_bytes_)};
 }
 
-void Step::norm_and_rotate(float* head, const std::vector<float>& norm, bool rotates, int32_t position) const {
+// Copies head `index` of the projection `all` of `heads` heads, normed and rotated.
+void Step::norm_and_rotate(const float* all, int heads, int index, const std::vector<float>& norm, const Layer& layer,
+                           int32_t position, float* to) const {
     const int d = c_.head_size;
-    if (c_.qk_norm)
-        isa_.norm(head, {Norm::RMS, c_.norm_eps, norm.data(), nullptr},
-                  isa_.norm_stats(head, c_.norm_eps, Norm::RMS, d), 0, d, head);
-    if (c_.learned || !rotates) return;
-    isa_.rotate(head, m_.cos_.data() + int64_t(position) * (d / 2), m_.sin_.data() + int64_t(position) * (d / 2), d);
+    memcpy(to, all + int64_t(index) * d, size_t(d) * sizeof(float));
+    if (c_.qk_norm) {
+        const bool together = c_.qk_norm == MOTET_QK_NORM_PROJECTION;
+        const NormStats stats = together ? isa_.norm_stats(all, c_.norm_eps, Norm::RMS, int64_t(heads) * d)
+                                         : isa_.norm_stats(to, c_.norm_eps, Norm::RMS, d);
+        const float* weight = norm.data() + (together ? int64_t(index) * d : 0);
+        isa_.norm(to, {Norm::RMS, c_.norm_eps, weight, nullptr}, stats, 0, d, to);
+    }
+    if (c_.learned || layer.rotary == MOTET_NO_ROTARY) return;
+    const Model::Rotary& tables = m_.rotary_[layer.rotary == MOTET_WINDOW_ROTARY];
+    const int64_t at = int64_t(position) * (c_.rotary_size / 2);
+    isa_.rotate(to, tables.cos.data() + at, tables.sin.data() + at, c_.rotary_size);
 }
 
 void Step::write_row(const RowSet& set, const Layer& layer, int index, int64_t row, int kv_head, const float* qkv,
                      int thread) {
     const int d = c_.head_size;
     float* key = scratch_[size_t(thread)].head;
-    const float* from = qkv + row * qkv_ld_ + q_size_ + int64_t(kv_head) * d;
-    memcpy(key, from, size_t(d) * sizeof(float));
-    norm_and_rotate(key, layer.k_norm, layer.rotates, set.contexts[size_t(row)] - 1);
+    const float* keys = qkv + row * qkv_ld_ + q_size_;
+    norm_and_rotate(keys, c_.num_kv_heads, kv_head, layer.k_norm, layer, set.contexts[size_t(row)] - 1, key);
     const int64_t slot = set.slots[size_t(row)];
-    isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key, from + kv_size_);
+    isa_.write_kv(m_.cache(index, kv_head), int(slot / kBlock), int(slot % kBlock), key,
+                  keys + kv_size_ + int64_t(kv_head) * d);
 }
 
 void Step::attend(const RowSet& set, const Layer& layer, int index, const float* qkv, bool write,
@@ -77,11 +86,11 @@ void Step::attend(const RowSet& set, const Layer& layer, int index, const float*
 void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
                         Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
-    const float scale = kLog2e / std::sqrt(float(d));
+    const float scale = kLog2e * c_.attention_scale;
     for (int i = 0; i < queries; i++) {
         const int64_t row = unit.row0 + i / group_;
-        memcpy(s.head, qkv + row * qkv_ld_ + int64_t(kv_head * group_ + i % group_) * d, size_t(d) * sizeof(float));
-        norm_and_rotate(s.head, layer.q_norm, layer.rotates, set.contexts[size_t(row)] - 1);
+        norm_and_rotate(qkv + row * qkv_ld_, c_.num_heads, kv_head * group_ + i % group_, layer.q_norm, layer,
+                        set.contexts[size_t(row)] - 1, s.head);
         const int first = i / kMaxQueries * kMaxQueries;
         isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d,
                         s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first),
@@ -121,6 +130,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
         args.kv = m_.cache(index, kv_head);
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
+        args.cap = kLog2e * c_.attention_softcap;
         if (write && p + 1 == unit.partitions) write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
         look_ahead(set, item, p, index, layer.window, args.ahead);
         for (int from = 0; from < queries; from += kMaxQueries) {

@@ -115,12 +115,21 @@ INLINE float peak_score(const AttendArgs& a, int q, const float* scores, int til
     return reduce_max(largest);
 }
 
+// Soft cap of `count` tiles of each query's scores, in place.
+template <int Q>
+INLINE void cap_scores(const AttendArgs& a, int tiles, float (*scores)[kPartition]) {
+    if (a.cap == 0.0f) return;
+    for (int q = 0; q < Q; q++)
+        for (int t = 0; t < tiles; t++) store(scores[q] + t * kLanes, capped(load(scores[q] + t * kLanes), a.cap));
+}
+
 template <int Q>
 void attend_bf16(const AttendArgs& a) {
     const int d = a.head_size, longest = a.longest(), blocks = (longest + kBlock - 1) / kBlock;
     alignas(64) float scores[Q][kPartition];
     alignas(64) uint32_t probs[Q][kPartition / 2];
     for (int b = 0; b < blocks; b++) scores_bf16<Q>(a, a.block(b), (float (*)[kPartition])(&scores[0][b * kBlock]));
+    cap_scores<Q>(a, blocks * 2, scores);
     for (int q = 0; q < Q; q++) {
         const float peak = peak_score(a, q, scores[q], blocks * 2);
         F total = zero();
@@ -297,6 +306,7 @@ void attend_int8(const AttendArgs& a) {
         fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
         if (b >= blocks) fetch(a.ahead[b], d * kBlock);  // the next partition has more blocks
     }
+    cap_scores<Q>(a, blocks * 2, scores);
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
     constexpr int kWide = Q <= 3 ? 2 : 1;  // as many as the registers hold
     int first = 0;

@@ -74,7 +74,8 @@ struct Activations {
     int rows_of(int block) const { return int(rows / blocks + (block < rows % blocks ? 1 : 0)); }
 };
 
-enum class Epilogue { Store, Add, SwiGLU, Gelu };
+enum class Epilogue { Store, Add, SwiGLU, GeGLU, Gelu };
+inline bool is_gated(Epilogue epilogue) { return epilogue == Epilogue::SwiGLU || epilogue == Epilogue::GeGLU; }
 enum class Norm { None, RMS, Layer };
 
 struct NormArgs {
@@ -113,9 +114,10 @@ struct AttendArgs {
     const int* seen;    // [queries] positions of the partition up to each query's own; ≥ kPartition: all
     const int* unseen;  // [queries] those of them that lie before its window; ≤ 0: none
     const uint32_t*
-        packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) / sqrt(d)
+        packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) · scale
     const float* steps;     // [queries], int8: the value of one unit of the 16 bits
     const int32_t* starts;  // [queries], int8: 128 times the sum of the query
+    float cap = 0.0f;       // c: scores s become c · tanh(s / c), in the queries' units; 0: none
     float* out;             // [queries][d]
     float* maxima;          // [queries]
     float* sums;            // [queries]
@@ -147,7 +149,8 @@ struct Isa {
     void (*round_groups)(const float* x, int64_t size, int group, float* out);  // round as quantise does
     // inner [rows][kMaxRank] = scales · (A x) for x [rows][ld], from rank `first` on, at most kRankChunk of them.
     void (*reduce)(const float* x, int64_t ld, int rows, const LowRank&, int64_t k, int first, float* inner);
-    void (*rotate)(float* head, const float* cos, const float* sin, int head_size);
+    // Of the first `size` channels.
+    void (*rotate)(float* head, const float* cos, const float* sin, int size);
     void (*pack_query)(KV, const float* head, float scale, int head_size, uint32_t* packed, int stride, float* step,
                        int32_t* start);
     void (*write_kv)(const CacheView&, int block, int offset, const float* k, const float* v);
@@ -155,7 +158,8 @@ struct Isa {
     // Merge a later partition's (max, sum, out) of a row into the first ones, in place.
     void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int head_size);
     void (*scale_to)(const float* x, float factor, int64_t size, float* out);
-    int64_t (*dot_probe)(int64_t iterations);  // returns the number of multiply-accumulates done
+    void (*softcap)(float* x, int64_t size, float scale, float cap);  // cap · tanh(x · scale / cap); 0: no cap
+    int64_t (*dot_probe)(int64_t iterations);                         // returns the number of multiply-accumulates done
     uint64_t (*read_probe)(const uint8_t* data, int64_t size);
     SampleIsa sample;
 };

@@ -43,6 +43,20 @@ INLINE F gelu(F x) {
     return div(x, add(bcast(1.0f), exp2_vec(mul(inner, bcast(-2.0f * 0.79788456f * kLog2e)))));
 }
 
+// c · tanh(x / c); NaN for NaN and infinities.
+INLINE F capped(F x, float cap) {
+    F e = exp2_vec(mul(x, bcast(2.0f * kLog2e / cap)));
+    F y = sub(bcast(cap), div(bcast(2.0f * cap), add(e, bcast(1.0f))));
+    return fma(x, zero(), y);
+}
+
+void softcap(float* x, int64_t size, float scale, float cap) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        F value = mul(load(x + i), bcast(scale));
+        store(x + i, cap > 0.0f ? capped(value, cap) : value);
+    }
+}
+
 NormStats norm_stats(const float* x, float eps, Norm kind, int64_t size) {
     NormStats stats;
     if (kind == Norm::None) return stats;
@@ -77,9 +91,10 @@ void scale_to(const float* x, float factor, int64_t size, float* out) {
     for (int64_t i = 0; i < size; i += kLanes) store(out + i, mul(load(x + i), bcast(factor)));
 }
 
-// Channel i is paired with i + d/2: out[i] = x[i] cos - x[i + d/2] sin, out[i + d/2] = x[i + d/2] cos + x[i] sin.
-void rotate(float* head, const float* cos, const float* sin, int head_size) {
-    int half = head_size / 2, i = 0;
+// With d = size, channel i is paired with i + d/2: out[i] = x[i] cos - x[i + d/2] sin, out[i + d/2] = x[i + d/2] cos +
+// x[i] sin.
+void rotate(float* head, const float* cos, const float* sin, int size) {
+    int half = size / 2, i = 0;
     for (; i + kLanes <= half; i += kLanes) {
         F a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
         store(head + i, sub(mul(a, c), mul(b, s)));
@@ -139,14 +154,23 @@ namespace motet {
 
 const Isa* MOTET_ISA() {
     static const Isa isa = {
-        MOTET_ISA_NAME, linear,
-        norm_stats,     norm,
-        quantise,       round_groups,
-        reduce,         rotate,
-        pack_query,     write_kv,
-        attend,         merge,
-        scale_to,       dot_probe,
-        read_probe,     {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
+        MOTET_ISA_NAME,
+        linear,
+        norm_stats,
+        norm,
+        quantise,
+        round_groups,
+        reduce,
+        rotate,
+        pack_query,
+        write_kv,
+        attend,
+        merge,
+        scale_to,
+        softcap,
+        dot_probe,
+        read_probe,
+        {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
     };
     return &isa;
 }

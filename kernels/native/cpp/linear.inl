@@ -296,9 +296,11 @@ void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, P
                    int64_t ld, Epilogue epilogue) {
     alignas(64) float sum[kTile][kPanel];
     panel_of_block(w, panel, x, ahead, rows, sum);
-    if (epilogue == Epilogue::SwiGLU) {
-        for (int r = 0; r < rows; r++)
-            store(out + r * ld + panel * kLanes, mul(silu(load(sum[r])), load(sum[r] + kLanes)));
+    if (is_gated(epilogue)) {
+        for (int r = 0; r < rows; r++) {
+            const F gate = load(sum[r]), up = load(sum[r] + kLanes);
+            store(out + r * ld + panel * kLanes, mul(epilogue == Epilogue::SwiGLU ? silu(gate) : gelu(gate), up));
+        }
         return;
     }
     const int64_t column = panel * kPanel;

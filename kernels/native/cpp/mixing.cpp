@@ -102,7 +102,10 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
         const float* extra = out + (mixes.rows + int64_t(i)) * stride;
         for (int64_t n = 0; n < stride; n++) out[added[i] * stride + n] += extra[n];
     }
-    if (refined.empty()) return out;
+    if (refined.empty()) {
+        finish_logits(out, mixes.rows);
+        return out;
+    }
     const auto start = std::chrono::steady_clock::now();
     struct Job {
         Model& m;
@@ -125,6 +128,7 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
             });
         },
         &job);
+    finish_logits(out, mixes.rows);
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return out;
 }

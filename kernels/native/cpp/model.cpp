@@ -158,7 +158,7 @@ void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
         int64_t rows, columns;
     } expected[] = {{q + 2 * kv, hidden},
                     {hidden, q},
-                    {config_.gelu ? inner : 2 * inner, hidden},
+                    {gated() ? 2 * inner : inner, hidden},
                     {hidden, inner},
                     {config_.vocab_size, hidden},
                     {config_.vocab_size, hidden}};
@@ -185,7 +185,7 @@ void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
             throw std::invalid_argument("scales or zero points are missing");
         if (t.bits == 4 && which >= MOTET_HEAD) throw std::invalid_argument("head and embedding need 8 bits at least");
     }
-    auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && !config_.gelu, pool_));
+    auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && gated(), pool_));
     widest_ = std::max(widest_, t.columns);
     dense_ = dense_ || t.dense;
     if (own_layer) {
@@ -225,7 +225,7 @@ void Model::set_adapter(MotetLinear which, int layer, int member, int64_t rank, 
         throw std::invalid_argument("the rank is " + std::to_string(rank) + ", allowed are 1 to " +
                                     std::to_string(kMaxRank));
     to.adapters[which].resize(size_t(config_.num_members));
-    to.adapters[which][size_t(member)] = pack_adapter(w, a, b, int(rank), which == MOTET_UP && !config_.gelu);
+    to.adapters[which][size_t(member)] = pack_adapter(w, a, b, int(rank), which == MOTET_UP && gated());
     to.ranks[which] = std::max(to.ranks[which], int(rank));
     adapters_ = true;
 }
@@ -236,20 +236,26 @@ void Model::set_vector(MotetVector which, int index, const float* values, int64_
     int64_t expected = hidden;
     if (which >= MOTET_ATTENTION_NORM && which <= MOTET_K_NORM) {
         Layer& layer = layer_at(index);
-        std::vector<float>* parts[] = {&layer.attention_norm, &layer.attention_norm_bias,
-                                       &layer.mlp_norm,       &layer.mlp_norm_bias,
-                                       &layer.q_norm,         &layer.k_norm};
+        std::vector<float>* parts[] = {
+            &layer.attention_norm, &layer.attention_norm_bias, &layer.mlp_norm,
+            &layer.mlp_norm_bias,  &layer.attention_out_norm,  &layer.attention_out_norm_bias,
+            &layer.mlp_out_norm,   &layer.mlp_out_norm_bias,   &layer.q_norm,
+            &layer.k_norm};
         to = parts[which];
-        if (which >= MOTET_Q_NORM) expected = config_.head_size;
+        if (which >= MOTET_Q_NORM) {
+            const int heads = which == MOTET_Q_NORM ? config_.num_heads : config_.num_kv_heads;
+            expected = int64_t(config_.qk_norm == MOTET_QK_NORM_PROJECTION ? heads : 1) * config_.head_size;
+        }
     } else if (which == MOTET_FINAL_NORM || which == MOTET_FINAL_NORM_BIAS) {
         if (index < 0 || size_t(index) >= final_norms_.size()) throw std::invalid_argument("no such member");
         to = which == MOTET_FINAL_NORM ? &final_norms_[size_t(index)] : &final_norm_biases_[size_t(index)];
     } else if (which == MOTET_POSITIONS) {
         to = &positions_;
         expected = hidden * config_.max_positions;
-    } else if (which == MOTET_COS || which == MOTET_SIN) {
-        to = which == MOTET_COS ? &cos_ : &sin_;
-        expected = int64_t(config_.head_size / 2) * config_.max_positions;
+    } else if (which >= MOTET_COS && which <= MOTET_WINDOW_SIN) {
+        Rotary& tables = rotary_[which >= MOTET_WINDOW_COS];
+        to = which == MOTET_COS || which == MOTET_WINDOW_COS ? &tables.cos : &tables.sin;
+        expected = int64_t(config_.rotary_size / 2) * config_.max_positions;
     } else {
         throw std::invalid_argument("no such vector");
     }
@@ -264,22 +270,34 @@ void Model::set_window(int layer, int32_t window) {
     layer_at(layer).window = std::min(window, config_.max_positions);
 }
 
-void Model::set_unrotated(int layer) { layer_at(layer).rotates = false; }
+void Model::set_rotary(int layer, MotetRotary tables) {
+    if (tables < MOTET_NO_ROTARY || tables > MOTET_WINDOW_ROTARY) throw std::invalid_argument("no such tables");
+    layer_at(layer).rotary = tables;
+}
 
 std::string Model::missing() const {
     if (!head_) return "the head";
     if (!config_.tied_head && !embedding_) return "the embedding";
-    if (config_.learned ? positions_.empty() : cos_.empty() || sin_.empty()) return "the position tables";
+    if (config_.learned && positions_.empty()) return "the position tables";
+    const bool before = config_.norm_places != MOTET_NORM_AFTER, after = config_.norm_places != MOTET_NORM_BEFORE;
+    auto lacks = [&](const std::vector<float>& weight, const std::vector<float>& bias) {
+        return weight.empty() || (config_.layer_norm && bias.empty());
+    };
     for (size_t i = 0; i < layers_.size(); i++) {
         const Layer& layer = layers_[i];
         if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] ||
-            layer.attention_norm.empty() || layer.mlp_norm.empty() ||
-            (config_.layer_norm && (layer.attention_norm_bias.empty() || layer.mlp_norm_bias.empty())) ||
+            (before &&
+             (lacks(layer.attention_norm, layer.attention_norm_bias) || lacks(layer.mlp_norm, layer.mlp_norm_bias))) ||
+            (after && (lacks(layer.attention_out_norm, layer.attention_out_norm_bias) ||
+                       lacks(layer.mlp_out_norm, layer.mlp_out_norm_bias))) ||
             (config_.qk_norm && (layer.q_norm.empty() || layer.k_norm.empty())))
             return "a weight of layer " + std::to_string(i);
+        if (config_.learned || layer.rotary == MOTET_NO_ROTARY) continue;
+        const Rotary& tables = rotary_[layer.rotary == MOTET_WINDOW_ROTARY];
+        if (tables.cos.empty() || tables.sin.empty()) return "the position tables of layer " + std::to_string(i);
     }
     for (size_t i = 0; i < final_norms_.size(); i++)
-        if (final_norms_[i].empty() || (config_.layer_norm && final_norm_biases_[i].empty())) return "a final norm";
+        if (lacks(final_norms_[i], final_norm_biases_[i])) return "a final norm";
     return "";
 }
 
@@ -385,6 +403,27 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
         },
         &job);
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Model::finish_logits(float* logits, int64_t rows) {
+    if (config_.logit_scale == 1.0f && config_.logit_softcap == 0.0f) return;
+    struct Job {
+        Model& m;
+        float* logits;
+        int64_t chunks;
+    } job{*this, logits, rows * logits_stride() / kLanes};
+    pool_.reset(1);
+    pool_.run(
+        [](void* context, int thread) {
+            Job& j = *static_cast<Job*>(context);
+            constexpr int64_t kGrain = 256;
+            j.m.pool_.distribute(0, thread, (j.chunks + kGrain - 1) / kGrain, [&](int64_t i) {
+                const int64_t first = i * kGrain, last = std::min(first + kGrain, j.chunks);
+                j.m.isa_->softcap(j.logits + first * kLanes, (last - first) * kLanes, j.m.config_.logit_scale,
+                                  j.m.config_.logit_softcap);
+            });
+        },
+        &job);
 }
 
 float* Model::room(Pages& pages, int64_t count) {

@@ -83,7 +83,8 @@ struct Layer {
     int ranks[kModules] = {};                         // the largest of their ranks
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
-    bool rotates = true;
+    std::vector<float> attention_out_norm, attention_out_norm_bias, mlp_out_norm, mlp_out_norm_bias;
+    MotetRotary rotary = MOTET_ROTARY;
     int32_t window = 0;  // positions that a row attends to, its own included; max_positions: all
 };
 
@@ -114,13 +115,15 @@ public:
                      const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
     void set_window(int layer, int32_t window);
-    void set_unrotated(int layer);
+    void set_rotary(int layer, MotetRotary tables);
     std::string missing() const;  // what has not been set; empty if the model is complete
 
     std::string check(const MotetBatch& batch) const;  // why the batch cannot run; empty if it can
     void step(const MotetBatch& batch, float* hidden);
     void head(const float* hidden, int64_t rows, float* logits);  // logits [rows, logits_stride()]
     std::string check(const MotetMixes& mixes, int64_t num_hidden) const;
+    // Scale and soft cap of logits [rows, logits_stride()], in place.
+    void finish_logits(float* logits, int64_t rows);
     // Logits [rows, logits_stride()] of mixes of the states `hidden`; valid until the next call.
     const float* logits(const MotetMixes& mixes, const float* hidden);  // mixing.cpp
     float* hidden_room(int64_t rows) { return room(hidden_, rows * config_.hidden_size); }
@@ -139,6 +142,12 @@ public:
 
 private:
     friend class Step;
+    struct Rotary {
+        std::vector<float> cos, sin;  // [max_positions][rotary_size / 2]
+    };
+    bool gated() const { return config_.activation != MOTET_GELU; }
+    // Whether what a layer adds to the residual stream is changed first.
+    bool changes_branches() const { return config_.norm_places != MOTET_NORM_BEFORE || config_.residual_scale != 1.0f; }
     Layer& layer_at(int index);
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
@@ -154,7 +163,8 @@ private:
     std::vector<Layer> layers_;                                        // trunk, then each tail
     std::vector<std::vector<float>> final_norms_, final_norm_biases_;  // per member
     Linear head_, embedding_;                                          // embedding_ only if the head is untied
-    std::vector<float> positions_, cos_, sin_;
+    std::vector<float> positions_;
+    Rotary rotary_[2];  // of MOTET_ROTARY and MOTET_WINDOW_ROTARY
     Pages cache_, tail_cache_, hidden_, logits_;
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0, area_bytes_ = 0;
     Areas areas_;

@@ -17,21 +17,34 @@ typedef enum {
     MOTET_ATTENTION_NORM_BIAS,
     MOTET_MLP_NORM,
     MOTET_MLP_NORM_BIAS,
+    MOTET_ATTENTION_OUT_NORM,
+    MOTET_ATTENTION_OUT_NORM_BIAS,
+    MOTET_MLP_OUT_NORM,
+    MOTET_MLP_OUT_NORM_BIAS,
     MOTET_Q_NORM,
     MOTET_K_NORM,
     MOTET_FINAL_NORM,
     MOTET_FINAL_NORM_BIAS,
     MOTET_POSITIONS,
     MOTET_COS,
-    MOTET_SIN
+    MOTET_SIN,
+    MOTET_WINDOW_COS,
+    MOTET_WINDOW_SIN
 } MotetVector;
+typedef enum { MOTET_NO_ROTARY, MOTET_ROTARY, MOTET_WINDOW_ROTARY } MotetRotary;
+typedef enum { MOTET_SWIGLU, MOTET_GEGLU, MOTET_GELU } MotetActivation;
+typedef enum { MOTET_NORM_BEFORE, MOTET_NORM_AROUND, MOTET_NORM_AFTER } MotetNormPlaces;
+typedef enum { MOTET_NO_QK_NORM, MOTET_QK_NORM_HEAD, MOTET_QK_NORM_PROJECTION } MotetQkNorm;
 
 typedef struct {
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, max_positions;
-    int32_t layer_norm; /* 1: layer norm, 0: RMS norm */
-    int32_t gelu;       /* 1: GELU, 0: SwiGLU */
-    int32_t learned;    /* positions: 1: learned, 0: rotary */
-    int32_t qk_norm, tied_head;
+    int32_t layer_norm;  /* 1: layer norm, 0: RMS norm */
+    int32_t activation;  /* MotetActivation */
+    int32_t norm_places; /* MotetNormPlaces: of attention and of the MLP */
+    int32_t learned;     /* positions: 1: learned, 0: rotary */
+    int32_t rotary_size; /* channels of a head that rotate, the first ones */
+    int32_t qk_norm;     /* MotetQkNorm */
+    int32_t tied_head;
     int32_t split_layer; /* first layer of the tails; num_layers if there are none */
     int32_t num_members;
     int32_t
@@ -39,7 +52,9 @@ typedef struct {
     int32_t kv_int8;
     int32_t num_blocks, threads;
     float norm_eps;
-    const int32_t* tail_of; /* [num_members] each member's tail, if there are tails; copied */
+    float embedding_scale, residual_scale, attention_scale, logit_scale;
+    float attention_softcap, logit_softcap; /* 0: none */
+    const int32_t* tail_of;                 /* [num_members] each member's tail, if there are tails; copied */
 } MotetConfig;
 
 /* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. With 4 bits, group-sum
@@ -87,8 +102,8 @@ MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);
 MOTET_API int motet_set_vector(MotetModel*, int which, int index, const float* values, int64_t count);
-/* In this layer queries and keys are not rotated. */
-MOTET_API int motet_set_unrotated(MotetModel*, int layer);
+/* The tables by which this layer's queries and keys are rotated (MotetRotary). Unless it is set, MOTET_ROTARY. */
+MOTET_API int motet_set_rotary(MotetModel*, int layer, int tables);
 /* In this layer rows attend to the last `window` positions, their own included. Unless it is set, to all. */
 MOTET_API int motet_set_window(MotetModel*, int layer, int window);
 MOTET_API int motet_ready(MotetModel*);

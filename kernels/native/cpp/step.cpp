@@ -12,6 +12,8 @@ constexpr int64_t kUnitRows = 16;  // prompt rows that share a widened partition
 constexpr int64_t kFewUnits = 4;   // per thread; with fewer, the partitions of a row are spread over the threads
 constexpr int64_t kFetch = 16384;  // bytes of the next weights that a thread prefetches before a barrier
 
+constexpr Epilogue kActivations[] = {Epilogue::SwiGLU, Epilogue::GeGLU, Epilogue::Gelu};  // of MotetActivation
+
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
 }  // namespace
@@ -150,6 +152,7 @@ void Step::take_scratch(Arena& arena) {
     inner_ = arena.take<float>(rows * inner);
     many_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
     many_inner_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
+    if (m_.changes_branches()) branch_ = arena.take<float>(rows * c_.hidden_size);
     partial_size_ = group_ * (d + 2);
     partials_ = arena.take<float>(partials * c_.num_kv_heads * partial_size_);
     arrived_ = std::make_unique<std::atomic<int>[]>(size_t(partials * c_.num_kv_heads + 1));
@@ -176,7 +179,7 @@ void Step::take_scratch(Arena& arena) {
 
 void Step::execute() {
     int phases = 4;
-    for (const Segment& s : segments_) phases += 16 * (s.last_layer - s.first_layer) + 8;
+    for (const Segment& s : segments_) phases += 20 * (s.last_layer - s.first_layer) + 8;
     pool_.reset(phases);
     lap_ = std::chrono::steady_clock::now();
     pool_.run([](void* step, int thread) { static_cast<Step*>(step)->run(thread); }, this);
@@ -187,6 +190,8 @@ void Step::run(int thread) {
         if (trunk_row_[size_t(row)] < 0) return;
         float* to = x_ + int64_t(trunk_row_[size_t(row)]) * c_.hidden_size;
         unpack_row(c_.tied_head ? m_.head_.packed : m_.embedding_.packed, b_.token_ids[row], to);
+        if (c_.embedding_scale != 1.0f)
+            for (int i = 0; i < c_.hidden_size; i++) to[i] *= c_.embedding_scale;
         if (!c_.learned) return;
         const float* position = m_.positions_.data() + int64_t(b_.positions[row]) * c_.hidden_size;
         for (int i = 0; i < c_.hidden_size; i++) to[i] += position[i];
@@ -219,9 +224,6 @@ void Step::enter_tail(const Segment& segment, float* x, int thread) {
 void Step::run_segment(const Segment& segment, int thread) {
     float* x = segment.tail ? x_tail_ : x_;
     if (segment.tail) enter_tail(segment, x, thread);
-    auto norm_args = [&](const std::vector<float>& weight, const std::vector<float>& bias) {
-        return NormArgs{norm_, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
-    };
     bool gathered = segment.ends && segment.first_layer == segment.last_layer;  // no layers: only the norm
     if (gathered) gather(segment, x, false, thread);
     if (segment.first_layer < segment.last_layer) {
@@ -271,22 +273,24 @@ void Step::run_segment(const Segment& segment, int thread) {
             add_updates(out_input, *set, layer, kOut, attended, thread);
         else
             attended = prepare(out_input, *set, layer, kOut, thread);
-        linear(to_out, attended, {x, c_.hidden_size, Epilogue::Add}, &up, thread);
+        const Output add{branch_ ? branch_ : x, c_.hidden_size, branch_ ? Epilogue::Store : Epilogue::Add};
+        linear(to_out, attended, add, &up, thread);
         barrier_and_time(kLinears, thread);
+        if (branch_) add_branch(*set, norm_args(layer.attention_out_norm, layer.attention_out_norm_bias), x, thread);
         const Input mlp_input{x, c_.hidden_size, norm_args(layer.mlp_norm, layer.mlp_norm_bias)};
         const Activations middle = prepare(mlp_input, *set, layer, kUp, thread);
         linear(up, middle,
-               {inner_, c_.intermediate_size, c_.gelu ? Epilogue::Gelu : Epilogue::SwiGLU,
-                quantise_early ? &inner : nullptr},
-               &down, thread);
+               {inner_, c_.intermediate_size, kActivations[c_.activation], quantise_early ? &inner : nullptr}, &down,
+               thread);
         barrier_and_time(kLinears, thread);
         const Input down_input{inner_, c_.intermediate_size, {}};
         if (quantise_early)
             add_updates(down_input, *set, layer, kDown, inner, thread);
         else
             inner = prepare(down_input, *set, layer, kDown, thread);
-        linear(down, inner, {x, c_.hidden_size, Epilogue::Add}, following ? &following->packed(kQKV) : nullptr, thread);
+        linear(down, inner, add, following ? &following->packed(kQKV) : nullptr, thread);
         barrier_and_time(kLinears, thread);
+        if (branch_) add_branch(*set, norm_args(layer.mlp_out_norm, layer.mlp_out_norm_bias), x, thread);
     }
     if (!segment.ends) return;
     pool_.distribute(next_phase(thread), thread, segment.needed.rows(), [&](int64_t row) {
@@ -296,6 +300,24 @@ void Step::run_segment(const Segment& segment, int thread) {
         const float* source = (gathered ? x_needed_ : x) + from * c_.hidden_size;
         isa_.norm(source, norm_args(weight, bias), isa_.norm_stats(source, c_.norm_eps, norm_, c_.hidden_size), 0,
                   c_.hidden_size, hidden_ + int64_t(segment.targets[size_t(row)]) * c_.hidden_size);
+    });
+    barrier_and_time(kOther, thread);
+}
+
+// Without a weight there is no norm.
+NormArgs Step::norm_args(const std::vector<float>& weight, const std::vector<float>& bias) const {
+    if (weight.empty()) return {};
+    return {norm_, c_.norm_eps, weight.data(), bias.empty() ? nullptr : bias.data()};
+}
+
+// x += scale · norm(branch_), for the rows of the set.
+void Step::add_branch(const RowSet& set, const NormArgs& norm, float* x, int thread) {
+    pool_.distribute(next_phase(thread), thread, set.rows(), [&](int64_t row) {
+        float *from = branch_ + row * c_.hidden_size, *to = x + row * c_.hidden_size;
+        if (norm.kind != Norm::None)
+            isa_.norm(from, norm, isa_.norm_stats(from, c_.norm_eps, norm.kind, c_.hidden_size), 0, c_.hidden_size,
+                      from);
+        for (int i = 0; i < c_.hidden_size; i++) to[i] += c_.residual_scale * from[i];
     });
     barrier_and_time(kOther, thread);
 }
@@ -377,7 +399,7 @@ void Step::add_updates(const Input& input, const RowSet& set, const Layer& layer
 // layer.
 void Step::linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next,
                   int thread) {
-    const int64_t columns = out.epilogue == Epilogue::SwiGLU ? kPanel / 2 : kPanel;
+    const int64_t columns = is_gated(out.epilogue) ? kPanel / 2 : kPanel;
     const int64_t together = out.quantise_to ? std::max<int64_t>(1, out.quantise_to->unit() / columns) : 1;
     const int64_t items = (w.panels + together - 1) / together;
     const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;

@@ -114,7 +114,10 @@ private:
                       Scratch& s) const;
     void merge_partials(const Unit& unit, int first, int kv_head, Activations* quantise_to);
     void finish_row(const float* outs, const float* sums, int64_t row, int kv_head, Activations* quantise_to);
-    void norm_and_rotate(float* head, const std::vector<float>& norm, bool rotates, int32_t position) const;
+    void norm_and_rotate(const float* all, int heads, int index, const std::vector<float>& norm, const Layer& layer,
+                         int32_t position, float* to) const;
+    NormArgs norm_args(const std::vector<float>& weight, const std::vector<float>& bias) const;
+    void add_branch(const RowSet& set, const NormArgs& norm, float* x, int thread);
 
     void barrier_and_time(Part part, int thread);
     int next_phase(int thread) { return phases_[size_t(thread)].next++; }
@@ -138,6 +141,7 @@ private:
     std::vector<Phase> phases_;
     ActivationStore many_, many_inner_;
     float *x_, *x_tail_, *x_needed_, *qkv_, *qkv_needed_, *attended_, *inner_, *partials_ = nullptr;
+    float* branch_ = nullptr;  // [rows][hidden] what a layer adds, if it is changed first
     std::unique_ptr<std::atomic<int>[]> arrived_;
     std::chrono::steady_clock::time_point lap_;
 };

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from ....kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
 from ....kernels.native.sampling import FUSED_RULES, Sampling
-from ....kernels.native.structs import LinearKind, ModelConfig, Vector
+from ....kernels.native.structs import ACTIVATIONS, NORM_PLACES, QK_NORMS, LinearKind, ModelConfig, Rotary, Vector
 from ...api.config import EngineConfig
 from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle
-from ...model.layout import COS, EMBEDDING, POSITIONS, SIN, Layer, Layout, Norm, decoder_layout
+from ...model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, Layer, Layout, Norm, decoder_layout
 from ...model.stored import own_name, resolve, stored_tensors, stored_weight
 from ...sampling.host import merge_outputs, native_samples, sample_rows, split_fused, step_output
 from ...sampling.terms import needed_terms, plan_head
@@ -167,9 +167,11 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             head_size=decoder.head_size,
             max_positions=decoder.max_position_embeddings,
             layer_norm=decoder.norm == "layer",
-            gelu=decoder.activation == "gelu",
+            activation=ACTIVATIONS.index(decoder.activation),
+            norm_places=NORM_PLACES.index(decoder.norm_places),
             learned=decoder.positions == "learned",
-            qk_norm=decoder.qk_norm,
+            rotary_size=decoder.rotary_size or decoder.head_size,
+            qk_norm=QK_NORMS.index(decoder.qk_norm),
             tied_head=decoder.tied_head,
             split_layer=split,
             num_members=len(bundle.members),
@@ -177,6 +179,12 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             num_blocks=num_blocks,
             threads=config.num_threads,
             norm_eps=decoder.norm_eps,
+            embedding_scale=decoder.embedding_scale,
+            residual_scale=decoder.residual_scale,
+            attention_scale=decoder.attention_scale or decoder.head_size**-0.5,
+            logit_scale=decoder.logit_scale,
+            attention_softcap=decoder.attention_softcap or 0.0,
+            logit_softcap=decoder.logit_softcap or 0.0,
         ),
         bundle.tail_of,
         isa,
@@ -221,9 +229,9 @@ class _Loader:
             self.linear(LinearKind.EMBEDDING, 0, EMBEDDING, None)
         if layout.config.positions == "learned":
             self.vector(Vector.POSITIONS, 0, POSITIONS, None)
-        else:
-            self.vector(Vector.COS, 0, COS, None)
-            self.vector(Vector.SIN, 0, SIN, None)
+        for tables in layout.rotary_tables:
+            for vector, name in zip(_TABLES[tables], tables, strict=True):
+                self.vector(vector, 0, name, None)
 
     def layer(self, target: int, layer: Layer, member: str | None) -> None:
         """Load a layer of the decoder, as `member` has it, as the model's layer `target`."""
@@ -234,12 +242,13 @@ class _Loader:
                 a, b = (own_name(own, f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
                 if a in self._tensors and member is None:
                     self._model.set_adapter(which, target, index, self._tensor(a), self._tensor(b), a)
-        self.norm((Vector.ATTENTION_NORM, Vector.ATTENTION_NORM_BIAS), target, layer.attention_norm, member)
-        self.norm((Vector.MLP_NORM, Vector.MLP_NORM_BIAS), target, layer.mlp_norm, member)
+        norms = (layer.attention_norm, layer.mlp_norm, layer.attention_out_norm, layer.mlp_out_norm)
+        for vectors, norm in zip(_NORMS, norms, strict=True):
+            if norm is not None:
+                self.norm(vectors, target, norm, member)
         for vector, norm in zip((Vector.Q_NORM, Vector.K_NORM), layer.head_norms or ()):
             self.norm((vector,), target, norm, member)
-        if not layer.rotary:
-            self._model.set_unrotated(target)
+        self._model.set_rotary(target, _ROTARY[layer.rotary])
         if layer.window is not None:
             self._model.set_window(target, layer.window)
 
@@ -276,4 +285,12 @@ class _Loader:
         return np.asarray(self._file.get_tensor(name))
 
 
+_TABLES = {ROTARY: (Vector.COS, Vector.SIN), WINDOW_ROTARY: (Vector.WINDOW_COS, Vector.WINDOW_SIN)}
+_ROTARY = {None: Rotary.NONE, ROTARY: Rotary.ALL, WINDOW_ROTARY: Rotary.WINDOW}
+_NORMS = (
+    (Vector.ATTENTION_NORM, Vector.ATTENTION_NORM_BIAS),
+    (Vector.MLP_NORM, Vector.MLP_NORM_BIAS),
+    (Vector.ATTENTION_OUT_NORM, Vector.ATTENTION_OUT_NORM_BIAS),
+    (Vector.MLP_OUT_NORM, Vector.MLP_OUT_NORM_BIAS),
+)
 _LINEARS = (LinearKind.QKV, LinearKind.OUT, LinearKind.UP, LinearKind.DOWN)  # in the order of `Layer.linears`

@@ -24,6 +24,7 @@ from ....kernels.oracle.operands import (
     LayerCache,
     LinearWeight,
     PrefillChunks,
+    Scores,
 )
 from ...model.config import DecoderConfig
 from .paged_cache import PagedCache
@@ -154,12 +155,18 @@ class Forward:
             rows = [coarse] if self._dtype is torch.float32 else [coarse, (part - coarse.float()).to(self._dtype)]
             logits = self._ops.matmul(torch.cat(rows), self._weights.head).float().sum(0)
             pieces.append(logits if len(rows) == 1 else logits[: len(part)] + logits[len(part) :])
-        return torch.cat(pieces)
+        logits, config = torch.cat(pieces), self._config
+        logits = logits if config.logit_scale == 1 else logits * config.logit_scale
+        return (
+            logits if config.logit_softcap is None else torch.tanh(logits / config.logit_softcap) * config.logit_softcap
+        )
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         hidden = _rows_of(self._weights.embedding, token_ids)
+        if self._config.embedding_scale != 1:
+            hidden = hidden * self._config.embedding_scale
         if self._weights.position_embedding is not None:
             hidden = hidden + self._weights.position_embedding.index_select(0, positions).float()
         return hidden.contiguous()
@@ -181,24 +188,53 @@ class Forward:
     ) -> Tensor:
         """Run one layer over the rows of all parts, one part after the other, each with its own cache. Returns the
         layer's last branch, which is not yet added to the residual."""
-        qkv = self._linear(self._norm(layer.attention_norm, residual, branch), layer.qkv, tiles)
+        qkv = self._linear(self._input_of(layer.attention_norm, residual, branch), layer.qkv, tiles)
         own = [qkv]
         if len(parts) > 1:
             own = [piece.contiguous() for piece in torch.split(qkv, [part.count for part in parts], dim=1)]
         attended = [self._attend(layer, *each) for each in zip(own, caches, parts, strict=True)]
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
-        branch = self._linear(out.flatten(1), layer.out, tiles)
-        up = self._linear(self._norm(layer.mlp_norm, residual, branch), layer.up, tiles)
-        inner = self._ops.activate(up, layer.gated, self._dtype)
-        return self._linear(inner, layer.down, tiles)
+        branch = self._branch(layer.attention_out_norm, self._linear(out.flatten(1), layer.out, tiles))
+        up = self._linear(self._input_of(layer.mlp_norm, residual, branch), layer.up, tiles)
+        inner = self._ops.activate(up, layer.activation, self._dtype)
+        return self._branch(layer.mlp_out_norm, self._linear(inner, layer.down, tiles))
+
+    def _input_of(self, norm: Norm | None, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """What attention or an MLP gets; the branch is added to the residual."""
+        if norm is not None:
+            return self._norm(norm, residual, branch)
+        if branch is not None:
+            residual += branch.float().sum(0)
+        return residual.to(self._dtype)
+
+    def _branch(self, norm: Norm | None, parts: Tensor) -> Tensor:
+        """What is added to the residual, [splits, rows, H]."""
+        scale = self._config.residual_scale
+        if norm is not None:
+            total = torch.zeros_like(parts[0], dtype=torch.float32)
+            normed = self._ops.residual_norm(parts, total, norm.weight, norm.bias, self._config.norm_eps, torch.float32)
+            parts = normed[None]
+        return parts if scale == 1 else parts * scale
+
+    def _normed_projections(self, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        """Norms of all of q and of all of k: qkv [splits, rows, N] → [1, rows, N]."""
+        config = self._config
+        q, k, v = torch.split(qkv.float().sum(0), [config.q_size, config.kv_size, config.kv_size], dim=-1)
+        assert layer.head_norms is not None
+        q, k = (
+            self._ops.residual_norm(None, x.contiguous(), weight, None, config.norm_eps, torch.float32)
+            for x, weight in zip((q, k), layer.head_norms, strict=True)
+        )
+        return torch.cat([q, k, v], dim=-1)[None]
 
     def _attend(self, layer: LayerWeights, qkv: Tensor, cache: LayerCache, rows: RowInputs) -> Tensor:
         """qkv [splits, rows, N] → [rows, heads, head_size]."""
         config, ops = self._config, self._ops
+        together = config.qk_norm == "projection"
         query = ops.rotary_write(
-            qkv,
-            self._weights.rotary if layer.rotates else None,
-            layer.head_norms,
+            self._normed_projections(layer, qkv) if together else qkv,
+            None if layer.rotary is None else self._weights.rotary[layer.rotary],
+            None if together else layer.head_norms,
             config.norm_eps,
             rows.positions,
             rows.slots,
@@ -207,8 +243,9 @@ class Forward:
             self._dtype,
         )
         out = torch.empty_like(query)
-        ops.decode_attention(query, cache, rows.decode, out, layer.window)
-        ops.prefill_attention(query, cache, rows.chunks, out, layer.window)
+        scores = Scores(layer.window, config.attention_scale, config.attention_softcap)
+        ops.decode_attention(query, cache, rows.decode, out, scores)
+        ops.prefill_attention(query, cache, rows.chunks, out, scores)
         return out
 
     def _linear(self, x: Tensor, linear: LinearLayer, tiles: AdapterTiles | None) -> Tensor:

@@ -82,15 +82,17 @@ class LinearLayer:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    attention_norm: Norm
+    attention_norm: Norm | None
     qkv: LinearLayer
-    head_norms: tuple[Tensor, Tensor] | None  # weights [head_size] of the norms of query and key heads
+    head_norms: tuple[Tensor, Tensor] | None  # weights of the norms of queries and keys
     out: LinearLayer
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     up: LinearLayer
-    gated: bool  # True: `up` is gate and up, SwiGLU; False: GELU
+    activation: str  # "swiglu", "geglu": `up` is gate and up; "gelu"
     down: LinearLayer
-    rotates: bool = True  # queries and keys
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
+    rotary: tuple[str, str] | None = layout.ROTARY  # names of its tables (cosines, sines); None: it does not rotate
     window: int | None = None  # positions that a row attends to, itself included; None: all before it
 
 
@@ -102,7 +104,7 @@ class ModelWeights:
 
     embedding: LinearWeight
     position_embedding: Tensor | None
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: Mapping[tuple[str, str], tuple[Tensor, Tensor]]  # by the tables' names
     trunk: Sequence[LayerWeights]
     tails: Sequence[Sequence[LayerWeights]]
     tail_of: tuple[int, ...]
@@ -149,15 +151,12 @@ class ModelReader:
 
     def read(self, split_layer: int, owners: Sequence[str | None], tail_of: Sequence[int]) -> ModelWeights:
         """`owners`, `tail_of`: `Bundle.tails` and `Bundle.tail_of`. A single member runs a tail without layers."""
-        config, placement = self._config, self._placement
+        config = self._config
         table = layout.decoder_layout(config)
         tails = [[self._layer(layer, owner) for layer in table.layers[split_layer:]] for owner in owners or (None,)]
         norm = self._norm(table.norm, None)
         embedding = self._linear_weight(layout.EMBEDDING, None, None)
-        rotary = None
-        if config.positions == "rotary":
-            cos, sin = (self._array(name, None).astype(np.float32) for name in (layout.COS, layout.SIN))
-            rotary = (torch.from_numpy(cos).to(placement.device), torch.from_numpy(sin).to(placement.device))
+        rotary = {names: (self._exact(names[0], None), self._exact(names[1], None)) for names in table.rotary_tables}
         learned = config.positions == "learned"
         return ModelWeights(
             embedding=embedding,
@@ -182,17 +181,22 @@ class ModelReader:
             q_norm, k_norm = (self._norm(norm, member).weight for norm in layer.head_norms)
             heads = (q_norm, k_norm)
         return LayerWeights(
-            attention_norm=self._norm(layer.attention_norm, member),
+            attention_norm=self._optional(layer.attention_norm, member),
             qkv=self._linear(layer.qkv, member),
             head_norms=heads,
             out=self._linear(layer.out, member),
-            mlp_norm=self._norm(layer.mlp_norm, member),
+            mlp_norm=self._optional(layer.mlp_norm, member),
             up=self._linear(layer.up, member),
-            gated=layer.up.epilogue == "swiglu",
+            activation=layer.up.epilogue,
             down=self._linear(layer.down, member),
-            rotates=layer.rotary,
+            attention_out_norm=self._optional(layer.attention_out_norm, member),
+            mlp_out_norm=self._optional(layer.mlp_out_norm, member),
+            rotary=layer.rotary,
             window=layer.window,
         )
+
+    def _optional(self, norm: layout.Norm | None, member: str | None) -> Norm | None:
+        return None if norm is None else self._norm(norm, member)
 
     def _norm(self, norm: layout.Norm, member: str | None) -> Norm:
         weight, *bias = (self._exact(name, member) for name in norm.tensors)

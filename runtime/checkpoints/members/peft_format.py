@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -91,6 +91,7 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
     `BundleError` if settings and tensors do not agree."""
     _check_settings(settings)
     modules, family = _modules(config), FAMILIES[config.family]
+    norms = decoder_layout(config).norm_tensors
     result: dict[str, Tensor] = {}
     adapted: set[str] = set()
     whole: set[str] = set()
@@ -118,18 +119,22 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
             )
         else:
             whole.add(name)
-            result |= _whole(family, modules, name, tensor)
+            result |= _whole(family, modules, norms, name, tensor)
     _check_targets(settings, modules, adapted, whole)
     return result
 
 
-def _whole(family: Family, modules: Mapping[str, tuple[Part, ...]], name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _whole(
+    family: Family, modules: Mapping[str, tuple[Part, ...]], norms: Collection[str], name: str, tensor: Tensor
+) -> dict[str, Tensor]:
     module, _, kind = name.rpartition(".")
     if module in modules:
         turned = tensor.t() if family.transposed and module != "lm_head" and tensor.ndim == 2 else tensor
         return {f"{part}.{kind}": rows.contiguous() for part, rows in _split(modules[module], turned).items()}
     canonical = family.canonical_name(name)
-    return {} if canonical is None else {canonical: tensor}
+    if canonical is None:
+        return {}
+    return {canonical: tensor + family.norm_offset if canonical in norms else tensor}
 
 
 def _check_settings(settings: Settings) -> None:

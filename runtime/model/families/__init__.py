@@ -9,17 +9,22 @@ from collections.abc import Mapping
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..config import DecoderConfig
+from ..rotary import inverse_frequencies
 from .family import Family, Json
+from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt2 import GPT2
+from .granite import GRANITE
 from .keys import check_keys_read
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .olmo2 import OLMO2
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .smollm3 import SMOLLM3
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GPT2)}
+_LLAMA_LIKE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GRANITE, OLMO2)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, GPT2)}
 
 
 def decoder_config(values: Json) -> DecoderConfig:
@@ -30,6 +35,9 @@ def decoder_config(values: Json) -> DecoderConfig:
         raise UnsupportedModelError(f"model family {family!r} is not supported; known are {sorted(FAMILIES)}")
     check_keys_read(values, FAMILIES[family].keys)
     try:
-        return FAMILIES[family].config(values)
+        config = FAMILIES[family].config(values)
+        if config.positions == "rotary":
+            inverse_frequencies(config)  # refuses what does not fit
+        return config
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"config.json of family '{family}' lacks or misstates {error}") from error

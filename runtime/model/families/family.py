@@ -22,7 +22,8 @@ class Family:
     `name`: config.json's `model_type`. `keys`: the keys of config.json that are read. `config` translates a parsed
     config.json and raises `UnsupportedModelError` for options that Motet cannot compute. `modules`: module names of the
     checkpoint → canonical ones, with `{}` for the layer's number; empty if they are canonical already. `prefix`: an
-    optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out].
+    optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out]. `norm_offset`: what
+    is added to the stored weights of norms.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     modules: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     transposed: bool = False
+    norm_offset: float = 0.0
 
     def canonical_name(self, name: str) -> str | None:
         """The canonical name of a checkpoint's tensor; None for buffers that are not weights.

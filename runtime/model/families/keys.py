@@ -115,10 +115,23 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 }
 
 ROPE_KEYS = frozenset({"rope_theta", "rope_type", "type"})
-_ROPE_KINDS = {
-    "default": ROPE_KEYS,
-    "linear": ROPE_KEYS | {"factor"},
-    "llama3": ROPE_KEYS | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+# Kind → its keys that must be there, and those that may be.
+_ROPE_KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor"},
+        {
+            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+            *("mscale", "mscale_all_dim", "truncate"),
+        },
+    ),
+    "longrope": (
+        {"short_factor", "long_factor"},
+        {"original_max_position_embeddings", "factor", "attention_factor"},
+    ),
 }
 
 
@@ -133,14 +146,17 @@ def check_keys_read(values: Json, read: Collection[str]) -> None:
         )
 
 
-def check_rope(parameters: Json) -> None:
-    """Raises `UnsupportedModelError` for a kind of rope_parameters or rope_scaling, or a key of it, that is not computed."""
+def check_rope(parameters: Json, allowed: Collection[str] = ()) -> None:
+    """Raises `UnsupportedModelError` for a kind of rope_parameters or rope_scaling, or a key of it, that is not computed.
+    `allowed`: further keys, which the caller reads."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _ROPE_KINDS:
         raise UnsupportedModelError(f"rope scaling {shown(kind)} is not supported; known are {sorted(_ROPE_KINDS)}")
+    needed, optional = _ROPE_KINDS[kind]
+    known = ROPE_KEYS | needed | optional | set(allowed)
     for key, value in parameters.items():
-        if key not in _ROPE_KINDS[kind] and value is not None and value not in NEUTRAL_VALUES.get(key, ()):
+        if key not in known and value is not None and value not in NEUTRAL_VALUES.get(key, ()):
             raise UnsupportedModelError(f"rope scaling '{kind}' with {key}={shown(value)} is not supported")
-    missing = sorted(_ROPE_KINDS[kind] - ROPE_KEYS - set(parameters))
+    missing = sorted(name for name in needed if parameters.get(name) is None)
     if missing:
         raise UnsupportedModelError(f"rope scaling '{kind}' lacks {missing}")

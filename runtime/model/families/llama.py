@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ...errors import UnsupportedModelError
@@ -52,43 +54,73 @@ def llama_config(values: Json, **changes: Any) -> DecoderConfig:
         "out_bias": values.get("attention_bias") or False,
         "mlp_bias": values.get("mlp_bias") or False,
         "tied_head": values.get("tie_word_embeddings") or False,
-        **rotary(values),
+        **(changes.pop("rotary", None) or rotary(values)),
     }
     return DecoderConfig(**(fields | changes))
 
 
 def late_window(values: Json) -> dict[str, Any]:
-    """The fields of a sliding window in the layers from `max_window_layers` on, if `use_sliding_window` is set.
-
-    Raises `UnsupportedModelError` if `layer_types` does not agree with these.
-    """
+    """The fields of a sliding window, if `use_sliding_window` is set: in the layers that `layer_types` says; without it, in
+    those from `max_window_layers` on. Raises `UnsupportedModelError` for other kinds of layers."""
     window = values.get("sliding_window", DEFAULT_WINDOW) if values.get("use_sliding_window", False) else None
-    first = values.get("max_window_layers", 28) if window else 0  # 28: the default of transformers
-    count = values["num_hidden_layers"]
-    derived = ["sliding_attention" if window and index >= first else "full_attention" for index in range(count)]
-    if (values.get("layer_types") or derived) != derived:
+    first = values.get("max_window_layers", 28)  # the default of transformers
+    windowed = layers_with_window(values, lambda index: bool(window) and index >= first)
+    if windowed and not window:
         raise UnsupportedModelError(
-            f"layer_types={values['layer_types']} is not supported; a window must be that of the layers from {first} on"
+            f"layer_types={values['layer_types']} is not supported without use_sliding_window and sliding_window"
         )
-    return {"sliding_window": window or None, "first_window_layer": first}
+    return {"sliding_window": window, "window_layers": windowed} if windowed else {"sliding_window": None}
 
 
-def rotary(values: Json) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, read as transformers 5 (`rope_parameters`) or 4 writes them. Raises
-    `UnsupportedModelError` for a kind of scaling, or a key of it, that is not computed."""
+def layers_with_window(values: Json, is_windowed: Callable[[int], bool]) -> tuple[int, ...]:
+    """Layers that attend over a sliding window: those of `layer_types`, or of `is_windowed` if there is none. Raises
+    `UnsupportedModelError` for other kinds of layers."""
+    count = values["num_hidden_layers"]
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return tuple(filter(is_windowed, range(count)))
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
+        raise UnsupportedModelError(f"layer_types={kinds} is not supported; it must name {count} of {known}")
+    return tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
+def rotary(values: Json, allowed: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of rotary positions, read as transformers 5 (`rope_parameters`) or 4 writes them. `allowed`: further keys
+    that the caller reads. Raises `UnsupportedModelError` for a kind of scaling, or a key of it, that is not computed."""
+    parameters = rope_parameters(values)
+    check_rope(parameters, allowed)
+    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind in ("default", "dynamic"):  # a dynamic scaling begins behind the context
+        return {"rope_theta": theta, "rope_scaling": None}
+    scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", *allowed) and v is not None}
+    if kind in ("yarn", "longrope"):
+        at = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = at or values["max_position_embeddings"]
+    return {"rope_theta": theta, **(_longrope(values, scaling) if kind == "longrope" else {"rope_scaling": scaling})}
+
+
+def _longrope(values: Json, scaling: dict[str, Any]) -> dict[str, Any]:
+    """Texts beyond the original context have other factors from their first token on, so the context ends there."""
+    original, whole = scaling["original_max_position_embeddings"], values["max_position_embeddings"]
+    ratio = scaling.get("factor") or whole / original
+    factor = scaling.get("attention_factor")
+    if factor is None:
+        factor = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    own = {"rope_type": "longrope", "short_factor": scaling["short_factor"], "attention_factor": factor}
+    return {"rope_scaling": own, "max_position_embeddings": min(original, whole)}
+
+
+def rope_parameters(values: Json) -> Json:
+    """`rope_parameters` or `rope_scaling`; empty if there is neither. Raises `UnsupportedModelError` if both are there and
+    differ."""
     given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
     if len(given) == 2 and given[0] != given[1]:
         raise UnsupportedModelError(
             "config.json has both rope_parameters and rope_scaling, and they differ; remove one"
         )
-    parameters = given[0] if given else {}
-    check_rope(parameters)
-    theta: Any = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling = (
-        None if kind == "default" else {k: v for k, v in parameters.items() if k != "rope_theta" and v is not None}
-    )
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return given[0] if given else {}
 
 
 LLAMA = Family("llama", KEYS | {"attention_bias", "mlp_bias"}, llama_config)
