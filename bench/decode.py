@@ -24,7 +24,7 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import WEIGHTS, Bundle
-from ..runtime.model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, decoder_layout
+from ..runtime.model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, Layer, decoder_layout
 from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
 from .lib import probes
 from .lib.report import machine, write
@@ -168,11 +168,25 @@ def step_work(
 
     size = _packed_bytes if native else _stored_bytes
     updates = _update_bytes(bundle, [n for n in tensors if ".lora_" in n and is_read(n)]) if native else {}
-    moved = sum(updates[n] if n in updates else size(n, tensors) for n in tensors if is_read(n))
+    moved = sum(
+        updates[n] if n in updates else size(n, tensors) for n in tensors if is_read(n) and ".experts." not in n
+    )
+    expert_bytes = sum(size(n, tensors) for n in tensors if is_read(n) and ".experts." in n)
+    # Which experts the rows choose is not known: as if at random, each row its own.
+    share = 1 - (1 - config.experts_per_token / config.num_experts) ** batch_size if config.num_experts else 0.0
+    moved += round(share * expert_bytes)
     layers = cached_layers(bundle, ensemble_size)
     moved += batch_size * attended_positions(layers, context) * kv_bytes
-    macs = sum(linear.rows * linear.columns for layer in layers for linear in layer.linears)
+    macs = sum(_layer_macs(layer, config.experts_per_token) for layer in layers)
     return moved, batch_size * (macs + config.hidden_size * config.vocab_size)
+
+
+def _layer_macs(layer: Layer, experts_per_token: int) -> int:
+    """Of one row."""
+    runs = (
+        layer.linears if layer.router is None else (*layer.linears[:2], *layer.linears[2 : 2 + 2 * experts_per_token])
+    )
+    return sum(linear.rows * linear.columns for linear in runs)
 
 
 def _stored_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:

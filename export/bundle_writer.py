@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from ..runtime.api.request import Ensemble, Member, Space
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.errors import ConfigError, InvalidEnsembleError, UnsupportedModelError
+from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
@@ -27,7 +27,7 @@ from ..runtime.model.rotary import rotary_tables
 from ..runtime.model.stored import own_name, stored_tensors
 from .base_model import BaseModel
 from .calibrate import channel_rms, equalise
-from .graph import GraphWriter, Slice
+from .graph import GraphWriter, Slice, check_graphs
 from .members import MemberWeights, fuse_adapters, read_member
 from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantise import HEAD_GROUP, check_group, layer_group, quantise
@@ -201,11 +201,8 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 def _check_sizes(config: DecoderConfig, bits: int, group_size: int | None, graphs: bool) -> None:
     """Raises `ConfigError` or `UnsupportedModelError` for sizes that cannot be stored or served, before any work."""
-    if graphs and config.head_size % 16:
-        raise UnsupportedModelError(
-            f"the heads have {config.head_size} elements, and the graphs compute multiples of 16; leave the graphs out "
-            "(--no-graphs) and serve with the torch backend"
-        )
+    if graphs:
+        check_graphs(config)
     if bits != 32:
         check_group(EMBEDDING, config.hidden_size, HEAD_GROUP)
         for linear in decoder_layout(config).linears:

@@ -28,7 +28,7 @@ F32 = npt.NDArray[np.float32]
 
 def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, F32]:
     """Name of a linear layer → root mean square [columns] of its input channels, over all tokens of `chunks`. Only
-    layers with a `source`."""
+    layers with a `source`, and of experts only those that some token runs."""
     sums: dict[str, torch.Tensor] = {}
 
     def observe(name: str, module: str) -> torch.utils.hooks.RemovableHandle:
@@ -61,7 +61,7 @@ def equalise(
     """
     result = dict(weights)
     for linear in layout.linears:
-        if linear.source is None:
+        if linear.source is None or linear.name not in rms:
             continue
         scales = _scales(rms[linear.name], group_size)
         for name in (f"{linear.source}.{kind}" for kind in ("weight", "bias", "lora_b")):

@@ -39,7 +39,22 @@ MICROSOFT = "com.microsoft"
 HIDDEN = "hidden_states"
 
 
-_ROTARY_STEP = 16  # of GroupQueryAttention
+_STEP = 16  # of GroupQueryAttention: sizes are multiples of it
+
+
+def check_graphs(config: DecoderConfig) -> None:
+    """Raises `UnsupportedModelError` for what the operators of ONNX Runtime do not compute."""
+    sizes = {"the heads have {} elements": config.head_size, "{} channels of a head rotate": config.rotary_size or 0}
+    for what, size in sizes.items():
+        if size % _STEP:
+            raise UnsupportedModelError(
+                f"{what.format(size)}, and the graphs compute multiples of {_STEP}; leave the graphs out (--no-graphs) and "
+                "serve with another backend"
+            )
+    if config.num_experts:
+        raise UnsupportedModelError(
+            "the graphs have no experts; leave them out (--no-graphs) and serve with the cpu backend"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +78,8 @@ class GraphWriter:
         weights_file: str,
         member: str | None = None,
     ) -> None:
-        """Raises `UnsupportedModelError` for what the operators of ONNX Runtime do not compute."""
-        if (config.rotary_size or 0) % _ROTARY_STEP:
-            raise UnsupportedModelError(
-                f"{config.rotary_size} channels of a head rotate; graphs need a multiple of {_ROTARY_STEP}; export with "
-                "--no-graphs"
-            )
+        """Raises what `check_graphs` raises."""
+        check_graphs(config)
         self.config = config
         self.layout = decoder_layout(config)
         self.tensors = tensors
@@ -230,16 +241,16 @@ class GraphWriter:
         return normed[0], normed[1], value
 
     def _mlp(self, layer: Layer, normed: str) -> str:
-        if layer.up.epilogue == "gelu":
-            inner = self._node("Gelu", [self._linear(layer.up, normed)], approximate="tanh")
+        if layer.mlp.up.epilogue == "gelu":
+            inner = self._node("Gelu", [self._linear(layer.mlp.up, normed)], approximate="tanh")
         else:
-            gate, up = self._split(self._linear(layer.up, normed), [part.rows for part in layer.up.parts])
-            if layer.up.epilogue == "geglu":
+            gate, up = self._split(self._linear(layer.mlp.up, normed), [part.rows for part in layer.mlp.up.parts])
+            if layer.mlp.up.epilogue == "geglu":
                 activated = self._node("Gelu", [gate], approximate="tanh")
             else:
                 activated = self._node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x)
             inner = self._node("Mul", [activated, up])
-        return self._linear(layer.down, inner)
+        return self._linear(layer.mlp.down, inner)
 
     def _head(self, hidden: str, *, last_position: bool) -> None:
         """Add the head: logits [R, vocab] of every row, or [B, 1, vocab] of the last position."""

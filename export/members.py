@@ -74,7 +74,7 @@ def fuse_adapters(layout: Layout, adapters: Mapping[str, F32]) -> dict[str, F32]
     a module that is not such a part."""
     left = set(adapted_modules(adapters))
     fused: dict[str, F32] = {}
-    for linear in layout.linears:
+    for linear in layout.adaptable:
         present = {part.name for part in linear.parts} & left
         if present:
             left -= present

@@ -84,7 +84,7 @@ class RandomModel:
             out=out,
             mlp_norm=self._norm(layer.mlp_norm),
             up=up,
-            activation=layer.up.epilogue,
+            activation=layer.mlp.up.epilogue,
             down=down,
         )
 

@@ -180,7 +180,7 @@ def _adapted(config: DecoderConfig, base: Base, params: TuneParams, split: int) 
         parameter.requires_grad_(False)
     if params.method == "qlora":
         _to_nf4(decoder)
-    parts = (part for layer in layout.layers[split:] for linear in layer.linears for part in linear.parts)
+    parts = (part for layer in layout.layers[split:] for linear in layer.adaptable for part in linear.parts)
     names = [part.name for part in parts if part.short_name in params.targets]
     # PEFT loads bitsandbytes wherever it is installed, and that complains of kernels that are not used.
     with _without_bitsandbytes():

@@ -46,8 +46,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.motet_isa_name.argtypes = [ctypes.c_int]
     lib.motet_create.argtypes = [ctypes.POINTER(ModelConfig), ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
     lib.motet_destroy.argtypes = [ctypes.c_void_p]
-    lib.motet_set_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Tensor)]
-    lib.motet_share_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    lib.motet_set_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Tensor)]
+    lib.motet_share_linear.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     lib.motet_set_adapter.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int),
         *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),

@@ -125,8 +125,9 @@ class NativeModel:
         if hasattr(self, "_handle") and not is_ending():  # at the end of the process the modules are gone
             self.close()
 
-    def set_linear(self, which: LinearKind, layer: int, weight: Weight, name: str) -> None:
-        """Pack a weight; the arrays are not kept. `name` is for the error message."""
+    def set_linear(self, which: LinearKind, layer: int, weight: Weight, name: str, expert: int = -1) -> None:
+        """Pack a weight; the arrays are not kept. `name` is for the error message. `expert`: its number, of UP and DOWN of a
+        layer with experts."""
         arrays = {
             field: _contiguous(getattr(weight, field), np.uint8 if field in ("values", "zero_points") else np.float32)
             for field in ("values", "scales", "zero_points", "dense", "bias")
@@ -146,11 +147,11 @@ class NativeModel:
         tensor = Tensor(weight.rows, weight.columns, weight.bits, weight.group_size, groups)
         for field, array in arrays.items():
             setattr(tensor, field, None if array is None else address(array))
-        self._check(self._library.motet_set_linear(self._handle, which, layer, ctypes.byref(tensor)), name)
+        self._check(self._library.motet_set_linear(self._handle, which, layer, expert, ctypes.byref(tensor)), name)
 
-    def share_linear(self, which: LinearKind, layer: int, source: int) -> None:
+    def share_linear(self, which: LinearKind, layer: int, source: int, expert: int = -1) -> None:
         """Layer `layer` uses the weight of layer `source`."""
-        self._check(self._library.motet_share_linear(self._handle, which, layer, source), f"layer {layer}")
+        self._check(self._library.motet_share_linear(self._handle, which, layer, expert, source), f"layer {layer}")
 
     def set_adapter(self, which: LinearKind, layer: int, member: int, a: F32, b: F32, name: str) -> None:
         """y += b (a x) for the rows of `member`; a [rank, columns], b [rows, rank]."""

@@ -13,8 +13,9 @@ class LinearKind(IntEnum):
     OUT = 1
     UP = 2
     DOWN = 3
-    HEAD = 4
-    EMBEDDING = 5
+    ROUTER = 4
+    HEAD = 5
+    EMBEDDING = 6
 
 
 class Vector(IntEnum):
@@ -63,7 +64,8 @@ class ModelConfig(ctypes.Structure):
                 *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
                 *("head_size", "max_positions", "layer_norm", "activation", "norm_places", "learned", "rotary_size"),
                 *("qk_norm", "tied_head", "split_layer"),
-                *("num_members", "num_tails", "kv_int8", "num_blocks", "threads"),
+                *("num_members", "num_tails", "num_experts", "experts_per_token", "expert_size", "normalises_experts"),
+                *("kv_int8", "num_blocks", "threads"),
             )
         ],
         *[

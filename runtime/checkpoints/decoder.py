@@ -103,14 +103,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, layer: layout.Layer) -> None:
+    def __init__(self, mlp: layout.MLP) -> None:
         super().__init__()
-        self.activation = layer.up.epilogue
+        self.activation = mlp.up.epilogue
         if self.activation != "gelu":
-            self.gate_proj, self.up_proj = _projections(layer.up)
+            self.gate_proj, self.up_proj = _projections(mlp.up)
         else:
-            (self.up_proj,) = _projections(layer.up)
-        (self.down_proj,) = _projections(layer.down)
+            (self.up_proj,) = _projections(mlp.up)
+        (self.down_proj,) = _projections(mlp.down)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
@@ -123,11 +123,33 @@ class MLP(nn.Module):
         return result
 
 
+class Experts(nn.Module):
+    """A row's experts are the most probable ones; their results are added in ascending order."""
+
+    def __init__(self, config: DecoderConfig, layer: layout.Layer) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(mlp) for mlp in layer.mlps)
+        self.count, self.normalises = config.experts_per_token, config.normalises_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        shares, chosen = self.gate(rows).softmax(-1).topk(self.count, dim=-1)
+        if self.normalises:
+            shares = shares / shares.sum(-1, keepdim=True)
+        result = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == index)
+            if len(row):
+                result = result.index_add(0, row, expert(rows[row]) * shares[row, place, None])
+        return result.view_as(x)
+
+
 class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: layout.Layer) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(layer)
+        self.mlp = MLP(layer.mlp) if layer.router is None else Experts(config, layer)
         self.residual_scale = config.residual_scale
         self.places = []  # modules of the norms around attention and MLP; their names are the checkpoint's
         for norm in (layer.attention_norm, layer.attention_out_norm, layer.mlp_norm, layer.mlp_out_norm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
     "max_position_embeddings",
 )  # fmt: skip
-_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "tied_head")
+_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "tied_head", "normalises_experts")
 _SCALES = ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logit_scale")
 _OPTIONAL_SCALES = ("attention_scale", "attention_softcap", "logit_softcap", "window_rope_theta")
 _CHOICES = {
@@ -24,7 +25,7 @@ _CHOICES = {
     "activation": ("swiglu", "geglu", "gelu"),
     "qk_norm": (None, "head", "projection"),
 }
-_LAYER_LISTS = ("window_layers", "unrotated_layers")
+_LAYER_LISTS = ("window_layers", "unrotated_layers", "dense_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,13 @@ class DecoderConfig:
     logit_scale: float = 1.0  # before the soft cap
     logit_softcap: float | None = None
     tied_head: bool = True
+    # A mixture of experts: MLPs of which a row runs the `experts_per_token` that a router finds most probable, weighted by
+    # their probabilities (qwen3_moe, olmoe). 0: there are none.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0  # as intermediate_size, of one
+    normalises_experts: bool = False  # the weights of a row's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # whose MLP is one of intermediate_size all the same
 
     def __post_init__(self) -> None:
         optional = [name for name in ("sliding_window", "rotary_size") if getattr(self, name) is not None]
@@ -79,6 +87,10 @@ class DecoderConfig:
             if type(value) is not int or not low <= value < 2**31:
                 note = " (null: none)" if name in optional else ""
                 raise ConfigError(f"{name} must be an integer in {low}…{2**31 - 1}{note}, got {shown(value)}")
+        for name, low, high in self._expert_counts():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ConfigError(f"{name} must be an integer in {low}…{high}, got {shown(value)}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {shown(getattr(self, name))}")
@@ -102,6 +114,12 @@ class DecoderConfig:
             raise ConfigError(
                 f"rotary_size must be even and at most head_size ({self.head_size}), got {self.rotary_size}"
             )
+
+    def _expert_counts(self) -> Iterator[tuple[str, int, int]]:
+        """(name, least, most) of the counts of a mixture of experts."""
+        yield "num_experts", 0, 2**16
+        yield "experts_per_token", min(1, self.num_experts), self.num_experts
+        yield "expert_size", min(1, self.num_experts), (2**31 - 1) * min(1, self.num_experts)
 
     def _check_layers(self, name: str) -> None:
         """A list becomes a tuple."""

@@ -75,9 +75,18 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class MLP:
+    """down(activation(up(x)))."""
+
+    up: Linear  # gate and up, if the activation is gated
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer: x += out_norm(attention(norm(x))), and the same with the MLP; norms that are None do nothing.
 
+    With a `router`, a row's MLP is a weighted sum of some of `mlps`.
     `head_norms`: norms of q and of k before rotary, over each head or over all of them (`Norm.size`). `rotary`: names of the
     tables (cosines, sines) by which q and k are rotated; None: they are not. `window`: how many positions a row attends to,
     its own included; None: its own and all before it."""
@@ -88,16 +97,27 @@ class Layer:
     out: Linear
     attention_out_norm: Norm | None
     mlp_norm: Norm | None
-    up: Linear  # gate and up, if the activation is gated
-    down: Linear
+    mlps: tuple[MLP, ...]  # one, or the experts
+    router: str | None  # of the experts: `<router>.weight` [experts, hidden], never quantised
     mlp_out_norm: Norm | None
     rotary: tuple[str, str] | None
     window: int | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The linear layers, in the order in which they run."""
-        return self.qkv, self.out, self.up, self.down
+        """The linear layers, in the order in which they run; of experts, up and down of each."""
+        return self.qkv, self.out, *(linear for mlp in self.mlps for linear in (mlp.up, mlp.down))
+
+    @property
+    def adaptable(self) -> tuple[Linear, ...]:
+        """Those that may have low-rank updates beside them."""
+        return self.linears if self.router is None else (self.qkv, self.out)
+
+    @property
+    def mlp(self) -> MLP:
+        """The only one. Raises `ValueError` if there are experts."""
+        (only,) = self.mlps
+        return only
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -135,8 +155,13 @@ class Layout:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Short names of the projections that an adapter may change: all of a layer."""
-        return tuple(part.short_name for linear in self.layers[0].linears for part in linear.parts)
+        """Short names of the projections that an adapter may change: those of a layer, but not of experts."""
+        linears = min((layer.adaptable for layer in self.layers), key=len)
+        return tuple(part.short_name for linear in linears for part in linear.parts)
+
+    @property
+    def adaptable(self) -> Iterator[Linear]:
+        return (linear for layer in self.layers for linear in layer.adaptable)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape of every tensor of a checkpoint."""
@@ -146,6 +171,9 @@ class Layout:
             shapes[POSITIONS] = (config.max_position_embeddings, config.hidden_size)
         for norm in (*(norm for layer in self.layers for norm in layer.norms), self.norm):
             shapes |= dict.fromkeys(norm.tensors, (norm.size,))
+        for layer in self.layers:
+            if layer.router is not None:
+                shapes[f"{layer.router}.weight"] = (config.num_experts, config.hidden_size)
         for linear in self.linears:
             for part in linear.parts:
                 shapes[f"{part.name}.weight"] = (part.rows, linear.columns)
@@ -161,15 +189,14 @@ def decoder_layout(config: DecoderConfig) -> Layout:
 
 
 def _layer(config: DecoderConfig, index: int) -> Layer:
-    name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+    name, hidden = f"model.layers.{index}", config.hidden_size
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     before, after = config.norm_places != "after", config.norm_places != "before"
     names = _NORMS if after else _NORMS_BEFORE
     norms = {place: Norm(f"{name}.{own}", hidden, config.norm) for place, own in names.items()}
     attention_norm, mlp_norm = (norms[place] if before else None for place in ("attention", "mlp"))
     sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
-    gated = config.activation != "gelu"
-    up = Part(f"{mlp}.up_proj", inner)
+    has_experts = config.num_experts > 0 and index not in config.dense_layers
     windowed = config.sliding_window is not None and (config.window_layers is None or index in config.window_layers)
     rotates = config.positions == "rotary" and index not in config.unrotated_layers
     return Layer(
@@ -186,18 +213,14 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
         out=_whole(Part(f"{attention}.o_proj", hidden), config.q_size, config.out_bias, "add", None),
         attention_out_norm=norms["attention_out"] if after else None,
         mlp_norm=mlp_norm,
-        up=Linear(
-            name=f"{mlp}.gate_up_proj",
-            parts=(Part(f"{mlp}.gate_proj", inner), up),
-            columns=hidden,
-            bias=config.mlp_bias,
-            epilogue=config.activation,
-            source=_name(mlp_norm),
+        mlps=tuple(
+            # The router reads the norm, too, so it does not scale the experts' inputs alone.
+            _mlp(config, f"{mlp}.experts.{expert}", config.expert_size, None)
+            for expert in range(config.num_experts)
         )
-        if gated
-        else _whole(up, hidden, config.mlp_bias, "gelu", _name(mlp_norm)),
-        # activated(gate) · up is linear in up; gelu(up) is not
-        down=_whole(Part(f"{mlp}.down_proj", hidden), inner, config.mlp_bias, "add", up.name if gated else None),
+        if has_experts
+        else (_mlp(config, mlp, config.intermediate_size, _name(mlp_norm)),),
+        router=f"{mlp}.gate" if has_experts else None,
         mlp_out_norm=norms["mlp_out"] if after else None,
         rotary=None if not rotates else WINDOW_ROTARY if windowed and config.window_rope_theta is not None else ROTARY,
         window=config.sliding_window if windowed else None,
@@ -212,6 +235,16 @@ _NORMS = {
     "mlp": "pre_feedforward_layernorm",
     "mlp_out": "post_feedforward_layernorm",
 }
+
+
+def _mlp(config: DecoderConfig, name: str, inner: int, source: str | None) -> MLP:
+    up, hidden, bias = Part(f"{name}.up_proj", inner), config.hidden_size, config.mlp_bias
+    down = Part(f"{name}.down_proj", hidden)
+    if config.activation == "gelu":  # activated(gate) · up is linear in up; gelu(up) is not
+        return MLP(_whole(up, hidden, bias, "gelu", source), _whole(down, inner, bias, "add", None))
+    parts = (Part(f"{name}.gate_proj", inner), up)
+    both = Linear(f"{name}.gate_up_proj", parts, hidden, bias, config.activation, source)
+    return MLP(both, _whole(down, inner, bias, "add", up.name))
 
 
 def _head_norms(config: DecoderConfig, attention: str) -> tuple[Norm, Norm] | None:

@@ -8,6 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory, tiny_model_dir):
     """(family, bits, group) → bundle of the base alone."""
+    from helpers.models import EXPERTS
     from motet.export.bundle_writer import export_bundle
 
     root = tmp_path_factory.mktemp("cpu")
@@ -15,7 +16,8 @@ def bundle_of(tmp_path_factory, tiny_model_dir):
     def make(family, bits=8, group=32):
         path = root / f"{family}-{bits}-{group}"
         if not path.exists():
-            export_bundle(tiny_model_dir(family), path, bits=bits, group_size=None if bits == 32 else group)
+            size = None if bits == 32 else group
+            export_bundle(tiny_model_dir(family), path, bits=bits, group_size=size, graphs=family not in EXPERTS)
         return path
 
     return make

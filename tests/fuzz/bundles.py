@@ -61,6 +61,11 @@ class Writer:
                 self.weight(stored, linear.rows, linear.columns, bits, self.group)
                 if linear.bias:
                     self.vector(stored.removesuffix("weight") + "bias", linear.rows, 0.0)
+            if layer.router is not None and (member is None or self.rng.random() < 0.5):
+                name = f"{layer.router}.weight"
+                shape = (layout.config.num_experts, layout.config.hidden_size)
+                values = self.rng.standard_normal(shape) * (2 / np.sqrt(shape[1]))
+                self.tensors[name if member is None else own_name(member, name)] = values.astype(np.float32)
             for norm in layer.norms:
                 if member is None or self.rng.random() < 0.5:
                     self.norm(norm, member)
@@ -70,7 +75,7 @@ class Writer:
     def adapter(self, layout: Layout, first: int, member: str) -> None:
         """Updates of some linear layers from layer `first` on."""
         rank = int(self.rng.integers(1, 6))
-        for linear in (linear for layer in layout.layers[first:] for linear in layer.linears):
+        for linear in (linear for layer in layout.layers[first:] for linear in layer.adaptable):
             if self.rng.random() < 0.5:
                 a, b = ((rank, linear.columns), (linear.rows, rank))
                 for half, shape in (("lora_a", a), ("lora_b", b)):
@@ -91,6 +96,7 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
     heads = int(rng.choice([h for h in (1, 2, 3, 4, 6, 8) if h * head_size % unit == 0 and h * head_size <= 256]))
     layers = int(rng.integers(1, 4))
     window = int(rng.choice([1, 5, 33, 100])) if rng.random() < 0.25 else None
+    experts = int(rng.integers(1, 7)) if rng.random() < 0.2 else 0
     return DecoderConfig(
         family="llama",
         vocab_size=int(rng.choice(VOCABULARIES)),
@@ -115,6 +121,11 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
         qk_norm=[None, None, "head", "projection"][rng.integers(4)],
         sliding_window=window,
         window_layers=tuple(range(int(rng.integers(layers)), layers)) if window else None,
+        num_experts=experts,
+        experts_per_token=int(rng.integers(1, experts + 1)) if experts else 0,
+        expert_size=unit * int(rng.integers(1, 3)) if experts else 0,
+        normalises_experts=bool(rng.random() < 0.5),
+        dense_layers=(int(rng.integers(layers)),) if rng.random() < 0.3 else (),
         tied_head=bool(rng.random() < 0.5),
         attention_scale=head_size**-0.5 * float(rng.choice([0.3, 2.0])) if rng.random() < 0.2 else None,
         **{name: float(rng.choice([0.3, 4.0])) for name in _SCALES if rng.random() < 0.15},  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 from motet.runtime.model.bundle import WEIGHTS, Bundle
-from motet.runtime.model.layout import EMBEDDING, POSITIONS, Layer, Linear, Norm, decoder_layout
+from motet.runtime.model.layout import EMBEDDING, MLP, POSITIONS, Layer, Linear, Norm, decoder_layout
 from motet.runtime.model.stored import fold_group_sums, own_name, resolve, stored_weight, unpack_nibbles
 from safetensors.numpy import load_file
 
@@ -103,8 +103,7 @@ class Oracle:
             qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), owner, member)
             added = self._linear(layer.out, self._attend(layer, qkv, owner), owner, member)
             x = x + self._norm(layer.attention_out_norm, added, owner) * self.config.residual_scale
-            inner = self._linear(layer.up, self._norm(layer.mlp_norm, x, owner), owner, member)
-            added = self._linear(layer.down, self._activate(inner), owner, member)
+            added = self._mlp(layer, self._norm(layer.mlp_norm, x, owner), owner, member)
             x = x + self._norm(layer.mlp_out_norm, added, owner) * self.config.residual_scale
         return self._norm(self.layout.norm, x, self.bundle.members[member])
 
@@ -136,6 +135,20 @@ class Oracle:
             x = x - x.mean(-1, keepdims=True)
         y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.config.norm_eps) * weight
         return np.asarray(y + bias[0] if bias else y)
+
+    def _mlp(self, layer: Layer, x: F64, owner: str | None, member: int) -> F64:
+        def run(mlp: MLP) -> F64:
+            return self._linear(mlp.down, self._activate(self._linear(mlp.up, x, owner, member)), owner, member)
+
+        if layer.router is None:
+            return run(layer.mlp)
+        logits = x @ self.tensors[resolve(self.tensors, f"{layer.router}.weight", owner)].T.astype(np.float64)
+        chosen = np.argsort(-logits, kind="stable")[:, : self.config.experts_per_token]
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        taken = np.zeros_like(shares)
+        np.put_along_axis(taken, chosen, np.take_along_axis(shares, chosen, -1), -1)
+        taken /= (taken if self.config.normalises_experts else shares).sum(-1, keepdims=True)
+        return np.asarray(sum(run(mlp) * taken[:, index : index + 1] for index, mlp in enumerate(layer.mlps)))
 
     def _activate(self, inner: F64) -> F64:
         if self.config.activation == "gelu":

@@ -14,6 +14,7 @@ FAMILIES = (
     *("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen2-yarn", "qwen3", "phi3", "phi3-long"),
     *("smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "gpt2"),
 )
+EXPERTS = ("olmoe", "qwen3_moe")  # which only the cpu backend computes
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -62,7 +63,9 @@ def tiny_config(family: str) -> object:
         "gemma": transformers.GemmaConfig,
         "gemma2": transformers.Gemma2Config,
         "gemma3_text": transformers.Gemma3TextConfig,
-    }[name]
+        "olmoe": transformers.OlmoeConfig,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+    }["qwen3_moe" if family == "qwen3_moe" else name]
     own: dict[str, object] = {
         "mistral": {"sliding_window": WINDOW},
         "phi3": {"sliding_window": WINDOW},
@@ -81,6 +84,14 @@ def tiny_config(family: str) -> object:
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.35,
             "logits_scaling": 2.5,
+        },
+        "olmoe": {"intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
+        "qwen3_moe": {
+            "moe_intermediate_size": 96,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
         },
         "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0},
         "gemma3_text": {
@@ -105,7 +116,7 @@ def tiny_config(family: str) -> object:
         "tie_word_embeddings": kind != "untied",
         "eos_token_id": 258,
         "bos_token_id": 256,
-        "pad_token_id": 258 if name in ("phi3", "smollm3", "olmo2") else None,
+        "pad_token_id": 258 if name in ("phi3", "smollm3", "olmo2", "olmoe") else None,
     }
     return cls(**(common | own))
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.compare import relative_error
-from helpers.models import FAMILIES
+from helpers.models import EXPERTS, FAMILIES
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.errors import BundleError, UnsupportedModelError
@@ -17,7 +17,7 @@ from motet.runtime.model.layout import decoder_layout
 from safetensors.torch import load_file, save_file
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_the_torch_page_has_exactly_the_tensors_of_the_table(tiny_model_dir, family):
     config = read_config(tiny_model_dir(family))
     for changed in (
@@ -31,7 +31,7 @@ def test_the_torch_page_has_exactly_the_tensors_of_the_table(tiny_model_dir, fam
         ).checkpoint_shapes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_the_source_of_an_input_scales_its_channels(tiny_model_dir, family):
     """Halving channel j of a source and doubling column j of the layer that it feeds changes nothing."""
     config, weights = read_config(tiny_model_dir(family)), read_weights(tiny_model_dir(family))
@@ -46,8 +46,12 @@ def test_the_source_of_an_input_scales_its_channels(tiny_model_dir, family):
                 changed[f"{linear.source}.{kind}"][3] /= 2
         for part in linear.parts:
             changed[f"{part.name}.weight"][:, 3] *= 2
-    norms = 0 if config.norm_places == "after" else 2
-    assert sources == config.num_layers * (norms + (config.activation != "gelu"))
+    expected = 0
+    for layer in decoder_layout(config).layers:
+        expected += layer.attention_norm is not None
+        expected += layer.mlp_norm is not None and layer.router is None
+        expected += len(layer.mlps) * (config.activation != "gelu")
+    assert sources == expected
     token_ids = torch.arange(40)[None]
     with torch.no_grad():
         before, after = (Decoder.from_weights(config, own).double()(token_ids) for own in (weights, changed))

@@ -99,6 +99,11 @@ std::string check(const MotetConfig& c) {
         if (!(scale > 0) || !std::isfinite(scale)) return "a scale is not a finite number above 0";
     for (const float cap : {c.attention_softcap, c.logit_softcap})
         if (!(cap >= 0) || !std::isfinite(cap)) return "a soft cap is not a finite number from 0 on";
+    if (c.num_experts < 0 || c.num_experts > 1 << 16) return "num_experts is " + text(c.num_experts);
+    if (c.num_experts && (c.experts_per_token < 1 || c.experts_per_token > c.num_experts))
+        return "experts_per_token is " + text(c.experts_per_token) + ", it must be in 1…" + text(c.num_experts);
+    if (c.num_experts && (c.expert_size < kLanes || c.expert_size % kLanes || c.expert_size > 1 << 28))
+        return "expert_size is " + text(c.expert_size) + ", these kernels need a multiple of 16";
     if (c.num_heads % c.num_kv_heads)
         return "num_heads " + text(c.num_heads) + " is no multiple of num_kv_heads " + text(c.num_kv_heads);
     if (c.split_layer < 0 || c.split_layer > c.num_layers) return "split_layer is not in 0…" + text(c.num_layers);
@@ -152,16 +157,16 @@ int motet_create(const MotetConfig* config, const char* isa, MotetModel** out) {
 
 void motet_destroy(MotetModel* model) { delete model; }
 
-int motet_set_linear(MotetModel* model, int which, int layer, const MotetTensor* tensor) {
+int motet_set_linear(MotetModel* model, int which, int layer, int expert, const MotetTensor* tensor) {
     return guarded([&] {
-        model->model.set_linear(MotetLinear(which), layer, *tensor);
+        model->model.set_linear(MotetLinear(which), layer, expert, *tensor);
         return int(MOTET_OK);
     });
 }
 
-int motet_share_linear(MotetModel* model, int which, int layer, int source) {
+int motet_share_linear(MotetModel* model, int which, int layer, int expert, int source) {
     return guarded([&] {
-        model->model.share_linear(MotetLinear(which), layer, source);
+        model->model.share_linear(MotetLinear(which), layer, expert, source);
         return int(MOTET_OK);
     });
 }

@@ -151,20 +151,23 @@ float* Model::trunk_output(int64_t slot) const {
     return (float*)block + slot % kBlock * config_.hidden_size;
 }
 
-void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
+void Model::set_linear(MotetLinear which, int layer, int expert, const MotetTensor& t) {
     const int64_t hidden = config_.hidden_size, q = int64_t(config_.num_heads) * config_.head_size;
-    const int64_t kv = int64_t(config_.num_kv_heads) * config_.head_size, inner = config_.intermediate_size;
+    const int64_t kv = int64_t(config_.num_kv_heads) * config_.head_size;
+    const int64_t inner = expert < 0 ? config_.intermediate_size : config_.expert_size;
     struct Shape {
         int64_t rows, columns;
     } expected[] = {{q + 2 * kv, hidden},
                     {hidden, q},
                     {gated() ? 2 * inner : inner, hidden},
                     {hidden, inner},
+                    {config_.num_experts, hidden},
                     {config_.vocab_size, hidden},
                     {config_.vocab_size, hidden}};
     if (which < MOTET_QKV || which > MOTET_EMBEDDING) throw std::invalid_argument("no such linear layer");
-    const bool own_layer = which <= MOTET_DOWN;
-    if (own_layer) layer_at(layer);
+    const bool own_layer = which <= MOTET_ROUTER;
+    if (own_layer) linear_at(which, layer, expert);
+    if (which == MOTET_ROUTER && !t.dense) throw std::invalid_argument("a router is not quantised");
     if (t.rows != expected[which].rows || t.columns != expected[which].columns)
         throw std::invalid_argument("it is [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) +
                                     "], the model needs [" + std::to_string(expected[which].rows) + ", " +
@@ -189,7 +192,7 @@ void Model::set_linear(MotetLinear which, int layer, const MotetTensor& t) {
     widest_ = std::max(widest_, t.columns);
     dense_ = dense_ || t.dense;
     if (own_layer) {
-        layers_[size_t(layer)].linears[which] = std::move(packed);
+        linear_at(which, layer, expert) = std::move(packed);
     } else {
         (which == MOTET_HEAD ? head_ : embedding_) = std::move(*packed);
     }
@@ -201,9 +204,21 @@ Layer& Model::layer_at(int index) {
     return layers_[size_t(index)];
 }
 
-void Model::share_linear(MotetLinear which, int layer, int source) {
-    if (which < MOTET_QKV || which > MOTET_DOWN) throw std::invalid_argument("no such linear layer");
-    layer_at(layer).linears[which] = layer_at(source).linears[which];
+std::shared_ptr<const Linear>& Model::linear_at(MotetLinear which, int index, int expert) {
+    if (which < MOTET_QKV || which > MOTET_ROUTER) throw std::invalid_argument("no such linear layer");
+    Layer& layer = layer_at(index);
+    if (which == MOTET_ROUTER && !config_.num_experts) throw std::invalid_argument("the model has no experts");
+    if (expert < 0) return layer.linears[which];
+    if ((which != MOTET_UP && which != MOTET_DOWN) || expert >= config_.num_experts)
+        throw std::invalid_argument("there is no expert " + std::to_string(expert) + " of this linear layer");
+    layer.experts.resize(size_t(config_.num_experts));
+    Expert& own = layer.experts[size_t(expert)];
+    return which == MOTET_UP ? own.up : own.down;
+}
+
+void Model::share_linear(MotetLinear which, int layer, int expert, int source) {
+    const std::shared_ptr<const Linear> found = linear_at(which, source, expert);
+    linear_at(which, layer, expert) = found;
 }
 
 void Model::set_adapter(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns,
@@ -285,7 +300,12 @@ std::string Model::missing() const {
     };
     for (size_t i = 0; i < layers_.size(); i++) {
         const Layer& layer = layers_[i];
-        if (!layer.linears[kQKV] || !layer.linears[kOut] || !layer.linears[kUp] || !layer.linears[kDown] ||
+        bool has_mlp = layer.linears[kUp] && layer.linears[kDown];
+        if (!layer.experts.empty()) {
+            has_mlp = bool(layer.linears[kRouter]);
+            for (const Expert& one : layer.experts) has_mlp = has_mlp && one.up && one.down;
+        }
+        if (!layer.linears[kQKV] || !layer.linears[kOut] || !has_mlp ||
             (before &&
              (lacks(layer.attention_norm, layer.attention_norm_bias) || lacks(layer.mlp_norm, layer.mlp_norm_bias))) ||
             (after && (lacks(layer.attention_out_norm, layer.attention_out_norm_bias) ||

@@ -65,7 +65,14 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool);
 // Row `row` of a packed matrix as f32: used for embeddings, which may share the head's matrix.
 void unpack_row(const PackedLinear& w, int64_t row, float* out);
 
-enum Module { kQKV, kOut, kUp, kDown, kModules };  // the linear layers of a layer, with the numbers of MotetLinear
+enum Module {
+    kQKV,
+    kOut,
+    kUp,
+    kDown,
+    kRouter,
+    kModules
+};  // the linear layers of a layer, with the numbers of MotetLinear
 
 // A member's low-rank update of one linear layer.
 struct Adapter {
@@ -77,11 +84,16 @@ struct Adapter {
 // `a` [rank, k] and `b` [n, rank] as the kernels read them. `pairs`: see pack().
 Adapter pack_adapter(const PackedLinear& w, const float* a, const float* b, int rank, bool pairs);
 
+struct Expert {
+    std::shared_ptr<const Linear> up, down;
+};
+
 struct Layer {
     std::shared_ptr<const Linear> linears[kModules];  // shared by the members that have no own weight
     std::vector<Adapter> adapters[kModules];          // [members], or empty if no member has one
     int ranks[kModules] = {};                         // the largest of their ranks
     const PackedLinear& packed(Module module) const { return linears[module]->packed; }
+    std::vector<Expert> experts;  // empty: the layer's MLP is kUp and kDown
     std::vector<float> attention_norm, attention_norm_bias, mlp_norm, mlp_norm_bias, q_norm, k_norm;
     std::vector<float> attention_out_norm, attention_out_norm_bias, mlp_out_norm, mlp_out_norm_bias;
     MotetRotary rotary = MOTET_ROTARY;
@@ -109,8 +121,8 @@ class Model {
 public:
     Model(const MotetConfig& config, const Isa* isa);
 
-    void set_linear(MotetLinear which, int layer, const MotetTensor& tensor);
-    void share_linear(MotetLinear which, int layer, int source);
+    void set_linear(MotetLinear which, int layer, int expert, const MotetTensor& tensor);
+    void share_linear(MotetLinear which, int layer, int expert, int source);
     void set_adapter(MotetLinear which, int layer, int member, int64_t rank, const float* a, int64_t columns,
                      const float* b, int64_t rows);
     void set_vector(MotetVector which, int index, const float* values, int64_t count);
@@ -149,6 +161,7 @@ private:
     // Whether what a layer adds to the residual stream is changed first.
     bool changes_branches() const { return config_.norm_places != MOTET_NORM_BEFORE || config_.residual_scale != 1.0f; }
     Layer& layer_at(int index);
+    std::shared_ptr<const Linear>& linear_at(MotetLinear which, int layer, int expert);
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
     int tail_layers() const { return config_.num_layers - config_.split_layer; }

@@ -11,7 +11,7 @@ extern "C" {
 
 enum { MOTET_OK = 0, MOTET_INVALID = 1, MOTET_UNSUPPORTED = 2, MOTET_FAILED = 3 };
 
-typedef enum { MOTET_QKV, MOTET_OUT, MOTET_UP, MOTET_DOWN, MOTET_HEAD, MOTET_EMBEDDING } MotetLinear;
+typedef enum { MOTET_QKV, MOTET_OUT, MOTET_UP, MOTET_DOWN, MOTET_ROUTER, MOTET_HEAD, MOTET_EMBEDDING } MotetLinear;
 typedef enum {
     MOTET_ATTENTION_NORM,
     MOTET_ATTENTION_NORM_BIAS,
@@ -49,6 +49,10 @@ typedef struct {
     int32_t num_members;
     int32_t
         num_tails; /* sets of the layers from split_layer on; 0 if there is one member, whose layers all are trunk */
+    int32_t num_experts;       /* 0: none. A layer with a router has so many MLPs, of expert_size */
+    int32_t experts_per_token; /* that a row runs: those whose router logits are the largest */
+    int32_t expert_size;
+    int32_t normalises_experts; /* 1: the weights of a row's experts sum to 1 */
     int32_t kv_int8;
     int32_t num_blocks, threads;
     float norm_eps;
@@ -96,8 +100,9 @@ MOTET_API const char* motet_isa_name(int index); /* best first; only those that 
 
 MOTET_API int motet_create(const MotetConfig*, const char* isa, MotetModel** out);
 MOTET_API void motet_destroy(MotetModel*);
-MOTET_API int motet_set_linear(MotetModel*, int which, int layer, const MotetTensor*);
-MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int source);
+/* `expert`: of MOTET_UP and MOTET_DOWN, the number of the expert; -1: the layer has no experts. */
+MOTET_API int motet_set_linear(MotetModel*, int which, int layer, int expert, const MotetTensor*);
+MOTET_API int motet_share_linear(MotetModel*, int which, int layer, int expert, int source);
 /* y += b (a x) for the rows of this member: a [rank, columns], b [rows, rank]. */
 MOTET_API int motet_set_adapter(MotetModel*, int which, int layer, int member, int64_t rank, const float* a,
                                 int64_t columns, const float* b, int64_t rows);

@@ -12,8 +12,6 @@ constexpr int64_t kUnitRows = 16;  // prompt rows that share a widened partition
 constexpr int64_t kFewUnits = 4;   // per thread; with fewer, the partitions of a row are spread over the threads
 constexpr int64_t kFetch = 16384;  // bytes of the next weights that a thread prefetches before a barrier
 
-constexpr Epilogue kActivations[] = {Epilogue::SwiGLU, Epilogue::GeGLU, Epilogue::Gelu};  // of MotetActivation
-
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
 }  // namespace
@@ -152,6 +150,20 @@ void Step::take_scratch(Arena& arena) {
     inner_ = arena.take<float>(rows * inner);
     many_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
     many_inner_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
+    if (c_.num_experts) {
+        const int64_t pairs = rows * c_.experts_per_token;
+        const int64_t longest = std::max(c_.hidden_size, c_.expert_size);
+        router_ld_ = (c_.num_experts + kLanes - 1) / kLanes * kLanes;
+        router_ = arena.take<float>(rows * router_ld_);
+        chosen_ = arena.take<int32_t>(pairs);
+        pair_row_ = arena.take<int32_t>(pairs);
+        row_pairs_ = arena.take<int32_t>(pairs);
+        shares_ = arena.take<float>(pairs);
+        pair_inner_ = arena.take<float>(pairs * c_.expert_size);
+        pair_out_ = arena.take<float>(pairs * c_.hidden_size);
+        pairs_ = ActivationStore::make(arena, pairs, longest, m_.dense_, false);
+        pairs_inner_ = ActivationStore::make(arena, pairs, longest, m_.dense_, false);
+    }
     if (m_.changes_branches()) branch_ = arena.take<float>(rows * c_.hidden_size);
     partial_size_ = group_ * (d + 2);
     partials_ = arena.take<float>(partials * c_.num_kv_heads * partial_size_);
@@ -179,7 +191,7 @@ void Step::take_scratch(Arena& arena) {
 
 void Step::execute() {
     int phases = 4;
-    for (const Segment& s : segments_) phases += 20 * (s.last_layer - s.first_layer) + 8;
+    for (const Segment& s : segments_) phases += 24 * (s.last_layer - s.first_layer) + 8;
     pool_.reset(phases);
     lap_ = std::chrono::steady_clock::now();
     pool_.run([](void* step, int thread) { static_cast<Step*>(step)->run(thread); }, this);
@@ -235,7 +247,8 @@ void Step::run_segment(const Segment& segment, int thread) {
         const bool last = segment.ends && index + 1 == segment.last_layer;
         const RowSet* set = &segment.all;
         const float* qkv = qkv_;
-        const PackedLinear &to_out = layer.packed(kOut), &up = layer.packed(kUp), &down = layer.packed(kDown);
+        const bool routed = !layer.experts.empty();
+        const PackedLinear& to_out = layer.packed(kOut);
         const Input attention_input{x, c_.hidden_size, norm_args(layer.attention_norm, layer.attention_norm_bias)};
         const Activations normed = prepare(attention_input, *set, layer, kQKV, thread);
         linear(layer.packed(kQKV), normed, {qkv_, qkv_ld_, Epilogue::Store}, &to_out, thread);
@@ -261,7 +274,7 @@ void Step::run_segment(const Segment& segment, int thread) {
         }
         // With many rows, a thread quantises a group of columns as soon as it has computed them.
         const bool quantise_early = set->rows() > kFew;
-        Activations attended = many_.take(set->rows(), to_out), inner = many_inner_.take(set->rows(), down);
+        Activations attended = many_.take(set->rows(), to_out);
         const bool quantise_attended = quantise_early && group_ * c_.head_size % attended.unit() == 0;
         attend(*set, layer, index, qkv, fused, quantise_attended ? &attended : nullptr, thread);
         const Layer* following = index + 1 < segment.last_layer ? &m_.layers_[size_t(index) + 1] : nullptr;
@@ -274,10 +287,17 @@ void Step::run_segment(const Segment& segment, int thread) {
         else
             attended = prepare(out_input, *set, layer, kOut, thread);
         const Output add{branch_ ? branch_ : x, c_.hidden_size, branch_ ? Epilogue::Store : Epilogue::Add};
-        linear(to_out, attended, add, &up, thread);
+        linear(to_out, attended, add, &layer.packed(routed ? kRouter : kUp), thread);
         barrier_and_time(kLinears, thread);
         if (branch_) add_branch(*set, norm_args(layer.attention_out_norm, layer.attention_out_norm_bias), x, thread);
         const Input mlp_input{x, c_.hidden_size, norm_args(layer.mlp_norm, layer.mlp_norm_bias)};
+        if (routed) {
+            run_experts(layer, *set, mlp_input, branch_ ? branch_ : x, !branch_, thread);
+            if (branch_) add_branch(*set, norm_args(layer.mlp_out_norm, layer.mlp_out_norm_bias), x, thread);
+            continue;
+        }
+        const PackedLinear &up = layer.packed(kUp), &down = layer.packed(kDown);
+        Activations inner = many_inner_.take(set->rows(), down);
         const Activations middle = prepare(mlp_input, *set, layer, kUp, thread);
         linear(up, middle,
                {inner_, c_.intermediate_size, kActivations[c_.activation], quantise_early ? &inner : nullptr}, &down,

@@ -9,6 +9,8 @@
 
 namespace motet {
 
+constexpr Epilogue kActivations[] = {Epilogue::SwiGLU, Epilogue::GeGLU, Epilogue::Gelu};  // of MotetActivation
+
 struct RowSequence {  // the rows of a sequence in a row set
     int64_t row0, rows;
     const int32_t* table;  // its block table
@@ -67,6 +69,18 @@ private:
         PrefetchList prefetch_list;   // blocks of the next layer that are not prefetched yet
     };
 
+    struct Input {  // of a linear layer: rows [rows][ld], normed
+        const float* x;
+        int64_t ld;
+        NormArgs norm;
+    };
+    // The rows of an expert: pairs first…first + up.rows - 1 of a row and the expert.
+    struct ExpertRows {
+        const Expert* expert;
+        int64_t first;
+        Activations up, down;
+    };
+
     void add_trunk();
     void add_tail(int tail, Arena& arena);
     void add_rows(Segment& segment, int member, int32_t sequence, const int32_t* table,
@@ -79,15 +93,13 @@ private:
 
     void run(int thread);
     void run_segment(const Segment& segment, int thread);
+    void run_experts(const Layer& layer, const RowSet& set, const Input& input, float* to, bool adds, int thread);
+    void choose_experts(const float* logits, int64_t row);
+    void plan_experts(const Layer& layer, const RowSet& set);
     void keep_trunk(const Segment& segment, int thread);
     void enter_tail(const Segment& segment, float* x, int thread);
     void gather(const Segment& segment, const float* x, bool with_queries, int thread);
 
-    struct Input {  // of a linear layer: rows [rows][ld], normed
-        const float* x;
-        int64_t ld;
-        NormArgs norm;
-    };
     Activations prepare(const Input& input, const RowSet& set, const Layer& layer, Module module, int thread);
     void add_updates(const Input& input, const RowSet& set, const Layer& layer, Module module, Activations& to,
                      int thread);
@@ -142,6 +154,14 @@ private:
     ActivationStore many_, many_inner_;
     float *x_, *x_tail_, *x_needed_, *qkv_, *qkv_needed_, *attended_, *inner_, *partials_ = nullptr;
     float* branch_ = nullptr;  // [rows][hidden] what a layer adds, if it is changed first
+    // Experts. A pair is a row and one of its experts; pairs are ordered by expert, then by row.
+    ActivationStore pairs_, pairs_inner_;
+    float *router_ = nullptr, *pair_inner_ = nullptr, *pair_out_ = nullptr;   // logits [rows][router_ld_], [pairs][…]
+    int32_t *chosen_ = nullptr, *pair_row_ = nullptr, *row_pairs_ = nullptr;  // [rows][k] ascending, [pairs], [rows][k]
+    float* shares_ = nullptr;                                                 // [rows][k] weights of the chosen experts
+    std::vector<ExpertRows> used_;
+    std::vector<std::pair<int, int>> blocks_;  // (index of used_, register block)
+    int64_t router_ld_ = 0;
     std::unique_ptr<std::atomic<int>[]> arrived_;
     std::chrono::steady_clock::time_point lap_;
 };

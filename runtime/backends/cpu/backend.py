@@ -175,6 +175,10 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             tied_head=decoder.tied_head,
             split_layer=split,
             num_members=len(bundle.members),
+            num_experts=decoder.num_experts,
+            experts_per_token=decoder.experts_per_token,
+            expert_size=decoder.expert_size,
+            normalises_experts=decoder.normalises_experts,
             kv_int8=config.kv_dtype != "bf16",
             num_blocks=num_blocks,
             threads=config.num_threads,
@@ -235,9 +239,13 @@ class _Loader:
 
     def layer(self, target: int, layer: Layer, member: str | None) -> None:
         """Load a layer of the decoder, as `member` has it, as the model's layer `target`."""
-        for which, linear in zip(_LINEARS, layer.linears, strict=True):
+        if layer.router is not None:
+            self.linear(LinearKind.ROUTER, target, f"{layer.router}.weight", member)
+        for place, linear in enumerate(layer.linears):
             bias = f"{linear.name}.bias" if linear.bias else None
-            self.linear(which, target, f"{linear.name}.weight", member, bias)
+            which = _LINEARS[place if place < 2 else 2 + place % 2]  # up and down of each expert in turn
+            expert = -1 if layer.router is None or place < 2 else place // 2 - 1
+            self.linear(which, target, f"{linear.name}.weight", member, bias, expert)
             for index, own in enumerate(self._bundle.members):
                 a, b = (own_name(own, f"{linear.name}.{half}") for half in ("lora_a", "lora_b"))
                 if a in self._tensors and member is None:
@@ -252,13 +260,21 @@ class _Loader:
         if layer.window is not None:
             self._model.set_window(target, layer.window)
 
-    def linear(self, which: LinearKind, target: int, name: str, member: str | None, bias: str | None = None) -> None:
+    def linear(
+        self,
+        which: LinearKind,
+        target: int,
+        name: str,
+        member: str | None,
+        bias: str | None = None,
+        expert: int = -1,
+    ) -> None:
         stored = resolve(self._tensors, name, member)
         if (which, stored) in self._places:
-            self._model.share_linear(which, target, self._places[which, stored])
+            self._model.share_linear(which, target, self._places[which, stored], expert)
             return
         own_bias = None if bias is None else self._tensor(resolve(self._tensors, bias, member))
-        self._model.set_linear(which, target, self._weight(stored, own_bias), stored)
+        self._model.set_linear(which, target, self._weight(stored, own_bias), stored, expert)
         self._places[which, stored] = target
 
     def norm(self, vectors: tuple[Vector, ...], index: int, norm: Norm, member: str | None) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from ....kernels.oracle.eager import dequantise
 from ....kernels.oracle.operands import AdapterWeight, LinearWeight
-from ...errors import BundleError
+from ...errors import BundleError, UnsupportedModelError
 from ...model import layout
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
@@ -152,6 +152,8 @@ class ModelReader:
     def read(self, split_layer: int, owners: Sequence[str | None], tail_of: Sequence[int]) -> ModelWeights:
         """`owners`, `tail_of`: `Bundle.tails` and `Bundle.tail_of`. A single member runs a tail without layers."""
         config = self._config
+        if config.num_experts:
+            raise UnsupportedModelError("the torch backend has no experts; serve the bundle with the cpu backend")
         table = layout.decoder_layout(config)
         tails = [[self._layer(layer, owner) for layer in table.layers[split_layer:]] for owner in owners or (None,)]
         norm = self._norm(table.norm, None)
@@ -186,9 +188,9 @@ class ModelReader:
             head_norms=heads,
             out=self._linear(layer.out, member),
             mlp_norm=self._optional(layer.mlp_norm, member),
-            up=self._linear(layer.up, member),
-            activation=layer.up.epilogue,
-            down=self._linear(layer.down, member),
+            up=self._linear(layer.mlp.up, member),
+            activation=layer.mlp.up.epilogue,
+            down=self._linear(layer.mlp.down, member),
             attention_out_norm=self._optional(layer.attention_out_norm, member),
             mlp_out_norm=self._optional(layer.mlp_out_norm, member),
             rotary=layer.rotary,

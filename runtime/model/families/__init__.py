@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ...errors import ConfigError, UnsupportedModelError
 from ..config import DecoderConfig
 from ..rotary import inverse_frequencies
+from .experts import OLMOE, QWEN3_MOE
 from .family import Family, Json
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt2 import GPT2
@@ -24,7 +25,9 @@ from .qwen3 import QWEN3
 from .smollm3 import SMOLLM3
 
 _LLAMA_LIKE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GRANITE, OLMO2)
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, GPT2)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2)
+}
 
 
 def decoder_config(values: Json) -> DecoderConfig:
