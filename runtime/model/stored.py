@@ -20,7 +20,7 @@ import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,16 @@ def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
     if end - first != math.prod(shape) * _BYTES[entry["dtype"]]:
         raise ValueError(f"a tensor's bytes are not those of its shape: {entry}")
     return StoredTensor(entry["dtype"], shape, start + first, end - first)
+
+
+def read_tensor(file: BinaryIO, path: Path, tensor: StoredTensor) -> Array:
+    """A float32 or byte tensor of the open file. It is read, not mapped, so that the file's pages do not stay in the process.
+    Raises `BundleError` if the file is shorter than it was."""
+    values = np.empty(tensor.shape, np.float32 if tensor.dtype == "F32" else np.uint8)
+    file.seek(tensor.offset)
+    if file.readinto(memoryview(values.reshape(-1)).cast("B")) != tensor.length:
+        raise BundleError(f"'{path}' was changed while it was read; export the bundle again")
+    return values
 
 
 def own_name(member: str, name: str) -> str:

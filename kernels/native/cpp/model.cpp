@@ -188,7 +188,7 @@ void Model::set_linear(MotetLinear which, int layer, int expert, const MotetTens
             throw std::invalid_argument("scales or zero points are missing");
         if (t.bits == 4 && which >= MOTET_HEAD) throw std::invalid_argument("head and embedding need 8 bits at least");
     }
-    auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && gated(), pool_));
+    auto packed = std::make_shared<Linear>(pack(t, which == MOTET_UP && gated(), pool_, weights_));
     widest_ = std::max(widest_, t.columns);
     dense_ = dense_ || t.dense;
     if (own_layer) {

@@ -26,7 +26,7 @@ private:
     size_t size_ = 0;
 };
 
-// Memory that a step takes piece by piece and frees at its end. The pages are kept for the next step.
+// Memory that is taken piece by piece and freed together. A step's is kept for the next step.
 class Arena {
 public:
     template <class T>
@@ -52,7 +52,6 @@ struct ActivationStore {
 
 struct Linear {
     PackedLinear packed;
-    Pages pages;
     std::vector<float> bias;
     explicit operator bool() const { return packed.data != nullptr; }
 };
@@ -60,8 +59,8 @@ struct Linear {
 // The weight's row that is column `lane` of a panel; -1 for padding.
 int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs);
 // Repacks a bundle's tensor (see docs/bundle.md). `pairs`: rows i and n/2 + i (gate and up) become neighbours in each
-// panel.
-Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool);
+// panel. The result is in `memory`: with pages of its own, small matrices would waste most of a huge page each.
+Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool, Arena& memory);
 // Row `row` of a packed matrix as f32: used for embeddings, which may share the head's matrix.
 void unpack_row(const PackedLinear& w, int64_t row, float* out);
 
@@ -181,7 +180,7 @@ private:
     Pages cache_, tail_cache_, hidden_, logits_;
     int64_t head_bytes_ = 0, layer_bytes_ = 0, block_bytes_ = 0, area_bytes_ = 0;
     Areas areas_;
-    Arena arena_;
+    Arena arena_, weights_;
     int64_t widest_ = 0;             // columns of the widest matrix
     std::vector<float> head_norms_;  // [groups][head_blocks()] see measure_head(); empty if the head is dense
     bool dense_ = false;             // whether some matrix is not quantised

@@ -96,7 +96,7 @@ int64_t source_row(int64_t rows, int64_t panel, int lane, bool pairs) {
     return row < rows ? row : -1;
 }
 
-Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
+Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool, Arena& memory) {
     Linear result;
     PackedLinear& w = result.packed;
     w.bits = tensor.dense ? 32 : tensor.bits;
@@ -113,21 +113,21 @@ Linear pack(const MotetTensor& tensor, bool pairs, Pool& pool) {
         w.values_offset = (header + 63) / 64 * 64;
         w.panel_bytes = w.values_offset + w.k * kPanel * w.bits / 8;
     }
-    result.pages = Pages(size_t(w.panels * w.panel_bytes));
-    w.data = result.pages.data();
+    uint8_t* data = memory.take<uint8_t>(w.panels * w.panel_bytes);
+    w.data = data;
     struct Job {
         const MotetTensor& tensor;
-        const Linear& linear;
+        const PackedLinear& packed;
+        uint8_t* data;
         bool pairs;
         Pool& pool;
-    } job{tensor, result, pairs, pool};
+    } job{tensor, w, data, pairs, pool};
     pool.reset(1);
     pool.run(
         [](void* context, int thread) {
             Job& j = *static_cast<Job*>(context);
-            j.pool.distribute(0, thread, j.linear.packed.panels, [&](int64_t panel) {
-                pack_panel(j.tensor, j.linear.packed, panel, j.pairs,
-                           j.linear.pages.data() + panel * j.linear.packed.panel_bytes);
+            j.pool.distribute(0, thread, j.packed.panels, [&](int64_t panel) {
+                pack_panel(j.tensor, j.packed, panel, j.pairs, j.data + panel * j.packed.panel_bytes);
             });
         },
         &job);

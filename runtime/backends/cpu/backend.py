@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from ....kernels.native.model import BLOCK_SIZE, NativeModel, PackedBatch, Weight
 from ....kernels.native.sampling import FUSED_RULES, Sampling
@@ -25,7 +23,7 @@ from ...api.config import EngineConfig
 from ...errors import BundleError, ConfigError
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, Layer, Layout, Norm, decoder_layout
-from ...model.stored import own_name, resolve, stored_tensors, stored_weight
+from ...model.stored import own_name, read_tensor, resolve, stored_tensors, stored_weight
 from ...sampling.host import merge_outputs, native_samples, sample_rows, split_fused, step_output
 from ...sampling.terms import needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
@@ -194,8 +192,9 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
         isa,
     )
     layout = decoder_layout(decoder)
-    with _open_weights(bundle.path / WEIGHTS) as file:
+    with (bundle.path / WEIGHTS).open("rb") as file:
         loader = _Loader(model, file, bundle)
+        loader.shared(layout)  # the largest matrix first, while there is least beside it
         for layer in range(split):
             loader.layer(layer, layout.layers[layer], None)
         for index, owner in enumerate(bundle.tails):
@@ -203,23 +202,14 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
                 loader.layer(layer + index * (decoder.num_layers - split), layout.layers[layer], owner)
         for index, member in enumerate(bundle.members):
             loader.norm((Vector.FINAL_NORM, Vector.FINAL_NORM_BIAS), index, layout.norm, member)
-        loader.shared(layout)
     model.ready()
     return model
-
-
-def _open_weights(path: Path) -> Any:
-    """The weights file, its tensors read when they are asked for. Raises `BundleError` if it is torn."""
-    try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"'{path}' is torn or damaged ({error}); copy or export the bundle again") from error
 
 
 class _Loader:
     """Moves tensors from the weights file into a native model. A member's own tensor is preferred to the base's."""
 
-    def __init__(self, model: NativeModel, file: Any, bundle: Bundle) -> None:
+    def __init__(self, model: NativeModel, file: BinaryIO, bundle: Bundle) -> None:
         self._model = model
         self._file = file
         self._bundle = bundle
@@ -298,7 +288,7 @@ class _Loader:
     def _tensor(self, name: str) -> npt.NDArray[Any]:
         if name not in self._tensors:
             raise BundleError(f"the bundle at '{self._bundle.path}' has no tensor '{name}'; export it again")
-        return np.asarray(self._file.get_tensor(name))
+        return read_tensor(self._file, self._bundle.path / WEIGHTS, self._tensors[name])
 
 
 _TABLES = {ROTARY: (Vector.COS, Vector.SIN), WINDOW_ROTARY: (Vector.WINDOW_COS, Vector.WINDOW_SIN)}
