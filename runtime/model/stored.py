@@ -19,8 +19,9 @@ import math
 import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -87,12 +88,12 @@ def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
     return StoredTensor(entry["dtype"], shape, start + first, end - first)
 
 
-def read_tensor(file: BinaryIO, path: Path, tensor: StoredTensor) -> Array:
+def read_tensor(file: BufferedReader, path: Path, tensor: StoredTensor) -> Array:
     """A float32 or byte tensor of the open file. It is read, not mapped, so that the file's pages do not stay in the process.
     Raises `BundleError` if the file is shorter than it was."""
     values = np.empty(tensor.shape, np.float32 if tensor.dtype == "F32" else np.uint8)
     file.seek(tensor.offset)
-    if file.readinto(memoryview(values.reshape(-1)).cast("B")) != tensor.length:
+    if file.readinto(values.reshape(-1).view(np.uint8)) != tensor.length:
         raise BundleError(f"'{path}' was changed while it was read; export the bundle again")
     return values
 

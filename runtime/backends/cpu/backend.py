@@ -10,8 +10,9 @@ of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BufferedReader
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -209,7 +210,7 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
 class _Loader:
     """Moves tensors from the weights file into a native model. A member's own tensor is preferred to the base's."""
 
-    def __init__(self, model: NativeModel, file: BinaryIO, bundle: Bundle) -> None:
+    def __init__(self, model: NativeModel, file: BufferedReader, bundle: Bundle) -> None:
         self._model = model
         self._file = file
         self._bundle = bundle
