@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from ..runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
+from ..runtime.checkpoints.huggingface import Weights, checkpoint_digest, eos_token_ids, open_weights, read_config
 from ..runtime.text.tokenizer import Tokenizer
 
 
@@ -37,6 +35,6 @@ class BaseModel:
         return eos_token_ids(self.path, self.tokenizer.eos_token_id)
 
     @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Weights in float32 under canonical names (see `read_weights`)."""
-        return read_weights(self.path)
+    def weights(self) -> Weights:
+        """Weights in float32 under canonical names, each read when it is asked for (see `open_weights`)."""
+        return open_weights(self.path)

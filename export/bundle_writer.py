@@ -3,25 +3,24 @@ into it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import save_file
 
 from ..runtime.api.request import Ensemble, Member, Space
-from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
-from ..runtime.model.layout import EMBEDDING, HEAD, Layout, decoder_layout
+from ..runtime.model.layout import EMBEDDING, HEAD, ROTARY, WINDOW_ROTARY, Layout, decoder_layout
 from ..runtime.model.members import MemberKind
 from ..runtime.model.rotary import rotary_tables
 from ..runtime.model.stored import own_name, stored_tensors
@@ -31,10 +30,12 @@ from .graph import GraphWriter, Slice, check_graphs
 from .members import MemberWeights, fuse_adapters, read_member
 from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantise import HEAD_GROUP, check_group, layer_group, quantise
+from .tensor_file import TensorFile
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
+_AT_ONCE = 2**22  # weights that are quantised together
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
 
@@ -93,12 +94,14 @@ def export_bundle(
     config, weights = _own_head(model.config, model.weights, members)
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
-    rms = channel_rms(Decoder.from_weights(config, weights), calibration) if bits == 8 and calibration else {}
-    base = {n: np.asarray(tensor.numpy(), dtype=np.float32) for n, tensor in weights.items()}
+    rms = channel_rms(config, weights, calibration) if bits == 8 and calibration else {}
     with new_directory(out, MANIFEST, "a bundle") as work:
-        tensors = _bundle_tensors(decoder_layout(config), base, members, rms, bits, group_size)
-        save_file(tensors, work / WEIGHTS, metadata={"format": "motet"})
-        del tensors  # free a copy of the weights before measuring
+        parts = _parts(decoder_layout(config), weights, members)
+        with TensorFile(work / WEIGHTS, _stored_names(parts), {"format": "motet"}) as stored:
+            for part in parts:
+                own = {n: np.asarray(weights[n].numpy(), dtype=np.float32) for n in part.names}
+                for tensor, values in _bundle_tensors(part, own, rms, bits, group_size).items():
+                    stored.add(tensor, values)
         files = _write_graphs(config, members, split_layer, work) if graphs else None
         for file in COPIED:
             if (model.path / file).is_file():
@@ -159,7 +162,7 @@ def _read_members(
 
 def _own_head(
     config: DecoderConfig, base: Mapping[str, torch.Tensor], members: list[MemberWeights]
-) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+) -> tuple[DecoderConfig, Mapping[str, torch.Tensor]]:
     """Configuration and base weights, with the head untied from the embedding if a single member has trained it. Raises
     `InvalidEnsembleError` if one of several members has its own head: an ensemble shares one."""
     own = [member.name for member in members if HEAD in member.weights]
@@ -168,8 +171,8 @@ def _own_head(
             f"{own} have a head of its own; members share one: export it alone, or train without --head"
         )
     if not own or not config.tied_head:
-        return config, dict(base)
-    return dataclasses.replace(config, tied_head=False), {**base, HEAD: base[EMBEDDING]}
+        return config, base
+    return replace(config, tied_head=False), Overlay({HEAD: base[EMBEDDING]}, base)
 
 
 def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
@@ -209,22 +212,64 @@ def _check_sizes(config: DecoderConfig, bits: int, group_size: int | None, graph
             check_group(linear.name, linear.columns, layer_group(bits, linear.columns, group_size))
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A layer, or what is in no layer: the names of its weights, and what members have of it. `layout` has that layer alone."""
+
+    layout: Layout
+    names: list[str]
+    members: list[MemberWeights]
+
+
+def _parts(layout: Layout, names: Iterable[str], members: list[MemberWeights]) -> list[_Part]:
+    """The embedding and the head first, while there is least beside them."""
+    prefixes = [f"model.layers.{index}." for index in range(len(layout.layers))]
+
+    def chosen(tensors: Iterable[str], prefix: str | None) -> list[str]:
+        if prefix is None:
+            return [name for name in tensors if not name.startswith("model.layers.")]
+        return [name for name in tensors if name.startswith(prefix)]
+
+    parts = []
+    for prefix, layer in zip((None, *prefixes), (None, *layout.layers), strict=True):
+        own = [
+            replace(
+                member,
+                weights={name: member.weights[name] for name in chosen(member.weights, prefix)},
+                adapters={name: member.adapters[name] for name in chosen(member.adapters, prefix)},
+            )
+            for member in members
+        ]
+        layers = () if layer is None else (layer,)
+        parts.append(_Part(replace(layout, layers=layers), chosen(names, prefix), own))
+    return parts
+
+
+def _stored_names(parts: Iterable[_Part]) -> Iterator[str]:
+    """Names of at least the tensors that are stored."""
+    yield from (*ROTARY, *WINDOW_ROTARY)
+    for part in parts:
+        modules = [f"{linear.name}.weight" for linear in part.layout.linears]
+        modules += [f"{linear.name}.bias" for linear in part.layout.linears]
+        halves = [f"{linear.name}.{half}" for linear in part.layout.linears for half in ("lora_a", "lora_b")]
+        for name in (*part.names, *modules, *halves):
+            for kind in ("values", "scales", "zero_points"):
+                yield f"{name}.{kind}"
+                yield from (f"{own_name(member.name, name)}.{kind}" for member in part.members)
+
+
 def _bundle_tensors(
-    layout: Layout,
-    base: Mapping[str, F32],
-    members: list[MemberWeights],
-    rms: Mapping[str, F32],
-    bits: int,
-    group_size: int | None,
+    part: _Part, base: Mapping[str, F32], rms: Mapping[str, F32], bits: int, group_size: int | None
 ) -> dict[str, Array]:
-    """All stored tensors. A single member replaces the base's weights; several members, and adapters, have tensors
-    named `members.<name>.…`.
+    """The stored tensors of a part. A single member replaces the base's weights; several members, and adapters, have
+    tensors named `members.<name>.…`.
 
     Weights that fine-tuning changed keep at least 8 bits: the changes are smaller than a step of a 4-bit grid, so
     rounding would undo them.
     """
     tensors: dict[str, Array] = {}
-    if layout.config.positions == "rotary":
+    layout, members = part.layout, part.members
+    if layout.config.positions == "rotary" and not layout.layers:
         tensors |= rotary_tables(layout.config)
     quantised = {f"{linear.name}.weight" for linear in layout.linears}
     fused = [{part.name for part in linear.parts} for linear in layout.linears]
@@ -272,11 +317,15 @@ def _fuse(layout: Layout, weights: Mapping[str, F32]) -> dict[str, F32]:
 
 
 def _add_quantised(tensors: dict[str, Array], name: str, weight: F32, bits: int, group_size: int) -> None:
-    quantised = quantise(weight, bits, group_size, name=name)
-    tensors[f"{name}.values"] = quantised.values
-    tensors[f"{name}.scales"] = quantised.scales
-    if quantised.zero_points is not None:
-        tensors[f"{name}.zero_points"] = quantised.zero_points
+    """Some rows at a time: beside them, quantising needs a multiple of their memory."""
+    count = max(1, _AT_ONCE // weight.shape[1])
+    pieces = [
+        quantise(weight[first : first + count], bits, group_size, name=name) for first in range(0, len(weight), count)
+    ]
+    for kind in ("values", "scales", "zero_points"):
+        found = [getattr(piece, kind) for piece in pieces if getattr(piece, kind) is not None]
+        if found:
+            tensors[f"{name}.{kind}"] = np.concatenate(found)
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

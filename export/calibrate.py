@@ -13,22 +13,29 @@ that lie on a 4-bit grid would leave it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.model.config import DecoderConfig
 from ..runtime.model.layout import Layout, decoder_layout
 from .quantise import layer_group
 
 F32 = npt.NDArray[np.float32]
 
 
-def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, F32]:
+def channel_rms(
+    config: DecoderConfig, weights: Mapping[str, torch.Tensor], chunks: Sequence[Sequence[int]]
+) -> dict[str, F32]:
     """Name of a linear layer → root mean square [columns] of its input channels, over all tokens of `chunks`. Only
-    layers with a `source`, and of experts only those that some token runs."""
+    layers with a `source`, and of experts only those that some token runs. `weights` are those of one layer at a time."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    layers = decoder_layout(config).layers
     sums: dict[str, torch.Tensor] = {}
 
     def observe(name: str, module: str) -> torch.utils.hooks.RemovableHandle:
@@ -38,15 +45,17 @@ def channel_rms(decoder: Decoder, chunks: Sequence[Sequence[int]]) -> dict[str, 
 
         return decoder.get_submodule(module).register_forward_pre_hook(hook)
 
-    linears = [linear for linear in decoder_layout(decoder.config).linears if linear.source is not None]
-    handles = [observe(linear.name, linear.parts[0].name) for linear in linears]  # all parts have the same input
-    try:
-        with torch.no_grad():
-            for chunk in chunks:
-                decoder(torch.tensor([list(chunk)]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextmanager
+    def observed(index: int) -> Iterator[None]:
+        linears = [linear for linear in layers[index].linears if linear.source is not None]
+        handles = [observe(linear.name, linear.parts[0].name) for linear in linears]  # all parts have the same input
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    decoder.run_streamed(weights, chunks, observed)
     num_tokens = sum(len(chunk) for chunk in chunks)
     return {name: (total / num_tokens).sqrt().float().numpy() for name, total in sums.items()}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.backends.base import Backend
 from ..runtime.backends.open import open_backend
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.checkpoints.members.adapter import attach
+from ..runtime.checkpoints.members.adapter import attached
+from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.errors import BundleError, ConfigError, NotFoundError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
@@ -26,6 +28,7 @@ from .members import MemberWeights
 F32 = npt.NDArray[np.float32]
 
 REPORT = "parity.json"
+_ROWS = 64  # that are compared at once: each has the size of the vocabulary, several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +128,30 @@ def _held_bytes(path: Path) -> int:
 def _compare(
     bundle: Bundle, base: Mapping[str, torch.Tensor], member: MemberWeights, backend: Backend, text: HeldOut
 ) -> MemberParity:
+    """The member in fp32 holds the weights of one layer at a time."""
     agreement = Agreement()
-    decoder = _original(bundle, base, member)
-    index = bundle.members.index(member.name)
-    for chunk in text.chunks:
-        agreement.add(chunk, reference_logits(decoder, chunk), backend.score(chunk, index))
-        text.on_chunk()
-    return agreement.result(member.name)
-
-
-def _original(bundle: Bundle, base: Mapping[str, torch.Tensor], member: MemberWeights) -> Decoder:
     own = {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
-    decoder = Decoder.from_weights(bundle.config, {**base, **own}).eval()
     adapter = {name: torch.from_numpy(half) for name, half in member.adapters.items()}
-    return attach(decoder, adapter) if adapter else decoder
+    weights = Overlay(own, base)
+    with torch.device("meta"):
+        decoder = Decoder(bundle.config).eval()
+
+    @contextmanager
+    def adapted(index: int) -> Iterator[None]:
+        mine = {name: half for name, half in adapter.items() if name.startswith(f"model.layers.{index}.")}
+        with attached(decoder, mine):
+            yield
+
+    states = decoder.run_streamed(weights, text.chunks, adapted)
+    index = bundle.members.index(member.name)
+    head = "model.embed_tokens" if bundle.config.tied_head else "lm_head"
+    with torch.no_grad(), decoder.holding(weights, "model.norm", head):
+        for place, chunk in enumerate(text.chunks):
+            reference = decoder.head(decoder.norm(states[place]))
+            states[place] = torch.empty(0)
+            agreement.add(chunk, reference.numpy(), backend.score(chunk, index))
+            text.on_chunk()
+    return agreement.result(member.name)
 
 
 def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:
@@ -157,10 +170,15 @@ class Agreement:
 
     def add(self, token_ids: Sequence[int], reference: F32, served: F32) -> None:
         """Add a chunk of S tokens, which makes S - 1 predictions; both logits are [S, vocab]."""
-        expected = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(reference[:-1])), -1)
-        found = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(served[:-1])), -1)
-        targets = torch.tensor(list(token_ids[1:]))[:, None]
-        self._count += len(token_ids) - 1
+        for first in range(0, len(token_ids) - 1, _ROWS):
+            rows = slice(first, min(first + _ROWS, len(token_ids) - 1))
+            self._add(token_ids[rows.start + 1 : rows.stop + 1], reference[rows], served[rows])
+
+    def _add(self, target_ids: Sequence[int], reference: F32, served: F32) -> None:
+        expected = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(reference)), -1)
+        found = torch.log_softmax(torch.from_numpy(np.ascontiguousarray(served)), -1)
+        targets = torch.tensor(list(target_ids))[:, None]
+        self._count += len(target_ids)
         self._nll -= float(expected.gather(1, targets).sum())
         self._served_nll -= float(found.gather(1, targets).sum())
         self._kl += float((expected.exp() * (expected - found)).sum())

@@ -6,7 +6,8 @@ slice of it can be run: `embed` → `run_layers(…, 0, split)` is the trunk, `r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -200,12 +201,41 @@ class Decoder(nn.Module):
         decoder.load_state_dict(dict(weights), strict=True, assign=True)
         return decoder
 
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor], *modules: str) -> Iterator[None]:
+        """Hold the weights of these modules, and of those in them, inside the block only: for a decoder of the device `meta`,
+        most of whose weights are not in memory."""
+        names = [name for name in weights if any(name.startswith(f"{module}.") for module in modules)]
+        self.load_state_dict({name: weights[name] for name in names}, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            for module in modules:
+                self.get_submodule(module).to("meta")
+
     @classmethod
     def from_dir(cls, model_dir: Path) -> Decoder:
         """Read a Hugging Face model directory (errors: see `huggingface.read_weights`)."""
         from .huggingface import read_config, read_weights
 
         return cls.from_weights(read_config(model_dir), read_weights(model_dir))
+
+    def run_streamed(
+        self,
+        weights: Mapping[str, Tensor],
+        chunks: Sequence[Sequence[int]],
+        prepare: Callable[[int], AbstractContextManager[None]] | None = None,
+    ) -> list[Tensor]:
+        """Hidden states [S, hidden] after the last layer, of each chunk of token ids, for a decoder of the device `meta`: each
+        layer's weights are held while all chunks run through it. `prepare(layer)` is entered meanwhile."""
+        tables = ("model.embed_tokens", *(("model.embed_positions",) if self.config.positions == "learned" else ()))
+        with torch.no_grad():
+            with self.holding(weights, *tables):
+                states = [self.embed(torch.tensor([list(chunk)])) for chunk in chunks]
+            for index in range(self.config.num_layers):
+                with self.holding(weights, f"model.layers.{index}"), prepare(index) if prepare else nullcontext():
+                    states = [self.run_layers(hidden, index, index + 1) for hidden in states]
+        return [hidden[0] for hidden in states]
 
     def embed(self, token_ids: Tensor) -> Tensor:  # [B, S] → [B, S, hidden]
         hidden: Tensor = self.model.embed_tokens(token_ids) * self.config.embedding_scale
@@ -229,8 +259,8 @@ class Decoder(nn.Module):
         """
         tables: dict[str, Tensor] = {}
         if self.config.positions == "rotary" and stop > start:
-            for name, table in rotary_tables(self.config).items():
-                tables[name] = torch.from_numpy(table[: hidden.shape[1]]).to(hidden)
+            for name, table in rotary_tables(self.config, hidden.shape[1]).items():
+                tables[name] = torch.from_numpy(table).to(hidden)
         for index in range(start, stop):
             hidden = self.model.layers[index](hidden, tables, positions if index + 1 == stop else None, dropout)
         return hidden if stop > start else _rows(hidden, positions)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,54 +92,140 @@ def checkpoint_digest(model_dir: Path) -> str:
 
 
 def read_weights(model_dir: Path) -> dict[str, torch.Tensor]:
-    """All weights in float32 under canonical names (`Layout.checkpoint_shapes`), shapes as `nn.Linear` [out, in].
+    """All weights of `open_weights`, read. Raises `BundleError` also for values that are not finite."""
+    with open_weights(model_dir) as weights:
+        return dict(weights)
 
-    Raises `BundleError` if a file is damaged, or if weights are missing, stored twice, not finite, or do not have the
-    shapes that the configuration implies, and `UnsupportedModelError` for weights that the family does not use.
+
+def open_weights(model_dir: Path) -> Weights:
+    """The weights in float32 under canonical names (`Layout.checkpoint_shapes`), shapes as `nn.Linear` [out, in].
+
+    Raises `BundleError` if a file is damaged, or if weights are missing, stored twice or do not have the shapes that the
+    configuration implies, and `UnsupportedModelError` for weights that the family does not use.
     """
-    layout = decoder_layout(read_config(model_dir))
-    family = FAMILIES[layout.config.family]
-    quantised = is_quantised(_read_json(Path(model_dir) / "config.json"))
-    stored = _stored(Path(model_dir))
-    weights: dict[str, torch.Tensor] = {}
-    parts, norms = _parts(layout), layout.norm_tensors
-    for name, tensor in _widened(family, stored) if quantised else _emptied(stored):
-        canonical = family.canonical_name(name)
-        if canonical is None:
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise UnsupportedModelError(
-                f"'{name}' of '{model_dir}' is {tensor.dtype}; weights are {[*map(str, _FLOATS)]}"
-            )
-        for part, values in _unpack(family, parts, canonical, tensor.float()).items():
-            if part in weights:
-                raise BundleError(f"'{model_dir}' stores '{part}' twice, as '{name}' and under another name")
-            if not torch.isfinite(values).all():
-                raise BundleError(f"'{name}' of '{model_dir}' holds NaN or infinite values; the training failed")
-            weights[part] = values + family.norm_offset if part in norms else values
-    if layout.config.tied_head and HEAD in weights and EMBEDDING in weights:
-        if not torch.equal(weights[HEAD], weights[EMBEDDING]):
-            raise BundleError(
-                f"config.json of '{model_dir}' ties the head to the embedding, and a different head is stored; set "
-                "tie_word_embeddings to false, or delete the stored head"
-            )
-        del weights[HEAD]
-    _check(model_dir, layout, weights)
-    return weights
+    return Weights(Path(model_dir))
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAPPED = 2**28
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
-def _stored(model_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the weight files, as stored. With shards, the files hold what the index says, and each tensor once."""
-    stored: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a weight file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # the name in safetensors
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """A model directory's weights, each read from its file when it is asked for. Raises `BundleError` for values that are
+    not finite. The files stay mapped until the end of the `with` block or `release`, but not more of them than `_MAPPED` bytes
+    and a tensor: what is mapped and was read counts as memory of the process."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._dir = model_dir
+        self._layout = decoder_layout(read_config(model_dir))
+        self._family = FAMILIES[self._layout.config.family]
+        self._parts, self._norms = _parts(self._layout), self._layout.norm_tensors
+        self._files: dict[Path, Any] = {}
+        self._mapped = 0  # bytes that were read from the open files
+        self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
+        self._stored = _stored(model_dir)
+        self._widened: dict[str, torch.Tensor] = {}  # of a quantised checkpoint
+        shapes = {name: one.shape for name, one in self._stored.items()}
+        if is_quantised(_read_json(model_dir / "config.json")):
+            every = {name: self._read(name) for name in self._stored}
+            self._widened = dict(_widened(self._family, every))
+            shapes = {name: tuple(tensor.shape) for name, tensor in self._widened.items()}
+        self._place, found = self._find(shapes)
+        if self._layout.config.tied_head and HEAD in self._place and EMBEDDING in self._place:
+            if not torch.equal(self[HEAD], self[EMBEDDING]):
+                raise BundleError(
+                    f"config.json of '{model_dir}' ties the head to the embedding, and a different head is stored; set "
+                    "tie_word_embeddings to false, or delete the stored head"
+                )
+            del self._place[HEAD], found[HEAD]
+        _check(model_dir, self._layout, found)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._place[name]
+        if self._latest[0] != stored:
+            values = self._widened[stored] if self._widened else self._read(stored)
+            canonical = self._family.canonical_name(stored)
+            assert canonical is not None
+            pieces = _unpack(self._family, self._parts, canonical, values.float())
+            if not all(torch.isfinite(piece).all() for piece in pieces.values()):
+                raise BundleError(f"'{stored}' of '{self._dir}' holds NaN or infinite values; the training failed")
+            self._latest = stored, pieces
+        weight = self._latest[1][name]
+        return weight + self._family.norm_offset if name in self._norms else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._place
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close the files. They are opened again when they are needed."""
+        self._files.clear()
+        self._mapped = 0
+        self._latest = "", {}
+
+    def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+        """(weight → the stored tensor that it is a part of, its shape)."""
+        place: dict[str, str] = {}
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            canonical = self._family.canonical_name(name)
+            if canonical is None:
+                continue
+            if not self._widened and self._stored[name].dtype not in _FLOATS:
+                raise UnsupportedModelError(
+                    f"'{name}' of '{self._dir}' is {self._stored[name].dtype}; weights are {list(_FLOATS)}"
+                )
+            empty = torch.empty(shape, device="meta")
+            for part, piece in _unpack(self._family, self._parts, canonical, empty).items():
+                if part in place:
+                    raise BundleError(f"'{self._dir}' stores '{part}' twice, as '{name}' and under another name")
+                place[part], found[part] = name, tuple(piece.shape)
+        return place, found
+
+    def _read(self, name: str) -> torch.Tensor:
+        path = self._stored[name].path
+        if self._mapped > _MAPPED:
+            self.release()
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            tensor: torch.Tensor = self._files[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+        self._mapped += tensor.nbytes
+        return tensor
+
+
+def _stored(model_dir: Path) -> dict[str, _Stored]:
+    """Every tensor of the weight files. With shards, the files hold what the index says, and each tensor once."""
+    stored: dict[str, _Stored] = {}
     index = model_dir / "model.safetensors.index.json"
     places = _weight_map(index) if index.is_file() else {}
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {n: _Stored(path, tuple(one.get_shape()), one.get_dtype()) for n, one in slices.items()}
         except SafetensorError as error:
             raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
         if places:
@@ -202,9 +289,8 @@ def _unpack(
     return {f"{part}.{kind}": piece.contiguous() for part, piece in zip(rows, pieces, strict=True)}
 
 
-def _check(model_dir: Path, layout: Layout, weights: dict[str, torch.Tensor]) -> None:
+def _check(model_dir: Path, layout: Layout, found: Mapping[str, tuple[int, ...]]) -> None:
     expected = layout.checkpoint_shapes()
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
     wrong = sorted(f"{n} {found[n]}≠{expected[n]}" for n in expected if n in found and found[n] != expected[n])

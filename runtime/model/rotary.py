@@ -62,18 +62,20 @@ def attention_factor(config: DecoderConfig) -> float:
     return _yarn_scale(factor, 1.0)
 
 
-def rotary_tables(config: DecoderConfig) -> dict[str, F32]:
-    """Cosines and sines by their names in a bundle, each [max_position_embeddings, rotary size / 2]; those of layers with a
-    window only if they differ."""
-    tables = dict(zip(ROTARY, _tables(config, inverse_frequencies(config), attention_factor(config)), strict=True))
+def rotary_tables(config: DecoderConfig, positions: int | None = None) -> dict[str, F32]:
+    """Cosines and sines by their names in a bundle, each [positions, rotary size / 2]; those of layers with a window only if
+    they differ. `positions`: the first ones; None: all, max_position_embeddings."""
+    count = config.max_position_embeddings if positions is None else positions
+    frequencies, factor = inverse_frequencies(config), attention_factor(config)
+    tables = dict(zip(ROTARY, _tables(count, frequencies, factor), strict=True))
     if config.window_rope_theta is not None:
-        own = _tables(config, _frequencies(config, config.window_rope_theta), 1.0)
+        own = _tables(count, _frequencies(config, config.window_rope_theta), 1.0)
         tables |= dict(zip(WINDOW_ROTARY, own, strict=True))
     return tables
 
 
-def _tables(config: DecoderConfig, frequencies: F64, factor: float) -> tuple[F32, F32]:
-    angles = np.outer(np.arange(config.max_position_embeddings), frequencies)
+def _tables(count: int, frequencies: F64, factor: float) -> tuple[F32, F32]:
+    angles = np.outer(np.arange(count), frequencies)
     return (factor * np.cos(angles)).astype(np.float32), (factor * np.sin(angles)).astype(np.float32)
 
 

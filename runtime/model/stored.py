@@ -93,7 +93,7 @@ def read_tensor(file: BufferedReader, path: Path, tensor: StoredTensor) -> Array
     Raises `BundleError` if the file is shorter than it was."""
     values = np.empty(tensor.shape, np.float32 if tensor.dtype == "F32" else np.uint8)
     file.seek(tensor.offset)
-    if file.readinto(values.reshape(-1).view(np.uint8)) != tensor.length:
+    if file.readinto(values.reshape(-1).view(np.uint8).data) != tensor.length:
         raise BundleError(f"'{path}' was changed while it was read; export the bundle again")
     return values
 

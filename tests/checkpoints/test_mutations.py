@@ -367,8 +367,8 @@ TABLE = {
     # ---- weights ----
     "float16": ("llama", cast(torch.float16), None),
     "bfloat16": ("gpt2", cast(torch.bfloat16), None),
-    "float8": ("llama", cast(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
-    "integers": ("llama", cast(torch.int8), "is torch.int8"),
+    "float8": ("llama", cast(torch.float8_e4m3fn), "is F8_E4M3"),
+    "integers": ("llama", cast(torch.int8), "is I8"),
     "missing": ("llama", weights(lambda t: t.pop(Q)), r"missing \['model.layers.1.self_attn.q_proj.weight'\]"),
     "missing norm": ("qwen3", weights(lambda t: t.pop("model.layers.0.self_attn.q_norm.weight")), "missing"),
     "extra": (

@@ -93,7 +93,7 @@ def test_the_report_is_part_of_the_bundle(members, tmp_path):
 
 def test_the_base_is_read_once(members, tmp_path, monkeypatch):
     reads = []
-    for name in ("read_config", "read_weights", "checkpoint_digest"):
+    for name in ("read_config", "open_weights", "checkpoint_digest"):
         function = getattr(huggingface, name)
 
         def counted(path, name=name, function=function):
@@ -104,7 +104,7 @@ def test_the_base_is_read_once(members, tmp_path, monkeypatch):
     model_dir, tails, loras = members
     text = HeldOut(CHUNKS, EngineConfig(backend="torch", threads=2))
     export_bundle(BaseModel(model_dir), tmp_path / "b", tails=tails, loras=loras, bits=32, held_out=text)
-    assert sorted(reads) == ["checkpoint_digest", "read_config", "read_weights"]
+    assert sorted(reads) == ["checkpoint_digest", "open_weights", "read_config"]
 
 
 def test_a_bundle_without_graphs(members, tmp_path, monkeypatch):

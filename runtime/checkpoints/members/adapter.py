@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ...model.files import file_digest
 from ...model.layout import EMBEDDING, HEAD, POSITIONS, decoder_layout
 from ...model.members import MemberKind
 from ..decoder import Decoder
+from ..overlay import Overlay
 from .files import MemberFormat, Tensors
 from .peft_format import CONFIG, WEIGHTS, decode, encode
 
@@ -126,7 +128,7 @@ def fit(base: Tensors, tensors: Tensors) -> dict[str, Tensor]:
     """The adapter without tensors that equal the base's (PEFT saves such embeddings and heads). `base`: canonical name
     → weight, shaped as in `Layout.checkpoint_shapes`. Raises `BundleError` unless every tensor fits the base,
     `UnsupportedModelError` if the embedding is changed, which members share."""
-    base = base if HEAD in base else {**base, HEAD: base[EMBEDDING]}
+    base = base if HEAD in base else Overlay({HEAD: base[EMBEDDING]}, base)
     for module in adapted_modules(tensors):
         a, b, weight = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"], base.get(f"{module}.weight")
         if weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
@@ -190,6 +192,19 @@ def attach(decoder: Decoder, pairs: Tensors) -> Decoder:
         halves = pairs[f"{module}.lora_a"], pairs[f"{module}.lora_b"]
         setattr(decoder.get_submodule(parent), name, AdapterLinear(linear, *halves))
     return decoder
+
+
+@contextmanager
+def attached(decoder: Decoder, pairs: Tensors) -> Iterator[None]:
+    """`attach` inside the block."""
+    before = {module: decoder.get_submodule(module) for module in adapted_modules(pairs)}
+    attach(decoder, pairs)
+    try:
+        yield
+    finally:
+        for module, linear in before.items():
+            parent, _, name = module.rpartition(".")
+            setattr(decoder.get_submodule(parent), name, linear)
 
 
 def random_adapter(
