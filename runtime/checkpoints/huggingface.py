@@ -20,6 +20,8 @@ from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from .bitsandbytes import is_quantised, owner, widen
 
+SHARDS = "model.safetensors.index.json"
+
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
@@ -59,8 +61,8 @@ def eos_token_ids(model_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]
 def weight_files(model_dir: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names, sorted. Raises `NotFoundError`."""
     model_dir = Path(model_dir)
-    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
-    names = sorted(set(_weight_map(index).values())) if index.is_file() else [single.name]
+    index, single = model_dir / SHARDS, model_dir / "model.safetensors"
+    names = sorted(set(shard_map(index).values())) if index.is_file() else [single.name]
     if single.is_file() and names != [single.name]:
         raise BundleError(
             f"'{model_dir}' has both {single.name} and {index.name}, which names other files; delete the older of the two"
@@ -68,12 +70,13 @@ def weight_files(model_dir: Path) -> list[Path]:
     for name in names:
         if not (model_dir / name).is_file():
             raise NotFoundError(
-                f"'{model_dir / name}' does not exist; pull the model again (only safetensors are read)"
+                f"'{model_dir / name}' does not exist; pull the model (only safetensors are read; a pull "
+                "rewrites pytorch_model.bin)"
             )
     return [model_dir / name for name in names]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def shard_map(index: Path) -> dict[str, str]:
     """Tensor → file of an index of shards. Raises `BundleError` if the index is damaged."""
     found = _read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
@@ -219,8 +222,8 @@ class Weights(Mapping[str, torch.Tensor]):
 def _stored(model_dir: Path) -> dict[str, _Stored]:
     """Every tensor of the weight files. With shards, the files hold what the index says, and each tensor once."""
     stored: dict[str, _Stored] = {}
-    index = model_dir / "model.safetensors.index.json"
-    places = _weight_map(index) if index.is_file() else {}
+    index = model_dir / SHARDS
+    places = shard_map(index) if index.is_file() else {}
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="pt") as file:

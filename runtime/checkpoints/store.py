@@ -27,7 +27,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from ..errors import BundleError, ConfigError, DataError, NotFoundError, UnavailableError
 from ..model.files import file_digest, new_directory
 from .gguf import convert_gguf
-from .huggingface import read_config, read_weights, weight_files
+from .huggingface import SHARDS, read_config, read_weights, weight_files
+from .pickled import INDEX, pickled_files, rewrite_pickled
 
 FORMAT = 3  # of a copy: raised when models are converted in another way, so that copies are made again
 MANIFEST = "motet-model.json"
@@ -186,8 +187,8 @@ def _model_files(directory: Path) -> list[Path]:
     """The files of a model directory that the store keeps. Raises `NotFoundError` if weights or tokenizer are missing."""
     if not (directory / "tokenizer.json").is_file():
         raise NotFoundError(f"'{directory}' has no tokenizer.json; save the fast tokenizer beside the weights")
-    others = (directory / name for name in (*_KEPT, "model.safetensors.index.json"))
-    return [*weight_files(directory), *(file for file in others if file.is_file())]
+    others = (directory / name for name in (*_KEPT, SHARDS, INDEX))
+    return [*(_pickled(directory) or weight_files(directory)), *(file for file in others if file.is_file())]
 
 
 def _content(directory: Path) -> str:
@@ -201,10 +202,24 @@ def _content(directory: Path) -> str:
 def _copy_model(source: Path, work: Path, progress: Progress) -> str:
     files = _model_files(source)
     task = progress.add_task(f"copying {source.name}", total=sum(file.stat().st_size for file in files))
-    for file in files:
-        shutil.copyfile(file, work / file.name)
+
+    def done(file: Path) -> None:
         progress.advance(task, file.stat().st_size)
-    return _content(work)
+
+    pickled = _pickled(source)
+    for file in files:
+        if file not in pickled and file.name != INDEX:
+            shutil.copyfile(file, work / file.name)
+            done(file)
+    if pickled:
+        rewrite_pickled(pickled, work, done)
+    return _content(source)
+
+
+def _pickled(directory: Path) -> list[Path]:
+    """The weights, if they are pickled only."""
+    has_safetensors = (directory / "model.safetensors").is_file() or (directory / SHARDS).is_file()
+    return [] if has_safetensors else pickled_files(directory)
 
 
 def _hub_revision(source: str) -> str | None:
@@ -223,7 +238,11 @@ def _hub_snapshot(source: str, revision: str | None) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", *_KEPT]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        found = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if not any(found.glob("*.safetensors")):
+            pickled = ["pytorch_model*.bin", INDEX, *_KEPT]
+            found = Path(snapshot_download(source, revision=revision, allow_patterns=pickled))
+        return found
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnavailableError(

@@ -26,6 +26,7 @@ NEUTRAL = frozenset(
         "torch_dtype",
         "dtype",
         "use_cache",
+        "cache_implementation",
         "quantization_config",
         "pretraining_tp",
         "initializer_range",
@@ -111,6 +112,9 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
     "n_ctx": (None,),
 }
 
