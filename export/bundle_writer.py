@@ -96,12 +96,7 @@ def export_bundle(
     split_layer = _split_layer(config, members, num_tail_layers)
     rms = channel_rms(config, weights, calibration) if bits == 8 and calibration else {}
     with new_directory(out, MANIFEST, "a bundle") as work:
-        parts = _parts(decoder_layout(config), weights, members)
-        with TensorFile(work / WEIGHTS, _stored_names(parts), {"format": "motet"}) as stored:
-            for part in parts:
-                own = {n: np.asarray(weights[n].numpy(), dtype=np.float32) for n in part.names}
-                for tensor, values in _bundle_tensors(part, own, rms, bits, group_size).items():
-                    stored.add(tensor, values)
+        _write_weights(work / WEIGHTS, _parts(decoder_layout(config), weights, members), weights, rms, bits, group_size)
         files = _write_graphs(config, members, split_layer, work) if graphs else None
         for file in COPIED:
             if (model.path / file).is_file():
@@ -222,16 +217,15 @@ class _Part:
 
 
 def _parts(layout: Layout, names: Iterable[str], members: list[MemberWeights]) -> list[_Part]:
-    """The embedding and the head first, while there is least beside them."""
+    """What is in no layer first, each weight alone: there is least beside the embedding and the head then."""
     prefixes = [f"model.layers.{index}." for index in range(len(layout.layers))]
 
-    def chosen(tensors: Iterable[str], prefix: str | None) -> list[str]:
-        if prefix is None:
-            return [name for name in tensors if not name.startswith("model.layers.")]
+    def chosen(tensors: Iterable[str], prefix: str) -> list[str]:
         return [name for name in tensors if name.startswith(prefix)]
 
     parts = []
-    for prefix, layer in zip((None, *prefixes), (None, *layout.layers), strict=True):
+    others = dict.fromkeys(name for name in names if not name.startswith("model.layers."))
+    for prefix, layer in zip((*others, *prefixes), (*[None] * len(others), *layout.layers), strict=True):
         own = [
             replace(
                 member,
@@ -245,17 +239,43 @@ def _parts(layout: Layout, names: Iterable[str], members: list[MemberWeights]) -
     return parts
 
 
-def _stored_names(parts: Iterable[_Part]) -> Iterator[str]:
-    """Names of at least the tensors that are stored."""
-    yield from (*ROTARY, *WINDOW_ROTARY)
-    for part in parts:
-        modules = [f"{linear.name}.weight" for linear in part.layout.linears]
-        modules += [f"{linear.name}.bias" for linear in part.layout.linears]
-        halves = [f"{linear.name}.{half}" for linear in part.layout.linears for half in ("lora_a", "lora_b")]
-        for name in (*part.names, *modules, *halves):
-            for kind in ("values", "scales", "zero_points"):
-                yield f"{name}.{kind}"
-                yield from (f"{own_name(member.name, name)}.{kind}" for member in part.members)
+def _stored_names(part: _Part, bits: int) -> Iterator[str]:
+    """Names of at least the tensors of the part that are stored. A header has no room for many that are not."""
+    kinds = {4: (".values", ".scales", ".zero_points"), 8: (".values", ".scales"), 32: ("",)}
+    changed = {name.rpartition(".")[0] for member in part.members for name in (*member.weights, *member.adapters)}
+    fused = {name for linear in part.layout.linears for name in (linear.name, *(p.name for p in linear.parts))}
+    others = [name for name in part.names if name.rpartition(".")[0] not in fused]
+    for linear in part.layout.linears:
+        is_changed = any(p.name in changed for p in linear.parts)
+        weights = [f"{linear.name}.weight{kind}" for kind in kinds[bits]] + [f"{linear.name}.bias"] * linear.bias
+        yield from weights
+        for member in part.members if is_changed else ():
+            own = kinds[max(bits, 8)] if bits < 32 else ("",)
+            yield from (own_name(member.name, f"{linear.name}.weight{kind}") for kind in own)
+            yield from (own_name(member.name, f"{linear.name}.{half}") for half in ("bias", "lora_a", "lora_b"))
+    for name in others:
+        yield from (name, f"{name}.values", f"{name}.scales")
+        if name.rpartition(".")[0] in changed:
+            for kind in ("", ".values", ".scales"):
+                yield from (own_name(member.name, f"{name}{kind}") for member in part.members)
+    if EMBEDDING in part.names:
+        yield from (*ROTARY, *WINDOW_ROTARY)
+
+
+def _write_weights(
+    path: Path,
+    parts: list[_Part],
+    weights: Mapping[str, torch.Tensor],
+    rms: Mapping[str, F32],
+    bits: int,
+    group_size: int | None,
+) -> None:
+    names = (name for part in parts for name in _stored_names(part, bits))
+    with TensorFile(path, names, {"format": "motet"}) as stored:
+        for part in parts:
+            own = {n: np.asarray(weights[n].numpy(), dtype=np.float32) for n in part.names}
+            for tensor, values in _bundle_tensors(part, own, rms, bits, group_size).items():
+                stored.add(tensor, values)
 
 
 def _bundle_tensors(
@@ -269,7 +289,7 @@ def _bundle_tensors(
     """
     tensors: dict[str, Array] = {}
     layout, members = part.layout, part.members
-    if layout.config.positions == "rotary" and not layout.layers:
+    if layout.config.positions == "rotary" and EMBEDDING in part.names:
         tensors |= rotary_tables(layout.config)
     quantised = {f"{linear.name}.weight" for linear in layout.linears}
     fused = [{part.name for part in linear.parts} for linear in layout.linears]

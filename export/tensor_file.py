@@ -15,23 +15,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.errors import UnsupportedModelError
+from ..runtime.model.stored import MAX_HEADER_BYTES
+
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
 _ENTRY = 160  # bytes of an entry beside its name: type, four sizes and two offsets of at most 19 digits
 
 
 class TensorFile:
-    """`names`: of all tensors that may be written. Use it in a `with` block; if that raises, the file stays without a header."""
+    """`names`: of all tensors that may be written. Use it in a `with` block; if that raises, the file stays without a header.
+    Raises `UnsupportedModelError` if the header would be larger than readers take."""
 
     def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> None:
-        self._file = path.open("wb")
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY for name in names)
+        if room >= MAX_HEADER_BYTES:
+            raise UnsupportedModelError(
+                f"the bundle has so many tensors that its header has {room} bytes, and at most {MAX_HEADER_BYTES} are read; "
+                "export fewer members together"
+            )
         self._room = (room + 7) // 8 * 8
         self._size = 0
+        self._file = path.open("wb")
         self._file.seek(8 + self._room)
 
     def add(self, name: str, values: npt.NDArray[Any]) -> None:
-        assert name not in self._header, f"{name} is written twice"
+        if name in self._header:
+            raise ValueError(f"{name} is written twice")
         values = np.ascontiguousarray(values)
         place = [self._size, self._size + values.nbytes]
         self._header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": place}
@@ -48,6 +58,7 @@ class TensorFile:
             if kind is not None:
                 return
             header = json.dumps(self._header).encode()
-            assert len(header) <= self._room, "more was written than was announced"
+            if len(header) > self._room:
+                raise ValueError("more was written than was announced")
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

@@ -67,7 +67,8 @@ def answers_of(
 
 def head_of(bench: Workbench) -> Tensor:
     """[vocab, hidden]: the head that all members share."""
-    return bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"])
+    head, scale = bench.base.get("lm_head.weight", bench.base["model.embed_tokens.weight"]), bench.config.logit_scale
+    return head if scale == 1 else head * scale
 
 
 def _first_layer(bench: Workbench, path: Path | None) -> int:

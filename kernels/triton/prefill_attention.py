@@ -113,7 +113,8 @@ def prefill_attention(
         return
     num_heads, size = query.shape[1:]
     heads = power_of_two(group)
-    rows = max(1, (32 if INTERPRETED else 128) // heads)  # the interpreter is slow on large, mostly empty tiles
+    # The interpreter is slow on large, mostly empty tiles; large heads need the shared memory for less of them.
+    rows = max(1, (32 if INTERPRETED else 128 if size <= 128 else 64) // heads)
     window = chunks.tables.shape[1] * cache.block_size if scores.window is None else scores.window
     scaled = cache.key_scales is not None
     _prefill_kernel[(count, num_heads // group, triton.cdiv(chunks.max_size, rows))](
@@ -139,5 +140,5 @@ def prefill_attention(
         COLUMNS=power_of_two(size, 16),
         WIDE=wide(),
         num_warps=8,
-        num_stages=3,
+        num_stages=3 if size <= 128 else 2,
     )

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import BundleError, NotFoundError, UnsupportedModelError
 from ..model.config import DecoderConfig
@@ -18,6 +18,7 @@ from ..model.families import FAMILIES, decoder_config
 from ..model.families.family import Family
 from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
+from ..model.stored import StoredTensor, read_bytes, read_header
 from .bitsandbytes import is_quantised, owner, widen
 
 SHARDS = "model.safetensors.index.json"
@@ -109,35 +110,34 @@ def open_weights(model_dir: Path) -> Weights:
     return Weights(Path(model_dir))
 
 
-_MAPPED = 2**28
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPES = _FLOATS | {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor in a weight file."""
+    """A tensor in an open weight file."""
 
+    file: BufferedReader
     path: Path
-    shape: tuple[int, ...]
-    dtype: str  # the name in safetensors
+    place: StoredTensor
 
 
 class Weights(Mapping[str, torch.Tensor]):
     """A model directory's weights, each read from its file when it is asked for. Raises `BundleError` for values that are
-    not finite. The files stay mapped until the end of the `with` block or `release`, but not more of them than `_MAPPED` bytes
-    and a tensor: what is mapped and was read counts as memory of the process."""
+    not finite, and for a file that became shorter. The files are opened once and stay open until the end of the `with` block: a
+    directory that is replaced meanwhile changes nothing. They are read and not mapped, so that what was read does not count as
+    memory of the process, and a file that is truncated ends nobody."""
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
         self._layout = decoder_layout(read_config(model_dir))
         self._family = FAMILIES[self._layout.config.family]
         self._parts, self._norms = _parts(self._layout), self._layout.norm_tensors
-        self._files: dict[Path, Any] = {}
-        self._mapped = 0  # bytes that were read from the open files
         self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
         self._stored = _stored(model_dir)
         self._widened: dict[str, torch.Tensor] = {}  # of a quantised checkpoint
-        shapes = {name: one.shape for name, one in self._stored.items()}
+        shapes = {name: one.place.shape for name, one in self._stored.items()}
         if is_quantised(_read_json(model_dir / "config.json")):
             every = {name: self._read(name) for name in self._stored}
             self._widened = dict(_widened(self._family, every))
@@ -178,13 +178,13 @@ class Weights(Mapping[str, torch.Tensor]):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.release()
+        self.close()
 
-    def release(self) -> None:
-        """Close the files. They are opened again when they are needed."""
-        self._files.clear()
-        self._mapped = 0
-        self._latest = "", {}
+    def close(self) -> None:
+        """Nothing can be read any more."""
+        for one in self._stored.values():
+            one.file.close()
+        self._latest, self._widened = ("", {}), {}
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
         """(weight → the stored tensor that it is a part of, its shape)."""
@@ -194,9 +194,10 @@ class Weights(Mapping[str, torch.Tensor]):
             canonical = self._family.canonical_name(name)
             if canonical is None:
                 continue
-            if not self._widened and self._stored[name].dtype not in _FLOATS:
+            is_float = self._widened[name].is_floating_point() if self._widened else None
+            if is_float is False or (is_float is None and self._stored[name].place.dtype not in _FLOATS):
                 raise UnsupportedModelError(
-                    f"'{name}' of '{self._dir}' is {self._stored[name].dtype}; weights are {list(_FLOATS)}"
+                    f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}"
                 )
             empty = torch.empty(shape, device="meta")
             for part, piece in _unpack(self._family, self._parts, canonical, empty).items():
@@ -206,17 +207,13 @@ class Weights(Mapping[str, torch.Tensor]):
         return place, found
 
     def _read(self, name: str) -> torch.Tensor:
-        path = self._stored[name].path
-        if self._mapped > _MAPPED:
-            self.release()
-        try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._files[path].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
-        self._mapped += tensor.nbytes
-        return tensor
+        one = self._stored[name]
+        if one.place.dtype not in _DTYPES:
+            raise UnsupportedModelError(f"'{name}' of '{self._dir}' is {one.place.dtype}; known are {list(_DTYPES)}")
+        content = read_bytes(one.file, one.path, one.place)
+        if not content.size:
+            return torch.empty(one.place.shape, dtype=_DTYPES[one.place.dtype])
+        return torch.from_numpy(content).view(_DTYPES[one.place.dtype]).reshape(one.place.shape)
 
 
 def _stored(model_dir: Path) -> dict[str, _Stored]:
@@ -225,12 +222,11 @@ def _stored(model_dir: Path) -> dict[str, _Stored]:
     index = model_dir / SHARDS
     places = shard_map(index) if index.is_file() else {}
     for path in weight_files(model_dir):
+        file = path.open("rb")
         try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {n: _Stored(path, tuple(one.get_shape()), one.get_dtype()) for n, one in slices.items()}
-        except SafetensorError as error:
-            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from error
+            found = {name: _Stored(file, path, place) for name, place in read_header(file, path).items()}
+        except BundleError as error:
+            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from None
         if places:
             named = {name for name, place in places.items() if place == path.name}
             if named != set(found):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -29,8 +30,14 @@ import numpy.typing as npt
 from ..errors import BundleError
 
 Array = npt.NDArray[Any]
-_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+_MAX_DIMENSIONS = 16
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
 
 
 class HasShape(Protocol):
@@ -52,16 +59,22 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The place of each tensor of a safetensors file (header: 8 bytes length, then JSON; its offsets count from its
     end). Raises `BundleError` for a header that is none, and for a tensor that is not in the file or has another size than
     its shape."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, _MAX_HEADER_BYTES):  # asked before so much memory is taken
-            raise BundleError(
-                f"'{path}' is no safetensors file: its header would have {length} bytes, the file has {size}; export the bundle "
-                "again"
-            )
-        content = file.read(length)
+        return read_header(file, path)
+
+
+def read_header(file: BufferedReader, path: Path) -> dict[str, StoredTensor]:
+    """`stored_tensors` of an open file."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, MAX_HEADER_BYTES):  # asked before so much memory is taken
+        raise BundleError(
+            f"'{path}' is no safetensors file: its header would have {length} bytes, the file has {size}; export the bundle "
+            "again"
+        )
+    content = file.read(length)
     start = 8 + length
     try:
         header = json.loads(content)
@@ -83,6 +96,8 @@ def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
     shape = tuple(entry["shape"])
     if not all(type(number) is int and 0 <= number < 2**48 for number in (first, end, *shape)):
         raise ValueError(f"a size is no small integer: {entry}")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(number, 1) for number in shape) >= 2**48:
+        raise ValueError(f"a shape is too large: {entry}")
     if end - first != math.prod(shape) * _BYTES[entry["dtype"]]:
         raise ValueError(f"a tensor's bytes are not those of its shape: {entry}")
     return StoredTensor(entry["dtype"], shape, start + first, end - first)
@@ -90,11 +105,18 @@ def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
 
 def read_tensor(file: BufferedReader, path: Path, tensor: StoredTensor) -> Array:
     """A float32 or byte tensor of the open file. It is read, not mapped, so that the file's pages do not stay in the process.
-    Raises `BundleError` if the file is shorter than it was."""
-    values = np.empty(tensor.shape, np.float32 if tensor.dtype == "F32" else np.uint8)
+    Raises `BundleError` if the file is shorter than it was, or for another type."""
+    if tensor.dtype not in ("F32", "U8"):
+        raise BundleError(f"'{path}' holds a tensor of type {tensor.dtype}, a bundle's are F32 and U8; export it again")
+    return read_bytes(file, path, tensor).view(np.float32 if tensor.dtype == "F32" else np.uint8).reshape(tensor.shape)
+
+
+def read_bytes(file: BufferedReader, path: Path, tensor: StoredTensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor. Raises `BundleError` if the file is shorter than it was."""
+    values = np.empty(tensor.length, np.uint8)
     file.seek(tensor.offset)
-    if file.readinto(values.reshape(-1).view(np.uint8).data) != tensor.length:
-        raise BundleError(f"'{path}' was changed while it was read; export the bundle again")
+    if file.readinto(values.data) != tensor.length:
+        raise BundleError(f"'{path}' was changed while it was read; start again")
     return values
 
 

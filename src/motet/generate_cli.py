@@ -261,6 +261,9 @@ def _print_json(deltas: Iterator[Output]) -> None:
     for _, answer in sorted(answers.items()):
         fields = dataclasses.asdict(answer)
         del fields["error"]  # it was raised
+        for name in ("prompt_logprobs", "logprobs"):  # JSON has no infinity
+            fields[name] = [max(value, -9999.0) for value in fields[name]]
+        fields["candidate_logprobs"] = [[max(value, -9999.0) for value in one] for one in fields["candidate_logprobs"]]
         print(json.dumps(fields, ensure_ascii=False))
 
 

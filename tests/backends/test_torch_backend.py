@@ -61,6 +61,19 @@ def test_scores_are_the_torch_model_s(tmp_path, tiny_model_dir, family, bits):
     assert relative_error(backend.score(tokens, 0), expected) < FLOAT32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_drawn_is_reported(tmp_path, tiny_model_dir, family):
+    """The log-probability of a draw is that of the scores, whether more is asked for or not."""
+    path = export_bundle(tiny_model_dir(family), tmp_path / "b", bits=32)
+    prompt = list(range(5, 12))
+    for logprobs in (0, 2):
+        requests = ask([tuple(prompt)], [ensemble(base=1.0)], 8, temperature=1.0, logprobs=logprobs)
+        [(tokens, answer)] = run(path, options(), requests)
+        scores = TorchBackend(Bundle.load(path), config(), options()).score([*prompt, *tokens], 0)[len(prompt) - 1 : -1]
+        expected = torch.log_softmax(torch.from_numpy(np.asarray(scores, np.float64)), -1)[range(len(tokens)), tokens]
+        np.testing.assert_allclose(answer, expected, atol=1e-3)
+
+
 def test_widened_once_is_widened_every_step(torch_bundles):
     requests = ask(PROMPTS, [ensemble(**MIX)] * 3, 6)
     path = torch_bundles / "tails-4"

@@ -194,6 +194,11 @@ TABLE = {
     ),
     "rope dynamic": ("llama", rope(type="dynamic", factor=2.0), None),
     "rope yarn": ("qwen3", rope(rope_type="yarn", factor=4.0), None),
+    "rope yarn of long texts": (
+        "qwen3",
+        rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=512),
+        None,
+    ),
     "rope yarn with its settings": ("qwen3", rope(rope_type="yarn", factor=8.0, **YARN), None),
     "rope yarn with scales": ("llama", rope(rope_type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=0.4), None),
     "rope yarn without rounding": ("llama", rope(rope_type="yarn", factor=8.0, truncate=False), None),
@@ -266,6 +271,21 @@ TABLE = {
     "gemma2 without windows": ("gemma2", config(layer_types=["full_attention"] * 4), None),
     "gemma2 by its pattern": ("gemma2", config(layer_types=None), None),
     "gemma2 with another window": ("gemma2", config(sliding_window=7), None),
+    "gemma2 with the exact activation": ("gemma2", config(hidden_activation="gelu"), "hidden_activation='gelu'"),
+    "gemma2 with its activation twice": ("gemma2", config(hidden_act="gelu_pytorch_tanh"), None),
+    "gemma2 with the window twice": ("gemma2", config(sliding_window_size=24), None),
+    "gemma2 with two windows": ("gemma2", config(sliding_window_size=25), "sliding_window_size=25"),
+    "gemma2 with windows of nothing": ("gemma2", null("sliding_window"), "sliding_window=null"),
+    "gemma3 by an inner pattern": (
+        "gemma3_text",
+        config(layer_types=None, sliding_window_pattern=None, _sliding_window_pattern=3),
+        "_sliding_window_pattern=3",
+    ),
+    "gemma3 of transformers 4, scaled by an older key": (
+        "gemma3_text",
+        config(rope_parameters=None, rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 8.0}),
+        "reads `rope_type` only",
+    ),
     "gemma2 with another activation": ("gemma2", config(hidden_activation="silu"), "hidden_activation='silu'"),
     "gemma2 with a soft cap below zero": ("gemma2", config(final_logit_softcapping=-1.0), "logit_softcap must be"),
     "gemma3 of transformers 4": (

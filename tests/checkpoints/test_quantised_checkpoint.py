@@ -75,6 +75,18 @@ def test_8_bits_are_half_a_step_off_at_most(tiny_model_dir: Callable[[str], Path
     assert changed >= 16
 
 
+def test_weights_without_their_scales_are_refused(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is left are integers, which have the right shape."""
+    quantised(tiny_model_dir("llama"), tmp_path, "int8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = "model.layers.1.self_attn.q_proj."
+    kept = {name: t for name, t in tensors.items() if not name.startswith(lost) or name == f"{lost}weight"}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="is I8; weights are"):
+        read_weights(tmp_path)
+
+
 def test_it_is_exported_like_a_plain_one(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     quantised(tiny_model_dir("llama"), tmp_path / "model", "nf4")
     export_bundle(tmp_path / "model", tmp_path / "bundle", bits=8)

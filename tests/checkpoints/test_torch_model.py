@@ -110,6 +110,20 @@ def test_long_contexts_by_an_older_name(tiny_model_dir):
     assert decoder_config(values).max_position_embeddings == 512, "the context of short texts"
 
 
+def test_the_context_of_yarn(tiny_model_dir):
+    """The factor says how long texts may be, whether the length is written or not; qwen3's heads are 128 where that is not."""
+    values = json.loads((tiny_model_dir("qwen2-yarn") / "config.json").read_text())
+    own = values["rope_parameters"] | {"factor": 4.0, "original_max_position_embeddings": 512}
+    for length in (512, 2048):
+        written = values | {"rope_parameters": own, "max_position_embeddings": length}
+        assert decoder_config(written).max_position_embeddings == 2048
+    del own["original_max_position_embeddings"]
+    assert decoder_config(values | {"rope_parameters": own}).max_position_embeddings == 512
+    values = json.loads((tiny_model_dir("qwen3") / "config.json").read_text())
+    del values["head_dim"]
+    assert decoder_config(values).head_size == transformers.Qwen3Config().head_dim
+
+
 def test_windows(tiny_model_dir):
     values = json.loads((tiny_model_dir("mistral") / "config.json").read_text())
     for window in (0, -1, 2.5, True, 2**31, "8"):

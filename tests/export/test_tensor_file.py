@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from motet.export.tensor_file import TensorFile
-from motet.runtime.errors import BundleError
+from motet.runtime.errors import BundleError, UnsupportedModelError
 from motet.runtime.model.stored import read_tensor, stored_tensors
 from safetensors.numpy import load_file
 
@@ -33,6 +33,13 @@ def test_it_is_read_by_the_library_and_by_motet(tmp_path):
     path.write_bytes(shorter)
     with path.open("rb") as opened, pytest.raises(BundleError, match="was changed while it was read"):
         read_tensor(opened, path, places["turned"])
+
+
+def test_a_header_that_nobody_would_read_is_refused_before_any_work(tmp_path):
+    names = [f"model.layers.{index}.weight" for index in range(600_000)]
+    with pytest.raises(UnsupportedModelError, match="at most 100000000 are read"):
+        TensorFile(tmp_path / "t.safetensors", names, {})
+    assert not (tmp_path / "t.safetensors").exists()
 
 
 def test_a_file_that_was_not_finished_is_none(tmp_path):

@@ -81,12 +81,27 @@ def launch_single(gpu, make) -> None:
     gpu.mix_sample(torch.empty(1, 100), make.mixture([1], probs=True), make.draw(1, min_p=0.1))
 
 
+def launch_gemma(gpu, make) -> None:
+    """Heads of 256, a part of which rotates, with soft caps and a window."""
+    from motet.kernels.oracle.operands import Scores
+
+    bf16, index = torch.bfloat16, make.integers([0, 1, 2])
+    cache, tables = make.cache(8, 1, 16, 256, bf16), make.tables(2, 4, 8)
+    table = (torch.empty(64, 96), torch.empty(64, 96))
+    query = gpu.rotary_write(torch.empty(2, 3, 6 * 256), table, None, 1e-5, index, index, cache, 4, bf16)
+    scores = Scores(20, 0.1, 50.0)
+    gpu.decode_attention(query, cache, make.decode_rows([5, 6], tables, 2048), torch.empty_like(query), scores)
+    gpu.prefill_attention(query, cache, make.chunks([3], [9], tables), torch.empty_like(query), scores)
+    gpu.activate(torch.empty(1, 4, 2 * 128), "geglu", bf16)
+
+
 def launch_all(quick: bool) -> None:
     from motet.bench.gpu import problems as make
     from motet.kernels.oracle.operands import LayerCache, LinearWeight
     from motet.kernels.triton import ops as gpu
 
     launch_single(gpu, make)
+    launch_gemma(gpu, make)
     bf16 = torch.bfloat16
     hidden, heads, kv_heads, size, inner, vocab = 4096, 32, 8, 128, 14336, 128256
     for kv in (bf16,) if quick else (bf16, torch.int8, torch.float8_e4m3fn):

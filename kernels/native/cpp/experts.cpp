@@ -25,13 +25,13 @@ Activations part_of(const ActivationStore& store, int64_t first, int64_t rows, c
 }  // namespace
 
 // The largest logits of a row, of equal ones those of the lower experts; their softmax over all experts.
-void Step::choose_experts(const float* logits, int64_t row) {
+void Step::choose_experts(const float* logits, int64_t row, int thread) {
     const int64_t k = c_.experts_per_token;
     int32_t* chosen = chosen_ + row * k;
     float* shares = shares_ + row * k;
-    std::vector<int32_t> order(static_cast<size_t>(c_.num_experts));
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
+    int32_t* order = scratch_[size_t(thread)].order;
+    std::iota(order, order + c_.num_experts, 0);
+    std::partial_sort(order, order + k, order + c_.num_experts, [&](int32_t a, int32_t b) {
         const bool bad_a = std::isnan(logits[a]), bad_b = std::isnan(logits[b]);  // NaN is the largest
         if (bad_a != bad_b) return bad_a;
         return logits[a] > logits[b] || (!(logits[a] < logits[b]) && a < b);
@@ -39,8 +39,8 @@ void Step::choose_experts(const float* logits, int64_t row) {
     const double largest = double(logits[order[0]]);
     double total = 0.0;
     for (int64_t i = 0; i < (c_.normalises_experts ? k : c_.num_experts); i++)
-        total += std::exp(double(logits[c_.normalises_experts ? order[size_t(i)] : i]) - largest);
-    std::copy_n(order.begin(), k, chosen);
+        total += std::exp(double(logits[c_.normalises_experts ? order[i] : i]) - largest);
+    std::copy_n(order, k, chosen);
     std::sort(chosen, chosen + k);
     for (int64_t i = 0; i < k; i++) shares[i] = float(std::exp(double(logits[chosen[i]]) - largest) / total);
 }
@@ -75,7 +75,7 @@ void Step::run_experts(const Layer& layer, const RowSet& set, const Input& input
     linear(layer.packed(kRouter), routed, {router_, router_ld_, Epilogue::Store}, nullptr, thread);
     barrier_and_time(kLinears, thread);
     pool_.distribute(next_phase(thread), thread, rows,
-                     [&](int64_t row) { choose_experts(router_ + row * router_ld_, row); });
+                     [&](int64_t row) { choose_experts(router_ + row * router_ld_, row, thread); });
     barrier_and_time(kOther, thread);
     if (thread == 0) plan_experts(layer, set);
     barrier_and_time(kOther, thread);

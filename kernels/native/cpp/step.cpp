@@ -174,6 +174,7 @@ void Step::take_scratch(Arena& arena) {
         s.activations = ActivationStore::make(arena, std::min(rows, kFew), widest, m_.dense_, m_.adapters_);
         s.rows = arena.take<float>(kRunRows * widest);
         s.head = arena.take<float>(2 * kMaxHeadSize);
+        s.order = arena.take<int32_t>(c_.num_experts);
         s.packed = arena.take<uint32_t>(queries * d / 2);
         s.steps = arena.take<float>(queries);
         s.starts = arena.take<int32_t>(queries);

@@ -65,6 +65,7 @@ private:
         int32_t* starts;
         float *outs, *later;  // [queries][head size]
         float *maxima, *sums, *later_maxima, *later_sums;
+        int32_t* order;               // [experts]
         std::vector<int64_t> blocks;  // offsets in a layer's cache of the blocks that the thread will attend to
         PrefetchList prefetch_list;   // blocks of the next layer that are not prefetched yet
     };
@@ -94,7 +95,7 @@ private:
     void run(int thread);
     void run_segment(const Segment& segment, int thread);
     void run_experts(const Layer& layer, const RowSet& set, const Input& input, float* to, bool adds, int thread);
-    void choose_experts(const float* logits, int64_t row);
+    void choose_experts(const float* logits, int64_t row, int thread);
     void plan_experts(const Layer& layer, const RowSet& set);
     void keep_trunk(const Segment& segment, int thread);
     void enter_tail(const Segment& segment, float* x, int thread);

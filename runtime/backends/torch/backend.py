@@ -155,7 +155,12 @@ class TorchBackend:
         ops = load_ops(options.kernels)
         self._forward = Forward(decoder, weights, self._cache, ops, options.dtype)
         self._sampler = TorchSampler(
-            ops, weights.head, self._forward.head, options.device, linear_head=decoder.linear_head
+            ops,
+            weights.head,
+            self._forward.head,
+            options.device,
+            linear_head=decoder.linear_head,
+            plain_head=decoder.linear_head and decoder.logit_scale == 1,
         )
         self._graphs = None
         if options.graphs:

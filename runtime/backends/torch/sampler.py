@@ -51,8 +51,8 @@ class _DeviceResult:
 
 
 class TorchSampler:
-    """`head` returns logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`). `linear_head`: they
-    are just the product with `head_weight`."""
+    """`head` returns logits [rows, vocab] float32 of mixed hidden states (see `Forward.head`). `linear_head`: mixing
+    hidden states mixes them. `plain_head`: they are just the product with `head_weight`, which the fused op computes."""
 
     def __init__(
         self,
@@ -62,12 +62,13 @@ class TorchSampler:
         device: torch.device,
         *,
         linear_head: bool = True,
+        plain_head: bool = True,
     ) -> None:
         self._ops = ops
         self._head_weight = head_weight
         self._head = head
         self._device = device
-        self._linear_head = linear_head
+        self._linear_head, self._plain_head = linear_head, plain_head
 
     def sample(self, hidden: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> StepOutput:
         """Draw one token per sample. hidden [R, H], normed; `terms[i]` are those of `samples[i]` (see
@@ -88,7 +89,7 @@ class TorchSampler:
 
     def _is_fused(self, terms: Terms, sample: SampleRow) -> bool:
         plain = sample.edits.is_empty and not sample.sampling.truncation and not _needs_row(sample)
-        return plain and self._linear_head and is_mixed_before_head(terms, sample, self._linear_head)
+        return plain and self._plain_head and is_mixed_before_head(terms, sample, self._linear_head)
 
     # ---- the three ways ----------------------------------------------------------------------------------------------
 

@@ -95,10 +95,16 @@ def rotary(values: Json, allowed: Collection[str] = ()) -> dict[str, Any]:
     if kind in ("default", "dynamic"):  # a dynamic scaling begins behind the context
         return {"rope_theta": theta, "rope_scaling": None}
     scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", *allowed) and v is not None}
+    fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
     if kind in ("yarn", "longrope"):
         at = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = at or values["max_position_embeddings"]
-    return {"rope_theta": theta, **(_longrope(values, scaling) if kind == "longrope" else {"rope_scaling": scaling})}
+        whole = values["max_position_embeddings"]
+        scaling["original_max_position_embeddings"] = at or whole
+        if kind == "longrope":
+            return fields | _longrope(values, scaling)
+        if at:  # it is how long texts are asked for; some write the length that comes of it, some the original one
+            fields["max_position_embeddings"] = max(whole, int(scaling["factor"] * at))
+    return fields
 
 
 def _longrope(values: Json, scaling: dict[str, Any]) -> dict[str, Any]:

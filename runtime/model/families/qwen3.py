@@ -8,7 +8,7 @@ from .llama import KEYS, WINDOW_KEYS, late_window, llama_config
 
 
 def _config(values: Json) -> DecoderConfig:
-    return llama_config(values, qk_norm="head", **late_window(values))
+    return llama_config({"head_dim": 128, **values}, qk_norm="head", **late_window(values))
 
 
 QWEN3 = Family("qwen3", KEYS | WINDOW_KEYS | {"attention_bias"}, _config)

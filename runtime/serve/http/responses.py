@@ -250,12 +250,14 @@ class _Answer:
         ]
         reader, text, is_open = self._tools.reader(), "", False
         async with aclosing(self._door.service.generate(self._asked, self._caller)) as outputs:
-            is_first = True
+            whole: Output | None = None  # whose log-probabilities and confidences the last event has
             async for output in outputs:
                 batch: Events = []
-                if is_first:
+                if whole is None:
                     batch = [{"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")]
-                    is_first = False
+                    whole = output
+                else:
+                    whole.extend(output)
                 calls: list[ToolCall] = []
                 delta = output.text if reader is None else reader.push(output.text)
                 if output.finish_reason is not None and reader is not None:
@@ -269,7 +271,7 @@ class _Answer:
                 if output.finish_reason is not None:
                     if not is_open and not calls:
                         batch, is_open = [*batch, *opening], True
-                    batch += self._closing(output, text, calls, at, is_open)
+                    batch += self._closing(whole, text, calls, at, is_open)
                 yield batch
 
     def _closing(self, output: Output, text: str, calls: list[ToolCall], at: dict[str, Any], is_open: bool) -> Events:

@@ -74,6 +74,12 @@ def test_responses(client, own):
     assert events[0].type == "response.created"
     assert events[-1].type == "response.incomplete"
     assert events[-1].response.output_text == expected.text
+    asked = {"extra_body": {"logprob_token_ids": [97, 98], "return_member_logprobs": True}, "max_output_tokens": 30}
+    whole = client.responses.create(**asked, **options)
+    *_, last = client.responses.create(stream=True, **asked, **options)
+    for name in ("candidate_logprobs", "member_logprobs"):
+        assert getattr(last.response, name) == getattr(whole, name)
+        assert len(getattr(whole, name)) == 30
     schema = WEATHER["function"]["parameters"]
     form = {"format": {"type": "json_schema", "name": "w", "schema": schema, "strict": True}}
     found = client.responses.create(text=form, max_output_tokens=300, **options)
