@@ -16,6 +16,6 @@ def connect(address: str, cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
     own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus + 1} if address == "local" else {}
     try:
-        ray.init(None if address == "local" else address, log_to_driver=False, **own)
+        ray.init(address, log_to_driver=False, **own)  # "local" takes no other cluster of this machine
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UnavailableError(f"there is no Ray cluster at '{address}': {error}") from None

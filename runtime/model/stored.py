@@ -71,8 +71,8 @@ def read_header(file: BufferedReader, path: Path) -> dict[str, StoredTensor]:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):  # asked before so much memory is taken
         raise BundleError(
-            f"'{path}' is no safetensors file: its header would have {length} bytes, the file has {size}; export the bundle "
-            "again"
+            f"'{path}' is torn or damaged, or no safetensors file: its header would have {length} bytes, the file has {size}; "
+            "export the bundle again"
         )
     content = file.read(length)
     start = 8 + length
@@ -80,7 +80,9 @@ def read_header(file: BufferedReader, path: Path) -> dict[str, StoredTensor]:
         header = json.loads(content)
         found = {name: _place(entry, start) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"'{path}' is no safetensors file: {error!r}; export the bundle again") from None
+        raise BundleError(
+            f"'{path}' is torn or damaged, or no safetensors file: {error!r}; export the bundle again"
+        ) from None
     for name, tensor in found.items():
         if tensor.offset < start or tensor.length < 0 or tensor.offset + tensor.length > size:
             raise BundleError(

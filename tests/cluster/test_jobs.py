@@ -30,8 +30,10 @@ def bundle(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with jobs.cluster("local", 2):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another cluster, which "local" does not take
+        with jobs.cluster("local", 2):
+            yield
 
 
 def write(path, count):

@@ -52,5 +52,5 @@ def test_a_file_that_was_not_finished_is_none(tmp_path):
 
     with pytest.raises(ValueError, match="stop"):
         stopped()
-    with pytest.raises(BundleError, match="is no safetensors file"):
+    with pytest.raises(BundleError, match="no safetensors file"):
         stored_tensors(path)
