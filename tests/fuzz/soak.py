@@ -78,7 +78,7 @@ def soak(tokenizer, seconds, seed):
 
     with make_engine(tokenizer, backend, max_num_seqs=8, max_waiting=24) as engine:
         engine._restarts = _Never()  # a soak has more faults than three per minute
-        options = {"service": {"send_timeout_s": 1.0}, "drain_timeout_s": 10}
+        options = {"service": {"send_timeout_s": 10.0}, "drain_timeout_s": 10}
         with serving(engine, ByPeer(seed), **options) as running:
             Scheduler.schedule = sometimes_broken
             try:
