@@ -19,7 +19,7 @@ EMBEDDING = "model.embed_tokens.weight"
 POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
 # (cosines, sines): tables that are in a bundle but in no checkpoint
-COS, SIN = ROTARY = ("rotary.cos", "rotary.sin")
+ROTARY = ("rotary.cos", "rotary.sin")
 WINDOW_ROTARY = ("rotary.window_cos", "rotary.window_sin")  # of layers with a window, where theirs differ
 
 Epilogue = Literal["store", "add", "swiglu", "geglu", "gelu"]
