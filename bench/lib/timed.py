@@ -40,10 +40,10 @@ class StepTimer(Observer):
 
 
 @contextmanager
-def timed_engine(path: Path, config: EngineConfig) -> Iterator[tuple[Engine, StepTimer]]:
-    """An engine on a bundle, and a timer of its steps."""
+def timed_engine(path: Path, config: EngineConfig, *, isa: str | None = None) -> Iterator[tuple[Engine, StepTimer]]:
+    """An engine on a bundle, and a timer of its steps. `isa`: on the native kernels, with this instruction set."""
     bundle = Bundle.load(path, verify=False)
-    backend = open_backend(bundle, config)
+    backend = CpuBackend(bundle, config, isa=isa) if isa else open_backend(bundle, config)
     timer = StepTimer(is_native=isinstance(backend, CpuBackend))
     with Engine(backend, Tokenizer.from_dir(path), model_info(bundle, config), config, [timer]) as engine:
         yield engine, timer

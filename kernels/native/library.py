@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ...runtime.errors import UnavailableError
 from .structs import ModelConfig, Tensor
 
+EMULATED = "amx-emulated"  # the path whose matrix tiles are plain C++: for tests, never chosen by itself
 LIBRARY_VARIABLE = "MOTET_CPU_LIBRARY"  # overrides which shared library is loaded
 
 
@@ -81,7 +82,7 @@ def is_available() -> bool:
 
 
 def isa_names() -> tuple[str, ...]:
-    """The instruction sets that this CPU runs, best first."""
+    """The instruction sets that this CPU runs, best first, and `EMULATED` at the end."""
     lib = load()
     return tuple(lib.motet_isa_name(index).decode() for index in range(lib.motet_isa_count()))
 
@@ -91,9 +92,10 @@ def probe_read(threads: int) -> float:
     return float(load().motet_probe_read(b"", threads))
 
 
-def probe_dot(threads: int) -> float:
-    """8-bit multiply-accumulates of `threads` threads, GMAC/s: the peak of the dot product instruction in use."""
-    return float(load().motet_probe_dot(b"", threads))
+def probe_dot(threads: int, isa: str = "") -> float:
+    """8-bit multiply-accumulates of `threads` threads, GMAC/s: the peak of an instruction set's dot products (default: the
+    best's). 0 if this CPU does not run it."""
+    return float(load().motet_probe_dot(isa.encode(), threads))
 
 
 def address(array: npt.NDArray[Any]) -> int:

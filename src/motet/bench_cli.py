@@ -77,6 +77,34 @@ def bench_decode(
     )
 
 
+@bench.command("isa")
+def bench_isa(
+    bundle: BundleArgument,
+    out: Results = Path("bench/results"),
+    paths: Annotated[str, typer.Option(help="Instruction sets, such as amx,avx512; default: all of this CPU.")] = "",
+    batch_sizes: BatchSizes = "1,16",
+    prompt_tokens: PromptTokens = 512,
+    context: Context = 256,
+    new_tokens: DecodedTokens = 16,
+    repeats: Repeats = 5,
+    threads: Threads = 0,
+) -> None:
+    """Every instruction set of this CPU beside the others: dot products, speed, and whether the bits are the same."""
+    from .bench import isa
+
+    isa.run(
+        bundle,
+        out,
+        paths=words(paths) if paths else (),
+        batch_sizes=integers(batch_sizes),
+        prompt_tokens=prompt_tokens,
+        context=context,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+
+
 @bench.command("pages")
 def bench_pages(results: Annotated[Path, typer.Argument(help="Directory of results.")] = Path("bench/results")) -> None:
     """Draw the HTML pages of results, and `index.html`, anew from their JSON."""

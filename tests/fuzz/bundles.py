@@ -92,8 +92,8 @@ _SCALES = (
 def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
     """Sizes that the kernels and the groups fit."""
     unit = max(group, 32)
-    head_size = int(rng.choice([16, 32, 48, 64]))
-    heads = int(rng.choice([h for h in (1, 2, 3, 4, 6, 8) if h * head_size % unit == 0 and h * head_size <= 256]))
+    head_size = int(rng.choice([16, 32, 48, 64, 128]))
+    heads = int(rng.choice([h for h in (1, 2, 3, 4, 6, 8) if h * head_size % unit == 0 and h * head_size <= 384]))
     layers = int(rng.integers(1, 4))
     window = int(rng.choice([1, 5, 33, 100])) if rng.random() < 0.25 else None
     experts = int(rng.integers(1, 7)) if rng.random() < 0.2 else 0
@@ -135,7 +135,7 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
 def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
     """A random bundle of one to four members in the new directory `path`."""
     bits = int(rng.choice([4, 8, 32]))
-    group = int(rng.choice([16, 32, 64]))
+    group = int(rng.choice([16, 32, 64, 128]))
     config = random_config(rng, group)
     head_group = int(rng.choice([g for g in (16, 32, 64) if config.hidden_size % g == 0]))
     layout = decoder_layout(config)

@@ -73,6 +73,9 @@ def _gelu(x: F64) -> F64:
     return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
+NEAR = 0.1  # logits of a router that are closer may change places when activations are rounded
+
+
 class Oracle:
     """The final states of a bundle's members over a cache of this kind, and the head that makes them logits."""
 
@@ -81,6 +84,7 @@ class Oracle:
         self.tensors = load_file(bundle.path / WEIGHTS)
         self.bf16 = kv_dtype == "bf16"
         self._weights: dict[str, Weight] = {}
+        self.unsure = np.zeros(0, np.bool_)  # [rows] of the last call: whether rounding may choose other experts
 
     @cached_property
     def head(self) -> Weight:
@@ -92,7 +96,8 @@ class Oracle:
         return all(np.abs(x).max() < 1e6 for x in self.tensors.values() if x.dtype == np.float32)
 
     def hidden(self, tokens: list[int], member: int) -> F64:
-        """[tokens, hidden] after the final norm of `member`."""
+        """[tokens, hidden] after the final norm of `member`. Sets `unsure`."""
+        self.unsure = np.zeros(len(tokens), np.bool_)
         x = self._weight(EMBEDDING).values[tokens] * self.config.embedding_scale
         if self.config.positions == "learned":
             x = x + self.tensors[POSITIONS][: len(tokens)]
@@ -143,7 +148,11 @@ class Oracle:
         if layer.router is None:
             return run(layer.mlp)
         logits = x @ self.tensors[resolve(self.tensors, f"{layer.router}.weight", owner)].T.astype(np.float64)
-        chosen = np.argsort(-logits, kind="stable")[:, : self.config.experts_per_token]
+        count = self.config.experts_per_token
+        chosen = np.argsort(-logits, kind="stable")[:, :count]
+        if count < self.config.num_experts:
+            ordered = -np.sort(-logits)
+            self.unsure |= ordered[:, count - 1] - ordered[:, count] < NEAR
         shares = np.exp(logits - logits.max(-1, keepdims=True))
         taken = np.zeros_like(shares)
         np.put_along_axis(taken, chosen, np.take_along_axis(shares, chosen, -1), -1)

@@ -45,18 +45,22 @@ bool runs(const char* isa) {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
     if (!strcmp(isa, "avx512")) return avx512;
-    if (!strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "amx-emulated")) return avx512;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "avx512bf16")) return bf16;
+    if (!strcmp(isa, "amx")) return bf16 && may_use_amx();
     if (!strcmp(isa, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
     return !strcmp(isa, "portable");
 }
 
-// Best first.
+// Best first; the last one is for tests.
 const std::vector<const Isa*>& paths() {
     static const std::vector<const Isa*> all = [] {
         std::vector<const Isa*> result;
-        for (const Isa* isa : {isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_portable()})
+        for (const Isa* isa :
+             {isa_amx(), isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_portable(), isa_amx_emulated()})
             if (isa && runs(isa->name)) result.push_back(isa);
         return result;
     }();
@@ -276,9 +280,9 @@ void motet_seconds(MotetModel* model, double* out) {
 double motet_probe_dot(const char* isa, int threads) {
     const Isa* chosen = path(isa);
     if (!chosen || threads < 1) return 0.0;
-    Pool pool(threads);
+    Pool pool(threads, chosen->leave);
     Probe probe{chosen, pool, nullptr, 0, 20'000'000};
-    if (!strcmp(chosen->name, "portable")) probe.iterations /= 50;
+    if (!strcmp(chosen->name, "portable") || !strcmp(chosen->name, "amx-emulated")) probe.iterations /= 50;
     auto once = [&] {
         pool.reset(1);
         pool.run(
@@ -294,7 +298,7 @@ double motet_probe_dot(const char* isa, int threads) {
 double motet_probe_read(const char* isa, int threads) {
     const Isa* chosen = path(isa);
     if (!chosen || threads < 1) return 0.0;
-    Pool pool(threads);
+    Pool pool(threads, chosen->leave);
     const int64_t size = int64_t(512) << 20;
     Pages pages{size_t(size)};
     memset(pages.data(), 1, size_t(size));

@@ -82,19 +82,21 @@ void Step::attend(const RowSet& set, const Layer& layer, int index, const float*
                      [&](int64_t item) { attend_unit(set, item, layer, index, qkv, write, quantise_to, thread); });
 }
 
-// Packs queries in chunks of kMaxQueries; query i is head i % group of row i / group.
+// Packs queries in chunks; query i is head i % group of row i / group.
 void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer, int kv_head, const float* qkv,
                         Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
     const float scale = kLog2e * c_.attention_scale;
+    const int most = most_queries(unit.rows);
     for (int i = 0; i < queries; i++) {
         const int64_t row = unit.row0 + i / group_;
         norm_and_rotate(qkv + row * qkv_ld_, c_.num_heads, kv_head * group_ + i % group_, layer.q_norm, layer,
                         set.contexts[size_t(row)] - 1, s.head);
-        const int first = i / kMaxQueries * kMaxQueries;
-        isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d,
-                        s.packed + int64_t(first) * (d / 2) + i % kMaxQueries, std::min(kMaxQueries, queries - first),
-                        s.steps + i, s.starts + i);
+        const int first = i / most * most;
+        const bool tiles = most > kMaxQueries;  // each query is by itself then
+        uint32_t* to = s.packed + (tiles ? int64_t(i) * (d / 2) : int64_t(first) * (d / 2) + i % most);
+        isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d, to,
+                        tiles ? 1 : std::min(most, queries - first), s.steps + i, s.starts + i);
     }
 }
 
@@ -120,7 +122,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
     const Unit& unit = set.units[size_t(item / c_.num_kv_heads)];
     const int kv_head = int(item % c_.num_kv_heads);
     Scratch& s = scratch_[size_t(thread)];
-    const int d = c_.head_size, queries = int(unit.rows) * group_;
+    const int d = c_.head_size, queries = int(unit.rows) * group_, most = most_queries(unit.rows);
     const int seen_first = first_partition(set.contexts[size_t(unit.row0)], layer.window);
     const int first = std::max(unit.partition, seen_first);
     const int last = unit.partition < 0 ? unit.partitions : unit.partition + 1;
@@ -131,11 +133,12 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
         args.cap = kLog2e * c_.attention_softcap;
+        args.tiles = most > kMaxQueries;
         if (write && p + 1 == unit.partitions) write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
         look_ahead(set, item, p, index, layer.window, args.ahead);
-        for (int from = 0; from < queries; from += kMaxQueries) {
-            int seen[kMaxQueries], unseen[kMaxQueries];
-            args.queries = std::min(kMaxQueries, queries - from);
+        for (int from = 0; from < queries; from += most) {
+            int seen[kTileRows], unseen[kTileRows];
+            args.queries = std::min(most, queries - from);
             for (int i = 0; i < args.queries; i++) {
                 seen[i] = set.contexts[size_t(unit.row0 + (from + i) / group_)] - p * kPartition;
                 unseen[i] = seen[i] - layer.window;

@@ -115,11 +115,10 @@ INLINE float peak_score(const AttendArgs& a, int q, const float* scores, int til
     return reduce_max(largest);
 }
 
-// Soft cap of `count` tiles of each query's scores, in place.
-template <int Q>
+// Soft cap of the first tiles of 16 scores of each query, in place.
 INLINE void cap_scores(const AttendArgs& a, int tiles, float (*scores)[kPartition]) {
     if (a.cap == 0.0f) return;
-    for (int q = 0; q < Q; q++)
+    for (int q = 0; q < a.queries; q++)
         for (int t = 0; t < tiles; t++) store(scores[q] + t * kLanes, capped(load(scores[q] + t * kLanes), a.cap));
 }
 
@@ -129,7 +128,7 @@ void attend_bf16(const AttendArgs& a) {
     alignas(64) float scores[Q][kPartition];
     alignas(64) uint32_t probs[Q][kPartition / 2];
     for (int b = 0; b < blocks; b++) scores_bf16<Q>(a, a.block(b), (float (*)[kPartition])(&scores[0][b * kBlock]));
-    cap_scores<Q>(a, blocks * 2, scores);
+    cap_scores(a, blocks * 2, scores);
     for (int q = 0; q < Q; q++) {
         const float peak = peak_score(a, q, scores[q], blocks * 2);
         F total = zero();
@@ -183,6 +182,16 @@ INLINE F combine(I high, I low, int32_t start, float step) {
 // Prefetches are spread over all of the work, because a core stalls if too many lines are in flight.
 INLINE void fetch(const uint8_t* from, int bytes) {
     for (int at = 0; at < bytes; at += 64) prefetch_far(from + at);
+}
+
+// Scales, and keys of blocks that no block of this partition fetches: the next partition may have more.
+INLINE void fetch_rest(const AttendArgs& a, int blocks) {
+    const int d = a.head_size;
+    for (int b = 0; b < kPartitionBlocks; b++) {
+        if (!a.ahead[b]) continue;
+        fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
+        if (b >= blocks) fetch(a.ahead[b], d * kBlock);
+    }
 }
 
 INLINE void fetch_values(const AttendArgs& a, int quad) {
@@ -301,12 +310,8 @@ void attend_int8(const AttendArgs& a) {
     Weights16 weights[Q];
     for (int b = 0; b < blocks; b++)
         scores_int8<Q>(a, a.block(b), a.ahead[b], (float (*)[kPartition])(&scores[0][b * kBlock]));
-    for (int b = 0; b < kPartitionBlocks; b++) {
-        if (!a.ahead[b]) continue;
-        fetch(a.ahead[b] + d * kBlock * 2, 2 * kBlock * 4);
-        if (b >= blocks) fetch(a.ahead[b], d * kBlock);  // the next partition has more blocks
-    }
-    cap_scores<Q>(a, blocks * 2, scores);
+    fetch_rest(a, blocks);
+    cap_scores(a, blocks * 2, scores);
     for (int q = 0; q < Q; q++) softmax_int8(a, q, blocks * 2, scores[q], weights[q]);
     constexpr int kWide = Q <= 3 ? 2 : 1;  // as many as the registers hold
     int first = 0;

@@ -9,7 +9,7 @@
 namespace motet {
 namespace {
 
-// The part of a store that begins at row `first`, for `rows` rows.
+// The part of a store that begins at stored row `first`, for `rows` rows.
 Activations part_of(const ActivationStore& store, int64_t first, int64_t rows, const PackedLinear& w) {
     Activations x = store.take(rows, w);
     x.quads += first * (w.k / 4);
@@ -53,12 +53,14 @@ void Step::plan_experts(const Layer& layer, const RowSet& set) {
     std::partial_sum(next.begin(), next.end(), next.begin());
     used_.clear();
     blocks_.clear();
+    int64_t stored = 0;
     for (int e = 0; e < c_.num_experts; e++) {
         const int64_t first = next[size_t(e)], rows = next[size_t(e) + 1] - first;
         if (!rows) continue;
         const Expert& expert = layer.experts[size_t(e)];
-        used_.push_back({&expert, first, part_of(pairs_, first, rows, expert.up->packed),
-                         part_of(pairs_inner_, first, rows, expert.down->packed)});
+        used_.push_back({&expert, first, part_of(pairs_, stored, rows, expert.up->packed),
+                         part_of(pairs_inner_, stored, rows, expert.down->packed)});
+        stored += std::max(used_.back().up.stored_rows(), used_.back().down.stored_rows());
         for (int b = 0; b < used_.back().up.blocks; b++) blocks_.emplace_back(int(used_.size()) - 1, b);
     }
     for (int64_t i = 0; i < pairs; i++) {
@@ -96,7 +98,7 @@ void Step::run_experts(const Layer& layer, const RowSet& set, const Input& input
             const ExpertRows& own = used_[size_t(item / panels)];
             const Activations& rows_of = own.*x;
             isa_.linear(((*own.expert).*which)->packed, rows_of, 0, rows_of.blocks, item % panels, item % panels + 1,
-                        out + own.first * ld, ld, epilogue, nullptr);
+                        out + own.first * ld, ld, epilogue, nullptr, scratch_[size_t(thread)].room);
         });
         barrier_and_time(kLinears, thread);
     };

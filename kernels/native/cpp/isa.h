@@ -10,7 +10,9 @@ namespace motet {
 
 constexpr int kLanes = 16;       // floats of a vector
 constexpr int kPanel = 32;       // columns of a weight panel: two vectors, so a broadcast activation is used twice
-constexpr int kTile = 6;         // most rows of one register block
+constexpr int kRows = 6;         // most rows of one register block
+constexpr int kTileRows = 16;    // rows of a matrix tile
+constexpr int kTileBlock = 32;   // most rows of a block on matrix tiles: two of them
 constexpr int kBlock = 32;       // positions of a block of the KV cache
 constexpr int kPartition = 128;  // positions of one softmax; partitions are merged in order
 constexpr int kMaxHeadSize = 256;
@@ -49,12 +51,18 @@ struct LowRank {
 constexpr int kRankChunk = 16;  // ranks of A x that a thread computes together, for up to kRunRows rows
 constexpr int kRunRows = 4;
 
-// Rows of activations, in register blocks of `rows_of(b)` ≤ kTile rows: 4 bytes at [block][k / 4][row], and one scale
+// Bytes of a row of a matrix tile over numbers that come in groups of `group`, which 16 divides.
+inline int tile_chunk(int group) { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
+
+// Rows of activations, in register blocks of `rows_of(b)` ≤ kRows rows: 4 bytes at [block][k / 4][row], and one scale
 // per row and group at [block][group][row]. For 32-bit weights: f32 [block][k][row].
+// On matrix tiles, blocks of ≤ kTileBlock rows, with room for kTileBlock: bytes at [block][tile][k / c][row][c] for
+// tiles of kTileRows rows and c = tile_chunk(group).
 struct Activations {
     int64_t rows = 0, k = 0;
     int group = 0, groups = 0;
     int blocks = 0;
+    bool tiles = false;
     int32_t* quads = nullptr;
     float* scales = nullptr;
     float* sums = nullptr;      // scale * Σ q, which a minimum is multiplied with
@@ -63,15 +71,25 @@ struct Activations {
     const LowRank* const* low_rank = nullptr;  // [rows] or null: the update of each row, null: none
     float* inner = nullptr;                    // [rows][kMaxRank]: see reduce
 
+    int64_t stored_rows() const { return tiles ? int64_t(blocks) * kTileBlock : rows; }
+    int64_t first_stored_row(int block) const { return tiles ? int64_t(block) * kTileBlock : first_row(block); }
+    // Tiles: where the bytes from `column` on are, of row r of a block. A run ends at a multiple of the chunk.
+    int8_t* bytes(int block, int64_t r, int64_t column) const {
+        const int chunk = tile_chunk(group);
+        const int64_t tile = first_stored_row(block) + r / kTileRows * kTileRows;
+        return (int8_t*)quads + tile * k + column / chunk * kTileRows * chunk + r % kTileRows * chunk + column % chunk;
+    }
     int64_t unit() const { return dense ? kLanes : group; }  // columns that are quantised together
     int64_t first_row(int block) const {
+        if (tiles) return block * int64_t(kTileBlock) < rows ? block * int64_t(kTileBlock) : rows;
         return block * (rows / blocks) + (block < rows % blocks ? block : rows % blocks);
     }
     int block_of(int64_t row) const {
+        if (tiles) return int(row / kTileBlock);
         const int64_t size = rows / blocks, larger = rows % blocks, edge = larger * (size + 1);
         return int(row < edge ? row / (size + 1) : larger + (row - edge) / size);
     }
-    int rows_of(int block) const { return int(rows / blocks + (block < rows % blocks ? 1 : 0)); }
+    int rows_of(int block) const { return int(first_row(block + 1) - first_row(block)); }
 };
 
 enum class Epilogue { Store, Add, SwiGLU, GeGLU, Gelu };
@@ -102,7 +120,7 @@ struct CacheView {
 };
 
 constexpr int kPartitionBlocks = kPartition / kBlock;
-constexpr int kMaxQueries = 6;
+constexpr int kMaxQueries = 6;  // of one call; kTileRows on matrix tiles
 
 // Attention of query rows of one KV head over one partition. The output is not yet divided by the sums.
 struct AttendArgs {
@@ -110,17 +128,18 @@ struct AttendArgs {
     const int32_t* blocks;                   // blocks of the partition
     const uint8_t* ahead[kPartitionBlocks];  // blocks to prefetch, which are attended to next; null: none
     int head_size;
-    int queries;        // ≤ kMaxQueries
-    const int* seen;    // [queries] positions of the partition up to each query's own; ≥ kPartition: all
-    const int* unseen;  // [queries] those of them that lie before its window; ≤ 0: none
-    const uint32_t*
-        packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; in units of log2(e) · scale
-    const float* steps;     // [queries], int8: the value of one unit of the 16 bits
-    const int32_t* starts;  // [queries], int8: 128 times the sum of the query
-    float cap = 0.0f;       // c: scores s become c · tanh(s / c), in the queries' units; 0: none
-    float* out;             // [queries][d]
-    float* maxima;          // [queries]
-    float* sums;            // [queries]
+    int queries;             // ≤ kMaxQueries, or kTileRows
+    bool tiles = false;      // int8 only
+    const int* seen;         // [queries] positions of the partition up to each query's own; ≥ kPartition: all
+    const int* unseen;       // [queries] those of them that lie before its window; ≤ 0: none
+    const uint32_t* packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; tiles:
+                             // [kTileRows][high, low][d] bytes; in units of log2(e) · scale
+    const float* steps;      // [queries], int8: the value of one unit of the 16 bits
+    const int32_t* starts;   // [queries], int8: 128 times the sum of the query
+    float cap = 0.0f;        // c: scores s become c · tanh(s / c), in the queries' units; 0: none
+    float* out;              // [queries][d]
+    float* maxima;           // [queries]
+    float* sums;             // [queries]
 
     const uint8_t* block(int index) const { return kv.data + blocks[index] * kv.block_bytes; }
     int longest() const {
@@ -139,8 +158,11 @@ struct PrefetchList {
 
 struct Isa {
     const char* name;
+    bool tiles;       // whether it has matrix tiles, so that activations and queries may be laid out for them
+    void (*leave)();  // to be called by each thread when it has used these functions; null: need not be
+    // `room`: k · kPanel bytes of the caller's, used if the activations are laid out for tiles.
     void (*linear)(const PackedLinear&, const Activations&, int block0, int block1, int64_t panel0, int64_t panel1,
-                   float* out, int64_t ld, Epilogue, PrefetchList*);
+                   float* out, int64_t ld, Epilogue, PrefetchList*, uint8_t* room);
     NormStats (*norm_stats)(const float* x, float eps, Norm, int64_t size);
     void (*norm)(const float* x, const NormArgs&, NormStats, int64_t first, int64_t size, float* out);
     // Normalise and quantise columns first…first + size - 1 (whole groups) of a row.
@@ -168,5 +190,10 @@ const Isa* isa_portable();
 const Isa* isa_avx2();  // null if it was not compiled
 const Isa* isa_avx512();
 const Isa* isa_avx512bf16();
+const Isa* isa_amx();
+const Isa* isa_amx_emulated();
+// Whether the CPU has matrix tiles of bytes, the system lets this process use them, and they multiply rightly. To be
+// called only where the rest of isa_amx() runs.
+bool may_use_amx();
 
 }  // namespace motet

@@ -114,19 +114,25 @@ void rotate(float* head, const float* cos, const float* sin, int size) {
 
 #include "sample.inl"
 
+#ifdef MOTET_TILES
+#include "tiles.inl"
+#endif
+
 // ---- probes ---------------------------------------------------------------------------------------------------------
 
+#ifndef MOTET_TILES
 int64_t dot_probe(int64_t iterations) {
     alignas(64) uint8_t bytes[64];
     memset(bytes, 3, sizeof bytes);
-    const int32_t x = 0x01020304;
+    int32_t x[16] = {0x01020304};
     W w = load_weights(bytes);
     I acc[16];
     MOTET_UNROLL
     for (int r = 0; r < 16; r++) acc[r] = bcast_int(int32_t(iterations));
     for (int64_t i = 0; i < iterations; i++) {
         MOTET_UNROLL
-        for (int r = 0; r < 16; r++) acc[r] = dot(acc[r], w, &x);
+        for (int r = 0; r < 16; r++) acc[r] = dot(acc[r], w, x + r);
+        __asm__ volatile("" : "+m"(x));  // other numbers each time, as far as the compiler knows
     }
     MOTET_UNROLL
     for (int r = 1; r < 16; r++) acc[0] = add_int(acc[0], acc[r]);
@@ -134,6 +140,7 @@ int64_t dot_probe(int64_t iterations) {
     (void)keep;
     return iterations * 16 * 64;
 }
+#endif
 
 uint64_t read_probe(const uint8_t* data, int64_t size) {
     I acc[4] = {bcast_int(0), bcast_int(0), bcast_int(0), bcast_int(0)};
@@ -155,22 +162,25 @@ namespace motet {
 const Isa* MOTET_ISA() {
     static const Isa isa = {
         MOTET_ISA_NAME,
+#ifdef MOTET_TILES
+        true,           leave_tiles,
+        linear_tiles,
+#else
+        false,          nullptr,
         linear,
-        norm_stats,
-        norm,
-        quantise,
-        round_groups,
-        reduce,
-        rotate,
-        pack_query,
-        write_kv,
+#endif
+        norm_stats,     norm,
+        quantise,       round_groups,
+        reduce,         rotate,
+        pack_query,     write_kv,
+#ifdef MOTET_TILES
+        attend_tiles,
+#else
         attend,
-        merge,
-        scale_to,
-        softcap,
-        dot_probe,
-        read_probe,
-        {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
+#endif
+        merge,          scale_to,
+        softcap,        dot_probe,
+        read_probe,     {block_maxima, largest_double, narrow, mix_logits, mix_probs, exp_sum, collect, draw},
     };
     return &isa;
 }

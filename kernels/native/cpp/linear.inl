@@ -26,7 +26,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
         return;
     }
     int32_t* quads = out.quads + base * (out.k / 4) + r;
-    const int64_t at = base * out.groups + r;
+    const int64_t at = out.first_stored_row(block) * out.groups + r;
     float values[128];
     for (int64_t i = first; i < first + size; i += out.group) {
         for (int j = 0; j < out.group; j += kLanes) store(values + j, normed(x, n, stats, i + j));
@@ -37,6 +37,10 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
             I q = to_int(mul(load(values + j), inverse));
             total = add_int(total, q);
             int32_t four[4];
+            if (out.tiles) {
+                store_bytes(out.bytes(block, r, i + j), q);
+                continue;
+            }
             store_bytes((int8_t*)four, q);
             for (int t = 0; t < 4; t++) quads[((i + j) / 4 + t) * rows] = four[t];
         }
@@ -217,7 +221,7 @@ __attribute__((noinline)) void panel_rows(const PackedLinear& w, const uint8_t* 
     F sum[R][2];
     MOTET_UNROLL
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = zero();
-    const int stride = kRegisterRows >= kTile ? R : rows;  // a constant if a whole block fits the registers
+    const int stride = kRegisterRows >= kRows ? R : rows;  // a constant if a whole block fits the registers
     if (w.bits == 8)
         panel_8<R>(w, panel, x, ahead, stride, sum);
     else if (w.bits == 4)
@@ -269,6 +273,7 @@ void expand_some(const LowRank& update, int64_t panel, const float* inner, int r
         expand_some<R - 1>(update, panel, inner, rows, out);
 }
 
+// The sums over one panel for the rows of a block.
 void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, Prefetch ahead, int rows,
                     float (*out)[kPanel]) {
     const uint8_t* data = w.data + panel * w.panel_bytes;
@@ -278,24 +283,23 @@ void panel_of_block(const PackedLinear& w, int64_t panel, const BlockInputs& x, 
         panel_of_rows<kRegisterRows>(w, data, some, ahead, rows - r < kRegisterRows ? rows - r : kRegisterRows, rows,
                                      out + r);
     }
+}
+
+// What follows the sums over one panel: factor, bias, low-rank updates, epilogue.
+void finish_block(const PackedLinear& w, const BlockInputs& x, int64_t panel, int rows, float (*sum)[kPanel],
+                  float* out, int64_t ld, Epilogue epilogue) {
     const F factor = bcast(w.factor);
     for (int half = 0; half < kPanel; half += kLanes) {
         const F bias = w.bias ? load(w.bias + panel * kPanel + half) : zero();
-        for (int r = 0; r < rows; r++) store(out[r] + half, fma(load(out[r] + half), factor, bias));
+        for (int r = 0; r < rows; r++) store(sum[r] + half, fma(load(sum[r] + half), factor, bias));
     }
     for (int r = 0; x.low_rank && r < rows;) {
         const LowRank* update = x.low_rank[r];
         int end = r + 1;
-        while (end < rows && x.low_rank[end] == update) end++;
-        if (update) expand_some<kTile>(*update, panel, x.inner + int64_t(r) * kMaxRank, end - r, out + r);
+        while (end < rows && end < r + kRows && x.low_rank[end] == update) end++;
+        if (update) expand_some<kRows>(*update, panel, x.inner + int64_t(r) * kMaxRank, end - r, sum + r);
         r = end;
     }
-}
-
-void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, Prefetch ahead, int rows, float* out,
-                   int64_t ld, Epilogue epilogue) {
-    alignas(64) float sum[kTile][kPanel];
-    panel_of_block(w, panel, x, ahead, rows, sum);
     if (is_gated(epilogue)) {
         for (int r = 0; r < rows; r++) {
             const F gate = load(sum[r]), up = load(sum[r] + kLanes);
@@ -314,28 +318,41 @@ void block_of_rows(const PackedLinear& w, const BlockInputs& x, int64_t panel, P
         }
 }
 
-// Panels panel0…panel1 - 1 for the register blocks block0…block1 - 1. While a panel is used, each register block
-// prefetches a part of the next panel and one block of `prefetch_list`.
-void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1,
-            float* out, int64_t ld, Epilogue epilogue, PrefetchList* prefetch_list) {
+BlockInputs inputs_of(const Activations& x, int block) {
+    const int64_t first = x.first_row(block), stored = x.first_stored_row(block);
+    return {at(x.quads, stored * (x.k / 4)), at(x.scales, stored * x.groups), at(x.sums, stored * x.groups),
+            at(x.starts, stored * x.groups), at(x.dense, first * x.k),        at(x.low_rank, first),
+            at(x.inner, first * kMaxRank)};
+}
+
+// Calls body(panel, block, what to prefetch meanwhile) for panels panel0…panel1 - 1 and the blocks block0…block1 - 1.
+// While a panel is used, each block prefetches a part of the next panel and one block of `prefetch_list`.
+template <class Body>
+INLINE void visit(const PackedLinear& w, int block0, int block1, int64_t panel0, int64_t panel1,
+                  PrefetchList* prefetch_list, Body body) {
     const int visits = block1 - block0, steps = w.bits == 32 ? 1 : w.groups;
     const int lines = w.bits == 32 ? 0 : int((w.panel_bytes / 64 + visits * steps - 1) / (visits * steps));
     for (int64_t panel = panel0; panel < panel1; panel++) {
         const uint8_t* next = w.data + (panel + 1) * w.panel_bytes;
         for (int b = block0; b < block1; b++) {
-            int64_t first = x.first_row(b);
-            BlockInputs inputs = {
-                at(x.quads, first * (x.k / 4)), at(x.scales, first * x.groups), at(x.sums, first * x.groups),
-                at(x.starts, first * x.groups), at(x.dense, first * x.k),       at(x.low_rank, first),
-                at(x.inner, first * kMaxRank),
-            };
             Prefetch ahead = {next, lines};
             if (prefetch_list && prefetch_list->next < prefetch_list->end) {
                 ahead.block = prefetch_list->base + *prefetch_list->next++;
                 ahead.block_lines = (prefetch_list->bytes / 64 + steps - 1) / steps;
             }
-            block_of_rows(w, inputs, panel, ahead, x.rows_of(b), out + first * ld, ld, epilogue);
+            body(panel, b, ahead);
             next += int64_t(lines) * 64 * steps;
         }
     }
+}
+
+void linear(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1,
+            float* out, int64_t ld, Epilogue epilogue, PrefetchList* prefetch_list, uint8_t*) {
+    alignas(64) float sum[kRows][kPanel];
+    visit(w, block0, block1, panel0, panel1, prefetch_list, [&](int64_t panel, int b, Prefetch ahead) {
+        const BlockInputs inputs = inputs_of(x, b);
+        const int rows = x.rows_of(b);
+        panel_of_block(w, panel, inputs, ahead, rows, sum);
+        finish_block(w, inputs, panel, rows, sum, out + x.first_row(b) * ld, ld, epilogue);
+    });
 }

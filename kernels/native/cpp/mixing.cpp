@@ -116,7 +116,7 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     } job{*this, refined, refined_fines, out, {}};
     arena_.reset();
     for (int t = 0; t < pool_.threads(); t++)
-        job.stores.push_back(ActivationStore::make(arena_, 1, size, false, false));
+        job.stores.push_back(ActivationStore::make(arena_, *isa_, 1, size, false, false));
     pool_.reset(1);
     pool_.run(
         [](void* context, int thread) {
@@ -156,7 +156,7 @@ void Model::refine(float* logits, const float* fine, const Activations& x) {
     for (int64_t b = 0; b < blocks; b++)
         if (!(maxima[size_t(b)] + reach[size_t(b)] < floor))
             isa_->linear(w, quantised, 0, 1, b * kPanels, std::min((b + 1) * kPanels, w.panels), logits,
-                         logits_stride(), Epilogue::Add, nullptr);
+                         logits_stride(), Epilogue::Add, nullptr, nullptr);
 }
 
 }  // namespace motet

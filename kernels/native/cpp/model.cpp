@@ -71,16 +71,19 @@ uint8_t* Arena::take_bytes(size_t bytes) {
     return result;
 }
 
-ActivationStore ActivationStore::make(Arena& arena, int64_t rows, int64_t k, bool dense, bool adapters) {
+ActivationStore ActivationStore::make(Arena& arena, const Isa& isa, int64_t rows, int64_t k, bool dense,
+                                      bool adapters) {
     const int64_t groups = k / 16;  // of the smallest size
     ActivationStore store;
+    store.tiles = isa.tiles;
+    store.inner = adapters ? arena.take<float>(rows * kMaxRank) : nullptr;
+    store.low_rank = adapters ? arena.take<const LowRank*>(rows) : nullptr;
+    if (store.tiles) rows = (rows + kTileBlock - 1) / kTileBlock * kTileBlock;
     store.quads = arena.take<int32_t>(rows * k / 4);
     store.starts = arena.take<int32_t>(rows * groups);
     store.scales = arena.take<float>(rows * groups);
     store.sums = arena.take<float>(rows * groups);
     store.dense = dense ? arena.take<float>(rows * k) : nullptr;
-    store.inner = adapters ? arena.take<float>(rows * kMaxRank) : nullptr;
-    store.low_rank = adapters ? arena.take<const LowRank*>(rows) : nullptr;
     return store;
 }
 
@@ -90,7 +93,9 @@ Activations ActivationStore::take(int64_t rows, const PackedLinear& w) const {
     x.k = w.k;
     x.group = w.group;
     x.groups = w.groups;
-    x.blocks = int((rows + kTile - 1) / kTile);
+    x.tiles = tiles && rows > kRows && w.bits != 32;
+    const int most = x.tiles ? kTileBlock : kRows;
+    x.blocks = int((rows + most - 1) / most);
     x.quads = quads;
     x.starts = starts;
     x.scales = scales;
@@ -119,7 +124,7 @@ void Areas::release(int64_t block) {
 }
 
 Model::Model(const MotetConfig& config, const Isa* isa)
-    : config_(config), isa_(isa), pool_(config.threads),
+    : config_(config), isa_(isa), pool_(config.threads, isa->leave),
       areas_(config.num_tails ? config.num_members : 0, config.num_blocks) {
     if (has_tails()) tail_of_.assign(config.tail_of, config.tail_of + config.num_members);
     layers_.resize(size_t(config.split_layer + config.num_tails * tail_layers()));
@@ -400,9 +405,14 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
         float* logits;
         Activations x;
         int64_t stride;
-    } job{*this, hidden, logits,
-          ActivationStore::make(arena_, rows, config_.hidden_size, dense_, false).take(rows, head_.packed),
-          logits_stride()};
+        std::vector<uint8_t*> rooms;
+    } job{*this,
+          hidden,
+          logits,
+          ActivationStore::make(arena_, *isa_, rows, config_.hidden_size, dense_, false).take(rows, head_.packed),
+          logits_stride(),
+          {}};
+    for (int t = 0; t < pool_.threads(); t++) job.rooms.push_back(panel_room(arena_, config_.hidden_size));
     pool_.reset(2);
     pool_.run(
         [](void* context, int thread) {
@@ -418,7 +428,7 @@ void Model::head(const float* hidden, int64_t rows, float* logits) {
             constexpr int64_t kGrain = 4;
             m.pool_.distribute(1, thread, (w.panels + kGrain - 1) / kGrain, [&](int64_t i) {
                 m.isa_->linear(w, j.x, 0, j.x.blocks, i * kGrain, std::min(w.panels, (i + 1) * kGrain), j.logits,
-                               j.stride, Epilogue::Store, nullptr);
+                               j.stride, Epilogue::Store, nullptr, j.rooms[size_t(thread)]);
             });
         },
         &job);

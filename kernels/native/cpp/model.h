@@ -44,7 +44,8 @@ private:
 // Storage for activations of any layer.
 struct ActivationStore {
     Activations take(int64_t rows, const PackedLinear& w) const;
-    static ActivationStore make(Arena& arena, int64_t rows, int64_t k, bool dense, bool adapters);
+    static ActivationStore make(Arena& arena, const Isa& isa, int64_t rows, int64_t k, bool dense, bool adapters);
+    bool tiles;
     int32_t *quads, *starts;
     float *scales, *sums, *dense, *inner;
     const LowRank** low_rank;
@@ -164,6 +165,10 @@ private:
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }
     void refine(float* logits, const float* fine, const Activations& x);
     int tail_layers() const { return config_.num_layers - config_.split_layer; }
+    // For Isa::linear, over matrices of up to k columns; null if it needs none.
+    uint8_t* panel_room(Arena& arena, int64_t k) const {
+        return isa_->tiles ? arena.take<uint8_t>(k * kPanel) : nullptr;
+    }
     CacheView cache(int layer, int kv_head) const;
     float* trunk_output(int64_t slot) const;          // [hidden] of a position, if keeps_trunk()
     static float* room(Pages& pages, int64_t count);  // kept from step to step

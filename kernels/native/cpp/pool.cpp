@@ -64,7 +64,7 @@ void Signal::set(uint32_t value) {
     if (sleepers_.load(std::memory_order_seq_cst)) wake_all(value_);
 }
 
-Pool::Pool(int threads) : threads_(threads), active_(threads), pause_(kShortPause) {
+Pool::Pool(int threads, void (*leave)()) : threads_(threads), leave_(leave), active_(threads), pause_(kShortPause) {
     for (int t = 1; t < threads; t++) workers_.emplace_back(&Pool::work, this, t);
 }
 
@@ -87,9 +87,14 @@ void Pool::work(int thread) {
         takes_part = uint32_t(thread) < (seen & ((1u << kActiveBits) - 1));
         if (!takes_part) continue;
         if (stop_) return;
-        function_(context_, thread);
-        barrier();
+        call(thread);
     }
+}
+
+void Pool::call(int thread) {
+    function_(context_, thread);
+    if (leave_) leave_();
+    barrier();
 }
 
 void Pool::run(Function function, void* context) {
@@ -99,8 +104,7 @@ void Pool::run(Function function, void* context) {
     function_ = function;
     context_ = context;
     start();
-    function(context, 0);
-    barrier();
+    call(0);
     if (active_ > 1) judge(begin, Clock::now());
 }
 

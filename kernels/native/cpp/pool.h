@@ -32,7 +32,8 @@ class Pool {
 public:
     using Function = void (*)(void* context, int thread);
 
-    explicit Pool(int threads);
+    // `leave` is called by each thread after each run; null: nothing is.
+    explicit Pool(int threads, void (*leave)() = nullptr);
     ~Pool();
     int threads() const { return threads_; }  // most threads; thread numbers are below this
     int active() const { return active_; }    // threads that take part in this run
@@ -65,7 +66,10 @@ private:
     void start();
     void judge(Clock::time_point begin, Clock::time_point end);
 
+    void call(int thread);
+
     const int threads_;
+    void (*const leave_)();
     int active_;
     std::vector<std::thread> workers_;
     std::vector<Cursor> cursors_;

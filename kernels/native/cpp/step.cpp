@@ -6,11 +6,11 @@
 namespace motet {
 namespace {
 
-constexpr int64_t kFew = 6;        // up to so many rows every thread prepares all of them: cheaper than a barrier
-constexpr int kSuperblock = 48;    // most register blocks whose activations stay in the L2 cache
-constexpr int64_t kUnitRows = 16;  // prompt rows that share a widened partition
-constexpr int64_t kFewUnits = 4;   // per thread; with fewer, the partitions of a row are spread over the threads
-constexpr int64_t kFetch = 16384;  // bytes of the next weights that a thread prefetches before a barrier
+constexpr int64_t kFew = 6;           // up to so many rows every thread prepares all of them: cheaper than a barrier
+constexpr int64_t kSuperblock = 288;  // most rows whose activations stay in the L2 cache
+constexpr int64_t kUnitRows = 16;     // prompt rows that share a widened partition
+constexpr int64_t kFewUnits = 4;      // per thread; with fewer, the partitions of a row are spread over the threads
+constexpr int64_t kFetch = 16384;     // bytes of the next weights that a thread prefetches before a barrier
 
 int partitions_of(int64_t context) { return int((context + kPartition - 1) / kPartition); }
 
@@ -148,8 +148,8 @@ void Step::take_scratch(Arena& arena) {
     qkv_needed_ = arena.take<float>(needed * qkv_ld_);
     attended_ = arena.take<float>(rows * q_size_);
     inner_ = arena.take<float>(rows * inner);
-    many_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
-    many_inner_ = ActivationStore::make(arena, rows, widest, m_.dense_, m_.adapters_);
+    many_ = ActivationStore::make(arena, isa_, rows, widest, m_.dense_, m_.adapters_);
+    many_inner_ = ActivationStore::make(arena, isa_, rows, widest, m_.dense_, m_.adapters_);
     if (c_.num_experts) {
         const int64_t pairs = rows * c_.experts_per_token;
         const int64_t longest = std::max(c_.hidden_size, c_.expert_size);
@@ -161,29 +161,32 @@ void Step::take_scratch(Arena& arena) {
         shares_ = arena.take<float>(pairs);
         pair_inner_ = arena.take<float>(pairs * c_.expert_size);
         pair_out_ = arena.take<float>(pairs * c_.hidden_size);
-        pairs_ = ActivationStore::make(arena, pairs, longest, m_.dense_, false);
-        pairs_inner_ = ActivationStore::make(arena, pairs, longest, m_.dense_, false);
+        const int64_t stored = pairs + (isa_.tiles ? std::min<int64_t>(pairs, c_.num_experts) * (kTileBlock - 1) : 0);
+        pairs_ = ActivationStore::make(arena, isa_, stored, longest, m_.dense_, false);
+        pairs_inner_ = ActivationStore::make(arena, isa_, stored, longest, m_.dense_, false);
     }
     if (m_.changes_branches()) branch_ = arena.take<float>(rows * c_.hidden_size);
     partial_size_ = group_ * (d + 2);
     partials_ = arena.take<float>(partials * c_.num_kv_heads * partial_size_);
     arrived_ = std::make_unique<std::atomic<int>[]>(size_t(partials * c_.num_kv_heads + 1));
-    const int64_t queries = std::min(kUnitRows, rows) * group_;
+    const int64_t most = most_queries(std::min(kUnitRows, rows));
+    const int64_t queries = (std::min(kUnitRows, rows) * group_ + most - 1) / most * most;  // whole chunks
     for (int t = 0; t < pool_.threads(); t++) {
         Scratch s;
-        s.activations = ActivationStore::make(arena, std::min(rows, kFew), widest, m_.dense_, m_.adapters_);
+        s.activations = ActivationStore::make(arena, isa_, std::min(rows, kFew), widest, m_.dense_, m_.adapters_);
         s.rows = arena.take<float>(kRunRows * widest);
         s.head = arena.take<float>(2 * kMaxHeadSize);
         s.order = arena.take<int32_t>(c_.num_experts);
+        s.room = m_.panel_room(arena, widest);
         s.packed = arena.take<uint32_t>(queries * d / 2);
         s.steps = arena.take<float>(queries);
         s.starts = arena.take<int32_t>(queries);
         s.outs = arena.take<float>(queries * d);
-        s.later = arena.take<float>(kMaxQueries * d);
+        s.later = arena.take<float>(most * d);
         s.maxima = arena.take<float>(queries);
         s.sums = arena.take<float>(queries);
-        s.later_maxima = arena.take<float>(kMaxQueries);
-        s.later_sums = arena.take<float>(kMaxQueries);
+        s.later_maxima = arena.take<float>(most);
+        s.later_sums = arena.take<float>(most);
         scratch_.push_back(s);
     }
 }
@@ -423,13 +426,13 @@ void Step::linear(const PackedLinear& w, const Activations& x, const Output& out
     const int64_t columns = is_gated(out.epilogue) ? kPanel / 2 : kPanel;
     const int64_t together = out.quantise_to ? std::max<int64_t>(1, out.quantise_to->unit() / columns) : 1;
     const int64_t items = (w.panels + together - 1) / together;
-    const int64_t superblocks = (x.blocks + kSuperblock - 1) / kSuperblock;
+    const int64_t superblocks = (x.rows + kSuperblock - 1) / kSuperblock;
     pool_.distribute(next_phase(thread), thread, items * superblocks, [&](int64_t item) {
         const int64_t panel = item % items * together, end = std::min(panel + together, w.panels);
         const int64_t part = item / items;
         const int first = int(x.blocks * part / superblocks), last = int(x.blocks * (part + 1) / superblocks);
         isa_.linear(w, x, first, last, panel, end, out.to, out.ld, out.epilogue,
-                    &scratch_[size_t(thread)].prefetch_list);
+                    &scratch_[size_t(thread)].prefetch_list, scratch_[size_t(thread)].room);
         if (!out.quantise_to) return;
         const int64_t from = panel * columns, size = std::min(end * columns, out.quantise_to->k) - from;
         for (int64_t row = x.first_row(first); row < x.first_row(last); row++)

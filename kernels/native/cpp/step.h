@@ -60,7 +60,8 @@ private:
         ActivationStore activations;
         float* rows;       // normed rows of a run
         float* head;       // a head, rotated
-        uint32_t* packed;  // [chunk][head size / 2][queries of the chunk]
+        uint8_t* room;     // see Isa::linear
+        uint32_t* packed;  // [chunk][head size / 2][queries of the chunk], or as tiles need them
         float* steps;      // [queries], see AttendArgs
         int32_t* starts;
         float *outs, *later;  // [queries][head size]
@@ -75,7 +76,8 @@ private:
         int64_t ld;
         NormArgs norm;
     };
-    // The rows of an expert: pairs first…first + up.rows - 1 of a row and the expert.
+    // The rows of an expert: pairs first…first + up.rows - 1 of a row and the expert. Its activations are stored from
+    // row `stored` on.
     struct ExpertRows {
         const Expert* expert;
         int64_t first;
@@ -112,6 +114,10 @@ private:
     };
     // `next`: the weights that are used after `w`, or null.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
+    // Queries that are attended with together, at most.
+    int most_queries(int64_t rows) const {
+        return isa_.tiles && c_.kv_int8 && rows * group_ > kMaxQueries ? kTileRows : kMaxQueries;
+    }
     static int first_partition(int32_t context, int32_t window);
     void collect_blocks(const RowSet& set, int layer, int thread);
     void start_prefetch(int layer, int thread);

@@ -6,6 +6,14 @@
 #else
 #define MOTET_X86 0
 #endif
+#if MOTET_X86 && defined(__has_include)
+#if __has_include(<amxtileintrin.h>)
+#define MOTET_HAS_AMX 1  // the compiler knows these instructions
+#endif
+#endif
+#ifndef MOTET_HAS_AMX
+#define MOTET_HAS_AMX 0
+#endif
 #define MOTET_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define MOTET_TARGET(set) MOTET_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
