@@ -155,8 +155,9 @@ class GraphWriter:
     def _layer(self, index: int, layer: Layer, hidden: str, pending: str | None) -> tuple[str, str]:
         normed, hidden = self._input_of(layer.attention_norm, hidden, pending)
         attention = self._branch(layer.attention_out_norm, self._attention(index, layer, normed))
-        normed, hidden = self._input_of(layer.mlp_norm, hidden, attention)
-        return hidden, self._branch(layer.mlp_out_norm, self._mlp(layer, normed))
+        normed, hidden = self._input_of(layer.mlp_norm, hidden, None if layer.parallel else attention)
+        added = self._branch(layer.mlp_out_norm, self._mlp(layer, normed))
+        return hidden, self._node("Add", [attention, added]) if layer.parallel else added
 
     def _input_of(self, norm: Norm | None, hidden: str, pending: str | None) -> tuple[str, str]:
         """Returns (what attention or an MLP gets, the residual stream)."""
@@ -241,8 +242,9 @@ class GraphWriter:
         return normed[0], normed[1], value
 
     def _mlp(self, layer: Layer, normed: str) -> str:
-        if layer.mlp.up.epilogue == "gelu":
-            inner = self._node("Gelu", [self._linear(layer.mlp.up, normed)], approximate="tanh")
+        if layer.mlp.up.epilogue in ("gelu", "gelu_erf"):
+            kind = "tanh" if layer.mlp.up.epilogue == "gelu" else "none"
+            inner = self._node("Gelu", [self._linear(layer.mlp.up, normed)], approximate=kind)
         else:
             gate, up = self._split(self._linear(layer.mlp.up, normed), [part.rows for part in layer.mlp.up.parts])
             if layer.mlp.up.epilogue == "geglu":

@@ -49,7 +49,7 @@ class Rotary(IntEnum):
 
 
 # Values of `DecoderConfig` in the order in which `motet.h` numbers them.
-ACTIVATIONS = ("swiglu", "geglu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "gelu_erf")
 NORM_PLACES = ("before", "around", "after")
 QK_NORMS = (None, "head", "projection")
 
@@ -62,8 +62,16 @@ class ModelConfig(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-                *("head_size", "max_positions", "layer_norm", "activation", "norm_places", "learned", "rotary_size"),
-                *("qk_norm", "tied_head", "split_layer"),
+                *(
+                    "head_size",
+                    "max_positions",
+                    "layer_norm",
+                    "activation",
+                    "norm_places",
+                    "parallel_residual",
+                    "learned",
+                ),
+                *("rotary_size", "qk_norm", "tied_head", "split_layer"),
                 *("num_members", "num_tails", "num_experts", "experts_per_token", "expert_size", "normalises_experts"),
                 *("kv_int8", "num_blocks", "threads"),
             )

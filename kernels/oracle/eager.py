@@ -45,11 +45,11 @@ def residual_norm(
 
 
 def activate(parts: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """parts [splits, rows, 2 I] → silu(gate) · up ("swiglu") or gelu(gate) · up ("geglu"); [splits, rows, I] → gelu ("gelu"). In
-    `dtype`; gelu is the tanh approximation."""
+    """parts [splits, rows, 2 I] → silu(gate) · up ("swiglu") or gelu(gate) · up ("geglu"); [splits, rows, I] → gelu ("gelu"), or
+    the exact one ("gelu_erf"). In `dtype`; gelu is the tanh approximation."""
     x = parts.float().sum(0)
-    if activation == "gelu":
-        return F.gelu(x, approximate="tanh").to(dtype)
+    if activation in ("gelu", "gelu_erf"):
+        return F.gelu(x, approximate="none" if activation == "gelu_erf" else "tanh").to(dtype)
     gate, up = x.chunk(2, dim=-1)
     inner: Tensor = (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
     return inner.to(dtype)

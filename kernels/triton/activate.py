@@ -1,4 +1,4 @@
-"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up or gelu(gate) · up, or gelu of the
+"""Fused activation, in Triton: partial sums of the gate and up projections → silu(gate) · up or gelu(gate) · up, or a GELU of the
 up projection.
 
 Per row it reads splits · 2 I float32 values and writes I. Oracle: `kernels.oracle.eager`.
@@ -13,7 +13,7 @@ import triton.language as tl
 from .launch import FLOATS, check
 
 BLOCK = 1024
-ACTIVATIONS = ("swiglu", "geglu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "gelu_erf")
 
 
 @triton.jit
@@ -24,7 +24,15 @@ def _gelu(x):  # x / 2 · (1 + tanh(inner)) = x · sigmoid(2 inner)
 
 @triton.jit
 def _activate_kernel(
-    parts, out, rows, size, SPLITS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
+    parts,
+    out,
+    rows,
+    size,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +46,9 @@ def _activate_kernel(
             gate += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
             first += size
         up += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-    if not GATED:
+    if EXACT:
+        y = 0.5 * up * (1.0 + tl.erf(0.7071067811865476 * up))
+    elif not GATED:
         y = _gelu(up)
     elif GELU:
         y = _gelu(gate) * up
@@ -50,13 +60,13 @@ def _activate_kernel(
 def activate(parts: torch.Tensor, activation: str, dtype: torch.dtype) -> torch.Tensor:
     """Sum the parts and activate: [rows, I] in `dtype`.
 
-    "swiglu", "geglu": parts [splits, rows, 2 I], gate first → silu(gate) · up or gelu(gate) · up (Shazeer 2020). "gelu": parts
-    [splits, rows, I]. gelu is the tanh approximation. Raises `ValueError` for an operand of the wrong shape, dtype, device or
-    layout, or another activation.
+    "swiglu", "geglu": parts [splits, rows, 2 I], gate first → silu(gate) · up or gelu(gate) · up (Shazeer 2020). "gelu",
+    "gelu_erf": parts [splits, rows, I]. gelu is the tanh approximation, gelu_erf is exact (Hendrycks and Gimpel 2016). Raises
+    `ValueError` for an operand of the wrong shape, dtype, device or layout, or another activation.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"the activation is {activation!r}; known are {ACTIVATIONS}")
-    gated = activation != "gelu"
+    gated = activation in ("swiglu", "geglu")
     splits, rows, width = parts.shape
     check("parts", parts, (splits, rows, width), FLOATS, parts)
     if gated and width % 2:
@@ -66,5 +76,6 @@ def activate(parts: torch.Tensor, activation: str, dtype: torch.dtype) -> torch.
     if rows:
         grid = (rows, triton.cdiv(size, BLOCK))
         gelu = activation != "swiglu"
-        _activate_kernel[grid](parts, out, rows, size, SPLITS=splits, GATED=gated, GELU=gelu, BLOCK=BLOCK)
+        exact = activation == "gelu_erf"
+        _activate_kernel[grid](parts, out, rows, size, SPLITS=splits, GATED=gated, GELU=gelu, EXACT=exact, BLOCK=BLOCK)
     return out

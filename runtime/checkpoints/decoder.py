@@ -107,7 +107,7 @@ class MLP(nn.Module):
     def __init__(self, mlp: layout.MLP) -> None:
         super().__init__()
         self.activation = mlp.up.epilogue
-        if self.activation != "gelu":
+        if self.activation in ("swiglu", "geglu"):
             self.gate_proj, self.up_proj = _projections(mlp.up)
         else:
             (self.up_proj,) = _projections(mlp.up)
@@ -119,7 +119,7 @@ class MLP(nn.Module):
         elif self.activation == "geglu":
             inner = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)
         else:
-            inner = F.gelu(self.up_proj(x), approximate="tanh")
+            inner = F.gelu(self.up_proj(x), approximate="none" if self.activation == "gelu_erf" else "tanh")
         result: Tensor = self.down_proj(inner)
         return result
 
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(layer.mlp) if layer.router is None else Experts(config, layer)
-        self.residual_scale = config.residual_scale
+        self.residual_scale, self.parallel = config.residual_scale, layer.parallel
         self.places = []  # modules of the norms around attention and MLP; their names are the checkpoint's
         for norm in (layer.attention_norm, layer.attention_out_norm, layer.mlp_norm, layer.mlp_out_norm):
             name = "" if norm is None else norm.name.rpartition(".")[2]
@@ -166,8 +166,10 @@ class Layer(nn.Module):
         only make keys and values. `dropout` is applied to what is added to the residual stream."""
         before, after, mlp_before, mlp_after = (getattr(self, name) if name else _keep for name in self.places)
         attended = after(self.self_attn(before(x), tables, positions))
-        x = _rows(x, positions) + dropout(attended) * self.residual_scale
-        return x + dropout(mlp_after(self.mlp(mlp_before(x)))) * self.residual_scale
+        own = _rows(x, positions)
+        x = own + dropout(attended) * self.residual_scale
+        inner = mlp_before(own if self.parallel else x)
+        return x + dropout(mlp_after(self.mlp(inner))) * self.residual_scale
 
 
 class Body(nn.Module):

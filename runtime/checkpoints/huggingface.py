@@ -20,6 +20,7 @@ from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from ..model.stored import StoredTensor, read_bytes, read_header
 from .bitsandbytes import is_quantised, owner, widen
+from .fused import split_rows
 
 SHARDS = "model.safetensors.index.json"
 
@@ -158,7 +159,7 @@ class Weights(Mapping[str, torch.Tensor]):
             values = self._widened[stored] if self._widened else self._read(stored)
             canonical = self._family.canonical_name(stored)
             assert canonical is not None
-            pieces = _unpack(self._family, self._parts, canonical, values.float())
+            pieces = _unpack(self._layout.config, self._parts, canonical, values.float())
             if not all(torch.isfinite(piece).all() for piece in pieces.values()):
                 raise BundleError(f"'{stored}' of '{self._dir}' holds NaN or infinite values; the training failed")
             self._latest = stored, pieces
@@ -200,7 +201,7 @@ class Weights(Mapping[str, torch.Tensor]):
                     f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}"
                 )
             empty = torch.empty(shape, device="meta")
-            for part, piece in _unpack(self._family, self._parts, canonical, empty).items():
+            for part, piece in _unpack(self._layout.config, self._parts, canonical, empty).items():
                 if part in place:
                     raise BundleError(f"'{self._dir}' stores '{part}' twice, as '{name}' and under another name")
                 place[part], found[part] = name, tuple(piece.shape)
@@ -274,18 +275,17 @@ def _parts(layout: Layout) -> dict[str, dict[str, int]]:
 
 
 def _unpack(
-    family: Family, parts: dict[str, dict[str, int]], name: str, tensor: torch.Tensor
+    config: DecoderConfig, parts: dict[str, dict[str, int]], name: str, tensor: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The parts of a stored tensor, each as [out, in]: a checkpoint may store q, k and v as one."""
     module, _, kind = name.rpartition(".")
     if module not in parts:
         return {name: tensor}
-    tensor = tensor.t().contiguous() if family.transposed and tensor.ndim == 2 else tensor
+    tensor = tensor.t().contiguous() if FAMILIES[config.family].transposed and tensor.ndim == 2 else tensor
     rows = parts[module]
     if tensor.shape[:1] != (sum(rows.values()),):
         return {name: tensor}  # `_check` reports it
-    pieces = torch.split(tensor, list(rows.values()))
-    return {f"{part}.{kind}": piece.contiguous() for part, piece in zip(rows, pieces, strict=True)}
+    return {f"{part}.{kind}": piece.contiguous() for part, piece in split_rows(config, rows, tensor).items()}
 
 
 def _check(model_dir: Path, layout: Layout, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,14 +15,17 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
     "max_position_embeddings",
 )  # fmt: skip
-_FLAGS = ("qkv_bias", "out_bias", "mlp_bias", "tied_head", "normalises_experts")
+_FLAGS = (
+    *("qkv_bias", "out_bias", "mlp_bias", "tied_head", "normalises_experts"),
+    *("parallel_residual", "shared_norm"),
+)
 _SCALES = ("norm_eps", "rope_theta", "embedding_scale", "residual_scale", "logit_scale")
 _OPTIONAL_SCALES = ("attention_scale", "attention_softcap", "logit_softcap", "window_rope_theta")
 _CHOICES = {
     "norm": ("rms", "layer"),
     "norm_places": ("before", "around", "after"),
     "positions": ("rotary", "learned"),
-    "activation": ("swiglu", "geglu", "gelu"),
+    "activation": ("swiglu", "geglu", "gelu", "gelu_erf"),
     "qk_norm": (None, "head", "projection"),
 }
 _LAYER_LISTS = ("window_layers", "unrotated_layers", "dense_layers")
@@ -56,7 +59,10 @@ class DecoderConfig:
     rotary_size: int | None = None  # channels of a head that rotate, the first ones (phi4); None: all
     window_rope_theta: float | None = None  # of the layers with a window, unscaled (gemma3); None: as the others
     unrotated_layers: tuple[int, ...] = ()  # whose queries and keys do not rotate (smollm3)
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: the tanh approximation; geglu: it is of a gate
+    # gelu: the tanh approximation; geglu: it is of a gate; gelu_erf: exact
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"
+    parallel_residual: bool = False  # the MLP reads the layer's input, without what attention adds (gpt_neox)
+    shared_norm: bool = False  # and one norm is for both (falcon)
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
@@ -97,6 +103,10 @@ class DecoderConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {shown(getattr(self, name))}")
+        if self.parallel_residual and (self.norm_places != "before" or self.num_experts):
+            raise ConfigError("parallel_residual is for norms before attention and MLP, without experts")
+        if self.shared_norm and not self.parallel_residual:
+            raise ConfigError("shared_norm is for layers with parallel_residual")
         for name in (*_SCALES, *_OPTIONAL_SCALES):
             if name in _SCALES or getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))

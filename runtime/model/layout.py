@@ -22,7 +22,7 @@ HEAD = "lm_head.weight"
 ROTARY = ("rotary.cos", "rotary.sin")
 WINDOW_ROTARY = ("rotary.window_cos", "rotary.window_sin")  # of layers with a window, where theirs differ
 
-Epilogue = Literal["store", "add", "swiglu", "geglu", "gelu"]
+Epilogue = Literal["store", "add", "swiglu", "geglu", "gelu", "gelu_erf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class MLP:
 class Layer:
     """One layer: x += out_norm(attention(norm(x))), and the same with the MLP; norms that are None do nothing.
 
+    `parallel`: the MLP reads x as it is before attention, and both are added to it; its norm may be attention's.
     With a `router`, a row's MLP is a weighted sum of some of `mlps`.
     `head_norms`: norms of q and of k before rotary, over each head or over all of them (`Norm.size`). `rotary`: names of the
     tables (cosines, sines) by which q and k are rotated; None: they are not. `window`: how many positions a row attends to,
@@ -100,6 +101,7 @@ class Layer:
     mlps: tuple[MLP, ...]  # one, or the experts
     router: str | None  # of the experts: `<router>.weight` [experts, hidden], never quantised
     mlp_out_norm: Norm | None
+    parallel: bool
     rotary: tuple[str, str] | None
     window: int | None
 
@@ -123,7 +125,7 @@ class Layer:
     def norms(self) -> tuple[Norm, ...]:
         own = (self.attention_norm, *(self.head_norms or ()))
         found = (*own, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
-        return tuple(norm for norm in found if norm is not None)
+        return tuple(dict.fromkeys(norm for norm in found if norm is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
     names = _NORMS if after else _NORMS_BEFORE
     norms = {place: Norm(f"{name}.{own}", hidden, config.norm) for place, own in names.items()}
     attention_norm, mlp_norm = (norms[place] if before else None for place in ("attention", "mlp"))
+    mlp_norm = attention_norm if config.shared_norm else mlp_norm
     sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
     has_experts = config.num_experts > 0 and index not in config.dense_layers
     windowed = config.sliding_window is not None and (config.window_layers is None or index in config.window_layers)
@@ -207,7 +210,7 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
             columns=hidden,
             bias=config.qkv_bias,
             epilogue="store",
-            source=_name(attention_norm),
+            source=None if config.shared_norm else _name(attention_norm),
         ),
         head_norms=_head_norms(config, attention),
         out=_whole(Part(f"{attention}.o_proj", hidden), config.q_size, config.out_bias, "add", None),
@@ -219,9 +222,10 @@ def _layer(config: DecoderConfig, index: int) -> Layer:
             for expert in range(config.num_experts)
         )
         if has_experts
-        else (_mlp(config, mlp, config.intermediate_size, _name(mlp_norm)),),
+        else (_mlp(config, mlp, config.intermediate_size, None if config.shared_norm else _name(mlp_norm)),),
         router=f"{mlp}.gate" if has_experts else None,
         mlp_out_norm=norms["mlp_out"] if after else None,
+        parallel=config.parallel_residual,
         rotary=None if not rotates else WINDOW_ROTARY if windowed and config.window_rope_theta is not None else ROTARY,
         window=config.sliding_window if windowed else None,
     )
@@ -240,8 +244,8 @@ _NORMS = {
 def _mlp(config: DecoderConfig, name: str, inner: int, source: str | None) -> MLP:
     up, hidden, bias = Part(f"{name}.up_proj", inner), config.hidden_size, config.mlp_bias
     down = Part(f"{name}.down_proj", hidden)
-    if config.activation == "gelu":  # activated(gate) · up is linear in up; gelu(up) is not
-        return MLP(_whole(up, hidden, bias, "gelu", source), _whole(down, inner, bias, "add", None))
+    if config.activation in ("gelu", "gelu_erf"):  # activated(gate) · up is linear in up; gelu(up) is not
+        return MLP(_whole(up, hidden, bias, config.activation, source), _whole(down, inner, bias, "add", None))
     parts = (Part(f"{name}.gate_proj", inner), up)
     both = Linear(f"{name}.gate_up_proj", parts, hidden, bias, config.activation, source)
     return MLP(both, _whole(down, inner, bias, "add", up.name))

@@ -169,7 +169,7 @@ def test_bits_do_not_depend_on_the_batch(mixed_bundle, isa, bits, kv):
     [
         *(("mistral", "int8"), ("mistral", "bf16"), ("qwen2-window", "int8"), ("gemma2", "int8"), ("gemma2", "bf16")),
         *(("gemma3_text", "int8"), ("granite", "int8"), ("olmo2", "int8"), ("phi3-long", "int8")),
-        *(("olmoe", "int8"), ("qwen3_moe", "bf16")),
+        *(("olmoe", "int8"), ("qwen3_moe", "bf16"), ("gpt_neox", "int8"), ("falcon", "int8"), ("falcon-new", "bf16")),
     ],
 )
 def test_bits_of_a_family_do_not_depend_on_the_batch(bundle_of, isa, family, kv):

@@ -373,6 +373,54 @@ TABLE = {
     "gpt2 cross attention": ("gpt2", config(add_cross_attention=True), "add_cross_attention=True"),
     "gpt2 upcast": ("gpt2", config(reorder_and_upcast_attn=True), None),
     "gpt2 width": ("gpt2", config(n_inner=100), "do not fit its config.json"),
+    "neox with the approximate activation": ("gpt_neox", config(hidden_act="gelu_new"), None),
+    "neox relu": ("gpt_neox", config(hidden_act="relu"), "hidden_act='relu'"),
+    "neox layer by layer": ("gpt_neox", config(use_parallel_residual=False), None),
+    "neox as transformers 4 writes it": (
+        "gpt_neox",
+        config(rope_parameters=None, rotary_pct=0.25, rotary_emb_base=5000),
+        None,
+    ),
+    "neox without rotary keys": ("gpt_neox", config(rope_parameters=None, rotary_pct=None), None),
+    "neox that rotates by another name": ("gpt_neox", config(partial_rotary_factor=0.25), "partial_rotary_factor=0.25"),
+    "neox that rotates three channels": (
+        "gpt_neox",
+        config(rope_parameters=None, rotary_pct=0.1),
+        "rotary_size must be even",
+    ),
+    "neox with fewer heads of keys": ("gpt_neox", config(num_key_value_heads=1), "num_key_value_heads=1"),
+    "neox without biases of attention": (
+        "gpt_neox",
+        config(attention_bias=False),
+        "weights that its family does not use",
+    ),
+    "neox with another theta": ("gpt_neox", config(rope_theta=500.0), "rope_theta=500.0"),
+    "neox with the buffers of old files": (
+        "gpt_neox",
+        weights(
+            lambda t: t.update(
+                {f"gpt_neox.layers.0.attention.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+            )
+        ),
+        None,
+    ),
+    "falcon by its old positions": ("falcon", config(alibi=True), "alibi=True"),
+    "falcon layer by layer": ("falcon", config(parallel_attn=False), "missing"),
+    "falcon with all heads of keys": ("falcon", config(multi_query=False), "shapes"),
+    "falcon with two norms": ("falcon", config(num_ln_in_parallel_attn=2), "no Falcon has it"),
+    "falcon with three norms": ("falcon-new", config(num_ln_in_parallel_attn=3), "no Falcon has it"),
+    "new falcon with one norm": (
+        "falcon-new",
+        config(num_ln_in_parallel_attn=1),
+        "weights that its family does not use",
+    ),
+    "new falcon that is not parallel": ("falcon-new", config(parallel_attn=False), "no Falcon has it"),
+    "new falcon with one head of keys": ("falcon-new", config(num_kv_heads=1), "shapes"),
+    "falcon without an epsilon": ("falcon", config(layer_norm_epsilon=None), "lacks or misstates"),
+    "falcon with another width": ("falcon", config(ffn_hidden_size=None), "shapes"),
+    "falcon with theta": ("falcon", config(rope_parameters=None, rope_theta=700.0), None),
+    "falcon relu": ("falcon", config(activation="relu"), "activation='relu'"),
+    "falcon with a scaling": ("falcon", rope(type="linear", factor=2.0), None),
     # ---- values of other types, or out of range ----
     "no heads": ("llama", config(num_attention_heads=0), "num_heads must be an integer in 1"),
     "no heads and no head size": ("llama", config(num_attention_heads=0, head_dim=None), "lacks or misstates"),

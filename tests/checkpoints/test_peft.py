@@ -92,12 +92,16 @@ SEPARABLE = {
     "some layers": ("qwen2", {"target_modules": LLAMA, "layers_to_transform": [1, 3], "layers_pattern": "layers"}),
     "all linear": ("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
     "gpt2": ("gpt2", {"target_modules": GPT2, "r": 4, "fan_in_fan_out": True}),
+    "neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense", "dense_4h_to_h"], "r": 4}),
+    "falcon": ("falcon-new", {"target_modules": ["query_key_value", "dense_h_to_4h"], "r": 3}),
     "gpt2 patterns": ("gpt2", {"target_modules": GPT2, "rank_pattern": {"c_attn": 5}, "layers_to_transform": [0, 2]}),
 }
 MERGED = {
     "dora": ("llama", {"target_modules": LLAMA, "use_dora": True, "r": 4, "lora_alpha": 12}),
     "dora gpt2": ("gpt2", {"target_modules": GPT2, "use_dora": True, "use_rslora": True}),
     "all biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}),
+    "dora neox": ("gpt_neox", {"target_modules": ["query_key_value"], "use_dora": True}),
+    "biases falcon": ("falcon-new", {"target_modules": ["query_key_value"], "bias": "all"}),
     "biases gpt2": ("gpt2", {"target_modules": GPT2, "bias": "lora_only"}),
     "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["down_proj", "input_layernorm"]}),
     "whole modules gpt2": ("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["c_attn", "ln_f"]}),
@@ -170,14 +174,14 @@ def test_an_own_head_is_exported_alone(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_peft_loads_what_tune_writes(tiny_model_dir, tmp_path, family):
     """The logits of PEFT over transformers' model with the adapter of `motet tune` are ours."""
     data = tmp_path / "data.jsonl"
     lines = (json.dumps({"prompt": f"say {i}", "completion": f"the answer is {i % 3}"}) for i in range(60))
     data.write_text("\n".join(lines))
     model_dir, out = tiny_model_dir(family), tmp_path / "m"
-    targets = {"llama": ("q_proj", "down_proj"), "gpt2": ("q_proj", "v_proj", "down_proj")}[family]
+    targets = ("q_proj", "down_proj") if family == "llama" else ("q_proj", "v_proj", "down_proj")
     params = TuneParams(
         method="lora", targets=targets, rank=3, alpha=5.0, layers=3, examples=16, validation_examples=4, max_length=100,
         learning_rate=2e-2,
@@ -191,7 +195,9 @@ def test_peft_loads_what_tune_writes(tiny_model_dir, tmp_path, family):
     settings = json.loads((out / CONFIG).read_text())
     assert settings["layers_to_transform"] == [1, 2, 3]
     assert settings["lora_alpha"] == 5.0
-    found = {"llama": {}, "gpt2": {"c_attn": 6}}[family]  # q and v, with a rank of 3 each
+    found = {"llama": {}, "gpt2": {"c_attn": 6}, "gpt_neox": {"query_key_value": 6}}[
+        family
+    ]  # q and v, with a rank of 3 each
     assert settings["rank_pattern"] == found
 
 

@@ -97,6 +97,8 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
     layers = int(rng.integers(1, 4))
     window = int(rng.choice([1, 5, 33, 100])) if rng.random() < 0.25 else None
     experts = int(rng.integers(1, 7)) if rng.random() < 0.2 else 0
+    places = str(rng.choice(["before", "before", "around", "after"]))
+    parallel = bool(places == "before" and not experts and rng.random() < 0.3)
     return DecoderConfig(
         family="llama",
         vocab_size=int(rng.choice(VOCABULARIES)),
@@ -110,8 +112,10 @@ def random_config(rng: np.random.Generator, group: int) -> DecoderConfig:
         norm=str(rng.choice(["rms", "layer"])),  # type: ignore[arg-type]
         norm_eps=float(rng.choice([1e-6, 1e-5])),
         positions=str(rng.choice(["rotary", "rotary", "learned"])),  # type: ignore[arg-type]
-        activation=str(rng.choice(["swiglu", "swiglu", "geglu", "gelu"])),  # type: ignore[arg-type]
-        norm_places=str(rng.choice(["before", "before", "around", "after"])),  # type: ignore[arg-type]
+        activation=str(rng.choice(["swiglu", "swiglu", "geglu", "gelu", "gelu_erf"])),  # type: ignore[arg-type]
+        norm_places=places,  # type: ignore[arg-type]
+        parallel_residual=parallel,
+        shared_norm=bool(parallel and rng.random() < 0.5),
         rotary_size=int(rng.integers(1, head_size // 2 + 1)) * 2 if rng.random() < 0.2 else None,
         window_rope_theta=float(rng.choice([100.0, 1e6])) if rng.random() < 0.3 else None,
         unrotated_layers=(int(rng.integers(layers)),) if rng.random() < 0.2 else (),

@@ -105,10 +105,12 @@ class Oracle:
         for index, layer in enumerate(self.layout.layers):
             if len(self.bundle.members) > 1 and index >= self.bundle.split_layer:
                 owner = self.bundle.members[member]
+            before = x
             qkv = self._linear(layer.qkv, self._norm(layer.attention_norm, x, owner), owner, member)
             added = self._linear(layer.out, self._attend(layer, qkv, owner), owner, member)
             x = x + self._norm(layer.attention_out_norm, added, owner) * self.config.residual_scale
-            added = self._mlp(layer, self._norm(layer.mlp_norm, x, owner), owner, member)
+            read = before if layer.parallel else x
+            added = self._mlp(layer, self._norm(layer.mlp_norm, read, owner), owner, member)
             x = x + self._norm(layer.mlp_out_norm, added, owner) * self.config.residual_scale
         return self._norm(self.layout.norm, x, self.bundle.members[member])
 
@@ -162,6 +164,8 @@ class Oracle:
     def _activate(self, inner: F64) -> F64:
         if self.config.activation == "gelu":
             return _gelu(inner)
+        if self.config.activation == "gelu_erf":
+            return np.asarray(0.5 * inner * (1 + np.vectorize(math.erf)(inner / math.sqrt(2))))
         gate, up = np.split(inner, 2, -1)
         activated = gate / (1 + np.exp(-gate)) if self.config.activation == "swiglu" else _gelu(gate)
         return np.asarray(activated * up)

@@ -12,7 +12,7 @@ CHAT_TEMPLATE = (
 )
 FAMILIES = (
     *("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen2-yarn", "qwen3", "phi3", "phi3-long"),
-    *("smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "gpt2"),
+    *("smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "falcon", "falcon-new"),
 )
 EXPERTS = ("olmoe", "qwen3_moe")  # which only the cpu backend computes
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
@@ -50,6 +50,15 @@ def tiny_config(family: str) -> object:
         return transformers.GPT2Config(
             vocab_size=VOCAB_SIZE, n_embd=64, n_layer=4, n_head=4, n_positions=512, eos_token_id=258, bos_token_id=256
         )
+    sizes: dict[str, object] = {"hidden_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    ids = {"vocab_size": VOCAB_SIZE, "eos_token_id": 258, "bos_token_id": 256}
+    if family == "gpt_neox":
+        own_sizes = {"num_attention_heads": 2, "intermediate_size": 128, "rotary_pct": 0.5}
+        return transformers.GPTNeoXConfig(**sizes, **ids, **own_sizes)
+    if family.startswith("falcon"):
+        new = family == "falcon-new"
+        kind_of = {"new_decoder_architecture": new, "num_kv_heads": 2 if new else None, "bias": new}
+        return transformers.FalconConfig(**sizes, **ids, **kind_of, num_attention_heads=4, ffn_hidden_size=128)
     name, _, kind = family.partition("-")
     cls = {
         "llama": transformers.LlamaConfig,

@@ -77,6 +77,7 @@ def launch_single(gpu, make) -> None:
     parts = gpu.matmul(x, make.weight(64, 64, 8, bias=True))
     gpu.add_adapter(x, make.adapter_weight(1, 1, 64, 64, bf16), make.adapter_tiles([0]), parts)
     gpu.activate(parts, "gelu", bf16)
+    gpu.activate(parts, "gelu_erf", bf16)
     gpu.mix_head_sample(x, make.weight(64, 64, 8), make.mixture([1]), make.draw(1))
     gpu.mix_sample(torch.empty(1, 100), make.mixture([1], probs=True), make.draw(1, min_p=0.1))
 

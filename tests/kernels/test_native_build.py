@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.sanitised import ROOT, compiler_file, sanitised_environment
@@ -91,6 +92,30 @@ def test_threads(tmp_path):
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_paths_without_python(tmp_path):
+    """Every path of this CPU through the C interface alone (see paths_test.cpp)."""
+    result = subprocess.run([build_paths(tmp_path, "c++")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all paths agree\n")
+
+
+def build_paths(out, compiler):
+    """paths_test.cpp and the kernels as one program without shared libraries, which an emulator of another CPU runs."""
+    sources = [*(ROOT / "kernels" / "native" / "cpp").glob("*.cpp"), ROOT / "tests" / "kernels" / "paths_test.cpp"]
+    options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-pthread"]
+
+    def compile_one(source):
+        subprocess.run([compiler, *options, "-c", source, "-o", out / f"{source.stem}.o"], check=True)
+        return str(out / f"{source.stem}.o")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([compiler, *options, "-static", *objects, "-o", out / "paths_test"], check=True)
+    return out / "paths_test"
 
 
 def test_a_library_of_another_version_is_no_library(monkeypatch):

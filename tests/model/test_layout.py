@@ -48,9 +48,10 @@ def test_the_source_of_an_input_scales_its_channels(tiny_model_dir, family):
             changed[f"{part.name}.weight"][:, 3] *= 2
     expected = 0
     for layer in decoder_layout(config).layers:
-        expected += layer.attention_norm is not None
-        expected += layer.mlp_norm is not None and layer.router is None
-        expected += len(layer.mlps) * (config.activation != "gelu")
+        norms = 0 if config.shared_norm else 1
+        expected += norms * (layer.attention_norm is not None)
+        expected += norms * (layer.mlp_norm is not None and layer.router is None)
+        expected += len(layer.mlps) * (config.activation not in ("gelu", "gelu_erf"))
     assert sources == expected
     token_ids = torch.arange(40)[None]
     with torch.no_grad():

@@ -191,6 +191,41 @@ PUBLISHED = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "pythia-1b": {
+        "bos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 16,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+        "attention_bias": True,
+        "classifier_dropout": 0.1,
+        "hidden_dropout": 0.0,
+    },
+    "falcon-7b": {
+        "alibi": False,
+        "apply_residual_connection_post_layernorm": False,
+        "auto_map": {},
+        "bias": False,
+        "hidden_dropout": 0.0,
+        "hidden_size": 4544,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "falcon",
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "num_attention_heads": 71,
+        "num_hidden_layers": 32,
+        "parallel_attn": True,
+        "vocab_size": 65024,
+    },
 }
 # (head size, context, layers with a window, channels that rotate, experts)
 EXPECTED = {
@@ -202,6 +237,8 @@ EXPECTED = {
     "Phi-4-mini-instruct": (128, 4096, 32, 96, 0),
     "OLMoE-1B-7B-0924": (128, 4096, 0, None, 64),
     "Qwen3-30B-A3B": (128, 40960, 0, None, 128),
+    "pythia-1b": (256, 2048, 0, 64, 0),
+    "falcon-7b": (64, 2048, 0, None, 0),
 }
 
 

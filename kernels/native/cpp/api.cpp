@@ -96,9 +96,11 @@ std::string check(const MotetConfig& c) {
                text(kMaxHeadSize);
     if (!c.learned && (c.rotary_size < 2 || c.rotary_size % 2 || c.rotary_size > c.head_size))
         return "rotary_size is " + text(c.rotary_size) + ", it must be even and at most head_size";
-    if (c.activation < MOTET_SWIGLU || c.activation > MOTET_GELU || c.norm_places < MOTET_NORM_BEFORE ||
+    if (c.activation < MOTET_SWIGLU || c.activation > MOTET_GELU_ERF || c.norm_places < MOTET_NORM_BEFORE ||
         c.norm_places > MOTET_NORM_AFTER || c.qk_norm < MOTET_NO_QK_NORM || c.qk_norm > MOTET_QK_NORM_PROJECTION)
         return "the activation, the places of the norms or the norm of q and k is none of those known";
+    if (c.parallel_residual && (c.norm_places != MOTET_NORM_BEFORE || c.num_experts))
+        return "a parallel residual is for norms before attention and MLP, without experts";
     for (const float scale : {c.embedding_scale, c.residual_scale, c.attention_scale, c.logit_scale})
         if (!(scale > 0) || !std::isfinite(scale)) return "a scale is not a finite number above 0";
     for (const float cap : {c.attention_softcap, c.logit_softcap})

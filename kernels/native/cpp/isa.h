@@ -92,7 +92,7 @@ struct Activations {
     int rows_of(int block) const { return int(first_row(block + 1) - first_row(block)); }
 };
 
-enum class Epilogue { Store, Add, SwiGLU, GeGLU, Gelu };
+enum class Epilogue { Store, Add, SwiGLU, GeGLU, Gelu, GeluErf };
 inline bool is_gated(Epilogue epilogue) { return epilogue == Epilogue::SwiGLU || epilogue == Epilogue::GeGLU; }
 enum class Norm { None, RMS, Layer };
 

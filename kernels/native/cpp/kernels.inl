@@ -43,6 +43,18 @@ INLINE F gelu(F x) {
     return div(x, add(bcast(1.0f), exp2_vec(mul(inner, bcast(-2.0f * 0.79788456f * kLog2e)))));
 }
 
+// x · Φ(x), with Φ(-|x|) = ½ erfc(|x| / √2) to 1e-7 (Abramowitz and Stegun 1964, 7.1.26).
+INLINE F gelu_erf(F x) {
+    const F size = vabs(x), t = div(bcast(1.0f), fma(size, bcast(0.3275911f * 0.70710678f), bcast(1.0f)));
+    F p = bcast(1.061405429f);
+    p = fma(p, t, bcast(-1.453152027f));
+    p = fma(p, t, bcast(1.421413741f));
+    p = fma(p, t, bcast(-0.284496736f));
+    p = fma(p, t, bcast(0.254829592f));
+    const F tail = mul(mul(p, t), mul(bcast(0.5f), exp2_vec(mul(mul(x, x), bcast(-0.5f * kLog2e)))));
+    return sub(vmax(x, zero()), mul(size, tail));
+}
+
 // c · tanh(x / c); NaN for NaN and infinities.
 INLINE F capped(F x, float cap) {
     F e = exp2_vec(mul(x, bcast(2.0f * kLog2e / cap)));

@@ -314,6 +314,7 @@ void finish_block(const PackedLinear& w, const BlockInputs& x, int64_t panel, in
             F y = load(sum[r] + half);
             if (epilogue == Epilogue::Add) y = add(load(to), y);
             if (epilogue == Epilogue::Gelu) y = gelu(y);
+            if (epilogue == Epilogue::GeluErf) y = gelu_erf(y);
             store(to, y);
         }
 }

@@ -157,9 +157,11 @@ private:
     struct Rotary {
         std::vector<float> cos, sin;  // [max_positions][rotary_size / 2]
     };
-    bool gated() const { return config_.activation != MOTET_GELU; }
-    // Whether what a layer adds to the residual stream is changed first.
-    bool changes_branches() const { return config_.norm_places != MOTET_NORM_BEFORE || config_.residual_scale != 1.0f; }
+    bool gated() const { return config_.activation < MOTET_GELU; }
+    // Whether what a layer adds to the residual stream is changed first, or waits.
+    bool changes_branches() const {
+        return config_.norm_places != MOTET_NORM_BEFORE || config_.residual_scale != 1.0f || config_.parallel_residual;
+    }
     Layer& layer_at(int index);
     std::shared_ptr<const Linear>& linear_at(MotetLinear which, int layer, int expert);
     int64_t head_blocks() const { return (head_.packed.n + kSampleBlock - 1) / kSampleBlock; }

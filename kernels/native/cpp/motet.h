@@ -32,18 +32,19 @@ typedef enum {
     MOTET_WINDOW_SIN
 } MotetVector;
 typedef enum { MOTET_NO_ROTARY, MOTET_ROTARY, MOTET_WINDOW_ROTARY } MotetRotary;
-typedef enum { MOTET_SWIGLU, MOTET_GEGLU, MOTET_GELU } MotetActivation;
+typedef enum { MOTET_SWIGLU, MOTET_GEGLU, MOTET_GELU, MOTET_GELU_ERF } MotetActivation;
 typedef enum { MOTET_NORM_BEFORE, MOTET_NORM_AROUND, MOTET_NORM_AFTER } MotetNormPlaces;
 typedef enum { MOTET_NO_QK_NORM, MOTET_QK_NORM_HEAD, MOTET_QK_NORM_PROJECTION } MotetQkNorm;
 
 typedef struct {
     int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_size, max_positions;
-    int32_t layer_norm;  /* 1: layer norm, 0: RMS norm */
-    int32_t activation;  /* MotetActivation */
-    int32_t norm_places; /* MotetNormPlaces: of attention and of the MLP */
-    int32_t learned;     /* positions: 1: learned, 0: rotary */
-    int32_t rotary_size; /* channels of a head that rotate, the first ones */
-    int32_t qk_norm;     /* MotetQkNorm */
+    int32_t layer_norm;        /* 1: layer norm, 0: RMS norm */
+    int32_t activation;        /* MotetActivation */
+    int32_t norm_places;       /* MotetNormPlaces: of attention and of the MLP */
+    int32_t parallel_residual; /* 1: the MLP reads the layer's input, without what attention adds */
+    int32_t learned;           /* positions: 1: learned, 0: rotary */
+    int32_t rotary_size;       /* channels of a head that rotate, the first ones */
+    int32_t qk_norm;           /* MotetQkNorm */
     int32_t tied_head;
     int32_t split_layer; /* first layer of the tails; num_layers if there are none */
     int32_t num_members;

@@ -293,7 +293,9 @@ void Step::run_segment(const Segment& segment, int thread) {
         const Output add{branch_ ? branch_ : x, c_.hidden_size, branch_ ? Epilogue::Store : Epilogue::Add};
         linear(to_out, attended, add, &layer.packed(routed ? kRouter : kUp), thread);
         barrier_and_time(kLinears, thread);
-        if (branch_) add_branch(*set, norm_args(layer.attention_out_norm, layer.attention_out_norm_bias), x, thread);
+        const bool parallel = c_.parallel_residual;  // both are added to branch_, then to x
+        if (branch_ && !parallel)
+            add_branch(*set, norm_args(layer.attention_out_norm, layer.attention_out_norm_bias), x, thread);
         const Input mlp_input{x, c_.hidden_size, norm_args(layer.mlp_norm, layer.mlp_norm_bias)};
         if (routed) {
             run_experts(layer, *set, mlp_input, branch_ ? branch_ : x, !branch_, thread);
@@ -312,7 +314,8 @@ void Step::run_segment(const Segment& segment, int thread) {
             add_updates(down_input, *set, layer, kDown, inner, thread);
         else
             inner = prepare(down_input, *set, layer, kDown, thread);
-        linear(down, inner, add, following ? &following->packed(kQKV) : nullptr, thread);
+        const Output add_mlp{add.to, add.ld, parallel ? Epilogue::Add : add.epilogue};
+        linear(down, inner, add_mlp, following ? &following->packed(kQKV) : nullptr, thread);
         barrier_and_time(kLinears, thread);
         if (branch_) add_branch(*set, norm_args(layer.mlp_out_norm, layer.mlp_out_norm_bias), x, thread);
     }

@@ -9,7 +9,8 @@
 
 namespace motet {
 
-constexpr Epilogue kActivations[] = {Epilogue::SwiGLU, Epilogue::GeGLU, Epilogue::Gelu};  // of MotetActivation
+constexpr Epilogue kActivations[] = {Epilogue::SwiGLU, Epilogue::GeGLU, Epilogue::Gelu,
+                                     Epilogue::GeluErf};  // of MotetActivation
 
 struct RowSequence {  // the rows of a sequence in a row set
     int64_t row0, rows;

@@ -167,6 +167,7 @@ def _load(bundle: Bundle, num_blocks: int, config: EngineConfig, isa: str | None
             max_positions=decoder.max_position_embeddings,
             layer_norm=decoder.norm == "layer",
             activation=ACTIVATIONS.index(decoder.activation),
+            parallel_residual=decoder.parallel_residual,
             norm_places=NORM_PLACES.index(decoder.norm_places),
             learned=decoder.positions == "learned",
             rotary_size=decoder.rotary_size or decoder.head_size,

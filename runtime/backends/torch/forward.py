@@ -195,9 +195,10 @@ class Forward:
         attended = [self._attend(layer, *each) for each in zip(own, caches, parts, strict=True)]
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         branch = self._branch(layer.attention_out_norm, self._linear(out.flatten(1), layer.out, tiles))
-        up = self._linear(self._input_of(layer.mlp_norm, residual, branch), layer.up, tiles)
-        inner = self._ops.activate(up, layer.activation, self._dtype)
-        return self._branch(layer.mlp_out_norm, self._linear(inner, layer.down, tiles))
+        normed = self._input_of(layer.mlp_norm, residual, None if layer.parallel else branch)
+        inner = self._ops.activate(self._linear(normed, layer.up, tiles), layer.activation, self._dtype)
+        added = self._branch(layer.mlp_out_norm, self._linear(inner, layer.down, tiles))
+        return torch.cat([branch, added]) if layer.parallel else added
 
     def _input_of(self, norm: Norm | None, residual: Tensor, branch: Tensor | None) -> Tensor:
         """What attention or an MLP gets; the branch is added to the residual."""

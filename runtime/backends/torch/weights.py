@@ -88,9 +88,10 @@ class LayerWeights:
     out: LinearLayer
     mlp_norm: Norm | None
     up: LinearLayer
-    activation: str  # "swiglu", "geglu": `up` is gate and up; "gelu"
+    activation: str  # "swiglu", "geglu": `up` is gate and up; "gelu", "gelu_erf"
     down: LinearLayer
     attention_out_norm: Norm | None = None
+    parallel: bool = False  # see `layout.Layer`
     mlp_out_norm: Norm | None = None
     rotary: tuple[str, str] | None = layout.ROTARY  # names of its tables (cosines, sines); None: it does not rotate
     window: int | None = None  # positions that a row attends to, itself included; None: all before it
@@ -193,6 +194,7 @@ class ModelReader:
             down=self._linear(layer.mlp.down, member),
             attention_out_norm=self._optional(layer.attention_out_norm, member),
             mlp_out_norm=self._optional(layer.mlp_out_norm, member),
+            parallel=layer.parallel,
             rotary=layer.rotary,
             window=layer.window,
         )

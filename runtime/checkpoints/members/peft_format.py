@@ -23,6 +23,7 @@ from ...model.config import DecoderConfig
 from ...model.families import FAMILIES
 from ...model.families.family import Family
 from ...model.layout import Part, decoder_layout
+from ..fused import join_rows, split_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -74,12 +75,11 @@ def _modules(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
     return modules | {"lm_head": (Part("lm_head", config.vocab_size),)}
 
 
-def _split(parts: tuple[Part, ...], rows: Tensor) -> dict[str, Tensor]:
+def _split(config: DecoderConfig, parts: tuple[Part, ...], rows: Tensor) -> dict[str, Tensor]:
     """Part's name → its rows of a tensor of the whole module."""
     if len(rows) != sum(part.rows for part in parts):
         return {part.name: rows for part in parts}  # a wrong shape, which `fit` reports
-    pieces = torch.split(rows, [part.rows for part in parts])
-    return {part.name: piece for part, piece in zip(parts, pieces, strict=True)}
+    return split_rows(config, {part.name: part.rows for part in parts}, rows)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
     tensors. `config`: the base's. Raises `UnsupportedModelError` for a setting or tensor that Motet cannot use,
     `BundleError` if settings and tensors do not agree."""
     _check_settings(settings)
-    modules, family = _modules(config), FAMILIES[config.family]
+    modules = _modules(config)
     norms = decoder_layout(config).norm_tensors
     result: dict[str, Tensor] = {}
     adapted: set[str] = set()
@@ -111,7 +111,7 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
                 result |= {f"{part.name}.lora_a": tensor for part in modules[found[1]]}
             else:
                 tensor = tensor * _scale(settings, found[1]) if piece == "lora_b" else tensor
-                result |= {f"{part}.{piece}": rows for part, rows in _split(modules[found[1]], tensor).items()}
+                result |= {f"{part}.{piece}": rows for part, rows in _split(config, modules[found[1]], tensor).items()}
         elif "lora_" in name:
             raise UnsupportedModelError(
                 f"the adapter's tensor '{key}' cannot be used: low-rank updates of {sorted(_short_names(modules))} are "
@@ -119,18 +119,19 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
             )
         else:
             whole.add(name)
-            result |= _whole(family, modules, norms, name, tensor)
+            result |= _whole(config, modules, norms, name, tensor)
     _check_targets(settings, modules, adapted, whole)
     return result
 
 
 def _whole(
-    family: Family, modules: Mapping[str, tuple[Part, ...]], norms: Collection[str], name: str, tensor: Tensor
+    config: DecoderConfig, modules: Mapping[str, tuple[Part, ...]], norms: Collection[str], name: str, tensor: Tensor
 ) -> dict[str, Tensor]:
+    family = FAMILIES[config.family]
     module, _, kind = name.rpartition(".")
     if module in modules:
         turned = tensor.t() if family.transposed and module != "lm_head" and tensor.ndim == 2 else tensor
-        return {f"{part}.{kind}": rows.contiguous() for part, rows in _split(modules[module], turned).items()}
+        return {f"{part}.{kind}": rows.contiguous() for part, rows in _split(config, modules[module], turned).items()}
     canonical = family.canonical_name(name)
     if canonical is None:
         return {}
@@ -260,6 +261,7 @@ def encode(
     for module, parts in modules.items():
         if any(f"{part.name}.lora_a" in pairs for part in parts):
             a, b = (torch.from_numpy(half) for half in stack(parts, pairs))
+            b = join_rows(config, {part.name: part.rows for part in parts}, b)
             stored |= {f"{_PREFIX}{module}.lora_A.weight": a, f"{_PREFIX}{module}.lora_B.weight": b}
             ranks[module] = len(a)
     names = _short_names(modules)

@@ -11,9 +11,11 @@ from ...errors import ConfigError, UnsupportedModelError
 from ..config import DecoderConfig
 from ..rotary import inverse_frequencies
 from .experts import OLMOE, QWEN3_MOE
+from .falcon import FALCON
 from .family import Family, Json
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .granite import GRANITE
 from .keys import check_keys_read
 from .llama import LLAMA
@@ -26,7 +28,7 @@ from .smollm3 import SMOLLM3
 
 _LLAMA_LIKE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GRANITE, OLMO2)
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2)
+    family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2, GPT_NEOX, FALCON)
 }
 
 

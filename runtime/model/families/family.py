@@ -12,7 +12,11 @@ from ..config import DecoderConfig
 
 Json = Mapping[str, Any]
 
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # not weights
+# not weights
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    *(f".{name}.{kind}" for name in ("attn", "attention") for kind in ("bias", "masked_bias")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class Family:
     config.json and raises `UnsupportedModelError` for options that Motet cannot compute. `modules`: module names of the
     checkpoint → canonical ones, with `{}` for the layer's number; empty if they are canonical already. `prefix`: an
     optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out]. `norm_offset`: what
-    is added to the stored weights of norms.
+    is added to the stored weights of norms. `grouped_qkv`: a matrix of q, k and v has, for each head of keys, its
+    queries, its key and its value.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Family:
     prefix: str = ""
     transposed: bool = False
     norm_offset: float = 0.0
+    grouped_qkv: bool = False
 
     def canonical_name(self, name: str) -> str | None:
         """The canonical name of a checkpoint's tensor; None for buffers that are not weights.

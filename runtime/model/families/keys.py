@@ -32,6 +32,7 @@ NEUTRAL = frozenset(
         "initializer_range",
         "gradient_checkpointing",
         "attention_dropout",
+        "classifier_dropout",
         "hidden_dropout",
         "resid_pdrop",
         "embd_pdrop",

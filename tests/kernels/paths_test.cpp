@@ -1,0 +1,164 @@
+// Every path of this CPU computes a small random decoder, through the C interface alone: a program without Python, for
+// emulators of other CPUs. It prints each path, and fails unless paths on the same instructions have the same bits and
+// all of them nearly the same values.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../kernels/native/cpp/motet.h"
+
+namespace {
+
+constexpr int kHidden = 128, kInner = 256, kHeads = 6, kKvHeads = 2, kHead = 64, kVocab = 256, kLayers = 2;
+constexpr int kPositions = 320, kBlocks = 24;
+
+struct Weight {  // as a bundle stores it
+    std::vector<uint8_t> values, zeros;
+    std::vector<float> scales, bias;
+    MotetTensor tensor{};
+
+    Weight(std::mt19937& rng, int64_t rows, int64_t columns, int bits, int group, bool biased) {
+        const int64_t groups = columns / group, stored = bits == 8 ? groups : groups + (groups + group - 1) / group;
+        values.resize(size_t(rows * stored * group * bits / 8));
+        zeros.resize(size_t(rows * ((stored + 1) / 2)), 0x88);
+        scales.resize(size_t(rows * stored));
+        for (uint8_t& value : values) value = uint8_t(rng());
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t g = 0; g < stored; g++)  // small in the group-sum columns: they are remainders
+                scales[size_t(row * stored + g)] = (0.5f + float(rng() % 1000) / 1000) / (bits == 8 ? 80.0f : 5.0f) /
+                                                   std::sqrt(float(columns)) * (g < groups ? 1.0f : 0.05f);
+        bias.assign(size_t(rows), 0.01f);
+        tensor = {rows,          columns,
+                  bits,          group,
+                  stored,        values.data(),
+                  scales.data(), bits == 4 ? zeros.data() : nullptr,
+                  nullptr,       biased ? bias.data() : nullptr};
+    }
+};
+
+void must(int code) {
+    if (code != MOTET_OK) {
+        printf("failed: %s\n", motet_error());
+        exit(1);
+    }
+}
+
+MotetModel* random_model(const char* isa, int bits, int group, bool kv_int8, int activation) {
+    MotetConfig c{};
+    c.vocab_size = kVocab, c.hidden_size = kHidden, c.intermediate_size = kInner, c.num_layers = kLayers;
+    c.num_heads = kHeads, c.num_kv_heads = kKvHeads, c.head_size = kHead, c.max_positions = kPositions;
+    c.activation = activation, c.rotary_size = kHead, c.tied_head = 1, c.split_layer = kLayers, c.num_members = 1;
+    c.kv_int8 = kv_int8, c.num_blocks = kBlocks, c.threads = 2, c.norm_eps = 1e-5f;
+    c.embedding_scale = c.residual_scale = c.logit_scale = 1.0f, c.attention_scale = 0.125f;
+    MotetModel* model = nullptr;
+    must(motet_create(&c, isa, &model));
+    std::mt19937 rng(7);
+    auto linear = [&](int which, int layer, int64_t rows, int64_t columns, int own_bits, bool biased) {
+        const Weight w(rng, rows, columns, own_bits, group, biased);
+        must(motet_set_linear(model, which, layer, -1, &w.tensor));
+    };
+    auto vector = [&](int which, int index, std::vector<float> values) {
+        must(motet_set_vector(model, which, index, values.data(), int64_t(values.size())));
+    };
+    const bool gated = activation < MOTET_GELU;
+    linear(MOTET_HEAD, 0, kVocab, kHidden, 8, false);
+    for (int layer = 0; layer < kLayers; layer++) {
+        linear(MOTET_QKV, layer, (kHeads + 2 * kKvHeads) * kHead, kHidden, bits, true);
+        linear(MOTET_OUT, layer, kHidden, kHeads * kHead, bits, false);
+        linear(MOTET_UP, layer, gated ? 2 * kInner : kInner, kHidden, bits, false);
+        linear(MOTET_DOWN, layer, kHidden, kInner, bits, false);
+        vector(MOTET_ATTENTION_NORM, layer, std::vector<float>(kHidden, 1.1f));
+        vector(MOTET_MLP_NORM, layer, std::vector<float>(kHidden, 0.9f));
+    }
+    vector(MOTET_FINAL_NORM, 0, std::vector<float>(kHidden, 1.0f));
+    std::vector<float> cos, sin;
+    for (int p = 0; p < kPositions; p++)
+        for (int i = 0; i < kHead / 2; i++) {
+            cos.push_back(float(std::cos(p * std::pow(10000.0, -2.0 * i / kHead))));
+            sin.push_back(float(std::sin(p * std::pow(10000.0, -2.0 * i / kHead))));
+        }
+    vector(MOTET_COS, 0, cos);
+    vector(MOTET_SIN, 0, sin);
+    must(motet_ready(model));
+    return model;
+}
+
+// Hidden states of texts of these lengths as prompts in one batch, then of one more token of each.
+std::vector<float> states(MotetModel* model, const std::vector<int>& lengths) {
+    std::vector<float> all;
+    for (const int step : {0, 1}) {
+        std::vector<int64_t> tokens, slots;
+        std::vector<int32_t> positions, starts{0}, contexts, tables, members, rows;
+        const int width = kPositions / 32;
+        int next = 0;
+        for (size_t s = 0; s < lengths.size(); s++) {
+            const int blocks = (lengths[s] + 1 + 31) / 32, first = step ? lengths[s] : 0, last = lengths[s] + step;
+            for (int p = first; p < last; p++) {
+                tokens.push_back((p * 31 + int(s) * 7 + 3) % kVocab);
+                positions.push_back(p);
+                slots.push_back(int64_t(next + p / 32) * 32 + p % 32);
+                members.push_back(0);
+                rows.push_back(int32_t(rows.size()));
+            }
+            for (int b = 0; b < width; b++) tables.push_back(b < blocks ? next + b : -1);
+            next += blocks;
+            starts.push_back(int32_t(tokens.size()));
+            contexts.push_back(last);
+        }
+        MotetBatch batch{};
+        batch.num_rows = int64_t(tokens.size()), batch.num_seqs = int64_t(lengths.size()), batch.max_blocks = width;
+        batch.token_ids = tokens.data(), batch.positions = positions.data(), batch.slot_mapping = slots.data();
+        batch.cu_seqlens = starts.data(), batch.context_lens = contexts.data(), batch.block_tables = tables.data();
+        batch.num_outputs = batch.num_rows, batch.output_members = members.data(), batch.output_rows = rows.data();
+        const size_t begin = all.size();
+        all.resize(begin + tokens.size() * kHidden);
+        must(motet_step(model, &batch, all.data() + begin));
+    }
+    return all;
+}
+
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
+    double errors = 0, squares = 0;
+    for (size_t i = 0; i < a.size(); i++) {
+        errors += (double(a[i]) - double(b[i])) * (double(a[i]) - double(b[i]));
+        squares += double(b[i]) * double(b[i]);
+    }
+    return std::sqrt(errors / squares);
+}
+
+}  // namespace
+
+int main() {
+    const std::map<std::string, std::string> stands_on = {{"amx", "avx512bf16"}, {"amx-emulated", "avx512"}};
+    int wrong = 0;
+    for (int i = 0; i < motet_isa_count(); i++) printf("%s%s", i ? ", " : "paths: ", motet_isa_name(i));
+    printf("\n");
+    for (const int bits : {8, 4})
+        for (const int group : {16, 32, 64, 128})
+            for (const bool kv_int8 : {true, false}) {
+                std::map<std::string, std::vector<float>> found;
+                for (int i = 0; i < motet_isa_count(); i++) {
+                    MotetModel* model = random_model(motet_isa_name(i), bits, group, kv_int8, group % 3);
+                    found[motet_isa_name(i)] = states(model, {1, 7, 40, 130, 17, 2, 3});
+                    motet_destroy(model);
+                }
+                for (const auto& [name, values] : found) {
+                    const double error = difference(values, found["portable"]);
+                    const auto base = stands_on.find(name);
+                    const bool bits_differ = base != stands_on.end() &&
+                                             memcmp(values.data(), found[base->second].data(), values.size() * 4) != 0;
+                    const bool off = !(error < 0.02);  // values at a rounding boundary fall to either side
+                    wrong += bits_differ + off;
+                    if (bits_differ || off)
+                        printf("%s, %d bits, groups of %d, %s: %.2g off plain C++%s\n", name.c_str(), bits, group,
+                               kv_int8 ? "int8" : "bf16", error, bits_differ ? ", and other bits" : "");
+                }
+            }
+    printf("%s\n", wrong ? "wrong" : "all paths agree");
+    return wrong != 0;
+}
