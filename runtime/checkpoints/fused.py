@@ -14,7 +14,7 @@ from ..model.families import FAMILIES
 def split_rows(config: DecoderConfig, parts: Mapping[str, int], rows: Tensor) -> dict[str, Tensor]:
     """Part's name → its rows of `rows` [Σ parts, …]. `parts`: name → number of rows; q, k and v may stand head by head."""
     if _is_grouped(config, parts):
-        heads = rows.unflatten(0, _shape(config))
+        heads = rows.reshape(*_shape(config), *rows.shape[1:])
         pieces = tuple(piece.flatten(0, 2) for piece in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:]))
     else:
         pieces = torch.split(rows, list(parts.values()))
@@ -27,7 +27,7 @@ def join_rows(config: DecoderConfig, parts: Mapping[str, int], rows: Tensor) -> 
         return rows
     heads, _, size = _shape(config)
     pieces = torch.split(rows, list(parts.values()))
-    shaped = [piece.unflatten(0, (heads, -1, size)) for piece in pieces]
+    shaped = [piece.reshape(heads, -1, size, *piece.shape[1:]) for piece in pieces]
     return torch.cat(shaped, dim=1).flatten(0, 2)
 
 

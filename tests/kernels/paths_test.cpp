@@ -122,6 +122,53 @@ std::vector<float> states(MotetModel* model, const std::vector<int>& lengths) {
     return all;
 }
 
+struct Drawn {
+    std::vector<int64_t> tokens, top;
+    std::vector<double> logprobs;
+};
+
+// Tokens of samples of every kind over mixes of random rows, on one thread.
+Drawn draws(const char* isa) {
+    constexpr int64_t kRows = 6, kSize = 1003, kStride = 1008, kSamples = 60, kTop = 5;
+    std::mt19937 rng(3);
+    std::vector<float> logits(kRows * kStride);
+    for (float& x : logits) x = float(int(rng() % 20000) - 10000) / 1000;
+    std::vector<int64_t> terms;
+    std::vector<double> coefficients;
+    std::vector<MotetSample> samples(kSamples);
+    for (int i = 0; i < kSamples; i++) {
+        MotetSample& s = samples[size_t(i)];
+        s = {};
+        s.first_term = int64_t(terms.size()), s.num_terms = 1 + i % 3;
+        for (int t = 0; t < s.num_terms; t++) {
+            terms.push_back((i + t) % kRows);
+            coefficients.push_back(1.0 / double(s.num_terms));
+        }
+        s.probs = i / 3 % 2, s.logprobs = i % 2 ? int32_t(kTop) : -1, s.top_k = i % 5 ? 0 : 40;
+        s.top_p = i % 4 ? 1.0 : 0.8, s.min_p = i % 7 ? 0.0 : 0.01, s.temperature = i % 6 ? 0.7 + 0.1 * (i % 6) : 0.0;
+        s.seed = uint64_t(rng()) << 32 | rng(), s.position = uint32_t(i);
+    }
+    Drawn found{std::vector<int64_t>(kSamples), std::vector<int64_t>(kSamples * kTop),
+                std::vector<double>(kSamples * kTop)};
+    std::vector<int32_t> codes(kSamples);
+    std::vector<double> own(kSamples), members(terms.size());
+    MotetSampling all{};
+    all.logits = logits.data(), all.num_rows = kRows, all.stride = kStride, all.vocab_size = kSize;
+    all.num_terms = int64_t(terms.size()), all.term_rows = terms.data(), all.coefficients = coefficients.data();
+    all.num_samples = kSamples, all.samples = samples.data(), all.top_stride = kTop;
+    all.token_ids = found.tokens.data(), all.codes = codes.data(), all.logprobs = own.data();
+    all.top_ids = found.top.data(), all.top_logprobs = found.logprobs.data(), all.member_logprobs = members.data();
+    must(motet_sample(nullptr, isa, &all));
+    return found;
+}
+
+bool equal(const Drawn& a, const Drawn& b) {
+    bool same = a.tokens == b.tokens && a.top == b.top;
+    for (size_t i = 0; i < a.logprobs.size(); i++)
+        same = same && (b.top[i] < 0 || std::isnan(b.logprobs[i]) || std::fabs(a.logprobs[i] - b.logprobs[i]) < 1e-9);
+    return same;
+}
+
 double difference(const std::vector<float>& a, const std::vector<float>& b) {
     double errors = 0, squares = 0;
     for (size_t i = 0; i < a.size(); i++) {
@@ -138,6 +185,9 @@ int main() {
     int wrong = 0;
     for (int i = 0; i < motet_isa_count(); i++) printf("%s%s", i ? ", " : "paths: ", motet_isa_name(i));
     printf("\n");
+    const Drawn expected = draws("portable");
+    for (int i = 0; i < motet_isa_count(); i++)
+        if (!equal(draws(motet_isa_name(i)), expected)) wrong++, printf("%s draws other tokens\n", motet_isa_name(i));
     for (const int bits : {8, 4})
         for (const int group : {16, 32, 64, 128})
             for (const bool kv_int8 : {true, false}) {

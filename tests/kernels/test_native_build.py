@@ -103,6 +103,20 @@ def test_paths_without_python(tmp_path):
     assert result.stdout.endswith("all paths agree\n")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="there is no compiler for ARM, or no emulator (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_paths_of_arm(tmp_path):
+    """The same on an emulated CPU with dot products, and on one without, where plain C++ is left."""
+    program = build_paths(tmp_path, "aarch64-linux-gnu-g++")
+    for cpu, paths in (("max", "neon, portable"), ("cortex-a53", "portable")):
+        result = subprocess.run(["qemu-aarch64", "-cpu", cpu, program], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout == f"paths: {paths}\nall paths agree\n"
+
+
 def build_paths(out, compiler):
     """paths_test.cpp and the kernels as one program without shared libraries, which an emulator of another CPU runs."""
     sources = [*(ROOT / "kernels" / "native" / "cpp").glob("*.cpp"), ROOT / "tests" / "kernels" / "paths_test.cpp"]

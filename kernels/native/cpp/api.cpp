@@ -9,6 +9,11 @@
 #include "model.h"
 #include "sample.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 using namespace motet;
 
 struct MotetModel {
@@ -52,6 +57,11 @@ bool runs(const char* isa) {
     if (!strcmp(isa, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+    if (!strcmp(isa, "neon")) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    if (!strcmp(isa, "neon")) return true;
+#endif
     return !strcmp(isa, "portable");
 }
 
@@ -60,7 +70,7 @@ const std::vector<const Isa*>& paths() {
     static const std::vector<const Isa*> all = [] {
         std::vector<const Isa*> result;
         for (const Isa* isa :
-             {isa_amx(), isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_portable(), isa_amx_emulated()})
+             {isa_amx(), isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_neon(), isa_portable(), isa_amx_emulated()})
             if (isa && runs(isa->name)) result.push_back(isa);
         return result;
     }();

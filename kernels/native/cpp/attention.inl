@@ -171,7 +171,7 @@ void pack_query_int8(const float* head, float scale, int d, uint32_t* packed, in
         }
     }
     *step = peak * scale / kSteps;
-    *start = int32_t(128u * uint32_t(reduce_add_int(total)));
+    *start = int32_t(uint32_t(kZeroPoint) * uint32_t(reduce_add_int(total)));
 }
 
 INLINE F combine(I high, I low, int32_t start, float step) {
@@ -254,7 +254,7 @@ INLINE void softmax_int8(const AttendArgs& a, int q, int tiles, float* scores, W
         store_bytes(out.low + t * kLanes, low_byte(x, high));
     }
     out.step = most / kSteps;
-    out.start = int32_t(128u * uint32_t(reduce_add_int(sum)));
+    out.start = int32_t(uint32_t(kZeroPoint) * uint32_t(reduce_add_int(sum)));
     a.maxima[q] = peak;
     a.sums[q] = reduce_add(total);
 }

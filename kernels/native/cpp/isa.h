@@ -66,7 +66,7 @@ struct Activations {
     int32_t* quads = nullptr;
     float* scales = nullptr;
     float* sums = nullptr;      // scale * Σ q, which a minimum is multiplied with
-    int32_t* starts = nullptr;  // -128 * Σ q, the first value of a dot product with unsigned weights
+    int32_t* starts = nullptr;  // -z * Σ q, the first value of a dot product with weights that are read z too large
     float* dense = nullptr;
     const LowRank* const* low_rank = nullptr;  // [rows] or null: the update of each row, null: none
     float* inner = nullptr;                    // [rows][kMaxRank]: see reduce
@@ -135,11 +135,12 @@ struct AttendArgs {
     const uint32_t* packed;  // bf16: [d / 2][queries] pairs; int8: [high, low][d / 4][queries] bytes; tiles:
                              // [kTileRows][high, low][d] bytes; in units of log2(e) · scale
     const float* steps;      // [queries], int8: the value of one unit of the 16 bits
-    const int32_t* starts;   // [queries], int8: 128 times the sum of the query
-    float cap = 0.0f;        // c: scores s become c · tanh(s / c), in the queries' units; 0: none
-    float* out;              // [queries][d]
-    float* maxima;           // [queries]
-    float* sums;             // [queries]
+    const int32_t*
+        starts;        // [queries], int8: z times the sum of the query, where the cache's bytes are read z too large
+    float cap = 0.0f;  // c: scores s become c · tanh(s / c), in the queries' units; 0: none
+    float* out;        // [queries][d]
+    float* maxima;     // [queries]
+    float* sums;       // [queries]
 
     const uint8_t* block(int index) const { return kv.data + blocks[index] * kv.block_bytes; }
     int longest() const {
@@ -190,6 +191,7 @@ const Isa* isa_portable();
 const Isa* isa_avx2();  // null if it was not compiled
 const Isa* isa_avx512();
 const Isa* isa_avx512bf16();
+const Isa* isa_neon();
 const Isa* isa_amx();
 const Isa* isa_amx_emulated();
 // Whether the CPU has matrix tiles of bytes, the system lets this process use them, and they multiply rightly. To be

@@ -48,7 +48,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
         const int64_t g = at + i / out.group * rows;
         out.scales[g] = peak / 127.0f;
         out.sums[g] = out.scales[g] * float(sum);
-        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-128));  // may wrap around if the row has a NaN
+        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-kZeroPoint));  // may wrap around if the row has a NaN
     }
 }
 
@@ -180,7 +180,7 @@ INLINE void panel_4(const PackedLinear& w, const uint8_t* panel, const BlockInpu
         for (int s = 0; s < turns; s++, values += 256, quads += 4 * rows) {
             MOTET_UNROLL
             for (int t = 0; t < 2; t++) {
-                W both0 = load_weights(values + 128 * t), both1 = load_weights(values + 128 * t + 64);
+                W both0 = load_nibbles(values + 128 * t), both1 = load_nibbles(values + 128 * t + 64);
                 W low0 = low_nibbles(both0), low1 = low_nibbles(both1);
                 MOTET_UNROLL
                 for (int r = 0; r < R; r++) dot_both_small(acc[r][0], acc[r][1], low0, low1, quads + 2 * t * rows + r);

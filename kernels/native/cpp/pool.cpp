@@ -26,6 +26,8 @@ constexpr auto kShortPause = std::chrono::milliseconds(30), kLongPause = std::ch
 inline void relax() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
 }
 

@@ -6,6 +6,11 @@
 #else
 #define MOTET_X86 0
 #endif
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define MOTET_ARM64 1
+#else
+#define MOTET_ARM64 0
+#endif
 #if MOTET_X86 && defined(__has_include)
 #if __has_include(<amxtileintrin.h>)
 #define MOTET_HAS_AMX 1  // the compiler knows these instructions

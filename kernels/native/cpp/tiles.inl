@@ -40,7 +40,7 @@ void unpack_panel(const PackedLinear& w, const uint8_t* panel, uint8_t* out) {
         return;
     }
     for (int64_t i = 0; i < size / 2; i += 128) {
-        const W both0 = load_weights(values + i), both1 = load_weights(values + i + 64);
+        const W both0 = load_nibbles(values + i), both1 = load_nibbles(values + i + 64);
         store_weights(out + 2 * i, low_nibbles(both0));
         store_weights(out + 2 * i + 64, low_nibbles(both1));
         store_weights(out + 2 * i + 128, high_nibbles(both0));

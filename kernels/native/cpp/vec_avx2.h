@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int kRegisterRows = 2;  // rows whose sums over a panel fit into the registers
+constexpr int kRegisterRows = 2;     // rows whose sums over a panel fit into the registers
+constexpr int32_t kZeroPoint = 128;  // of weights and of the cache: they are multiplied as unsigned bytes
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -116,6 +117,7 @@ INLINE F keep_first(F x, int count, F other) {
 INLINE W load_weights(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
+INLINE W load_nibbles(const uint8_t* p) { return load_weights(p); }
 INLINE W low_nibbles(W x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int kRegisterRows = 6;  // rows whose sums over a panel fit into the registers
+constexpr int kRegisterRows = 6;     // rows whose sums over a panel fit into the registers
+constexpr int32_t kZeroPoint = 128;  // of weights and of the cache: they are multiplied as unsigned bytes
 
 using F = __m512;   // 16 f32
 using I = __m512i;  // 16 i32
@@ -73,6 +74,7 @@ INLINE W load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
 INLINE void store_weights(uint8_t* p, W a) { _mm512_store_si512(p, a); }
 INLINE W flip_signs(W a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }  // unsigned bytes less 128
 INLINE I load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+INLINE W load_nibbles(const uint8_t* p) { return load_weights(p); }
 INLINE W low_nibbles(W a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE W high_nibbles(W a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 // One broadcast for two dot products: with one load per dot product, loads would be the limit. It is written in

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int kRegisterRows = 1;  // rows whose sums over a panel fit into the registers
+constexpr int kRegisterRows = 1;     // rows whose sums over a panel fit into the registers
+constexpr int32_t kZeroPoint = 128;  // of weights and of the cache: they are multiplied as unsigned bytes
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -208,6 +209,7 @@ INLINE W load_weights(const uint8_t* p) {
     memcpy(r.v, p, 64);
     return r;
 }
+INLINE W load_nibbles(const uint8_t* p) { return load_weights(p); }
 INLINE W low_nibbles(W x) {
     for (int i = 0; i < 64; i++) x.v[i] &= 15;
     return x;
