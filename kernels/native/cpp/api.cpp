@@ -9,6 +9,9 @@
 #include "model.h"
 #include "sample.h"
 
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <cpuid.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -54,8 +57,10 @@ bool runs(const char* isa) {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (!strcmp(isa, "avx512bf16")) return bf16;
     if (!strcmp(isa, "amx")) return bf16 && may_use_amx();
-    if (!strcmp(isa, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(isa, "avx2")) return avx2;
+    unsigned a, b, c, d;
+    if (!strcmp(isa, "avxvnni")) return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 #endif
 #if defined(__aarch64__) && defined(__linux__)
     if (!strcmp(isa, "neon")) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -69,8 +74,8 @@ bool runs(const char* isa) {
 const std::vector<const Isa*>& paths() {
     static const std::vector<const Isa*> all = [] {
         std::vector<const Isa*> result;
-        for (const Isa* isa :
-             {isa_amx(), isa_avx512bf16(), isa_avx512(), isa_avx2(), isa_neon(), isa_portable(), isa_amx_emulated()})
+        for (const Isa* isa : {isa_amx(), isa_avx512bf16(), isa_avx512(), isa_avxvnni(), isa_avx2(), isa_neon(),
+                               isa_portable(), isa_amx_emulated()})
             if (isa && runs(isa->name)) result.push_back(isa);
         return result;
     }();

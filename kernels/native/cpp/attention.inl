@@ -214,8 +214,8 @@ INLINE void scores_int8(const AttendArgs& a, const uint8_t* keys, const uint8_t*
         }
         MOTET_UNROLL
         for (int q = 0; q < Q; q++) {
-            dot_both(high[q][0], high[q][1], k0, k1, high_quads + i * Q + q);
-            dot_both(low[q][0], low[q][1], k0, k1, low_quads + i * Q + q);
+            dot_both_cached(high[q][0], high[q][1], k0, k1, high_quads + i * Q + q);
+            dot_both_cached(low[q][0], low[q][1], k0, k1, low_quads + i * Q + q);
         }
     }
     const float* scales = (const float*)(keys + d * kBlock * 2);
@@ -274,8 +274,8 @@ INLINE void values_int8(const AttendArgs& a, int quads, const Weights16* weights
             W v0 = load_weights(row + 128 * n), v1 = load_weights(row + 128 * n + 64);
             MOTET_UNROLL
             for (int q = 0; q < Q; q++) {
-                dot_both(high[q][n][0], high[q][n][1], v0, v1, (const int32_t*)(weights[q].high + 4 * p));
-                dot_both(low[q][n][0], low[q][n][1], v0, v1, (const int32_t*)(weights[q].low + 4 * p));
+                dot_both_cached(high[q][n][0], high[q][n][1], v0, v1, (const int32_t*)(weights[q].high + 4 * p));
+                dot_both_cached(low[q][n][0], low[q][n][1], v0, v1, (const int32_t*)(weights[q].low + 4 * p));
             }
         }
     }
@@ -295,8 +295,8 @@ INLINE void values_int8_single(const AttendArgs& a, int quads, const Weights16* 
         I high = bcast_int(0), low = bcast_int(0);
         for (int p = 0; p < quads; p++) {
             W v = load_weights(a.block(p / (kBlock / 4)) + d * kBlock + p % (kBlock / 4) * d * 4 + first * 4);
-            high = dot(high, v, (const int32_t*)(weights[q].high + 4 * p));
-            low = dot(low, v, (const int32_t*)(weights[q].low + 4 * p));
+            high = dot_cached(high, v, (const int32_t*)(weights[q].high + 4 * p));
+            low = dot_cached(low, v, (const int32_t*)(weights[q].low + 4 * p));
         }
         store(a.out + q * d + first, combine(high, low, weights[q].start, weights[q].step));
     }

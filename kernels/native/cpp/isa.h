@@ -189,6 +189,7 @@ struct Isa {
 
 const Isa* isa_portable();
 const Isa* isa_avx2();  // null if it was not compiled
+const Isa* isa_avxvnni();
 const Isa* isa_avx512();
 const Isa* isa_avx512bf16();
 const Isa* isa_neon();

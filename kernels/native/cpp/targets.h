@@ -15,6 +15,12 @@
 #if __has_include(<amxtileintrin.h>)
 #define MOTET_HAS_AMX 1  // the compiler knows these instructions
 #endif
+#if __has_include(<avxvnniintrin.h>)
+#define MOTET_HAS_AVXVNNI 1
+#endif
+#endif
+#ifndef MOTET_HAS_AVXVNNI
+#define MOTET_HAS_AVXVNNI 0
 #endif
 #ifndef MOTET_HAS_AMX
 #define MOTET_HAS_AMX 0

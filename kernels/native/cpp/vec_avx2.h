@@ -1,12 +1,16 @@
-// Vectors of 16 lanes on AVX2: two registers per vector.
+// Vectors of 16 lanes on AVX2, with AVX-VNNI or without: two registers per vector.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
 
 namespace {
 
-constexpr int kRegisterRows = 2;     // rows whose sums over a panel fit into the registers
+constexpr int kRegisterRows = 2;  // rows whose sums over a panel fit into the registers
+#ifdef MOTET_AVXVNNI
 constexpr int32_t kZeroPoint = 128;  // of weights and of the cache: they are multiplied as unsigned bytes
+#else
+constexpr int32_t kZeroPoint = 0;  // see dot
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -114,32 +118,59 @@ INLINE F keep_first(F x, int count, F other) {
     return {_mm256_blendv_ps(other.a, x.a, a), _mm256_blendv_ps(other.b, x.b, b)};
 }
 
-INLINE W load_weights(const uint8_t* p) {
+INLINE W load_nibbles(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-INLINE W load_nibbles(const uint8_t* p) { return load_weights(p); }
+#ifdef MOTET_AVXVNNI
+INLINE W load_weights(const uint8_t* p) { return load_nibbles(p); }
+#else
+INLINE W load_weights(const uint8_t* p) {
+    const W w = load_nibbles(p);
+    const __m256i top = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(w.a, top), _mm256_xor_si256(w.b, top)};
+}
+#endif
 INLINE W low_nibbles(W x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 INLINE W high_nibbles(W x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
 
-// Sums of two products fit into 16 bits only if the unsigned bytes are below 128. So the top bit is multiplied apart.
-INLINE __m256i dot_half(__m256i sum, __m256i low_bytes, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low_bytes, x), _mm256_set1_epi16(1)));
+#ifdef MOTET_AVXVNNI
+INLINE I dot(I sum, W w, const int32_t* signed_bytes) {
+    const __m256i x = _mm256_set1_epi32(*signed_bytes);
+    return {_mm256_dpbusd_avx_epi32(sum.a, w.a, x), _mm256_dpbusd_avx_epi32(sum.b, w.b, x)};
+}
+INLINE I dot_small(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
+INLINE I dot_cached(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
+#else
+// The instruction adds two products of an unsigned and a signed byte in 16 bits. They fit if the unsigned bytes are
+// magnitudes: 2 · 128 · 127. A sign moves from one factor to the other, unless the other is -128: that has no opposite.
+INLINE __m256i dot_half(__m256i sum, __m256i magnitudes, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, x), _mm256_set1_epi16(1)));
 }
 INLINE I dot_small(I sum, W w, const int32_t* signed_bytes) {
     const __m256i x = _mm256_set1_epi32(*signed_bytes);
     return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)};
 }
-INLINE I dot(I sum, W w, const int32_t* signed_bytes) {
-    const __m256i x = _mm256_set1_epi32(*signed_bytes), top = _mm256_set1_epi8(-128);
-    sum = {dot_half(sum.a, _mm256_andnot_si256(top, w.a), x), dot_half(sum.b, _mm256_andnot_si256(top, w.b), x)};
-    return {dot_half(sum.a, _mm256_and_si256(top, w.a), x), dot_half(sum.b, _mm256_and_si256(top, w.b), x)};
+INLINE I dot(I sum, W w, const int32_t* signed_bytes) {  // activations are in -127…127
+    const __m256i x = _mm256_set1_epi32(*signed_bytes);
+    return {dot_half(sum.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)),
+            dot_half(sum.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b))};
 }
+INLINE I dot_cached(I sum, W w, const int32_t* signed_bytes) {  // keys and values are in -127…127
+    const __m256i x = _mm256_set1_epi32(*signed_bytes), magnitudes = _mm256_abs_epi8(x);
+    return {dot_half(sum.a, magnitudes, _mm256_sign_epi8(w.a, x)),
+            dot_half(sum.b, magnitudes, _mm256_sign_epi8(w.b, x))};
+}
+#endif
 INLINE void dot_both(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
     sum0 = dot(sum0, w0, signed_bytes);
     sum1 = dot(sum1, w1, signed_bytes);
+}
+INLINE void dot_both_cached(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    sum0 = dot_cached(sum0, w0, signed_bytes);
+    sum1 = dot_cached(sum1, w1, signed_bytes);
 }
 INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
     sum0 = dot_small(sum0, w0, signed_bytes);
@@ -148,9 +179,9 @@ INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_b
 INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-INLINE I load_words(const uint8_t* p) { return load_weights(p); }
+INLINE I load_words(const uint8_t* p) { return load_nibbles(p); }
 
-INLINE P load_pairs(const uint8_t* p) { return load_weights(p); }
+INLINE P load_pairs(const uint8_t* p) { return load_nibbles(p); }
 INLINE void store_bf16_half(uint16_t* p, __m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

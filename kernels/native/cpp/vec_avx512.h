@@ -92,6 +92,11 @@ INLINE I dot(I sum, W unsigned_bytes, const int32_t* signed_bytes) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "m"(*signed_bytes));
     return sum;
 }
+// With bytes of the cache in place of weights.
+INLINE I dot_cached(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
+INLINE void dot_both_cached(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    dot_both(sum0, sum1, w0, w1, signed_bytes);
+}
 INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE I or_words(I a, W b) { return _mm512_or_si512(a, b); }

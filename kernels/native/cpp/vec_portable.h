@@ -236,6 +236,11 @@ INLINE void dot_both_small(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_b
     sum0 = dot_small(sum0, w0, signed_bytes);
     sum1 = dot_small(sum1, w1, signed_bytes);
 }
+// With bytes of the cache in place of weights.
+INLINE I dot_cached(I sum, W w, const int32_t* signed_bytes) { return dot(sum, w, signed_bytes); }
+INLINE void dot_both_cached(I& sum0, I& sum1, W w0, W w1, const int32_t* signed_bytes) {
+    dot_both(sum0, sum1, w0, w1, signed_bytes);
+}
 INLINE void prefetch_far(const uint8_t*) {}
 INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 INLINE I or_words(I x, I y) {
