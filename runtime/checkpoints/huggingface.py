@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from ..errors import BundleError, NotFoundError, UnsupportedModelError
 from ..model.config import DecoderConfig
 from ..model.families import FAMILIES, decoder_config
-from ..model.families.family import Family
 from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from ..model.stored import StoredTensor, read_bytes, read_header
-from .bitsandbytes import is_quantised, owner, widen
 from .fused import split_rows
+from .quantised import method_of
+from .quantised.method import Method
 
 SHARDS = "model.safetensors.index.json"
 
@@ -40,7 +41,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_config(model_dir: Path) -> DecoderConfig:
     """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
     values = _read_json(Path(model_dir) / "config.json")
-    is_quantised(values)  # refuses other quantisation methods
+    method_of(values)  # refuses other quantisation methods
     return decoder_config(values)
 
 
@@ -112,7 +113,14 @@ def open_weights(model_dir: Path) -> Weights:
 
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_DTYPES = _FLOATS | {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+_DTYPES = _FLOATS | {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +145,9 @@ class Weights(Mapping[str, torch.Tensor]):
         self._parts, self._norms = _parts(self._layout), self._layout.norm_tensors
         self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
         self._stored = _stored(model_dir)
-        self._widened: dict[str, torch.Tensor] = {}  # of a quantised checkpoint
-        shapes = {name: one.place.shape for name, one in self._stored.items()}
-        if is_quantised(_read_json(model_dir / "config.json")):
-            every = {name: self._read(name) for name in self._stored}
-            self._widened = dict(_widened(self._family, every))
-            shapes = {name: tuple(tensor.shape) for name, tensor in self._widened.items()}
-        self._place, found = self._find(shapes)
+        self._method = method_of(_read_json(model_dir / "config.json"))
+        self._quantised = {} if self._method is None else _quantised(self._method, self._stored)
+        self._place, found = self._find(self._shapes())
         if self._layout.config.tied_head and HEAD in self._place and EMBEDDING in self._place:
             if not torch.equal(self[HEAD], self[EMBEDDING]):
                 raise BundleError(
@@ -156,7 +160,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._place[name]
         if self._latest[0] != stored:
-            values = self._widened[stored] if self._widened else self._read(stored)
+            values = self._widen(stored) if stored in self._quantised else self._read(stored)
             canonical = self._family.canonical_name(stored)
             assert canonical is not None
             pieces = _unpack(self._layout.config, self._parts, canonical, values.float())
@@ -185,7 +189,7 @@ class Weights(Mapping[str, torch.Tensor]):
         """Nothing can be read any more."""
         for one in self._stored.values():
             one.file.close()
-        self._latest, self._widened = ("", {}), {}
+        self._latest = "", {}
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
         """(weight → the stored tensor that it is a part of, its shape)."""
@@ -195,8 +199,7 @@ class Weights(Mapping[str, torch.Tensor]):
             canonical = self._family.canonical_name(name)
             if canonical is None:
                 continue
-            is_float = self._widened[name].is_floating_point() if self._widened else None
-            if is_float is False or (is_float is None and self._stored[name].place.dtype not in _FLOATS):
+            if name not in self._quantised and self._stored[name].place.dtype not in _FLOATS:
                 raise UnsupportedModelError(
                     f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}"
                 )
@@ -207,6 +210,25 @@ class Weights(Mapping[str, torch.Tensor]):
                 place[part], found[part] = name, tuple(piece.shape)
         return place, found
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights as a plain checkpoint stores them."""
+        parts = {part for names in self._quantised.values() for part in names}
+        shapes = {name: one.place.shape for name, one in self._stored.items() if name not in parts}
+        for name, names in self._quantised.items():
+            assert self._method is not None
+            own = {part: self._stored[part].place.shape for part in names}
+            with _damage(name):
+                shape = self._method.shape(name, own, self._read)
+            shapes[name] = shape[::-1] if self._family.transposed else shape
+        return shapes
+
+    def _widen(self, name: str) -> torch.Tensor:
+        """A quantised weight in float32, shaped as in a plain checkpoint."""
+        assert self._method is not None
+        with _damage(name):
+            wide = self._method.widen(name, {part: self._read(part) for part in self._quantised[name]})
+        return wide.t() if self._family.transposed else wide
+
     def _read(self, name: str) -> torch.Tensor:
         one = self._stored[name]
         if one.place.dtype not in _DTYPES:
@@ -215,6 +237,25 @@ class Weights(Mapping[str, torch.Tensor]):
         if not content.size:
             return torch.empty(one.place.shape, dtype=_DTYPES[one.place.dtype])
         return torch.from_numpy(content).view(_DTYPES[one.place.dtype]).reshape(one.place.shape)
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """What a quantised weight's parts raise becomes a `BundleError`."""
+    try:
+        yield
+    except (
+        KeyError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+        TypeError,
+        AssertionError,
+        AttributeError,
+        StopIteration,
+    ) as error:
+        said = error if isinstance(error, ValueError) else repr(error)
+        raise BundleError(f"the quantised weight '{name}' is damaged ({said}); pull the model again") from error
 
 
 def _stored(model_dir: Path) -> dict[str, _Stored]:
@@ -239,30 +280,17 @@ def _stored(model_dir: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _emptied(stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries, each removed from `stored` as it is yielded, so that the weights are never held twice."""
-    for name in list(stored):
-        yield name, stored.pop(name)
-
-
-def _widened(family: Family, stored: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint quantised by bitsandbytes, in float and shaped as in a plain checkpoint."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name in list(stored):
-        weight = owner(name)
+def _quantised(method: Method, stored: Mapping[str, _Stored]) -> dict[str, list[str]]:
+    """Quantised weight → the names of the tensors that it is stored as, its own among them if it has one."""
+    found: dict[str, list[str]] = {}
+    for name in stored:
+        weight = method.owner(name)
         if weight is not None:
-            parts.setdefault(weight, {})[name] = stored.pop(name)
-    lost = sorted(set(parts) - set(stored))
-    if lost:
-        raise BundleError(
-            f"the checkpoint has the quantisation of {lost[:3]} without the weights; pull the model again"
-        )
-    for name, tensor in _emptied(stored):
-        if name in parts:
-            wide = widen(name, tensor, parts[name])
-            yield name, wide.t() if family.transposed else wide  # bitsandbytes transposes [in, out]
-        else:
-            yield name, tensor
+            found.setdefault(weight, []).append(name)
+    for weight, names in found.items():
+        if weight in stored:
+            names.append(weight)
+    return found
 
 
 def _parts(layout: Layout) -> dict[str, dict[str, int]]:

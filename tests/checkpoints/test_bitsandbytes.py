@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -108,7 +107,7 @@ def test_damage_is_said(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -
         read_weights(tmp_path)
 
     save_file({key: value for key, value in tensors.items() if key != name}, path)
-    with pytest.raises(BundleError, match="without the weights"):
+    with pytest.raises(BundleError, match="is there without the weight"):
         read_weights(tmp_path)
 
 
@@ -120,15 +119,6 @@ def test_damaged_scales_of_8_bits(tiny_model_dir: Callable[[str], Path], tmp_pat
     save_file({**tensors, scales: tensors[scales][:-1].clone()}, path)
     with pytest.raises(BundleError, match="scales"):
         read_weights(tmp_path)
-
-
-def test_another_tools_checkpoint_is_refused(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    values = json.loads(path.read_bytes())
-    path.write_text(json.dumps(values | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(UnsupportedModelError, match="'gptq'"):
-        read_config(tmp_path / "model")
 
 
 def test_without_the_library(

@@ -1,0 +1,48 @@
+"""Quantised checkpoints: bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8. Each weight is widened when it is read; export and
+fine-tuning then treat it like that of any checkpoint. Needs torch.
+
+A new method is a file here and a row in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...errors import UnsupportedModelError
+from .awq import Awq
+from .bitsandbytes import BitsAndBytes
+from .gptq import Gptq
+from .method import Method, Settings
+from .scaled import CompressedTensors, Fp8
+
+METHODS: Mapping[str, Callable[[Settings], Method]] = {
+    "bitsandbytes": BitsAndBytes,
+    "gptq": Gptq,
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "fp8": Fp8,
+}
+
+
+def method_of(config: Mapping[str, Any]) -> Method | None:
+    """How the weights of a model with this config.json are quantised; None: they are not. Raises `UnsupportedModelError` for
+    another method, or an option of one that is not computed."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if (
+        method is None
+        and isinstance(settings, Mapping)
+        and (settings.get("load_in_4bit") or settings.get("load_in_8bit"))
+    ):
+        method = "bitsandbytes"  # written by releases without quant_method
+    if not isinstance(method, str) or method not in METHODS:
+        raise UnsupportedModelError(
+            f"checkpoints quantised by {method!r} are not supported, those of {sorted(METHODS)} are; pull the model in float"
+        )
+    try:
+        return METHODS[method](settings)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise UnsupportedModelError(f"quantization_config of '{method}' lacks or misstates {error}") from error
