@@ -86,6 +86,7 @@ class RandomModel:
             up=up,
             activation=layer.mlp.up.epilogue,
             down=down,
+            parallel=layer.parallel,
         )
 
     def _projection(self, linear: layout.Linear) -> LinearLayer:

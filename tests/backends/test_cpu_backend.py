@@ -74,9 +74,9 @@ def faint_model_dir(tmp_path_factory, tiny_model_dir):
         path = tmp_path_factory.mktemp("faint") / family
         shutil.copytree(tiny_model_dir(family), path)
         weights = load_file(path / "model.safetensors")
-        embeddings = {
-            n: w / 100 for n, w in weights.items() if n.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))
-        }
+        names = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings")
+        embeddings = {n: w / 100 for n, w in weights.items() if n.endswith(tuple(f"{name}.weight" for name in names))}
+        assert embeddings
         save_file({**weights, **embeddings}, path / "model.safetensors", {"format": "pt"})
         return path
 

@@ -404,6 +404,57 @@ TABLE = {
         ),
         None,
     ),
+    "neox with yarn": (
+        "gpt_neox",
+        config(
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.5,
+                "factor": 2.0,
+                "original_max_position_embeddings": 256,
+            }
+        ),
+        None,
+    ),
+    "neox with two parts that rotate": ("gpt_neox", config(rotary_pct=0.25), "rotary_pct and partial_rotary_factor"),
+    "neox with a part in words": (
+        "gpt_neox",
+        config(rope_parameters=None, rotary_pct="0.25"),
+        "must be a number above 0 and at most 1, got '0.25'",
+    ),
+    "neox with a part that is no number": (
+        "gpt_neox",
+        config(rope_parameters=None, rotary_pct=float("nan")),
+        "must be a number above 0 and at most 1",
+    ),
+    "neox with the head of transformers 5": (
+        "gpt_neox",
+        weights(lambda t: t.update({"lm_head.weight": t.pop("embed_out.weight")})),
+        None,
+    ),
+    "neox's buffers in llama": (
+        "llama",
+        weights(lambda t: t.update({"model.layers.0.attention.bias": torch.ones(1)})),
+        "weights that its family does not use",
+    ),
+    "gpt2's buffers": ("gpt2", weights(lambda t: t.update({"transformer.h.0.attn.masked_bias": torch.ones(1)})), None),
+    "falcon with yarn and no context": (
+        "falcon",
+        config(
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+        None,
+    ),
+    "falcon with a flag in words": ("falcon", config(new_decoder_architecture="no"), "new_decoder_architecture='no'"),
+    "falcon of all heads with few": ("falcon", config(multi_query=False, num_kv_heads=2), "num_kv_heads=2"),
+    "falcon with another factor": ("falcon", config(ff_factor=4), "ff_factor=4"),
+    "falcon with its factor": ("falcon", config(ff_factor=2), None),
     "falcon by its old positions": ("falcon", config(alibi=True), "alibi=True"),
     "falcon layer by layer": ("falcon", config(parallel_attn=False), "missing"),
     "falcon with all heads of keys": ("falcon", config(multi_query=False), "shapes"),
@@ -517,8 +568,8 @@ TABLE = {
     "torn": ("llama", truncated, "torn or damaged"),
     "quantised by another method": (
         "llama",
-        config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "quantised by 'gptq' are not supported",
+        config(quantization_config={"quant_method": "quip", "bits": 4}),
+        "quantised by 'quip' are not supported",
     ),
 }
 

@@ -46,7 +46,8 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     word, shift = first // 32, first % 32
     following = torch.cat([words[..., 1:], torch.zeros_like(words[..., :1])], -1)
     both: Tensor = words[..., word] >> shift | (following[..., word] << (32 - shift)) & 0xFFFFFFFF
-    return (both & (2**bits - 1)).to(torch.int32).movedim(-1, dim)
+    numbers: Tensor = (both & (2**bits - 1)).to(torch.int32).movedim(-1, dim)
+    return numbers
 
 
 def check(condition: bool, problem: str) -> None:

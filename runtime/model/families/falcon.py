@@ -16,6 +16,7 @@ KEYS = frozenset(
         "vocab_size",
         "hidden_size",
         "ffn_hidden_size",
+        "ff_factor",
         "num_hidden_layers",
         "num_attention_heads",
         "num_kv_heads",
@@ -41,41 +42,47 @@ def _config(values: Json) -> DecoderConfig:
     require(values, "activation", tuple(GELUS))
     require(values, "alibi", (False, None))
     require(values, "apply_residual_connection_post_layernorm", (False, None))
-    hidden, heads, new = (
-        values["hidden_size"],
-        values["num_attention_heads"],
-        bool(values.get("new_decoder_architecture")),
-    )
-    parallel, norms = values.get("parallel_attn", True), values.get("num_ln_in_parallel_attn")
+    for name in ("new_decoder_architecture", "multi_query", "parallel_attn", "bias"):
+        require(values, name, (None, True, False))
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    new, parallel = values.get("new_decoder_architecture") or False, values.get("parallel_attn", True)
+    norms, given = values.get("num_ln_in_parallel_attn"), values.get("num_kv_heads")
     if (new and not parallel) or norms not in (None, 1, 2) or (norms == 2 and not new):
         raise UnsupportedModelError(
             f"parallel_attn={parallel} with num_ln_in_parallel_attn={norms} and new_decoder_architecture={new} is not "
             "supported; no Falcon has it"
         )
-    one = 1 if values.get("multi_query", True) else heads
+    if new:
+        kv_heads = heads if given is None else given
+    elif values.get("multi_query", True):
+        kv_heads = 1  # whatever num_kv_heads is: transformers writes the number of heads
+    else:
+        require(values, "num_kv_heads", (None, heads))
+        kv_heads = heads
+    inner = values.get("ffn_hidden_size") or 4 * hidden
+    require(values, "ff_factor", (None, inner / hidden))
     bias: bool = values.get("bias") or False
-    activation: Any = GELUS[values.get("activation", "gelu")]
-    return DecoderConfig(
-        family="falcon",
-        vocab_size=values["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=values.get("ffn_hidden_size") or 4 * hidden,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=(values.get("num_kv_heads") or heads) if new else one,
-        head_size=hidden // heads,
-        max_position_embeddings=values.get("max_position_embeddings", 2048),
-        norm="layer",
-        norm_eps=values["layer_norm_epsilon"],
-        activation=activation,
-        parallel_residual=parallel,
-        shared_norm=parallel and (norms == 1 or not new),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
-        tied_head=values.get("tie_word_embeddings", True),
-        **rotary(values),
-    )
+    fields: dict[str, Any] = {
+        "family": "falcon",
+        "vocab_size": values["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_layers": values["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_size": hidden // heads,
+        "max_position_embeddings": values.get("max_position_embeddings", 2048),
+        "norm": "layer",
+        "norm_eps": values["layer_norm_epsilon"],
+        "activation": GELUS[values.get("activation", "gelu")],
+        "parallel_residual": parallel,
+        "shared_norm": parallel and (norms == 1 or not new),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bias,
+        "tied_head": values.get("tie_word_embeddings", True),
+    }
+    return DecoderConfig(**(fields | rotary({"max_position_embeddings": 2048, **values})))
 
 
 FALCON = Family(

@@ -12,11 +12,7 @@ from ..config import DecoderConfig
 
 Json = Mapping[str, Any]
 
-# not weights
-_BUFFERS = (
-    ".rotary_emb.inv_freq",
-    *(f".{name}.{kind}" for name in ("attn", "attention") for kind in ("bias", "masked_bias")),
-)
+_BUFFERS = (".rotary_emb.inv_freq",)  # of any family; not weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +24,7 @@ class Family:
     checkpoint → canonical ones, with `{}` for the layer's number; empty if they are canonical already. `prefix`: an
     optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out]. `norm_offset`: what
     is added to the stored weights of norms. `grouped_qkv`: a matrix of q, k and v has, for each head of keys, its
-    queries, its key and its value.
+    queries, its key and its value. `buffers`: how the names of the family's own tensors end that are not weights.
     """
 
     name: str
@@ -39,13 +35,14 @@ class Family:
     transposed: bool = False
     norm_offset: float = 0.0
     grouped_qkv: bool = False
+    buffers: tuple[str, ...] = ()
 
     def canonical_name(self, name: str) -> str | None:
         """The canonical name of a checkpoint's tensor; None for buffers that are not weights.
 
         Raises `UnsupportedModelError` for a module that the family does not have.
         """
-        if name.endswith(_BUFFERS):
+        if name.endswith((*_BUFFERS, *self.buffers)):
             return None
         if not self.modules:
             return name

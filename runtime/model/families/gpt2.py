@@ -68,4 +68,5 @@ GPT2 = Family(
     },
     prefix="transformer.",
     transposed=True,
+    buffers=(".attn.bias", ".attn.masked_bias"),
 )

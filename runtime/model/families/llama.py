@@ -107,6 +107,16 @@ def rotary(values: Json, allowed: Collection[str] = ()) -> dict[str, Any]:
     return fields
 
 
+def rotating(head_size: int, part: Any) -> int | None:
+    """`DecoderConfig.rotary_size` of a fraction of the channels. Raises `UnsupportedModelError` unless it is a number in 0…1."""
+    if type(part) not in (int, float) or not 0 < part <= 1:
+        raise UnsupportedModelError(
+            f"the part of a head that rotates must be a number above 0 and at most 1, got {part!r}"
+        )
+    size = int(head_size * part)
+    return None if size == head_size else size
+
+
 def _longrope(values: Json, scaling: dict[str, Any]) -> dict[str, Any]:
     """Texts beyond the original context have other factors from their first token on, so the context ends there."""
     original, whole = scaling["original_max_position_embeddings"], values["max_position_embeddings"]

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from ..config import DecoderConfig
 from .family import Family, Json
-from .llama import KEYS, llama_config, rope_parameters, rotary
+from .llama import KEYS, llama_config, rope_parameters, rotary, rotating
 
 _PART = "partial_rotary_factor"
 _LONGROPE = ("su", "yarn")  # older names
@@ -26,12 +26,9 @@ def _config(values: Json) -> DecoderConfig:
         raise UnsupportedModelError(f"rope scaling {parameters} is not supported; phi3 has longrope")
     config = llama_config(values, rotary=fields, sliding_window=values.get("sliding_window"))
     part: Any = parameters.get(_PART, values.get(_PART))
-    return config if part is None else _with_part(config, part)
-
-
-def _with_part(config: DecoderConfig, part: Any) -> DecoderConfig:
-    size = int(config.head_size * part)
-    return config if size == config.head_size else dataclasses.replace(config, rotary_size=size)
+    if part is None:
+        return config
+    return dataclasses.replace(config, rotary_size=rotating(config.head_size, part))
 
 
 PHI3 = Family("phi3", KEYS | {"sliding_window", "original_max_position_embeddings", _PART}, _config)
