@@ -1,7 +1,7 @@
 """A GGUF file → a model directory as Hugging Face's libraries read it. Needs the package gguf.
 
 Every key and every tensor of the file is used, known to change nothing, or refused by name. transformers' own reader fills
-missing tensors with random numbers and ignores what it does not know, so only its conversion of tokenizers is used.
+missing tensors with random numbers and ignores what it does not know, so it is not used.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, UnsupportedModelError, shown
+from .gguf_tokenizer import check_tokenizer, write_tokenizer
 
 F32 = npt.NDArray[np.float32]
 
@@ -37,6 +38,14 @@ _LLAMA_MODULES = {
     "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }
+_AFTER = {  # norms of what attention and MLP add
+    "blk.{}.post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+_OLMO2_MODULES = {k: v for k, v in _LLAMA_MODULES.items() if k not in ("blk.{}.attn_norm", "blk.{}.ffn_norm")} | _AFTER
+_EXPERTS = {f"blk.{{}}.ffn_{name}_exps": f"{name}_proj" for name in ("gate", "up", "down")}  # [experts, out, in]
+_MOE_MODULES = {k: v for k, v in _LLAMA_MODULES.items() if ".mlp." not in v}
+_MOE_MODULES |= {"blk.{}.ffn_gate_inp": "model.layers.{}.mlp.gate"}
 _GPT2_MODULES = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -61,6 +70,14 @@ _LLAMA_KEYS = {
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
 }
+_GRANITE_KEYS = _LLAMA_KEYS | {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_OLMOE_KEYS = _LLAMA_KEYS | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_QWEN3_MOE_KEYS = _OLMOE_KEYS | {"expert_feed_forward_length": "moe_intermediate_size"}
 _GPT2_KEYS = {
     "block_count": "n_layer",
     "context_length": "n_positions",
@@ -95,12 +112,12 @@ _TOKENIZER_KEYS = frozenset(
         "ggml.token_type_count",
     ]
 )
-_PRETOKENIZERS = ("gpt-2", "gpt2", "smollm", "default")  # those that cut words as GPT-2's
 
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """`permuted`: rows of q and k are in the order of rotary pairs. `transposed`: config.json's family stores [in, out]."""
+    """`permuted`: rows of q and k are in the order of rotary pairs. `transposed`: config.json's family stores [in, out].
+    `fixed`: what config.json has beside the keys."""
 
     family: str
     name: str  # of config.json's `architectures`
@@ -108,19 +125,27 @@ class _Architecture:
     keys: Mapping[str, str]
     permuted: bool = False
     transposed: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ARCHITECTURES = {
     "llama": _Architecture("llama", "LlamaForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS, permuted=True),
     "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
     "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
+    "granite": _Architecture("granite", "GraniteForCausalLM", _LLAMA_MODULES, _GRANITE_KEYS, permuted=True),
+    "olmo2": _Architecture("olmo2", "Olmo2ForCausalLM", _OLMO2_MODULES, _LLAMA_KEYS),
+    "smollm3": _Architecture("smollm3", "SmolLM3ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS, permuted=True),
+    "qwen3moe": _Architecture(
+        "qwen3_moe", "Qwen3MoeForCausalLM", _MOE_MODULES, _QWEN3_MOE_KEYS, fixed={"norm_topk_prob": True}
+    ),
+    "olmoe": _Architecture("olmoe", "OlmoeForCausalLM", _MOE_MODULES, _OLMOE_KEYS, fixed={"norm_topk_prob": False}),
     "gpt2": _Architecture("gpt2", "GPT2LMHeadModel", _GPT2_MODULES, _GPT2_KEYS, transposed=True),
 }
 
 
 def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambda size: None) -> None:
-    """Write config.json, generation_config.json and model.safetensors (float32) of a GGUF file into the folder `out`.
-    `on_tensor(bytes)` is called for each tensor.
+    """Write config.json, generation_config.json, model.safetensors (float32) and the tokenizer of a GGUF file into the folder
+    `out`. `on_tensor(bytes)` is called for each tensor.
 
     Raises `DataError` if the file is damaged, `UnsupportedModelError` for an architecture, key or tensor that is not
     computed, or one part of a split file. That tensors are complete and have the right shapes is checked by
@@ -140,11 +165,14 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
     config = _config(path, metadata, architecture)
     weights: dict[str, F32] = {}
     for tensor in tensors:
-        name, values = _weight(path, tensor, architecture, config)
-        if name in weights:
-            raise DataError(f"'{path}' holds the tensor '{tensor.name}' twice")
-        weights[name] = values
-        on_tensor(values.nbytes)
+        if tensor.name == _FACTORS and architecture.family == "llama":
+            config |= _scaled_rope(path, _values(path, tensor), config)
+            continue
+        for name, values in _weights(path, tensor, architecture, config):
+            if name in weights:
+                raise DataError(f"'{path}' holds the tensor '{tensor.name}' twice")
+            weights[name] = values
+            on_tensor(values.nbytes)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None)) or None
     config |= {
@@ -156,6 +184,7 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=1) + "\n")
+    write_tokenizer(path, metadata, out)
 
 
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> _Architecture:
@@ -182,6 +211,7 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         "model_type": architecture.family,
         "architectures": [architecture.name],
         "dtype": "float32",
+        **architecture.fixed,
     }
     config |= {name: values.pop(key) for key, name in architecture.keys.items() if key in values}
     for key, name in architecture.keys.items():
@@ -204,6 +234,7 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         "attention.causal": True,
         "expert_count": 0,
         "expert_used_count": 0,
+        "expert_shared_count": 0,
     }
     for key, value in values.items():
         if key not in neutral or value != neutral[key]:
@@ -212,11 +243,7 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         known = key.startswith((prefix, *_DESCRIPTIVE, "split.")) or key in _TOKENIZER_KEYS
         if not known:
             raise UnsupportedModelError(f"'{path}' has the key '{key}', which is not read here")
-    pretokenizer = metadata.get("tokenizer.ggml.pre", "default")
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and pretokenizer not in _PRETOKENIZERS:
-        raise UnsupportedModelError(
-            f"'{path}' cuts words by '{pretokenizer}'; of GGUF files {list(_PRETOKENIZERS)} are read; pull the model's directory"
-        )
+    check_tokenizer(path, metadata)
     return config
 
 
@@ -230,24 +257,40 @@ def _rope(path: Path, values: dict[str, Any], theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _weight(path: Path, tensor: Any, architecture: _Architecture, config: Mapping[str, Any]) -> tuple[str, F32]:
-    """Name and values of a tensor as the family's checkpoints have them."""
-    from gguf import dequantize
+_FACTORS = "rope_freqs.weight"  # by which the frequencies of Llama 3.1 and later are divided
 
+
+def _scaled_rope(path: Path, factors: F32, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's keys of a rotation whose frequencies are divided by these factors."""
+    given = config["rope_parameters"]
+    if given["rope_type"] != "default" or factors.shape != (config["head_dim"] // 2,) or not (factors > 0).all():
+        raise UnsupportedModelError(
+            f"'{path}' has {_FACTORS} of {factors.shape} with the rope scaling {given['rope_type']!r}; one factor above 0 for "
+            f"each pair of {config['head_dim']} channels is read, without another scaling"
+        )
+    scaling = {"rope_type": "longrope", "attention_factor": 1.0}
+    own = dict.fromkeys(("short_factor", "long_factor"), factors.astype(float).tolist())
+    return {"rope_parameters": {**given, **scaling, **own}}
+
+
+def _weights(
+    path: Path, tensor: Any, architecture: _Architecture, config: Mapping[str, Any]
+) -> Iterator[tuple[str, F32]]:
+    """Names and values of a tensor as the family's checkpoints have them: of experts, one for each."""
     module, _, kind = tensor.name.rpartition(".")
     number = re.search(r"(?<=^blk\.)\d+(?=\.)", module)
     pattern = module if number is None else f"blk.{{}}{module[number.end() :]}"
-    if pattern not in architecture.modules or kind not in ("weight", "bias"):
+    experts = "num_experts" in config and pattern in _EXPERTS and kind == "weight" and len(tensor.shape) == 3
+    if not experts and (pattern not in architecture.modules or kind not in ("weight", "bias")):
         raise UnsupportedModelError(
             f"'{path}' holds the tensor '{tensor.name}', which is not computed here for the architecture {architecture.family}"
         )
-    try:
-        values: F32 = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        values = values.reshape([int(size) for size in reversed(tensor.shape)])
-    except Exception as error:  # of a type that the package does not widen, or of another size
-        raise DataError(f"the tensor '{tensor.name}' of '{path}' cannot be read: {error}") from error
-    if not np.isfinite(values).all():
-        raise DataError(f"the tensor '{tensor.name}' of '{path}' holds NaN or infinite values")
+    values = _values(path, tensor)
+    if experts:
+        assert number is not None
+        for index, one in enumerate(values):
+            yield f"model.layers.{number[0]}.mlp.experts.{index}.{_EXPERTS[pattern]}.weight", np.ascontiguousarray(one)
+        return
     if architecture.permuted and module.endswith((".attn_q", ".attn_k")):
         heads = config["num_attention_heads" if module.endswith("_q") else "num_key_value_heads"]
         if values.shape[0] % (2 * heads):
@@ -256,7 +299,20 @@ def _weight(path: Path, tensor: Any, architecture: _Architecture, config: Mappin
         values = pairs.swapaxes(1, 2).reshape(values.shape)
     if architecture.transposed and values.ndim == 2 and number is not None:
         values = values.T
-    return f"{architecture.modules[pattern].format(number and number[0])}.{kind}", np.ascontiguousarray(values)
+    yield f"{architecture.modules[pattern].format(number and number[0])}.{kind}", np.ascontiguousarray(values)
+
+
+def _values(path: Path, tensor: Any) -> F32:
+    from gguf import dequantize
+
+    try:
+        values: F32 = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        values = values.reshape([int(size) for size in reversed(tensor.shape)])
+    except Exception as error:  # of a type that the package does not widen, or of another size
+        raise DataError(f"the tensor '{tensor.name}' of '{path}' cannot be read: {error}") from error
+    if not np.isfinite(values).all():
+        raise DataError(f"the tensor '{tensor.name}' of '{path}' holds NaN or infinite values")
+    return values
 
 
 def _vocab_size(path: Path, weights: Mapping[str, F32], metadata: Mapping[str, Any]) -> int:

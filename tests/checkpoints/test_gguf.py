@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 
 import gguf
 import numpy as np
@@ -14,7 +16,7 @@ from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.gguf import convert_gguf
 from motet.runtime.checkpoints.huggingface import eos_token_ids
 from motet.runtime.errors import MotetError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 LIMIT = 1e-4  # of the logits, in units of their deviation
 TEXT = [[256, *range(40, 100)]]
@@ -25,7 +27,16 @@ MODULES = {
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm",
+    "post_attention_layernorm of olmo2": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate": "ffn_gate_inp",
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+
+
+OWN_KEYS = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling", "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
 }  # fmt: skip
 
 
@@ -34,7 +45,7 @@ class File:
 
     def __init__(self, model_dir):
         config = json.loads((model_dir / "config.json").read_text())
-        self.architecture = config["model_type"]
+        self.architecture = config["model_type"].replace("_moe", "moe")
         is_gpt2 = self.architecture == "gpt2"
         layers, heads = (
             config[key] for key in (("n_layer", "n_head") if is_gpt2 else ("num_hidden_layers", "num_attention_heads"))
@@ -45,7 +56,8 @@ class File:
             self.keys |= {"attention.layer_norm_epsilon": config["layer_norm_epsilon"]}
         else:
             kv_heads, size = config["num_key_value_heads"], config["head_dim"]
-            self.keys |= {"context_length": 512, "embedding_length": 64, "feed_forward_length": 128}
+            self.keys |= {"context_length": 512, "embedding_length": 64}
+            self.keys |= {"feed_forward_length": config["intermediate_size"]}
             self.keys |= {
                 "attention.head_count_kv": kv_heads,
                 "attention.key_length": size,
@@ -53,6 +65,7 @@ class File:
             }
             self.keys |= {"attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.dimension_count": size}
             self.keys |= {"rope.freq_base": config["rope_parameters"]["rope_theta"]}
+            self.keys |= {key: config[name] for key, name in OWN_KEYS.items() if name in config}
         self.others = {"general.name": "tiny", "general.file_type": 0}
         self.others |= {
             "tokenizer.ggml.model": "gpt2",
@@ -60,18 +73,24 @@ class File:
             "tokenizer.ggml.eos_token_id": 258,
         }
         self.others |= {"tokenizer.ggml.tokens": [f"t{i}" for i in range(VOCAB_SIZE)]}
-        self.tensors = {}
+        self.tensors, stacks = {}, {}
         for name, tensor in load_file(model_dir / "model.safetensors").items():
             module, _, kind = name.removeprefix("transformer.").rpartition(".")
             parts = module.removeprefix("model.layers.").removeprefix("h.").split(".", 1)
-            known = f"blk.{parts[0]}.{MODULES[parts[1]]}" if parts[0].isdigit() else MODULES[module]
             values = tensor.numpy()
+            expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)_proj", parts[-1])
+            if expert:
+                stacks.setdefault(f"blk.{parts[0]}.ffn_{expert[2]}_exps.weight", {})[int(expert[1])] = values
+                continue
+            inside = f"{parts[1]} of {self.architecture}" if parts[0].isdigit() else ""
+            known = f"blk.{parts[0]}.{MODULES.get(inside, MODULES.get(parts[-1]))}" if inside else MODULES[module]
             if is_gpt2 and values.ndim == 2 and parts[0].isdigit():
                 values = values.T
-            if self.architecture == "llama" and known.endswith(("attn_q", "attn_k")):
+            if self.architecture in ("llama", "granite", "smollm3") and known.endswith(("attn_q", "attn_k")):
                 count = heads if known.endswith("q") else kv_heads
                 values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
             self.tensors[f"{known}.{kind}"] = np.ascontiguousarray(values)
+        self.tensors |= {name: np.stack([stack[i] for i in sorted(stack)]) for name, stack in stacks.items()}
         self.types = {}
 
     def write(self, path):
@@ -119,13 +138,14 @@ def nothing(file):
 
 def as_type(kind):
     def change(file):
-        file.types = {name: kind for name, values in file.tensors.items() if values.ndim == 2}
+        file.types = {name: kind for name, values in file.tensors.items() if values.ndim >= 2}
         for name in file.types:  # what can be written is on the type's grid: then nothing is rounded
             file.tensors[name] = gguf.dequantize(gguf.quantize(file.tensors[name], kind), kind)
 
     return change
 
 
+FACTORS = np.array([1, 1, 1.5, 2, 3, 4, 8, 8], np.float32)
 Q8, BF16, F16 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F16
 
 # name → (family, change, None if the logits are those of the written tensors, else words of the refusal)
@@ -135,6 +155,18 @@ TABLE = {
     "qwen2": ("qwen2", nothing, None),
     "qwen3": ("qwen3", nothing, None),
     "gpt2": ("gpt2", nothing, None),
+    "granite": ("granite", nothing, None),
+    "granite of other scales": ("granite", keys(embedding_scale=5.0, logit_scale=3.0), "equal to the changed model"),
+    "olmo2": ("olmo2", nothing, None),
+    "smollm3": ("smollm3", nothing, None),
+    "olmoe": ("olmoe", nothing, None),
+    "too few experts": (
+        "olmoe",
+        tensors(lambda t: t.update({"blk.1.ffn_up_exps.weight": t["blk.1.ffn_up_exps.weight"][:5]})),
+        "missing",
+    ),
+    "experts in 8 bits": ("olmoe", as_type(Q8), None),
+    "shared experts": ("olmoe", keys(expert_shared_count=1), "expert_shared_count=1"),
     "8 bits": ("llama", as_type(Q8), None),
     "bfloat16": ("qwen2", as_type(BF16), None),
     "float16": ("gpt2", as_type(F16), None),
@@ -154,9 +186,27 @@ TABLE = {
     "no scaling by name": ("qwen2", keys(rope__scaling__type="none"), None),
     "yarn": ("llama", keys(rope__scaling__type="yarn", rope__scaling__factor=4.0), "rope scaling of type 'yarn'"),
     "a scale without a type": ("llama", keys(rope__scaling__factor=4.0), "rope.scaling.factor=4.0"),
-    "rope_freqs": (
+    "factors of frequencies": (
         "llama",
-        tensors(lambda t: t.update({"rope_freqs.weight": np.ones(8, np.float32)})),
+        tensors(lambda t: t.update({"rope_freqs.weight": FACTORS})),
+        "equal to the changed model",
+    ),
+    "too few factors": (
+        "llama",
+        tensors(lambda t: t.update({"rope_freqs.weight": FACTORS[:4]})),
+        "one factor above 0 for each pair",
+    ),
+    "factors and a scaling": (
+        "llama",
+        lambda file: (
+            file.keys.update({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+            file.tensors.update({"rope_freqs.weight": FACTORS}),
+        ),
+        "without another scaling",
+    ),
+    "factors in another architecture": (
+        "qwen2",
+        tensors(lambda t: t.update({"rope_freqs.weight": FACTORS})),
         "'rope_freqs.weight'",
     ),
     "partial rotary": ("llama", keys(rope__dimension_count=8), "rope.dimension_count=8"),
@@ -256,7 +306,13 @@ def written_model(model_dir, file):
         config.rope_parameters = {"rope_type": "default", "rope_theta": file.keys["rope.freq_base"]}
     if file.keys.get("rope.scaling.type") == "linear":
         config.rope_parameters |= {"rope_type": "linear", "factor": file.keys["rope.scaling.factor"]}
-    model = type(model)(config)
+    if "rope_freqs.weight" in file.tensors:
+        own = dict.fromkeys(("short_factor", "long_factor"), file.tensors["rope_freqs.weight"].tolist())
+        scaling = {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": 512, **own}
+        config.rope_parameters |= scaling
+    for key, name in OWN_KEYS.items():
+        if key in file.keys:
+            setattr(config, name, file.keys[key])
     state = load_file(model_dir / "model.safetensors")
     reference = File(model_dir)
     for name, tensor in state.items():  # values that were rounded to a type's grid, in the directory's arrangement
@@ -265,10 +321,11 @@ def written_model(model_dir, file):
             module = name.removeprefix("transformer.").rpartition(".")[0]
             stored = tensor.T if reference.architecture == "gpt2" and module.startswith("h.") else tensor
             rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(stored.contiguous().numpy(), kind), kind))
-            state[name] = rounded.T if stored is not tensor else rounded
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model.eval()
+            state[name] = rounded.T.contiguous() if stored is not tensor else rounded
+    with tempfile.TemporaryDirectory() as folder:  # from a directory, where transformers knows the names of experts
+        config.save_pretrained(folder)
+        save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("size", [4, 100, 5000])
