@@ -120,6 +120,7 @@ _DTYPES = _FLOATS | {
     "I64": torch.int64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -155,6 +156,7 @@ class Weights(Mapping[str, torch.Tensor]):
                     "tie_word_embeddings to false, or delete the stored head"
                 )
             del self._place[HEAD], found[HEAD]
+        self._drop_zero_biases(found)
         _check(model_dir, self._layout, found)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -201,7 +203,8 @@ class Weights(Mapping[str, torch.Tensor]):
                 continue
             if name not in self._quantised and self._stored[name].place.dtype not in _FLOATS:
                 raise UnsupportedModelError(
-                    f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}"
+                    f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}, or as "
+                    "quantization_config of config.json says"
                 )
             empty = torch.empty(shape, device="meta")
             for part, piece in _unpack(self._layout.config, self._parts, canonical, empty).items():
@@ -209,6 +212,13 @@ class Weights(Mapping[str, torch.Tensor]):
                     raise BundleError(f"'{self._dir}' stores '{part}' twice, as '{name}' and under another name")
                 place[part], found[part] = name, tuple(piece.shape)
         return place, found
+
+    def _drop_zero_biases(self, found: dict[str, tuple[int, ...]]) -> None:
+        """AutoGPTQ gives each quantised layer a bias, of zeros where the family has none."""
+        quantised = {part for name in self._quantised for part, place in self._place.items() if place == name}
+        for name in set(found) - set(self._layout.checkpoint_shapes()):
+            if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in quantised and not self[name].any():
+                del found[name], self._place[name]
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights as a plain checkpoint stores them."""
@@ -219,14 +229,17 @@ class Weights(Mapping[str, torch.Tensor]):
             own = {part: self._stored[part].place.shape for part in names}
             with _damage(name):
                 shape = self._method.shape(name, own, self._read)
+                if len(shape) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in shape):
+                    raise ValueError(f"it has the shape {shape}")
             shapes[name] = shape[::-1] if self._family.transposed else shape
         return shapes
 
     def _widen(self, name: str) -> torch.Tensor:
         """A quantised weight in float32, shaped as in a plain checkpoint."""
         assert self._method is not None
+        parts = {part: self._read(part) for part in self._quantised[name]}
         with _damage(name):
-            wide = self._method.widen(name, {part: self._read(part) for part in self._quantised[name]})
+            wide = self._method.widen(name, parts)
         return wide.t() if self._family.transposed else wide
 
     def _read(self, name: str) -> torch.Tensor:
@@ -254,7 +267,15 @@ def _damage(name: str) -> Iterator[None]:
         AttributeError,
         StopIteration,
     ) as error:
-        said = error if isinstance(error, ValueError) else repr(error)
+        if "allocate memory" in str(error):
+            raise
+        said = (
+            f"there is no {error}"
+            if isinstance(error, KeyError)
+            else error
+            if isinstance(error, ValueError)
+            else repr(error)
+        )
         raise BundleError(f"the quantised weight '{name}' is damaged ({said}); pull the model again") from error
 
 

@@ -45,14 +45,14 @@ def affine(weight, bits, rng):
     index = torch.arange(count) // GROUP
     index = index[torch.randperm(count, generator=rng)]
     scales = (torch.rand(out, groups, generator=rng) * 0.02 + 0.005).half().float()
-    zeros = torch.randint(0, 2**bits, (out, groups), generator=rng)
+    zeros = torch.randint(1, 2**bits, (out, groups), generator=rng)
     steps = torch.randint(0, 2**bits, (out, count), generator=rng)
     return steps, scales, zeros, index, (steps - zeros[:, index]) * scales[:, index]
 
 
 def gptq(name, weight, bits, rng, *, version=1):
     steps, scales, zeros, index, wide = affine(weight, bits, rng)
-    stored = (zeros - 1) % 2**bits if version == 1 else zeros
+    stored = zeros - 1 if version == 1 else zeros
     module = name.removesuffix("weight")
     parts = {
         "qweight": torch.stack([pack(row, bits) for row in steps], 1),
@@ -104,13 +104,17 @@ def check(out, expected, limit=1e-6):
 
 @pytest.mark.parametrize(("bits", "version"), [(4, 1), (4, 2), (8, 1), (3, 1), (2, 2)])
 def test_gptq(tiny_model_dir, tmp_path, bits, version):
-    """Inputs in any group, as activation order leaves them; zero points of 0, which the first format stores as the largest."""
+    """Inputs in any group, as activation order leaves them. Layers have biases of zeros that the family lacks."""
     rng = torch.Generator().manual_seed(bits)
     settings = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": True, "sym": False}
     settings |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
     out = tmp_path / "m"
-    expected = write(tiny_model_dir("llama"), out, settings, lambda n, w: gptq(n, w, bits, rng, version=version))
-    check(out, expected)
+
+    def with_bias(name, weight):
+        parts, wide = gptq(name, weight, bits, rng, version=version)
+        return parts | {name.removesuffix("weight") + "bias": torch.zeros(len(weight))}, wide
+
+    check(out, write(tiny_model_dir("llama"), out, settings, with_bias))
 
 
 def test_gptq_of_a_transposed_family(tiny_model_dir, tmp_path):
@@ -200,6 +204,23 @@ def test_compressed_tensors(tiny_model_dir, tmp_path, kind):
     check(tmp_path / "m", expected)
 
 
+def test_a_pattern_goes_before_all_linear_layers(tiny_model_dir, tmp_path):
+    settings = compressed_settings("w4a16")
+    eight = {"targets": ["re:.*down_proj"], "weights": QuantizationArgs(**SCHEMES["w8a16"][1]).model_dump(mode="json")}
+    settings["config_groups"]["group_1"] = eight
+
+    def quantise(name, weight):
+        return compressed("w8a16" if "down_proj" in name else "w4a16", name, weight)
+
+    source = tiny_model_dir("llama-untied")
+    check(tmp_path / "m", write(source, tmp_path / "m", settings, quantise))
+    settings["config_groups"].pop("group_1")
+    (tmp_path / "n").mkdir()
+    write(source, tmp_path / "n" / "m", settings, quantise)
+    with pytest.raises(BundleError, match="words for 128 numbers of 4 bits"):
+        read_weights(tmp_path / "n" / "m")
+
+
 def test_compressed_tensors_have_transformers_own_logits(tiny_model_dir, tmp_path):
     import transformers
     from motet.runtime.checkpoints.decoder import Decoder
@@ -249,7 +270,21 @@ REFUSED = {
     ),
     "gptq by module": ({"quant_method": "gptq", "dynamic": {"+:.*mlp.*": {"bits": 8}}}, "options of its own"),
     "awq of gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'"),
-    "awq without zero points": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point=False"),
+    "gptq that rotates": ({"quant_method": "gptq", "bits": 4, "rotation": "hadamard"}, "rotation='hadamard'"),
+    "gptq in groups of 0": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size=0"),
+    "awq by module": ({"quant_method": "awq", "bits": 4, "dynamic": {"x": {"bits": 8}}}, "options of its own"),
+    "a group in another format": (
+        compressed_settings(
+            "w4a16",
+            format="mixed-precision",
+            config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 8}, "format": "mxfp8-quantized"}},
+        ),
+        "format='mxfp8-quantized'",
+    ),
+    "a target that is no pattern": (
+        compressed_settings("w4a16", config_groups={"g": {"targets": ["re:*x"], "weights": {"num_bits": 4}}}),
+        "which is no pattern",
+    ),
     "compressed sparsely": (
         compressed_settings("w4a16", sparsity_config={"format": "sparse-24-bitmask"}),
         "format='sparse-24-bitmask'",
@@ -293,6 +328,10 @@ def _cut(part):
     )
 
 
+def _with(part, value):
+    return lambda tensors: tensors | {f"model.layers.1.mlp.up_proj.{part}": value}
+
+
 def _strange(tensors):
     return tensors | {"model.layers.1.mlp.up_proj.input_scale": torch.ones(1)}
 
@@ -307,6 +346,13 @@ def _strange(tensors):
         (_cut("g_idx"), BundleError, "up_proj.weight' is damaged"),
         (_cut("qweight"), BundleError, "do not fit its config.json"),
         (_strange, UnsupportedModelError, "weights that its family does not use"),
+        (_without("qzeros"), BundleError, "there is no 'model.layers.1.mlp.up_proj.qzeros'"),
+        (_without("g_idx"), BundleError, "there is no g_idx, and desc_act is set"),
+        (_with("g_idx", torch.zeros(64, dtype=torch.int32)), BundleError, "there is no g_idx, and desc_act is set"),
+        (_with("qzeros", torch.full((2, 16), -1, dtype=torch.int32)), UnsupportedModelError, "zero points of 0"),
+        (_with("qweight", torch.zeros(8, 128)), BundleError, "words of torch.float32"),
+        (_with("scales", torch.ones(1, 128)), BundleError, "1 groups for 64 inputs|do not fit"),
+        (_with("bias", torch.ones(128)), UnsupportedModelError, "weights that its family does not use"),
         (
             lambda tensors: tensors | {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64)},
             BundleError,
@@ -316,7 +362,7 @@ def _strange(tensors):
 )
 def test_damage_is_said(tiny_model_dir, tmp_path, change, error, message):
     rng = torch.Generator().manual_seed(1)
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
     write(tiny_model_dir("llama"), tmp_path / "m", settings, lambda n, w: gptq(n, w, 4, rng))
     path = tmp_path / "m" / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})

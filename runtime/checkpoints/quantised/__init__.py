@@ -31,6 +31,10 @@ def method_of(config: Mapping[str, Any]) -> Method | None:
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings is None:
         return None
+    if config.get("compression_config") not in (None, settings):
+        raise UnsupportedModelError(
+            "config.json has quantization_config and compression_config, and they differ; remove one"
+        )
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     if (
         method is None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from .method import Settings, Shapes, check, option, unpack
+from .method import Settings, Shapes, check, check_groups, check_packed, group_size, option, unpack
 
 _PARTS = ("qweight", "qzeros", "scales")
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word outputs 0…7 are
@@ -24,7 +24,11 @@ class Awq:
         option(settings, bits, (4,))
         version = settings.get("version") or settings.get("format") or "gemm"
         option({"version": str(version).lower()}, "version", ("gemm",))
-        option(settings, "zero_point", (True,))
+        option(settings, "zero_point", (True, False))  # symmetric ones have zero points all the same
+        check_packed(settings)
+        self.size = group_size(
+            settings if "group_size" in settings else {"group_size": settings.get("q_group_size", 128)}
+        )
 
     def owner(self, name: str) -> str | None:
         module, _, part = name.rpartition(".")
@@ -40,12 +44,11 @@ class Awq:
         steps, zeros = (_outputs(parts[f"{prefix}{name}"]) for name in ("qweight", "qzeros"))
         scales = parts[f"{prefix}scales"].float()
         count, groups = len(steps), len(scales)
-        check(count % groups == 0, f"{count} inputs in {groups} groups")
         check(
             scales.shape == (groups, steps.shape[1]) and zeros.shape == scales.shape, "scales or zero points do not fit"
         )
-        size = count // groups
-        wide: Tensor = (steps - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)
+        size = check_groups(count, groups, self.size)
+        wide: Tensor = (steps - zeros.repeat_interleave(size, 0)[:count]) * scales.repeat_interleave(size, 0)[:count]
         return wide.t().contiguous()
 
 

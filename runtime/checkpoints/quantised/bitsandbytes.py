@@ -47,11 +47,13 @@ class BitsAndBytes:
         bitsandbytes, stored = _library(), parts[weight]
         scales = parts.get(f"{weight.removesuffix('.weight')}.SCB")
         if scales is not None:
+            order = parts.get(f"{weight.removesuffix('.weight')}.weight_format")
+            check(order is None or not bool(order.any()), "its rows are in an order of a GPU (weight_format)")
             return _from_int8(stored, scales)
         known = {key.removeprefix(f"{weight}."): value for key, value in parts.items() if key != weight}
         state = bitsandbytes.QuantState.from_dict(known, device=torch.device("cpu"))
-        if stored.numel() * 2 < state.shape.numel():
-            raise ValueError(f"{stored.numel()} bytes for {tuple(state.shape)}")
+        stored = stored.contiguous().view(torch.uint8).reshape(-1, 1)  # bytes, in whatever type they are stored
+        check(stored.numel() == -(-state.shape.numel() // 2), f"{stored.numel()} bytes for {tuple(state.shape)}")
         widened: torch.Tensor = bitsandbytes.dequantize_4bit(stored, state)
         return widened.float()
 

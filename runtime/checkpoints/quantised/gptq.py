@@ -3,7 +3,7 @@
     .qweight [in · bits / 32, out] int32     .scales [groups, out]     .qzeros [groups, out · bits / 32] int32
     .g_idx [in] int32: the group of each input; without it, groups are neighbours
 
-The first format stores zero points less one.
+The first format stores zero points less one. It has no place for a zero point of 0: tools differ in what they make of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from .method import Settings, Shapes, check, option, unpack
+from .method import Settings, Shapes, check, check_groups, check_packed, group_size, option, unpack
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -23,7 +23,8 @@ class Gptq:
     def __init__(self, settings: Settings) -> None:
         """Raises `UnsupportedModelError` for options that are not computed."""
         self.bits: int = option(settings, "bits", (4, 2, 3, 8))
-        option(settings, "pack_dtype", ("int32", None))
+        self.size, self.ordered = group_size(settings), bool(settings.get("desc_act"))
+        check_packed(settings)
         option(settings, "is_marlin_format", (False, None))
         written = {settings[name] for name in ("checkpoint_format", "format") if settings.get(name)}
         if len(written) > 1:
@@ -32,9 +33,6 @@ class Gptq:
             {"checkpoint_format": written.pop()} if written else {}, "checkpoint_format", ("gptq", "gptq_v2")
         )
         self.offset = 0 if named == "gptq_v2" else 1
-        for pattern in settings.get("dynamic") or {}:
-            if not pattern.startswith("-"):  # those with a minus are modules that are not quantised
-                raise UnsupportedModelError(f"quantization_config has options of its own for '{pattern}'")
 
     def owner(self, name: str) -> str | None:
         module, _, part = name.rpartition(".")
@@ -49,16 +47,26 @@ class Gptq:
         prefix = weight.removesuffix("weight")
         steps = unpack(parts[f"{prefix}qweight"], self.bits, 0)  # [in, out]
         scales = parts[f"{prefix}scales"].float()
-        zeros = unpack(parts[f"{prefix}qzeros"], self.bits, 1) + self.offset & 2**self.bits - 1
-        count, groups = len(steps), len(scales)
+        zeros = unpack(parts[f"{prefix}qzeros"], self.bits, 1)
+        count, groups, most = len(steps), len(scales), 2**self.bits - 1
+        if self.offset and bool((zeros == most).any()):
+            raise UnsupportedModelError(
+                f"'{weight}' has zero points of 0 in GPTQ's first format, which tools read in different ways; write the "
+                "checkpoint as gptq_v2, or pull the model in float"
+            )
         check(
             scales.shape == (groups, steps.shape[1]) and zeros.shape == scales.shape, "scales or zero points do not fit"
         )
-        index = parts.get(f"{prefix}g_idx")
-        if index is None:
-            check(count % groups == 0, f"{count} inputs in {groups} groups")
-            index = torch.arange(count) // (count // groups)
+        index = self._groups(parts.get(f"{prefix}g_idx"), count, groups)
+        wide: Tensor = (steps - (zeros + self.offset)[index]) * scales[index]
+        return wide.t().contiguous()
+
+    def _groups(self, index: Tensor | None, count: int, groups: int) -> Tensor:
+        """[in] the group of each input."""
+        size = check_groups(count, groups, self.size)
+        if index is None or (groups > 1 and not bool(index.any())):  # some tools write zeros for none
+            check(not self.ordered, "there is no g_idx, and desc_act is set")
+            return torch.arange(count) // size
         check(index.shape == (count,), f"g_idx of {tuple(index.shape)} for {count} inputs")
         check(bool(((index >= 0) & (index < groups)).all()), "g_idx names groups that are not there")
-        wide: Tensor = (steps - zeros[index.long()]) * scales[index.long()]
-        return wide.t().contiguous()
+        return index.long()

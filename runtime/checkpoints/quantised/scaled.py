@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError, shown
-from .method import Settings, Shapes, check, option, unpack
+from .method import Settings, Shapes, check, check_groups, option, unpack
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -31,12 +31,12 @@ class CompressedTensors:
     def __init__(self, settings: Settings) -> None:
         """Raises `UnsupportedModelError` for options that are not computed."""
         option(settings, "format", _FORMATS)
-        option(settings, "quantization_status", ("compressed", None))
+        option(settings, "quantization_status", ("compressed", "frozen", None))
         sparsity = settings.get("sparsity_config") or {}
         option(sparsity, "format", ("dense",))
         for name in ("kv_cache_scheme", "transform_config"):
             option({name: settings.get(name) or None}, name, (None,))
-        self.schemes: list[tuple[list[str], Mapping[str, Any]]] = []
+        self.schemes: list[tuple[str | re.Pattern[str], Mapping[str, Any]]] = []
         for group in settings.get("config_groups", {}).values():
             weights = group.get("weights")
             for name in ("input_activations", "output_activations"):
@@ -45,8 +45,9 @@ class CompressedTensors:
                         f"quantization_config has measured scales of {name}; they are not computed"
                     )
             if weights:
+                option({"format": group.get("format")}, "format", (None, *_FORMATS))
                 _check_weights(weights)
-                self.schemes.append((group.get("targets", []), weights))
+                self.schemes += [(_target(target), weights) for target in sorted(group.get("targets", []))]
 
     def owner(self, name: str) -> str | None:
         module, _, part = name.rpartition(".")
@@ -69,27 +70,56 @@ class CompressedTensors:
             values = parts[weight]
         else:
             out, count = (int(size) for size in parts[f"{weight}_shape"])
-            values = unpack(parts[f"{weight}_packed"], bits, 1)[:, :count] - 2 ** (bits - 1)
+            values = _unpacked(parts[f"{weight}_packed"], bits, 1, count)
             check(values.shape == (out, count), f"weight_packed has {tuple(values.shape)} numbers of {(out, count)}")
             if zero is not None and zero.dtype == torch.int32:
-                zero = unpack(zero, bits, 0)[:out] - 2 ** (bits - 1)
+                zero = _unpacked(zero, bits, 0, out)
         check(settings.get("symmetric", True) or zero is not None, "there is no weight_zero_point")
-        block = settings.get("block_structure") if settings.get("strategy") == "block" else None
-        return scaled(values, scale, zero, block, index)
+        if index is not None and bool((index == -1).all()):  # no order
+            index = None
+        strategy = settings.get("strategy")
+        if strategy == "group":
+            check_groups(values.shape[1], scale.shape[-1], settings.get("group_size"))
+        return scaled(values, scale, zero, _block(settings["block_structure"]) if strategy == "block" else None, index)
 
     def _of(self, module: str) -> Mapping[str, Any]:
-        """The settings of a module's weights: those of the first group that has it as a target."""
-        for targets, weights in self.schemes:
-            for target in targets:
-                if target in ("Linear", module) or (target.startswith("re:") and re.match(target[3:], module)):
-                    return weights
-        raise ValueError("it is quantised, and no group of quantization_config has it")
+        """The settings of a module's weights: those of a group that names it, else of a pattern, else of all linear layers."""
+        named = [weights for target, weights in self.schemes if target == module]
+        matched = [weights for target, weights in self.schemes if not isinstance(target, str) and target.match(module)]
+        every = [weights for target, weights in self.schemes if target == "Linear"]
+        check(bool(named or matched or every), "it is quantised, and no group of quantization_config has it")
+        return (named or matched or every)[0]
+
+
+def _target(target: str) -> str | re.Pattern[str]:
+    try:
+        return re.compile(target[3:]) if target.startswith("re:") else target
+    except re.error as error:
+        raise UnsupportedModelError(
+            f"quantization_config has the target '{target}', which is no pattern: {error}"
+        ) from None
+
+
+def _unpacked(words: Tensor, bits: int, dim: int, count: int) -> Tensor:
+    """`count` signed numbers along `dim`. Older releases leave gaps where a word has no room for one more number."""
+    dense, gapped = -(-count * bits // 32), -(-count // (32 // bits))
+    check(32 % bits == 0 or dense != gapped, f"{count} numbers of {bits} bits may be packed with gaps or without")
+    check(words.shape[dim] == dense, f"{words.shape[dim]} words for {count} numbers of {bits} bits")
+    return unpack(words, bits, dim).narrow(dim, 0, count) - 2 ** (bits - 1)
+
+
+def _block(sizes: Any) -> list[int]:
+    """[outputs, inputs] of a block, which may be written as "128x128"."""
+    found = [int(size) for size in sizes.split("x")] if isinstance(sizes, str) else list(sizes)
+    check(len(found) == 2 and min(found) > 0, f"block_structure={sizes!r}")
+    return found
 
 
 def _check_weights(weights: Settings) -> None:
     kind = option(weights, "type", ("int", "float"))
     option(weights, "num_bits", (8,) if kind == "float" else tuple(range(8, 0, -1)))
     option({"strategy": weights.get("strategy") or "tensor"}, "strategy", _STRATEGIES)
+    option({"scale_dtype": "uint8" if "uint8" in str(weights.get("scale_dtype")) else None}, "scale_dtype", (None,))
     option({"dynamic": weights.get("dynamic") or False}, "dynamic", (False,))
 
 
@@ -98,21 +128,29 @@ class Fp8:
         """Raises `UnsupportedModelError` for options that are not computed."""
         option(settings, "activation_scheme", ("dynamic",))
         option({"fmt": str(settings.get("fmt", "e4m3")).lower()}, "fmt", ("e4m3", "float8_e4m3fn"))
-        self.block = settings.get("weight_block_size")
+        self.block = settings.get("weight_block_size", [128, 128])
         if self.block is not None and not (
             isinstance(self.block, list) and len(self.block) == 2 and all(type(n) is int and n > 0 for n in self.block)
         ):
             raise UnsupportedModelError(f"quantization_config has weight_block_size={shown(self.block)}")
 
     def owner(self, name: str) -> str | None:
-        return name.removesuffix("_scale_inv") if name.endswith(".weight_scale_inv") else None
+        """`weight_scale` is AutoFP8's, one for a weight or an output."""
+        return next(
+            (name.removesuffix(end) for end in ("_scale_inv", "_scale") if name.endswith(f".weight{end}")), None
+        )
 
     def shape(self, weight: str, shapes: Shapes, read: Callable[[str], Tensor]) -> tuple[int, ...]:
         check(weight in shapes, "its scales are there without the weight")
         return shapes[weight]
 
     def widen(self, weight: str, parts: Mapping[str, Tensor]) -> Tensor:
-        return scaled(parts[weight], parts[f"{weight}_scale_inv"], None, self.block, None)
+        inverse, plain = (parts.get(f"{weight}_{name}") for name in ("scale_inv", "scale"))
+        check((inverse is None) != (plain is None), "it has two kinds of scales")
+        if inverse is None:
+            assert plain is not None
+            return scaled(parts[weight], plain, None, None, None)
+        return scaled(parts[weight], inverse, None, self.block, None)
 
 
 def scaled(values: Tensor, scale: Tensor, zero: Tensor | None, block: list[int] | None, index: Tensor | None) -> Tensor:
@@ -120,6 +158,7 @@ def scaled(values: Tensor, scale: Tensor, zero: Tensor | None, block: list[int] 
     the shape of the scales says. `index` [in]: the group of each input. Raises `ValueError` if they do not fit."""
     check(values.ndim == 2, f"a weight of {values.ndim} dimensions")
     check(values.dtype in (torch.int8, torch.int32, torch.float8_e4m3fn), f"a quantised weight of {values.dtype}")
+    check(scale.is_floating_point(), f"scales of {scale.dtype}")
     scale = scale.float()
 
     def spread(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ NEUTRAL = frozenset(
         "use_cache",
         "cache_implementation",
         "quantization_config",
+        "compression_config",
         "pretraining_tp",
         "initializer_range",
         "gradient_checkpointing",
