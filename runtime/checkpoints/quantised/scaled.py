@@ -105,7 +105,8 @@ def _unpacked(words: Tensor, bits: int, dim: int, count: int) -> Tensor:
     dense, gapped = -(-count * bits // 32), -(-count // (32 // bits))
     check(32 % bits == 0 or dense != gapped, f"{count} numbers of {bits} bits may be packed with gaps or without")
     check(words.shape[dim] == dense, f"{words.shape[dim]} words for {count} numbers of {bits} bits")
-    return unpack(words, bits, dim).narrow(dim, 0, count) - 2 ** (bits - 1)
+    numbers: Tensor = unpack(words, bits, dim).narrow(dim, 0, count) - 2 ** (bits - 1)
+    return numbers
 
 
 def _block(sizes: Any) -> list[int]:
