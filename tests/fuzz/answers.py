@@ -201,6 +201,13 @@ class _Answer:
         ):  # the other rules keep the largest: those as good as equal to the last one may change places
             kept |= tempered >= tempered[kept].min(initial=np.inf) - 2 * tolerance
             sure &= tempered > tempered[~sure].max(initial=-np.inf) + 2 * tolerance
+        if rules["typical_p"] < 1:  # tokens that are as good as equally far from the entropy may change places
+            logprobs = reference.log_softmax(tempered)
+            entropy = -float(np.sum(np.exp(logprobs) * np.where(np.isfinite(logprobs), logprobs, 0.0)))
+            distance = np.abs(-logprobs - entropy)
+            slack = 4 * tolerance * (2 + entropy)
+            kept |= distance <= distance[kept].max(initial=-np.inf) + slack
+            sure &= distance < distance[~sure].min(initial=np.inf) - slack
         best = scores[sure].max() if sure.any() else -np.inf
         if not kept[token] or not scores[token] >= best - 2 * tolerance - 1e-12 * abs(best):
             raise Wrong(

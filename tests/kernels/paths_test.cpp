@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int kHidden = 128, kInner = 256, kHeads = 6, kKvHeads = 2, kHead = 64, kVocab = 256, kLayers = 2;
-constexpr int kPositions = 320, kBlocks = 24;
+constexpr int kPositions = 352, kBlocks = 32;
 
 struct Weight {  // as a bundle stores it
     std::vector<uint8_t> values, zeros;
@@ -193,8 +193,9 @@ int main() {
             for (const bool kv_int8 : {true, false}) {
                 std::map<std::string, std::vector<float>> found;
                 for (int i = 0; i < motet_isa_count(); i++) {
-                    MotetModel* model = random_model(motet_isa_name(i), bits, group, kv_int8, group % 3);
-                    found[motet_isa_name(i)] = states(model, {1, 7, 40, 130, 17, 2, 3});
+                    MotetModel* model = random_model(motet_isa_name(i), bits, group, kv_int8,
+                                                     group == 16 ? 0 : group / 32 - group / 128);
+                    found[motet_isa_name(i)] = states(model, {1, 7, 40, 320, 17, 2, 3});
                     motet_destroy(model);
                 }
                 for (const auto& [name, values] : found) {
@@ -202,7 +203,7 @@ int main() {
                     const auto base = stands_on.find(name);
                     const bool bits_differ = base != stands_on.end() &&
                                              memcmp(values.data(), found[base->second].data(), values.size() * 4) != 0;
-                    const bool off = !(error < 0.02);  // values at a rounding boundary fall to either side
+                    const bool off = !(error < 0.05);  // values at a rounding boundary fall to either side
                     wrong += bits_differ + off;
                     if (bits_differ || off)
                         printf("%s, %d bits, groups of %d, %s: %.2g off plain C++%s\n", name.c_str(), bits, group,

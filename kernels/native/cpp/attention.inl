@@ -17,7 +17,7 @@ void pack_query_bf16(const float* head, float scale, int head_size, uint32_t* pa
 
 INLINE float quantise_head(const float* x, int size, int8_t* q) {
     float peak = peak_of(x, size);
-    F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f);
+    F inverse = bcast(inverse_step(127.0f, peak));
     for (int i = 0; i < size; i += kLanes) store_bytes(q + i, to_int(mul(load(x + i), inverse)));
     return peak / 127.0f;
 }
@@ -157,7 +157,7 @@ INLINE I low_byte(I x, I high) { return sub_int(x, shift_left_8(high)); }
 
 void pack_query_int8(const float* head, float scale, int d, uint32_t* packed, int stride, float* step, int32_t* start) {
     const float peak = peak_of(head, d);
-    const F inverse = bcast(peak > 0.0f ? kSteps / peak : 0.0f);
+    const F inverse = bcast(inverse_step(kSteps, peak));
     I total = bcast_int(0);
     for (int i = 0; i < d; i += kLanes) {
         const I x = to_int(mul(load(head + i), inverse)), high = high_byte(x);
@@ -245,7 +245,7 @@ INLINE void softmax_int8(const AttendArgs& a, int q, int tiles, float* scores, W
         store(scores + t * kLanes, weight);
     }
     const float most = reduce_max(largest);
-    const F inverse = bcast(most > 0.0f ? kSteps / most : 0.0f);
+    const F inverse = bcast(inverse_step(kSteps, most));
     I sum = bcast_int(0);
     for (int t = 0; t < tiles; t++) {
         const I x = to_int(mul(load(scores + t * kLanes), inverse)), high = high_byte(x);

@@ -161,7 +161,7 @@ struct Isa {
     const char* name;
     bool tiles;       // whether it has matrix tiles, so that activations and queries may be laid out for them
     void (*leave)();  // to be called by each thread when it has used these functions; null: need not be
-    // `room`: k · kPanel bytes of the caller's, used if the activations are laid out for tiles.
+    // `room`: k · kPanel bytes of the caller's, aligned to 64, used if the activations are laid out for tiles.
     void (*linear)(const PackedLinear&, const Activations&, int block0, int block1, int64_t panel0, int64_t panel1,
                    float* out, int64_t ld, Epilogue, PrefetchList*, uint8_t* room);
     NormStats (*norm_stats)(const float* x, float eps, Norm, int64_t size);

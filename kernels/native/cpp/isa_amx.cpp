@@ -14,6 +14,10 @@ MOTET_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifdef MOTET_TARGET_END  // it has ended with kernels.inl
+MOTET_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,fma,f16c")
+#endif
+
 namespace motet {
 namespace {
 
@@ -74,6 +78,9 @@ bool may_use_amx() {
 }
 
 }  // namespace motet
+#ifdef MOTET_TARGET_END
+MOTET_TARGET_END
+#endif
 #else
 namespace motet {
 bool may_use_amx() { return false; }

@@ -13,6 +13,9 @@ INLINE float peak_of(const float* x, int size) {
     return reduce_max(largest) + reduce_add(bad);
 }
 
+// Steps per unit, where the largest magnitude has so many. Numbers too small for a finite result count as zeros.
+INLINE float inverse_step(float steps, float peak) { return peak >= 1e-30f ? steps / peak : 0.0f; }
+
 void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first, int64_t size, Activations& out,
               int64_t row) {
     const int block = out.block_of(row), rows = out.rows_of(block);
@@ -31,7 +34,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
     for (int64_t i = first; i < first + size; i += out.group) {
         for (int j = 0; j < out.group; j += kLanes) store(values + j, normed(x, n, stats, i + j));
         const float peak = peak_of(values, out.group);
-        F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f);
+        F inverse = bcast(inverse_step(127.0f, peak));
         I total = bcast_int(0);
         for (int j = 0; j < out.group; j += kLanes) {
             I q = to_int(mul(load(values + j), inverse));
@@ -48,7 +51,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
         const int64_t g = at + i / out.group * rows;
         out.scales[g] = peak / 127.0f;
         out.sums[g] = out.scales[g] * float(sum);
-        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-kZeroPoint));  // may wrap around if the row has a NaN
+        out.starts[g] = int32_t(uint32_t(sum) * uint32_t(-kZeroPoint));  // wraps around if the row has a NaN
     }
 }
 
@@ -56,7 +59,7 @@ void quantise(const float* x, const NormArgs& n, NormStats stats, int64_t first,
 void round_groups(const float* x, int64_t size, int group, float* out) {
     for (int64_t first = 0; first < size; first += group) {
         const float peak = peak_of(x + first, group);
-        const F inverse = bcast(peak > 0.0f ? 127.0f / peak : 0.0f), step = bcast(peak / 127.0f);
+        const F inverse = bcast(inverse_step(127.0f, peak)), step = bcast(peak / 127.0f);
         for (int64_t i = first; i < first + group; i += kLanes)
             store(out + i, mul(to_float(to_int(mul(load(x + i), inverse))), step));
     }

@@ -308,7 +308,13 @@ std::string Model::missing() const {
         bool has_mlp = layer.linears[kUp] && layer.linears[kDown];
         if (!layer.experts.empty()) {
             has_mlp = bool(layer.linears[kRouter]);
-            for (const Expert& one : layer.experts) has_mlp = has_mlp && one.up && one.down;
+            for (const Expert& one : layer.experts) {
+                has_mlp = has_mlp && one.up && one.down;
+                const Expert& first = layer.experts[0];
+                if (has_mlp && (one.up->packed.group != first.up->packed.group ||
+                                one.down->packed.group != first.down->packed.group))
+                    return "a common group size of the experts of layer " + std::to_string(i);
+            }
         }
         if (!layer.linears[kQKV] || !layer.linears[kOut] || !has_mlp ||
             (before &&

@@ -94,8 +94,16 @@ void Pool::work(int thread) {
 }
 
 void Pool::call(int thread) {
-    function_(context_, thread);
-    if (leave_) leave_();
+    struct Leave {  // also when an exception ends the run
+        void (*leave)();
+        ~Leave() {
+            if (leave) leave();
+        }
+    };
+    {
+        const Leave guard{leave_};
+        function_(context_, thread);
+    }
     barrier();
 }
 

@@ -77,8 +77,7 @@ private:
         int64_t ld;
         NormArgs norm;
     };
-    // The rows of an expert: pairs first…first + up.rows - 1 of a row and the expert. Its activations are stored from
-    // row `stored` on.
+    // The rows of an expert: pairs first…first + up.rows - 1 of a row and the expert.
     struct ExpertRows {
         const Expert* expert;
         int64_t first;

@@ -12,7 +12,7 @@
 #define MOTET_ARM64 0
 #endif
 #if MOTET_X86 && defined(__has_include)
-#if __has_include(<amxtileintrin.h>)
+#if __has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>)
 #define MOTET_HAS_AMX 1  // the compiler knows these instructions
 #endif
 #if __has_include(<avxvnniintrin.h>)
@@ -28,6 +28,7 @@
 #define MOTET_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define MOTET_TARGET(set) MOTET_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MOTET_TARGET_END MOTET_PRAGMA(clang attribute pop)
 #define MOTET_UNROLL MOTET_PRAGMA(clang loop unroll(full))
 #else
 #define MOTET_TARGET(set) MOTET_PRAGMA(GCC target(set))

@@ -59,9 +59,9 @@ struct PanelTiles {
     Prefetch ahead;
     const int rows;
     float (*sum)[kPanel];
+    Products* products;  // [2] of even and of odd groups
     const int chunk = tile_chunk(w.group), steps = w.group / chunk;
     const int64_t below = kTileRows * w.k;  // from the bytes of rows 0…15 to those of 16…31
-    alignas(64) Products products[2];
 
     inline __attribute__((always_inline)) bool lower() const { return Full || rows > kTileRows; }  // has rows 16…31
 
@@ -165,7 +165,9 @@ template <bool Minima, bool Full>
 __attribute__((noinline)) void panel_tiles(const PackedLinear& w, const uint8_t* panel, const uint8_t* weights,
                                            const BlockInputs& x, Prefetch ahead, int rows, float (*sum)[kPanel]) {
     const uint16_t* scales = (const uint16_t*)panel;
-    PanelTiles<Minima, Full>{w, scales, scales + int64_t(w.groups) * kPanel, weights, x, ahead, rows, sum}.run();
+    alignas(64) Products products[2];
+    PanelTiles<Minima, Full>{w, scales, scales + int64_t(w.groups) * kPanel, weights, x, ahead, rows, sum, products}
+        .run();
 }
 
 void linear_tiles(const PackedLinear& w, const Activations& x, int block0, int block1, int64_t panel0, int64_t panel1,
