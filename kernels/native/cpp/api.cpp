@@ -57,9 +57,10 @@ bool runs(const char* isa) {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (!strcmp(isa, "avx512bf16")) return bf16;
     if (!strcmp(isa, "amx")) return bf16 && may_use_amx();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (!strcmp(isa, "avx2")) return avx2;
     unsigned a, b, c, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);  // older compilers do not know its name
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(isa, "avx2")) return avx2;
     if (!strcmp(isa, "avxvnni")) return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 #endif
 #if defined(__aarch64__) && defined(__linux__)
