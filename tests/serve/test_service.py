@@ -129,11 +129,21 @@ def test_an_error_of_a_choice_is_raised(engine):
         asyncio.run(Service(engine).complete(ask(seed=7), CALLER))
 
 
-def test_closing_the_iterator_ends_the_request(engine):
+def test_closing_the_iterator_ends_the_request(engine, backend):
+    """The third step waits until it is closed, however late that is."""
+    steps, closed = [], threading.Event()
+
+    def on_step(_batch):
+        steps.append(1)
+        assert len(steps) < 3 or closed.wait(timeout=30)
+
+    backend.on_step = on_step
+
     async def run():
         async with aclosing(Service(engine).generate(ask(max_tokens=80), CALLER)) as outputs:
             async for _output in outputs:
                 break
+        closed.set()
         await until(lambda: is_free(engine))
 
     asyncio.run(run())
