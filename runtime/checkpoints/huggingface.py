@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BundleError, NotFoundError, UnsupportedModelError
+from ..errors import BundleError, MotetError, NotFoundError, UnsupportedModelError
 from ..model.config import DecoderConfig
 from ..model.families import FAMILIES, decoder_config
 from ..model.files import file_digest
@@ -254,28 +254,15 @@ class Weights(Mapping[str, torch.Tensor]):
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """What a quantised weight's parts raise becomes a `BundleError`."""
+    """What parts of a quantised weight that do not fit raise becomes a `BundleError`."""
     try:
         yield
-    except (
-        KeyError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-        TypeError,
-        AssertionError,
-        AttributeError,
-        StopIteration,
-    ) as error:
+    except MotetError:
+        raise
+    except Exception as error:  # the parts are a stranger's, and libraries widen them
         if "allocate memory" in str(error):
             raise
-        said = (
-            f"there is no {error}"
-            if isinstance(error, KeyError)
-            else error
-            if isinstance(error, ValueError)
-            else repr(error)
-        )
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error) or repr(error)
         raise BundleError(f"the quantised weight '{name}' is damaged ({said}); pull the model again") from error
 
 

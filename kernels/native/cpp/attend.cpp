@@ -87,13 +87,13 @@ void Step::pack_queries(const RowSet& set, const Unit& unit, const Layer& layer,
                         Scratch& s) const {
     const int d = c_.head_size, queries = int(unit.rows) * group_;
     const float scale = kLog2e * c_.attention_scale;
+    const bool tiles = attends_on_tiles(unit.rows);  // where each query is by itself
     const int most = most_queries(unit.rows);
     for (int i = 0; i < queries; i++) {
         const int64_t row = unit.row0 + i / group_;
         norm_and_rotate(qkv + row * qkv_ld_, c_.num_heads, kv_head * group_ + i % group_, layer.q_norm, layer,
                         set.contexts[size_t(row)] - 1, s.head);
         const int first = i / most * most;
-        const bool tiles = most > kMaxQueries;  // each query is by itself then
         uint32_t* to = s.packed + (tiles ? int64_t(i) * (d / 2) : int64_t(first) * (d / 2) + i % most);
         isa_.pack_query(c_.kv_int8 ? KV::Int8 : KV::BF16, s.head, scale, d, to,
                         tiles ? 1 : std::min(most, queries - first), s.steps + i, s.starts + i);
@@ -133,7 +133,7 @@ void Step::attend_unit(const RowSet& set, int64_t item, const Layer& layer, int 
         args.blocks = unit.table + p * kPartitionBlocks;
         args.head_size = d;
         args.cap = kLog2e * c_.attention_softcap;
-        args.tiles = most > kMaxQueries;
+        args.tiles = attends_on_tiles(unit.rows);
         if (write && p + 1 == unit.partitions) write_row(set, layer, index, unit.row0, kv_head, qkv, thread);
         look_ahead(set, item, p, index, layer.window, args.ahead);
         for (int from = 0; from < queries; from += most) {

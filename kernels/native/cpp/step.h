@@ -114,10 +114,9 @@ private:
     };
     // `next`: the weights that are used after `w`, or null.
     void linear(const PackedLinear& w, const Activations& x, const Output& out, const PackedLinear* next, int thread);
-    // Queries that are attended with together, at most.
-    int most_queries(int64_t rows) const {
-        return isa_.tiles && c_.kv_int8 && rows * group_ > kMaxQueries ? kTileRows : kMaxQueries;
-    }
+    // Whether the queries of so many rows of a sequence are attended with on matrix tiles, and how many together.
+    bool attends_on_tiles(int64_t rows) const { return isa_.tiles && c_.kv_int8 && rows * group_ > kMaxQueries; }
+    int most_queries(int64_t rows) const { return attends_on_tiles(rows) ? kTileRows : kMaxQueries; }
     static int first_partition(int32_t context, int32_t window);
     void collect_blocks(const RowSet& set, int layer, int thread);
     void start_prefetch(int layer, int thread);

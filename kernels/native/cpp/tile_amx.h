@@ -4,7 +4,7 @@
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TDPBSSD,
 // TDPBSUD.
 #pragma once
-#include "tiles.h"
+#include "tile_shapes.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tiles.h"
+#include "tile_shapes.h"
 
 namespace {
 

@@ -1,143 +1,25 @@
-"""Changed model directories: each gives the logits of transformers, or is refused by name; none is silently different."""
+"""Changed config.json files of every family: each gives the logits of transformers, or is refused by name."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-
 import pytest
 import torch
-import transformers
-from helpers.compare import relative_error
-from motet.runtime.checkpoints.decoder import Decoder
-from motet.runtime.checkpoints.huggingface import eos_token_ids
-from motet.runtime.errors import BundleError, MotetError
-from motet.runtime.text.tokenizer import Tokenizer
-from safetensors.torch import load_file, save_file
-
-LIMIT = 1e-4  # of the logits, in units of their deviation
-TEXT = [[256, *range(40, 100)]]
-
-
-def config(**changes):
-    """config.json with other values; None removes a key."""
-
-    def change(path):
-        file = path / "config.json"
-        values = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-    return change
-
-
-def rope(**parameters):
-    """Rotary parameters as transformers 4 writes them (`rope_scaling`), instead of those of transformers 5."""
-    return config(rope_parameters=None, rope_theta=5000.0, rope_scaling=parameters or None)
-
-
-def weights(edit, shards=None):
-    """The stored tensors after `edit(tensors)`. `shards`: in files of their own by an index, which it may change."""
-
-    def change(path):
-        tensors = load_file(path / "model.safetensors")
-        edit(tensors)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        if shards is None:
-            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-            return
-        (path / "model.safetensors").unlink()
-        places = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(tensors))}
-        for file in set(places.values()):
-            held = {name: tensors[name] for name, place in places.items() if place == file}
-            save_file(held, path / file, metadata={"format": "pt"})
-        shards(path, places, tensors)
-        index = {"metadata": {}, "weight_map": places}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    return change
-
-
-def both(*changes):
-    def change(path):
-        for one in changes:
-            one(path)
-
-    return change
-
-
-def keep(*_args):
-    """No change."""
-
-
-def null(*names):
-    """config.json with null as these values."""
-
-    def change(path):
-        file = path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(names)))
-
-    return change
-
-
-def untie(tensors):
-    """A head of its own."""
-    tensors[HEAD] = tensors[EMBEDDING] * 0.7 + 0.1
-
-
-def cast(dtype):
-    return weights(lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
-
-
-def with_biases(module):
-    """A bias for each weight of the module."""
-    name = re.compile(rf"\.{re.escape(module)}.*weight$")
-
-    def edit(tensors):
-        for weight in [key for key in tensors if name.search(key)]:
-            tensors[weight.replace("weight", "bias")] = torch.linspace(-1, 1, len(tensors[weight]))
-
-    return weights(edit)
-
-
-def put(name, value):
-    def edit(tensors):
-        tensors[name][0, 0] = value
-
-    return weights(edit)
-
-
-Q, K, EMBEDDING, HEAD = (
-    "model.layers.1.self_attn.q_proj.weight",
-    "model.layers.1.self_attn.k_proj.weight",
-    "model.embed_tokens.weight",
-    "lm_head.weight",
+from helpers.changed_model import (
+    LLAMA3,
+    ORIGINAL,
+    YARN,
+    both,
+    check_row,
+    config,
+    null,
+    rope,
+    untie,
+    weights,
+    with_biases,
 )
-ORIGINAL = {"original_max_position_embeddings": 128}
-YARN = {"original_max_position_embeddings": 64, "attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2}
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-
-
-def stale_index(path):
-    """A single file beside the index of an older, sharded copy."""
-    single = (path / "model.safetensors").read_bytes()
-    weights(lambda t: t[Q].mul_(2), shards=keep)(path)
-    (path / "model.safetensors").write_bytes(single)
-
-
-def pickled(path):
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
-def truncated(path):
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
 
 # name → (family, change, None if the logits are those of transformers, else words of the refusal)
 TABLE = {
-    # ---- settings ----
     "phi3 without a window": ("phi3", config(sliding_window=None), None),
     "phi3 of long contexts": (
         "phi3",
@@ -472,156 +354,10 @@ TABLE = {
     "falcon with theta": ("falcon", config(rope_parameters=None, rope_theta=700.0), None),
     "falcon relu": ("falcon", config(activation="relu"), "activation='relu'"),
     "falcon with a scaling": ("falcon", rope(type="linear", factor=2.0), None),
-    # ---- values of other types, or out of range ----
-    "no heads": ("llama", config(num_attention_heads=0), "num_heads must be an integer in 1"),
-    "no heads and no head size": ("llama", config(num_attention_heads=0, head_dim=None), "lacks or misstates"),
-    "heads in words": ("llama", config(num_attention_heads="4"), "num_heads must be an integer .*, got '4'"),
-    "epsilon in words": ("llama", config(rms_norm_eps="x"), "norm_eps must be a finite number above 0, got 'x'"),
-    "theta in words": ("llama", config(rope_parameters=None, rope_theta="x"), "rope_theta must be a finite number"),
-    "rope as a list": ("llama", config(rope_parameters=[1]), "lacks or misstates"),
-    "a factor of 0": ("llama", rope(type="linear", factor=0.0), "factor must be a finite number above 0, got 0.0"),
-    "a flag in words": ("llama", config(tie_word_embeddings="false"), "tied_head must be true or false, got 'false'"),
-    "uneven groups of heads": ("llama", config(num_key_value_heads=3), "must be a multiple of num_kv_heads"),
-    "odd heads": ("llama", config(head_dim=15), "head_size must be even"),
-    # ---- weights ----
-    "float16": ("llama", cast(torch.float16), None),
-    "bfloat16": ("gpt2", cast(torch.bfloat16), None),
-    "float8": ("llama", cast(torch.float8_e4m3fn), "is F8_E4M3"),
-    "integers": ("llama", cast(torch.int8), "is I8"),
-    "missing": ("llama", weights(lambda t: t.pop(Q)), r"missing \['model.layers.1.self_attn.q_proj.weight'\]"),
-    "missing norm": ("qwen3", weights(lambda t: t.pop("model.layers.0.self_attn.q_norm.weight")), "missing"),
-    "extra": (
-        "llama",
-        weights(lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)})),
-        "weights that its family does not use",
-    ),
-    "extra layer": (
-        "llama",
-        weights(lambda t: t.update({name.replace(".3.", ".4."): t[name] for name in list(t) if ".3." in name})),
-        "weights that its family does not use",
-    ),
-    "extra in gpt2": (
-        "gpt2",
-        weights(lambda t: t.update({"transformer.h.0.ln_cross_attn.weight": torch.ones(64)})),
-        "which no gpt2 decoder has",
-    ),
-    "buffers": (
-        "llama",
-        weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})),
-        None,
-    ),
-    "wrong shape": ("llama", weights(lambda t: t.update({K: t[K][:16]})), "shapes"),
-    "twice": (
-        "gpt2",
-        weights(lambda t: t.update({"wte.weight": t["transformer.wte.weight"] * 2})),
-        "stores 'model.embed_tokens.weight' twice",
-    ),
-    "nan": ("llama", put(Q, float("nan")), "holds NaN or infinite values"),
-    "infinite": ("gpt2", put("transformer.h.1.mlp.c_fc.weight", float("inf")), "holds NaN or infinite values"),
-    "infinite in float16": (
-        "llama",
-        both(cast(torch.float16), put(EMBEDDING, float("-inf"))),
-        "holds NaN or infinite values",
-    ),
-    "tied, and the same head": ("llama", weights(lambda t: t.update({HEAD: t[EMBEDDING].clone()})), None),
-    "tied, and another head": (
-        "llama",
-        weights(lambda t: t.update({HEAD: t[EMBEDDING].flip(0)})),
-        "a different head is stored",
-    ),
-    "a head and no embedding": (
-        "llama",
-        weights(lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
-        r"missing \['model.embed_tokens.weight'\]",
-    ),
-    "untied without a head": ("llama", config(tie_word_embeddings=False), r"missing \['lm_head.weight'\]"),
-    "untied with a head": (
-        "llama",
-        both(config(tie_word_embeddings=False), weights(lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))),
-        None,
-    ),
-    "shards": ("llama", weights(keep, shards=keep), None),
-    "a shard is gone": (
-        "llama",
-        weights(keep, shards=lambda path, *_: (path / "model-00002-of-00002.safetensors").unlink()),
-        "model-00002-of-00002.safetensors' does not exist",
-    ),
-    "a tensor that only the index has": (
-        "llama",
-        weights(
-            keep, shards=lambda path, places, _: places.update({"model.extra": "model-00001-of-00002.safetensors"})
-        ),
-        "do not hold the same tensors",
-    ),
-    "a tensor that the index lacks": (
-        "llama",
-        weights(keep, shards=lambda path, places, _: places.pop(Q)),
-        "do not hold the same tensors",
-    ),
-    "an index of another directory": (
-        "llama",
-        weights(keep, shards=lambda path, places, _: places.update({Q: "../model.safetensors"})),
-        "outside of the model's directory",
-    ),
-    "a file beside an older index": ("llama", stale_index, "delete the older of the two"),
-    "pickled": ("llama", pickled, "only safetensors are read"),
-    "torn": ("llama", truncated, "torn or damaged"),
-    "quantised by another method": (
-        "llama",
-        config(quantization_config={"quant_method": "quip", "bits": 4}),
-        "quantised by 'quip' are not supported",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_changed_directory_is_transformers_or_refused(tiny_model_dir, tmp_path, name):
     family, change, words = TABLE[name]
-    path = shutil.copytree(tiny_model_dir(family), tmp_path / "model")
-    change(path)
-    if words is not None:
-        with pytest.raises(MotetError, match=words):
-            Decoder.from_dir(path)
-        return
-    with torch.no_grad():
-        found = Decoder.from_dir(path).double()(torch.tensor(TEXT))
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        )
-        assert relative_error(found, theirs(torch.tensor(TEXT)).logits) < LIMIT
-
-
-@pytest.mark.parametrize(
-    ("generation", "in_config", "tokenizer", "expected"),
-    [
-        (None, None, None, ()),
-        (258, 258, "<|im_end|>", (258,)),
-        (None, 256, "<|im_end|>", (256, 258)),
-        ([256], None, "<|im_end|>", (256, 258)),
-        ([258, 256], 257, None, (258, 256, 257)),
-        (None, None, "<|nowhere|>", ()),
-    ],
-)
-def test_ends_of_text_are_the_union_of_what_the_files_say(
-    tiny_model_dir, tmp_path, generation, in_config, tokenizer, expected
-):
-    path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
-    config(eos_token_id=in_config)(path)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
-    assert eos_token_ids(path, Tokenizer.from_dir(path).eos_token_id) == expected
-
-
-@pytest.mark.parametrize("value", [320, -1, "258", [258, 1.5]])
-def test_an_end_of_text_outside_of_the_vocabulary_is_refused(tiny_model_dir, tmp_path, value):
-    path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(MotetError, match=r"eos_token_id .*; an id is an integer in 0…319"):
-        eos_token_ids(path, None)
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tiny_model_dir):
-    tokenizer = Tokenizer.from_dir(tiny_model_dir("llama"))
-    tokenizer.check_ids(259)
-    with pytest.raises(BundleError, match=r"gives '<\|im_end\|>' the id 258, and the model has 258 embeddings"):
-        tokenizer.check_ids(258)
+    check_row(tiny_model_dir(family), tmp_path / "model", change, words)
