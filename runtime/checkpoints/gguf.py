@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, UnsupportedModelError, shown
-from .gguf_tokenizer import check_tokenizer, write_tokenizer
+from .gguf_tokenizer import KEYS, check_tokenizer, write_tokenizer
 
 F32 = npt.NDArray[np.float32]
 
@@ -88,30 +88,8 @@ _GPT2_KEYS = {
 }
 _OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
 
-# Keys that describe the file, or that the conversion of the tokenizer reads.
+# Keys that describe the file.
 _DESCRIPTIVE = ("general.", "GGUF.", "quantize.")
-_TOKENIZER_KEYS = frozenset(
-    f"tokenizer.{name}"
-    for name in [
-        "chat_template",
-        "ggml.model",
-        "ggml.pre",
-        "ggml.tokens",
-        "ggml.token_type",
-        "ggml.scores",
-        "ggml.merges",
-        "ggml.bos_token_id",
-        "ggml.eos_token_id",
-        "ggml.unknown_token_id",
-        "ggml.padding_token_id",
-        "ggml.add_bos_token",
-        "ggml.add_eos_token",
-        "ggml.add_space_prefix",
-        "ggml.eot_token_id",
-        "ggml.eom_token_id",
-        "ggml.token_type_count",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +141,7 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
         raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
     architecture = _architecture(path, metadata)
     config = _config(path, metadata, architecture)
+    _check_layers(path, [tensor.name for tensor in tensors], config[architecture.keys["block_count"]])
     weights: dict[str, F32] = {}
     for tensor in tensors:
         if tensor.name == _FACTORS and architecture.family == "llama":
@@ -189,7 +168,7 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
 
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> _Architecture:
     name = metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"'{path}' has the architecture {shown(name)}; GGUF files of {sorted(_ARCHITECTURES)} are read"
         )
@@ -218,8 +197,10 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         value = config.get(name)
         if isinstance(value, list):
             raise UnsupportedModelError(f"'{path}' has another {name} for each layer, which is not computed here")
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise DataError(f"'{path}' has {prefix}{key}={shown(value)}; it must be a number above 0")
+        number = (int, float) if key.endswith(("epsilon", "freq_base", "scale")) else (int,)
+        if value is not None and not (type(value) in number and value > 0):
+            kind = "number" if float in number else "whole number"
+            raise DataError(f"'{path}' has {prefix}{key}={shown(value)}; it must be a {kind} above 0")
     hidden, heads = (config[architecture.keys[key]] for key in ("embedding_length", "attention.head_count"))
     head_size = config.get("head_dim", hidden // heads)
     if "rms_norm_eps" in config:
@@ -235,16 +216,25 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
         "expert_count": 0,
         "expert_used_count": 0,
         "expert_shared_count": 0,
+        "expert_weights_norm": config.get("norm_topk_prob"),
+        "expert_weights_scale": 1.0,
     }
     for key, value in values.items():
         if key not in neutral or value != neutral[key]:
             raise UnsupportedModelError(f"'{path}' has {prefix}{key}={shown(value)}, which is not computed here")
     for key in metadata:
-        known = key.startswith((prefix, *_DESCRIPTIVE, "split.")) or key in _TOKENIZER_KEYS
+        known = key.startswith((prefix, *_DESCRIPTIVE, "split.")) or key in KEYS
         if not known:
             raise UnsupportedModelError(f"'{path}' has the key '{key}', which is not read here")
     check_tokenizer(path, metadata)
     return config
+
+
+def _check_layers(path: Path, names: list[str], stated: int) -> None:
+    """Before anything is made for each layer."""
+    found = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    if found != stated:
+        raise DataError(f"'{path}' has tensors of {found} layers, and block_count is {stated}")
 
 
 def _rope(path: Path, values: dict[str, Any], theta: float) -> dict[str, Any]:

@@ -7,13 +7,15 @@ file names, and SentencePiece BPE with scores ("llama"). Regular expressions: sr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, shown
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
@@ -28,27 +30,72 @@ def _llama3(digits: str) -> str:
     )
 
 
-# Name of a way to cut words → the expressions that cut, one after the other.
+# Name of a way to cut words → the expressions that cut, one after the other. Files without a name, or with "default", were made
+# before there were names: their words are cut in no way that is known, but for GPT-2's own.
 _CUTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "olmo", "phi-2", "mpt", "jais"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "command-r", "exaone"), (r"\p{N}", _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "falcon3"), (_llama3("{1,3}"),)),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), (_llama3(""),)),
+    **dict.fromkeys(("gpt-2", "olmo"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "falcon3"), (_llama3("{1,3}"),)),
+    "qwen2": (_llama3(""),),
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is not cut into merges
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # where add_bos_token is absent
+_COMPOSED = ("qwen2", "olmo")  # text is brought into Unicode's form NFC first
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types
+
+# Keys after "tokenizer.ggml." → their type; of lists, that of their elements.
+_LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+_IDS = ("bos", "eos", "unknown", "padding", "eot", "eom")
+_UNUSED_IDS = (
+    *("seperator", "mask", "cls", "prefix", "suffix", "middle"),
+    *(f"fim_{name}" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+)
+_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "add_sep_token", "remove_extra_whitespaces")
+KEYS = frozenset(
+    [
+        "tokenizer.chat_template",
+        *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "token_type_count", *_LISTS, *_FLAGS)),
+        *(f"tokenizer.ggml.{name}_token_id" for name in (*_IDS, *_UNUSED_IDS)),
+    ]
+)
 
 
 def check_tokenizer(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Raises `UnsupportedModelError` for a kind of tokenizer, or a way to cut words, that is not read."""
-    kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind not in ("gpt2", "llama"):
-        raise UnsupportedModelError(f"'{path}' has a tokenizer of the kind {kind!r}; 'gpt2' and 'llama' are read")
-    if kind == "gpt2" and cut not in _CUTS:
+    """Raises `UnsupportedModelError` for a kind of tokenizer, a way to cut words, or an option that is not read, and
+    `DataError` for values of a wrong type or ids that are no tokens."""
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
+    for name, kind in _LISTS.items():
+        value = get(name, [])
+        if not isinstance(value, list) or not all(type(one) is kind for one in value):
+            raise DataError(f"'{path}' has {name} that are no list of {kind.__name__}")
+    for name, kind in (*((f"{name}_token_id", int) for name in _IDS), *((name, bool) for name in _FLAGS)):
+        if get(name) is not None and type(get(name)) is not kind:
+            raise DataError(f"'{path}' has {name}={shown(get(name))}; it must be of the type {kind.__name__}")
+    count = len(get("tokens", []))
+    for name in _IDS:
+        index = get(f"{name}_token_id")
+        if index is not None and not 0 <= index < count:
+            raise DataError(f"'{path}' has {name}_token_id={index}; there are {count} tokens")
+    for name in (
+        "add_sep_token",
+        "remove_extra_whitespaces",
+        *(["add_space_prefix"] if get("model") == "gpt2" else []),
+    ):
+        if get(name):
+            raise UnsupportedModelError(f"'{path}' has {name}=true, which is not computed here")
+    if get("model") not in ("gpt2", "llama"):
         raise UnsupportedModelError(
-            f"'{path}' cuts words by '{cut}'; of GGUF files {sorted(_CUTS)} are read; pull the model's directory"
+            f"'{path}' has a tokenizer of the kind {shown(get('model'))}; 'gpt2' and 'llama' are read"
         )
+    if get("model") == "gpt2" and _cut(metadata) not in _CUTS:
+        raise UnsupportedModelError(
+            f"'{path}' cuts words by '{_cut(metadata)}'; of GGUF files {sorted(_CUTS)} are read; pull the model's directory"
+        )
+
+
+def _cut(metadata: Mapping[str, Any]) -> str:
+    name = str(metadata.get("tokenizer.ggml.pre", "default"))
+    return "gpt-2" if name == "default" and metadata.get("general.architecture") == "gpt2" else name
 
 
 def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
@@ -58,37 +105,26 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
     """
     check_tokenizer(path, metadata)
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
-    tokens = [str(token) for token in get("tokens", ())]
-    types = list(get("token_type", ())) or [_NORMAL] * len(tokens)
+    tokens = list(get("tokens", []))
+    types = list(get("token_type", [])) or [_NORMAL] * len(tokens)
     if not tokens or len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise DataError(f"'{path}' has {len(tokens)} tokens, {len(set(tokens))} different ones, and {len(types)} types")
-    cut = str(get("pre", "default"))
+    if not all(_NORMAL <= kind <= _BYTE for kind in types):
+        raise DataError(f"'{path}' has token types outside of {_NORMAL}…{_BYTE}")
     if get("model") == "gpt2":
-        tokenizer, begins = _byte_level(path, tokens, get("merges", ()), cut), cut in _BEGINS
+        tokenizer, begins = _byte_level(path, tokens, get("merges", []), _cut(metadata)), _cut(metadata) in _BEGINS
     else:
-        tokenizer, begins = (
-            _sentencepiece(path, tokens, types, get("scores", ()), bool(get("add_space_prefix", True))),
-            True,
-        )
-    added = [(token, kind) for token, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind != _USER_DEFINED) for token, kind in added])
-    named = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = get(f"{key}_token_id")
-        if index is not None and not 0 <= index < len(tokens):
-            raise DataError(f"'{path}' has {key}_token_id={index}; there are {len(tokens)} tokens")
-        if index is not None:
-            named[f"{name}_token"] = tokens[index]
-    around = []
-    for name, default in (("bos_token", begins), ("eos_token", False)):
-        adds = get(f"add_{name}")
-        if adds and name not in named:
-            raise DataError(f"'{path}' adds a token to each text that it does not name ({name})")
-        around.append(named.get(name) if (default if adds is None else adds) else None)
-    if any(around):
-        first, last = (f"{token} " if token else "" for token in around)
-        ids = [(token, tokens.index(token)) for token in around if token]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{first}$A {last}".strip(), None, ids)
+        own = get("scores", []), get("merges", []), get("add_space_prefix", True)
+        tokenizer, begins = _sentencepiece(path, tokens, types, *own), True
+    ids = {key: get(f"{key}_token_id") for key in _IDS}
+    ends = {index for key, index in ids.items() if index is not None and key != "unknown"}
+    for index, (token, kind) in enumerate(zip(tokens, types)):
+        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) or index in ends:
+            added = AddedToken(token, normalized=False, special=kind != _USER_DEFINED or index in ends)
+            tokenizer.add_tokens([added])
+    short = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    named = {f"{name}_token": tokens[index] for key, name in short.items() if (index := ids[key]) is not None}
+    tokenizer.post_processor = _around(path, tokens, named, begins, get)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -97,13 +133,30 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
         (out / "chat_template.jinja").write_text(str(template), encoding="utf-8")
 
 
+def _around(
+    path: Path, tokens: Sequence[str], named: Mapping[str, str], begins: bool, get: Callable[[str], Any]
+) -> processors.PostProcessor | None:
+    """What puts a token before or after each text; None if there is none."""
+    text = ["$A"]
+    for name, default in (("bos_token", begins), ("eos_token", False)):
+        adds = get(f"add_{name}")
+        if not (default if adds is None else adds):
+            continue
+        token = named.get(name, "")
+        if not token or token.startswith("$") or re.search(r"[\s:]", token):  # a template has no way to write those
+            raise DataError(f"'{path}' adds {name} to each text, and it is {shown(token)}")
+        text.insert(0 if name == "bos_token" else len(text), token)
+    if len(text) == 1:
+        return None
+    return processors.TemplateProcessing(" ".join(text), None, [(t, tokens.index(t)) for t in {*text} - {"$A"}])
+
+
 def _byte_level(path: Path, tokens: Sequence[str], merges: Sequence[str], cut: str) -> Tokenizer:
     ids = {token: index for index, token in enumerate(tokens)}
-    pairs = [tuple(str(merge).split(" ", 1)) for merge in merges]
-    if not all(len(pair) == 2 and {*pair, "".join(pair)} <= ids.keys() for pair in pairs):
-        raise DataError(f"'{path}' has merges of tokens that it does not have")
-    model = models.BPE(vocab=ids, merges=pairs, ignore_merges=cut in _WHOLE_WORDS)  # type: ignore[arg-type]
+    model = models.BPE(vocab=ids, merges=_pairs(path, ids, merges), ignore_merges=cut in _WHOLE_WORDS)
     tokenizer = Tokenizer(model)
+    if cut in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _CUTS[cut]]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -112,27 +165,52 @@ def _byte_level(path: Path, tokens: Sequence[str], merges: Sequence[str], cut: s
     return tokenizer
 
 
-def _sentencepiece(
-    path: Path, tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], prefix: bool
-) -> Tokenizer:
-    """Pairs are merged in the order of the scores of what they make."""
-    if len(scores) != len(tokens) or not all(f"<0x{byte:02X}>" in tokens for byte in range(256)):
-        raise DataError(f"'{path}' has {len(scores)} scores for {len(tokens)} tokens, or lacks tokens of bytes")
-    ids = {token: index for index, token in enumerate(tokens)}
-    pieces = {token for token, kind in zip(tokens, types) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
+def _pairs(path: Path, ids: Mapping[str, int], merges: Sequence[str]) -> list[tuple[str, str]]:
     found = []
-    for token in pieces:
-        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
-        own = [(left, right) for left, right in splits if left in pieces and right in pieces]
-        found += [(-scores[ids[token]], ids[left], ids[right], (left, right)) for left, right in own]
-    found.sort()
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= ids.keys():
+            raise DataError(f"'{path}' has merges of tokens that it does not have")
+        found.append((left, right))
+    return found
+
+
+def _sentencepiece(
+    path: Path,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    scores: Sequence[float],
+    merges: Sequence[str],
+    prefix: bool,
+) -> Tokenizer:
+    """Pairs are merged in the order of `merges`; without them, in that of the scores of what they make."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    if not all(f"<0x{byte:02X}>" in ids for byte in range(256)):
+        raise DataError(f"'{path}' lacks tokens of bytes")
+    pairs = _pairs(path, ids, merges) or _scored(path, tokens, types, scores)
     unknown = next((token for token, kind in zip(tokens, types) if kind == _UNKNOWN), None)
-    model = models.BPE(
-        vocab=ids, merges=[pair for *_, pair in found], unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    model = models.BPE(vocab=ids, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     ends: list[Any] = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
     return tokenizer
+
+
+def _scored(path: Path, tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """All pairs that make a token, the best one first."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(scores) != len(tokens) or not all(map(math.isfinite, scores)):
+        raise DataError(
+            f"'{path}' has {len(scores)} scores for {len(tokens)} tokens, or some that are no finite numbers"
+        )
+    if len({scores[index] for index, kind in enumerate(types) if kind == _NORMAL}) < 2:
+        raise DataError(f"'{path}' has the same score for each token, and no merges: their order is lost")
+    pieces = {token for token, kind in zip(tokens, types) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    found = []
+    for token in pieces:
+        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
+        own = [(left, right) for left, right in splits if left in pieces and right in pieces]
+        found += [(-scores[ids[token]], ids[left], ids[right], (left, right)) for left, right in own]
+    return [pair for *_, pair in sorted(found)]

@@ -86,6 +86,35 @@ def test_sentencepiece(trained, tmp_path):
     assert ServedTokenizer.from_dir(tmp_path) is not None
 
 
+def test_merges_go_before_scores_that_say_nothing(trained, tmp_path):
+    model, prefix = trained
+    metadata = metadata_of(model) | {"tokenizer.ggml.add_space_prefix": prefix}
+    same = metadata | {"tokenizer.ggml.scores": [-1000.0] * model.get_piece_size()}
+    with pytest.raises(DataError, match="the same score for each token"):
+        write_tokenizer(tmp_path, same, tmp_path)
+    with pytest.raises(DataError, match="no finite numbers"):
+        write_tokenizer(
+            tmp_path, metadata | {"tokenizer.ggml.scores": [float("nan")] * model.get_piece_size()}, tmp_path
+        )
+    write_tokenizer(tmp_path, metadata, tmp_path)
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    write_tokenizer(tmp_path, same | {"tokenizer.ggml.merges": [" ".join(pair) for pair in merges]}, tmp_path)
+    text = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids[1:] == model.encode(text)
+
+
+def test_composed_letters(tmp_path):
+    """Qwen's tokenizer composes a letter and its accent, Llama's does not."""
+    for cut, length in (("qwen2", 2), ("llama-bpe", 3)):
+        write_tokenizer(tmp_path, byte_level(cut, add_bos_token=False), tmp_path)
+        assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("e\u0301").ids) == length
+
+
+def test_a_named_token_is_one_whatever_its_type(tmp_path):
+    write_tokenizer(tmp_path, byte_level("gpt-2", token_type=[1] * 261), tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a<|end|>").ids[-1] == 256
+
+
 def byte_level(cut, **changes):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return {
@@ -134,13 +163,30 @@ def test_a_word_that_is_a_token(tmp_path):
     [
         (byte_level("deepseek-v3"), UnsupportedModelError, "cuts words by 'deepseek-v3'"),
         (byte_level("gpt-2", model="bert"), UnsupportedModelError, "of the kind 'bert'"),
+        (byte_level("default"), UnsupportedModelError, "cuts words by 'default'"),
+        (byte_level("gpt-2", add_sep_token=True), UnsupportedModelError, "add_sep_token=true"),
+        (byte_level("gpt-2", add_space_prefix=True), UnsupportedModelError, "add_space_prefix=true"),
+        (byte_level("gpt-2", tokens=5), DataError, "tokens that are no list of str"),
+        (byte_level("gpt-2", token_type=[9] * 261), DataError, "token types outside of 1…6"),
+        (byte_level("gpt-2", bos_token_id="x"), DataError, "bos_token_id='x'; it must be of the type int"),
+        (byte_level("gpt-2", add_bos_token="false"), DataError, "add_bos_token='false'"),
+        (byte_level(["x"]), UnsupportedModelError, "cuts words by"),
+        (byte_level("llama-bpe", bos_token_id=None), DataError, "adds bos_token to each text"),
         (byte_level("gpt-2", merges=["a z z"]), DataError, "merges of tokens that it does not have"),
         (byte_level("gpt-2", merges=["ab"]), DataError, "merges of tokens that it does not have"),
         (byte_level("gpt-2", token_type=[1]), DataError, "and 1 types"),
-        (byte_level("gpt-2", tokens=["a", "a"], token_type=[1, 1]), DataError, "2 tokens, 1 different ones"),
+        (
+            byte_level("gpt-2", tokens=["a", "a"], token_type=[1, 1], bos_token_id=None, eos_token_id=0),
+            DataError,
+            "2 tokens, 1 different ones",
+        ),
         (byte_level("gpt-2", eos_token_id=900), DataError, "eos_token_id=900; there are 261 tokens"),
-        (byte_level("gpt-2", add_bos_token=True, bos_token_id=None), DataError, "does not name"),
-        (byte_level("gpt-2", model="llama"), DataError, "0 scores for 261 tokens"),
+        (
+            byte_level("gpt-2", add_bos_token=True, bos_token_id=None),
+            DataError,
+            "adds bos_token to each text, and it is ''",
+        ),
+        (byte_level("gpt-2", model="llama"), DataError, "lacks tokens of bytes"),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, metadata, error, message):
