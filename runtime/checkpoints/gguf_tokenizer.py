@@ -117,10 +117,10 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
         own = get("scores", []), get("merges", []), get("add_space_prefix", True)
         tokenizer, begins = _sentencepiece(path, tokens, types, *own), True
     ids = {key: get(f"{key}_token_id") for key in _IDS}
-    ends = {index for key, index in ids.items() if index is not None and key != "unknown"}
-    for index, (token, kind) in enumerate(zip(tokens, types)):
-        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) or index in ends:
-            added = AddedToken(token, normalized=False, special=kind != _USER_DEFINED or index in ends)
+    special = {index for key, index in ids.items() if index is not None and key != "unknown"}
+    for at, (token, kind) in enumerate(zip(tokens, types)):
+        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) or at in special:
+            added = AddedToken(token, normalized=False, special=kind != _USER_DEFINED or at in special)
             tokenizer.add_tokens([added])
     short = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     named = {f"{name}_token": tokens[index] for key, name in short.items() if (index := ids[key]) is not None}
