@@ -11,6 +11,7 @@ measured in the same state of the machine. The least that a step must do:
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..runtime.engine.engine import Engine
 from ..runtime.errors import ConfigError
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.layout import EMBEDDING, POSITIONS, ROTARY, WINDOW_ROTARY, Layer, decoder_layout
-from ..runtime.model.stored import StoredTensor, own_name, stored_tensors, stored_weight
+from ..runtime.model.stored import StoredTensor, own_name, stored_tensors
 from .lib import probes
 from .lib.report import machine, write
 from .lib.timed import (
@@ -200,16 +201,10 @@ def _update_bytes(bundle: Bundle, names: Sequence[str]) -> dict[str, int]:
 
 
 def _packed_bytes(name: str, tensors: Mapping[str, StoredTensor]) -> int:
-    """Packed scales have 2 bytes each, as have the minima that replace zero points and group-sum columns."""
-    base, _, part = name.rpartition(".")
-    if part not in ("values", "scales", "zero_points"):
-        return tensors[name].length
-    if part == "zero_points":
-        return 0
-    weight = stored_weight(tensors, base)
-    if part == "values":
-        return weight.rows * weight.columns * weight.bits // 8
-    return weight.rows * weight.groups * (2 if weight.bits == 8 else 4)
+    """Packed scales and minima have 2 bytes each."""
+    if name.endswith((".scales", ".minima")):
+        return 2 * math.prod(tensors[name].shape)
+    return tensors[name].length
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:

@@ -241,7 +241,7 @@ def _parts(layout: Layout, names: Iterable[str], members: list[MemberWeights]) -
 
 def _stored_names(part: _Part, bits: int) -> Iterator[str]:
     """Names of at least the tensors of the part that are stored. A header has no room for many that are not."""
-    kinds = {4: (".values", ".scales", ".zero_points"), 8: (".values", ".scales"), 32: ("",)}
+    kinds = {4: (".values", ".scales", ".minima"), 8: (".values", ".scales"), 32: ("",)}
     changed = {name.rpartition(".")[0] for member in part.members for name in (*member.weights, *member.adapters)}
     fused = {name for linear in part.layout.linears for name in (linear.name, *(p.name for p in linear.parts))}
     others = [name for name in part.names if name.rpartition(".")[0] not in fused]
@@ -342,7 +342,7 @@ def _add_quantised(tensors: dict[str, Array], name: str, weight: F32, bits: int,
     pieces = [
         quantise(weight[first : first + count], bits, group_size, name=name) for first in range(0, len(weight), count)
     ]
-    for kind in ("values", "scales", "zero_points"):
+    for kind in ("values", "scales", "minima"):
         found = [getattr(piece, kind) for piece in pieces if getattr(piece, kind) is not None]
         if found:
             tensors[f"{name}.{kind}"] = np.concatenate(found)

@@ -119,21 +119,7 @@ class GraphWriter:
 
     def _embed(self) -> str:
         ids = self._input("input_ids", TensorProto.INT64, ["batch", "sequence"])
-        weight = self._find_weight(EMBEDDING)
-        if weight.bits < 32:
-            values = self._stored(weight.values, shape=(weight.rows, weight.columns))
-            hidden = self._node(
-                "GatherBlockQuantized",
-                [values, ids, self._stored(weight.scales)],
-                domain=MICROSOFT,
-                bits=weight.bits,
-                block_size=weight.group_size,
-                gather_axis=0,
-                quantize_axis=1,
-            )
-        else:
-            hidden = self._node("Gather", [self._stored(weight.name), ids])
-        hidden = self._scaled(hidden, self.config.embedding_scale)
+        hidden = self._scaled(self._rows(self._find_weight(EMBEDDING), ids), self.config.embedding_scale)
         if self.config.positions == "learned":
             positions = self._input("position_ids", TensorProto.INT64, ["batch", "sequence"])
             embedded = self._node("Gather", [self._tensor(POSITIONS), positions])
@@ -285,30 +271,65 @@ class GraphWriter:
 
     def _matmul(self, weight: StoredWeight, hidden: str) -> str:
         """hidden [..., columns] → [..., rows]. `MatMulNBits` quantises activations to 8 bits per row and group
-        (accuracy level 4)."""
+        (accuracy level 4). Its zero points are whole numbers, so with 4 bits they are left at 8, and the products of
+        `_offsets` with the sums of the groups' activations are added."""
         if weight.bits == 32:
             return self._node("FusedMatMul", [hidden, self._stored(weight.name)], domain=MICROSOFT, transB=1)
-        if weight.bits == 4:
-            hidden = self._with_group_sums(weight, hidden)
-        tensors = [weight.values, weight.scales, *([weight.zero_points] if weight.zero_points else [])]
-        return self._node(
+        product = self._node(
             "MatMulNBits",
-            [hidden, *(self._stored(name) for name in tensors)],
+            [hidden, self._stored(weight.values), self._floats(weight.scales)],
             domain=MICROSOFT,
-            K=weight.multiplied_columns,
+            K=weight.columns,
             N=weight.rows,
             bits=weight.bits,
             block_size=weight.group_size,
             accuracy_level=4,
         )
-
-    def _with_group_sums(self, weight: StoredWeight, hidden: str) -> str:
-        """The activations, with the sum of each group appended as further columns (see `quantise`)."""
-        grouped = np.array([0, 0, weight.groups, weight.group_size], np.int64)
-        shape = self._constant(f"groups_{weight.columns}", grouped)
+        if weight.minima is None:
+            return product
+        grouped = np.array([-1, weight.groups, weight.group_size], np.int64)
+        shape = self._constant(f"groups_{weight.columns}_{weight.group_size}", grouped)
         last = self._constant("axis_last", np.array([-1], np.int64))
-        sums = self._node("ReduceSum", [self._node("Reshape", [hidden, shape]), last], keepdims=0)
-        return self._node("Concat", [hidden, sums], axis=-1)
+        sums = self._node("ReduceSum", [self._node("Reshape", [hidden, shape]), last], keepdims=0)  # [rows, groups]
+        added = self._node("FusedMatMul", [sums, self._offsets(weight)], domain=MICROSOFT, transB=1)
+        return self._node("Add", [product, self._node("Reshape", [added, self._node("Shape", [product])])])
+
+    def _rows(self, weight: StoredWeight, ids: str) -> str:
+        """Rows of an embedding, [B, S, columns]."""
+        if weight.bits == 32:
+            return self._node("Gather", [self._stored(weight.name), ids])
+        rows = self._node(
+            "GatherBlockQuantized",
+            [
+                self._stored(weight.values, (weight.rows, weight.columns * weight.bits // 8)),
+                ids,
+                self._floats(weight.scales),
+            ],
+            domain=MICROSOFT,
+            bits=weight.bits,
+            block_size=weight.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if weight.minima is None:
+            return rows
+        grouped = self._constant("row_groups", np.array([0, 0, weight.groups, weight.group_size], np.int64))
+        last = self._constant("axis_last", np.array([-1], np.int64))
+        offsets = self._node("Unsqueeze", [self._node("Gather", [self._offsets(weight), ids]), last])
+        whole = self._node("Add", [self._node("Reshape", [rows, grouped]), offsets])
+        return self._node("Reshape", [whole, self._constant("row_flat", np.array([0, 0, weight.columns], np.int64))])
+
+    def _offsets(self, weight: StoredWeight) -> str:
+        """minimum + 8 · scale of each group of a 4-bit weight, [rows, groups]: w = (value - 8) · scale + offset. Made when
+        the graph is loaded."""
+        assert weight.minima is not None
+        eights = self._scaled(self._floats(weight.scales), 8.0)
+        return self._node("Add", [self._floats(weight.minima), eights])
+
+    def _floats(self, name: str) -> str:
+        """A stored tensor in float32."""
+        stored = self._stored(name)
+        return stored if self.tensors[name].dtype == "F32" else self._node("Cast", [stored], to=TensorProto.FLOAT)
 
     # ---- nodes and tensors -------------------------------------------------------------------------------------
 
@@ -369,4 +390,4 @@ class GraphWriter:
         path.write_bytes(model.SerializeToString())
 
 
-_DTYPES = {"F32": TensorProto.FLOAT, "U8": TensorProto.UINT8}
+_DTYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import UnsupportedModelError
-from ..runtime.model.stored import MAX_HEADER_BYTES
+from ..runtime.model.stored import DTYPES, MAX_HEADER_BYTES
 
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
+_DTYPES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 _ENTRY = 160  # bytes of an entry beside its name: type, four sizes and two offsets of at most 19 digits
 
 

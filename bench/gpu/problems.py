@@ -53,7 +53,7 @@ def weight(
     if bits == 0:
         return LinearWeight(values.to(dtype), bias=offset)
     quantised = quantise(values.cpu().numpy(), bits, group_size)
-    found = linear_weight(quantised.values, quantised.scales, quantised.zero_points)
+    found = linear_weight(quantised.values, quantised.scales, quantised.minima)
     scales = None if found.scales is None else found.scales.to(DEVICE)
     minima = None if found.minima is None else found.minima.to(DEVICE)
     return LinearWeight(found.values.to(DEVICE), scales, minima, offset)

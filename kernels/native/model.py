@@ -39,8 +39,8 @@ class Weight:
     bits: int = 32
     group_size: int = 0
     values: U8 | None = None
-    scales: F32 | None = None
-    zero_points: U8 | None = None
+    scales: npt.NDArray[np.floating[Any]] | None = None
+    minima: npt.NDArray[np.floating[Any]] | None = None
     dense: F32 | None = None
     bias: F32 | None = None
 
@@ -129,22 +129,22 @@ class NativeModel:
         """Pack a weight; the arrays are not kept. `name` is for the error message. `expert`: its number, of UP and DOWN of a
         layer with experts."""
         arrays = {
-            field: _contiguous(getattr(weight, field), np.uint8 if field in ("values", "zero_points") else np.float32)
-            for field in ("values", "scales", "zero_points", "dense", "bias")
+            field: _contiguous(getattr(weight, field), np.uint8 if field == "values" else np.float32)
+            for field in ("values", "scales", "minima", "dense", "bias")
         }
         values = arrays["values"]
-        groups = int(values.shape[1]) if values is not None else 0
+        groups = 0 if values is None else weight.columns // max(weight.group_size, 1)
         shapes = {
             "values": (weight.rows, groups, weight.group_size * weight.bits // 8),
             "scales": (weight.rows, groups),
-            "zero_points": (weight.rows, -(-groups // 2)),
+            "minima": (weight.rows, groups),
             "dense": (weight.rows, weight.columns),
             "bias": (weight.rows,),
         }
         for field, array in arrays.items():
             if array is not None and array.shape != shapes[field]:
                 raise BundleError(f"{name}: its {field} are {list(array.shape)}, they must be {list(shapes[field])}")
-        tensor = Tensor(weight.rows, weight.columns, weight.bits, weight.group_size, groups)
+        tensor = Tensor(weight.rows, weight.columns, weight.bits, weight.group_size)
         for field, array in arrays.items():
             setattr(tensor, field, None if array is None else address(array))
         self._check(self._library.motet_set_linear(self._handle, which, layer, expert, ctypes.byref(tensor)), name)

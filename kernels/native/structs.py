@@ -95,10 +95,9 @@ class Tensor(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("group_size", ctypes.c_int32),
-        ("stored_groups", ctypes.c_int64),
         ("values", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("zero_points", ctypes.c_void_p),
+        ("minima", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     ]

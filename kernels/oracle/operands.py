@@ -16,7 +16,7 @@ class LinearWeight:
     4 bits     values [N, K / 2] u8, low nibble first; w = q · scale + minimum
 
     scales, minima: [K / group_size, N] floating point. The group is the first index, so that neighbouring outputs are
-    neighbours in memory. Loading a bundle folds its group-sum columns and zero points into `minima`.
+    neighbours in memory.
     """
 
     values: torch.Tensor

@@ -19,7 +19,7 @@ from .config import DecoderConfig
 from .files import file_digest
 from .members import MemberKind
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "motet.json"
 WEIGHTS = "model.safetensors"
 

@@ -4,12 +4,12 @@
 A member's own tensor is stored as `members.<member>.<name>` and is preferred to the base's. A weight [rows, columns]
 is one tensor in float32, or it is quantised in groups of columns and stored as two or three tensors:
 
-    <weight>.values        [rows, stored groups, group_size * bits / 8] u8; 4 bits: low nibble first
-    <weight>.scales        [rows, stored groups] float32
-    <weight>.zero_points   [rows, ceil(stored groups / 2)] u8, two per byte, low nibble first; 4 bits only
+    <weight>.values    [rows, groups, group_size * bits / 8] u8; 4 bits: low nibble first
+    <weight>.scales    [rows, groups] float16 or float32
+    <weight>.minima    [rows, groups] of the scales' type; 4 bits only
 
-With 4 bits, the columns are followed by *group-sum columns*, one per group of the columns (why:
-`export/quantise.py`). The stored groups cover both; the last one is padded.
+    8 bits    w = (value - 128) * scale
+    4 bits    w = value * scale + minimum
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..errors import BundleError
 
 Array = npt.NDArray[Any]
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8}  # that a bundle's tensors may have
 _MAX_DIMENSIONS = 16
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -49,7 +50,7 @@ class HasShape(Protocol):
 class StoredTensor:
     """The place of a tensor in the weights file: bytes `offset` … `offset + length`."""
 
-    dtype: str  # the name in safetensors: F32, U8
+    dtype: str  # the name in safetensors: F32, F16, U8
     shape: tuple[int, ...]
     offset: int
     length: int
@@ -106,11 +107,13 @@ def _place(entry: Mapping[str, Any], start: int) -> StoredTensor:
 
 
 def read_tensor(file: BufferedReader, path: Path, tensor: StoredTensor) -> Array:
-    """A float32 or byte tensor of the open file. It is read, not mapped, so that the file's pages do not stay in the process.
-    Raises `BundleError` if the file is shorter than it was, or for another type."""
-    if tensor.dtype not in ("F32", "U8"):
-        raise BundleError(f"'{path}' holds a tensor of type {tensor.dtype}, a bundle's are F32 and U8; export it again")
-    return read_bytes(file, path, tensor).view(np.float32 if tensor.dtype == "F32" else np.uint8).reshape(tensor.shape)
+    """A tensor of the open file. It is read, not mapped, so that the file's pages do not stay in the process. Raises
+    `BundleError` if the file is shorter than it was, or for a type that bundles do not have."""
+    if tensor.dtype not in DTYPES:
+        raise BundleError(
+            f"'{path}' holds a tensor of type {tensor.dtype}, a bundle's are {list(DTYPES)}; export it again"
+        )
+    return read_bytes(file, path, tensor).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def read_bytes(file: BufferedReader, path: Path, tensor: StoredTensor) -> npt.NDArray[np.uint8]:
@@ -155,18 +158,13 @@ class StoredWeight:
         return f"{self.name}.scales"
 
     @property
-    def zero_points(self) -> str | None:
-        return f"{self.name}.zero_points" if self.bits == 4 else None
+    def minima(self) -> str | None:
+        return f"{self.name}.minima" if self.bits == 4 else None
 
     @property
     def groups(self) -> int:
-        """Number of groups of the columns, without those of the group-sum columns. Quantised weights only."""
+        """Number of groups of the columns. Quantised weights only."""
         return self.columns // self.group_size
-
-    @property
-    def multiplied_columns(self) -> int:
-        """Columns of the stored matrix; with 4 bits they include the group-sum columns."""
-        return self.columns + self.groups if self.bits == 4 else self.columns
 
 
 def stored_weight(tensors: Mapping[str, HasShape], name: str) -> StoredWeight:
@@ -180,31 +178,11 @@ def stored_weight(tensors: Mapping[str, HasShape], name: str) -> StoredWeight:
     if f"{name}.values" not in tensors or f"{name}.scales" not in tensors:
         raise BundleError(f"the bundle has no tensor '{name}'; export it again")
     shape = tensors[f"{name}.values"].shape
-    bits = 4 if f"{name}.zero_points" in tensors else 8
+    bits = 4 if f"{name}.minima" in tensors else 8
     if len(shape) != 3 or not shape[2]:
         raise BundleError(f"the bundle's '{name}.values' are {list(shape)}, they must be [rows, groups, bytes]")
     group_size = shape[2] * 8 // bits
-    groups = shape[1] if bits == 8 else own_groups(shape[1], group_size)
-    return StoredWeight(name, shape[0], groups * group_size, bits, group_size)
-
-
-def own_groups(stored_groups: int, group_size: int) -> int:
-    """Number of groups of a 4-bit weight's columns: the stored groups without those of the group-sum columns."""
-    return stored_groups * group_size // (group_size + 1)
-
-
-def fold_group_sums(values: Array, scales: Array, zero_points: Array) -> tuple[Array, Array, Array]:
-    """From the arrays of a 4-bit weight to (values [rows, groups, group_size / 2], scales, minima [rows, groups]).
-
-    Group-sum columns and whole zero points become one minimum per group: w = value · scale + minimum.
-    """
-    stored = scales.shape[1]
-    own = own_groups(stored, 2 * values.shape[2])
-    zeros = unpack_nibbles(zero_points)[:, :stored].astype(np.float32)
-    sums = unpack_nibbles(values[:, own:]).astype(np.float32) - zeros[:, own:, None]
-    sums = (sums * scales[:, own:, None]).reshape(len(scales), -1)[:, :own]
-    minima = sums - zeros[:, :own] * scales[:, :own]
-    return values[:, :own], scales[:, :own], minima.astype(np.float32)
+    return StoredWeight(name, shape[0], shape[1] * group_size, bits, group_size)
 
 
 def unpack_nibbles(packed: Array) -> Array:

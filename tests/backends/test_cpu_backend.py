@@ -104,7 +104,7 @@ def test_every_family_is_the_torch_page(faint_model_dir, tmp_path, monkeypatch, 
 def test_packed_weights_are_the_stored_ones(isa, bits, group):
     """A layer that reads its quantised weight out column by column: token k is unit vector k, attention is zero, gate and up
     are the identity, so the MLP's product is 256 times column k. Packing rounds scales and minima to 16 bits: up to
-    127 · 2^-11 of a step. A misread value, nibble or zero point is a whole step or more."""
+    127 · 2^-11 of a step. A misread value, nibble or minimum is a whole step or more."""
     size = 256  # of the vocabulary, the hidden states and the MLP
     stored = quantise(np.random.default_rng(0).standard_normal((size, size)).astype(np.float32), bits, group)
     sizes = {"vocab_size": size, "hidden_size": size, "intermediate_size": size, "max_positions": size, "num_blocks": 8}
@@ -117,7 +117,7 @@ def test_packed_weights_are_the_stored_ones(isa, bits, group):
     }
     for which, weight in dense.items():
         model.set_linear(which, 0, Weight(*weight.shape, dense=weight), which.name)
-    down = Weight(size, size, bits, group, stored.values, stored.scales, stored.zero_points)
+    down = Weight(size, size, bits, group, stored.values, stored.scales, stored.minima)
     model.set_linear(LinearKind.DOWN, 0, down, "down")
     for vector in (Vector.ATTENTION_NORM, Vector.MLP_NORM, Vector.FINAL_NORM):
         model.set_vector(vector, 0, np.ones(size, np.float32), vector.name)

@@ -189,9 +189,10 @@ def test_weights_that_do_not_fit():
         "the model needs": weight(rows=100),
         "bits must be": weight(bits=2),
         "group_size must be": weight(group=48),
-        "does not divide": weight(group=128, groups=1),
-        "another number of groups": weight(groups=3),
-        "are missing": weight(bits=4, groups=3),
+        "does not divide": weight(group=128, groups=0),
+        "its values are": weight(groups=3),
+        "its scales are": weight(scales=np.ones((128, 3), np.float32)),
+        "are missing": weight(bits=4),
         "needs values or dense": weight(values=None, scales=None),
     }
     for message, tensor in bad.items():

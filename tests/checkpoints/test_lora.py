@@ -49,7 +49,7 @@ def stored_weights(path, member):
     bundle = Bundle.load(path)
     tensors = load_file(path / "model.safetensors")
     config, result = bundle.config, {}
-    names = {n.removesuffix(".values") for n in tensors if not n.endswith((".scales", ".zero_points"))}
+    names = {n.removesuffix(".values") for n in tensors if not n.endswith((".scales", ".minima"))}
     for name in (n for n in names if not n.startswith(("members.", "rotary."))):
         weight = tensors.get(name)
         if weight is None:

@@ -38,8 +38,8 @@ class Writer:
             return
         stored = quantise(weight, bits, group)
         self.tensors |= {f"{name}.values": stored.values, f"{name}.scales": stored.scales}
-        if stored.zero_points is not None:
-            self.tensors[f"{name}.zero_points"] = stored.zero_points
+        if stored.minima is not None:
+            self.tensors[f"{name}.minima"] = stored.minima
 
     def vector(self, name: str, size: int, mean: float) -> None:
         self.tensors[name] = (mean + 0.2 * self.rng.standard_normal(size)).astype(np.float32)
@@ -144,7 +144,7 @@ def write_bundle(path: Path, rng: np.random.Generator) -> Bundle:
     head_group = int(rng.choice([g for g in (16, 32, 64) if config.hidden_size % g == 0]))
     layout = decoder_layout(config)
     writer = Writer(rng, bits, group, huge=0.3 if rng.random() < 0.05 else 0.0)
-    head_bits = max(bits, 8)
+    head_bits = int(rng.choice([4, 8])) if bits == 4 else bits
     for name in dict.fromkeys((EMBEDDING, layout.head)):
         gain = 3.0 if name == layout.head else 1.0
         writer.weight(name, config.vocab_size, config.hidden_size, head_bits, head_group, gain)

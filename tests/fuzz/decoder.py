@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from motet.runtime.model.bundle import WEIGHTS, Bundle
 from motet.runtime.model.layout import EMBEDDING, MLP, POSITIONS, Layer, Linear, Norm, decoder_layout
-from motet.runtime.model.stored import fold_group_sums, own_name, resolve, stored_weight, unpack_nibbles
+from motet.runtime.model.stored import own_name, resolve, stored_weight, unpack_nibbles
 from safetensors.numpy import load_file
 
 F64 = npt.NDArray[np.float64]
@@ -57,12 +57,14 @@ class Weight:
         if stored.bits == 8:
             steps, minima = values.astype(np.float64) - 128, np.zeros_like(scales)
         else:
-            assert stored.zero_points is not None
-            values, scales, minima = fold_group_sums(values, scales, tensors[stored.zero_points])
-            steps = unpack_nibbles(values).astype(np.float64)
+            assert stored.minima is not None
+            steps, minima = unpack_nibbles(values).astype(np.float64), tensors[stored.minima]
         largest = max(np.abs(scales).max(), np.abs(minima).max())
         factor = 2.0 ** (math.floor(math.log2(largest)) - 13)
-        scales, minima = ((x / factor).astype(np.float16).astype(np.float64) * factor for x in (scales, minima))
+        scales, minima = (
+            (x.astype(np.float32) / np.float32(factor)).astype(np.float16).astype(np.float64) * factor
+            for x in (scales, minima)
+        )
         self.values = (steps * scales[..., None] + minima[..., None]).reshape(stored.rows, -1)
 
     def __call__(self, x: F64) -> F64:

@@ -18,26 +18,28 @@ constexpr int kHidden = 128, kInner = 256, kHeads = 6, kKvHeads = 2, kHead = 64,
 constexpr int kPositions = 352, kBlocks = 32;
 
 struct Weight {  // as a bundle stores it
-    std::vector<uint8_t> values, zeros;
-    std::vector<float> scales, bias;
+    std::vector<uint8_t> values;
+    std::vector<float> scales, minima, bias;
     MotetTensor tensor{};
 
     Weight(std::mt19937& rng, int64_t rows, int64_t columns, int bits, int group, bool biased) {
-        const int64_t groups = columns / group, stored = bits == 8 ? groups : groups + (groups + group - 1) / group;
-        values.resize(size_t(rows * stored * group * bits / 8));
-        zeros.resize(size_t(rows * ((stored + 1) / 2)), 0x88);
-        scales.resize(size_t(rows * stored));
+        values.resize(size_t(rows * columns * bits / 8));
         for (uint8_t& value : values) value = uint8_t(rng());
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t g = 0; g < stored; g++)  // small in the group-sum columns: they are remainders
-                scales[size_t(row * stored + g)] = (0.5f + float(rng() % 1000) / 1000) / (bits == 8 ? 80.0f : 5.0f) /
-                                                   std::sqrt(float(columns)) * (g < groups ? 1.0f : 0.05f);
+        for (int64_t i = 0; i < rows * columns / group; i++) {
+            const float spread = (0.5f + float(rng() % 1000) / 1000) / (bits == 8 ? 80.0f : 5.0f);
+            scales.push_back(spread / std::sqrt(float(columns)));
+            minima.push_back(-scales.back() * (7.0f + float(rng() % 100) / 100));
+        }
         bias.assign(size_t(rows), 0.01f);
-        tensor = {rows,          columns,
-                  bits,          group,
-                  stored,        values.data(),
-                  scales.data(), bits == 4 ? zeros.data() : nullptr,
-                  nullptr,       biased ? bias.data() : nullptr};
+        tensor = {rows,
+                  columns,
+                  bits,
+                  group,
+                  values.data(),
+                  scales.data(),
+                  bits == 4 ? minima.data() : nullptr,
+                  nullptr,
+                  biased ? bias.data() : nullptr};
     }
 };
 

@@ -37,7 +37,6 @@ def test_against_the_oracle(m, n, k, group, dtype, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("k", [32, 96, 2048])
 def test_the_oracle_reads_what_export_writes(bits, k):
-    """Group-sum columns and zero points folded into minima: the weight that the bundle stands for."""
     values = make.normal(5, k, seed=k).cpu().numpy()
     expected = torch.from_numpy(dequantise(quantise(values, bits, 32))).to(make.DEVICE)
     torch.testing.assert_close(eager.dequantise(make.weight(5, k, bits, seed=k)) * k**0.5, expected, atol=0.3, rtol=0.3)

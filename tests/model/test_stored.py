@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from motet.export.quantise import dequantise, quantise
 from motet.runtime.errors import BundleError
-from motet.runtime.model.stored import fold_group_sums, resolve, stored_weight, unpack_nibbles
+from motet.runtime.model.stored import resolve, stored_weight
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
 def stored(weight, bits, group_size):
     found = quantise(weight, bits, group_size)
-    arrays = {"values": found.values, "scales": found.scales, "zero_points": found.zero_points}
-    return {f"{WEIGHT}.{part}": array for part, array in arrays.items() if array is not None}, found
+    arrays = {"values": found.values, "scales": found.scales, "minima": found.minima}
+    return {f"{WEIGHT}.{part}": array for part, array in arrays.items() if array is not None}
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64])
@@ -23,7 +23,7 @@ def stored(weight, bits, group_size):
 def test_sizes_are_found_from_the_arrays(bits, groups, group_size):
     columns = groups * group_size
     weight = np.random.default_rng(0).standard_normal((5, columns)).astype(np.float32)
-    tensors, quantised = stored(weight, bits, group_size)
+    tensors = stored(weight, bits, group_size)
     found = stored_weight(tensors, WEIGHT)
     assert (found.rows, found.columns, found.bits, found.group_size, found.groups) == (
         5,
@@ -32,13 +32,9 @@ def test_sizes_are_found_from_the_arrays(bits, groups, group_size):
         group_size,
         groups,
     )
-    assert found.multiplied_columns == quantised.num_columns
-    if bits == 4:
-        assert quantised.zero_points is not None
-        values, scales, minima = fold_group_sums(quantised.values, quantised.scales, quantised.zero_points)
-        steps = unpack_nibbles(values).astype(np.float32)
-        folded = (steps * scales[:, :, None] + minima[:, :, None]).reshape(5, columns)
-        assert np.abs(folded - dequantise(quantised)).max() < 1e-5
+    half_step = np.repeat(tensors[found.scales].astype(np.float32), group_size, axis=1) / 2
+    error = np.abs(dequantise(quantise(weight, bits, group_size)) - weight)
+    assert (error <= half_step * 1.02).all()  # scales and minima are rounded to 11 bits
 
 
 def test_a_members_own_tensor_goes_before_the_bases():

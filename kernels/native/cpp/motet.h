@@ -62,17 +62,15 @@ typedef struct {
     const int32_t* tail_of;                 /* [num_members] each member's tail, if there are tails; copied */
 } MotetConfig;
 
-/* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. With 4 bits, group-sum
-   columns follow the columns; groups, scales and zero points cover both. */
+/* A weight [rows, columns] as a bundle stores it. Exactly one of `values` and `dense` is set. */
 typedef struct {
     int64_t rows, columns;
     int32_t bits, group_size;
-    int64_t stored_groups;      /* per row, with those of the group-sum columns */
-    const uint8_t* values;      /* [rows, stored_groups, group_size * bits / 8] */
-    const float* scales;        /* [rows, stored_groups] */
-    const uint8_t* zero_points; /* [rows, ceil(stored_groups / 2)], 4 bits only */
-    const float* dense;         /* [rows, columns] */
-    const float* bias;          /* [rows] or null */
+    const uint8_t* values; /* [rows, groups, group_size * bits / 8] */
+    const float* scales;   /* [rows, groups] */
+    const float* minima;   /* [rows, groups], 4 bits only */
+    const float* dense;    /* [rows, columns] */
+    const float* bias;     /* [rows] or null */
 } MotetTensor;
 
 typedef struct {

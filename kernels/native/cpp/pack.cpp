@@ -38,15 +38,9 @@ struct Affine {  // a group's weights: w = q · scale + minimum
     float scale, minimum;
 };
 
-// With 4 bits, the minimum joins the whole zero point and the remainder in the group's group-sum column.
 Affine affine_group(const MotetTensor& t, int64_t row, int64_t g) {
-    const float* scales = t.scales + row * t.stored_groups;
-    if (t.bits == 8) return {scales[g], 0.0f};
-    const uint8_t* zeros = t.zero_points + row * ((t.stored_groups + 1) / 2);
-    const uint8_t* values = t.values + row * t.stored_groups * t.group_size / 2;
-    const int64_t column = t.columns + g, sum_group = column / t.group_size;
-    const float remainder = float(nibble(values, column) - nibble(zeros, sum_group)) * scales[sum_group];
-    return {scales[g], remainder - float(nibble(zeros, g)) * scales[g]};
+    const int64_t place = row * (t.columns / t.group_size) + g;
+    return {t.scales[place], t.bits == 4 ? t.minima[place] : 0.0f};
 }
 
 // The power of two that divides the largest scale or minimum to just below 2^14.
@@ -77,7 +71,7 @@ void pack_panel(const MotetTensor& t, const PackedLinear& w, int64_t panel, bool
             scales[g * kPanel + lane] = to_half(a.scale / w.factor);
             if (w.bits == 4) minima[g * kPanel + lane] = to_half(a.minimum / w.factor);
         }
-        const uint8_t* from = t.values + row * t.stored_groups * t.group_size * t.bits / 8;
+        const uint8_t* from = t.values + row * t.columns * t.bits / 8;
         if (w.bits == 8) {
             for (int64_t i = 0; i < w.k; i += 4) memcpy(values + i * kPanel + lane * 4, from + i, 4);
         } else {
@@ -190,12 +184,18 @@ void unpack_row(const PackedLinear& w, int64_t row, float* out) {
         for (int64_t i = 0; i < w.k; i++) out[i] = ((const float*)panel)[i * kPanel + lane];
         return;
     }
-    const uint16_t* scales = (const uint16_t*)panel;
+    const uint16_t *scales = (const uint16_t*)panel, *minima = scales + int64_t(w.groups) * kPanel;
     const uint8_t* values = panel + w.values_offset + lane * 4;
     for (int g = 0; g < w.groups; g++) {
         const float scale = from_half(scales[g * kPanel + lane]) * w.factor;
-        for (int i = g * w.group; i < (g + 1) * w.group; i++)
-            out[i] = float(int(values[int64_t(i / 4) * 4 * kPanel + i % 4]) - 128) * scale;
+        const float minimum = w.bits == 4 ? from_half(minima[g * kPanel + lane]) * w.factor : 0.0f;
+        for (int i = g * w.group; i < (g + 1) * w.group; i++) {
+            const int value = values[int64_t(w.bits == 4 ? i / 8 : i / 4) * 4 * kPanel + i % 4];
+            if (w.bits == 4)
+                out[i] = float(i % 8 < 4 ? value & 15 : value >> 4) * scale + minimum;
+            else
+                out[i] = float(value - 128) * scale;
+        }
     }
 }
 

@@ -284,8 +284,8 @@ class _Loader:
         if weight.bits == 32:
             return Weight(rows, columns, dense=self._tensor(name), bias=bias)
         values, scales = self._tensor(weight.values), self._tensor(weight.scales)
-        zero_points = None if weight.zero_points is None else self._tensor(weight.zero_points)
-        return Weight(rows, columns, weight.bits, weight.group_size, values, scales, zero_points, bias=bias)
+        minima = None if weight.minima is None else self._tensor(weight.minima)
+        return Weight(rows, columns, weight.bits, weight.group_size, values, scales, minima, bias=bias)
 
     def _tensor(self, name: str) -> npt.NDArray[Any]:
         if name not in self._tensors:

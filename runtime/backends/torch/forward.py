@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from ....kernels.oracle.eager import dequantise
 from ....kernels.oracle.operands import (
     ADAPTER_TILE,
     AdapterTiles,
@@ -257,9 +258,6 @@ class Forward:
 
 
 def _rows_of(table: LinearWeight, token_ids: Tensor) -> Tensor:
-    """Rows of an embedding, dense or 8 bits, as [tokens, H] float32."""
-    rows = table.values.index_select(0, token_ids).float()
-    if table.scales is None:
-        return rows
-    scales = table.scales.index_select(1, token_ids).t().float()  # [tokens, groups]
-    return ((rows - 128).reshape(*scales.shape, -1) * scales[..., None]).flatten(1)
+    """Rows of an embedding, dense or quantised, as [tokens, H] float32."""
+    groups = [None if t is None else t.index_select(1, token_ids) for t in (table.scales, table.minima)]
+    return dequantise(LinearWeight(table.values.index_select(0, token_ids), *groups)).float()

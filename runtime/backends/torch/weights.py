@@ -1,10 +1,7 @@
 """A bundle's tensors as the torch backend uses them: on the device, in its dtype, stacked if the kernels need it.
 
 Quantised weights are kept as they are stored, or widened once when they are loaded (on a CPU, where widening at every
-step would take most of the time). A bundle's 4-bit group-sum columns and whole zero points become one minimum per
-group:
-
-    minimum = −zero_point · scale + group-sum column        w = q · scale + minimum
+step would take most of the time).
 """
 
 from __future__ import annotations
@@ -26,23 +23,16 @@ from ...model import layout
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
 from ...model.members import MemberKind
-from ...model.stored import fold_group_sums, own_name, resolve, stored_weight
+from ...model.stored import own_name, resolve, stored_weight
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
 
-def linear_weight(values: Array, scales: Array, zero_points: Array | None) -> LinearWeight:
+def linear_weight(values: Array, scales: Array, minima: Array | None) -> LinearWeight:
     """A quantised weight from a bundle's arrays (`model.stored`) on the CPU."""
-    minima = None
-    if zero_points is not None:
-        values, scales, folded = fold_group_sums(values, scales, zero_points)
-        minima = torch.from_numpy(np.ascontiguousarray(folded.T))
-    return LinearWeight(
-        torch.from_numpy(np.ascontiguousarray(values.reshape(len(values), -1))),
-        torch.from_numpy(np.ascontiguousarray(scales.T)),
-        minima,
-    )
+    halves = [None if a is None else torch.from_numpy(np.ascontiguousarray(a.T)) for a in (scales, minima)]
+    return LinearWeight(torch.from_numpy(np.ascontiguousarray(values.reshape(len(values), -1))), *halves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +207,8 @@ class ModelReader:
         bias = None if bias_name is None else torch.from_numpy(self._array(bias_name, member))
         if stored.bits == 32:
             return self._placement.linear(LinearWeight(torch.from_numpy(self._tensors[stored.name]), bias=bias))
-        zero_points = None if stored.zero_points is None else self._tensors[stored.zero_points]
-        found = linear_weight(self._tensors[stored.values], self._tensors[stored.scales], zero_points)
+        minima = None if stored.minima is None else self._tensors[stored.minima]
+        found = linear_weight(self._tensors[stored.values], self._tensors[stored.scales], minima)
         return self._placement.linear(LinearWeight(found.values, found.scales, found.minima, bias))
 
     def _adapter(self, name: str, members: Iterable[str]) -> AdapterWeight | None:
