@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit():
     bad = {
         "the model needs": weight(rows=100),
         "bits must be": weight(bits=2),
-        "group_size must be": weight(group=48),
+        "group_size must be": weight(group=48, groups=1),
         "does not divide": weight(group=128, groups=0),
         "its values are": weight(groups=3),
         "its scales are": weight(scales=np.ones((128, 3), np.float32)),
