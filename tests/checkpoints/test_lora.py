@@ -53,7 +53,7 @@ def stored_weights(path, member):
     for name in (n for n in names if not n.startswith(("members.", "rotary."))):
         weight = tensors.get(name)
         if weight is None:
-            stored = Quantised(8, 0, tensors[f"{name}.values"], tensors[f"{name}.scales"], None)
+            stored = Quantised(8, tensors[f"{name}.values"], tensors[f"{name}.scales"], None)
             weight = dequantise(stored)
         module = f"members.{member}.{name.removesuffix('.weight')}"
         if f"{module}.lora_a" in tensors:
