@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rouge_score import rouge_scorer
 
 from ..export.bundle_writer import export_bundle
+from ..export.quantisation.calibration import Calibration
 from ..finetune.data.dataset import encode_prompt, heldout_token_ids
 from ..finetune.data.example import Example
 from ..finetune.training.train import Workbench
@@ -42,7 +43,9 @@ def served(
     with separate models. `max_length`: most tokens of a prompt.
     """
     shutil.rmtree(work, ignore_errors=True)
-    calibration = heldout_token_ids(bench.tokenizer, 1024, context=bench.config.max_position_embeddings, split="train")
+    calibration = Calibration(
+        heldout_token_ids(bench.tokenizer, 1024, context=bench.config.max_position_embeddings, split="train")
+    )
     space, mix = Space(fused["space"]), dict(fused["mix"])
     members = {name: Path(path) if path else None for name, path in fused["members"].items()}
 

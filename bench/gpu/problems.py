@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...export.quantise import quantise
+from ...export.quantisation.groups import quantise
 from ...kernels.oracle.operands import (
     ADAPTER_TILE,
     AdapterTiles,

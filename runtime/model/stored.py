@@ -162,6 +162,13 @@ class StoredWeight:
         return f"{self.name}.minima" if self.bits == 4 else None
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that it is stored as."""
+        if self.bits == 32:
+            return (self.name,)
+        return (self.values, self.scales) if self.minima is None else (self.values, self.scales, self.minima)
+
+    @property
     def groups(self) -> int:
         """Number of groups of the columns. Quantised weights only."""
         return self.columns // self.group_size

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .batch_cli import mount as mount_batch
 from .bench_serve_cli import bench
 from .cluster_options import Actors, OutFormat, RayAddress, refuse_cluster_options, run_on_cluster
+from .export_cli import mount as mount_export
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
 from .openmp import wait_passively
@@ -25,18 +25,13 @@ from .options import (
     MixOption,
     SpaceOption,
     Threads,
-    by_name,
     check_arguments,
-    coefficients,
     progress_bar,
     read_ensemble,
 )
 from .runtime.api.config import EngineConfig
-from .runtime.api.request import Space
-from .runtime.errors import BundleError, ConfigError, MotetError, NotFoundError
-from .runtime.model.members import MemberKind
+from .runtime.errors import MotetError, NotFoundError
 from .serve_cli import mount as mount_serve
-from .tables import table
 from .top_cli import mount as mount_top
 
 # Typer does not export its parser's exceptions; this is the base class of those for wrong options.
@@ -98,130 +93,7 @@ def pull(
     print(store.pull(source, name=name, force=force, on_status=lambda text: print(text, file=sys.stderr)))
 
 
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    tail: Annotated[
-        list[str] | None,
-        typer.Option(f"--{MemberKind.TAIL.flag}", help="name=DIR of a tail, or name for the base itself."),
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(f"--{MemberKind.ADAPTER.flag}", help="name=DIR of an adapter.")
-    ] = None,
-    fusion: Annotated[
-        Path | None,
-        typer.Option(help="Directory of a fusion: the members, mix and space that `motet fuse` has chosen."),
-    ] = None,
-    merge: Annotated[bool, typer.Option(help="Add adapters to the weights instead of keeping them apart.")] = False,
-    mix: MixOption = None,
-    space: Annotated[Space | None, typer.Option(help="Where members are mixed; default: logits.")] = None,
-    bits: Annotated[int, typer.Option(help="8, 4 (head and embedding in 8), or 32.")] = 8,
-    group: Annotated[
-        int | None,
-        typer.Option(
-            help="Columns per quantisation group of the layers; default: 64 for 8 bits, 32 for 4. The head has 32."
-        ),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers per tail; default: as many as the tails need.")] = None,
-    graphs: Annotated[bool, typer.Option(help="Write ONNX graphs, which the onnx backend needs.")] = True,
-    parity: Annotated[bool, typer.Option(help="Measure every member, as it is served, against fp32.")] = True,
-) -> None:
-    """Quantise a model and its members into one bundle, and measure it against fp32."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from .export.base_model import BaseModel
-    from .export.bundle_writer import export_bundle
-    from .export.parity import HeldOut
-    from .finetune.data.dataset import heldout_token_ids  # only here: export itself does not need finetune
-    from .runtime.checkpoints.store import resolve_model
-
-    base = BaseModel(resolve_model(model))
-    if fusion is None:
-        chosen = _members(tail or [], lora or [], mix, space or Space.LOGITS)
-    elif tail or lora or mix is not None or space is not None:
-        raise ConfigError("--fusion has its own members, mix and space; leave out --tail, --lora, --mix and --space")
-    else:
-        chosen = _fused_members(fusion, base.digest)
-    num_members = len(chosen["tails"]) + len(chosen["loras"])
-    tokenizer, context = base.tokenizer, base.config.max_position_embeddings
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        held_out = None
-        if parity:
-            chunks = heldout_token_ids(tokenizer, 4096, context=context)
-            task = progress.add_task("parity", total=len(chunks) * max(1, num_members))
-            held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
-        export_bundle(
-            base,
-            out,
-            **chosen,
-            merge=merge,
-            bits=bits,
-            group_size=group,
-            num_tail_layers=layers,
-            calibration=heldout_token_ids(tokenizer, 1024, context=context, split="train") if bits == 8 else (),
-            graphs=graphs,
-            held_out=held_out,
-        )
-    print(out)
-    if parity:
-        Console().print(_parity_table(out))
-
-
-def _parity_table(bundle: Path) -> Table:
-    from .export.parity import read_parity
-
-    report = read_parity(bundle)
-    rows = [
-        [m.name, f"{m.num_tokens:,}", f"{m.nll:.3f}", f"{m.nll_change:+.2%}", f"{m.kl:.4f}", f"{m.top1:.1%}"]
-        for m in report.members
-    ]
-    title = (
-        f"{bundle.name}: {report.bits} bits, {report.size_bytes / 1e6:.0f} MB, {report.overhead:.3f} × the bits it holds; "
-        f"served by the {report.backend} backend, KV cache {report.kv_dtype}"
-    )
-    return table(title, ["member", "tokens", "NLL fp32", "ΔNLL", "KL", "top-1 equal"], rows)
-
-
-def _members(tail: list[str], lora: list[str], mix: str | None, space: Space) -> dict[str, Any]:
-    """Members, mix and space, as `export_bundle` takes them, from what the user wrote."""
-    return {
-        "tails": by_name(map(_tail, tail)),
-        "loras": by_name(map(_adapter, lora)),
-        "mix": None if mix is None else coefficients(mix),
-        "space": space,
-    }
-
-
-def _fused_members(directory: Path, base_digest: str) -> dict[str, Any]:
-    """The same from the directory of a fusion."""
-    from .finetune.search.fusion import read_fusion
-    from .runtime.checkpoints.members.registry import format_at
-
-    fusion = read_fusion(directory)
-    if fusion.base_digest != base_digest:
-        raise BundleError(f"the fusion at '{directory}' is of members of another base; export it with that one")
-    kinds = {name: MemberKind.BASE if path is None else format_at(path).kind for name, path in fusion.members.items()}
-    return {
-        "tails": {n: path for n, path in fusion.members.items() if kinds[n] is not MemberKind.ADAPTER},
-        "loras": {n: path for n, path in fusion.members.items() if kinds[n] is MemberKind.ADAPTER},
-        "mix": fusion.mix,
-        "mix_chosen_by": fusion.chosen_by,
-        "space": fusion.space,
-    }
-
-
-def _tail(text: str) -> tuple[str, Path | None]:
-    name, found, path = text.partition("=")
-    return name, Path(path) if found else None
-
-
-def _adapter(text: str) -> tuple[str, Path]:
-    name, path = _tail(text)
-    if path is None:
-        raise ConfigError(f"--{MemberKind.ADAPTER.flag} takes name=DIR, got '{text}'")
-    return name, path
+mount_export(app)
 
 
 # ---- serving and jobs --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from helpers.compare import relative_error
 from helpers.models import EXPERTS, FAMILIES
 from helpers.native import ISAS, cpu_backend, model_config, tokens_of
 from motet.export.bundle_writer import export_bundle
-from motet.export.quantise import dequantise, quantise
+from motet.export.quantisation.groups import dequantise, quantise
 from motet.kernels.native.model import ISA_VARIABLE, NativeModel, PackedBatch, Weight
 from motet.kernels.native.structs import LinearKind, Vector
 from motet.kernels.oracle import reference

@@ -10,7 +10,8 @@ import torch
 from helpers.compare import relative_error
 from motet.export.bundle_writer import export_bundle
 from motet.export.parity import HeldOut, read_parity
-from motet.export.quantise import Quantised, dequantise
+from motet.export.quantisation.calibration import Calibration
+from motet.export.quantisation.groups import Quantised, dequantise
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
@@ -92,7 +93,7 @@ def test_adapters_in_a_bundle_are_the_merged_weights(tiny_model_dir, tmp_path, f
     )
     plain = export_bundle(model_dir, tmp_path / "plain", tails={"base": None}, loras=loras, bits=32)
     assert relative_error(logits(read_config(model_dir), stored_weights(plain, "x")), expected) < LIMIT
-    calibration = [list(range(100))]
+    calibration = Calibration([list(range(100))])
     eight = export_bundle(model_dir, tmp_path / "8", loras=loras, bits=8, calibration=calibration)
     difference = (logits(read_config(model_dir), stored_weights(eight, "x")) - expected).abs().mean()
     merged = export_bundle(model_dir, tmp_path / "m", loras=loras, merge=True, bits=8, calibration=calibration)

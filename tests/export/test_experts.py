@@ -8,6 +8,7 @@ import torch
 from helpers.models import make_adapter, make_tail
 from motet.export.bundle_writer import export_bundle
 from motet.export.members import fuse_adapters
+from motet.export.quantisation.calibration import Calibration
 from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.cpu.backend import CpuBackend
@@ -33,7 +34,12 @@ def test_experts_are_served_by_the_cpu_backend_alone(tiny_model_dir, tmp_path):
     adapter = make_adapter(model_dir, tmp_path / "adapter", 2)
     chunks = [list(range(40))]
     path = export_bundle(
-        model_dir, tmp_path / "b", tails={"a": tail}, loras={"b": adapter}, graphs=False, calibration=chunks
+        model_dir,
+        tmp_path / "b",
+        tails={"a": tail},
+        loras={"b": adapter},
+        graphs=False,
+        calibration=Calibration(chunks),
     )
     bundle, token_ids = Bundle.load(path), list(range(60))
     backend = CpuBackend(bundle, EngineConfig(backend="cpu", max_num_seqs=2, max_model_len=64, threads=2))

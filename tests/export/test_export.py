@@ -11,8 +11,9 @@ import torch
 from helpers.compare import relative_error
 from helpers.models import FAMILIES
 from motet.export.bundle_writer import export_bundle
-from motet.export.calibrate import channel_rms, equalise
-from motet.export.quantise import dequantise, quantise
+from motet.export.quantisation.equalise import equalise, smoothing
+from motet.export.quantisation.groups import dequantise, quantise
+from motet.export.quantisation.statistics import channel_rms
 from motet.export.standard_graph import write_standard_graph
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request
@@ -60,9 +61,13 @@ def test_impossible_quantisation(bits, group, message):
         (
             {"hidden_size": 80},
             8,
-            r"embed_tokens.weight: group_size 32 does not divide its 80 columns; these fit: \[16\]",
+            r"qkv_proj.weight: group_size 32 does not divide its 80 columns; these fit: \[16\]",
         ),
-        ({"intermediate_size": 100}, 4, "mlp.down_proj: group_size 32 does not divide its 100 columns; none fits"),
+        (
+            {"intermediate_size": 100},
+            4,
+            "mlp.down_proj.weight: group_size 32 does not divide its 100 columns; none fits",
+        ),
         ({"head_dim": 24}, 32, "the heads have 24 elements, and the graphs compute multiples of 16"),
     ],
 )
@@ -98,7 +103,8 @@ def test_equalisation_is_the_same_function(tiny_model_dir, family):
     model_dir = tiny_model_dir(family)
     config, weights = read_config(model_dir), read_weights(model_dir)
     rms = channel_rms(config, weights, [list(range(50))])
-    arrays = equalise(decoder_layout(config), {name: tensor.numpy() for name, tensor in weights.items()}, rms, 32)
+    scales = {name: smoothing(own, 32) for name, own in rms.items()}
+    arrays = equalise(decoder_layout(config), {name: tensor.numpy() for name, tensor in weights.items()}, scales)
     changed = {name: torch.from_numpy(array) for name, array in arrays.items()}
     token_ids = torch.arange(40)[None]
     with torch.no_grad():

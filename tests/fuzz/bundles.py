@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from motet.export.quantise import quantise
+from motet.export.quantisation.groups import quantise
 from motet.runtime.api.request import Space
 from motet.runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from motet.runtime.model.config import DecoderConfig

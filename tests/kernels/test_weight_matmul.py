@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="the kernels take torch tensors")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from motet.bench.gpu import problems as make  # noqa: E402
-from motet.export.quantise import dequantise, quantise  # noqa: E402
+from motet.export.quantisation.groups import dequantise, quantise  # noqa: E402
 from motet.kernels.oracle import eager  # noqa: E402
 from motet.kernels.oracle.operands import LinearWeight  # noqa: E402
 from motet.kernels.triton.weight_matmul import BLOCK_N, PROGRAMS, matmul, num_splits  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from motet.export.quantise import dequantise, quantise
+from motet.export.quantisation.groups import dequantise, quantise
 from motet.runtime.errors import BundleError
 from motet.runtime.model.stored import resolve, stored_weight
 

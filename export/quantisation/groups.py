@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import ConfigError
-from ..runtime.model.stored import unpack_nibbles
+from ...runtime.errors import ConfigError
+from ...runtime.model.stored import unpack_nibbles
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -26,7 +26,22 @@ Floats = npt.NDArray[np.floating[Any]]  # float16 or float32
 _NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0  # of float16
 
 GROUP_SIZES = (16, 32, 64, 128)
+_AT_ONCE = 2**22  # weights that are rounded together
 HEAD_GROUP = 32  # the head's error is the largest part of all; its weights are a fifth of a small model's
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a weight is stored; `bits` 32: as it is, without groups."""
+
+    bits: int
+    group_size: int = 0
+
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """Of a weight [rows, columns] whose scales have 16 bits."""
+        if self.bits == 32:
+            return 4 * rows * columns
+        return rows * columns * self.bits // 8 + rows * (columns // self.group_size) * (2 if self.bits == 8 else 4)
 
 
 def layer_group(bits: int, columns: int, group_size: int | None) -> int:
@@ -62,23 +77,38 @@ def quantise(weight: F32, bits: int, group_size: int, *, name: str = "weight") -
     if bits not in (4, 8):
         raise ConfigError(f"{name}: bits must be 4 or 8, got {bits}")
     check_group(name, weight.shape[1], group_size)
-    return _quantise_8(weight, group_size) if bits == 8 else _quantise_4(weight, group_size)
-
-
-def _quantise_8(weight: F32, group_size: int) -> Quantised:
-    groups = weight.reshape(len(weight), -1, group_size)  # [N, groups, group_size]
-    scales, _ = rounded(_nonzero(np.abs(groups).max(axis=2) / np.float32(127)))
-    values = np.clip(np.rint(groups / scales.astype(np.float32)[:, :, None]), -127, 127) + 128
-    return Quantised(8, values.astype(np.uint8), scales, None)
-
-
-def _quantise_4(weight: F32, group_size: int) -> Quantised:
+    if bits == 4:
+        groups = weight.reshape(len(weight), -1, group_size)
+        low = groups.min(axis=2)
+        scales, minima = rounded(_nonzero((groups.max(axis=2) - low) / np.float32(15)), low)
+        assert minima is not None
+        return nearest(weight, scales, minima)
     groups = weight.reshape(len(weight), -1, group_size)
-    minimum = groups.min(axis=2)
-    scales, minima = rounded(_nonzero((groups.max(axis=2) - minimum) / np.float32(15)), minimum)
-    assert minima is not None
-    steps = (groups - minima.astype(np.float32)[:, :, None]) / scales.astype(np.float32)[:, :, None]
-    return Quantised(4, pack_nibbles(np.clip(np.rint(steps), 0, 15).astype(np.uint8)), scales, minima)
+    scales, _ = rounded(_nonzero(np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)))
+    return nearest(weight, scales, None)
+
+
+def nearest(weight: F32, scales: Floats, minima: Floats | None) -> Quantised:
+    """`weight` [N, K] rounded to the nearest values of its groups, whose scales and minima are rounded already; without minima
+    to 8 bits. Some rows at a time: beside them, it needs a multiple of their memory."""
+    count = max(1, _AT_ONCE // weight.shape[1])
+    pieces = []
+    for first in range(0, len(weight), count):
+        rows = slice(first, first + count)
+        groups = weight[rows].reshape(len(weight[rows]), scales.shape[1], -1)
+        steps = groups if minima is None else groups - minima[rows].astype(np.float32)[:, :, None]
+        steps = np.rint(steps / scales[rows].astype(np.float32)[:, :, None])
+        if minima is None:
+            pieces.append((np.clip(steps, -127, 127) + 128).astype(np.uint8))
+        else:
+            pieces.append(pack_nibbles(np.clip(steps, 0, 15).astype(np.uint8)))
+    return Quantised(8 if minima is None else 4, np.concatenate(pieces), scales, minima)
+
+
+def affine(values: U8, scales: F32, minima: F32) -> Quantised:
+    """A 4-bit weight from values [N, groups, group_size] in 0…15 and its groups' scales and minima, which are rounded already."""
+    stored, stored_minima = rounded(scales, minima)
+    return Quantised(4, pack_nibbles(values), stored, stored_minima)
 
 
 def rounded(scales: F32, minima: F32 | None = None) -> tuple[Floats, Floats | None]:
