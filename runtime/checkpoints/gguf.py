@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,107 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, UnsupportedModelError, shown
+from .gguf_architectures import ARCHITECTURES, OPTIONAL, Architecture, File
+from .gguf_names import EXPERTS
 from .gguf_tokenizer import KEYS, check_tokenizer, write_tokenizer
 
 F32 = npt.NDArray[np.float32]
 
-_LLAMA_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
-    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
-    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
-    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
-    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
-    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
-    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
-    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
-}
-_AFTER = {  # norms of what attention and MLP add
-    "blk.{}.post_attention_norm": "model.layers.{}.post_attention_layernorm",
-    "blk.{}.post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
-}
-_OLMO2_MODULES = {k: v for k, v in _LLAMA_MODULES.items() if k not in ("blk.{}.attn_norm", "blk.{}.ffn_norm")} | _AFTER
-_EXPERTS = {f"blk.{{}}.ffn_{name}_exps": f"{name}_proj" for name in ("gate", "up", "down")}  # [experts, out, in]
-_MOE_MODULES = {k: v for k, v in _LLAMA_MODULES.items() if ".mlp." not in v}
-_MOE_MODULES |= {"blk.{}.ffn_gate_inp": "model.layers.{}.mlp.gate"}
-_GPT2_MODULES = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-    "blk.{}.attn_norm": "transformer.h.{}.ln_1",
-    "blk.{}.attn_qkv": "transformer.h.{}.attn.c_attn",
-    "blk.{}.attn_output": "transformer.h.{}.attn.c_proj",
-    "blk.{}.ffn_norm": "transformer.h.{}.ln_2",
-    "blk.{}.ffn_up": "transformer.h.{}.mlp.c_fc",
-    "blk.{}.ffn_down": "transformer.h.{}.mlp.c_proj",
-}
-# Keys of the file → keys of config.json. All must be there but those of `_OPTIONAL`.
-_LLAMA_KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-}
-_GRANITE_KEYS = _LLAMA_KEYS | {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-}
-_OLMOE_KEYS = _LLAMA_KEYS | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
-_QWEN3_MOE_KEYS = _OLMOE_KEYS | {"expert_feed_forward_length": "moe_intermediate_size"}
-_GPT2_KEYS = {
-    "block_count": "n_layer",
-    "context_length": "n_positions",
-    "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-}
-_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
-
 # Keys that describe the file.
 _DESCRIPTIVE = ("general.", "GGUF.", "quantize.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """`permuted`: rows of q and k are in the order of rotary pairs. `transposed`: config.json's family stores [in, out].
-    `fixed`: what config.json has beside the keys."""
-
-    family: str
-    name: str  # of config.json's `architectures`
-    modules: Mapping[str, str]
-    keys: Mapping[str, str]
-    permuted: bool = False
-    transposed: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-_ARCHITECTURES = {
-    "llama": _Architecture("llama", "LlamaForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS, permuted=True),
-    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
-    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS),
-    "granite": _Architecture("granite", "GraniteForCausalLM", _LLAMA_MODULES, _GRANITE_KEYS, permuted=True),
-    "olmo2": _Architecture("olmo2", "Olmo2ForCausalLM", _OLMO2_MODULES, _LLAMA_KEYS),
-    "smollm3": _Architecture("smollm3", "SmolLM3ForCausalLM", _LLAMA_MODULES, _LLAMA_KEYS, permuted=True),
-    "qwen3moe": _Architecture(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _MOE_MODULES, _QWEN3_MOE_KEYS, fixed={"norm_topk_prob": True}
-    ),
-    "olmoe": _Architecture("olmoe", "OlmoeForCausalLM", _MOE_MODULES, _OLMOE_KEYS, fixed={"norm_topk_prob": False}),
-    "gpt2": _Architecture("gpt2", "GPT2LMHeadModel", _GPT2_MODULES, _GPT2_KEYS, transposed=True),
-}
 
 
 def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambda size: None) -> None:
@@ -140,12 +46,13 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
     except Exception as error:  # a torn file fails in many ways inside the reader
         raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
     architecture = _architecture(path, metadata)
-    config = _config(path, metadata, architecture)
-    _check_layers(path, [tensor.name for tensor in tensors], config[architecture.keys["block_count"]])
+    config = _config(path, metadata, architecture, {tensor.name: tensor for tensor in tensors})
     weights: dict[str, F32] = {}
     for tensor in tensors:
         if tensor.name == _FACTORS and architecture.family == "llama":
             config |= _scaled_rope(path, _values(path, tensor), config)
+            continue
+        if tensor.name in architecture.tensors:
             continue
         for name, values in _weights(path, tensor, architecture, config):
             if name in weights:
@@ -155,8 +62,8 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None)) or None
     config |= {
-        "tie_word_embeddings": "lm_head.weight" not in weights,
-        "vocab_size": _vocab_size(path, weights, metadata),
+        "tie_word_embeddings": architecture.modules.get("output", "") + ".weight" not in weights,
+        "vocab_size": _vocab_size(path, architecture, weights, metadata),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos,
     }
@@ -166,24 +73,26 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
     write_tokenizer(path, metadata, out)
 
 
-def _architecture(path: Path, metadata: Mapping[str, Any]) -> _Architecture:
+def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"'{path}' has the architecture {shown(name)}; GGUF files of {sorted(_ARCHITECTURES)} are read"
+            f"'{path}' has the architecture {shown(name)}; GGUF files of {sorted(ARCHITECTURES)} are read"
         )
     if metadata.get("split.count", 1) != 1:
         raise UnsupportedModelError(
             f"'{path}' is one of {metadata['split.count']} parts of a split model; merge them first (llama-gguf-split --merge)"
         )
-    return _ARCHITECTURES[name]
+    return ARCHITECTURES[name]
 
 
-def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture) -> dict[str, Any]:
-    """config.json, without what depends on the tensors. Refuses keys that are not read."""
+def _config(
+    path: Path, metadata: Mapping[str, Any], architecture: Architecture, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json, but for what depends on the weights' shapes. Refuses keys that are not read."""
     prefix = f"{metadata['general.architecture']}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    missing = [key for key in architecture.keys if key not in values and key not in _OPTIONAL]
+    missing = [key for key in architecture.keys if key not in values and key not in OPTIONAL]
     if missing:
         raise DataError(f"'{path}' lacks the keys {[prefix + key for key in missing]}")
     config: dict[str, Any] = {
@@ -206,11 +115,15 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
     if "rms_norm_eps" in config:
         config["head_dim"] = head_size
         config.setdefault("num_key_value_heads", heads)
-        config["rope_parameters"] = _rope(path, values, config.pop("rope_theta", 10000.0))
+        config["rope_parameters"] = _rope(path, values, config.pop("rope_theta", 10000.0), bool(architecture.tensors))
+    _check_layers(path, tensors, config[architecture.keys["block_count"]])
+    if architecture.own is not None:
+        architecture.own(File(path, values, tensors, lambda tensor: _values(path, tensor)), config, values)
     neutral: dict[str, Any] = {
         "vocab_size": values.get("vocab_size"),  # compared with the embedding
         "attention.head_count_kv": heads,
         "attention.value_length": head_size,
+        "attention.key_length": head_size,  # if it is none of the architecture's own keys
         "rope.dimension_count": head_size,
         "attention.causal": True,
         "expert_count": 0,
@@ -230,18 +143,21 @@ def _config(path: Path, metadata: Mapping[str, Any], architecture: _Architecture
     return config
 
 
-def _check_layers(path: Path, names: list[str], stated: int) -> None:
+def _check_layers(path: Path, names: Iterable[str], stated: int) -> None:
     """Before anything is made for each layer."""
     found = len({name.split(".")[1] for name in names if name.startswith("blk.")})
     if found != stated:
         raise DataError(f"'{path}' has tensors of {found} layers, and block_count is {stated}")
 
 
-def _rope(path: Path, values: dict[str, Any], theta: float) -> dict[str, Any]:
-    """rope_parameters of config.json. Takes the keys that it uses out of `values`; the others are then refused."""
+def _rope(path: Path, values: dict[str, Any], theta: float, longrope: bool) -> dict[str, Any]:
+    """rope_parameters of config.json. Takes the keys that it uses out of `values`; the others are then refused. `longrope`:
+    whether the architecture can have it."""
     kind = values.pop("rope.scaling.type", "none")
     if kind == "linear" and "rope.scaling.factor" in values:
         return {"rope_type": "linear", "rope_theta": theta, "factor": values.pop("rope.scaling.factor")}
+    if kind == "longrope" and longrope:
+        return {"rope_type": "longrope", "rope_theta": theta}
     if kind != "none":
         raise UnsupportedModelError(f"'{path}' has rope scaling of type {shown(kind)}; known are 'none' and 'linear'")
     return {"rope_type": "default", "rope_theta": theta}
@@ -264,14 +180,15 @@ def _scaled_rope(path: Path, factors: F32, config: Mapping[str, Any]) -> dict[st
 
 
 def _weights(
-    path: Path, tensor: Any, architecture: _Architecture, config: Mapping[str, Any]
+    path: Path, tensor: Any, architecture: Architecture, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, F32]]:
     """Names and values of a tensor as the family's checkpoints have them: of experts, one for each."""
     module, _, kind = tensor.name.rpartition(".")
     number = re.search(r"(?<=^blk\.)\d+(?=\.)", module)
     pattern = module if number is None else f"blk.{{}}{module[number.end() :]}"
-    experts = "num_experts" in config and pattern in _EXPERTS and kind == "weight" and len(tensor.shape) == 3
-    if not experts and (pattern not in architecture.modules or kind not in ("weight", "bias")):
+    experts = "num_experts" in config and pattern in EXPERTS and kind == "weight" and len(tensor.shape) == 3
+    modules = architecture.modules_of(config)
+    if not experts and (pattern not in modules or kind not in ("weight", "bias")):
         raise UnsupportedModelError(
             f"'{path}' holds the tensor '{tensor.name}', which is not computed here for the architecture {architecture.family}"
         )
@@ -279,7 +196,7 @@ def _weights(
     if experts:
         assert number is not None
         for index, one in enumerate(values):
-            yield f"model.layers.{number[0]}.mlp.experts.{index}.{_EXPERTS[pattern]}.weight", np.ascontiguousarray(one)
+            yield f"model.layers.{number[0]}.mlp.experts.{index}.{EXPERTS[pattern]}.weight", np.ascontiguousarray(one)
         return
     if architecture.permuted and module.endswith((".attn_q", ".attn_k")):
         heads = config["num_attention_heads" if module.endswith("_q") else "num_key_value_heads"]
@@ -287,9 +204,27 @@ def _weights(
             raise DataError(f"the tensor '{tensor.name}' of '{path}' has {values.shape[0]} rows for {heads} heads")
         pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
         values = pairs.swapaxes(1, 2).reshape(values.shape)
+    if architecture.grouped and module.endswith(".attn_qkv"):
+        values = _grouped(path, tensor.name, values, config)
+    if architecture.norm_offset and module.endswith("_norm"):
+        values = values - np.float32(architecture.norm_offset)
     if architecture.transposed and values.ndim == 2 and number is not None:
         values = values.T
-    yield f"{architecture.modules[pattern].format(number and number[0])}.{kind}", np.ascontiguousarray(values)
+    yield f"{modules[pattern].format(number and number[0])}.{kind}", np.ascontiguousarray(values)
+
+
+def _grouped(path: Path, name: str, values: F32, config: Mapping[str, Any]) -> F32:
+    """All queries, keys and values, one after the other → for each head of keys its queries, its key and its value."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_kv_heads", heads)
+    size = config["hidden_size"] // heads
+    if heads % kv_heads or values.shape[0] != (heads + 2 * kv_heads) * size:
+        raise DataError(
+            f"the tensor '{name}' of '{path}' has {values.shape[0]} rows for {heads} heads of {size} channels, {kv_heads} of keys"
+        )
+    parts = np.split(values, [heads * size, (heads + kv_heads) * size])
+    own = [part.reshape(kv_heads, -1, *values.shape[1:]) for part in parts]
+    return np.concatenate(own, axis=1).reshape(values.shape)
 
 
 def _values(path: Path, tensor: Any) -> F32:
@@ -305,9 +240,9 @@ def _values(path: Path, tensor: Any) -> F32:
     return values
 
 
-def _vocab_size(path: Path, weights: Mapping[str, F32], metadata: Mapping[str, Any]) -> int:
+def _vocab_size(path: Path, architecture: Architecture, weights: Mapping[str, F32], metadata: Mapping[str, Any]) -> int:
     """Rows of the embedding; the file's other counts of the vocabulary must fit."""
-    name = "model.embed_tokens.weight" if "model.embed_tokens.weight" in weights else "transformer.wte.weight"
+    name = architecture.modules["token_embd"] + ".weight"
     if name not in weights:
         raise DataError(f"'{path}' lacks the tensor 'token_embd.weight'")
     rows, tokens = len(weights[name]), len(metadata.get("tokenizer.ggml.tokens", ()))

@@ -30,17 +30,34 @@ def _llama3(digits: str) -> str:
     )
 
 
+def _case(first: str, then: str) -> str:
+    """A word of GPT-4o: letters of the classes `first`, then of `then`, perhaps with an English ending."""
+    upper, lower = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+    return rf"[^\r\n\p{{L}}\p{{N}}]?{upper}{first}{lower}{then}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+_GPT4O = rf"{_case('*', '+')}|{_case('+', '*')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_FALCON = (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")
+
+
 # Name of a way to cut words → the expressions that cut, one after the other. Files without a name, or with "default", were made
 # before there were names: their words are cut in no way that is known, but for GPT-2's own.
 _CUTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gpt-2", "olmo"), (_GPT2,)),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "falcon3"), (_llama3("{1,3}"),)),
     "qwen2": (_llama3(""),),
+    "gpt-4o": (_GPT4O,),
+    "falcon": _FALCON,
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is not cut into merges
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # where add_bos_token is absent
 _COMPOSED = ("qwen2", "olmo")  # text is brought into Unicode's form NFC first
+_WITHOUT_SPACES = (
+    "<unk>",
+    "<s>",
+    "<|endoftext|>",
+)  # of Phi-3, whose other added tokens take the spaces that follow them
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types
 
 # Keys after "tokenizer.ggml." → their type; of lists, that of their elements.
@@ -117,10 +134,13 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
         own = get("scores", []), get("merges", []), get("add_space_prefix", True)
         tokenizer, begins = _sentencepiece(path, tokens, types, *own), True
     ids = {key: get(f"{key}_token_id") for key in _IDS}
+    takes_spaces = any(name in str(metadata.get("general.name")).lower() for name in ("phi-3", "phi3"))
     special = {index for key, index in ids.items() if index is not None and key != "unknown"}
     for at, (token, kind) in enumerate(zip(tokens, types)):
         if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) or at in special:
-            added = AddedToken(token, normalized=False, special=kind != _USER_DEFINED or at in special)
+            is_special = kind != _USER_DEFINED or at in special
+            strips = takes_spaces and token not in _WITHOUT_SPACES
+            added = AddedToken(token, normalized=False, special=is_special, rstrip=strips)
             tokenizer.add_tokens([added])
     short = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     named = {f"{name}_token": tokens[index] for key, name in short.items() if (index := ids[key]) is not None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 
 import gguf
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.compare import relative_error
-from helpers.models import VOCAB_SIZE
+from helpers.gguf_files import OWN_KEYS, File, make_model
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.gguf import convert_gguf
 from motet.runtime.checkpoints.huggingface import eos_token_ids
@@ -20,96 +18,6 @@ from safetensors.torch import load_file, save_file
 
 LIMIT = 1e-4  # of the logits, in units of their deviation
 TEXT = [[256, *range(40, 100)]]
-MODULES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm",
-    "post_attention_layernorm of olmo2": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-}  # fmt: skip
-
-
-OWN_KEYS = {
-    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling", "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
-}  # fmt: skip
-
-
-class File:
-    """What is written: keys and tensors of a model directory, as llama.cpp's converter names and arranges them."""
-
-    def __init__(self, model_dir):
-        config = json.loads((model_dir / "config.json").read_text())
-        self.architecture = config["model_type"].replace("_moe", "moe")
-        is_gpt2 = self.architecture == "gpt2"
-        layers, heads = (
-            config[key] for key in (("n_layer", "n_head") if is_gpt2 else ("num_hidden_layers", "num_attention_heads"))
-        )
-        self.keys = {"block_count": layers, "attention.head_count": heads}
-        if is_gpt2:
-            self.keys |= {"context_length": 512, "embedding_length": 64, "feed_forward_length": 256}
-            self.keys |= {"attention.layer_norm_epsilon": config["layer_norm_epsilon"]}
-        else:
-            kv_heads, size = config["num_key_value_heads"], config["head_dim"]
-            self.keys |= {"context_length": 512, "embedding_length": 64}
-            self.keys |= {"feed_forward_length": config["intermediate_size"]}
-            self.keys |= {
-                "attention.head_count_kv": kv_heads,
-                "attention.key_length": size,
-                "attention.value_length": size,
-            }
-            self.keys |= {"attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.dimension_count": size}
-            self.keys |= {"rope.freq_base": config["rope_parameters"]["rope_theta"]}
-            self.keys |= {key: config[name] for key, name in OWN_KEYS.items() if name in config}
-        self.others = {"general.name": "tiny", "general.file_type": 0}
-        self.others |= {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "smollm",
-            "tokenizer.ggml.eos_token_id": 258,
-        }
-        self.others |= {"tokenizer.ggml.tokens": [f"t{i}" for i in range(VOCAB_SIZE)]}
-        self.tensors, stacks = {}, {}
-        for name, tensor in load_file(model_dir / "model.safetensors").items():
-            module, _, kind = name.removeprefix("transformer.").rpartition(".")
-            parts = module.removeprefix("model.layers.").removeprefix("h.").split(".", 1)
-            values = tensor.numpy()
-            expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)_proj", parts[-1])
-            if expert:
-                stacks.setdefault(f"blk.{parts[0]}.ffn_{expert[2]}_exps.weight", {})[int(expert[1])] = values
-                continue
-            inside = f"{parts[1]} of {self.architecture}" if parts[0].isdigit() else ""
-            known = f"blk.{parts[0]}.{MODULES.get(inside, MODULES.get(parts[-1]))}" if inside else MODULES[module]
-            if is_gpt2 and values.ndim == 2 and parts[0].isdigit():
-                values = values.T
-            if self.architecture in ("llama", "granite", "smollm3") and known.endswith(("attn_q", "attn_k")):
-                count = heads if known.endswith("q") else kv_heads
-                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-            self.tensors[f"{known}.{kind}"] = np.ascontiguousarray(values)
-        self.tensors |= {name: np.stack([stack[i] for i in sorted(stack)]) for name, stack in stacks.items()}
-        self.types = {}
-
-    def write(self, path):
-        writer = gguf.GGUFWriter(path, self.architecture)
-        for key, value in (*((f"{self.architecture}.{k}", v) for k, v in self.keys.items()), *self.others.items()):
-            if value is None:
-                continue
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            add.get(type(value), writer.add_array)(key, value)
-        for name, values in self.tensors.items():
-            kind = self.types.get(name)
-            if kind is None:
-                writer.add_tensor(name, values)
-            else:
-                writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
 
 def keys(**changes):
@@ -160,6 +68,78 @@ TABLE = {
     "olmo2": ("olmo2", nothing, None),
     "smollm3": ("smollm3", nothing, None),
     "olmoe": ("olmoe", nothing, None),
+    "qwen3moe": ("qwen3_moe", nothing, None),
+    "gemma": ("gemma", nothing, None),
+    "gemma2": ("gemma2", nothing, None),
+    "gemma2 of other caps": (
+        "gemma2",
+        keys(attn_logit_softcapping=2.0, final_logit_softcapping=11.0, attention__sliding_window=9),
+        "equal to the changed model",
+    ),
+    "gemma2 by a period": ("gemma2", keys(attention__sliding_window_pattern=2), None),
+    "gemma2 without a pattern": ("gemma2", keys(attention__sliding_window_pattern=None), None),
+    "gemma2 of 27B": ("gemma2 of 27B", nothing, None),
+    "gemma3": ("gemma3_text", nothing, None),
+    "gemma3 by a period": ("gemma3_text", keys(attention__sliding_window_pattern=3), None),
+    "gemma3 with a cap": ("gemma3_text", keys(final_logit_softcapping=7.0), "equal to the changed model"),
+    "gemma3 in 8 bits": ("gemma3_text", as_type(Q8), None),
+    "phi3": ("phi3", nothing, None),
+    "phi3 without a window": ("phi3", keys(attention__sliding_window=0), "equal to the changed model"),
+    "phi3 with factors": ("phi3-long", nothing, None),
+    "phi3 in 8 bits": ("phi3", as_type(Q8), None),
+    "gptneox": ("gpt_neox", nothing, None),
+    "gptneox, one after the other": ("gpt_neox", keys(use_parallel_residual=False), "equal to the changed model"),
+    "gptneox in 8 bits": ("gpt_neox", as_type(Q8), None),
+    "falcon": ("falcon", nothing, None),
+    "falcon without a base": ("falcon", keys(rope__freq_base=None), None),
+    "falcon of 40B": ("falcon of 40B", nothing, None),
+    "falcon of 40B in 8 bits": ("falcon of 40B", as_type(Q8), None),
+    "falcon 2": ("falcon 2", nothing, None),
+    "falcon 2 without a base": ("falcon 2", keys(rope__freq_base=None), "a Falcon 2 without rope.freq_base"),
+    "falcon with biases": ("falcon-new", nothing, "weights that its family does not use"),
+    "falcon of another layout": ("falcon", keys(tensor_data_layout="bloom"), "another tensor_data_layout"),
+    "gptneox without its kind of residual": (
+        "gpt_neox",
+        keys(use_parallel_residual=None),
+        "use_parallel_residual=None",
+    ),
+    "more channels rotate than there are": ("gpt_neox", keys(rope__dimension_count=64), "a head has 32 channels"),
+    "qkv of another size": (
+        "gpt_neox",
+        tensors(lambda t: t.update({"blk.1.attn_qkv.weight": t["blk.1.attn_qkv.weight"][:-1]})),
+        "has 191 rows for 2 heads of 32 channels",
+    ),
+    "gemma with a head": (
+        "gemma",
+        tensors(lambda t: t.update({"output.weight": t["token_embd.weight"]})),
+        "holds the tensor 'output.weight'",
+    ),
+    "gemma2 without windows": ("gemma2", keys(attention__sliding_window=0), "gemma2 has layers with a window"),
+    "gemma2 of another base": ("gemma2", keys(rope__freq_base_swa=5.0), "another rope.freq_base_swa"),
+    "a pattern of too few": ("gemma2", keys(attention__sliding_window_pattern=[True]), "a bool for each of 4 layers"),
+    "a pattern in words": ("gemma3_text", keys(attention__sliding_window_pattern="6"), "a bool for each of 4 layers"),
+    "a cap in words": ("gemma2", keys(attn_logit_softcapping="1"), "must be a finite number of at least 0"),
+    "a window in words": ("gemma3_text", keys(attention__sliding_window="1"), "a whole number of at least 0"),
+    "many layers of gemma": ("gemma2", keys(block_count=2**31 - 1), "tensors of 4 layers, and block_count is"),
+    "phi3 with one kind of factors": (
+        "phi3-long",
+        tensors(lambda t: t.pop("rope_factors_long.weight")),
+        "a part of longrope",
+    ),
+    "phi3 with a scale and no factors": ("phi3", keys(rope__scaling__attn_factor=1.2), "a part of longrope"),
+    "phi3 by name, and no factors": ("phi3", keys(rope__scaling__type="longrope"), "a part of longrope"),
+    "longrope elsewhere": ("llama", keys(rope__scaling__type="longrope"), "rope scaling of type 'longrope'"),
+    "phi3 with linear scaling": (
+        "phi3",
+        keys(rope__scaling__type="linear", rope__scaling__factor=2.0),
+        "rope scaling of type 'linear'",
+    ),
+    "phi3 with a factor of 0": ("phi3-long", spoil("rope_factors_short.weight", 0), "a row of numbers above 0"),
+    "phi3 with too few factors": (
+        "phi3-long",
+        tensors(lambda t: t.update({"rope_factors_short.weight": np.ones(3, np.float32)})),
+        "3 short factors; 8 channels rotate",
+    ),
     "too few experts": (
         "olmoe",
         tensors(lambda t: t.update({"blk.1.ffn_up_exps.weight": t["blk.1.ffn_up_exps.weight"][:5]})),
@@ -275,16 +255,22 @@ TABLE = {
     "another vocabulary": ("llama", keys(vocab_size=300), "states 300"),
     "another architecture": (
         "llama",
-        lambda file: setattr(file, "architecture", "gemma2"),
-        "has the architecture 'gemma2'",
+        lambda file: setattr(file, "architecture", "mamba"),
+        "has the architecture 'mamba'",
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.mark.parametrize("name", TABLE)
-def test_a_changed_file_is_the_model_or_refused(tiny_model_dir, tmp_path, name):
+def test_a_changed_file_is_the_model_or_refused(models_dir, tmp_path, name):
     family, change, words = TABLE[name]
-    file = File(tiny_model_dir(family))
+    model = make_model(models_dir, family)
+    file = File(model)
     change(file)
     file.write(tmp_path / "m.gguf")
     if words not in (None, "equal to the changed model"):
@@ -292,7 +278,7 @@ def test_a_changed_file_is_the_model_or_refused(tiny_model_dir, tmp_path, name):
             read(tmp_path)
         return
     decoder = read(tmp_path)
-    expected = written_model(tiny_model_dir(family), file)
+    expected = written_model(model, file)
     with torch.no_grad():
         assert relative_error(decoder.double()(torch.tensor(TEXT)), expected(torch.tensor(TEXT)).logits) < LIMIT
     assert eos_token_ids(tmp_path, None) == (258,)
@@ -308,23 +294,24 @@ def written_model(model_dir, file):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = model.config
-    if "rope.freq_base" in file.keys:
-        config.rope_parameters = {"rope_type": "default", "rope_theta": file.keys["rope.freq_base"]}
-    if file.keys.get("rope.scaling.type") == "linear":
-        config.rope_parameters |= {"rope_type": "linear", "factor": file.keys["rope.scaling.factor"]}
+    config, own = model.config, File(model_dir).keys
+    changed = {key: value for key, value in file.keys.items() if value != own.get(key) and value is not None}
+    if "rope.freq_base" in changed:
+        config.rope_parameters = {"rope_type": "default", "rope_theta": changed["rope.freq_base"]}
+    if changed.get("rope.scaling.type") == "linear":
+        config.rope_parameters |= {"rope_type": "linear", "factor": changed["rope.scaling.factor"]}
     if "rope_freqs.weight" in file.tensors:
         own = dict.fromkeys(("short_factor", "long_factor"), file.tensors["rope_freqs.weight"].tolist())
         scaling = {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": 512, **own}
         config.rope_parameters |= scaling
     for key, name in OWN_KEYS.items():
-        if key in file.keys:
-            setattr(config, name, file.keys[key])
+        if key in changed:
+            setattr(config, name, changed[key] or (None if name == "sliding_window" else changed[key]))
     state = load_file(model_dir / "model.safetensors")
     reference = File(model_dir)
     for name, tensor in state.items():  # values that were rounded to a type's grid, in the directory's arrangement
         kind = next(iter(file.types.values()), None)
-        if kind is not None and tensor.ndim == 2:
+        if kind is not None and tensor.ndim == 2:  # rows may stand in another order, their values stay
             module = name.removeprefix("transformer.").rpartition(".")[0]
             stored = tensor.T if reference.architecture == "gpt2" and module.startswith("h.") else tensor
             rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(stored.contiguous().numpy(), kind), kind))

@@ -138,6 +138,10 @@ WORDS = {
 }
 
 
+WORDS["falcon"] = ["I", "'", "VE", " ", " seen", " ", "123", "45", " cats", ",", "\n\n ", " ab", "'", "s"]
+WORDS["gpt-4o"] = ["I'VE", " ", " seen", " ", "123", "45", " cats", ",\n\n", " ", " ab's"]
+
+
 @pytest.mark.parametrize("cut", WORDS)
 def test_words_are_cut_as_the_file_says(tmp_path, cut):
     write_tokenizer(tmp_path, byte_level(cut), tmp_path)
@@ -147,6 +151,26 @@ def test_words_are_cut_as_the_file_says(tmp_path, cut):
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == TEXT
     assert (tokenizer.encode("abc").ids[0] == 256) == (cut == "llama-bpe")  # it begins each text, unless the file says
+
+
+def test_letters_of_two_cases(tmp_path):
+    write_tokenizer(tmp_path, byte_level("gpt-4o"), tmp_path)
+    cut = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str
+    text = "camelCase XMLHttp Été//\n"
+    expected = ["camel", "Case", " XMLHttp", " Été", "//\n"]
+    assert [text[first:last] for _, (first, last) in cut(text)] == expected
+
+
+def test_spaces_after_the_tokens_of_phi_3(trained, tmp_path):
+    """They belong to the token, but after those that begin or end a text."""
+    model, prefix = trained
+    metadata = metadata_of(model) | {"tokenizer.ggml.add_space_prefix": prefix}
+    for name, strips in (("Phi-3 mini", True), ("Gemma", False)):
+        write_tokenizer(tmp_path, metadata | {"general.name": name}, tmp_path)
+        encode = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode
+        alone, spaced = (encode(f"<user>{spaces}one", add_special_tokens=False).ids for spaces in ("", " \n "))
+        assert (alone == spaced) == strips
+        assert encode("<s>  one").ids != encode("<s>one").ids
 
 
 def test_a_word_that_is_a_token(tmp_path):

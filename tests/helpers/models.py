@@ -130,21 +130,30 @@ def tiny_config(family: str) -> object:
     return cls(**(common | own))
 
 
-def write_model(path: Path, family: str, seed: int = 0) -> Path:
+_WIDTHS = (
+    *("hidden_size", "n_embd", "intermediate_size", "ffn_hidden_size", "moe_intermediate_size"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads"),
+)
+
+
+def write_model(path: Path, family: str, seed: int = 0, width: int = 1, **changes: object) -> Path:
     """A tiny random model directory. Norms and biases are random too, around their usual 1 and 0, which
-    would hide mistakes."""
+    would hide mistakes. `width`: how many times as many channels and heads. `changes`: other values of config.json."""
     import torch
     import transformers
 
     path.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    config = tiny_config(family)
+    wider = {n: width * own for n in _WIDTHS if isinstance(own := config.__dict__.get(n), int)}
+    config.update(wider | changes)  # type: ignore[attr-defined]
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
+                parameter.copy_(torch.randn_like(parameter) * 0.15 / width**0.5)
     model.save_pretrained(path)
     write_tokenizer(path)
     return path
