@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz soak fuzz-wire structures jobs lm-eval aiperf lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures jobs lm-eval llama-cpp aiperf lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -47,6 +47,19 @@ lm-eval: $(READY) $(HARNESS)/.ready
 $(HARNESS)/.ready:
 	$(PYTHON) -m venv $(HARNESS)
 	$(HARNESS)/bin/python -m pip install --quiet 'lm-eval[api]==0.4.13' transformers
+	touch $@
+
+# llama.cpp beside Motet on GGUF files of every family and type, and the vocabularies that its source has: minutes to build, minutes
+# to run. It is the version that `make peers` has.
+LLAMA := $(or $(MOTET_HOME),$(CURDIR)/.motet)/llama-cpp
+llama-cpp: $(READY) $(LLAMA)/.ready
+	$(MODELS) $(BIN)/python -m pytest tests/checkpoints/test_gguf_llama_cpp.py
+
+$(LLAMA)/.ready: bench/peers/requirements.txt
+	$(PYTHON) -m venv $(LLAMA)/venv
+	$(LLAMA)/venv/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -c $< -d $(LLAMA) llama-cpp-python
+	tar xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA) --strip-components=3 --wildcards '*/models/ggml-vocab-*'
+	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(LLAMA)/venv/bin/python -m pip install --quiet --no-binary llama-cpp-python -c $< llama-cpp-python
 	touch $@
 
 # `motet bench serve` with NVIDIA's AIPerf beside it, which runs in an environment of its own.

@@ -54,6 +54,9 @@ MODELS = {
         },
     ),
     "gemma3_text": ("gemma3_text", {"query_pre_attn_scalar": 16}),
+    "olmo2 untied": ("olmo2", {"tie_word_embeddings": False}),
+    "olmoe untied": ("olmoe", {"tie_word_embeddings": False, "num_key_value_heads": 16}),
+    "phi3 without a window": ("phi3", {"sliding_window": None}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
 }
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
