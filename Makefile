@@ -53,7 +53,7 @@ $(HARNESS)/.ready:
 # to run. It is the version that `make peers` has.
 LLAMA := $(or $(MOTET_HOME),$(CURDIR)/.motet)/llama-cpp
 llama-cpp: $(READY) $(LLAMA)/.ready
-	$(MODELS) $(BIN)/python -m pytest tests/checkpoints/test_gguf_llama_cpp.py
+	$(MODELS) MOTET_LLAMA_CPP=whole $(BIN)/python -m pytest tests/checkpoints/test_gguf_llama_cpp.py
 
 $(LLAMA)/.ready: bench/peers/requirements.txt
 	$(PYTHON) -m venv $(LLAMA)/venv
