@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels.native import library
-from ...runtime.backends.onnx.backend import open_session
+from ...runtime.backends.onnx.sessions import open_session
 
 
 def measure(threads: int) -> dict[str, Any]:

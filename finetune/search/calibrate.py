@@ -74,7 +74,7 @@ def calibrate(
     tokenizer = Tokenizer.from_dir(path)
     dataset = load_dataset(data, near_duplicates)
     _check_members(bundle, dataset)
-    params = TuneParams(max_length=max_length).fitted(bundle.config.max_position_embeddings)
+    params = TuneParams(max_length=max_length).fitted(bundle.sizes.max_position_embeddings)
     counts: dict[Split, int] = {"validation": examples, "test": test_examples}
     parts, _ = encode_parts(tokenizer, dataset, counts, params, bundle.eos_token_ids[:1])
     longest = max(len(item.token_ids) for items in parts.values() for item in items)

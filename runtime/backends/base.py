@@ -44,6 +44,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def has_hidden(self) -> bool:
+        """Whether `hidden` can be called: there is no hidden state in a graph whose only output is logits."""
+        ...
+
+    @property
     def keeps_trunk(self) -> bool:
         """Whether it keeps the trunk's output of every position, so that `Batch.trunk_cached` rows can be run."""
         ...
@@ -83,4 +88,12 @@ def check_block_size(config: EngineConfig, block_size: int, reason: str) -> None
     if config.block_size not in (0, block_size):
         raise ConfigError(
             f"block_size is {config.block_size}; {reason}: leave it out, or set it to {block_size} or 0 (the backend's own)"
+        )
+
+
+def check_float_cache(config: EngineConfig) -> None:
+    """For the backends on ONNX Runtime. Raises `ConfigError` if the configuration asks for another type of cache."""
+    if config.kv_dtype != "auto":
+        raise ConfigError(
+            f"kv_dtype is {config.kv_dtype}, and the onnx backend's KV cache is float32; leave it out, or use backend cpu"
         )

@@ -6,7 +6,7 @@ import logging
 
 from ...kernels.native import library
 from ..api.config import EngineConfig
-from ..errors import MissingPackageError, UnavailableError
+from ..errors import ConfigError, MissingPackageError, UnavailableError
 from ..model.bundle import Bundle
 from .base import Backend
 
@@ -17,6 +17,15 @@ def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
     """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime if they were not built
     or do not support the model's sizes. Raises `UnavailableError` for a backend that this machine cannot run,
     `MissingPackageError` for one that is not installed, `ConfigError` for one that cannot serve the bundle."""
+    if bundle.decoder_graph is not None:
+        if config.backend not in ("auto", "onnx"):
+            raise ConfigError(
+                f"'{bundle.name}' holds an ONNX graph that another program exported, which backend {config.backend} cannot "
+                "run; use backend onnx or auto, or export the model's directory of safetensors"
+            )
+        from .onnx.decoder_graph import DecoderGraphBackend
+
+        return DecoderGraphBackend(bundle, config)
     if config.backend == "torch":
         try:
             from .torch.backend import TorchBackend

@@ -45,16 +45,17 @@ def read_config(model_dir: Path) -> DecoderConfig:
     return decoder_config(values)
 
 
-def eos_token_ids(model_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | None = None) -> tuple[int, ...]:
     """The ids that end an answer: those of generation_config.json, of config.json, and `tokenizer_eos`, the tokenizer's own.
-    Models often name the end of a turn in one of them only. Raises `BundleError` for an id that the vocabulary does not have."""
+    Models often name the end of a turn in one of them only. `vocab_size`: default is config.json's. Raises
+    `BundleError` for an id that the vocabulary does not have."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         value = _read_json(path).get("eos_token_id") if path.is_file() else None
         found += value if isinstance(value, list) else [] if value is None else [value]
     found += [] if tokenizer_eos is None else [tokenizer_eos]
-    size = read_config(model_dir).vocab_size
+    size = read_config(model_dir).vocab_size if vocab_size is None else vocab_size
     for token_id in found:
         if type(token_id) is not int or not 0 <= token_id < size:
             raise BundleError(f"'{model_dir}' has eos_token_id {token_id!r}; an id is an integer in 0…{size - 1}")

@@ -22,6 +22,7 @@ from ..errors import (
     MotetError,
     OverloadedError,
     UnavailableError,
+    UnimplementedError,
 )
 from ..schedule.background import EVERY
 from ..schedule.batch import Batch
@@ -109,7 +110,12 @@ class Embedder:
 
     def submit(self, jobs: Sequence[EmbedJob]) -> None:
         """Queue prompts, all or none. Raises `InvalidEnsembleError`, `InvalidRequestError`, `ContextLengthError`,
-        `OverloadedError`, `UnavailableError` (draining or closed)."""
+        `OverloadedError`, `UnavailableError` (draining or closed), `UnimplementedError` (the model has no hidden states)."""
+        if not self._backend.has_hidden:
+            raise UnimplementedError(
+                f"'{self._model.name}' is an ONNX graph that gives logits and no hidden states, so it makes no embeddings; "
+                "serve a bundle that was exported from the model's directory"
+            )
         for job in jobs:
             self._check(job)
         with self._lock:

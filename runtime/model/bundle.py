@@ -16,6 +16,7 @@ from ..api.model_info import MemberOrigin
 from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
+from .decoder_graph import DecoderGraph, GraphConfig
 from .files import file_digest
 from .members import MemberKind
 
@@ -37,20 +38,37 @@ class Graphs:
 class Bundle:
     """A loaded manifest. `split_layer` is the first layer of the members' tails, the number of layers if there is one
     member. A tail is layers of its own, or those of the base, perhaps with low-rank updates. `graphs` is None if the
-    bundle was exported without them; the cpu and torch backends do not need them."""
+    bundle was exported without them; the cpu and torch backends do not need them. A bundle of an ONNX decoder that another
+    program exported has a `decoder_graph`, one member, and no weights of Motet's."""
 
     path: Path
     name: str
-    config: DecoderConfig
+    sizes: DecoderConfig | GraphConfig
     members: tuple[str, ...]
     kinds: tuple[MemberKind, ...]  # of each member
     default_ensemble: Ensemble
-    quantisation: Mapping[str, Any]
     split_layer: int
     graphs: Graphs | None
+    decoder_graph: DecoderGraph | None
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
     calibration: Calibration | None = None  # of confidences, for the default ensemble; `motet calibrate` fits it
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's layers. Raises `ConfigError` for a bundle of a decoder graph, which alone knows them."""
+        if isinstance(self.sizes, GraphConfig):
+            raise ConfigError(
+                f"'{self.name}' holds an ONNX graph that another program exported, and no weights that this could use; serve "
+                "it with the onnx backend, or export the model's directory of safetensors"
+            )
+        return self.sizes
+
+    @property
+    def quantisation(self) -> Mapping[str, Any]:
+        """Bits and sizes of groups. Raises `ConfigError` for a bundle of a decoder graph (see `config`)."""
+        assert self.config  # it says why there is none
+        return dict(self.manifest["quantisation"])
 
     @property
     def tails(self) -> tuple[str | None, ...]:
@@ -88,7 +106,9 @@ class Bundle:
     @property
     def model_files(self) -> tuple[str, ...]:
         """File names of the weights and the graphs."""
-        graphs = self.graphs
+        graphs, decoder = self.graphs, self.decoder_graph
+        if decoder is not None:
+            return (decoder.file, *decoder.data)
         return (WEIGHTS,) if graphs is None else (WEIGHTS, graphs.trunk, graphs.head, *graphs.tails.values())
 
     @classmethod
@@ -124,20 +144,24 @@ class Bundle:
         members = tuple(member["name"] for member in manifest["members"])
         kinds = tuple(_kind(member["kind"]) for member in manifest["members"])
         mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
-        config = DecoderConfig.from_dict(manifest["config"])
+        decoder_graph = _decoder_graph(manifest, members)
+        made_here = decoder_graph is None
+        config = (DecoderConfig if made_here else GraphConfig).from_dict(manifest["config"])
         split_layer = manifest["split_layer"] if len(members) > 1 else config.num_layers
         if not 0 <= split_layer <= config.num_layers:
             raise BundleError(f"split_layer must be in 0…{config.num_layers}, the manifest has {split_layer}")
+        if made_here:
+            dict(manifest["quantisation"])  # raises TypeError
         bundle = cls(
             path=path,
             name=manifest["name"],
-            config=config,
+            sizes=config,
             members=members,
             kinds=kinds,
             default_ensemble=Ensemble(tuple(m for m in mix if m.mix != 0), Space(manifest["space"])),
-            quantisation=manifest["quantisation"],
             split_layer=split_layer,
-            graphs=_graphs(manifest, members),
+            graphs=_graphs(manifest, members) if made_here else None,
+            decoder_graph=decoder_graph,
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
             calibration=_calibration(manifest.get("calibration")),
@@ -202,6 +226,14 @@ def _kind(name: str) -> MemberKind:
     if name not in kinds:
         raise BundleError(f"a member's kind is one of {[*kinds]}, the manifest has {name!r}")
     return kinds[name]
+
+
+def _decoder_graph(manifest: Mapping[str, Any], members: tuple[str, ...]) -> DecoderGraph | None:
+    if manifest["graphs"] is None or "whole" not in manifest["graphs"]:
+        return None
+    if len(members) != 1:
+        raise BundleError(f"a decoder graph of another program is one member, the manifest has {list(members)}")
+    return DecoderGraph.from_dict(manifest["graphs"])
 
 
 def _graphs(manifest: Mapping[str, Any], members: tuple[str, ...]) -> Graphs | None:

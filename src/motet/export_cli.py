@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,12 @@ def mount(app: typer.Typer) -> None:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A pulled model's name, a model directory, or an ONNX decoder graph: its file or directory."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     tail: Annotated[
         list[str] | None,
@@ -67,20 +73,42 @@ def export(
         int | None, typer.Option(min=1, help="How much of it; default: 16384, and 1024 for 8 bits.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers per tail; default: as many as the tails need.")] = None,
-    graphs: Annotated[bool, typer.Option(help="Write ONNX graphs, which the onnx backend needs.")] = True,
-    parity: Annotated[bool, typer.Option(help="Measure every member, as it is served, against fp32.")] = True,
+    graphs: Annotated[
+        bool | None,
+        typer.Option("--graphs/--no-graphs", help="Write ONNX graphs, which the onnx backend needs. [default: graphs]"),
+    ] = None,
+    parity: Annotated[
+        bool | None,
+        typer.Option(
+            "--parity/--no-parity", help="Measure every member, as it is served, against fp32. [default: parity]"
+        ),
+    ] = None,
 ) -> None:
-    """Quantise a model and its members into one bundle, and measure it against fp32."""
+    """Quantise a model and its members into one bundle, and measure it against fp32. An ONNX decoder graph that another program
+    exported (with optimum-onnx, or ONNX Runtime's model builder) becomes a bundle as it is, for the onnx backend; no other option
+    goes with it."""
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from .export.base_model import BaseModel
     from .export.bundle_writer import export_bundle
+    from .export.decoder_graph import export_decoder_graph, find_graph
     from .export.parity import HeldOut
     from .export.quantisation.calibration import Calibration
     from .finetune.data.dataset import heldout_token_ids, text_token_ids  # only here: export itself needs no finetune
     from .runtime.checkpoints.store import home, resolve_model
 
+    graph = find_graph(Path(model))
+    if graph is not None:
+        given: dict[str, object] = {"--tail": tail, "--lora": lora, "--fusion": fusion, "--merge": merge or None}
+        given |= {"--mix": mix, "--space": space, "--bits": bits, "--group": group, "--layers": layers}
+        given |= {"--method": method, "--target-bits": target_bits, "--max-mb": max_mb, "--max-kl": max_kl}
+        given |= {"--calibration": calibration, "--calibration-tokens": calibration_tokens}
+        given |= {"--graphs": graphs, "--parity": parity}
+        _refuse_with_graph(graph, given)
+        print(export_decoder_graph(graph, out))
+        return
+    graphs, parity = graphs is not False, parity is not False
     base = BaseModel(resolve_model(model))
     if fusion is None:
         chosen = _members(tail or [], lora or [], mix, space or Space.LOGITS)
@@ -102,7 +130,8 @@ def export(
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            tasks.setdefault(what, progress.add_task(what, total=total) if what not in tasks else tasks[what])
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
         text = None
@@ -136,6 +165,16 @@ def export(
     print(out)
     if parity:
         Console().print(_parity_table(out))
+
+
+def _refuse_with_graph(graph: Path, given: Mapping[str, object]) -> None:
+    """Raises `ConfigError` for an option that a decoder graph cannot follow."""
+    used = [name for name, value in given.items() if value not in (None, [])]
+    if used:
+        raise ConfigError(
+            f"'{graph}' is a decoder graph, whose weights are its own: it is one member, not quantised again or compared with "
+            f"fp32; leave out {', '.join(used)}, or export the model's directory of safetensors"
+        )
 
 
 def _parity_table(bundle: Path) -> Table:

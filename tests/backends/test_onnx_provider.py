@@ -12,7 +12,7 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
-from motet.runtime.backends.onnx.backend import open_session
+from motet.runtime.backends.onnx.sessions import open_session
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, MissingPackageError

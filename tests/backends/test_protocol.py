@@ -16,6 +16,7 @@ METHODS = {name for name, value in vars(Backend).items() if inspect.isfunction(v
 BACKENDS = {
     "FakeBackend": "helpers.fake_backend",
     "CpuBackend": "motet.runtime.backends.cpu.backend",
+    "DecoderGraphBackend": "motet.runtime.backends.onnx.decoder_graph",
     "OnnxBackend": "motet.runtime.backends.onnx.backend",
     "TorchBackend": "motet.runtime.backends.torch.backend",
 }
@@ -23,7 +24,16 @@ BACKENDS = {
 
 def test_the_protocol_is_what_is_compared():
     assert sorted(PROPERTIES) == [
-        *("block_size", "can_sample_prefill", "can_verify", "keeps_trunk", "kv_dtype", "name", "num_blocks"),
+        *(
+            "block_size",
+            "can_sample_prefill",
+            "can_verify",
+            "has_hidden",
+            "keeps_trunk",
+            "kv_dtype",
+            "name",
+            "num_blocks",
+        ),
     ]
     assert sorted(METHODS) == ["close", "hidden", "score", "seconds", "step"]
 

@@ -27,6 +27,7 @@ from motet.runtime.schedule.batch import Batch, ResolvedSampling, SampleRow, Ste
 class FakeBackend:
     name = "fake"
     kv_dtype = "float32"
+    has_hidden = True
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class CpuBackend:
     name = "cpu"
     kv_dtype: str
     keeps_trunk: bool
+    has_hidden = True
     can_verify = True
     can_sample_prefill = True
 

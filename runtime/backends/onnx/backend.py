@@ -19,54 +19,18 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ...api.config import EngineConfig
-from ...errors import BundleError, ConfigError, MissingPackageError, MotetError, UnavailableError
+from ...errors import ConfigError
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, mixed_rows
 from ...sampling.terms import needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
-from ..base import check_block_size
+from ..base import check_block_size, check_float_cache
+from .sessions import bundle_session
 from .slot_cache import SlotCache
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-
-_pool_threads: int | None = None
-
-
-def open_session(model: str | bytes, threads: int, provider: str = "cpu") -> ort.InferenceSession:
-    """A session on a graph (path or bytes). All graphs of a process share one thread pool: if each had its own, the
-    spinning threads of one graph would take the cores from the next. `provider`: cpu or cuda; operators without a
-    CUDA kernel (attention in float32) run on the CPU. Raises `UnavailableError` if the process already uses another
-    number of threads, `MissingPackageError` if ONNX Runtime has no CUDA provider."""
-    global _pool_threads
-    if provider == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise MissingPackageError(
-            f"this ONNX Runtime has no CUDA provider, only {ort.get_available_providers()}; install onnxruntime-gpu in "
-            "place of onnxruntime, or serve with onnx_provider cpu"
-        )
-    if _pool_threads is None:
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _pool_threads = threads
-    if threads != _pool_threads:
-        raise UnavailableError(
-            f"this process runs ONNX Runtime with {_pool_threads} threads, {threads} were asked for; "
-            "use the same number or another process"
-        )
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    options.log_severity_level = 3
-    providers = ["CUDAExecutionProvider"] if provider == "cuda" else []
-    return ort.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
-
-
-def _bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
-    try:
-        return open_session(str(bundle.path / file), config.num_threads, config.onnx_provider)
-    except MotetError:
-        raise
-    except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
-        raise BundleError(f"ONNX Runtime cannot load '{bundle.path / file}': {str(error).splitlines()[0]}") from error
 
 
 class GraphRunner:
@@ -171,21 +135,18 @@ class OnnxBackend:
                 f"the onnx backend needs graphs and '{bundle.name}' has none; serve it with the cpu or torch backend, or "
                 "export it without --no-graphs"
             )
-        if config.kv_dtype != "auto":
-            raise ConfigError(
-                f"kv_dtype is {config.kv_dtype}, and the onnx backend's KV cache is float32; leave it out, or use backend cpu"
-            )
+        check_float_cache(config)
         self._num_blocks = config.max_num_seqs
         self._block_size = config.positions(bundle.config.max_position_embeddings)
         check_block_size(config, self._block_size, "a block of the onnx backend is as long as the context")
         self._num_members = len(bundle.members)
 
         def runner(file: str) -> GraphRunner:
-            return GraphRunner(_bundle_session(bundle, file, config), bundle, self._num_blocks, self._block_size)
+            return GraphRunner(bundle_session(bundle, file, config), bundle, self._num_blocks, self._block_size)
 
         self._trunk = runner(bundle.graphs.trunk)
         self._tails = [runner(bundle.graphs.tails[name]) for name in bundle.members] if bundle.has_tails else []
-        self._head = _bundle_session(bundle, bundle.graphs.head, config)
+        self._head = bundle_session(bundle, bundle.graphs.head, config)
         self._head_group = head_group(bundle)
         self._linear_head = bundle.config.linear_head
 
@@ -200,6 +161,7 @@ class OnnxBackend:
     name = "onnx"
     kv_dtype = "float32"
     keeps_trunk = False
+    has_hidden = True
     can_sample_prefill = False  # a prefill chunk runs alone, and without the head
 
     @property
