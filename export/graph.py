@@ -53,7 +53,7 @@ def check_graphs(config: DecoderConfig) -> None:
             )
     if config.num_experts:
         raise UnsupportedModelError(
-            "the graphs have no experts; leave them out (--no-graphs) and serve with the cpu backend"
+            "the graphs have no experts; leave them out (--no-graphs) and serve with the cpu or torch backend"
         )
 
 

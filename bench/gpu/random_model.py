@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.oracle.operands import LinearWeight
-from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, ModelWeights, Norm
+from ...runtime.backends.torch.weights import LayerWeights, LinearLayer, MLPWeights, ModelWeights, Norm
 from ...runtime.errors import ConfigError
 from ...runtime.model import layout
 from ...runtime.model.config import DecoderConfig
@@ -83,9 +83,7 @@ class RandomModel:
             head_norms=None,
             out=out,
             mlp_norm=self._norm(layer.mlp_norm),
-            up=up,
-            activation=layer.mlp.up.epilogue,
-            down=down,
+            mlps=[MLPWeights(up, layer.mlp.up.epilogue, down)],
             parallel=layer.parallel,
         )
 

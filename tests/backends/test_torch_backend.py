@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend runs on torch")
 
 from helpers.compare import relative_error  # noqa: E402
-from helpers.models import FAMILIES  # noqa: E402
+from helpers.models import EXPERTS, FAMILIES  # noqa: E402
 from helpers.torch_backend import (  # noqa: E402
     MIX,
     PROMPTS,
@@ -50,10 +50,11 @@ def stored_weights(model_dir, bits):
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_scores_are_the_torch_model_s(tmp_path, tiny_model_dir, family, bits):
     model_dir = tiny_model_dir(family)
-    backend = TorchBackend(Bundle.load(export_bundle(model_dir, tmp_path / "b", bits=bits)), config(), options())
+    path = export_bundle(model_dir, tmp_path / "b", bits=bits, graphs=family not in EXPERTS)
+    backend = TorchBackend(Bundle.load(path), config(), options())
     decoder = Decoder.from_weights(read_config(model_dir), stored_weights(model_dir, bits)).double()
     tokens = np.random.default_rng(0).integers(0, 300, 40).tolist()
     with torch.no_grad():
@@ -61,10 +62,10 @@ def test_scores_are_the_torch_model_s(tmp_path, tiny_model_dir, family, bits):
     assert relative_error(backend.score(tokens, 0), expected) < FLOAT32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_what_is_drawn_is_reported(tmp_path, tiny_model_dir, family):
     """The log-probability of a draw is that of the scores, whether more is asked for or not."""
-    path = export_bundle(tiny_model_dir(family), tmp_path / "b", bits=32)
+    path = export_bundle(tiny_model_dir(family), tmp_path / "b", bits=32, graphs=family not in EXPERTS)
     prompt = list(range(5, 12))
     for logprobs in (0, 2):
         requests = ask([tuple(prompt)], [ensemble(base=1.0)], 8, temperature=1.0, logprobs=logprobs)

@@ -101,7 +101,7 @@ def test_random_weights_keep_the_scale_of_activations(bits):
     weights = RandomModel(TINY, bits, torch.device("cpu"), torch.float32).weights(2, 1)
     from motet.kernels.oracle.eager import dequantise
 
-    assert dequantise(weights.trunk[0].up.weight).std() == pytest.approx(64**-0.5, rel=0.05)
+    assert dequantise(weights.trunk[0].mlps[0].up.weight).std() == pytest.approx(64**-0.5, rel=0.05)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ FAMILIES = (
     *("llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen2-yarn", "qwen3", "phi3", "phi3-long"),
     *("smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "falcon", "falcon-new"),
 )
-EXPERTS = ("olmoe", "qwen3_moe")  # which only the cpu backend computes
+EXPERTS = ("olmoe", "qwen3_moe")  # which the cpu and torch backends compute
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
 LONGROPE = {
     "rope_type": "longrope",

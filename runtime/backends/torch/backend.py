@@ -164,7 +164,7 @@ class TorchBackend:
             plain_head=decoder.linear_head and decoder.logit_scale == 1,
         )
         self._graphs = None
-        if options.graphs:
+        if options.graphs and not decoder.num_experts:  # the host reads which experts the rows chose
             self._graphs = DecodeGraphs(
                 self._run_all_rows,
                 largest=max(config.max_num_seqs, min(config.max_num_batched_tokens, MAX_CAPTURED)),

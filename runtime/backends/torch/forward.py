@@ -4,8 +4,8 @@ that share a tail run it together: their rows go through each linear layer at on
     residual  [rows, H] float32          branch  [splits, rows, H], added to it by the next norm
 
 Every op exists twice with the same signature: as a Triton kernel (`kernels.triton.ops`) and in the eager oracle
-(`kernels.oracle.eager`). This file works with either. It reads no value on the device, so it can be captured in a
-CUDA graph.
+(`kernels.oracle.eager`). This file works with either. It reads no value on the device, except in layers of experts
+(`experts`), so without these it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ....kernels.oracle.operands import (
     Scores,
 )
 from ...model.config import DecoderConfig
+from .experts import run_experts
 from .paged_cache import PagedCache
 from .weights import LayerWeights, LinearLayer, ModelWeights, Norm
 
@@ -197,9 +198,16 @@ class Forward:
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         branch = self._branch(layer.attention_out_norm, self._linear(out.flatten(1), layer.out, tiles))
         normed = self._input_of(layer.mlp_norm, residual, None if layer.parallel else branch)
-        inner = self._ops.activate(self._linear(normed, layer.up, tiles), layer.activation, self._dtype)
-        added = self._branch(layer.mlp_out_norm, self._linear(inner, layer.down, tiles))
+        added = self._branch(layer.mlp_out_norm, self._mlp(layer, normed, tiles))
         return torch.cat([branch, added]) if layer.parallel else added
+
+    def _mlp(self, layer: LayerWeights, x: Tensor, tiles: AdapterTiles | None) -> Tensor:
+        """[splits, rows, H]."""
+        if layer.router is not None:
+            return run_experts(self._ops, layer, x, self._config, self._dtype)
+        (mlp,) = layer.mlps
+        inner = self._ops.activate(self._linear(x, mlp.up, tiles), mlp.activation, self._dtype)
+        return self._linear(inner, mlp.down, tiles)
 
     def _input_of(self, norm: Norm | None, residual: Tensor, branch: Tensor | None) -> Tensor:
         """What attention or an MLP gets; the branch is added to the residual."""

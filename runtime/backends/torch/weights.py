@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from ....kernels.oracle.eager import dequantise
 from ....kernels.oracle.operands import AdapterWeight, LinearWeight
-from ...errors import BundleError, UnsupportedModelError
+from ...errors import BundleError
 from ...model import layout
 from ...model.bundle import WEIGHTS, Bundle
 from ...model.config import DecoderConfig
@@ -71,15 +71,21 @@ class LinearLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class MLPWeights:
+    up: LinearLayer
+    activation: str  # "swiglu", "geglu": `up` is gate and up; "gelu", "gelu_erf"
+    down: LinearLayer
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     attention_norm: Norm | None
     qkv: LinearLayer
     head_norms: tuple[Tensor, Tensor] | None  # weights of the norms of queries and keys
     out: LinearLayer
     mlp_norm: Norm | None
-    up: LinearLayer
-    activation: str  # "swiglu", "geglu": `up` is gate and up; "gelu", "gelu_erf"
-    down: LinearLayer
+    mlps: Sequence[MLPWeights]  # one, or the experts
+    router: LinearWeight | None = None  # of the experts
     attention_out_norm: Norm | None = None
     parallel: bool = False  # see `layout.Layer`
     mlp_out_norm: Norm | None = None
@@ -105,9 +111,11 @@ class ModelWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that a decode step with every tail reads."""
+        """Bytes of weights that a decode step with every tail reads, if some row of it chooses each expert."""
         layers = [*self.trunk, *(layer for tail in self.tails for layer in tail)]
-        linears = [linear.weight for layer in layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
+        linears = [linear.weight for layer in layers for linear in (layer.qkv, layer.out)]
+        linears += [part.weight for layer in layers for mlp in layer.mlps for part in (mlp.up, mlp.down)]
+        linears += [layer.router for layer in layers if layer.router is not None]
         return sum(weight.num_bytes for weight in (*linears, self.head))
 
 
@@ -143,8 +151,6 @@ class ModelReader:
     def read(self, split_layer: int, owners: Sequence[str | None], tail_of: Sequence[int]) -> ModelWeights:
         """`owners`, `tail_of`: `Bundle.tails` and `Bundle.tail_of`. A single member runs a tail without layers."""
         config = self._config
-        if config.num_experts:
-            raise UnsupportedModelError("the torch backend has no experts; serve the bundle with the cpu backend")
         table = layout.decoder_layout(config)
         tails = [[self._layer(layer, owner) for layer in table.layers[split_layer:]] for owner in owners or (None,)]
         norm = self._norm(table.norm, None)
@@ -179,9 +185,11 @@ class ModelReader:
             head_norms=heads,
             out=self._linear(layer.out, member),
             mlp_norm=self._optional(layer.mlp_norm, member),
-            up=self._linear(layer.mlp.up, member),
-            activation=layer.mlp.up.epilogue,
-            down=self._linear(layer.mlp.down, member),
+            mlps=[
+                MLPWeights(self._linear(mlp.up, member), mlp.up.epilogue, self._linear(mlp.down, member))
+                for mlp in layer.mlps
+            ],
+            router=None if layer.router is None else self._linear_weight(f"{layer.router}.weight", None, member),
             attention_out_norm=self._optional(layer.attention_out_norm, member),
             mlp_out_norm=self._optional(layer.mlp_out_norm, member),
             parallel=layer.parallel,
