@@ -70,7 +70,7 @@ def export_decoder_graph(graph: Path, out: Path, *, name: str | None = None) -> 
     if folder.name == "onnx" and not any((folder / file).is_file() for file in (CONFIG, GENAI)):
         folder = folder.parent
     sizes = read_sizes(folder)
-    data = data_files(graph, (*COPIED, WEIGHTS) if folder == graph.parent else COPIED)
+    data = data_files(graph, COPIED)
     tokenizer = Tokenizer.from_dir(folder)
     tokenizer.check_ids(sizes.vocab_size)
     ends = _ends(folder, tokenizer.eos_token_id, sizes.vocab_size)

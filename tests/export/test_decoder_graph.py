@@ -132,13 +132,7 @@ def test_the_layout_of_onnxruntime_genai(model_dir, tmp_path, runs, expected):
     """Grouped-query attention with the rotation in it, and logits of the last position alone; only a genai_config.json."""
     source = Bundle.load(export_bundle(model_dir, tmp_path / "s", bits=32))
     write_standard_graph(source, 0, tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "weights.bin")  # what the graph's tensors are in
-    model = onnx.load(tmp_path / "m" / "model.onnx", load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            entry.value = "weights.bin" if entry.key == "location" else entry.value
-    (tmp_path / "m" / "model.onnx").write_bytes(model.SerializeToString())
-    bundle = export_decoder_graph(find_graph(tmp_path / "m"), tmp_path / "b")
+    bundle = export_decoder_graph(find_graph(tmp_path / "m" / "model.onnx"), tmp_path / "b")
     assert padding(bundle) == "right"
     runs.clear()
     assert answers(bundle) == expected
@@ -153,6 +147,14 @@ def test_logits_of_a_prompt_are_bounded(bundle, runs, monkeypatch, expected):
     monkeypatch.setattr(decoder_graph, "_MOST_LOGITS", 320 * 7)
     assert answers(bundle, PROMPTS[2:]) == expected[2:]
     assert max(rows for _, rows in runs) == 7
+
+
+def test_a_prompt_is_scored(bundle):
+    scores = open_backend(Bundle.load(bundle), CONFIG).score(PROMPTS[2], 0)[:-1].astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    expected = (scores - np.log(np.exp(scores).sum(1, keepdims=True)))[range(39), PROMPTS[2][1:]]
+    (found,) = outputs(bundle, PROMPTS[2:3], prompt_logprobs=0)
+    np.testing.assert_allclose(found.prompt_logprobs, expected, atol=1e-4)
 
 
 def test_scores_and_mixes_with_itself(bundle):
