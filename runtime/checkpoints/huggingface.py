@@ -26,7 +26,7 @@ from .quantised.method import Method
 SHARDS = "model.safetensors.index.json"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(f"'{path}' does not exist; a model directory has config.json and model.safetensors")
     try:
@@ -40,7 +40,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_config(model_dir: Path) -> DecoderConfig:
     """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
-    values = _read_json(Path(model_dir) / "config.json")
+    values = read_json(Path(model_dir) / "config.json")
     method_of(values)  # refuses other quantisation methods
     return decoder_config(values)
 
@@ -52,7 +52,7 @@ def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | 
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
-        value = _read_json(path).get("eos_token_id") if path.is_file() else None
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
         found += value if isinstance(value, list) else [] if value is None else [value]
     found += [] if tokenizer_eos is None else [tokenizer_eos]
     size = read_config(model_dir).vocab_size if vocab_size is None else vocab_size
@@ -82,7 +82,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 def shard_map(index: Path) -> dict[str, str]:
     """Tensor → file of an index of shards. Raises `BundleError` if the index is damaged."""
-    found = _read_json(index).get("weight_map")
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise BundleError(f"'{index}' has no weight_map of tensors to files; pull the model again")
     if any(Path(file).name != file for file in found.values()):
@@ -144,10 +144,10 @@ class Weights(Mapping[str, torch.Tensor]):
         self._dir = model_dir
         self._layout = decoder_layout(read_config(model_dir))
         self._family = FAMILIES[self._layout.config.family]
-        self._parts, self._norms = _parts(self._layout), self._layout.norm_tensors
+        self._parts, self._norms = stored_parts(self._layout), self._layout.norm_tensors
         self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
         self._stored = _stored(model_dir)
-        self._method = method_of(_read_json(model_dir / "config.json"))
+        self._method = method_of(read_json(model_dir / "config.json"))
         self._quantised = {} if self._method is None else _quantised(self._method, self._stored)
         self._place, found = self._find(self._shapes())
         if self._layout.config.tied_head and HEAD in self._place and EMBEDDING in self._place:
@@ -193,6 +193,13 @@ class Weights(Mapping[str, torch.Tensor]):
         for one in self._stored.values():
             one.file.close()
         self._latest = "", {}
+
+    def places(self) -> dict[str, tuple[str, str]]:
+        """Weight → (the stored tensor that it is, or is a part of; its type as safetensors names it, "" if it is quantised)."""
+        return {
+            name: (stored, "" if stored in self._quantised else self._stored[stored].place.dtype)
+            for name, stored in self._place.items()
+        }
 
     def _find(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
         """(weight → the stored tensor that it is a part of, its shape)."""
@@ -302,7 +309,7 @@ def _quantised(method: Method, stored: Mapping[str, _Stored]) -> dict[str, list[
     return found
 
 
-def _parts(layout: Layout) -> dict[str, dict[str, int]]:
+def stored_parts(layout: Layout) -> dict[str, dict[str, int]]:
     """Module of a linear layer, as a checkpoint may store it (fused, or one part) → its parts' names and rows."""
     parts: dict[str, dict[str, int]] = {}
     for linear in layout.linears:

@@ -8,14 +8,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of vocabularies that fall back
 _SPACE = "\u2581"  # how they write a space
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2's letter of each byte: printable bytes stand for themselves, the others for letters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTES = _byte_letters()
+_BYTES = byte_letters()
 
 
 def bytes_of(token: str, is_byte_level: bool) -> bytes:

@@ -29,6 +29,7 @@ from .options import (
     progress_bar,
     read_ensemble,
 )
+from .prune_cli import mount as mount_prune
 from .runtime.api.config import EngineConfig
 from .runtime.errors import MotetError, NotFoundError
 from .serve_cli import mount as mount_serve
@@ -95,6 +96,8 @@ def pull(
 
 mount_export(app)
 
+
+mount_prune(app)
 
 # ---- serving and jobs --------------------------------------------------------------------------------------------------
 
