@@ -18,7 +18,9 @@ class Item:
 
     encoded: Encoded
     hidden: Tensor | None = None  # [S - 1, hidden] bfloat16, of all S tokens but the last
-    teacher: Tensor | None = None  # [K, targets, hidden] final states of an ensemble's members, for a student
+    # For a student: [K, targets, hidden] final states of an ensemble's members; for a pruned model: [S - 1, hidden] bfloat16
+    # of what the last layer of the unpruned one makes
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

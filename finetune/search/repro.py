@@ -44,6 +44,10 @@ def repro(directory: Path, model_dir: Path, cache: TrunkCache | None = None) -> 
     params = TuneParams.from_dict(manifest["hyper_parameters"])
     if params.epsilon is not None:
         raise ConfigError("a private run cannot be repeated: its noise is destroyed at its end")
+    if "healed" in manifest:
+        raise ConfigError(
+            f"'{directory}' was healed with a teacher, which its record names; repeat `motet heal` with it"
+        )
     data = manifest["data"]
     store = (cache or TrunkCache()) if manifest["cached"] else None
     bench = Workbench(model_dir, data["spec"], store, NearDuplicates(data["near_duplicates"]))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.checkpoints.decoder import Decoder
-from ...runtime.checkpoints.members.adapter import write_adapter
+from ...runtime.checkpoints.members.adapter import merge, write_adapter
 from ...runtime.checkpoints.members.tail import write_tail
 from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
@@ -101,6 +101,11 @@ class Learner(nn.Module):
         return self._states(make_batch([item]))[0]
 
     def _states(self, batch: TrainBatch) -> Tensor:
+        result: Tensor = self.decoder.norm(self._last(batch))
+        return result
+
+    def _last(self, batch: TrainBatch) -> Tensor:
+        """[B, A, hidden]: what the last layer makes at the positions that predict the answers."""
         share = 0.0 if self.adapts else self.params.dropout  # an adapter has its own dropout
 
         def dropout(x: Tensor) -> Tensor:
@@ -109,9 +114,7 @@ class Learner(nn.Module):
         hidden = self._inputs(batch)
         positions = batch.positions.to(hidden.device)
         stop = self.config.num_layers
-        return self.decoder.norm(
-            self.decoder.run_layers(hidden, self.split, stop, positions=positions, dropout=dropout)
-        )
+        return self.decoder.run_layers(hidden, self.split, stop, positions=positions, dropout=dropout)
 
     def _inputs(self, batch: TrainBatch) -> Tensor:
         """[B, S, hidden] float32: the input of the first trained layer."""
@@ -140,6 +143,15 @@ class Learner(nn.Module):
         """Set the trained tensors to those of `state`."""
         for name, parameter in self.trained().items():
             parameter.copy_(state[name])
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights that training has changed, whole, in float32 under canonical names; an adapter is added to its weights."""
+        changed = {name: tensor for name, tensor in self.state().items() if ".lora_" not in name}
+        if not self.adapts:
+            return changed
+        scale = self.params.alpha / self.params.rank
+        pairs = {name: t * scale if name.endswith(".lora_b") else t for name, t in _pairs(self.decoder).items()}
+        return merge(self.base, pairs) | changed
 
     def write(self, out: Path, manifest: Mapping[str, Any], files: Mapping[str, str]) -> None:
         """Write the result as a tail or an adapter, with `files` (name → text) beside it. Raises `ConfigError` if

@@ -194,6 +194,10 @@ class Weights(Mapping[str, torch.Tensor]):
             one.file.close()
         self._latest = "", {}
 
+    @property
+    def config(self) -> DecoderConfig:
+        return self._layout.config
+
     def places(self) -> dict[str, tuple[str, str]]:
         """Weight → (the stored tensor that it is, or is a part of; its type as safetensors names it, "" if it is quantised)."""
         return {

@@ -97,7 +97,7 @@ def pull(
 mount_export(app)
 
 
-mount_prune(app)
+mount_prune(app, bench)
 
 # ---- serving and jobs --------------------------------------------------------------------------------------------------
 

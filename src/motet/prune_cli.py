@@ -1,13 +1,17 @@
-"""`motet prune`: a smaller ordinary model from a larger one."""
+"""`motet prune`: a smaller ordinary model from a larger one; `motet heal`: it learns again what the larger one says."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .export.prune.params import PruneParams
+from .finetune.heal_params import HealParams
+from .finetune.params import NearDuplicates, TuneParams
+from .finetune_cli import STUDENT, CacheDir, CacheSize, Data, NearDuplicatesOption
 from .options import by_name
 from .parameter_options import with_parameters
 from .runtime.errors import ConfigError, DataError
@@ -20,9 +24,11 @@ if TYPE_CHECKING:
 CALIBRATION_TOKENS = 4096
 
 
-def mount(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    app.command()(prune)
+def mount(app: typer.Typer, bench: typer.Typer) -> None:
+    """Add the commands to `app` and `bench`."""
+    for command in (prune, heal):
+        app.command()(command)
+    bench.command("prune")(bench_prune)
 
 
 @with_parameters("params", PruneParams())
@@ -82,6 +88,41 @@ def prune(
         print(f"tokens: {record['vocabulary']['before']:,} → {record['vocabulary']['after']:,}")
 
 
+@with_parameters("params", HealParams())
+@with_parameters("base", TuneParams(), only=STUDENT)
+def heal(
+    pruned: Annotated[str, typer.Argument(help="A model directory that `motet prune` wrote.")],
+    teacher: Annotated[str, typer.Option(help="The model that it comes from: a pulled model's name or a directory.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Directory of the healed model. The same call resumes a killed run.")],
+    base: TuneParams,
+    params: HealParams,
+    member: Annotated[
+        bool, typer.Option("--member", help="Write a tail or an adapter of the pruned model, instead of a whole model.")
+    ] = False,
+    cache: CacheDir = None,
+    cache_gb: CacheSize = 8.0,
+    no_cache: Annotated[bool, typer.Option(help="Run trunk and teacher anew for every batch.")] = False,
+    near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
+) -> None:
+    """Distil the unpruned model into a pruned one."""
+    from .finetune.training.heal import heal as run
+    from .finetune.training.progress import Progress
+    from .finetune.training.train import Workbench, note_duplicates
+    from .finetune.training.trunk_cache import TrunkCache
+    from .runtime.checkpoints.store import resolve_model
+
+    store = None if no_cache else TrunkCache(cache, int(cache_gb * 1e9))
+    bench = Workbench(resolve_model(pruned), data, store, near_duplicates)
+    with Progress() as progress:
+        note_duplicates(bench, progress)
+        params = dataclasses.replace(params, base=base)
+        found = run(bench, resolve_model(teacher), out, params, as_member=member, progress=progress)["healed"]
+    for who, loss in found["test"].items():
+        print(f"{who:8} {loss:.4f} nats per token on {found['tokens']} test tokens")
+    print(out)
+
+
 def _member(kind: MemberKind, text: str) -> tuple[str, Path]:
     name, found, path = text.partition("=")
     if not found:
@@ -104,3 +145,34 @@ def _calibration(tokenizer: Tokenizer, texts: list[Path], count: int, context: i
     size = min(512, context)
     chunks = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
     return chunks, ", ".join(path.name for path in texts)
+
+
+def bench_prune(
+    model: Annotated[str, typer.Argument(help="A pulled model's name.")] = "smollm2-135m",
+    data: str = "stdlib-docs",
+    work: Annotated[Path, typer.Option(help="Working directory; finished parts are kept there.")] = Path(
+        ".motet/bench-prune"
+    ),
+    out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
+    share: Annotated[float, typer.Option(help="Of the layers' parameters, that are removed.")] = 0.25,
+    examples: Annotated[int, typer.Option(min=2, help="Examples that heal.")] = 1000,
+    test_examples: Annotated[int, typer.Option(min=1, help="Examples that are measured on.")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples that heal.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; speeds are medians.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")] = 0,
+) -> None:
+    """Prune, heal and trim a model: quality, size and speed of each step."""
+    from .bench.prune import run_bench
+
+    run_bench(
+        model,
+        data,
+        work,
+        out,
+        share=share,
+        examples=examples,
+        test_examples=test_examples,
+        epochs=epochs,
+        repeats=repeats,
+        threads=threads,
+    )

@@ -259,3 +259,21 @@ def test_the_command(tiny_model_dir, tmp_path, monkeypatch, capsys):
     text.write_text("")
     assert command(monkeypatch, "prune", model, out, "--layers", 2, "--text", text) == 2
     assert "too few" in capsys.readouterr().err
+
+
+def test_a_quantised_model_becomes_a_plain_one(tiny_model_dir, tmp_path):
+    """FP8, widened to the type that config.json names."""
+    model = tmp_path / "m"
+    write_model(model, "qwen3")
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((model / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None, "fmt": "e4m3"}
+    (model / "config.json").write_text(json.dumps(values | {"quantization_config": settings}))
+    record = prune(model, tmp_path / "out", PruneParams(layers=1), chunks=CHUNKS)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    check(tmp_path / "out", logits(model, record["layers"]["kept"]))
