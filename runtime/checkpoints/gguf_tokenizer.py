@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import DataError, UnsupportedModelError, shown
+from .pieces import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, around, merges_by_score, pairs
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
@@ -53,12 +53,8 @@ _CUTS: dict[str, tuple[str, ...]] = {
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is not cut into merges
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # where add_bos_token is absent
 _COMPOSED = ("qwen2", "olmo")  # text is brought into Unicode's form NFC first
-_WITHOUT_SPACES = (
-    "<unk>",
-    "<s>",
-    "<|endoftext|>",
-)  # of Phi-3, whose other added tokens take the spaces that follow them
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types
+# of Phi-3, whose other added tokens take the spaces that follow them
+_WITHOUT_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 
 # Keys after "tokenizer.ggml." → their type; of lists, that of their elements.
 _LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
@@ -123,11 +119,11 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
     check_tokenizer(path, metadata)
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
     tokens = list(get("tokens", []))
-    types = list(get("token_type", [])) or [_NORMAL] * len(tokens)
+    types = list(get("token_type", [])) or [NORMAL] * len(tokens)
     if not tokens or len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise DataError(f"'{path}' has {len(tokens)} tokens, {len(set(tokens))} different ones, and {len(types)} types")
-    if not all(_NORMAL <= kind <= _BYTE for kind in types):
-        raise DataError(f"'{path}' has token types outside of {_NORMAL}…{_BYTE}")
+    if not all(NORMAL <= kind <= BYTE for kind in types):
+        raise DataError(f"'{path}' has token types outside of {NORMAL}…{BYTE}")
     if get("model") == "gpt2":
         tokenizer, begins = _byte_level(path, tokens, get("merges", []), _cut(metadata)), _cut(metadata) in _BEGINS
     else:
@@ -137,14 +133,19 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
     takes_spaces = any(name in str(metadata.get("general.name")).lower() for name in ("phi-3", "phi3"))
     special = {index for key, index in ids.items() if index is not None and key != "unknown"}
     for at, (token, kind) in enumerate(zip(tokens, types)):
-        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) or at in special:
-            is_special = kind != _USER_DEFINED or at in special
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) or at in special:
+            is_special = kind != USER_DEFINED or at in special
             strips = takes_spaces and token not in _WITHOUT_SPACES
             added = AddedToken(token, normalized=False, special=is_special, rstrip=strips)
             tokenizer.add_tokens([added])
     short = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     named = {f"{name}_token": tokens[index] for key, name in short.items() if (index := ids[key]) is not None}
-    tokenizer.post_processor = _around(path, tokens, named, begins, get)
+    adds = {}
+    for name, default in (("bos_token", begins), ("eos_token", False)):
+        given = get(f"add_{name}")
+        adds[name] = named.get(name, "") if (default if given is None else given) else None
+    of_token = {token: index for index, token in enumerate(tokens)}
+    tokenizer.post_processor = around(path, of_token, adds["bos_token"], adds["eos_token"])
     tokenizer.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -153,27 +154,9 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
         (out / "chat_template.jinja").write_text(str(template), encoding="utf-8")
 
 
-def _around(
-    path: Path, tokens: Sequence[str], named: Mapping[str, str], begins: bool, get: Callable[[str], Any]
-) -> processors.PostProcessor | None:
-    """What puts a token before or after each text; None if there is none."""
-    text = ["$A"]
-    for name, default in (("bos_token", begins), ("eos_token", False)):
-        adds = get(f"add_{name}")
-        if not (default if adds is None else adds):
-            continue
-        token = named.get(name, "")
-        if not token or token.startswith("$") or re.search(r"[\s:]", token):  # a template has no way to write those
-            raise DataError(f"'{path}' adds {name} to each text, and it is {shown(token)}")
-        text.insert(0 if name == "bos_token" else len(text), token)
-    if len(text) == 1:
-        return None
-    return processors.TemplateProcessing(" ".join(text), None, [(t, tokens.index(t)) for t in {*text} - {"$A"}])
-
-
 def _byte_level(path: Path, tokens: Sequence[str], merges: Sequence[str], cut: str) -> Tokenizer:
     ids = {token: index for index, token in enumerate(tokens)}
-    model = models.BPE(vocab=ids, merges=_pairs(path, ids, merges), ignore_merges=cut in _WHOLE_WORDS)
+    model = models.BPE(vocab=ids, merges=pairs(path, ids, merges), ignore_merges=cut in _WHOLE_WORDS)
     tokenizer = Tokenizer(model)
     if cut in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
@@ -183,16 +166,6 @@ def _byte_level(path: Path, tokens: Sequence[str], merges: Sequence[str], cut: s
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _pairs(path: Path, ids: Mapping[str, int], merges: Sequence[str]) -> list[tuple[str, str]]:
-    found = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= ids.keys():
-            raise DataError(f"'{path}' has merges of tokens that it does not have")
-        found.append((left, right))
-    return found
 
 
 def _sentencepiece(
@@ -205,11 +178,11 @@ def _sentencepiece(
 ) -> Tokenizer:
     """Pairs are merged in the order of `merges`; without them, in that of the scores of what they make."""
     ids = {token: index for index, token in enumerate(tokens)}
-    if not all(f"<0x{byte:02X}>" in ids for byte in range(256)):
+    if not all(piece in ids for piece in BYTES):
         raise DataError(f"'{path}' lacks tokens of bytes")
-    pairs = _pairs(path, ids, merges) or _scored(path, tokens, types, scores)
-    unknown = next((token for token, kind in zip(tokens, types) if kind == _UNKNOWN), None)
-    model = models.BPE(vocab=ids, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    given = pairs(path, ids, merges) or _scored(path, tokens, types, scores)
+    unknown = next((token for token, kind in zip(tokens, types) if kind == UNKNOWN), None)
+    model = models.BPE(vocab=ids, merges=given, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -225,12 +198,7 @@ def _scored(path: Path, tokens: Sequence[str], types: Sequence[int], scores: Seq
         raise DataError(
             f"'{path}' has {len(scores)} scores for {len(tokens)} tokens, or some that are no finite numbers"
         )
-    if len({scores[index] for index, kind in enumerate(types) if kind == _NORMAL}) < 2:
+    if len({scores[index] for index, kind in enumerate(types) if kind == NORMAL}) < 2:
         raise DataError(f"'{path}' has the same score for each token, and no merges: their order is lost")
-    pieces = {token for token, kind in zip(tokens, types) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
-    found = []
-    for token in pieces:
-        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
-        own = [(left, right) for left, right in splits if left in pieces and right in pieces]
-        found += [(-scores[ids[token]], ids[left], ids[right], (left, right)) for left, right in own]
-    return [pair for *_, pair in sorted(found)]
+    mergeable = (NORMAL, USER_DEFINED, UNUSED)
+    return merges_by_score({t: scores[ids[t]] for t, kind in zip(tokens, types) if kind in mergeable}, ids)

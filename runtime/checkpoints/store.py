@@ -29,6 +29,7 @@ from ..model.files import file_digest, new_directory
 from .gguf import convert_gguf
 from .huggingface import SHARDS, read_config, read_weights, weight_files
 from .pickled import INDEX, pickled_files, rewrite_pickled
+from .sentencepiece_tokenizer import READ_BESIDE, TOKENIZER_MODEL, write_sentencepiece
 
 FORMAT = 3  # of a copy: raised when models are converted in another way, so that copies are made again
 MANIFEST = "motet-model.json"
@@ -85,8 +86,9 @@ def pull(
     name. `on_status` gets what was done, and why: a line of text.
 
     Raises `NotFoundError` (no such source), `UnavailableError` (no network), `BundleError` (the download does not
-    have the pinned digest), `DataError` (a damaged GGUF file), `UnsupportedModelError` (a family that Motet does not
-    serve), `ConfigError` (the store has another model of that name, or a directory that was not pulled).
+    have the pinned digest), `DataError` (a damaged GGUF file or tokenizer.model), `UnsupportedModelError`
+    (a family that Motet does not serve), `ConfigError` (the store has another model of
+    that name, or a directory that was not pulled).
     """
     found = _locate(source)
     stored_as = _folder(name or found.name)
@@ -188,10 +190,15 @@ def _fetch_smollm2(work: Path, progress: Progress) -> str:
 
 
 def _model_files(directory: Path) -> list[Path]:
-    """The files of a model directory that the store keeps. Raises `NotFoundError` if weights or tokenizer are missing."""
+    """The files of a model directory that a pull reads. Raises `NotFoundError` if weights or tokenizer are missing."""
+    names = [*_KEPT, SHARDS, INDEX]
     if not (directory / "tokenizer.json").is_file():
-        raise NotFoundError(f"'{directory}' has no tokenizer.json; save the fast tokenizer beside the weights")
-    others = (directory / name for name in (*_KEPT, SHARDS, INDEX))
+        if not (directory / TOKENIZER_MODEL).is_file():
+            raise NotFoundError(
+                f"'{directory}' has no tokenizer.json and no {TOKENIZER_MODEL}; save one beside the weights"
+            )
+        names += [TOKENIZER_MODEL, *(name for name in READ_BESIDE if name not in names)]
+    others = (directory / name for name in names)
     return [*(_pickled(directory) or weight_files(directory)), *(file for file in others if file.is_file())]
 
 
@@ -210,10 +217,16 @@ def _copy_model(source: Path, work: Path, progress: Progress) -> str:
     def done(file: Path) -> None:
         progress.advance(task, file.stat().st_size)
 
+    converted = (
+        [source / name for name in (TOKENIZER_MODEL, *READ_BESIDE[:3])] if source / TOKENIZER_MODEL in files else []
+    )
+    if converted:
+        write_sentencepiece(source, work)
     pickled = _pickled(source)
     for file in files:
         if file not in pickled and file.name != INDEX:
-            shutil.copyfile(file, work / file.name)
+            if file not in converted:
+                shutil.copyfile(file, work / file.name)
             done(file)
     if pickled:
         rewrite_pickled(pickled, work, done)

@@ -53,7 +53,9 @@ class Tokenizer:
         """
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
-            raise NotFoundError(f"'{path / 'tokenizer.json'}' does not exist; pull or export the model again")
+            raise NotFoundError(
+                f"'{path / 'tokenizer.json'}' does not exist; pull or export the model again (a pull makes it of tokenizer.model)"
+            )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
             tokenizer.no_truncation()
