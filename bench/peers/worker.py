@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.checkpoints.huggingface import checkpoint_digest
-from ...runtime.checkpoints.store import SMOLLM2, fetch_gguf, models_dir, resolve_model
+from ...runtime.checkpoints.sources import SMOLLM2, fetch_gguf
+from ...runtime.checkpoints.store import models_dir, resolve_model
 from ...runtime.errors import MotetError
 from . import peer_worker
 

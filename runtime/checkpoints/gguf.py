@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, UnsupportedModelError, shown
+from ..model.files import check_space
 from .gguf_architectures import ARCHITECTURES, OPTIONAL, Architecture, File
 from .gguf_names import EXPERTS
 from .gguf_tokenizer import KEYS, check_tokenizer, write_tokenizer
@@ -47,6 +48,7 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
         raise DataError(f"'{path}' cannot be read as GGUF: {error}") from error
     architecture = _architecture(path, metadata)
     config = _config(path, metadata, architecture, {tensor.name: tensor for tensor in tensors})
+    check_space(out, 4 * sum(int(tensor.n_elements) for tensor in tensors), f"'{path.name}' in float32")
     weights: dict[str, F32] = {}
     for tensor in tensors:
         if tensor.name == _FACTORS and architecture.family == "llama":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnavailableError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -96,3 +96,25 @@ def _exchange(a: Path, b: Path) -> bool:
     if rename is None:
         return False
     return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises `UnavailableError` if the file system of `folder` has fewer than `needed` bytes free for `what`. The folder need
+    not exist yet."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UnavailableError(
+            f"{what} needs {size_text(needed)} in '{folder}', and {size_text(free)} are free; make room, or choose another disk "
+            "(MOTET_HOME)"
+        )
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as people read it: 1 kB is 1000 bytes."""
+    value, unit = float(size), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} bytes" if unit == "bytes" else f"{value:.3g} {unit}"

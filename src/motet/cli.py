@@ -10,7 +10,7 @@ import logging
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,9 @@ from .runtime.api.config import EngineConfig
 from .runtime.errors import MotetError, NotFoundError
 from .serve_cli import mount as mount_serve
 from .top_cli import mount as mount_top
+
+if TYPE_CHECKING:
+    from .runtime.checkpoints.store import Plan
 
 # Typer does not export its parser's exceptions; this is the base class of those for wrong options.
 _UsageError: Any = typer.BadParameter.__base__
@@ -87,11 +90,30 @@ def pull(
         str | None, typer.Option(help="Name in the local store; default: the directory's, the file's, or the hub id.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Fetch again, even if the copy is intact or another model's.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be fetched, how large it is and from where; fetch nothing.")
+    ] = False,
 ) -> None:
     """Bring a model into the local store."""
     from .runtime.checkpoints import store
 
+    if dry_run:
+        _print_plan(store.plan_pull(source, name=name, force=force))
+        return
     print(store.pull(source, name=name, force=force, on_status=lambda text: print(text, file=sys.stderr)))
+
+
+def _print_plan(plan: Plan) -> None:
+    """A line for each file, then what would be done with them."""
+    from .runtime.model.files import size_text
+
+    for file in plan.files if plan.reason is not None else ():
+        print(f"{file.name}  {size_text(file.size)}" + (f"  ({size_text(file.held)} here)" if file.held else ""))
+    if plan.reason is None:
+        print(f"{plan.target.name}: the copy is intact and would be kept: {plan.target}")
+    else:
+        again = f"would be fetched again ({plan.reason})" if plan.reason else "would be fetched"
+        print(f"{plan.target.name}: {again}: {plan.summary()}; to {plan.target}")
 
 
 mount_export(app)

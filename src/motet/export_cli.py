@@ -88,7 +88,7 @@ def export(
     exported (with optimum-onnx, or ONNX Runtime's model builder) becomes a bundle as it is, for the onnx backend; no other option
     goes with it."""
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
 
     from .export.base_model import BaseModel
     from .export.bundle_writer import export_bundle
@@ -96,6 +96,7 @@ def export(
     from .export.parity import HeldOut
     from .export.quantisation.calibration import Calibration
     from .finetune.data.dataset import heldout_token_ids, text_token_ids  # only here: export itself needs no finetune
+    from .runtime.checkpoints.progress import LineProgress
     from .runtime.checkpoints.store import home, resolve_model
 
     graph = find_graph(Path(model))
@@ -126,7 +127,7 @@ def export(
         raise ConfigError(
             f"{bits} bits with method round use no calibration text; leave it out, or give another --method"
         )
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    with LineProgress(transient=True) as progress:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -7,10 +7,19 @@ import shutil
 import zipfile
 
 import pytest
-from motet.runtime.checkpoints import store
+from motet.cli import main
+from motet.runtime.checkpoints import sources, store
 from motet.runtime.checkpoints.huggingface import read_config
-from motet.runtime.checkpoints.store import extract_gguf, is_intact, pull, resolve_model
-from motet.runtime.errors import BundleError, ConfigError, DataError, NotFoundError, UnsupportedModelError
+from motet.runtime.checkpoints.sources import extract_gguf
+from motet.runtime.checkpoints.store import is_intact, plan_pull, pull, resolve_model
+from motet.runtime.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedModelError,
+)
 from rich.progress import Progress
 
 
@@ -34,7 +43,7 @@ def pulled():
     def run(source, **options):
         said = []
         path = pull(str(source), show_progress=False, on_status=said.append, **options)
-        return path, said[0].partition(": ")[2]
+        return path, said[-1].partition(": ")[2]
 
     return run
 
@@ -82,7 +91,7 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path, pulled, monkeypatch, tiny
         made.append(path.read_bytes())
         shutil.copytree(tiny_model_dir("llama"), work, dirs_exist_ok=True)
 
-    monkeypatch.setattr(store, "_convert_gguf", convert)
+    monkeypatch.setattr(sources, "_convert_gguf", convert)
     for owner, content in (("a", b"one"), ("b", b"two")):
         (tmp_path / owner).mkdir()
         (tmp_path / owner / "model.gguf").write_bytes(content)
@@ -97,32 +106,41 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path, pulled, monkeypatch, tiny
     assert made == [b"one", b"three", b"three"]
 
 
-def test_hub_ids_are_whole_and_revisions_are_kept(tiny_model_dir, tmp_path, pulled, monkeypatch):
-    """The hub's client is replaced: a revision of each model, and its snapshot in a directory of that name."""
-    import huggingface_hub
+def test_a_plan_of_a_directory_and_of_a_copy(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    """Sizes and the total; then that the copy is kept. On the command line too, where nothing is written."""
+    source = tiny_model_dir("llama")
+    plan = plan_pull(str(source))
+    assert plan.total == plan.lacking == sum(f.size for f in plan.files) and plan.reason == ""
+    assert {f.name: f.size for f in plan.files}.items() <= {p.name: p.stat().st_size for p in source.iterdir()}.items()
+    assert "model.safetensors" in [f.name for f in plan.files] and str(source) in plan.where
+    monkeypatch.setattr("sys.argv", ["motet", "pull", str(source), "--dry-run"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown = capsys.readouterr().out
+    assert "model.safetensors  " in shown and "llama: would be fetched: " in shown and not plan.target.exists()
+    pull(str(source), show_progress=False)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "would be kept" in capsys.readouterr().out
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert [(f.name, f.size) for f in plan_pull(str(tmp_path / "x.gguf")).files] == [("x.gguf", 4)]
+    assert plan_pull("smollm2-135m").files == ()
 
-    hub = {"a/model": ("r1", "llama"), "b/model": ("r2", "qwen2")}
 
-    class Api:
-        def model_info(self, source, timeout):
-            return huggingface_hub.ModelInfo(id=source, sha=hub[source][0])
+def test_a_copy_that_differs_is_refused(tiny_model_dir, tmp_path, monkeypatch, pulled):
+    def torn(source, target):
+        target.write_bytes(source.read_bytes()[:-1])
 
-    def snapshot(source, revision, allow_patterns):
-        path = tmp_path / "snapshots" / revision
-        shutil.copytree(tiny_model_dir(hub[source][1]), path, dirs_exist_ok=True)
-        return str(path)
+    monkeypatch.setattr(sources.shutil, "copyfile", torn)
+    with pytest.raises(BundleError, match="changed while it was copied"):
+        pulled(tiny_model_dir("llama"))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert [pulled(source)[0].name for source in hub] == ["a--model", "b--model"]
-    assert [read_config(resolve_model(source)).family for source in hub] == ["llama", "qwen2"]
-    assert pulled("a/model")[1] == "the copy is intact"
-    hub["a/model"] = ("r3", "qwen3")
-    target, said = pulled("a/model")
-    assert said == "fetched again: the source changed"
-    assert json.loads((target / store.MANIFEST).read_text())["content"] == "r3"
-    del hub["b/model"]
-    assert "does not answer" in pulled("b/model")[1]
+
+def test_room_for_a_copy_is_looked_for_first(tiny_model_dir, monkeypatch, pulled):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(UnavailableError, match=r"a copy of 'llama' needs .*, and 1 kB are free"):
+        pulled(tiny_model_dir("llama"))
 
 
 def test_names_stay_in_the_store(tiny_model_dir, pulled):
