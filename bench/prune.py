@@ -19,6 +19,7 @@ from ..export.base_model import BaseModel
 from ..export.bundle_writer import export_bundle
 from ..export.prune.params import PruneParams
 from ..export.prune.prune import num_parameters, prune
+from ..export.quantisation.calibration import Calibration
 from ..finetune.data.dataset import heldout_token_ids, load_dataset
 from ..finetune.data.example import Example
 from ..finetune.heal_params import HealParams
@@ -122,7 +123,7 @@ def _bundle(model_dir: Path, out: Path) -> Path:
     model = BaseModel(model_dir)
     context = model.config.max_position_embeddings
     chunks = heldout_token_ids(model.tokenizer, 1024, context=context, split="train")
-    export_bundle(model, out, calibration=chunks, graphs=False)
+    export_bundle(model, out, calibration=Calibration(chunks), graphs=False)
     return out
 
 
