@@ -23,7 +23,7 @@ from helpers.reference_gguf import F32, LlamaCpp
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.gguf import convert_gguf
 from motet.runtime.checkpoints.gguf_tokenizer import _CUTS, write_tokenizer
-from motet.runtime.checkpoints.store import fetch_gguf
+from motet.runtime.checkpoints.sources import fetch_gguf
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import make_tail
-from motet.cli import export
+from motet.export_cli import export
 from motet.finetune.params import METHODS, TuneParams
 from motet.runtime.checkpoints.huggingface import read_config
 from motet.runtime.checkpoints.members.adapter import write_adapter
