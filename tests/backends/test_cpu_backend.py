@@ -164,11 +164,13 @@ def test_quantised_weights_are_what_the_onnx_backend_reads(bundle_of, bits, grou
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_every_path_is_the_portable_one(bundle_of, isa, bits, kv):
     """Integer sums are equal on all paths; float sums differ in rounding (no fused multiply-add in plain C++, pairs of bf16
-    in one instruction), which the next rounding to 8 bits may turn into a step."""
+    in one instruction), which the next rounding to 8 bits may turn into a step. So two paths differ by a part of what
+    rounding activations to 8 bits costs."""
     tokens = tokens_of(150).tolist()
+    exact, eight = (cpu_backend(bundle_of("qwen3", own), isa=ISAS[-1], kv=kv).score(tokens, 0) for own in (32, 8))
     expected = cpu_backend(bundle_of("qwen3", bits), isa=ISAS[-1], kv=kv).score(tokens, 0)
     found = cpu_backend(bundle_of("qwen3", bits), isa=isa, kv=kv).score(tokens, 0)
-    assert np.abs(found - expected).mean() < 0.01 * expected.std()
+    assert np.abs(found - expected).mean() < 0.5 * np.abs(eight - exact).mean()
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
