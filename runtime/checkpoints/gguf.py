@@ -20,7 +20,7 @@ from ..errors import DataError, UnsupportedModelError, shown
 from ..model.files import check_space
 from .gguf_architectures import ARCHITECTURES, OPTIONAL, Architecture, File
 from .gguf_names import EXPERTS
-from .gguf_tokenizer import KEYS, check_tokenizer, write_tokenizer
+from .gguf_tokenizer import KEYS, check_tokenizer, end_tokens, write_tokenizer
 
 F32 = npt.NDArray[np.float32]
 
@@ -61,8 +61,7 @@ def convert_gguf(path: Path, out: Path, on_tensor: Callable[[int], None] = lambd
                 raise DataError(f"'{path}' holds the tensor '{tensor.name}' twice")
             weights[name] = values
             on_tensor(values.nbytes)
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None)) or None
+    eos = end_tokens(metadata) or None
     config |= {
         "tie_word_embeddings": architecture.modules.get("output", "") + ".weight" not in weights,
         "vocab_size": _vocab_size(path, architecture, weights, metadata),

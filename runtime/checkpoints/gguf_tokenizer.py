@@ -52,6 +52,8 @@ _CUTS: dict[str, tuple[str, ...]] = {
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is not cut into merges
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # where add_bos_token is absent
+# Texts of tokens that end a turn, as llama.cpp knows them too. A file need not name their ids.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>")
 _COMPOSED = ("qwen2", "olmo")  # text is brought into Unicode's form NFC first
 # of Phi-3, whose other added tokens take the spaces that follow them
 _WITHOUT_SPACES = ("<unk>", "<s>", "<|endoftext|>")
@@ -152,6 +154,20 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], out: Path) -> None:
     template = metadata.get("tokenizer.chat_template")
     if template:
         (out / "chat_template.jinja").write_text(str(template), encoding="utf-8")
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that end an answer: those that the file names, and ends of a turn that its chat template writes."""
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
+    ends = [get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    template = str(metadata.get("tokenizer.chat_template", ""))
+    written = {
+        token: at
+        for at, (token, kind) in enumerate(zip(get("tokens", []), get("token_type", [])))
+        if token in _TURN_ENDS and kind in (CONTROL, USER_DEFINED) and token in template
+    }
+    ends += [written[token] for token in _TURN_ENDS if token in written]
+    return list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None))
 
 
 def _byte_level(path: Path, tokens: Sequence[str], merges: Sequence[str], cut: str) -> Tokenizer:

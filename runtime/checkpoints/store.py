@@ -24,7 +24,7 @@ from .huggingface import read_config
 from .progress import LineProgress
 from .sources import PlannedFile, Source, locate
 
-FORMAT = 3  # of a copy: raised when models are converted in another way, so that copies are made again
+FORMAT = 4  # of a copy: raised when models are converted in another way, so that copies are made again
 MANIFEST = "motet-model.json"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from motet.runtime.checkpoints.gguf_tokenizer import write_tokenizer
+from motet.runtime.checkpoints.gguf_tokenizer import end_tokens, write_tokenizer
 from motet.runtime.errors import DataError, UnsupportedModelError
 from motet.runtime.text.tokenizer import Tokenizer as ServedTokenizer
 from tokenizers import Tokenizer, pre_tokenizers
@@ -113,6 +113,26 @@ def test_composed_letters(tmp_path):
 def test_a_named_token_is_one_whatever_its_type(tmp_path):
     write_tokenizer(tmp_path, byte_level("gpt-2", token_type=[1] * 261), tmp_path)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a<|end|>").ids[-1] == 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "ends"),
+    [
+        (3, "{{ m }}<|im_end|>", [256, 257]),
+        (4, "<|im_end|>", [256, 257]),
+        (1, "<|im_end|>", [256]),
+        (3, "{{ m }}", [256]),
+        (3, None, [256]),
+    ],
+)
+def test_ends_that_the_template_writes_end_an_answer(kind, template, ends):
+    """As llama.cpp has it, which knows them by their text; here the template has to write them."""
+    metadata = byte_level("gpt-2")
+    metadata["tokenizer.ggml.tokens"][257] = "<|im_end|>"
+    metadata["tokenizer.ggml.token_type"][257] = kind
+    metadata |= {} if template is None else {"tokenizer.chat_template": template}
+    assert end_tokens(metadata) == ends
+    assert end_tokens(metadata | {"tokenizer.ggml.eot_token_id": 257}) == [256, 257]
 
 
 def byte_level(cut, **changes):

@@ -201,6 +201,28 @@ def test_peft_loads_what_tune_writes(tiny_model_dir, tmp_path, family):
     assert settings["rank_pattern"] == found
 
 
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+def test_the_head_by_its_old_name(tiny_model_dir, tmp_path, how):
+    """transformers 4 called GPT-NeoX's head embed_out, and so do adapters that were made with it."""
+    model_dir, out = tiny_model_dir("gpt_neox"), tmp_path / "a"
+    targets = ["query_key_value", "lm_head"] if how == "target_modules" else ["query_key_value"]
+    saved = {} if how == "target_modules" else {"modules_to_save": ["lm_head"]}
+    _, expected = foreign(model_dir, out, target_modules=targets, **saved)
+    text = (out / CONFIG).read_text()
+    (out / CONFIG).write_text(text.replace("lm_head", "embed_out"))
+    tensors = load_file(out / WEIGHTS)
+    renamed = {name.replace("lm_head", "embed_out"): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, out / WEIGHTS)
+    assert (
+        relative_error(own_logits(model_dir, read_adapter(out, read_config(model_dir))[1], merged=True), expected)
+        < LIMIT
+    )
+    save_file({name: tensor.clone() for name, tensor in (renamed | tensors).items()}, out / WEIGHTS)
+    with pytest.raises(BundleError, match="embed_out and lm_head"):
+        read_adapter(out, read_config(model_dir))
+
+
 # ---- used or refused -------------------------------------------------------------------------------------------------
 
 

@@ -10,14 +10,13 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from helpers.hub_server import HubRepository, HubServer
 from huggingface_hub import constants
 from motet.runtime.checkpoints import hub as hub_module
 from motet.runtime.checkpoints import store
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config
 from motet.runtime.checkpoints.store import is_intact, plan_pull, pull, resolve_model
 from motet.runtime.errors import BundleError, NotFoundError, PermissionDeniedError, UnavailableError
-
-from tests.helpers.hub_server import HubRepository, HubServer
 
 WEIGHTS = "model.safetensors"
 

@@ -13,7 +13,7 @@ from compressed_tensors.compressors.naive_quantized import NaiveQuantizationComp
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from motet.export.bundle_writer import export_bundle
-from motet.runtime.checkpoints.huggingface import read_config, read_weights
+from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
 from motet.runtime.checkpoints.quantised.method import unpack
 from motet.runtime.errors import BundleError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
@@ -115,6 +115,42 @@ def test_gptq(tiny_model_dir, tmp_path, bits, version):
         return parts | {name.removesuffix("weight") + "bias": torch.zeros(len(weight))}, wide
 
     check(out, write(tiny_model_dir("llama"), out, settings, with_bias))
+
+
+def test_gptq_with_settings_in_a_file_of_their_own(tiny_model_dir, tmp_path):
+    """As AutoGPTQ wrote them: used, and refused if they are not GPTQ's or not those of config.json."""
+    rng = torch.Generator().manual_seed(4)
+    settings = {"bits": 8, "group_size": GROUP, "desc_act": True, "sym": False, "damp_percent": 0.01}
+    out, old = tmp_path / "m", tmp_path / "m" / "quantize_config.json"
+    expected = write(
+        tiny_model_dir("llama"),
+        out,
+        {"quant_method": "gptq", **settings},
+        lambda name, weight: gptq(name, weight, 8, rng),
+    )
+    config = json.loads((out / "config.json").read_bytes())
+    old.write_text(json.dumps(settings))
+    check(out, expected)  # beside the same settings
+    digest = checkpoint_digest(out)
+    old.write_text(json.dumps(settings | {"bits": 4}))
+    assert checkpoint_digest(out) != digest
+    with pytest.raises(UnsupportedModelError, match=r"quantize_config.json differ in \['bits'\]"):
+        read_weights(out)
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    old.write_text(json.dumps(settings))
+    check(out, expected)
+    for changed, says in (
+        ({"quant_method": "awq"}, "quant_method='awq'"),
+        ({"bits": None}, "bits=None"),
+        ({"group_size": 0}, "group_size=0"),
+    ):
+        old.write_text(json.dumps(settings | changed))
+        with pytest.raises(UnsupportedModelError, match=says):
+            read_weights(out)
+    old.write_text(json.dumps({"w_bit": 4, "q_group_size": 128}))
+    with pytest.raises(UnsupportedModelError, match=r"quantize_config.json lacks \['bits', 'group_size'\]"):
+        read_weights(out)
 
 
 def test_gptq_of_a_transposed_family(tiny_model_dir, tmp_path):

@@ -75,6 +75,21 @@ def _modules(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
     return modules | {"lm_head": (Part("lm_head", config.vocab_size),)}
 
 
+def _head_name(settings: Settings, stored: Collection[str], config: DecoderConfig) -> str:
+    """The name that the adapter has for the head: "lm_head", or one that older releases of transformers gave it. Raises
+    `BundleError` if it has both."""
+    named: set[str] = set()
+    for spec in (settings.get("target_modules"), settings.get("modules_to_save")):
+        named |= {spec} if isinstance(spec, str) else set(spec or ())
+    named |= {name.removeprefix(_PREFIX).partition(".")[0] for name in stored}
+    heads = [name for name, own in FAMILIES[config.family].modules.items() if own == "lm_head" and name in named]
+    if len(heads) > 1:
+        raise BundleError(
+            f"the adapter names the head {' and '.join(sorted(heads))}; it has one head, and one name for it"
+        )
+    return heads[0] if heads else "lm_head"
+
+
 def _split(config: DecoderConfig, parts: tuple[Part, ...], rows: Tensor) -> dict[str, Tensor]:
     """Part's name → its rows of a tensor of the whole module."""
     if len(rows) != sum(part.rows for part in parts):
@@ -90,7 +105,8 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
     tensors. `config`: the base's. Raises `UnsupportedModelError` for a setting or tensor that Motet cannot use,
     `BundleError` if settings and tensors do not agree."""
     _check_settings(settings)
-    modules = _modules(config)
+    head = _head_name(settings, stored, config)
+    modules = {head if name == "lm_head" else name: parts for name, parts in _modules(config).items()}
     norms = decoder_layout(config).norm_tensors
     result: dict[str, Tensor] = {}
     adapted: set[str] = set()
@@ -120,7 +136,7 @@ def decode(settings: Settings, stored: Mapping[str, Tensor], config: DecoderConf
         else:
             whole.add(name)
             result |= _whole(config, modules, norms, name, tensor)
-    _check_targets(settings, modules, adapted, whole)
+    _check_targets(settings, modules, adapted, whole, head)
     return result
 
 
@@ -185,10 +201,10 @@ def _check_rank(settings: Settings, module: str, lora_a: Tensor) -> None:
 
 
 def _check_targets(
-    settings: Settings, modules: Mapping[str, tuple[Part, ...]], adapted: set[str], whole: set[str]
+    settings: Settings, modules: Mapping[str, tuple[Part, ...]], adapted: set[str], whole: set[str], head: str
 ) -> None:
     """Raises `BundleError` unless the modules with tensors are those that the settings name."""
-    targets = {module for module in modules if _is_target(settings, module)}
+    targets = {module for module in modules if _is_target(settings, module, head)}
     if targets != adapted:
         raise BundleError(
             f"{CONFIG} and the tensors do not agree: modules without tensors {sorted(targets - adapted)[:4]}, tensors of "
@@ -202,14 +218,14 @@ def _check_targets(
         raise BundleError(f"{CONFIG} has use_dora, but there are no low-rank updates")
 
 
-def _is_target(settings: Settings, module: str) -> bool:
+def _is_target(settings: Settings, module: str, head: str) -> bool:
     """Whether PEFT would adapt the module."""
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     saved = settings.get("modules_to_save") or ()
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved) or (excluded and _names(excluded, module)):
         return False
     if targets == "all-linear":
-        return module != "lm_head"
+        return module != head
     if not targets or not _names(targets, module):
         return False
     layers = settings.get("layers_to_transform")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...errors import UnsupportedModelError
+from ...errors import UnsupportedModelError, shown
 from .awq import Awq
 from .bitsandbytes import BitsAndBytes
 from .gptq import Gptq
@@ -50,3 +50,29 @@ def method_of(config: Mapping[str, Any]) -> Method | None:
         return METHODS[method](settings)
     except (TypeError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(f"quantization_config of '{method}' lacks or misstates {error}") from error
+
+
+OLD_SETTINGS = "quantize_config.json"  # where AutoGPTQ wrote what quantization_config says now
+
+
+def with_old_settings(config: Mapping[str, Any], old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json with what quantize_config.json beside it says. Raises `UnsupportedModelError` if that is not GPTQ's, lacks
+    what is needed, or is not what config.json says."""
+    method = old.get("quant_method", "gptq")
+    if method != "gptq":
+        raise UnsupportedModelError(f"{OLD_SETTINGS} has quant_method={shown(method)}; 'gptq' is read from there")
+    lacking = [name for name in ("bits", "group_size") if name not in old]
+    if lacking:
+        raise UnsupportedModelError(f"{OLD_SETTINGS} lacks {lacking}: it is not AutoGPTQ's; pull the model in float")
+    settings = config.get("quantization_config")
+    if settings is None:
+        return {**config, "quantization_config": {**old, "quant_method": "gptq"}}
+    both = {"quant_method": "gptq", **old}
+    differs = [
+        name
+        for name in ("quant_method", "bits", "group_size", "desc_act", "checkpoint_format")
+        if isinstance(settings, Mapping) and name in both and name in settings and both[name] != settings[name]
+    ]
+    if differs:
+        raise UnsupportedModelError(f"config.json and {OLD_SETTINGS} differ in {differs}; remove the wrong one")
+    return config
