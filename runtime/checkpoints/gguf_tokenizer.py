@@ -38,14 +38,14 @@ def _case(first: str, then: str) -> str:
 
 _GPT4O = rf"{_case('*', '+')}|{_case('+', '*')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _FALCON = (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")
-
+LLAMA3_WORDS = _llama3("{1,3}")
 
 # Name of a way to cut words → the expressions that cut, one after the other. Files without a name, or with "default", were made
 # before there were names: their words are cut in no way that is known, but for GPT-2's own.
 _CUTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact"), (r"\p{N}", _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "falcon3"), (_llama3("{1,3}"),)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "falcon3"), (LLAMA3_WORDS,)),
     "qwen2": (_llama3(""),),
     "gpt-4o": (_GPT4O,),
     "falcon": _FALCON,

