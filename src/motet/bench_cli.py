@@ -185,6 +185,24 @@ def bench_quality(
     )
 
 
+@bench.command("quantisation")
+def bench_quantisation(
+    model: Annotated[str, typer.Argument(help="A pulled model's name or a model directory.")],
+    work: Annotated[Path, typer.Option(help="Directory that keeps bundles and parts that are done.")],
+    out: Results = Path("bench/results"),
+    lora: Annotated[Path | None, typer.Option(help="An adapter, which is added to the weights.")] = None,
+    targets: Annotated[str, typer.Option(help="Average bits a weight.")] = "4.55",
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens, at least.")] = 4096,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text.")] = 16384,
+) -> None:
+    """Methods and targets of `motet export` beside each other: size, quality as served, time."""
+    from .bench import quantisation
+
+    sizes = tuple(floats(targets))
+    options = {"num_tokens": tokens, "calibration_tokens": calibration_tokens}
+    quantisation.run(model, work, out, lora=lora, targets=sizes, **options)
+
+
 @bench.command("summaries")
 def bench_summaries(
     bundle: BundleArgument,

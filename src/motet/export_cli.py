@@ -18,8 +18,9 @@ from .tables import table
 
 
 def mount(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command()(export)
+    """Add the commands to the program."""
+    for command in (export, inspect):
+        app.command()(command)
 
 
 def export(
@@ -231,3 +232,39 @@ def _adapter(text: str) -> tuple[str, Path]:
     if path is None:
         raise ConfigError(f"--{MemberKind.ADAPTER.flag} takes name=DIR, got '{text}'")
     return name, path
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A bundle, a pulled model's name, or a model directory.")],
+    json: Annotated[bool, typer.Option("--json", help="A line of JSON for each weight.")] = False,
+) -> None:
+    """What a bundle or a model holds, weight by weight: shape, bits, bytes, expected KL, digest."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+
+    from .export.inspection import inspect as inspected
+    from .runtime.checkpoints.store import resolve_model
+    from .runtime.model.bundle import MANIFEST
+
+    weights = list(inspected(Path(path) if (Path(path) / MANIFEST).is_file() else resolve_model(path)))
+    if json:
+        for weight in weights:
+            print(dumps(asdict(weight)))
+        return
+    rows = [
+        [
+            weight.name,
+            " x ".join(map(str, weight.shape)),
+            str(weight.bits),
+            str(weight.group_size or "–"),
+            f"{weight.num_bytes:,}",
+            "–" if weight.expected_kl is None else f"{weight.expected_kl:.2g}",
+            weight.digest[:12],
+        ]
+        for weight in weights
+    ]
+    total = sum(weight.num_bytes for weight in weights)
+    title = f"{path}: {len(weights)} weights, {total / 1e6:.1f} MB"
+    Console().print(table(title, ["weight", "shape", "bits", "group", "bytes", "expected KL", "SHA-256"], rows))

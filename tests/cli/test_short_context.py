@@ -10,8 +10,8 @@ import sys
 import pytest
 from motet.cli import main
 from motet.export.bundle_writer import export_bundle
-from motet.export.quantisation.calibration import Calibration
 from motet.export.parity import HeldOut, read_parity
+from motet.export.quantisation.calibration import Calibration
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError

@@ -1,0 +1,129 @@
+"""`motet bench quantisation`: methods and targets of `motet export` beside each other, in size, quality and time.
+
+The model, or it with an adapter added to its weights, is exported in each way; each bundle is measured on held-out text as it is
+served, against fp32. Calibration never sees that text. Bundles are kept, so that they can be served or compared further.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..export.base_model import BaseModel
+from ..export.bundle_writer import export_bundle
+from ..export.parity import HeldOut, read_parity
+from ..export.quantisation.calibration import Calibration
+from ..export.quantisation.method import Method, Target
+from ..finetune.data.dataset import heldout_token_ids
+from ..pages import Lines, Part, Table
+from ..runtime.checkpoints.store import resolve_model
+from ..runtime.model.bundle import WEIGHTS, Bundle
+from .lib.parts import part
+from .lib.report import machine, write
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a bundle is exported."""
+
+    name: str
+    method: Method = Method.ROUND
+    bits: int | None = None
+    target_bits: float | None = None
+
+
+def _ways(targets: tuple[float, ...]) -> list[_Way]:
+    ways = [_Way("8 bits", bits=8), _Way("4 bits", bits=4), _Way("4 bits, gptq", Method.GPTQ, bits=4)]
+    return ways + [
+        _Way(f"{bits:g} bits a weight, {method}", method, target_bits=bits) for bits in targets for method in Method
+    ]
+
+
+def run(
+    model: str,
+    work: Path,
+    out: Path,
+    *,
+    lora: Path | None = None,
+    targets: tuple[float, ...] = (4.55,),
+    num_tokens: int = 4096,
+    calibration_tokens: int = 16384,
+) -> dict[str, Any]:
+    """Write `out/quantisation.json` and `.html`. `work` keeps the bundles, the statistics and the parts that are done. `lora`:
+    an adapter, which is added to the weights."""
+    base = BaseModel(resolve_model(model))
+    context = base.config.max_position_embeddings
+    held_out = HeldOut(heldout_token_ids(base.tokenizer, num_tokens, context=context))
+    chunks = heldout_token_ids(base.tokenizer, calibration_tokens, context=context, split="train")
+    loras = {} if lora is None else {"merged": lora}
+    settings = {
+        "model": base.digest,
+        "lora": lora and lora.name,
+        "tokens": num_tokens,
+        "calibration": calibration_tokens,
+    }
+
+    def measured(way: _Way) -> dict[str, Any]:
+        path, start = work / way.name.replace(" ", "-").replace(",", ""), time.monotonic()
+        is_light = way.method is Method.ROUND and way.target_bits is None
+        text = heldout_token_ids(base.tokenizer, 1024, context=context, split="train") if is_light else chunks
+        export_bundle(
+            base,
+            path,
+            loras=loras,
+            merge=bool(loras),
+            bits=way.bits,
+            method=way.method,
+            target=None if way.target_bits is None else Target(bits=way.target_bits),
+            calibration=Calibration(text, work / "statistics"),
+            held_out=held_out,
+        )
+        (member,) = read_parity(path).members
+        quantisation = Bundle.load(path).quantisation
+        return {
+            "name": way.name,
+            "average_bits": quantisation["average_bits"],
+            "bytes": (path / WEIGHTS).stat().st_size,
+            "expected_kl": None if quantisation["expected_kl"] is None else sum(quantisation["expected_kl"].values()),
+            "seconds": time.monotonic() - start,
+            **asdict(member),
+        } | {"name": way.name}
+
+    ways = _ways(targets)
+    shutil.rmtree(work / "unfinished", ignore_errors=True)
+    rows = [part(work / "parts" / f"{index}.json", settings | asdict(way), lambda way=way: measured(way))  # type: ignore[misc]
+            for index, way in enumerate(ways)]  # fmt: skip
+    result = {"machine": machine(), **settings, "model": model, "rows": rows}
+    write("quantisation", result, _parts(result), out)
+    return result
+
+
+def _parts(result: dict[str, Any]) -> list[Part]:
+    rows = [
+        [
+            row["name"],
+            f"{row['average_bits']:.2f}",
+            f"{row['bytes'] / 1e6:.0f} MB",
+            f"{row['nll_change']:+.2%}",
+            f"{row['kl']:.4f}",
+            "–" if row["expected_kl"] is None else f"{row['expected_kl']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "bits a weight", "weights", "ΔNLL", "KL", "KL expected of the weights", "top-1 equal", "export"]
+    lines = {
+        str(method): sorted(
+            [row["average_bits"], row["kl"]] for row in result["rows"] if row["name"].endswith(f", {method}")
+        )
+        for method in Method
+    }
+    title = f"{result['model']}, {result['rows'][0]['num_tokens']:,} held-out tokens, against fp32"
+    return [
+        Table(title, header, rows),
+        Lines("KL by size", ("bits a weight", "nats"), {k: v for k, v in lines.items() if v}),
+    ]
