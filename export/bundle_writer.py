@@ -98,6 +98,10 @@ def export_bundle(
     ensemble = _default_ensemble([member.name for member in members], mix, space)
     split_layer = _split_layer(config, members, num_tail_layers)
     stored, rest, digest = weights, members, model.digest
+    if target is not None and target.megabytes is not None and (len(members) > 1 or members[0].adapters):
+        raise ConfigError(
+            "a target of megabytes counts the base alone, and members of their own come on top; give a target of bits or KL"
+        )
     if wanted.is_calibrated and len(members) == 1:
         stored, rest, digest = _merged(weights, members[0], digest)
     with new_directory(out, MANIFEST, "a bundle") as work, ExitStack() as stack:
@@ -113,7 +117,7 @@ def export_bundle(
             "format": FORMAT,
             "name": name or out.name,
             "config": config.to_dict(),
-            "quantisation": _quantisation(work / WEIGHTS, config, wanted, quantiser),
+            "quantisation": _quantisation(work / WEIGHTS, config, wanted, quantiser, calibration),
             "split_layer": split_layer,
             "members": [
                 {"name": m.name, "kind": m.kind, "mix": by_name[m.name], "provenance": dict(m.provenance)}
@@ -190,7 +194,11 @@ def _on_part(calibration: Calibration | None, total: int) -> Callable[[], None]:
 
 
 def _quantisation(
-    path: Path, config: DecoderConfig, wanted: QuantisationConfig, quantiser: Quantiser
+    path: Path,
+    config: DecoderConfig,
+    wanted: QuantisationConfig,
+    quantiser: Quantiser,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     """What the manifest says of it."""
     layout, tensors = decoder_layout(config), stored_tensors(path)
@@ -203,12 +211,13 @@ def _quantisation(
     return {
         "bits": round(average, 2) if wanted.target else wanted.num_bits,
         "average_bits": round(average, 4),
-        "group_size": groups.pop() if len(groups) == 1 else None,
+        "group_size": (groups.pop() or None) if len(groups) == 1 else None,
         "head_bits": head.bits,
         "head_group_size": head.group_size or None,
         "method": str(wanted.method),
         "target": dataclasses.asdict(wanted.target) if wanted.target else None,
         "expected_kl": quantiser.expected or None,
+        "calibration_tokens": sum(map(len, calibration.chunks)) if calibration else None,
     }
 
 

@@ -58,7 +58,7 @@ class Parity:
     """A bundle's report. `backend` and `kv_dtype` served the members. `overhead`: bytes on disk of weights and
     graphs, divided by the bytes of the tensors in them."""
 
-    bits: int
+    bits: float  # average bits a weight where they differ
     backend: str
     kv_dtype: str
     size_bytes: int
@@ -116,7 +116,7 @@ def measure_parity(
         backend.close()
     size = sum((bundle.path / file).stat().st_size for file in bundle.model_files)
     held = _held_bytes(bundle.path / WEIGHTS)
-    return Parity(int(bundle.quantisation["bits"]), *served, size, size / held, tuple(rows))
+    return Parity(bundle.quantisation["bits"], *served, size, size / held, tuple(rows))
 
 
 def _held_bytes(path: Path) -> int:

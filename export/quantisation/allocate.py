@@ -22,6 +22,10 @@ class Choice:
     num_bytes: int
     error: float
 
+    def __add__(self, other: Choice) -> Choice:
+        """The same scheme for both."""
+        return Choice(self.scheme, self.num_bytes + other.num_bytes, self.error + other.error)
+
 
 def allocate(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict[str, Choice]:
     """One choice for each weight, at most `max_bytes` together. Raises `ConfigError` if the smallest ones are more."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...runtime.errors import ConfigError
+from ...runtime.errors import BundleError, ConfigError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.layout import decoder_layout
 from .method import Method, Target
@@ -67,6 +67,12 @@ class QuantisationConfig:
             if calibration is None:
                 raise ConfigError(f"method {self.method} and targets need calibration text, and there is none")
             check_text(calibration.chunks)
+        elif calibration is not None and self.num_bits != 8:
+            raise ConfigError(
+                f"{self.num_bits} bits with method {self.method} use no calibration text; leave it out, or give another method"
+            )
+        if self.method is Method.AWQ and all(one.source is None for one in decoder_layout(config).linears):
+            raise ConfigError("method awq scales channels of this family's layers nowhere; use search or gptq")
         if self.target is None:
             uniform(config, self.num_bits, self.group_size, self.method, None)
         else:
@@ -116,14 +122,19 @@ def _statistics(
     folder = calibration.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / f"{text_digest(digest, calibration.chunks)}.safetensors", 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        calibration.on_progress("calibrating", done, 2 * config.num_layers)
+
     if not path.is_file():
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            calibration.on_progress("calibrating", done, 2 * config.num_layers)
-
         gather(config, weights, calibration.chunks, path, advance)
-    statistics = Statistics(path)
+    try:
+        statistics = Statistics(path)
+    except BundleError:  # torn, by a machine that went down
+        path.unlink()
+        gather(config, weights, calibration.chunks, path, advance)
+        statistics = Statistics(path)
     stack.callback(statistics.close)
     return statistics

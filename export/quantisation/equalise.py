@@ -26,14 +26,19 @@ F32 = npt.NDArray[np.float32]
 def smoothing(rms: F32, group_size: int) -> F32:
     """The scales [columns] for 8 bits of channels with these root mean squares."""
     groups = rms.astype(np.float64).reshape(-1, group_size)
-    logs = 0.5 * np.log(np.maximum(groups, 1e-5))
+    logs = 0.5 * np.log(np.maximum(groups, _floor(rms)))
     return np.asarray(np.exp(logs - logs.mean(axis=1, keepdims=True)).reshape(-1), dtype=np.float32)
 
 
 def sharpening(rms: F32, alpha: float) -> F32:
     """The scales [columns] for 4 bits."""
-    logs = alpha * np.log(np.maximum(rms.astype(np.float64), 1e-5))
+    logs = alpha * np.log(np.maximum(rms.astype(np.float64), _floor(rms)))
     return np.asarray(np.exp(logs - logs.mean()), dtype=np.float32)
+
+
+def _floor(rms: F32) -> float:
+    """A channel that the text hardly uses is taken to be larger: other text may use it."""
+    return max(float(rms.mean()) / 100, 1e-30)
 
 
 def equalise(layout: Layout, weights: Mapping[str, F32], scales: Mapping[str, F32]) -> dict[str, F32]:

@@ -37,12 +37,6 @@ class Scheme:
     bits: int
     group_size: int = 0
 
-    def num_bytes(self, rows: int, columns: int) -> int:
-        """Of a weight [rows, columns] whose scales have 16 bits."""
-        if self.bits == 32:
-            return 4 * rows * columns
-        return rows * columns * self.bits // 8 + rows * (columns // self.group_size) * (2 if self.bits == 8 else 4)
-
 
 def layer_group(bits: int, columns: int, group_size: int | None) -> int:
     """Columns per group of a layer's weight: `group_size` if it is set. Otherwise 64 for 8 bits (with 32, scales are
@@ -60,6 +54,17 @@ class Quantised:
     values: U8  # [N, groups, group_size * bits / 8]; 4 bits: low nibbles come first
     scales: Floats  # [N, groups] float16 or float32
     minima: Floats | None  # of the scales' shape and type; 4 bits only
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its arrays."""
+        return sum(array.nbytes for array in (self.values, self.scales, self.minima) if array is not None)
+
+    def part(self, rows: slice) -> Quantised:
+        """Some rows of it."""
+        return Quantised(
+            self.bits, self.values[rows], self.scales[rows], None if self.minima is None else self.minima[rows]
+        )
 
 
 def check_group(name: str, columns: int, group_size: int) -> None:
@@ -80,11 +85,11 @@ def quantise(weight: F32, bits: int, group_size: int, *, name: str = "weight") -
     if bits == 4:
         groups = weight.reshape(len(weight), -1, group_size)
         low = groups.min(axis=2)
-        scales, minima = rounded(_nonzero((groups.max(axis=2) - low) / np.float32(15)), low)
+        scales, minima = rounded(nonzero((groups.max(axis=2) - low) / np.float32(15)), low)
         assert minima is not None
         return nearest(weight, scales, minima)
     groups = weight.reshape(len(weight), -1, group_size)
-    scales, _ = rounded(_nonzero(np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)))
+    scales, _ = rounded(nonzero(np.maximum(groups.max(axis=2), -groups.min(axis=2)) / np.float32(127)))
     return nearest(weight, scales, None)
 
 
@@ -132,9 +137,11 @@ def dequantise(quantised: Quantised) -> F32:
     return np.asarray(groups.reshape(len(groups), -1), dtype=np.float32)
 
 
-def _nonzero(scales: F32) -> F32:
-    """Replace scales of 0 by 1: they belong to groups of equal values, for which any scale is right."""
-    return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+def nonzero(scales: F32) -> F32:
+    """Scales of 0 belong to groups of equal values, for which each scale is right: they become the largest of the others, which
+    changes nothing in how those are stored."""
+    largest = scales.max(initial=0)
+    return np.where(scales > 0, scales, largest if largest > 0 else np.float32(1)).astype(np.float32)
 
 
 def pack_nibbles(values: U8) -> U8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ Tensor = torch.Tensor
 
 CHOICES = (Scheme(4, 128), Scheme(4, 64), Scheme(4, 32), Scheme(8, 128), Scheme(8, 64), Scheme(8, 32))
 _ALPHAS = (0.0, 0.25, 0.5, 0.75)  # of which AWQ takes the best
+_AT_ONCE = 2**23  # weights whose changes are looked at together
 _FEW_RANGES = 4  # where only errors are compared
 
 
@@ -73,8 +75,14 @@ class Quantiser:
         else:
             found = _calibrated(weight, self._moments(name), scheme, self.method, name)
         if self.statistics is not None:
-            self.expected[name] = self.expected_kl(name, dequantise(found) - weight)
+            self.expected[name] = self.cost(name, weight, found)
         return found
+
+    def cost(self, name: str, weight: F32, found: Quantised) -> float:
+        """`expected_kl` of rounding `weight`; some rows at a time, because beside them it needs a multiple of their memory."""
+        count = max(1, _AT_ONCE // weight.shape[1])
+        parts = [slice(first, first + count) for first in range(0, len(weight), count)]
+        return sum(self.expected_kl(name, dequantise(found.part(rows)) - weight[rows], rows) for rows in parts)
 
     def _moments(self, name: str) -> Tensor:
         assert self.statistics is not None
@@ -84,18 +92,18 @@ class Quantiser:
             moments = moments / torch.from_numpy(scale) / torch.from_numpy(scale)[:, None]
         return moments
 
-    def expected_kl(self, name: str, change: F32) -> float:
-        """What changing a weight by so much is expected to cost, nats a token (see `statistics`)."""
+    def expected_kl(self, name: str, change: F32, rows: slice = slice(None)) -> float:
+        """What changing some rows of a weight by so much is expected to cost, nats a token (see `statistics`)."""
         assert self.statistics is not None
         changes, found = torch.from_numpy(change), 0.0
         if name in self.statistics:
             sensitivity = torch.from_numpy(self.statistics.sensitivity(name))
             if name in self.row_scales:
                 sensitivity = sensitivity * torch.from_numpy(self.row_scales[name]).square()
-            found += 0.5 * float(((changes @ self._moments(name)) * changes).sum(1) @ sensitivity)
+            found += 0.5 * float(((changes @ self._moments(name)) * changes).sum(1) @ sensitivity[rows])
         if name == EMBEDDING:
             shares, channels = map(torch.from_numpy, self.statistics.embedding)
-            found += 0.5 * float(shares @ (changes.square() @ channels))
+            found += 0.5 * float(shares[rows] @ (changes.square() @ channels))
         return found
 
 
@@ -132,9 +140,10 @@ def planned(
     rotary tables) counts for megabytes only, with 4 bytes. `weights`: the base's, in parts. Raises `ConfigError` for a target
     that cannot be reached."""
     layout = decoder_layout(config)
-    choices = {}
+    choices: dict[str, list[Choice]] = {}
     for name, weight in _quantised_weights(layout, weights):
-        choices[name] = _choices(name, weight, method, statistics)
+        own, unit = _choices(name, weight, method, statistics), _unit(name)
+        choices[unit] = [a + b for a, b in zip(choices[unit], own, strict=True)] if unit in choices else own
         on_weight()
     shapes = layout.checkpoint_shapes()
     quantised = sum(rows * columns for rows, columns in _shapes(layout).values())
@@ -146,7 +155,7 @@ def planned(
     else:
         most = target.bits * quantised / 8 if target.bits is not None else (target.megabytes or 0) * 1e6 - others
         chosen = allocate(choices, int(most))
-    return Quantiser({name: choice.scheme for name, choice in chosen.items()}, method, statistics=statistics)
+    return Quantiser({name: chosen[_unit(name)].scheme for name in _shapes(layout)}, method, statistics=statistics)
 
 
 def choose_scales(quantiser: Quantiser, layout: Layout, weights: Mapping[str, Tensor], rms: Mapping[str, F32]) -> None:
@@ -205,19 +214,26 @@ def _calibrated(weight: F32, moments: Tensor, scheme: Scheme, method: Method, na
 
 def _choices(name: str, weight: Tensor, method: Method, statistics: Statistics) -> list[Choice]:
     """What each scheme costs; with fewer ranges than the values will be searched with, and before errors are made up for."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     judge = Quantiser({}, Method.SEARCH, statistics=statistics)
     found = []
     for scheme in CHOICES:
         if columns % scheme.group_size:
             continue
         if scheme.bits == 8 or method is Method.ROUND or name not in statistics:
-            change = dequantise(quantise(weight.numpy(), scheme.bits, scheme.group_size, name=name)) - weight.numpy()
+            rounded_weight = quantise(weight.numpy(), scheme.bits, scheme.group_size, name=name)
         else:
             importance = torch.from_numpy(statistics.moments(name)).diagonal()
-            change = affine_error(weight, *search(weight, importance, scheme.group_size, _FEW_RANGES)).numpy()
-        found.append(Choice(scheme, scheme.num_bytes(rows, columns), judge.expected_kl(name, change)))
+            scales, minima = search(weight, importance, scheme.group_size, _FEW_RANGES)
+            rounded_weight = nearest(weight.numpy(), *rounded(scales.numpy(), minima.numpy()))
+        cost = judge.cost(name, weight.numpy(), rounded_weight)
+        found.append(Choice(scheme, rounded_weight.num_bytes, cost))
     return found
+
+
+def _unit(name: str) -> str:
+    """The same for weights that have one scheme: a layer's experts, which kernels run together."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name)
 
 
 def _quantised_weights(layout: Layout, weights: Mapping[str, Tensor]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .groups import rounded
+from .groups import nonzero, rounded
 
 Tensor = torch.Tensor
 
@@ -24,22 +24,23 @@ def search(weight: Tensor, importance: Tensor, group_size: int, ranges: int = _R
     rows = max(1, _AT_ONCE // weight.shape[1])
     found = [_search(part, importance, group_size, ranges) for part in torch.split(weight, rows)]
     scales, minima = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    stored, stored_minima = rounded(scales, minima)
+    stored, stored_minima = rounded(nonzero(scales), minima)
     assert stored_minima is not None
     return torch.from_numpy(stored).float(), torch.from_numpy(stored_minima).float()
 
 
 def _search(weight: Tensor, importance: Tensor, group_size: int, ranges: int) -> tuple[Tensor, Tensor]:
     groups = weight.reshape(len(weight), -1, group_size)  # [N, groups, group_size]
-    cost = importance.reshape(-1, group_size)
-    cost = (
-        cost + cost.mean(-1, keepdim=True).clamp(min=1e-30) * 1e-3
-    )  # a column that the text does not use counts a little
+    cost = importance.reshape(-1, group_size).double()
+    mean = cost.mean(-1, keepdim=True)
+    cost = torch.where(mean > 0, cost / mean, 1.0).float() + 1e-3  # a column that the text does not use counts a little
     total = cost.sum(-1)
     mean = (groups * cost).sum(-1) / total
     centred = (groups - mean[..., None]) * cost
     low, high = groups.amin(-1), groups.amax(-1)
-    width = torch.where(high > low, high - low, torch.ones_like(low))
+    width = torch.where(
+        high > low, high - low, torch.ones_like(low)
+    )  # of a group without any spread each scale is right
     best_scale, best_minimum, most = width / 15, low, torch.full_like(low, float("-inf"))
     for step in range(ranges):
         inverse = (15 + (step - ranges // 4) * 4 / ranges) / width  # ranges of 0.9 to 1.3 times 15 steps
@@ -53,4 +54,4 @@ def _search(weight: Tensor, importance: Tensor, group_size: int, ranges: int) ->
         scale = covariance / variance.clamp(min=1e-30)
         best_scale = torch.where(better, scale, best_scale)
         best_minimum = torch.where(better, mean - scale * centre, best_minimum)
-    return best_scale, best_minimum
+    return torch.where(high > low, best_scale, torch.zeros_like(low)), best_minimum

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor
 from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.errors import BundleError, ConfigError
 from ...runtime.model.config import DecoderConfig
+from ...runtime.model.files import check_space
 from ...runtime.model.layout import Linear, decoder_layout
 from ...runtime.model.stored import read_header, read_tensor
 from ..tensor_file import TensorFile
@@ -46,14 +49,18 @@ class Statistics:
         """Raises `BundleError` for a damaged file."""
         self._path = path
         self._file = path.open("rb")
-        self._tensors = read_header(self._file, path)
+        try:
+            self._tensors = read_header(self._file, path)
+        except BundleError:
+            self._file.close()
+            raise
 
     def moments(self, name: str) -> F32:
         """E[x xᵀ] of the input [columns, columns]; of an expert, over all tokens, also those that do not run it."""
         return self._read(f"{name}.moments")
 
     def sensitivity(self, name: str) -> F32:
-        """Mean square of the loss's gradient by each output [rows]."""
+        """Mean square of the loss's gradient by each output [rows]; of an expert, over the tokens that run it."""
         return self._read(f"{name}.sensitivity")
 
     @property
@@ -96,7 +103,7 @@ def check_text(chunks: Sequence[Sequence[int]]) -> None:
 
 def text_digest(model_digest: str, chunks: Sequence[Sequence[int]]) -> str:
     """Digest of what `gather` would write: of the model, the text and the way of gathering."""
-    text = json.dumps([_VERSION, GRADIENT_TOKENS, model_digest, [list(chunk) for chunk in chunks]])
+    text = json.dumps([_VERSION, GRADIENT_TOKENS, model_digest, [[int(token) for token in chunk] for chunk in chunks]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -108,15 +115,24 @@ def gather(
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the statistics of `chunks` of token ids to the file `path`, as a whole or not at all. `on_layer` is called 2 ·
-    num_layers times. Raises `ConfigError` for too little text."""
+    num_layers times. Raises `ConfigError` for too little text, and what `check_space` raises."""
     check_text(chunks)
-    part = path.with_suffix(".part")
     layout = decoder_layout(config)
-    names = [f"{linear.name}.weight" for linear in layout.linears] + [layout.head]
-    kinds = [f"{name}.{kind}" for name in names for kind in ("moments", "sensitivity")]
+    sizes = {f"{linear.name}.weight": linear.columns for linear in layout.linears} | {layout.head: config.hidden_size}
+    check_space(
+        path, sum(4 * columns * columns for columns in sizes.values()), "the statistics of the calibration text"
+    )
+    kinds = [f"{name}.{kind}" for name in sizes for kind in ("moments", "sensitivity")]
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=path.stem[:16], suffix=".part"
+    )  # two exports may run at once
+    os.close(descriptor)
+    part = Path(name)
     try:
         with TensorFile(part, [*kinds, "embedding.shares", "embedding.sensitivity", "influence"], {}) as file:
             _Pass(config, weights, chunks, file, on_layer).run()
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -162,6 +178,14 @@ def _observed(decoder: Decoder, linears: Sequence[Linear], add: Callable[[str, T
             handle.remove()
 
 
+def _or_its_likes(name: str, found: Mapping[str, Tensor], nothing: Tensor) -> Tensor:
+    """What was found of a module; of an expert that no token runs, the mean of its layer's others."""
+    if name in found:
+        return found[name]
+    likes = [other for own, other in found.items() if own.rpartition(".")[2] == name.rpartition(".")[2]]
+    return torch.stack(likes).mean(0) if likes else nothing
+
+
 class _Pass:
     def __init__(
         self,
@@ -185,7 +209,7 @@ class _Pass:
         gradients = self._head(states)
         num_tokens = sum(map(len, self._chunks[: self._own]))
         for index in reversed(range(self._config.num_layers)):
-            gradients = self._back(index, inputs[index], gradients, num_tokens)
+            gradients = self._back(index, inputs[index], gradients)
             self._on_layer()
         shares = torch.bincount(torch.tensor([t for c in self._chunks for t in c]), minlength=self._config.vocab_size)
         squares = torch.stack([gradient.square().sum((0, 1)) for gradient in gradients]).sum(0)
@@ -213,16 +237,12 @@ class _Pass:
                         states[place] = decoder.run_layers(state, index, index + 1)
                         cosines += float(torch.cosine_similarity(state, states[place], dim=-1).sum())
                 for linear in layer.linears:
-                    self._add_moments(f"{linear.name}.weight", sums.get(linear.name), linear.columns)
+                    total = _or_its_likes(linear.name, sums, torch.zeros(linear.columns, linear.columns))
+                    self._file.add(f"{linear.name}.weight.moments", (total / self._num_tokens).numpy())
                 influence.append(1 - cosines / self._num_tokens)
                 self._on_layer()
         self._file.add("influence", np.array(influence, np.float32))
         return inputs, states
-
-    def _add_moments(self, name: str, total: Tensor | None, columns: int) -> None:
-        """An expert that no token runs has none."""
-        found = torch.zeros(columns, columns) if total is None else total / self._num_tokens
-        self._file.add(f"{name}.moments", found.numpy())
 
     def _head(self, states: list[Tensor]) -> list[Tensor]:
         """Statistics of the head, and the gradients of the loss by the last states of the chunks that the pass back has."""
@@ -251,10 +271,12 @@ class _Pass:
         self._file.add(f"{name}.sensitivity", (sensitivity * slope / num_tokens).numpy())
         return gradients
 
-    def _back(self, index: int, inputs: list[Tensor], gradients: list[Tensor], num_tokens: int) -> list[Tensor]:
+    def _back(self, index: int, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Through layer `index`: from the gradients by its outputs to those by its inputs."""
         layer = self._layout.layers[index]
-        squares = {part.name: torch.zeros(part.rows) for linear in layer.linears for part in linear.parts}
+        names = [part.name for linear in layer.linears for part in linear.parts]
+        squares: dict[str, Tensor] = {}
+        counts = dict.fromkeys(names, 0)
         outputs: dict[str, Tensor] = {}
 
         def observe(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -263,7 +285,7 @@ class _Pass:
 
             return self._decoder.get_submodule(name).register_forward_hook(hook)
 
-        handles = [observe(name) for name in squares]
+        handles = [observe(name) for name in names]
         result = []
         try:
             with self._decoder.holding(self._weights, f"model.layers.{index}"), torch.enable_grad():
@@ -273,12 +295,16 @@ class _Pass:
                     own, *found = torch.autograd.grad(last, [state, *outputs.values()], gradient)
                     result.append(own)
                     for name, rows in zip(outputs, found, strict=True):
-                        squares[name] += rows.square().reshape(-1, rows.shape[-1]).sum(0)
+                        flat = rows.reshape(-1, rows.shape[-1])
+                        found_squares = flat.square().sum(0)
+                        squares[name] = squares[name] + found_squares if name in squares else found_squares
+                        counts[name] += len(flat)
                     outputs.clear()  # experts run for some chunks only
         finally:
             for handle in handles:
                 handle.remove()
+        squares = {name: total / counts[name] for name, total in squares.items() if counts[name]}
         for linear in layer.linears:
-            whole = torch.cat([squares[part.name] for part in linear.parts]) / num_tokens
-            self._file.add(f"{linear.name}.weight.sensitivity", whole.numpy())
+            parts = [_or_its_likes(part.name, squares, torch.zeros(part.rows)) for part in linear.parts]
+            self._file.add(f"{linear.name}.weight.sensitivity", torch.cat(parts).numpy())
         return result

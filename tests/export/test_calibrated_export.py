@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import make_tail
+from helpers.models import EXPERTS, make_tail
 from motet.export.base_model import BaseModel
 from motet.export.bundle_writer import export_bundle
 from motet.export.parity import HeldOut, read_parity
 from motet.export.quantisation import calibration as calibration_module
-from motet.export.quantisation.calibration import Calibration
+from motet.export.quantisation.calibration import Calibration, QuantisationConfig
 from motet.export.quantisation.method import Method, Target
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.open import open_backend
 from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.errors import ConfigError
 from motet.runtime.model.bundle import WEIGHTS, Bundle
 from motet.runtime.model.layout import EMBEDDING, decoder_layout
@@ -94,7 +96,13 @@ def test_calibrated_methods_lose_less_at_the_same_size(tiny_model_dir, tmp_path)
     model, found = tiny_model_dir("llama"), {}
     for method in Method:
         path = export_bundle(
-            model, tmp_path / method, bits=4, group_size=32, method=method, calibration=TEXT, graphs=False
+            model,
+            tmp_path / method,
+            bits=4,
+            group_size=32,
+            method=method,
+            graphs=False,
+            calibration=None if method is Method.ROUND else TEXT,
         )
         found[method] = kl(score(path, "cpu"), page(model))
     assert found[Method.SEARCH] < found[Method.ROUND]
@@ -105,8 +113,8 @@ def test_calibrated_methods_lose_less_at_the_same_size(tiny_model_dir, tmp_path)
 def test_a_single_tail_is_quantised_as_the_base_is(tiny_model_dir, tmp_path):
     model = tiny_model_dir("llama")
     tail = make_tail(model, tmp_path / "tail", "tail", 1, 0.1)
-    options = {"tails": {"a": tail}, "graphs": False, "calibration": TEXT}
-    path = export_bundle(model, tmp_path / "b", bits=4, method=Method.GPTQ, **options)
+    options = {"tails": {"a": tail}, "graphs": False}
+    path = export_bundle(model, tmp_path / "b", bits=4, method=Method.GPTQ, calibration=TEXT, **options)
     layers = [weight for name, weight in schemes(path).items() if name.startswith("model.layers")]
     assert {weight.bits for weight in layers} == {4}
     rounded = export_bundle(model, tmp_path / "r", bits=4, **options)  # to nearest, what was trained keeps 8
@@ -170,6 +178,11 @@ def test_statistics_are_gathered_once(tiny_model_dir, tmp_path, monkeypatch):
             {"method": Method.GPTQ, "bits": 4, "calibration": Calibration([[1, 2, 3]])},
             "at least 256 tokens, this one has 3",
         ),
+        ({"bits": 4, "calibration": TEXT}, "4 bits with method round use no calibration text"),
+        (
+            {"target": Target(megabytes=0.3), "calibration": TEXT, "tails": {"a": None, "b": None}},
+            "counts the base alone",
+        ),
         ({"bits": 3}, "bits must be 4, 8 or 32, got 3"),
     ],
 )
@@ -187,3 +200,47 @@ def test_sizes_that_no_group_divides(tiny_model_dir, tmp_path):
         ConfigError, match=r"down_proj.weight: group_size 32 does not divide its 100 columns; none fits"
     ):
         export_bundle(tmp_path, tmp_path / "b", target=Target(bits=5.0), calibration=TEXT)
+
+
+def test_a_torn_cache_is_made_again(tiny_model_dir, tmp_path):
+    text, options = Calibration(CHUNKS, tmp_path / "cache"), {"bits": 4, "method": Method.SEARCH, "graphs": False}
+    first = export_bundle(tiny_model_dir("llama"), tmp_path / "a", calibration=text, **options)
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:100])
+    second = export_bundle(tiny_model_dir("llama"), tmp_path / "b", calibration=text, **options)
+    assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+
+
+def test_average_bits_are_those_of_a_small_embedding_too(tiny_model_dir, tmp_path):
+    """Its scales need 32 bits, and the plan knows."""
+    config, weights = read_config(tiny_model_dir("llama-untied")), read_weights(tiny_model_dir("llama-untied"))
+    weights[EMBEDDING] = weights[EMBEDDING] * 1e-4
+    text = ExitStack()
+    with text:
+        quantiser = QuantisationConfig(method=Method.SEARCH, target=Target(bits=5.0)).quantiser(
+            config, weights, "x", TEXT, text
+        )
+        found = quantiser(EMBEDDING, weights[EMBEDDING].numpy())
+    assert found.scales.dtype == np.float32
+    others = {name: quantiser.plan[name] for name in quantiser.plan if name != EMBEDDING}
+    layout = decoder_layout(config)
+    columns = {f"{one.name}.weight": (one.rows, one.columns) for one in layout.linears}
+    columns |= {layout.head: (config.vocab_size, config.hidden_size)}
+    bits = sum(
+        r * c * (s.bits + (16 if s.bits == 8 else 32) / s.group_size)
+        for n, s in others.items()
+        for r, c in [columns[n]]
+    )
+    count = sum(r * c for r, c in columns.values()) + weights[EMBEDDING].numel()
+    assert (8 * found.num_bytes + bits) / count <= 5.0
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts(tiny_model_dir, tmp_path, family):
+    """What their rounding is expected to cost is of the size of what it costs; those that no token runs are rounded as well."""
+    path = export_bundle(tiny_model_dir(family), tmp_path / "b", target=Target(bits=6.0), method=Method.SEARCH, calibration=TEXT,
+                         graphs=False)  # fmt: skip
+    expected = Bundle.load(path).quantisation["expected_kl"]
+    assert all(value > 0 for value in expected.values())
+    found = kl(score(path, "cpu"), page(tiny_model_dir(family)))
+    assert 0.02 * found < sum(expected.values()) < 3 * found

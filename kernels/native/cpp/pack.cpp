@@ -49,9 +49,11 @@ float common_factor(const MotetTensor& t, int64_t groups) {
     for (int64_t row = 0; row < t.rows; row++)
         for (int64_t g = 0; g < groups; g++) {
             const Affine a = affine_group(t, row, g);
+            if (!std::isfinite(a.scale) || !std::isfinite(a.minimum))
+                throw std::invalid_argument("its scales or minima hold NaN or infinity");
             largest = std::fmax(largest, std::fmax(std::fabs(a.scale), std::fabs(a.minimum)));
         }
-    if (!(largest > 0.0f) || !std::isfinite(largest)) return 1.0f;
+    if (!(largest > 0.0f)) return 1.0f;
     return std::ldexp(1.0f, std::ilogb(largest) - 13);
 }
 
