@@ -6,7 +6,6 @@ served, against fp32. Calibration never sees that text. Bundles are kept, so tha
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +69,7 @@ def run(
         path, start = work / way.name.replace(" ", "-").replace(",", ""), time.monotonic()
         is_light = way.method is Method.ROUND and way.target_bits is None
         text = heldout_token_ids(base.tokenizer, 1024, context=context, split="train") if is_light else chunks
+        calibration = Calibration(text, work / "statistics") if way.bits != 4 or not is_light else None
         export_bundle(
             base,
             path,
@@ -78,7 +78,7 @@ def run(
             bits=way.bits,
             method=way.method,
             target=None if way.target_bits is None else Target(bits=way.target_bits),
-            calibration=Calibration(text, work / "statistics"),
+            calibration=calibration,
             held_out=held_out,
         )
         (member,) = read_parity(path).members
@@ -93,7 +93,6 @@ def run(
         } | {"name": way.name}
 
     ways = _ways(targets)
-    shutil.rmtree(work / "unfinished", ignore_errors=True)
     rows = [part(work / "parts" / f"{index}.json", settings | asdict(way), lambda way=way: measured(way))  # type: ignore[misc]
             for index, way in enumerate(ways)]  # fmt: skip
     result = {"machine": machine(), **settings, "model": model, "rows": rows}
