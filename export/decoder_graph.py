@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Space
@@ -29,6 +30,7 @@ from .graph_sizes import CONFIG, GENAI, genai_graph, read_object, read_sizes
 F32 = npt.NDArray[np.float32]
 
 # Largest distance of logits, relative to their size. Graphs that round activations to 8 bits do so by what else is in a run.
+_SHORTEST = 3  # tokens of a text that is tried
 _SAME_IN_PIECES, _SAME_PADDED = 0.1, {"float32": 1e-3, "float16": 2e-2}
 
 
@@ -129,10 +131,28 @@ def _padding(graph: Path, sizes: GraphConfig) -> Padding:
         raise UnsupportedModelError(
             f"this ONNX Runtime cannot load '{graph.name}': {str(error).splitlines()[0]}; export it with operators that it has"
         ) from error
+    try:
+        return _tried(graph, session, sizes)
+    except MotetError:
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"'{graph.name}' cannot be run with the sizes of config.json: {str(error).splitlines()[0]}; correct config.json, or "
+            "export the graph again"
+        ) from error
+
+
+def _tried(graph: Path, session: ort.InferenceSession, sizes: GraphConfig) -> Padding:
+    if sizes.max_position_embeddings < _SHORTEST:
+        raise UnsupportedModelError(
+            f"a context has at least {_SHORTEST} positions, config.json says {sizes.max_position_embeddings}"
+        )
     alone = GraphRunner(session, sizes, "none")
     longest = min(24, sizes.max_position_embeddings)
     rng = np.random.default_rng(0)
-    texts = [rng.integers(0, sizes.vocab_size, max(3, longest // part)) for part in (1, 4, 2)]
+    texts = [rng.integers(0, sizes.vocab_size, max(_SHORTEST, longest // part)) for part in (1, 4, 2)]
     expected = [[_last(alone, text[:-1]), _last(alone, text)] for text in texts]
     worst = max(_distance(_in_pieces(alone, text), wanted[-1]) for text, wanted in zip(texts, expected, strict=True))
     if not worst <= _SAME_IN_PIECES:

@@ -37,6 +37,10 @@ class HealParams:
                 "healing cannot be private (epsilon), use augmented examples or accumulated batches, or train a head; leave "
                 "these out"
             )
+        if base.method == "qlora":
+            raise ConfigError(
+                "healing measures the model that it writes, and qlora trains over weights that are not those; use lora"
+            )
         if self.norms and base.method in ("full", "qlora"):
             raise ConfigError(
                 f"norms are trained with method tail or lora, got '{base.method}' (full trains them anyway)"

@@ -24,6 +24,8 @@ def ids_in(values: Mapping[str, Any], vocab_size: int) -> set[int]:
                         f"{key} is {shown(one)}, and a token id is an integer in 0…{vocab_size - 1}; correct it, or make it null"
                     )
             found.update(one for one in (value if isinstance(value, list) else [value]) if one is not None)
+        elif isinstance(value, dict) and key != "added_tokens_decoder":  # such as task_specific_params
+            found |= ids_in(value, vocab_size)
     return found
 
 
@@ -37,11 +39,13 @@ def renumbered_ids(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[st
         if key in _REFUSED:
             raise UnsupportedModelError(f"{key} names token ids, and these are not renumbered; remove the key")
         if key.endswith(_ENDINGS):
-            changed[key] = [new[one] for one in value] if isinstance(value, list) else new[value]
+            changed[key] = [new[one] for one in value if one is not None] if isinstance(value, list) else new[value]
         elif key in _FORBIDDEN:
             changed[key] = _left(key, value, new)
         elif key == "added_tokens_decoder":
             changed[key] = {str(new[_number(token_id)]): token for token_id, token in value.items()}
+        elif isinstance(value, dict):
+            changed[key] = renumbered_ids(value, new)
     return changed
 
 

@@ -7,6 +7,7 @@ if a process ended in the middle of it. What its cache has already is taken from
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -97,7 +98,7 @@ def held(model: HubModel, file: HubFile, folder: Path) -> tuple[int, Path | None
     from huggingface_hub import try_to_load_from_cache
 
     whole, part = folder / file.name, _part(folder, file)
-    if whole.is_file():
+    if whole.is_file() and whole.stat().st_size == file.size:
         return file.size, None
     cached = try_to_load_from_cache(model.source, file.name, revision=model.revision)
     if isinstance(cached, str):
@@ -119,8 +120,14 @@ def fetch_file(model: HubModel, file: HubFile, folder: Path, on_bytes: Callable[
     size, cached = held(model, file, folder)
     target, part = folder / file.name, _part(folder, file)
     if target.is_file():
-        on_bytes(size)
-        return target  # it was checked
+        try:
+            _check(model, file, target)
+        except BundleError:  # torn, by a machine that went down: fetch it again
+            target.unlink()
+            size, cached = held(model, file, folder)
+        else:
+            on_bytes(size)
+            return target
     if cached is not None:
         shutil.copyfile(cached, part)
     on_bytes(size)
@@ -131,6 +138,8 @@ def fetch_file(model: HubModel, file: HubFile, folder: Path, on_bytes: Callable[
     except BundleError:
         part.unlink()
         raise
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
     return part.replace(target)
 
 

@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise NotFoundError(f"'{path}' does not exist; a model directory has config.json and model.safetensors")
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"'{path}' is not JSON ({error}); pull the model again") from error
     if not isinstance(values, dict):
         raise BundleError(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}")

@@ -10,6 +10,7 @@ from tokenizers import processors
 from ..errors import DataError, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of a piece
+_LONGEST, _MOST_PAIRS = 2**10, 2**23
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # the pieces that stand for one byte each
 
 
@@ -19,8 +20,13 @@ def merges_by_score(scores: Mapping[str, float], ids: Mapping[str, int]) -> list
     SentencePiece merges the leftmost one of equal pairs. Two pairs that make the same piece can overlap ("ab" + "a" + "ba"),
     so the one that would stand on the left comes first here.
     """
-    found = []
+    found: list[tuple[float, int, int, bool, int, tuple[str, str]]] = []
     for piece, score in scores.items():
+        if len(piece) > _LONGEST or len(found) > _MOST_PAIRS:
+            raise DataError(
+                f"the vocabulary has a piece of {len(piece)} characters and {len(found)} pairs that make pieces so far; at most "
+                f"{_LONGEST} and {_MOST_PAIRS} are read; fetch the file again"
+            )
         for at in range(1, len(piece)):
             left, right = piece[:at], piece[at:]
             if left in scores and right in scores:

@@ -18,8 +18,8 @@ from ..errors import DataError, UnsupportedModelError, shown
 from .pieces import BYTE, BYTES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 UNIGRAM, BPE = 1, 2
-_LIMIT = 64 * 2**20  # bytes; the largest that are published have some 5 MB
-_MAX_PIECES = 2**21
+_LIMIT = 16 * 2**20  # bytes; the largest that are published have some 5 MB
+_MAX_PIECES = 2**20
 
 # Message → field → number and type. "*": repeated.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
@@ -99,6 +99,8 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         raise DataError(f"'{path}' has {size} bytes; a SentencePiece model has at most {_LIMIT}")
     try:
         found = _message_class().FromString(path.read_bytes())
+        if len(found.pieces) > _MAX_PIECES:
+            raise DataError(f"'{path}' has {len(found.pieces)} pieces; {_MAX_PIECES} is the most")
         pieces = [piece.piece.decode() for piece in found.pieces]
     except (DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"'{path}' is no SentencePiece model, or it is damaged ({error}); fetch it again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -118,18 +119,27 @@ def _hub_source(source: str, downloads: Path) -> Source:
     planned = tuple(PlannedFile(f.name, f.size, hub.held(model, f, folder)[0]) for f in files)
 
     def fetch(work: Path, progress: Progress) -> str:
-        lacking = sum(file.size - file.held for file in planned)
+        lacking = sum(_lacking(model, file, folder) for file in files)
         pickled = sum(file.size for file in files if file.name.endswith(".bin"))
         check_space(downloads, lacking + pickled, f"'{source}' from the hub")
         folder.mkdir(parents=True, exist_ok=True)
         task = progress.add_task(f"fetching {source}", total=sum(file.size for file in files))
-        for file in files:
-            hub.fetch_file(model, file, folder, lambda size: progress.advance(task, size))
-        _copy_model(folder, work, progress, _link)
+        with downloads.with_name(f"{downloads.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another pull of the same files waits
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                hub.fetch_file(model, file, folder, lambda size: progress.advance(task, size))
+            _copy_model(folder, work, progress, _link)
         return model.revision
 
     where = f"the hub, '{source}', revision {model.revision}"
     return Source(source, source, model.revision, where, planned, fetch)
+
+
+def _lacking(model: hub.HubModel, file: hub.HubFile, folder: Path) -> int:
+    """Bytes that have to be written for it: what the client's cache has is copied."""
+    size, cached = hub.held(model, file, folder)
+    return file.size - size if cached is None else file.size
 
 
 def _chosen(model: hub.HubModel) -> list[hub.HubFile]:

@@ -122,7 +122,8 @@ def pull(
         files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
         values = {"format": FORMAT, "source": found.origin, "content": content, "files": files}
         (work / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
-    shutil.rmtree(_downloads(found.origin), ignore_errors=True)
+    if not Path(found.origin).is_absolute():  # a path and a hub's model may have the same name there
+        shutil.rmtree(_downloads(found.origin), ignore_errors=True)
     on_status(f"{target.name}: fetched again: {reason}" if reason else f"{target.name}: fetched")
     return target
 

@@ -107,8 +107,9 @@ class TokenizerSettings:
 
     def add(self, tokenizer: Tokenizer, tokens: Mapping[int, AddedToken]) -> None:
         """Give the tokenizer its added tokens. Raises `DataError` for ids with gaps, and texts with two ids."""
-        for index, token in sorted(tokens.items()):
-            tokenizer.add_tokens([token])
+        ordered = sorted(tokens.items())
+        tokenizer.add_tokens([token for _, token in ordered])  # together: one by one takes the square of their number
+        for index, token in ordered:
             found = tokenizer.token_to_id(token.content)
             if found != index:
                 raise DataError(
@@ -119,6 +120,11 @@ class TokenizerSettings:
     def write(self, tokenizer: Tokenizer, names: Mapping[str, str | None], out: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `out`. `names`: of `special`. Raises `DataError` for
         special tokens that are no tokens."""
+        if self.config.get("extra_special_tokens"):
+            raise UnsupportedModelError(
+                f"'{self.directory}' has extra_special_tokens={shown(self.config['extra_special_tokens'])}, which is not read; "
+                "write them as additional_special_tokens"
+            )
         listed = self.config.get("additional_special_tokens", self.mapped.get("additional_special_tokens")) or []
         if not isinstance(listed, list):
             raise DataError(f"'{self.directory}' has additional_special_tokens={shown(listed)}; it must be a list")

@@ -11,6 +11,7 @@ from ..api.config import check_keys
 from ..errors import ConfigError, shown
 
 Padding = Literal["none", "left", "right"]
+_MOST_LAYERS = 2**12  # each has names of its own
 _SIZES = ("vocab_size", "num_layers", "num_kv_heads", "head_size", "max_position_embeddings")
 
 
@@ -28,8 +29,9 @@ class GraphConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ConfigError(f"{name} must be an integer in 1…{2**31 - 1}, got {shown(value)}")
+            most = _MOST_LAYERS if name == "num_layers" else 2**31 - 1
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{name} must be an integer in 1…{most}, got {shown(value)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GraphConfig:

@@ -226,3 +226,15 @@ def test_a_log_has_lines(hub, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert "fetching a/model: 100 %" in lines and all(" %" in line for line in lines)
     assert lines == list(dict.fromkeys(lines)) and "copying" in lines[-1]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_a_torn_file_under_its_final_name_is_fetched_again(hub, tiny_model_dir, name):
+    """As a machine leaves it that went down after the rename."""
+    whole = (tiny_model_dir("llama") / name).read_bytes()
+    for content in (whole[: len(whole) // 2], b"x" * len(whole)):
+        folder = store.models_dir().parent / "downloads" / "a--model" / ("a" * 40)
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        path, _ = pulled(force=True)
+        assert (path / name).read_bytes() == whole

@@ -31,6 +31,7 @@ from motet.runtime.errors import (
     UnsupportedModelError,
 )
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.decoder_graph import GraphConfig
 from typer.testing import CliRunner
 
 CONFIG = EngineConfig(backend="onnx", max_num_seqs=4, max_model_len=256, prefill_chunk=16, threads=2)
@@ -458,3 +459,9 @@ def test_a_bundle_reads_nothing_outside_of_it(bundle, tmp_path, location):
     (copy / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(MotetError, match="ONNX Runtime cannot load"):
         open_backend(Bundle.load(copy, verify=False), CONFIG)
+
+
+def test_a_number_of_layers_that_no_graph_has():
+    """Each layer has names; asked before they are made."""
+    with pytest.raises(ConfigError, match="num_layers must be an integer in 1…4096, got 2147483647"):
+        GraphConfig(10, 2**31 - 1, 1, 1, 8)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from motet.export.prune.params import PruneParams
 from motet.export.prune.path import Paths
 from motet.export.prune.prune import prune
+from motet.export.prune.token_ids import ids_in, renumbered_ids
 from motet.export.prune.vocabulary import trim
 from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import eos_token_ids, read_config
@@ -286,3 +287,12 @@ def test_the_real_tokenizer(real_model_dir, tmp_path):
         ids = after.encode(text).ids
         assert [kept[token_id] for token_id in ids] == tokenizer.encode(text).ids
         assert after.decode(ids, skip_special_tokens=False) == text
+
+
+def test_ids_in_nested_settings_and_in_lists_with_gaps():
+    values = {"eos_token_id": [2, None], "task_specific_params": {"chat": {"eos_token_id": 2, "max_length": 2}}}
+    assert ids_in(values, 10) == {2}
+    assert renumbered_ids(values, {2: 0}) == {
+        "eos_token_id": [0],
+        "task_specific_params": {"chat": {"eos_token_id": 0, "max_length": 2}},
+    }

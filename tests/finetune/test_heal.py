@@ -214,3 +214,8 @@ def test_the_command(pruned, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0
     assert "healed" in capsys.readouterr().out
     assert read_config(tmp_path / "out") == read_config(small)
+
+
+def test_what_heals_writes_what_it_measures():
+    with pytest.raises(ConfigError, match="use lora"):
+        HealParams(base=TuneParams(method="qlora"))
