@@ -11,7 +11,7 @@ from typing import Any
 
 from ...runtime.checkpoints.huggingface import read_json
 from ...runtime.checkpoints.rewrite import copy_texts
-from ...runtime.errors import BundleError, ConfigError, DataError
+from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.text.tokenizer import Tokenizer
 from .corpus import corpus_texts, template_texts
@@ -49,6 +49,11 @@ def trimmed_vocabulary(model_dir: Path, config: DecoderConfig, corpus: Sequence[
     if not any(corpus_texts(corpus)):
         raise DataError("the corpus is empty, so no token is used; give text")
     found = {name: read_json(model_dir / name) for name in _SETTINGS if (model_dir / name).is_file()}
+    if found.get("tokenizer_config.json", {}).get("split_special_tokens"):
+        raise UnsupportedModelError(
+            "tokenizer_config.json has split_special_tokens=true, and the vocabulary is trimmed for texts whose special "
+            "tokens are whole; remove the key"
+        )
     needed: set[int] = set()
     for values in (read_json(model_dir / "config.json"), *found.values()):
         needed |= ids_in(values, config.vocab_size)

@@ -37,10 +37,12 @@ def write_sentencepiece(directory: Path, out: Path) -> None:
     names = settings.special({"unk_token": unknown, **usual})
     declared, mentions = settings.added(model.pieces), settings.template
     added, symbols = {}, []
+    # An added token cuts the text before it is normalised. Where that adds or removes spaces, the parts would get other ids.
+    is_whole = model.add_dummy_prefix or model.remove_extra_whitespaces
     for index, (piece, kind) in enumerate(zip(model.pieces, model.types)):
         if kind in (CONTROL, UNKNOWN):
             added[index] = AddedToken(piece, normalized=False, special=True)
-        elif kind == USER_DEFINED and piece in mentions:
+        elif kind == USER_DEFINED and piece in mentions and not is_whole:
             added[index] = AddedToken(piece, normalized=False, special=False)
         elif kind == USER_DEFINED and index not in declared:
             symbols.append(piece)

@@ -269,6 +269,20 @@ def test_unigram_symbols_are_refused(tmp_path):
         converted(tmp_path, train(model_type="unigram", vocab_size=300, user_defined_symbols=["<user>"]))
 
 
+@pytest.mark.slow
+def test_pieces_that_a_template_mentions_are_sentencepieces(tmp_path):
+    """Spaces in front of and around them are as SentencePiece has them, wherever the template stands."""
+    model = train(model_type="bpe", user_defined_symbols=["\n", "[X]"])
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    template = "{% for message in messages %}[X]\n{{ message['content'] }}{% endfor %}"
+    tokenizer = converted(tmp_path / "m", model, tokenizer_config={"chat_template": template})
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "chat_template.jinja").write_text(template)
+    for own in (tokenizer, converted(tmp_path / "n", model)):
+        for text in ("a\nhe", "a [X] he", "[X]", "  a  [X]\n he"):
+            assert own.encode(text, add_special_tokens=False).ids == reference.encode(text), text
+
+
 def test_a_pulled_directory_has_a_tokenizer_json(tmp_path, tiny_model_dir, llama, monkeypatch):
     """Made of tokenizer.model; a change of what it was made of is seen. One that is there already is kept."""
     monkeypatch.setenv("MOTET_HOME", str(tmp_path / "home"))

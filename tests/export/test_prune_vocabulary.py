@@ -257,6 +257,11 @@ def test_settings_that_are_refused(tmp_path, corpus):
     (model / "generation_config.json").write_text(json.dumps({"sequence_bias": [[[1], 2.0]]}))
     with pytest.raises(UnsupportedModelError, match="sequence_bias"):
         prune(model, tmp_path / "out", PruneParams(), vocabulary=[corpus])
+    (model / "generation_config.json").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"split_special_tokens": True}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedModelError, match="split_special_tokens=true"):
+        prune(model, tmp_path / "out", PruneParams(), vocabulary=[corpus])
 
 
 def test_corpora_that_are_refused(tiny_model_dir, tmp_path, corpus):
