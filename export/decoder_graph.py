@@ -25,7 +25,7 @@ from ..runtime.model.members import MemberKind
 from ..runtime.text.tokenizer import Tokenizer
 from .bundle_writer import COPIED
 from .graph_file import data_files
-from .graph_sizes import CONFIG, GENAI, genai_graph, read_object, read_sizes
+from .graph_sizes import CONFIG, GENAI, genai_graph, read_settings, read_sizes
 
 F32 = npt.NDArray[np.float32]
 
@@ -110,7 +110,7 @@ def _ends(folder: Path, tokenizer_eos: int | None, vocab_size: int) -> list[int]
     """The ids that end an answer."""
     found = list(eos_token_ids(folder, tokenizer_eos, vocab_size))
     if (folder / GENAI).is_file():
-        own = read_object(folder / GENAI)["model"].get("eos_token_id")
+        own = read_settings(folder / GENAI)["model"].get("eos_token_id")
         found += own if isinstance(own, list) else [] if own is None else [own]
     for token_id in found:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:

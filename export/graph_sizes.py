@@ -3,13 +3,13 @@ graph."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import BundleError, NotFoundError, UnsupportedModelError, shown
 from ..runtime.model.decoder_graph import GraphConfig
+from ..runtime.model.files import read_object
 
 CONFIG, GENAI = "config.json", "genai_config.json"
 # The names that families have for a size.
@@ -41,15 +41,9 @@ _GENAI_NAMES = {
 }
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Raises `BundleError` for a file that is no JSON object."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"'{path}' is not JSON ({error}); export the graph again") from error
-    if not isinstance(values, dict):
-        raise BundleError(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}")
-    return values
+def read_settings(path: Path) -> dict[str, Any]:
+    """What config.json or genai_config.json says. Raises `BundleError` for a file that is no JSON object."""
+    return read_object(path, "export the graph again")
 
 
 def read_sizes(folder: Path) -> GraphConfig:
@@ -57,9 +51,9 @@ def read_sizes(folder: Path) -> GraphConfig:
     damaged one, `UnsupportedModelError` for a size that is missing and for settings that a decoder alone does not have."""
     found = {}
     if (folder / CONFIG).is_file():
-        found[CONFIG] = _sizes(read_object(folder / CONFIG), folder / CONFIG)
+        found[CONFIG] = _sizes(read_settings(folder / CONFIG), folder / CONFIG)
     if (folder / GENAI).is_file():
-        found[GENAI] = _genai_sizes(read_object(folder / GENAI), folder / GENAI)
+        found[GENAI] = _genai_sizes(read_settings(folder / GENAI), folder / GENAI)
     if not found:
         raise NotFoundError(
             f"'{folder}' has neither {CONFIG} nor {GENAI}, which a graph's sizes are read from; copy it there"
@@ -73,7 +67,7 @@ def read_sizes(folder: Path) -> GraphConfig:
 
 def genai_graph(path: Path) -> str:
     """The graph that a genai_config.json names. Raises `BundleError` or `UnsupportedModelError`."""
-    decoder = _decoder(read_object(path), path)
+    decoder = _decoder(read_settings(path), path)
     name = decoder.get("filename")
     if not isinstance(name, str) or Path(name).name != name:
         raise UnsupportedModelError(f"'{path}' names the graph {shown(name)}; it must be a file beside it")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.errors import BundleError, ConfigError, NotFoundError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.files import read_object
 from .members import MemberWeights
 
 F32 = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ def read_parity(bundle: Path) -> Parity:
     if not path.is_file():
         raise NotFoundError(f"the bundle at '{bundle}' was not measured; export it again without --no-parity")
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values = read_object(path, "export the bundle again")
         return Parity(**{**values, "members": tuple(MemberParity(**member) for member in values["members"])})
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); export the bundle again") from error

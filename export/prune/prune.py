@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_config, read_json
-from ...runtime.checkpoints.pruned import FORMAT, RECORD, Origin, earlier_origins
+from ...runtime.checkpoints.pruned import FORMAT, MEMBERS, RECORD, Origin, check_output, earlier_origins
 from ...runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
 from ...runtime.errors import ConfigError, DataError
 from ...runtime.model.config import DecoderConfig
-from ...runtime.model.files import check_replaceable, new_directory
+from ...runtime.model.files import new_directory
 from ...runtime.model.layout import decoder_layout
 from ...runtime.text.tokenizer import Tokenizer
 from .config_json import check_describable, check_kept, pruned_config
@@ -24,8 +24,6 @@ from .members import PrunedMember, read_members
 from .params import PruneParams
 from .trimmed import TrimmedVocabulary, trimmed_vocabulary
 from .widths import check_widths, importances, most_important
-
-MEMBERS = "members"  # the folder of the rewritten members, in the pruned model's
 
 
 def prune(
@@ -51,7 +49,7 @@ def prune(
     config = read_config(model_dir)
     members = read_members(model_dir, config, tails or {}, loras or {})
     check_apart(out, model_dir, *vocabulary, *(member.path for member in members))
-    _check_replaceable(out)
+    check_output(out, healed=False)
     _check_early(config, params, chunks, members)
     trimmed = trimmed_vocabulary(model_dir, config, vocabulary) if vocabulary else None
     with open_weights(model_dir) as weights:
@@ -110,17 +108,6 @@ def write_pruned(
         for member in members:
             member.write(work / MEMBERS / member.name, config, cut, base)
     return record
-
-
-def _check_replaceable(out: Path) -> None:
-    """Raises `ConfigError` unless `out` is new or holds only what `prune` has written."""
-    check_replaceable(out, RECORD, "a pruned model")
-    if not (out / RECORD).is_file():
-        return
-    if "healed" in read_json(out / RECORD):
-        raise ConfigError(f"'{out}' is a healed model; give another directory, or delete that one")
-    if (out / MEMBERS).is_dir():
-        raise ConfigError(f"'{out / MEMBERS}' has members; give another directory, or delete that one")
 
 
 def check_apart(out: Path, *sources: Path) -> None:

@@ -63,8 +63,9 @@ class Quantiser:
     def of_member(self, name: str, weight: F32) -> Quantised:
         """A weight that a member has of its own: at least 8 bits, because rounding to fewer would undo what fine-tuning did."""
         scheme = self.plan[name]
-        if scheme.bits < 8:
-            scheme = Scheme(8, layer_group(8, weight.shape[1], self.group_size))
+        if scheme.bits < 8:  # a layer's experts have groups of one size, whoever's they are
+            group = layer_group(8, weight.shape[1], self.group_size) if _unit(name) == name else scheme.group_size
+            scheme = Scheme(8, group)
         return quantise(weight, scheme.bits, scheme.group_size, name=name)
 
     def __call__(self, name: str, weight: F32) -> Quantised:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ...runtime.api.request import Space
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, NotFoundError
+from ...runtime.model.files import read_object
 
 FUSION = "fusion.json"
 
@@ -34,7 +34,7 @@ def read_fusion(directory: Path) -> Fusion:
     if not path.is_file():
         raise NotFoundError(f"there is no fusion at '{directory}' ({FUSION} is missing); `motet fuse` makes one")
     try:
-        values = json.loads(path.read_bytes())
+        values = read_object(path, "run `motet fuse` again")
         members = {name: Path(place) if place else None for name, place in values["members"].items()}
         weights, base = values["weights"], values["base"]["digest"]
         fusion = Fusion(members, values["mix"], Space(values["space"]), base, values["chosen_by"])

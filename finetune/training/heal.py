@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_json
 from ...runtime.checkpoints.overlay import Overlay
-from ...runtime.checkpoints.pruned import RECORD, Origin, read_record
+from ...runtime.checkpoints.pruned import RECORD, Origin, check_output, read_record
 from ...runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
 from ...runtime.errors import ConfigError
-from ...runtime.model.files import check_replaceable, new_directory
+from ...runtime.model.files import new_directory
 from ...runtime.model.layout import decoder_layout
 from ..data.batches import Item, TrainBatch, make_batch
 from ..data.example import Split
@@ -137,7 +137,7 @@ def heal(
         if source.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"'{out}' holds '{source}', and would replace it; choose another directory")
     if not as_member:
-        check_replaceable(out, RECORD, _WHAT)
+        check_output(out, healed=True)
     teacher = Teacher(teacher_dir, bench.model_dir, bench.cache)
     tuned = params.base.fitted(bench.config.max_position_embeddings)
     parts, report = _load(bench, replace(params, base=tuned), teacher, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from ..errors import BundleError, MotetError, NotFoundError, UnsupportedModelError
 from ..model.config import DecoderConfig
 from ..model.families import FAMILIES, decoder_config
-from ..model.files import file_digest
+from ..model.files import file_digest, read_object
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from ..model.stored import StoredTensor, read_bytes, read_header
 from .fused import split_rows
@@ -29,13 +28,7 @@ SHARDS = "model.safetensors.index.json"
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(f"'{path}' does not exist; a model directory has config.json and model.safetensors")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"'{path}' is not JSON ({error}); pull the model again") from error
-    if not isinstance(values, dict):
-        raise BundleError(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}")
-    return values
+    return read_object(path, "pull the model again")
 
 
 def read_config(model_dir: Path) -> DecoderConfig:

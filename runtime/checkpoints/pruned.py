@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError, NotFoundError
+from ..errors import BundleError, ConfigError, NotFoundError
+from ..model.files import check_replaceable, read_object
 
 RECORD = "motet-prune.json"
+MEMBERS = "members"  # the folder of what is left of an ensemble's members
 FORMAT = 1
 
 
@@ -37,6 +39,20 @@ class Origin:
             "digest": self.digest,
             "tokens": None if self.tokens is None else list(self.tokens),
         }
+
+
+def check_output(out: Path, *, healed: bool) -> None:
+    """Raises `ConfigError` unless `out` is new or a pruned model, or a healed one, that can be made again: without members, which
+    would be lost."""
+    check_replaceable(out, RECORD, "a pruned model")
+    if not out.exists():
+        return
+    if healed != ("healed" in read_object(out / RECORD, "delete that directory")):
+        raise ConfigError(
+            f"'{out}' is {'a pruned model that is not healed' if healed else 'a healed model'}; choose another directory"
+        )
+    if (out / MEMBERS).is_dir():
+        raise ConfigError(f"'{out / MEMBERS}' has members, which would be lost; choose another directory")
 
 
 def is_pruned(model_dir: Path) -> bool:

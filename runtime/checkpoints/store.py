@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 
-from ..errors import ConfigError, NotFoundError, UnavailableError
-from ..model.files import file_digest, new_directory, size_text
+from ..errors import BundleError, ConfigError, NotFoundError, UnavailableError
+from ..model.files import file_digest, new_directory, read_object, size_text
 from .huggingface import read_config
 from .progress import LineProgress
 from .sources import PlannedFile, Source, locate
@@ -167,9 +167,8 @@ def _reason(target: Path, found: Source) -> str | None:
 def _manifest(model_dir: Path) -> dict[str, Any]:
     """What a pull has recorded; empty if it cannot be read."""
     try:
-        values = json.loads((model_dir / MANIFEST).read_bytes())
-        return values if isinstance(values, dict) else {}
-    except (OSError, ValueError):
+        return read_object(model_dir / MANIFEST, "pull the model again")
+    except (OSError, BundleError):
         return {}
 
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from ..errors import DataError, UnsupportedModelError
 from .gguf_tokenizer import LLAMA3_WORDS
 from .pieces import merges_by_score
-from .tokenizer_settings import TOKENIZER_MODEL, TokenizerSettings, read_object
+from .tokenizer_settings import TOKENIZER_MODEL, TokenizerSettings, read_settings
 
 _LIMIT = 16 * 2**20  # bytes; Llama 3's has 2.2 MB
 _LONGEST = 512  # bytes of a token; Llama 3's longest has 128
@@ -45,7 +45,7 @@ def write_tiktoken(directory: Path, out: Path) -> None:
     Raises `DataError` for damaged files or files that contradict each other, and `UnsupportedModelError` for another model's.
     """
     path, settings = directory / TOKENIZER_MODEL, TokenizerSettings.read(directory)
-    config = read_object(directory / "config.json")
+    config = read_settings(directory / "config.json")
     settings.check_class(_CLASSES)
     ranked = _read(path)
     if len(ranked) != _TOKENS or config.get("model_type") != "llama":

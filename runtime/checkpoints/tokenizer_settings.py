@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import DataError, UnsupportedModelError, shown
+from ..model.files import read_object
 from .pieces import around
 
 TOKENIZER_MODEL = "tokenizer.model"  # the file that the tokenizer is made of
@@ -20,17 +21,9 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no file. Raises `DataError`."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"'{path}' is not JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise DataError(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}")
-    return values
+    return read_object(path, "fetch it again", DataError) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class TokenizerSettings:
     @classmethod
     def read(cls, directory: Path) -> TokenizerSettings:
         """Raises `DataError` for a file that is no JSON object."""
-        return cls(directory, *(read_object(directory / name) for name in REWRITTEN))
+        return cls(directory, *(read_settings(directory / name) for name in REWRITTEN))
 
     @property
     def template(self) -> str:

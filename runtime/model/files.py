@@ -1,17 +1,19 @@
-"""Files and directories on disk: digests, and replacing a directory as a whole."""
+"""Files and directories on disk: digests, JSON objects, and replacing a directory as a whole."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import ConfigError, UnavailableError
+from ..errors import BundleError, ConfigError, MotetError, UnavailableError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -20,6 +22,17 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(path: Path, remedy: str, error: type[MotetError] = BundleError) -> dict[str, Any]:
+    """The JSON object in a file. Raises `error`, which says the `remedy`, for a file that holds something else, however deep."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as problem:
+        raise error(f"'{path}' is not JSON ({problem}); {remedy}") from problem
+    if not isinstance(values, dict):
+        raise error(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}; {remedy}")
+    return values
 
 
 def check_replaceable(out: Path, marker: str, what: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..api.sampling import SamplingParams
 from ..errors import BundleError, InvalidRequestError, UnsupportedModelError
+from .files import read_object
 
 _NAMES = {
     "temperature": "temperature",
@@ -45,12 +44,7 @@ def recommended_sampling(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"'{path}' is not JSON: {error}") from error
-    if not isinstance(values, Mapping):
-        raise BundleError(f"'{path}' must be an object, got {type(values).__name__}")
+    values = read_object(path, "pull or export the model again")
     unknown = [name for name, value in values.items() if name not in {*_NAMES, *_OTHERS} and not _is_off(name, value)]
     if unknown:
         raise UnsupportedModelError(

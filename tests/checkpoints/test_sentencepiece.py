@@ -7,10 +7,10 @@ import io
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import sentencepiece
+from helpers import texts
 from motet.runtime.checkpoints.sentencepiece_tokenizer import write_sentencepiece
 from motet.runtime.checkpoints.store import pull
 from motet.runtime.errors import DataError, MotetError, NotFoundError, UnsupportedModelError
@@ -18,31 +18,9 @@ from motet.runtime.text.tokenizer import Tokenizer as ServedTokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).parents[2]
-DOCS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 TEXTS = [
+    *texts.TEXTS,
     *(
-        "Hello  world",
-        " leading",
-        "   three",
-        "trailing  ",
-        "",
-        " ",
-        "   ",
-        "a\nb\n\nc",
-        "tab\tand 12345.67",
-        "\r\n\x00\x01\x7f",
-    ),
-    *(
-        "naïve Straße Ωmega 日本語 😀👍🏽",
-        "e\u0301 \u00a0\u3000\u200bx",
-        "don't we'll I'VE",
-        "x" * 40,
-        "ab" * 30,
-        "a" * 33,
-    ),
-    *(
-        "def f(x):\n    return x ** 2\n",
         "<0x41> a<0x0A>b <0xZZ>",
         "▁ ▁▁a ▁",
         "ab<user>cd <user> <user><user",
@@ -61,8 +39,8 @@ def random_texts(count):
     for _ in range(count):
         parts = []
         for _ in range(draw.randint(1, 6)):
-            at = draw.randrange(len(DOCS))
-            parts += [DOCS[at : at + draw.randint(0, 40)], draw.choice(strange)]
+            at = draw.randrange(len(texts.DOCS))
+            parts += [texts.DOCS[at : at + draw.randint(0, 40)], draw.choice(strange)]
         found.append("".join(parts))
     return found
 
@@ -71,7 +49,11 @@ def train(**options):
     model = io.BytesIO()
     options = {"vocab_size": 1200, "normalization_rule_name": "identity", "character_coverage": 0.999, **options}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(DOCS.splitlines()), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
+        sentence_iterator=iter(texts.DOCS.splitlines()),
+        model_writer=model,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
     )
     return model.getvalue()
 

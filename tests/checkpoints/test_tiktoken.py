@@ -7,43 +7,19 @@ import itertools
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import tiktoken
+from helpers import texts
 from motet.runtime.checkpoints.store import pull
 from motet.runtime.checkpoints.tiktoken_tokenizer import is_tiktoken, write_tiktoken
 from motet.runtime.errors import DataError, MotetError, UnsupportedModelError
 from motet.runtime.text.tokenizer import Tokenizer as ServedTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-ROOT = Path(__file__).parents[2]
-DOCS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-DOCS = DOCS.replace("<|", "< |")  # texts of special tokens are another matter
+DOCS = texts.DOCS.replace("<|", "< |")  # texts of special tokens are another matter
 # As Llama 3's reference code has it.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEXTS = [
-    *(
-        "Hello  world",
-        " leading",
-        "   three",
-        "trailing  ",
-        "",
-        " ",
-        "a\nb\n\n c",
-        "tab\tand 12345.67",
-        "\r\n\x00\x01\x7f",
-    ),
-    *(
-        "naïve Straße Ωmega 日本語 😀👍🏽",
-        "e\u0301 \u00a0\u3000\u200bx",
-        "don't we'll I'VE",
-        "x" * 40,
-        "aaaaaaabababab",
-        "\n\n\n  x",
-    ),
-    "def f(x):\n    return x ** 2\n",
-]
 
 
 def train(size):
@@ -93,7 +69,7 @@ def test_ids_are_tiktokens(llama3, tmp_path):
     served = ServedTokenizer.from_dir(tmp_path)
     draw = random.Random(2)
     places = [draw.randrange(len(DOCS)) for _ in range(300)]
-    for text in [*TEXTS, *(DOCS[at : at + draw.randint(1, 200)] for at in places)]:
+    for text in [*texts.TEXTS, *(DOCS[at : at + draw.randint(1, 200)] for at in places)]:
         expected = reference.encode_ordinary(text)
         assert served.encode(text) == [128_000, *expected], text
         assert served.decode(expected) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_config, read_weights
 from motet.runtime.checkpoints.members.adapter import read_adapter
 from motet.runtime.checkpoints.members.registry import format_at
-from motet.runtime.checkpoints.pruned import origins_of, read_record
+from motet.runtime.checkpoints.pruned import RECORD, check_output, origins_of, read_record
 from motet.runtime.errors import BundleError, ConfigError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
 
@@ -165,3 +166,20 @@ def test_tensors_of_an_adapter_have_the_new_numbers(members, tmp_path):
     tensors = read_adapter(tmp_path / "out" / "members" / "x", read_config(tmp_path / "out"))[1]
     left = [index for index, layer in enumerate(record["layers"]["kept"]) if layer >= 2]
     assert sorted({int(name.split(".")[2]) for name in tensors}) == left
+
+
+def test_members_and_healed_models_are_not_replaced(members, tmp_path):
+    model, tail, _ = members
+    out, params = tmp_path / "out", PruneParams(layers=1)
+    prune(model, out, params, chunks=CHUNKS)
+    prune(model, out, params, chunks=CHUNKS, tails={"t": tail})  # nothing is lost
+    with pytest.raises(ConfigError, match="has members, which would be lost"):
+        prune(model, out, params, chunks=CHUNKS, tails={"t": tail})
+    shutil.rmtree(out / "members")
+    with pytest.raises(ConfigError, match="a pruned model that is not healed"):
+        check_output(out, healed=True)
+    record = json.loads((out / RECORD).read_text()) | {"healed": {}}
+    (out / RECORD).write_text(json.dumps(record))
+    check_output(out, healed=True)
+    with pytest.raises(ConfigError, match="is a healed model"):
+        prune(model, out, params, chunks=CHUNKS)

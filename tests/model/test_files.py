@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from motet.runtime.errors import ConfigError
+from motet.runtime.errors import ConfigError, DataError
 from motet.runtime.model import files
 
 OLD, NEW = "old content", "new content"
@@ -119,3 +119,10 @@ def current_umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "null", "[" * 200_000])
+def test_files_that_hold_no_json_object(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError, match=r"x\.json' (is not JSON|must hold a JSON object).*; fetch it again"):
+        files.read_object(tmp_path / "x.json", "fetch it again", DataError)

@@ -135,5 +135,5 @@ class MemberFormat:
     def _reading(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise BundleError(f"the {self.kind} at '{path}' is damaged ({error!r}); tune it again") from error
