@@ -17,6 +17,7 @@ from ..export.parity import HeldOut, read_parity
 from ..export.quantisation.calibration import Calibration
 from ..export.quantisation.method import Method, Target
 from ..finetune.data.dataset import heldout_token_ids
+from ..finetune.search.fusion import weights_digest
 from ..pages import Lines, Part, Table
 from ..runtime.checkpoints.store import resolve_model
 from ..runtime.model.bundle import WEIGHTS, Bundle
@@ -60,7 +61,7 @@ def run(
     loras = {} if lora is None else {"merged": lora}
     settings = {
         "model": base.digest,
-        "lora": lora and lora.name,
+        "lora": None if lora is None else weights_digest(lora),
         "tokens": num_tokens,
         "calibration": calibration_tokens,
     }

@@ -29,8 +29,8 @@ from .graph_sizes import CONFIG, GENAI, genai_graph, read_settings, read_sizes
 
 F32 = npt.NDArray[np.float32]
 
-# Largest distance of logits, relative to their size. Graphs that round activations to 8 bits do so by what else is in a run.
 _SHORTEST = 3  # tokens of a text that is tried
+# Largest distance of logits, relative to their size. Graphs that round activations to 8 bits do so by what else is in a run.
 _SAME_IN_PIECES, _SAME_PADDED = 0.1, {"float32": 1e-3, "float16": 2e-2}
 
 
@@ -129,25 +129,30 @@ def _padding(graph: Path, sizes: GraphConfig) -> Padding:
         raise
     except Exception as error:  # ONNX Runtime raises many types, all from its C++ side
         raise UnsupportedModelError(
-            f"this ONNX Runtime cannot load '{graph.name}': {str(error).splitlines()[0]}; export it with operators that it has"
+            f"this ONNX Runtime cannot load '{graph.name}': {_said(error)}; export it with operators that it has"
         ) from error
     try:
         return _tried(graph, session, sizes)
     except MotetError:
         raise
     except Exception as error:
-        if "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         raise UnsupportedModelError(
-            f"'{graph.name}' cannot be run with the sizes of config.json: {str(error).splitlines()[0]}; correct config.json, or "
-            "export the graph again"
+            f"'{graph.name}' cannot be run with the sizes of {CONFIG} or {GENAI}: {_said(error)}; correct these, or export the "
+            "graph again"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """The first line of what an error says; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _tried(graph: Path, session: ort.InferenceSession, sizes: GraphConfig) -> Padding:
     if sizes.max_position_embeddings < _SHORTEST:
         raise UnsupportedModelError(
-            f"a context has at least {_SHORTEST} positions, config.json says {sizes.max_position_embeddings}"
+            f"a context has at least {_SHORTEST} positions, {CONFIG} or {GENAI} says {sizes.max_position_embeddings}"
         )
     alone = GraphRunner(session, sizes, "none")
     longest = min(24, sizes.max_position_embeddings)

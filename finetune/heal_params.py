@@ -41,7 +41,5 @@ class HealParams:
             raise ConfigError(
                 "healing measures the model that it writes, and qlora trains over weights that are not those; use lora"
             )
-        if self.norms and base.method in ("full", "qlora"):
-            raise ConfigError(
-                f"norms are trained with method tail or lora, got '{base.method}' (full trains them anyway)"
-            )
+        if self.norms and base.method == "full":
+            raise ConfigError("norms are trained with method tail or lora; full trains them anyway")

@@ -29,7 +29,7 @@ def ids_in(values: Mapping[str, Any], vocab_size: int) -> set[int]:
     return found
 
 
-def renumbered_ids(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+def renumbered_ids(values: Mapping[str, Any], new: Mapping[int, int], *, nested: bool = False) -> dict[str, Any]:
     """The same settings with new ids. `new`: old id → new id. Raises `UnsupportedModelError` for a key whose ids cannot be
     changed."""
     changed = dict(values)
@@ -42,10 +42,10 @@ def renumbered_ids(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[st
             changed[key] = [new[one] for one in value if one is not None] if isinstance(value, list) else new[value]
         elif key in _FORBIDDEN:
             changed[key] = _left(key, value, new)
-        elif key == "added_tokens_decoder":
+        elif key == "added_tokens_decoder" and not nested:  # of tokenizer_config.json itself, see `declared_ids`
             changed[key] = {str(new[_number(token_id)]): token for token_id, token in value.items()}
         elif isinstance(value, dict):
-            changed[key] = renumbered_ids(value, new)
+            changed[key] = renumbered_ids(value, new, nested=True)
     return changed
 
 

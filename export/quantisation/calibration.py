@@ -133,7 +133,6 @@ def _statistics(
     try:
         statistics = Statistics(path)
     except BundleError:  # torn, by a machine that went down
-        path.unlink()
         gather(config, weights, calibration.chunks, path, advance)
         statistics = Statistics(path)
     stack.callback(statistics.close)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,10 +80,11 @@ class Quantiser:
         return found
 
     def cost(self, name: str, weight: F32, found: Quantised) -> float:
-        """`expected_kl` of rounding `weight`; some rows at a time, because beside them it needs a multiple of their memory."""
+        """What rounding `weight` is expected to cost. Some rows at a time, because beside them it needs a multiple of their
+        memory."""
         count = max(1, _AT_ONCE // weight.shape[1])
-        parts = [slice(first, first + count) for first in range(0, len(weight), count)]
-        return sum(self.expected_kl(name, dequantise(found.part(rows)) - weight[rows], rows) for rows in parts)
+        parts = (slice(first, first + count) for first in range(0, len(weight), count))
+        return self._sum(name, ((rows, dequantise(found.part(rows)) - weight[rows]) for rows in parts))
 
     def _moments(self, name: str) -> Tensor:
         assert self.statistics is not None
@@ -93,19 +94,28 @@ class Quantiser:
             moments = moments / torch.from_numpy(scale) / torch.from_numpy(scale)[:, None]
         return moments
 
-    def expected_kl(self, name: str, change: F32, rows: slice = slice(None)) -> float:
-        """What changing some rows of a weight by so much is expected to cost, nats a token (see `statistics`)."""
+    def expected_kl(self, name: str, change: F32) -> float:
+        """What changing a weight by so much is expected to cost, nats a token (see `statistics`)."""
+        return self._sum(name, [(slice(None), change)])
+
+    def _sum(self, name: str, changes: Iterable[tuple[slice, F32]]) -> float:
+        """Of the changes of some rows each."""
         assert self.statistics is not None
-        changes, found = torch.from_numpy(change), 0.0
-        if name in self.statistics:
-            sensitivity = torch.from_numpy(self.statistics.sensitivity(name))
+        of_inputs = name in self.statistics
+        if of_inputs:
+            moments, sensitivity = self._moments(name), torch.from_numpy(self.statistics.sensitivity(name))
             if name in self.row_scales:
                 sensitivity = sensitivity * torch.from_numpy(self.row_scales[name]).square()
-            found += 0.5 * float(((changes @ self._moments(name)) * changes).sum(1) @ sensitivity[rows])
         if name == EMBEDDING:
             shares, channels = map(torch.from_numpy, self.statistics.embedding)
-            found += 0.5 * float(shares[rows] @ (changes.square() @ channels))
-        return found
+        total = 0.0
+        for rows, values in changes:
+            change = torch.from_numpy(values)
+            if of_inputs:
+                total += 0.5 * float(((change @ moments) * change).sum(1) @ sensitivity[rows])
+            if name == EMBEDDING:
+                total += 0.5 * float(shares[rows] @ (change.square() @ channels))
+        return total
 
 
 def uniform(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -38,7 +37,7 @@ F32 = npt.NDArray[np.float32]
 
 MIN_TOKENS = 256  # fewer say nothing of a weight with hundreds of columns
 GRADIENT_TOKENS = 4096  # of the text's first chunks: the pass back
-_VERSION = 1  # raised when other numbers are gathered
+_VERSION = 2  # raised when other numbers are gathered
 _SEED = 0  # of the drawn targets
 
 
@@ -123,11 +122,10 @@ def gather(
         path, sum(4 * columns * columns for columns in sizes.values()), "the statistics of the calibration text"
     )
     kinds = [f"{name}.{kind}" for name in sizes for kind in ("moments", "sensitivity")]
-    descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=path.stem[:16], suffix=".part"
-    )  # two exports may run at once
-    os.close(descriptor)
-    part = Path(name)
+    for left in path.parent.glob(f"{path.stem}.*.part"):  # of an export that was killed
+        if not Path("/proc", left.suffixes[-2].removeprefix(".")).exists():
+            left.unlink(missing_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # two exports may run at once
     try:
         with TensorFile(part, [*kinds, "embedding.shares", "embedding.sensitivity", "influence"], {}) as file:
             _Pass(config, weights, chunks, file, on_layer).run()

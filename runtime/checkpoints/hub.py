@@ -101,7 +101,7 @@ def held(model: HubModel, file: HubFile, folder: Path) -> tuple[int, Path | None
     if whole.is_file() and whole.stat().st_size == file.size:
         return file.size, None
     cached = try_to_load_from_cache(model.source, file.name, revision=model.revision)
-    if isinstance(cached, str):
+    if isinstance(cached, str) and Path(cached).stat().st_size == file.size:
         return file.size, Path(cached)
     size = part.stat().st_size if part.is_file() else 0
     return (size if size <= file.size else 0), None
@@ -117,27 +117,41 @@ def fetch_file(model: HubModel, file: HubFile, folder: Path, on_bytes: Callable[
 
     Raises `BundleError` if the file is not what the hub has announced: then nothing of it is kept.
     """
-    size, cached = held(model, file, folder)
     target, part = folder / file.name, _part(folder, file)
     if target.is_file():
-        try:
-            _check(model, file, target)
-        except BundleError:  # torn, by a machine that went down: fetch it again
-            target.unlink()
-            size, cached = held(model, file, folder)
-        else:
-            on_bytes(size)
+        if _is_whole(model, file, target):
+            on_bytes(file.size)
             return target
+        target.unlink()  # torn, by a machine that went down
+    size, cached = held(model, file, folder)
     if cached is not None:
         shutil.copyfile(cached, part)
+        if _is_whole(model, file, part):
+            on_bytes(file.size)
+            return _kept(part, target)
+        size = 0  # the cache of the hub's client is torn: fetch it
+        part.unlink()
     on_bytes(size)
-    if cached is None and (size < file.size or not part.is_file()):
+    if size < file.size or not part.is_file():
         _download(model, file, part, size, on_bytes)
     try:
         _check(model, file, part)
     except BundleError:
         part.unlink()
         raise
+    return _kept(part, target)
+
+
+def _is_whole(model: HubModel, file: HubFile, path: Path) -> bool:
+    try:
+        _check(model, file, path)
+    except BundleError:
+        return False
+    return True
+
+
+def _kept(part: Path, target: Path) -> Path:
+    """Give a checked file its final name, so that it stays whole if the machine goes down."""
     with part.open("rb") as written:
         os.fsync(written.fileno())
     return part.replace(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -124,12 +123,9 @@ def _hub_source(source: str, downloads: Path) -> Source:
         check_space(downloads, lacking + pickled, f"'{source}' from the hub")
         folder.mkdir(parents=True, exist_ok=True)
         task = progress.add_task(f"fetching {source}", total=sum(file.size for file in files))
-        with downloads.with_name(f"{downloads.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another pull of the same files waits
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                hub.fetch_file(model, file, folder, lambda size: progress.advance(task, size))
-            _copy_model(folder, work, progress, _link)
+        for file in files:
+            hub.fetch_file(model, file, folder, lambda size: progress.advance(task, size))
+        _copy_model(folder, work, progress, _link)
         return model.revision
 
     where = f"the hub, '{source}', revision {model.revision}"

@@ -8,10 +8,12 @@ again, and another model is never taken for it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,25 +109,49 @@ def pull(
     name, or a directory that was not pulled).
     """
     plan, found = _planned(source, name, force)
-    target, reason = plan.target, plan.reason
-    if reason is None:
-        unsure = "" if found.content else f"; a newer revision would not be seen: {found.problem}"
-        on_status(f"{target.name}: the copy is intact{unsure}")
-        return target
-    with new_directory(target, MANIFEST, "a pulled model") as work:
-        on_status(f"{target.name}: {plan.summary()}")
-        with LineProgress(
-            *(TextColumn("{task.description}"), BarColumn(), DownloadColumn()), disable=not show_progress
-        ) as progress:
-            content = found.fetch(work, progress)
-        read_config(work)  # an unknown family is refused before it is kept
-        files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
-        values = {"format": FORMAT, "source": found.origin, "content": content, "files": files}
-        (work / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
-    if not Path(found.origin).is_absolute():  # a path and a hub's model may have the same name there
-        shutil.rmtree(_downloads(found.origin), ignore_errors=True)
+    if plan.reason is None:
+        return _kept(plan, found, on_status)
+    with _alone(found.origin) as waited:
+        if waited:  # another pull may have fetched it
+            plan, found = _planned(source, name, force)
+            if plan.reason is None:
+                return _kept(plan, found, on_status)
+        target, reason = plan.target, plan.reason
+        with new_directory(target, MANIFEST, "a pulled model") as work:
+            on_status(f"{target.name}: {plan.summary()}")
+            with LineProgress(
+                *(TextColumn("{task.description}"), BarColumn(), DownloadColumn()), disable=not show_progress
+            ) as progress:
+                content = found.fetch(work, progress)
+            read_config(work)  # an unknown family is refused before it is kept
+            files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
+            values = {"format": FORMAT, "source": found.origin, "content": content, "files": files}
+            (work / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+        if not Path(found.origin).is_absolute():  # a path and a hub's model may have the same name there
+            shutil.rmtree(_downloads(found.origin), ignore_errors=True)
     on_status(f"{target.name}: fetched again: {reason}" if reason else f"{target.name}: fetched")
     return target
+
+
+def _kept(plan: Plan, found: Source, on_status: Callable[[str], None]) -> Path:
+    unsure = "" if found.content else f"; a newer revision would not be seen: {found.problem}"
+    on_status(f"{plan.target.name}: the copy is intact{unsure}")
+    return plan.target
+
+
+@contextmanager
+def _alone(source: str) -> Iterator[bool]:
+    """One pull of a source at a time; says whether it waited for another."""
+    path = _downloads(source).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waited = True
+        yield waited
 
 
 def _downloads(source: str) -> Path:

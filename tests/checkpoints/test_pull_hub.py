@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 
 import huggingface_hub
 import pytest
@@ -238,3 +239,43 @@ def test_a_torn_file_under_its_final_name_is_fetched_again(hub, tiny_model_dir, 
         (folder / name).write_bytes(content)
         path, _ = pulled(force=True)
         assert (path / name).read_bytes() == whole
+
+
+def test_a_torn_cache_of_the_client_is_fetched(hub, tiny_model_dir, tmp_path):
+    whole = (tiny_model_dir("llama") / WEIGHTS).read_bytes()
+    cached(tmp_path, {WEIGHTS: whole[:-1] + bytes([whole[-1] ^ 1])})
+    path, _ = pulled()
+    assert (path / WEIGHTS).read_bytes() == whole
+
+
+def test_a_second_pull_waits_and_finds_the_model(hub, monkeypatch):
+    """The first one holds its lock while it fetches; the second begins then, and fetches nothing."""
+    fetching, done, found = threading.Event(), threading.Event(), {}
+    real = hub_module.fetch_file
+
+    def slow(*arguments):
+        fetching.set()
+        assert done.wait(60)
+        return real(*arguments)
+
+    monkeypatch.setattr(hub_module, "fetch_file", slow)
+    first = threading.Thread(target=lambda: found.update(first=pulled()))
+    first.start()
+    assert fetching.wait(60)
+    waits = threading.Event()
+    real_alone = store._alone
+
+    def alone(source):
+        waits.set()
+        return real_alone(source)
+
+    monkeypatch.setattr(store, "_alone", alone)
+    second = threading.Thread(target=lambda: found.update(second=pulled()))
+    second.start()
+    assert waits.wait(60)  # it has planned to fetch
+    done.set()
+    first.join(60)
+    second.join(60)
+    (path, _), (other, said) = found["first"], found["second"]
+    assert path == other and is_intact(path)
+    assert "the copy is intact" in said[-1]

@@ -294,6 +294,11 @@ def test_the_real_tokenizer(real_model_dir, tmp_path):
         assert after.decode(ids, skip_special_tokens=False) == text
 
 
+def test_other_objects_are_left_as_they_are():
+    values = {"x": {"added_tokens_decoder": {"5": {}}}}
+    assert renumbered_ids(values, {1: 0}) == values
+
+
 def test_ids_in_nested_settings_and_in_lists_with_gaps():
     values = {"eos_token_id": [2, None], "task_specific_params": {"chat": {"eos_token_id": 2, "max_length": 2}}}
     assert ids_in(values, 10) == {2}
