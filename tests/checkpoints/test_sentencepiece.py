@@ -141,7 +141,8 @@ AFTER_A_SPACE = ["a<|user|> Hi there</s>  x", "Hi <s> a", "b <|pad|> "]
 
 def with_added(folder, llama, **config):
     """The directory's tokenizer as Motet reads it, and as transformers does: two added tokens, declared in the config."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     count = sentencepiece.SentencePieceProcessor(model_proto=llama).get_piece_size()
     tokens = {count: ("<|user|>", True), count + 1: ("<|pad|>", False)}
     declared = {
