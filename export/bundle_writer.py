@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..runtime.api.request import Ensemble, Member, Space
+from ..runtime.backends.probe import PROBE
 from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
@@ -73,7 +74,7 @@ def export_bundle(
     `num_tail_layers`: layers per tail; default: as many as the tails need. `graphs`: write ONNX graphs, which the onnx
     backend needs.
     `held_out`: text on which every member is measured before `out` is replaced. The report is a file of the bundle
-    (see `read_parity`).
+    (see `read_parity`), and so is the probe that backends answer when they load it.
 
     Raises `ConfigError` (also for chunks that are longer than the model's context), `InvalidEnsembleError`, `BundleError`
     (a member of another base), `NotFoundError`, `UnsupportedModelError`, `UnavailableError` (the bundle cannot be
@@ -135,8 +136,10 @@ def export_bundle(
         }
         _write_manifest(work, manifest)
         if held_out is not None:
-            measure_parity(Bundle.load(work, verify=False), weights, members, held_out).write(work / REPORT)
-            manifest["files"][REPORT] = file_digest(work / REPORT)
+            report, probe = measure_parity(Bundle.load(work, verify=False), weights, members, held_out)
+            report.write(work / REPORT)
+            probe.write(work / PROBE)
+            manifest["files"] |= {file: file_digest(work / file) for file in (REPORT, PROBE)}
             _write_manifest(work, manifest)
     return out
 

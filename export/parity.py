@@ -16,6 +16,7 @@ import torch
 from ..runtime.api.config import EngineConfig
 from ..runtime.backends.base import Backend
 from ..runtime.backends.open import open_backend
+from ..runtime.backends.probe import NUM_TOKENS, MemberProbe, Probe
 from ..runtime.checkpoints.decoder import Decoder
 from ..runtime.checkpoints.members.adapter import attached
 from ..runtime.checkpoints.overlay import Overlay
@@ -50,6 +51,7 @@ class MemberParity:
     nll: float  # nats per token, fp32
     nll_change: float  # (served - fp32) / fp32
     kl: float  # mean KL(fp32 || served), nats per token
+    reverse_kl: float  # mean KL(served || fp32)
     top1: float  # share of positions with the same most probable token
 
 
@@ -99,9 +101,10 @@ def check_chunks(chunks: Sequence[Sequence[int]], config: DecoderConfig, what: s
 
 def measure_parity(
     bundle: Bundle, base: Mapping[str, torch.Tensor], members: Sequence[MemberWeights], text: HeldOut
-) -> Parity:
+) -> tuple[Parity, Probe]:
     """Score `text` under each member of `bundle` on the backend of `text.config`, and under the member in fp32: the
-    weights `base` with the member's own. Raises `UnavailableError` if the backend cannot serve the bundle here."""
+    weights `base` with the member's own. The beginning of the text becomes the bundle's probe. Raises `UnavailableError` if the
+    backend cannot serve the bundle here."""
     longest = max(len(chunk) for chunk in text.chunks)
     try:
         backend = open_backend(bundle, dataclasses.replace(text.config, max_num_seqs=1, max_model_len=longest))
@@ -110,13 +113,15 @@ def measure_parity(
             f"'{bundle.name}' cannot be measured here: {error}; or leave the measurement out with --no-parity"
         ) from error
     try:
-        rows = [_compare(bundle, base, member, backend, text) for member in members]
+        found = [_compare(bundle, base, member, backend, text) for member in members]
         served = backend.name, backend.kv_dtype
     finally:
         backend.close()
     size = sum((bundle.path / file).stat().st_size for file in bundle.model_files)
     held = _held_bytes(bundle.path / WEIGHTS)
-    return Parity(bundle.quantisation["bits"], *served, size, size / held, tuple(rows))
+    rows = tuple(row for row, _ in found)
+    probe = Probe(list(text.chunks[0][:NUM_TOKENS]), {row.name: answers for row, answers in found})
+    return Parity(bundle.quantisation["bits"], *served, size, size / held, rows), probe
 
 
 def _held_bytes(path: Path) -> int:
@@ -127,7 +132,7 @@ def _held_bytes(path: Path) -> int:
 
 def _compare(
     bundle: Bundle, base: Mapping[str, torch.Tensor], member: MemberWeights, backend: Backend, text: HeldOut
-) -> MemberParity:
+) -> tuple[MemberParity, MemberProbe]:
     """The member in fp32 holds the weights of one layer at a time."""
     agreement = Agreement()
     own = {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
@@ -147,11 +152,14 @@ def _compare(
     head = "model.embed_tokens" if bundle.config.tied_head else "lm_head"
     with torch.no_grad(), decoder.holding(weights, "model.norm", head):
         for place, chunk in enumerate(text.chunks):
-            reference = decoder.head(decoder.norm(states[place]))
+            reference = decoder.head(decoder.norm(states[place])).numpy()
             states[place] = torch.empty(0)
-            agreement.add(chunk, reference.numpy(), backend.score(chunk, index))
+            served = backend.score(chunk, index)
+            agreement.add(chunk, reference, served)
+            if place == 0:
+                probe = MemberProbe.measured(reference[:NUM_TOKENS], served[:NUM_TOKENS])
             text.on_chunk()
-    return agreement.result(member.name)
+    return agreement.result(member.name), probe
 
 
 def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:
@@ -166,7 +174,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self._count = self._same = 0
-        self._nll = self._served_nll = self._kl = 0.0
+        self._nll = self._served_nll = self._kl = self._reverse_kl = 0.0
 
     def add(self, token_ids: Sequence[int], reference: F32, served: F32) -> None:
         """Add a chunk of S tokens, which makes S - 1 predictions; both logits are [S, vocab]."""
@@ -182,6 +190,7 @@ class Agreement:
         self._nll -= float(expected.gather(1, targets).sum())
         self._served_nll -= float(found.gather(1, targets).sum())
         self._kl += float((expected.exp() * (expected - found)).sum())
+        self._reverse_kl += float((found.exp() * (found - expected)).sum())
         self._same += int((expected.argmax(-1) == found.argmax(-1)).sum())
 
     def result(self, name: str) -> MemberParity:
@@ -192,5 +201,6 @@ class Agreement:
             self._nll / self._count,
             self._served_nll / self._nll - 1,
             self._kl / self._count,
+            self._reverse_kl / self._count,
             self._same / self._count,
         )

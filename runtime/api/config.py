@@ -67,6 +67,9 @@ class EngineConfig:
     )
     block_size: int = described(0, "Positions per block of the KV cache; 0: the backend's own (only torch has others).")
     prefix_cache: bool = described(True, "Share the blocks of prompts that begin alike.")
+    probe: bool = described(
+        True, "Compare the first answers with those that the bundle stores, before anything is served."
+    )
     speculative_tokens: int = described(
         0, "Most tokens per prompt-lookup draft, if the request sets no limit; 0: no drafts."
     )
@@ -80,8 +83,9 @@ class EngineConfig:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
+        for name in ("prefix_cache", "probe"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")

@@ -9,11 +9,25 @@ from ..api.config import EngineConfig
 from ..errors import ConfigError, MissingPackageError, UnavailableError
 from ..model.bundle import Bundle
 from .base import Backend
+from .probe import check_probe
 
 log = logging.getLogger("motet.backend")
 
 
 def open_backend(bundle: Bundle, config: EngineConfig) -> Backend:
+    """The backend that `config.backend` names, which answers the bundle's probe as it should (see `probe`). Raises what
+    `check_probe` and `_open` raise."""
+    backend = _open(bundle, config)
+    if config.probe and bundle.decoder_graph is None:
+        try:
+            check_probe(bundle, backend, config.positions(bundle.config.max_position_embeddings))
+        except BaseException:
+            backend.close()
+            raise
+    return backend
+
+
+def _open(bundle: Bundle, config: EngineConfig) -> Backend:
     """The backend that `config.backend` names; "auto" is the native kernels, or ONNX Runtime if they were not built
     or do not support the model's sizes. Raises `UnavailableError` for a backend that this machine cannot run,
     `MissingPackageError` for one that is not installed, `ConfigError` for one that cannot serve the bundle."""
