@@ -20,9 +20,10 @@ demo: $(READY)
 check: lint
 	$(BIN)/python -m pytest -m "not slow and not network and not native"
 
-# All there is: what CI runs.
+# All there is: what CI runs. First what starts servers, clusters or clocks, one after the other; then the others, on all CPUs.
 test: lint
-	$(MODELS) $(BIN)/python -m pytest
+	$(MODELS) $(BIN)/python -m pytest -m alone
+	$(MODELS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n auto --dist loadfile
 
 # The whole fuzz of the native backend, under sanitisers: see tests/fuzz. CASES, SEED: how many requests, and which.
 CASES ?= 20000

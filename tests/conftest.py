@@ -25,9 +25,24 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+ALONE = {
+    "bench",
+    "cli",
+    "cluster",
+    "engine",
+    "examples",
+    "jobs",
+    "schedule",
+    "serve",
+}  # rooms that wait for processes and threads
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the real model are `network`, for it may have to be pulled. Tests that are `native` need the built library."""
+    """Tests of the real model are `network`, for it may have to be pulled. Tests that are `native` need the built library. Whole
+    rooms are `alone`."""
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
+            item.add_marker(pytest.mark.alone)
         if "real_model_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.network)
         if item.get_closest_marker("native") is not None and not library.is_available():

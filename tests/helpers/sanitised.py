@@ -3,6 +3,7 @@ them. The library is kept in `build/sanitised` under a digest of what it is made
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -56,6 +57,14 @@ def _library() -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / ".lock").open("w") as lock:  # another test may be building it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _build(target, flags, extension["sources"])
+    return target
+
+
+def _build(target: Path, flags: list[str], sources: list[str]) -> None:
     with TemporaryDirectory(dir=target.parent) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def build(source: str) -> str:
@@ -63,8 +72,7 @@ def _library() -> Path:
             subprocess.run(["c++", *flags, "-c", str(ROOT / source), "-o", made], check=True)
             return made
 
-        objects = list(pool.map(build, extension["sources"]))
+        objects = list(pool.map(build, sources))
         made = Path(work) / "library.so"
         subprocess.run(["c++", "-shared", "-pthread", SANITISERS, *objects, "-o", str(made)], check=True)
         made.replace(target)
-    return target

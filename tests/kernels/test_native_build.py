@@ -81,6 +81,7 @@ def test_sanitised():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_threads(tmp_path):
     """The thread pool alone: who is late is left out for a while, and all items are done once (see pool_test.cpp)."""
