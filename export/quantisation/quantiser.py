@@ -139,6 +139,26 @@ def check_columns(config: DecoderConfig) -> None:
             check_group(name, columns, CHOICES[-1].group_size)
 
 
+def plan_bits(config: DecoderConfig) -> tuple[float, float]:
+    """The fewest and the most bits a weight, on average, that a plan can have."""
+    shapes = _shapes(decoder_layout(config))
+    total = sum(rows * columns for rows, columns in shapes.values())
+    least, most = (
+        sum(rows * columns * pick(_stored_bits(columns)) for rows, columns in shapes.values()) / total
+        for pick in (min, max)
+    )
+    return least, most
+
+
+def _stored_bits(columns: int) -> list[float]:
+    """Bits a weight of each scheme that fits, with 16 bits for each scale and minimum."""
+    return [
+        scheme.bits + (16 if scheme.bits == 8 else 32) / scheme.group_size
+        for scheme in CHOICES
+        if columns % scheme.group_size == 0
+    ]
+
+
 def planned(
     config: DecoderConfig,
     weights: Mapping[str, Tensor],

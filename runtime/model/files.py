@@ -24,6 +24,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def directory_digest(path: Path) -> str:
+    """SHA-256 over the names and digests of the files in a directory, hexadecimal."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file_digest(file)}\0".encode())
+    return digest.hexdigest()
+
+
 def read_object(path: Path, remedy: str, error: type[MotetError] = BundleError) -> dict[str, Any]:
     """The JSON object in a file. Raises `error`, which says the `remedy`, for a file that holds something else, however deep."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,6 +15,10 @@ from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError
 from .runtime.model.members import MemberKind
 from .tables import table
+
+if TYPE_CHECKING:
+    from .export.base_model import BaseModel
+    from .export.quantisation.calibration import Calibration
 
 
 def mount(app: typer.Typer) -> None:
@@ -84,6 +88,17 @@ def export(
             "--parity/--no-parity", help="Measure every member, as it is served, against fp32. [default: parity]"
         ),
     ] = None,
+    search: Annotated[
+        float | None,
+        typer.Option(
+            help="Minutes in which many bundles are made and measured; OUT gets those worth keeping and a report. A target "
+            "says which one is chosen; default: the smallest with a KL of at most 0.01."
+        ),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(help="Data of a search's questions, as `motet tune` takes it; default: stdlib-docs."),
+    ] = None,
 ) -> None:
     """Quantise a model and its members into one bundle, and measure it against fp32. An ONNX decoder graph that another program
     exported (with optimum-onnx, or ONNX Runtime's model builder) becomes a bundle as it is, for the onnx backend; no other option
@@ -96,6 +111,7 @@ def export(
     from .export.decoder_graph import export_decoder_graph, find_graph
     from .export.parity import HeldOut
     from .export.quantisation.calibration import Calibration
+    from .export_search import search_bundles
     from .finetune.data.dataset import heldout_token_ids, text_token_ids  # only here: export itself needs no finetune
     from .runtime.checkpoints.progress import LineProgress
     from .runtime.checkpoints.store import home, resolve_model
@@ -106,10 +122,11 @@ def export(
         given |= {"--mix": mix, "--space": space, "--bits": bits, "--group": group, "--layers": layers}
         given |= {"--method": method, "--target-bits": target_bits, "--max-mb": max_mb, "--max-kl": max_kl}
         given |= {"--calibration": calibration, "--calibration-tokens": calibration_tokens}
-        given |= {"--graphs": graphs, "--parity": parity}
+        given |= {"--graphs": graphs, "--parity": parity, "--search": search, "--questions": questions}
         _refuse_with_graph(graph, given)
         print(export_decoder_graph(graph, out))
         return
+    _check_search(search, {"--bits": bits, "--group": group, "--parity/--no-parity": parity, "--questions": questions})
     graphs, parity = graphs is not False, parity is not False
     base = BaseModel(resolve_model(model))
     if fusion is None:
@@ -122,8 +139,9 @@ def export(
     tokenizer, context = base.tokenizer, base.config.max_position_embeddings
     targets = {"bits": target_bits, "megabytes": max_mb, "kl": max_kl}
     target = Target(**targets) if any(value is not None for value in targets.values()) else None
-    method = method or (Method.ROUND if target is None else Method.GPTQ)
-    light = method is Method.ROUND and target is None  # only 8 bits use the text then
+    only = method  # that a search tries
+    method = method or (Method.ROUND if target is None and search is None else Method.GPTQ)
+    light = method is Method.ROUND and target is None and search is None  # only 8 bits use the text then
     if light and bits in (4, 32) and (calibration or calibration_tokens):
         raise ConfigError(
             f"{bits} bits with method round use no calibration text; leave it out, or give another --method"
@@ -150,23 +168,54 @@ def export(
             chunks = heldout_token_ids(tokenizer, 4096, context=context)
             task = progress.add_task("parity", total=len(chunks) * max(1, num_members))
             held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
-        export_bundle(
-            base,
-            out,
-            **chosen,
-            merge=merge,
-            bits=bits,
-            group_size=group,
-            num_tail_layers=layers,
-            method=method,
-            target=target,
-            calibration=text,
-            graphs=graphs,
-            held_out=held_out,
-        )
+        common: dict[str, Any] = {
+            "merge": merge,
+            "num_tail_layers": layers,
+            "graphs": graphs,
+            "calibration": text,
+            "held_out": held_out,
+        }
+
+        def make(path: Path, **how: Any) -> Path:
+            return export_bundle(base, path, **chosen, **common, **how)
+
+        if search is None:
+            make(out, bits=bits, group_size=group, method=method, target=target)
+        else:
+            assert text is not None
+            settings = {"layers": layers, "graphs": graphs, "merge": merge, **_settings(base, text, chosen)}
+            out = search_bundles(base, make, out, search, only, target, questions or "stdlib-docs", settings)
     print(out)
-    if parity:
+    if parity and search is None:
         Console().print(_parity_table(out))
+
+
+def _check_search(search: float | None, given: Mapping[str, object]) -> None:
+    """Raises `ConfigError` for options that do not go together."""
+    if search is None:
+        if given["--questions"] is not None:
+            raise ConfigError("--questions are those of a search; add --search MINUTES, or leave them out")
+        return
+    used = [name for name, value in given.items() if value is not None and name != "--questions"]
+    if used:
+        raise ConfigError(f"a search chooses bits and groups, and measures each bundle; leave out {', '.join(used)}")
+    if not 0 < search < float("inf"):
+        raise ConfigError(f"--search has a number of minutes above 0, got {search:g}")
+
+
+def _settings(base: BaseModel, text: Calibration, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bundles of a search depend on."""
+    from .export.quantisation.statistics import text_digest
+    from .runtime.model.files import directory_digest
+
+    paths = {**chosen["tails"], **chosen["loras"]}
+    members = {name: None if path is None else directory_digest(path) for name, path in paths.items()}
+    return {
+        "members": members,
+        "mix": chosen["mix"],
+        "space": str(chosen["space"]),
+        "calibration": text_digest(base.digest, text.chunks),
+    }
 
 
 def _refuse_with_graph(graph: Path, given: Mapping[str, object]) -> None:

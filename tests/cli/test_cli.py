@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import pytest
@@ -106,6 +107,34 @@ def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
     assert float(nll) == pytest.approx(float(expected.mean()), abs=0.002)
     assert 0 < float(kl) < 0.1
     assert 50 < float(top1.rstrip("%")) < 100
+
+
+@pytest.mark.slow
+def test_a_search_of_bundles(tiny_model_dir, data, tmp_path, succeeded):
+    """A time that is too short for a second one makes one."""
+    out = tmp_path / "search"
+    options = (
+        "--search",
+        0.0001,
+        "--questions",
+        data,
+        "--max-kl",
+        0.5,
+        "--calibration-tokens",
+        600,
+        "--method",
+        "search",
+    )
+    printed, told = succeeded("export", tiny_model_dir("llama"), out, *options)
+    chosen = Path(printed.strip())
+    assert chosen.parent == out and chosen.name.startswith("000-search-") and Bundle.load(chosen).members == ("base",)
+    assert f"chosen: {chosen.name}, the smallest with a KL of at most 0.5" in " ".join(told.split())
+    assert (out / "report.html").is_file()
+    model_dir = tiny_model_dir("llama")
+    assert "leave out --bits, --parity" in refused("export", model_dir, out, "--search", 1, "--bits", 4, "--no-parity")
+    assert "add --search" in refused("export", model_dir, out, "--questions", data)
+    assert "above 0, got nan" in refused("export", model_dir, out, "--search", "nan")
+    assert "a search of another model or with other settings" in refused("export", model_dir, out, "--search", 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""`motet export --search`: which bits and values are worth their bytes."""

@@ -1,0 +1,232 @@
+"""`explore`: Bayesian optimisation of bits and methods within a time, and the bundles that are worth keeping.
+
+    search.json       what is searched; a call for something else is refused
+    candidates.jsonl  what was measured, a line each
+    <candidate>/      the bundles that no other one beats in bytes and KL both
+    report.html       all of it as a page
+    report.json       the same as JSON, with the candidate that was chosen and why
+
+The same call goes on with a search that was stopped, and a longer one with a finished search.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.api.config import EngineConfig
+from ...runtime.errors import BundleError, ConfigError, MissingPackageError
+from ...runtime.model.bundle import Bundle
+from ...runtime.model.config import DecoderConfig
+from ...runtime.model.layout import decoder_layout
+from ..parity import read_parity
+from ..quantisation.method import Method, Target
+from ..quantisation.quantiser import plan_bits
+from .answers import Question
+from .candidate import Candidate, choose, front
+from .measure import measure
+from .report import write_report
+
+Export = Callable[[Path, Method, Target], Path]
+
+SETTINGS, CANDIDATES, REPORT, PAGE = "search.json", "candidates.jsonl", "report.json", "report.html"
+_ORDER = (Method.GPTQ, Method.SEARCH, Method.AWQ, Method.ROUND)
+_MARGIN = 0.01  # of the range of bits: at its end some weights' scales may need more than 16 bits
+_PLACES = (0.1, 0.5, 1.0)  # of the range of bits, where the first method begins; the others begin at the first of them
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """What is searched. `export(path, method, target)` makes a bundle with a parity report. `method`: the only one that is tried;
+    None: all. `target`: what decides which one is chosen (see `choose`). `questions` have answers to compare with. `settings`:
+    what the result depends on, for a later call to go on. Time is in seconds; `max_candidates` ends the search too."""
+
+    config: DecoderConfig
+    export: Export
+    settings: Mapping[str, Any]
+    seconds: float
+    method: Method | None = None
+    target: Target | None = None
+    questions: Sequence[Question] = ()
+    serving: EngineConfig = EngineConfig()
+    max_candidates: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`chosen`: its bundle is at `path`, and `why` says what for. `kept`: those that no other one beats, smallest first."""
+
+    chosen: Candidate
+    path: Path
+    why: str
+    kept: Sequence[Candidate]
+    candidates: Sequence[Candidate]
+
+
+def explore(
+    wanted: Exploration, out: Path, on_candidate: Callable[[Candidate], None] = lambda _candidate: None
+) -> Result:
+    """Search until the time is over; a candidate that would take longer than what is left is not begun, but one is always made.
+    Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), `MissingPackageError`, and what
+    `export` and `measure` raise."""
+    if not wanted.seconds > 0:
+        raise ConfigError(f"a search has a time of more than 0 seconds, got {wanted.seconds:g}")
+    _sampler(wanted, 0)  # fail early: a package may be missing
+    _open(wanted, out)
+    done, start = _read(out), time.monotonic()
+    _drop(out, done)
+    while not done or _has_time(wanted, done, time.monotonic() - start):
+        if wanted.max_candidates is not None and len(done) >= wanted.max_candidates:
+            break
+        candidate = _make(wanted, out, *_suggest(wanted, done), len(done))
+        with (out / CANDIDATES).open("a") as file:
+            file.write(json.dumps(asdict(candidate)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        done.append(candidate)
+        _drop(out, done)
+        on_candidate(candidate)
+    kept = front(done)
+    chosen, why = choose(kept, wanted.target)
+    write_report(out / PAGE, out.name, done, kept, chosen, why)
+    content = {
+        "chosen": chosen.name,
+        "why": why,
+        "front": [one.name for one in kept],
+        "candidates": [asdict(one) for one in done],
+    }
+    (out / REPORT).write_text(json.dumps({**content, "settings": _settings(wanted)}, indent=1) + "\n")
+    return Result(chosen, out / chosen.name, why, kept, done)
+
+
+def _has_time(wanted: Exploration, done: Sequence[Candidate], passed: float) -> bool:
+    return passed + max(one.seconds for one in done[-3:]) <= wanted.seconds
+
+
+def _settings(wanted: Exploration) -> dict[str, Any]:
+    method = None if wanted.method is None else str(wanted.method)
+    return {**wanted.settings, "method": method, "questions": len(wanted.questions), "seed": wanted.seed}
+
+
+def _open(wanted: Exploration, out: Path) -> None:
+    path, text = out / SETTINGS, json.dumps(_settings(wanted), indent=1, sort_keys=True) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise ConfigError(
+            f"'{out}' holds a search of another model or with other settings ({SETTINGS}); choose another directory"
+        )
+    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"'{out}' exists and is not a search of bundles; choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _read(out: Path) -> list[Candidate]:
+    """The candidates of earlier calls. A last line that a kill has left incomplete is cut off."""
+    path = out / CANDIDATES
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1]:
+        os.truncate(path, path.stat().st_size - len(lines[-1]))
+    try:
+        return [Candidate.from_dict(json.loads(line)) for line in lines[:-1]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
+
+
+def _drop(out: Path, done: Sequence[Candidate]) -> None:
+    """Remove the bundles that others beat."""
+    kept = {one.name for one in front(done)}
+    for one in done:
+        if one.name not in kept:
+            shutil.rmtree(out / one.name, ignore_errors=True)
+
+
+def _suggest(wanted: Exploration, done: Sequence[Candidate]) -> tuple[Method, float]:
+    """The next point: the best method at a few sizes, the others at one, and then what Gaussian processes of both aims say."""
+    methods = _ORDER if wanted.method is None else (wanted.method,)
+    least, high = plan_bits(wanted.config)
+    low = least + _MARGIN * (high - least)
+    begin = [(methods[0], place) for place in _PLACES] + [(method, _PLACES[0]) for method in methods[1:]]
+    if len(done) < len(begin):
+        method, place = begin[len(done)]
+        return method, low + place * (high - low)
+    import optuna
+
+    space = {
+        "bits": optuna.distributions.FloatDistribution(low, high),
+        "method": optuna.distributions.CategoricalDistribution([str(method) for method in methods]),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=_sampler(wanted, len(done)))
+        for one in done:
+            values = [one.num_bytes / 1e6, math.log(max(one.kl, 1e-9))]
+            params = {"bits": min(max(one.target_bits, low), high), "method": str(one.method)}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=space, values=values))
+        found = study.ask(space).params
+    return Method(found["method"]), float(found["bits"])
+
+
+def _sampler(wanted: Exploration, number: int) -> Any:
+    try:
+        import optuna
+        import scipy  # noqa: F401, which the sampler needs
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.GPSampler(seed=wanted.seed * 10_007 + number, n_startup_trials=1)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"a search needs {error.name}; install it with `pip install 'motet[finetune]'`"
+        ) from error
+
+
+def _make(wanted: Exploration, out: Path, method: Method, bits: float, number: int) -> Candidate:
+    start = time.monotonic()
+    name = f"{number:03d}-{method}-{bits:.2f}"
+    path = wanted.export(out / name, method, Target(bits=bits))
+    bundle, parity = Bundle.load(path, verify=False), read_parity(path)
+    speeds, answers = measure(path, wanted.questions, wanted.serving)
+
+    def mean(figure: str) -> float:
+        return float(np.mean([getattr(member, figure) for member in parity.members]))
+
+    return Candidate(
+        name,
+        method,
+        bits,
+        bundle.quantisation["average_bits"],
+        parity.size_bytes,
+        mean("kl"),
+        mean("reverse_kl"),
+        mean("nll_change"),
+        mean("top1"),
+        answers.recall,
+        answers.rouge_l,
+        speeds.decode,
+        speeds.prefill,
+        _layer_kl(bundle),
+        time.monotonic() - start,
+    )
+
+
+def _layer_kl(bundle: Bundle) -> list[float]:
+    expected: Mapping[str, float] = bundle.quantisation["expected_kl"] or {}
+    layers = [
+        sum(expected.get(f"{linear.name}.weight", 0.0) for linear in layer.linears)
+        for layer in decoder_layout(bundle.config).layers
+    ]
+    return [*layers, sum(expected.values()) - sum(layers)]
