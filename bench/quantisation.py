@@ -7,22 +7,35 @@ served, against fp32. Calibration never sees that text. Bundles are kept, so tha
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..export.base_model import BaseModel
 from ..export.bundle_writer import export_bundle
-from ..export.parity import HeldOut, read_parity
+from ..export.members import read_member
+from ..export.parity import Agreement, HeldOut, read_parity, reference_logits
 from ..export.quantisation.calibration import Calibration
 from ..export.quantisation.method import Method, Target
 from ..finetune.data.dataset import heldout_token_ids
 from ..finetune.search.fusion import weights_digest
 from ..pages import Lines, Part, Table
+from ..runtime.api.config import EngineConfig
+from ..runtime.checkpoints.decoder import Decoder
 from ..runtime.checkpoints.store import resolve_model
+from ..runtime.errors import ConfigError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
+from ..runtime.model.members import MemberKind
 from .lib.parts import part
 from .lib.report import machine, write
+from .peers.merged_gguf import write_merged_gguf
+from .peers.worker import Worker, peer_paths, peer_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +64,12 @@ def run(
     targets: tuple[float, ...] = (4.55,),
     num_tokens: int = 4096,
     calibration_tokens: int = 16384,
+    peers: bool = False,
+    python: Path | None = None,
 ) -> dict[str, Any]:
     """Write `out/quantisation.json` and `.html`. `work` keeps the bundles, the statistics and the parts that are done. `lora`:
-    an adapter, which is added to the weights."""
+    an adapter, which is added to the weights. `peers`: llama.cpp too, which quantises the same weights from float32;
+    `python`: the interpreter that has it (see `peer_python`)."""
     base = BaseModel(resolve_model(model))
     context = base.config.max_position_embeddings
     held_out = HeldOut(heldout_token_ids(base.tokenizer, num_tokens, context=context))
@@ -96,9 +112,55 @@ def run(
     ways = _ways(targets)
     rows = [part(work / "parts" / f"{index}.json", settings | asdict(way), lambda way=way: measured(way))  # type: ignore[misc]
             for index, way in enumerate(ways)]  # fmt: skip
+    for variant in ("Q8_0", "Q4_K_M") if peers else ():
+        made_from = settings | {"llama.cpp": variant}
+        scored = partial(_llama_cpp, variant, model, base, lora, held_out.chunks, work, python)
+        rows.append(part(work / "parts" / f"{variant}.json", made_from, scored))
     result = {"machine": machine(), **settings, "model": model, "rows": rows}
     write("quantisation", result, _parts(result), out)
     return result
+
+
+def _llama_cpp(
+    variant: str,
+    model: str,
+    base: BaseModel,
+    lora: Path | None,
+    chunks: Sequence[Sequence[int]],
+    work: Path,
+    python: Path | None,
+) -> dict[str, Any]:
+    """llama.cpp with the same weights, which it quantises itself (without an importance matrix), on the same text. Raises
+    `ConfigError` for a model that was not pulled from a GGUF file, `UnavailableError` if llama.cpp fails."""
+    paths = peer_paths(model)
+    if "gguf" not in paths:
+        raise ConfigError(f"'{model}' was not pulled from a GGUF file, which llama.cpp is given; leave out --peers")
+    start, weights = time.monotonic(), dict(base.weights)
+    if lora is not None:
+        member = read_member("merged", lora, MemberKind.ADAPTER, base, merge=True)
+        weights |= {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
+    whole = write_merged_gguf(Path(paths["gguf"]), weights, base.config, work / "merged.gguf")
+    job = {
+        "threads": EngineConfig().num_threads,
+        "lengths": {1: max(map(len, chunks))},
+        "paths": paths | {"gguf": str(whole), "scratch": str(work)},
+        "score": True,
+    }
+    decoder, agreement = Decoder.from_weights(base.config, weights).eval(), Agreement()
+    with closing(Worker("llama.cpp", variant, str(python or peer_python()), job)) as worker:
+        if worker.error is not None:
+            raise UnavailableError(f"llama.cpp {variant}: {worker.error}; `make peers` installs it")
+        for chunk in chunks:
+            worker.score(list(chunk), work / "scores.npy")
+            agreement.add(chunk, reference_logits(decoder, chunk), np.load(work / "scores.npy"))
+    size = (work / f"merged-to-{variant.lower()}.gguf").stat().st_size
+    return {
+        "average_bits": 8 * size / sum(weight.numel() for weight in weights.values() if weight.ndim == 2),
+        "bytes": size,
+        "expected_kl": None,
+        "seconds": time.monotonic() - start,
+        **asdict(agreement.result(variant)),
+    } | {"name": f"llama.cpp {variant}"}
 
 
 def _parts(result: dict[str, Any]) -> list[Part]:

@@ -98,20 +98,23 @@ def load_onnxruntime_genai(job: dict[str, Any]) -> tuple[str, Generate]:
     return importlib.metadata.version("onnxruntime-genai"), generate
 
 
+MADE = {"Q8_0": "Q8_0", "int8": "Q8_0", "Q4_K_M": "Q4_K_M"}  # variant → the type that llama.cpp quantises to
+
+
 def gguf(job: dict[str, Any]) -> str:
-    """The GGUF file of a variant. If Q8_0 is missing it is made from the pulled file, which needs llama-cpp-python."""
-    source = Path(job["paths"]["gguf"])
-    if job["variant"] not in ("Q8_0", "int8"):
+    """The GGUF file of a variant. One that is missing is made from the file that is there, which needs llama-cpp-python."""
+    source, kind = Path(job["paths"]["gguf"]), MADE.get(job["variant"])
+    if kind is None:
         return str(source)
-    target = Path(job["paths"]["scratch"]) / f"{source.stem}-to-q8_0.gguf"
+    target = Path(job["paths"]["scratch"]) / f"{source.stem}-to-{kind.lower()}.gguf"
     if not target.is_file():
         import llama_cpp as api
 
         params = api.llama_model_quantize_default_params()
-        params.ftype, params.allow_requantize = api.LLAMA_FTYPE_MOSTLY_Q8_0, True
+        params.ftype, params.allow_requantize = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
         work = target.with_suffix(f".{os.getpid()}")
         if api.llama_model_quantize(str(source).encode(), str(work).encode(), params):
-            raise RuntimeError(f"llama.cpp cannot quantise {source.name} to Q8_0")
+            raise RuntimeError(f"llama.cpp cannot quantise {source.name} to {kind}")
         work.replace(target)
     return str(target)
 

@@ -194,13 +194,26 @@ def bench_quantisation(
     targets: Annotated[str, typer.Option(help="Average bits a weight.")] = "4.55",
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens, at least.")] = 4096,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text.")] = 16384,
+    peers: Annotated[bool, typer.Option(help="llama.cpp too, which quantises the same weights.")] = False,
+    peer_python: PeerPython = None,
 ) -> None:
     """Methods and targets of `motet export` beside each other: size, quality as served, time."""
+    if peer_python is not None and not peers:
+        raise ConfigError("--peer-python is for the peers; add --peers, or leave it out")
     from .bench import quantisation
 
     sizes = tuple(floats(targets))
-    options = {"num_tokens": tokens, "calibration_tokens": calibration_tokens}
-    quantisation.run(model, work, out, lora=lora, targets=sizes, **options)
+    quantisation.run(
+        model,
+        work,
+        out,
+        lora=lora,
+        targets=sizes,
+        num_tokens=tokens,
+        calibration_tokens=calibration_tokens,
+        peers=peers,
+        python=peer_python,
+    )
 
 
 @bench.command("summaries")

@@ -10,12 +10,17 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers.gguf_files import File, make_model
 from motet.bench.peers import compare as peers
 from motet.bench.peers import peer_worker, runtimes, worker
+from motet.bench.peers.merged_gguf import write_merged_gguf
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
+from motet.runtime.checkpoints.gguf import convert_gguf
+from motet.runtime.checkpoints.huggingface import read_config, read_weights
 from motet.runtime.engine.engine import Engine
 
 FAKE_WORKER = """
@@ -177,3 +182,22 @@ def test_onnxruntime_genai_is_told_the_thread_count(monkeypatch):
     job = {"threads": 3, "variant": "int4", "paths": {"genai-int4": "somewhere"}}
     runtimes.load_onnxruntime_genai(job)
     assert overlays == [{"model": {"decoder": {"session_options": {"intra_op_num_threads": 3}}}}]
+
+
+def test_a_gguf_file_with_other_weights(tmp_path):
+    """It has the settings and the tokenizer of the file that was pulled, and the weights of the model that is compared."""
+    own, other = make_model(tmp_path / "own", "llama"), make_model(tmp_path / "other", "llama", seed=1)
+    File(own).write(tmp_path / "own.gguf")
+    weights = {name: weight.numpy() for name, weight in read_weights(other).items()}
+    merged = write_merged_gguf(tmp_path / "own.gguf", weights, read_config(own), tmp_path / "merged.gguf")
+    for name in ("read", "before"):
+        (tmp_path / name).mkdir()
+    convert_gguf(merged, tmp_path / "read")
+    found = read_weights(tmp_path / "read")
+    assert set(found) == set(weights)
+    assert all(np.array_equal(found[name].numpy(), weight) for name, weight in weights.items())
+    convert_gguf(tmp_path / "own.gguf", tmp_path / "before")
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / "read" / name).read_text()) == json.loads(
+            (tmp_path / "before" / name).read_text()
+        )
