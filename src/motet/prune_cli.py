@@ -154,10 +154,12 @@ def bench_prune(
         ".motet/bench-prune"
     ),
     out: Annotated[Path, typer.Option(help="Directory for the JSON and HTML.")] = Path("bench/results"),
+    lora: Annotated[Path | None, typer.Option(help="An adapter, which is added to the weights first.")] = None,
     share: Annotated[float, typer.Option(help="Of the layers' parameters, that are removed.")] = 0.25,
     examples: Annotated[int, typer.Option(min=2, help="Examples that heal.")] = 1000,
     test_examples: Annotated[int, typer.Option(min=1, help="Examples that are measured on.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples that heal.")] = 2,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that are answered with and without all tokens.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; speeds are medians.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")] = 0,
 ) -> None:
@@ -169,10 +171,12 @@ def bench_prune(
         data,
         work,
         out,
+        lora=lora,
         share=share,
         examples=examples,
         test_examples=test_examples,
         epochs=epochs,
+        prompts=prompts,
         repeats=repeats,
         threads=threads,
     )

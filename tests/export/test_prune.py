@@ -11,6 +11,7 @@ from helpers.compare import relative_error
 from helpers.models import EXPERTS, FAMILIES, write_model
 from motet.cli import main
 from motet.export.prune.cut import Cut
+from motet.export.prune.masks import masked
 from motet.export.prune.params import PruneParams
 from motet.export.prune.prune import prune, write_pruned
 from motet.runtime.checkpoints.decoder import Decoder
@@ -277,3 +278,16 @@ def test_a_quantised_model_becomes_a_plain_one(tiny_model_dir, tmp_path):
     record = prune(model, tmp_path / "out", PruneParams(layers=1), chunks=CHUNKS)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     check(tmp_path / "out", logits(model, record["layers"]["kept"]))
+
+
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (6, 12), (1, 3)])
+def test_masks_keep_the_largest_of_their_neighbours(kept, of):
+    generator = torch.Generator().manual_seed(0)
+    weight, rms = torch.randn(5, 12, generator=generator), torch.rand(12, generator=generator)
+    found = masked(weight, rms, kept, of)
+    for row in range(5):
+        for first in range(0, 12, of):
+            columns = range(first, first + of)
+            best = sorted(columns, key=lambda c: -abs(float(weight[row, c] * rms[c])))[:kept]
+            assert {c for c in columns if found[row, c] != 0} == set(best)
+    assert torch.equal(found[found != 0], weight[found != 0])
