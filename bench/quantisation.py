@@ -37,6 +37,8 @@ from .lib.report import machine, write
 from .peers.merged_gguf import write_merged_gguf
 from .peers.worker import Worker, peer_paths, peer_python
 
+SEEDS = 3  # of the targets that are drawn while statistics are gathered
+
 
 @dataclass(frozen=True, slots=True)
 class _Way:
@@ -46,12 +48,19 @@ class _Way:
     method: Method = Method.ROUND
     bits: int | None = None
     target_bits: float | None = None
+    seed: int = 0
 
 
 def _ways(targets: tuple[float, ...]) -> list[_Way]:
     ways = [_Way("8 bits", bits=8), _Way("4 bits", bits=4), _Way("4 bits, gptq", Method.GPTQ, bits=4)]
-    return ways + [
+    ways += [
         _Way(f"{bits:g} bits a weight, {method}", method, target_bits=bits) for bits in targets for method in Method
+    ]
+    best = Method.GPTQ
+    return ways + [
+        _Way(f"{bits:g} bits a weight, {best}, seed {seed}", best, target_bits=bits, seed=seed)
+        for bits in targets
+        for seed in range(1, SEEDS)
     ]
 
 
@@ -86,7 +95,7 @@ def run(
         path, start = work / way.name.replace(" ", "-").replace(",", ""), time.monotonic()
         is_light = way.method is Method.ROUND and way.target_bits is None
         text = heldout_token_ids(base.tokenizer, 1024, context=context, split="train") if is_light else chunks
-        calibration = Calibration(text, work / "statistics") if way.bits != 4 or not is_light else None
+        calibration = Calibration(text, work / "statistics", seed=way.seed) if way.bits != 4 or not is_light else None
         export_bundle(
             base,
             path,

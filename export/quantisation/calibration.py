@@ -23,11 +23,12 @@ Progress = Callable[[str, int, int], None]  # what is done, how much of it, of h
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Text on which weights are calibrated: chunks of token ids. `cache`: a folder that keeps what was found, by the digests of
-    model and text; None: it is found anew."""
+    model and text; None: it is found anew. `seed`: of what is drawn."""
 
     chunks: Sequence[Sequence[int]]
     cache: Path | None = None
     on_progress: Progress = lambda _what, _done, _total: None
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def _statistics(
     """From the cache, or gathered."""
     folder = calibration.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
-    path, done = folder / f"{text_digest(digest, calibration.chunks)}.safetensors", 0
+    path, done = folder / f"{text_digest(digest, calibration.chunks, calibration.seed)}.safetensors", 0
 
     def advance() -> None:
         nonlocal done
@@ -129,11 +130,11 @@ def _statistics(
         calibration.on_progress("calibrating", done, 2 * config.num_layers)
 
     if not path.is_file():
-        gather(config, weights, calibration.chunks, path, advance)
+        gather(config, weights, calibration.chunks, path, advance, calibration.seed)
     try:
         statistics = Statistics(path)
     except BundleError:  # torn, by a machine that went down
-        gather(config, weights, calibration.chunks, path, advance)
+        gather(config, weights, calibration.chunks, path, advance, calibration.seed)
         statistics = Statistics(path)
     stack.callback(statistics.close)
     return statistics

@@ -38,7 +38,6 @@ F32 = npt.NDArray[np.float32]
 MIN_TOKENS = 256  # fewer say nothing of a weight with hundreds of columns
 GRADIENT_TOKENS = 4096  # of the text's first chunks: the pass back
 _VERSION = 2  # raised when other numbers are gathered
-_SEED = 0  # of the drawn targets
 
 
 class Statistics:
@@ -100,9 +99,10 @@ def check_text(chunks: Sequence[Sequence[int]]) -> None:
         )
 
 
-def text_digest(model_digest: str, chunks: Sequence[Sequence[int]]) -> str:
-    """Digest of what `gather` would write: of the model, the text and the way of gathering."""
-    text = json.dumps([_VERSION, GRADIENT_TOKENS, model_digest, [[int(token) for token in chunk] for chunk in chunks]])
+def text_digest(model_digest: str, chunks: Sequence[Sequence[int]], seed: int = 0) -> str:
+    """Digest of what `gather` would write: of the model, the text, the seed and the way of gathering."""
+    ids = [[int(token) for token in chunk] for chunk in chunks]
+    text = json.dumps([_VERSION, GRADIENT_TOKENS, model_digest, ids, seed])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -112,9 +112,10 @@ def gather(
     chunks: Sequence[Sequence[int]],
     path: Path,
     on_layer: Callable[[], None] = lambda: None,
+    seed: int = 0,
 ) -> None:
-    """Write the statistics of `chunks` of token ids to the file `path`, as a whole or not at all. `on_layer` is called 2 ·
-    num_layers times. Raises `ConfigError` for too little text, and what `check_space` raises."""
+    """Write the statistics of `chunks` of token ids to the file `path`, as a whole or not at all. `seed`: of the drawn targets.
+    `on_layer` is called 2 · num_layers times. Raises `ConfigError` for too little text, and what `check_space` raises."""
     check_text(chunks)
     layout = decoder_layout(config)
     sizes = {f"{linear.name}.weight": linear.columns for linear in layout.linears} | {layout.head: config.hidden_size}
@@ -128,7 +129,7 @@ def gather(
     part = path.with_suffix(f".{os.getpid()}.part")  # two exports may run at once
     try:
         with TensorFile(part, [*kinds, "embedding.shares", "embedding.sensitivity", "influence"], {}) as file:
-            _Pass(config, weights, chunks, file, on_layer).run()
+            _Pass(config, weights, chunks, file, on_layer, seed).run()
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(path)
@@ -192,7 +193,9 @@ class _Pass:
         chunks: Sequence[Sequence[int]],
         file: TensorFile,
         on_layer: Callable[[], None],
+        seed: int,
     ) -> None:
+        self._seed = seed
         self._config, self._weights, self._chunks, self._file, self._on_layer = config, weights, chunks, file, on_layer
         self._layout = decoder_layout(config)
         self._num_tokens = sum(map(len, chunks))
@@ -245,7 +248,7 @@ class _Pass:
     def _head(self, states: list[Tensor]) -> list[Tensor]:
         """Statistics of the head, and the gradients of the loss by the last states of the chunks that the pass back has."""
         decoder, name = self._decoder, self._layout.head
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator().manual_seed(self._seed)
         total = torch.zeros(self._config.hidden_size, self._config.hidden_size)
         sensitivity = torch.zeros(self._config.vocab_size)
         gradients: list[Tensor] = []

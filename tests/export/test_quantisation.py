@@ -274,3 +274,11 @@ def test_what_rounding_costs_does_not_change_with_the_scales(tiny_model_dir, tmp
     assert scaled.expected_kl(name, change * scales[down.name]) == pytest.approx(
         plain.expected_kl(name, change), rel=1e-3
     )
+
+
+def test_a_seed_draws_other_targets(tiny_model_dir, tmp_path):
+    config, weights, one = statistics_of(tiny_model_dir("llama"), tmp_path / "one")
+    gather(config, weights, CHUNKS, tmp_path / "other", seed=1)
+    other, name = Statistics(tmp_path / "other"), "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(one.moments(name), other.moments(name))
+    assert not np.array_equal(one.sensitivity(name), other.sensitivity(name))
