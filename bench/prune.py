@@ -45,6 +45,7 @@ from ..runtime.checkpoints.rewrite import copy_texts, plain_places, write_weight
 from ..runtime.checkpoints.store import resolve_model
 from ..runtime.engine.open import open_engine
 from ..runtime.model.bundle import WEIGHTS, Bundle
+from ..runtime.model.files import directory_digest, new_directory
 from ..runtime.model.layout import decoder_layout
 from ..runtime.model.members import MemberKind
 from ..runtime.text.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def run_bench(
     splits = load_dataset(data).splits
     texts = [_text(example) for example in splits["test"][:test_examples]]
     settings: dict[str, Any] = {"model": BaseModel(base).digest, "data": data, "share": share}
-    settings |= {"examples": examples, "epochs": epochs}
+    settings |= {"examples": examples, "epochs": epochs, "lora": None if lora is None else directory_digest(lora)}
 
     def made(name: str, make: Callable[[Path], dict[str, Any]]) -> Path:
         """The model `name`, made once for these settings."""
@@ -172,11 +173,10 @@ def _merged(model_dir: Path, lora: Path, out: Path) -> Path:
     member = read_member("merged", lora, MemberKind.ADAPTER, BaseModel(model_dir), merge=True)
     own = {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
     values = read_json(model_dir / "config.json")
-    out.mkdir(parents=True, exist_ok=True)
-    with open_weights(model_dir) as weights:
-        write_weights(out / "model.safetensors", weights.config, Overlay(own, weights), plain_places(weights, values))
-    copy_texts(model_dir, out)
-    (out / "config.json").write_text(json.dumps(values))
+    with open_weights(model_dir) as weights, new_directory(out, "config.json", "a model") as work:
+        write_weights(work / "model.safetensors", weights.config, Overlay(own, weights), plain_places(weights, values))
+        copy_texts(model_dir, work)
+        (work / "config.json").write_text(json.dumps(values))
     return out
 
 
@@ -265,7 +265,8 @@ def _parts(result: Mapping[str, Any]) -> list[Part]:
         for row in result["rows"]
     ]
     removed = f"{result['share']:.0%} of the layers' parameters removed"
-    title = f"{result['model']}, {removed}, healed with {result['examples']} examples"
+    tuned = " with an adapter" if result["lora"] else ""
+    title = f"{result['model']}{tuned}, {removed}, healed with {result['examples']} examples"
     header = ["", "layers", "tokens", "M parameters", "MB, 8 bits", "bits per byte", "tokens/s", "speed"]
     masks = [[row["name"], f"{row['bits_per_byte']:.3f}"] for row in result["masks"]]
     same = "{equal} of {prompts} prompts have the same answer without the vocabulary's rest".format(

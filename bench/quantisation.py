@@ -28,6 +28,7 @@ from ..finetune.search.fusion import weights_digest
 from ..pages import Lines, Part, Table
 from ..runtime.api.config import EngineConfig
 from ..runtime.checkpoints.decoder import Decoder
+from ..runtime.checkpoints.sources import SMOLLM2
 from ..runtime.checkpoints.store import resolve_model
 from ..runtime.errors import ConfigError, UnavailableError
 from ..runtime.model.bundle import WEIGHTS, Bundle
@@ -79,6 +80,8 @@ def run(
     """Write `out/quantisation.json` and `.html`. `work` keeps the bundles, the statistics and the parts that are done. `lora`:
     an adapter, which is added to the weights. `peers`: llama.cpp too, which quantises the same weights from float32;
     `python`: the interpreter that has it (see `peer_python`)."""
+    if peers:
+        _check_peers(model)
     base = BaseModel(resolve_model(model))
     context = base.config.max_position_embeddings
     held_out = HeldOut(heldout_token_ids(base.tokenizer, num_tokens, context=context))
@@ -123,11 +126,21 @@ def run(
             for index, way in enumerate(ways)]  # fmt: skip
     for variant in ("Q8_0", "Q4_K_M") if peers else ():
         made_from = settings | {"llama.cpp": variant}
-        scored = partial(_llama_cpp, variant, model, base, lora, held_out.chunks, work, python)
+        whole = work / f"merged-{base.digest[:12]}-{str(settings['lora'])[:12]}.gguf"
+        scored = partial(_llama_cpp, variant, model, base, lora, held_out.chunks, whole, python)
         rows.append(part(work / "parts" / f"{variant}.json", made_from, scored))
     result = {"machine": machine(), **settings, "model": model, "rows": rows}
     write("quantisation", result, _parts(result), out)
     return result
+
+
+def _check_peers(model: str) -> None:
+    """Raises `ConfigError` for a model that llama.cpp cannot be given."""
+    if "gguf" not in peer_paths(model):
+        raise ConfigError(
+            f"llama.cpp is compared on '{SMOLLM2}' alone, whose GGUF file has the tokenizer that it needs, and '{model}' was "
+            "asked for; leave out --peers"
+        )
 
 
 def _llama_cpp(
@@ -136,19 +149,19 @@ def _llama_cpp(
     base: BaseModel,
     lora: Path | None,
     chunks: Sequence[Sequence[int]],
-    work: Path,
+    whole: Path,
     python: Path | None,
 ) -> dict[str, Any]:
-    """llama.cpp with the same weights, which it quantises itself (without an importance matrix), on the same text. Raises
-    `ConfigError` for a model that was not pulled from a GGUF file, `UnavailableError` if llama.cpp fails."""
-    paths = peer_paths(model)
-    if "gguf" not in paths:
-        raise ConfigError(f"'{model}' was not pulled from a GGUF file, which llama.cpp is given; leave out --peers")
+    """llama.cpp with the same weights, which it quantises itself (without an importance matrix), on the same text. `whole`: the
+    file of these weights in float32. Bytes are those of tensors, as ours are. Raises `UnavailableError` if llama.cpp fails."""
+    from gguf import GGUFReader
+
+    paths, work = peer_paths(model), whole.parent
     start, weights = time.monotonic(), dict(base.weights)
     if lora is not None:
         member = read_member("merged", lora, MemberKind.ADAPTER, base, merge=True)
         weights |= {name: torch.from_numpy(weight) for name, weight in member.weights.items()}
-    whole = write_merged_gguf(Path(paths["gguf"]), weights, base.config, work / "merged.gguf")
+    write_merged_gguf(Path(paths["gguf"]), weights, base.config, whole)
     job = {
         "threads": EngineConfig().num_threads,
         "lengths": {1: max(map(len, chunks))},
@@ -158,14 +171,15 @@ def _llama_cpp(
     decoder, agreement = Decoder.from_weights(base.config, weights).eval(), Agreement()
     with closing(Worker("llama.cpp", variant, str(python or peer_python()), job)) as worker:
         if worker.error is not None:
-            raise UnavailableError(f"llama.cpp {variant}: {worker.error}; `make peers` installs it")
+            raise UnavailableError(f"llama.cpp {variant} cannot be measured: {worker.error}")
         for chunk in chunks:
             worker.score(list(chunk), work / "scores.npy")
             agreement.add(chunk, reference_logits(decoder, chunk), np.load(work / "scores.npy"))
-    size = (work / f"merged-to-{variant.lower()}.gguf").stat().st_size
+    tensors = GGUFReader(work / f"{whole.stem}-to-{variant.lower()}.gguf").tensors
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     return {
-        "average_bits": 8 * size / sum(weight.numel() for weight in weights.values() if weight.ndim == 2),
-        "bytes": size,
+        "average_bits": 8 * sum(int(one.n_bytes) for one in matrices) / sum(int(one.n_elements) for one in matrices),
+        "bytes": sum(int(tensor.n_bytes) for tensor in tensors),
         "expected_kl": None,
         "seconds": time.monotonic() - start,
         **asdict(agreement.result(variant)),

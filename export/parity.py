@@ -159,7 +159,13 @@ def _compare(
             if place == 0:
                 probe = MemberProbe.measured(reference[:NUM_TOKENS], served[:NUM_TOKENS])
             text.on_chunk()
-    return agreement.result(member.name), probe
+    found = agreement.result(member.name)
+    if not np.isfinite([found.nll, found.nll_change, found.kl, found.reverse_kl, probe.max_kl]).all():
+        raise UnavailableError(
+            f"the {backend.name} backend gives logits of member {member.name} that are no numbers; export with more bits, or "
+            "look at the checkpoint"
+        )
+    return found, probe
 
 
 def reference_logits(decoder: Decoder, token_ids: Sequence[int]) -> F32:

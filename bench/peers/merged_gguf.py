@@ -15,7 +15,7 @@ from ...runtime.model.config import DecoderConfig
 
 def write_merged_gguf(source: Path, weights: Mapping[str, Any], config: DecoderConfig, out: Path) -> Path:
     """Write the metadata of `source` (architecture llama) with `weights` (canonical name → tensor) in float32 to `out`, unless
-    it is there."""
+    it is there: its name must tell the weights."""
     if out.is_file():
         return out
     from gguf import GGUFReader, GGUFValueType, GGUFWriter

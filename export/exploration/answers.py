@@ -42,21 +42,22 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """`recall`: share of the codes that were given exactly; `rouge_l`: mean F measure of the answers' token ids, None without
-    questions."""
+    """`recall`: share of the codes that were given exactly, None if the context is too short for them; `rouge_l`: mean F measure
+    of the answers' token ids, None without questions."""
 
-    recall: float
+    recall: float | None
     rouge_l: float | None
 
 
 def ask(engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]) -> Answers:
     """Greedy answers of the bundle's own mix. A recall question lists six codes and asks for one of them: what a model needs to
     look things up in its prompt."""
-    recall = _recall(random.Random(0))
+    recall = [(tuple(tokenizer.encode(text)), code) for text, code in _recall(random.Random(0))]
+    if max(len(prompt) for prompt, _ in recall) + _ANSWER > engine.model.max_model_len:
+        recall = []
     ensemble = engine.model.default_ensemble
     asked = [
-        Request(f"recall-{index}", (tuple(tokenizer.encode(text)),), ensemble, _greedy(_ANSWER))
-        for index, (text, _) in enumerate(recall)
+        Request(f"recall-{index}", (prompt,), ensemble, _greedy(_ANSWER)) for index, (prompt, _) in enumerate(recall)
     ]
     asked += [
         Request(f"question-{index}", (tuple(one.prompt),), ensemble, _greedy(len(one.answer)))
@@ -68,7 +69,11 @@ def ask(engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]) -> 
         for (_, code), token_ids in zip(recall, found[: len(recall)], strict=True)
     ]
     likes = [similarity(answer, one.answer) for answer, one in zip(found[len(recall) :], questions, strict=True)]
-    return Answers(sum(right) / len(right), sum(likes) / len(likes) if likes else None)
+    return Answers(_mean(right), _mean(likes))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _greedy(num_tokens: int) -> SamplingParams:

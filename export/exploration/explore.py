@@ -6,18 +6,20 @@
     report.html       all of it as a page
     report.json       the same as JSON, with the candidate that was chosen and why
 
-The same call goes on with a search that was stopped, and a longer one with a finished search.
+Reports are written after each candidate. The same call goes on with a search that was stopped, and a call with more time makes a
+finished one longer. One process at a time works on a search.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,22 @@ from typing import Any
 import numpy as np
 
 from ...runtime.api.config import EngineConfig
-from ...runtime.errors import BundleError, ConfigError, MissingPackageError
-from ...runtime.model.bundle import Bundle
+from ...runtime.errors import BundleError, ConfigError, MissingPackageError, UnavailableError
+from ...runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ...runtime.model.config import DecoderConfig
+from ...runtime.model.files import remove_directory, replace_file
 from ...runtime.model.layout import decoder_layout
 from ..parity import read_parity
 from ..quantisation.method import Method, Target
-from ..quantisation.quantiser import plan_bits
+from ..quantisation.quantiser import can_sharpen, plan_bits
 from .answers import Question
-from .candidate import Candidate, choose, front
+from .candidate import NAME, Candidate, choose, front
 from .measure import measure
 from .report import write_report
 
 Export = Callable[[Path, Method, Target], Path]
 
-SETTINGS, CANDIDATES, REPORT, PAGE = "search.json", "candidates.jsonl", "report.json", "report.html"
+SETTINGS, CANDIDATES, REPORT, PAGE, LOCK = "search.json", "candidates.jsonl", "report.json", "report.html", ".lock"
 _ORDER = (Method.GPTQ, Method.SEARCH, Method.AWQ, Method.ROUND)
 _MARGIN = 0.01  # of the range of bits: at its end some weights' scales may need more than 16 bits
 _PLACES = (0.1, 0.5, 1.0)  # of the range of bits, where the first method begins; the others begin at the first of them
@@ -47,9 +50,10 @@ _PLACES = (0.1, 0.5, 1.0)  # of the range of bits, where the first method begins
 
 @dataclass(frozen=True, slots=True)
 class Exploration:
-    """What is searched. `export(path, method, target)` makes a bundle with a parity report. `method`: the only one that is tried;
-    None: all. `target`: what decides which one is chosen (see `choose`). `questions` have answers to compare with. `settings`:
-    what the result depends on, for a later call to go on. Time is in seconds; `max_candidates` ends the search too."""
+    """What is searched. `export(path, method, target)` makes a bundle with a parity report. `method`: the only one that is
+    tried; None: all that the model can have. `target`: what decides which one is chosen (see `choose`). `questions` have answers
+    to compare with. `settings`: what the result depends on, for a later call to go on. `seconds`: of the whole search, earlier
+    calls included; `max_candidates` ends it too."""
 
     config: DecoderConfig
     export: Export
@@ -61,6 +65,31 @@ class Exploration:
     serving: EngineConfig = EngineConfig()
     max_candidates: int | None = None
     seed: int = 0
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Those that are tried."""
+        if self.method is not None:
+            return (self.method,)
+        return tuple(method for method in _ORDER if method is not Method.AWQ or can_sharpen(self.config))
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what cannot be searched, before anything is made."""
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"a search has a time of more than 0 seconds, got {self.seconds:g}")
+        least, _ = plan_bits(self.config)
+        if self.target is not None and self.target.bits is not None and self.target.bits < least:
+            raise ConfigError(
+                f"the fewest bits a weight that this model can have are {least:.3f}, on average, and the target is "
+                f"{self.target.bits:g}; raise the target, or prune the model first"
+            )
+        most = self.serving.positions(self.config.max_position_embeddings)
+        for index, one in enumerate(self.questions):
+            if len(one.prompt) + len(one.answer) > most:
+                raise ConfigError(
+                    f"question {index} has {len(one.prompt)} tokens and an answer of {len(one.answer)}, and {most} are served; "
+                    "leave it out, or raise max_model_len"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,57 +107,81 @@ def explore(
     wanted: Exploration, out: Path, on_candidate: Callable[[Candidate], None] = lambda _candidate: None
 ) -> Result:
     """Search until the time is over; a candidate that would take longer than what is left is not begun, but one is always made.
-    Raises `ConfigError` (another search is at `out`), `BundleError` (its files are damaged), `MissingPackageError`, and what
-    `export` and `measure` raise."""
-    if not wanted.seconds > 0:
-        raise ConfigError(f"a search has a time of more than 0 seconds, got {wanted.seconds:g}")
+    Raises `ConfigError` (what cannot be searched; another search is at `out`; no candidate is within the target, and what was
+    found is kept), `BundleError` (its files are damaged), `MissingPackageError`, `UnavailableError` (another process works on
+    it), and what `export` and `measure` raise."""
+    wanted.check()
     _sampler(wanted, 0)  # fail early: a package may be missing
-    _open(wanted, out)
-    done, start = _read(out), time.monotonic()
-    _drop(out, done)
-    while not done or _has_time(wanted, done, time.monotonic() - start):
-        if wanted.max_candidates is not None and len(done) >= wanted.max_candidates:
-            break
-        candidate = _make(wanted, out, *_suggest(wanted, done), len(done))
-        with (out / CANDIDATES).open("a") as file:
-            file.write(json.dumps(asdict(candidate)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        done.append(candidate)
-        _drop(out, done)
-        on_candidate(candidate)
+    with _opened(wanted, out):
+        done = _read(out)
+        _tidy(out, done)
+        while not done or _has_time(wanted, done):
+            if wanted.max_candidates is not None and len(done) >= wanted.max_candidates:
+                break
+            candidate = _make(wanted, out, *_suggest(wanted, done), len(done))
+            with (out / CANDIDATES).open("a") as file:
+                file.write(json.dumps(asdict(candidate)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            done.append(candidate)
+            _report(wanted, out, done)
+            _tidy(out, done)
+            on_candidate(candidate)
+        _report(wanted, out, done)
+        kept = front(done)
+        chosen, why = choose(kept, wanted.target)
+    return Result(chosen, out / chosen.name, why, kept, done)
+
+
+def _has_time(wanted: Exploration, done: Sequence[Candidate]) -> bool:
+    return sum(one.seconds for one in done) + max(one.seconds for one in done[-3:]) <= wanted.seconds
+
+
+def _report(wanted: Exploration, out: Path, done: Sequence[Candidate]) -> None:
     kept = front(done)
-    chosen, why = choose(kept, wanted.target)
+    try:
+        chosen, why = choose(kept, wanted.target)
+    except ConfigError as error:
+        chosen, why = min(kept, key=lambda one: one.kl), f"although {error}"
     write_report(out / PAGE, out.name, done, kept, chosen, why)
     content = {
         "chosen": chosen.name,
         "why": why,
         "front": [one.name for one in kept],
         "candidates": [asdict(one) for one in done],
+        "settings": _settings(wanted),
     }
-    (out / REPORT).write_text(json.dumps({**content, "settings": _settings(wanted)}, indent=1) + "\n")
-    return Result(chosen, out / chosen.name, why, kept, done)
-
-
-def _has_time(wanted: Exploration, done: Sequence[Candidate], passed: float) -> bool:
-    return passed + max(one.seconds for one in done[-3:]) <= wanted.seconds
+    replace_file(out / REPORT, json.dumps(content, indent=1) + "\n")
 
 
 def _settings(wanted: Exploration) -> dict[str, Any]:
     method = None if wanted.method is None else str(wanted.method)
-    return {**wanted.settings, "method": method, "questions": len(wanted.questions), "seed": wanted.seed}
+    own = {"method": method, "questions": len(wanted.questions), "seed": wanted.seed, "bundle_format": FORMAT}
+    return {**wanted.settings, **own}
 
 
-def _open(wanted: Exploration, out: Path) -> None:
+@contextmanager
+def _opened(wanted: Exploration, out: Path) -> Iterator[None]:
+    """`out` is this search's, and no other process's, meanwhile."""
     path, text = out / SETTINGS, json.dumps(_settings(wanted), indent=1, sort_keys=True) + "\n"
-    if path.is_file() and path.read_text() != text:
-        raise ConfigError(
-            f"'{out}' holds a search of another model or with other settings ({SETTINGS}); choose another directory"
-        )
-    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / LOCK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"'{out}' exists and is not a search of bundles; choose another directory")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    with (out / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UnavailableError(
+                f"another process searches in '{out}'; wait for it, or choose another directory"
+            ) from None
+        has_begun = path.is_file() and (out / CANDIDATES).is_file()
+        if has_begun and path.read_bytes() != text.encode():
+            raise ConfigError(
+                f"'{out}' holds a search of another model or with other settings ({SETTINGS}); choose another directory"
+            )
+        if not has_begun:
+            replace_file(path, text)
+        yield
 
 
 def _read(out: Path) -> list[Candidate]:
@@ -140,22 +193,28 @@ def _read(out: Path) -> list[Candidate]:
     if lines[-1]:
         os.truncate(path, path.stat().st_size - len(lines[-1]))
     try:
-        return [Candidate.from_dict(json.loads(line)) for line in lines[:-1]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        done = [Candidate.from_dict(json.loads(line)) for line in lines[:-1]]
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
+    for one in front(done):
+        if not (out / one.name / MANIFEST).is_file():
+            raise BundleError(
+                f"the search at '{out}' lacks its bundle '{one.name}'; remove the search and run it again"
+            )
+    return done
 
 
-def _drop(out: Path, done: Sequence[Candidate]) -> None:
-    """Remove the bundles that others beat."""
+def _tidy(out: Path, done: Sequence[Candidate]) -> None:
+    """Remove the bundles that others beat, and what a kill has left."""
     kept = {one.name for one in front(done)}
-    for one in done:
-        if one.name not in kept:
-            shutil.rmtree(out / one.name, ignore_errors=True)
+    for path in out.iterdir():
+        if path.is_dir() and path.name not in kept and NAME.match(path.name.removeprefix(".")):
+            remove_directory(path)
 
 
 def _suggest(wanted: Exploration, done: Sequence[Candidate]) -> tuple[Method, float]:
     """The next point: the best method at a few sizes, the others at one, and then what Gaussian processes of both aims say."""
-    methods = _ORDER if wanted.method is None else (wanted.method,)
+    methods = wanted.methods
     least, high = plan_bits(wanted.config)
     low = least + _MARGIN * (high - least)
     begin = [(methods[0], place) for place in _PLACES] + [(method, _PLACES[0]) for method in methods[1:]]
@@ -209,7 +268,7 @@ def _make(wanted: Exploration, out: Path, method: Method, bits: float, number: i
         method,
         bits,
         bundle.quantisation["average_bits"],
-        parity.size_bytes,
+        (path / WEIGHTS).stat().st_size,
         mean("kl"),
         mean("reverse_kl"),
         mean("nll_change"),

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...pages import COLOURS, Bars, Part, Table, figure, page, svg
+from ...runtime.model.files import replace_file
 from ..quantisation.method import Method
 from .candidate import Candidate
 
 _HEADER = [
-    "", "bits a weight", "MB", "KL", "KL reversed", "ΔNLL", "top-1 equal", "recall", "ROUGE-L", "decode", "prefill", "made in",
+    "", "bits a weight", "MB of weights", "KL", "KL reversed", "ΔNLL", "top-1 equal", "recall", "ROUGE-L", "decode", "prefill",
+    "made in",
 ]  # fmt: skip
 
 
 def write_report(
     path: Path, name: str, candidates: Sequence[Candidate], kept: Sequence[Candidate], chosen: Candidate, why: str
 ) -> None:
-    """Write it. `kept`: those that no other one beats. Raises `MissingPackageError` without matplotlib."""
+    """Write it, as a whole. `kept`: those that no other one beats. Raises `MissingPackageError` without matplotlib."""
     layers = [*(str(index) for index in range(len(chosen.layer_kl) - 1)), "head, embedding"]
     title = "Expected KL of each layer's rounding, of the chosen one"
     parts: list[Part | str] = [
@@ -31,7 +33,7 @@ def write_report(
         "repeated exactly. ROUGE-L: greedy answers beside the data's. Decode and prefill: tokens per second of one sequence on "
         "this machine, each candidate at its own time.</p>",
     ]
-    path.write_text(page(f"Search {name}", parts))
+    replace_file(path, page(f"Search {name}", parts))
 
 
 def _row(one: Candidate) -> list[str]:
@@ -43,7 +45,7 @@ def _row(one: Candidate) -> list[str]:
         f"{one.reverse_kl:.4f}",
         f"{one.nll_change:+.2%}",
         f"{one.top1:.1%}",
-        f"{one.recall:.0%}",
+        "–" if one.recall is None else f"{one.recall:.0%}",
         "–" if one.rouge_l is None else f"{one.rouge_l:.3f}",
         f"{one.decode:.1f}",
         f"{one.prefill:.0f}",
@@ -65,7 +67,7 @@ def _sizes(candidates: Sequence[Candidate], kept: Sequence[Candidate], chosen: C
         [chosen.num_bytes / 1e6], [chosen.kl], s=120, facecolors="none", edgecolors="#222", label="chosen", zorder=4
     )
     axes.set_yscale("log")
-    axes.set(xlabel="MB of weights and graphs", ylabel="KL from fp32, nats a token")
+    axes.set(xlabel="MB of weights", ylabel="KL from fp32, nats a token")
     axes.set_title("Size and error", loc="left", fontsize=11)
     axes.grid(color="#e6eaee")
     axes.set_axisbelow(True)

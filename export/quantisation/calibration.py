@@ -14,7 +14,7 @@ from ...runtime.errors import BundleError, ConfigError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.layout import decoder_layout
 from .method import Method, Target
-from .quantiser import Quantiser, check_columns, choose_scales, planned, uniform
+from .quantiser import Quantiser, can_sharpen, check_columns, choose_scales, planned, uniform
 from .statistics import Statistics, channel_rms, check_text, gather, text_digest
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -72,7 +72,7 @@ class QuantisationConfig:
             raise ConfigError(
                 f"{self.num_bits} bits with method {self.method} use no calibration text; leave it out, or give another method"
             )
-        if self.method is Method.AWQ and all(one.source is None for one in decoder_layout(config).linears):
+        if self.method is Method.AWQ and not can_sharpen(config):
             raise ConfigError("method awq scales channels of this family's layers nowhere; use search or gptq")
         if self.target is None:
             uniform(config, self.num_bits, self.group_size, self.method, None)

@@ -132,6 +132,11 @@ def uniform(
     return Quantiser(plan, method, statistics=statistics, group_size=group_size)
 
 
+def can_sharpen(config: DecoderConfig) -> bool:
+    """Whether there are layers whose channels AWQ can scale."""
+    return any(linear.source is not None for linear in decoder_layout(config).linears)
+
+
 def check_columns(config: DecoderConfig) -> None:
     """Raises `ConfigError` for a weight that no scheme of a plan fits."""
     for name, columns in _columns(decoder_layout(config)).items():

@@ -27,6 +27,8 @@ F64 = npt.NDArray[np.float64]
 PROBE = "probe.json"
 NUM_TOKENS = 24
 _NUM_BEST = 16
+_LARGEST = 1 << 24  # bytes of the file: thousands of members
+_LEAST = 8  # positions, below which one of them could decide
 _TIMES, _MORE = 4.0, 0.02  # what is permitted, by what the exporting machine measured; another model has nats
 
 
@@ -75,15 +77,21 @@ def read_probe(bundle: Bundle) -> Probe | None:
     if PROBE not in bundle.manifest["files"]:
         return None
     path = bundle.path / PROBE
+    if path.stat().st_size > _LARGEST:
+        raise BundleError(
+            f"'{path}' has {path.stat().st_size:,} bytes, at most {_LARGEST:,} are read; export the bundle again"
+        )
     values = read_object(path, "export the bundle again")
     try:
         return _checked(values, bundle)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); export the bundle again") from error
 
 
 def _checked(values: Mapping[str, Any], bundle: Bundle) -> Probe:
     probe = Probe(values["token_ids"], {name: MemberProbe(**member) for name, member in values["members"].items()})
+    if any(type(token_id) is not int for token_id in probe.token_ids):
+        raise ValueError("token ids are whole numbers")
     count, vocabulary = len(probe.token_ids), bundle.config.vocab_size
     if not 1 <= count <= min(NUM_TOKENS, bundle.config.max_position_embeddings):
         raise ValueError(f"{count} tokens")
@@ -92,9 +100,12 @@ def _checked(values: Mapping[str, Any], bundle: Bundle) -> Probe:
     tables = [np.asarray([probe.token_ids])]
     for name, member in probe.members.items():
         best, logprobs = np.asarray(member.best), np.asarray(member.logprobs, np.float64)
-        if best.ndim != 2 or best.shape != logprobs.shape or len(best) != count or not best.size:
+        if best.ndim != 2 or best.shape != logprobs.shape or len(best) != count or not 1 <= best.shape[1] <= _NUM_BEST:
             raise ValueError(f"shapes {best.shape} and {logprobs.shape} of member {name}")
-        if not (np.isfinite(logprobs).all() and logprobs.max() <= 0 and 0 < float(member.max_kl) < float("inf")):
+        limit = member.max_kl
+        if not (
+            np.isfinite(logprobs).all() and logprobs.max() <= 0 and type(limit) is float and 0 < limit < float("inf")
+        ):
             raise ValueError(f"values of member {name}")
         tables.append(best)
     if any(table.dtype != np.int64 or table.min() < 0 or table.max() >= vocabulary for table in tables):
@@ -103,10 +114,10 @@ def _checked(values: Mapping[str, Any], bundle: Bundle) -> Probe:
 
 
 def check_probe(bundle: Bundle, backend: Backend, num_positions: int) -> None:
-    """Ask a backend that serves nobody yet for the probe's answers, of the first `num_positions` tokens. Raises
-    `UnavailableError` if they are not what the bundle stores, `BundleError` for a damaged probe."""
+    """Ask a backend that serves nobody yet for the probe's answers, of the first `num_positions` tokens; of fewer than eight,
+    nothing is asked. Raises `UnavailableError` if they are not what the bundle stores, `BundleError` for a damaged probe."""
     probe = read_probe(bundle)
-    if probe is None:
+    if probe is None or num_positions < _LEAST:
         return
     for index, name in enumerate(bundle.members):
         member = probe.members[name]

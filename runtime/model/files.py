@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError, ConfigError, MotetError, UnavailableError
+from ..errors import BundleError, ConfigError, MotetError, NotFoundError, UnavailableError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -25,7 +25,9 @@ def file_digest(path: Path) -> str:
 
 
 def directory_digest(path: Path) -> str:
-    """SHA-256 over the names and digests of the files in a directory, hexadecimal."""
+    """SHA-256 over the names and digests of the files in a directory, hexadecimal. Raises `NotFoundError` if there is none."""
+    if not path.is_dir():
+        raise NotFoundError(f"no directory at '{path}'")
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path)}\0{file_digest(file)}\0".encode())
@@ -41,6 +43,17 @@ def read_object(path: Path, remedy: str, error: type[MotetError] = BundleError) 
     if not isinstance(values, dict):
         raise error(f"'{path}' must hold a JSON object, it holds a {type(values).__name__}; {remedy}")
     return values
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file in the place of another one, if there is one, as a whole."""
+    work = _beside(path, "new")
+    try:
+        work.write_text(text)
+        _sync(work)
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def check_replaceable(out: Path, marker: str, what: str) -> None:

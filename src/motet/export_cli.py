@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +150,8 @@ def export(
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
+            if search is not None and what != "calibrating":
+                return  # of each candidate
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
@@ -166,8 +168,9 @@ def export(
         held_out = None
         if parity:
             chunks = heldout_token_ids(tokenizer, 4096, context=context)
-            task = progress.add_task("parity", total=len(chunks) * max(1, num_members))
-            held_out = HeldOut(chunks, on_chunk=lambda: progress.advance(task))
+            total = len(chunks) * max(1, num_members)
+            task = progress.add_task("parity", total=total, visible=search is None)
+            held_out = HeldOut(chunks, on_chunk=lambda: None if search else progress.advance(task))
         common: dict[str, Any] = {
             "merge": merge,
             "num_tail_layers": layers,
@@ -183,10 +186,15 @@ def export(
             make(out, bits=bits, group_size=group, method=method, target=target)
         else:
             assert text is not None
-            settings = {"layers": layers, "graphs": graphs, "merge": merge, **_settings(base, text, chosen)}
-            out = search_bundles(base, make, out, search, only, target, questions or "stdlib-docs", settings)
+            settings = {"layers": layers, "graphs": graphs, "merge": merge, **_settings(base, text, chunks, chosen)}
+            found = search_bundles(
+                base, make, out, search, only, target, questions or "stdlib-docs", settings, progress.console
+            )
+    if search is not None:
+        print(found)
+        return
     print(out)
-    if parity and search is None:
+    if parity:
         Console().print(_parity_table(out))
 
 
@@ -203,8 +211,10 @@ def _check_search(search: float | None, given: Mapping[str, object]) -> None:
         raise ConfigError(f"--search has a number of minutes above 0, got {search:g}")
 
 
-def _settings(base: BaseModel, text: Calibration, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the bundles of a search depend on."""
+def _settings(
+    base: BaseModel, text: Calibration, held_out: Sequence[Sequence[int]], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the bundles of a search depend on, beside the model."""
     from .export.quantisation.statistics import text_digest
     from .runtime.model.files import directory_digest
 
@@ -215,6 +225,7 @@ def _settings(base: BaseModel, text: Calibration, chosen: Mapping[str, Any]) -> 
         "mix": chosen["mix"],
         "space": str(chosen["space"]),
         "calibration": text_digest(base.digest, text.chunks),
+        "held_out": text_digest(base.digest, held_out),
     }
 
 

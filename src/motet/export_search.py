@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from . import __version__
 from .export.base_model import BaseModel
 from .export.exploration.answers import Question
 from .export.exploration.candidate import Candidate
 from .export.exploration.explore import PAGE, Exploration, explore
 from .export.quantisation.method import Method, Target
-from .finetune.data.dataset import encode_prompt, load_dataset
+from .finetune.data.dataset import Dataset, encode_prompt, load_dataset
+from .runtime.api.config import EngineConfig
 from .runtime.errors import DataError
 from .tables import table
 
@@ -28,12 +32,10 @@ def search_bundles(
     target: Target | None,
     data: str,
     settings: Mapping[str, Any],
+    said: Console,
 ) -> Path:
-    """The directory of the bundle that was chosen. `make(path, method=…, target=…)` exports one with a parity report; `settings`:
-    what it depends on beside the base. Candidates are printed while they are made."""
-    from rich.console import Console
-
-    said = Console(stderr=True)
+    """The directory of the bundle that was chosen. `make(path, name=…, method=…, target=…)` exports one with a parity report;
+    `settings`: what it depends on beside the base. Candidates are printed on `said` while they are made."""
 
     def show(one: Candidate) -> None:
         figures = (
@@ -41,14 +43,15 @@ def search_bundles(
         )
         said.print(f"{one.name}: {figures}", highlight=False)
 
+    dataset = load_dataset(data)
     wanted = Exploration(
         base.config,
-        lambda path, method, target: make(path, method=method, target=target),
-        {"model": base.digest, "data": data, **settings},
+        lambda path, method, target: make(path, name=f"{out.name}-{path.name}", method=method, target=target),
+        {"model": base.digest, "data": dataset.digest, "version": __version__, **settings},
         60 * minutes,
         method,
         target,
-        _questions(data, base),
+        _questions(dataset, base),
     )
     result = explore(wanted, out, show)
     rows = [
@@ -62,10 +65,10 @@ def search_bundles(
     return result.path
 
 
-def _questions(data: str, base: BaseModel) -> list[Question]:
-    """Of the test split: those whose prompt and answer fit half of the context."""
-    most, found = base.config.max_position_embeddings // 2, list[Question]()
-    for example in load_dataset(data).splits["test"]:
+def _questions(data: Dataset, base: BaseModel) -> list[Question]:
+    """Of the test split: those whose prompt and answer fit what is served."""
+    most, found = EngineConfig().positions(base.config.max_position_embeddings), list[Question]()
+    for example in data.splits["test"]:
         prompt = encode_prompt(base.tokenizer, example)
         answer = base.tokenizer.encode(example.completion, add_special_tokens=False)[:_MOST_ANSWERED]
         if prompt and answer and len(prompt) + len(answer) <= most:
@@ -73,5 +76,7 @@ def _questions(data: str, base: BaseModel) -> list[Question]:
         if len(found) == NUM_QUESTIONS:
             return found
     if not found:
-        raise DataError(f"'{data}' has no test example with a prompt and an answer of at most {most} tokens together")
+        raise DataError(
+            f"'{data.name}' has no test example with a prompt and an answer of at most {most} tokens together"
+        )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from motet.export.parity import HeldOut
 from motet.kernels.native import library
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.base import Backend
+from motet.runtime.backends.onnx.backend import OnnxBackend
 from motet.runtime.backends.open import open_backend
 from motet.runtime.backends.probe import check_probe, read_probe
+from motet.runtime.engine.open import open_engine
 from motet.runtime.errors import BundleError, UnavailableError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.files import file_digest
 from motet.runtime.model.stored import stored_tensors
+from motet.runtime.serve.settings import Settings
 
 CHUNKS = [np.random.default_rng(3).integers(0, 256, 40).tolist()]
 BACKENDS = [
@@ -112,6 +116,25 @@ def test_what_is_no_number_is_refused(exported):
         check_probe(Bundle.load(exported), broken, 64)
 
 
+def test_engines_ask(exported, tmp_path):
+    """What opens a bundle for a server, and its setting."""
+    wrong = copied(exported, tmp_path / "b", swap_columns("model.layers.0.mlp.down_proj.weight.values"))
+    with pytest.raises(UnavailableError, match="member base differs"):
+        open_engine(wrong.path, config("onnx"))
+    settings = Settings.load(environment={"MOTET_PROBE": "false"}).engine
+    assert not settings.probe
+    with open_engine(wrong.path, replace(settings, threads=2, backend="onnx")):
+        pass
+
+
+def test_logits_that_are_no_numbers_are_not_exported(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(OnnxBackend, "score", lambda _self, ids, _member: np.full((len(ids), 320), np.inf, np.float32))
+    text = HeldOut(CHUNKS, EngineConfig(backend="onnx", threads=2))
+    with pytest.raises(UnavailableError, match="the onnx backend gives logits of member base that are no numbers"):
+        export_bundle(tiny_model_dir("llama"), tmp_path / "b", held_out=text)
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_bundle_that_was_not_measured_has_none(exported):
     bundle = Bundle.load(exported.parent / "bare")
     assert read_probe(bundle) is None
@@ -126,7 +149,18 @@ def test_a_bundle_that_was_not_measured_has_none(exported):
         lambda p: p | {"token_ids": p["token_ids"] * 2},
         lambda p: p | {"token_ids": [30000] + p["token_ids"][1:]},
         lambda p: p | {"token_ids": [0.5] + p["token_ids"][1:]},
+        lambda p: p | {"token_ids": [[token] for token in p["token_ids"]]},
+        lambda p: p | {"token_ids": [True] + p["token_ids"][1:]},
+        lambda p: p | {"members": []},
+        lambda p: p | {"members": None},
         lambda p: p | {"members": {"base": p["members"]["base"]}},
+        lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"max_kl": 10**400}}},
+        lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"max_kl": "0.5"}}},
+        lambda p: (
+            p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"logprobs": [[-(10**400)] * 16] * 24}}}
+        ),
+        lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"best": [[1] * 17] * 24}}},
+        lambda p: p | {"more": " " * (1 << 24)},
         lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"max_kl": -1}}},
         lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"max_kl": "x"}}},
         lambda p: p | {"members": p["members"] | {"tail": p["members"]["tail"] | {"more": 1}}},

@@ -22,6 +22,9 @@ from motet.runtime.errors import BundleError, NotFoundError, PermissionDeniedErr
 WEIGHTS = "model.safetensors"
 
 
+pytestmark = pytest.mark.alone  # a server, and threads that wait for it
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A store and a cache of the client's of their own, and no wait between tries."""

@@ -140,6 +140,7 @@ def test_a_head_of_its_own_is_exported_alone(tiny_model_dir, data, tmp_path):
         export_bundle(model_dir, tmp_path / "c", tails={"t": tmp_path / "t", "base": None})
 
 
+@pytest.mark.alone
 def test_killed_and_resumed(tiny_model_dir, data, tmp_path):
     """kill -9 after the first of four validations: the rerun trains on and ends with the same figures and weights."""
     settings = {**SMALL, "dropout": 0.1, "epochs": 4, "evaluations": 4}

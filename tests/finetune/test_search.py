@@ -129,6 +129,7 @@ def mixed_nll(scored, mix, space) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_search_ends_with_the_same_trials(tiny_model_dir, data, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom motet.finetune.params import TuneParams\n"

@@ -104,6 +104,7 @@ def test_the_bound(trunk, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_killed_while_writing(tiny_model_dir, tmp_path, trunk):
     """kill -9 after the first chunk: the next writer keeps it, and the entry is the one that an unharmed writer makes."""
     model_dir = tiny_model_dir("llama")

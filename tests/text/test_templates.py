@@ -193,6 +193,7 @@ def test_messages_of_tools(directory):
         ("{% include '/etc/passwd' %}", "no loader"),
     ],
 )
+@pytest.mark.alone
 def test_a_hostile_template_is_stopped(source, message):
     """In a second, with a clear error, and the next rendering is not disturbed."""
     started = time.monotonic()
