@@ -30,6 +30,7 @@ from ..runtime.model.stored import stored_tensors, stored_weight
 from .base_model import BaseModel
 from .bundle_tensors import parts_of, write_weights
 from .graph import GraphWriter, Slice, check_graphs
+from .graph_nodes import in_file
 from .members import MemberWeights, read_member
 from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantisation.calibration import Calibration, QuantisationConfig
@@ -253,18 +254,18 @@ def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_l
 
 def _write_graphs(config: DecoderConfig, members: list[MemberWeights], split_layer: int, work: Path) -> dict[str, Any]:
     tensors = stored_tensors(work / WEIGHTS)
-    last = config.num_layers
-    shared = GraphWriter(config, tensors, WEIGHTS)
+    place, last = in_file(WEIGHTS), config.num_layers
+    shared = GraphWriter(config, tensors, place)
     shared.write(Slice(embedding=False, start=last, stop=last, norm=False, head=True), work / "head.onnx")
     if len(members) == 1:
-        alone = GraphWriter(config, tensors, WEIGHTS, members[0].name)
+        alone = GraphWriter(config, tensors, place, members[0].name)
         alone.write(Slice(embedding=True, start=0, stop=last, norm=True, head=False), work / "model.onnx")
         return {"trunk": "model.onnx", "tails": {}, "head": "head.onnx"}
     shared.write(Slice(embedding=True, start=0, stop=split_layer, norm=False, head=False), work / "trunk.onnx")
     tails = {}
     for member in members:
         tails[member.name] = f"tail-{member.name}.onnx"
-        writer = GraphWriter(config, tensors, WEIGHTS, member.name)
+        writer = GraphWriter(config, tensors, place, member.name)
         part = Slice(embedding=False, start=split_layer, stop=last, norm=True, head=False)
         writer.write(part, work / tails[member.name])
     return {"trunk": "trunk.onnx", "tails": tails, "head": "head.onnx"}

@@ -18,7 +18,7 @@ the buffers of past_key_values.{i}. The head: hidden_states [R, hidden] → logi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from onnx import TensorProto, helper
 
 from ..runtime.errors import UnsupportedModelError
 from ..runtime.model.config import DecoderConfig
-from ..runtime.model.layout import EMBEDDING, POSITIONS, Layer, Linear, Norm, decoder_layout
-from ..runtime.model.stored import StoredTensor, own_name
-from .graph_nodes import MICROSOFT, NodeWriter
+from ..runtime.model.layout import EMBEDDING, POSITIONS, Layer, Linear, Norm
+from ..runtime.model.stored import StoredTensor, StoredWeight
+from .graph_layers import DecoderWriter
+from .graph_nodes import MICROSOFT, Place, Shape
 
 HIDDEN = "hidden_states"
-
-
+_OPSET = 21
 _STEP = 16  # of GroupQueryAttention: sizes are multiples of it
 
 
@@ -64,21 +64,19 @@ class Slice:
     head: bool
 
 
-class GraphWriter(NodeWriter):
-    """Writes slices of one decoder with the weights of `member`; None: of the base."""
+class GraphWriter(DecoderWriter):
+    """Writes slices of one decoder, in operators of ONNX Runtime that do much in one."""
 
     def __init__(
         self,
         config: DecoderConfig,
         tensors: Mapping[str, StoredTensor],
-        weights_file: str,
+        place: Callable[[StoredTensor], Place],
         member: str | None = None,
     ) -> None:
         """Raises what `check_graphs` raises."""
         check_graphs(config)
-        super().__init__(tensors, weights_file, member)
-        self.config = config
-        self.layout = decoder_layout(config)
+        super().__init__(config, tensors, place, member)
 
     def write(self, part: Slice, path: Path, *, standard: bool = False) -> None:
         """Write the graph of `part` to `path`, in the weights file's directory. `standard`: with the interface that
@@ -100,11 +98,11 @@ class GraphWriter(NodeWriter):
             self._head(hidden, last_position=standard)
         else:
             self._output(hidden, HIDDEN, TensorProto.FLOAT, self._hidden_shape(part))
-        self._save(path)
+        self._save(path, _OPSET, microsoft=True)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
-    def _hidden_shape(self, part: Slice) -> list[str | int]:
+    def _hidden_shape(self, part: Slice) -> Shape:
         layers = part.embedding or part.stop > part.start or part.norm
         return ["batch", "sequence", self.config.hidden_size] if layers else ["rows", self.config.hidden_size]
 
@@ -123,34 +121,14 @@ class GraphWriter(NodeWriter):
             self._input("total_sequence_length", TensorProto.INT32, [])
             return
         mask = self._input("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
-        counts = self._node("ReduceSum", [mask, self._constant("axis_1", np.array([1], np.int64))], keepdims=0)
-        last = self._node("Sub", [counts, self._constant("one", np.array([1], np.int64))])
+        counts = self._node("ReduceSum", [mask, self._ints(1)], keepdims=0)
+        last = self._node("Sub", [counts, self._ints(1)])
         self._node("Cast", [last], output="seqlens_k", to=TensorProto.INT32)
         length = self._node("Gather", [self._node("Shape", [mask]), self._constant("index_1", np.array(1, np.int64))])
         self._node("Cast", [length], output="total_sequence_length", to=TensorProto.INT32)
 
-    def _layer(self, index: int, layer: Layer, hidden: str, pending: str | None) -> tuple[str, str]:
-        normed, hidden = self._input_of(layer.attention_norm, hidden, pending)
-        attention = self._branch(layer.attention_out_norm, self._attention(index, layer, normed))
-        normed, hidden = self._input_of(layer.mlp_norm, hidden, None if layer.parallel else attention)
-        added = self._branch(layer.mlp_out_norm, self._mlp(layer, normed))
-        return hidden, self._node("Add", [attention, added]) if layer.parallel else added
-
-    def _input_of(self, norm: Norm | None, hidden: str, pending: str | None) -> tuple[str, str]:
-        """Returns (what attention or an MLP gets, the residual stream)."""
-        if norm is not None:
-            return self._norm(norm, hidden, pending)
-        total = hidden if pending is None else self._node("Add", [hidden, pending])
-        return total, total
-
-    def _branch(self, norm: Norm | None, added: str) -> str:
-        """What is added to the residual stream."""
-        normed = added if norm is None else self._norm(norm, added, None)[0]
-        return self._scaled(normed, self.config.residual_scale)
-
     def _norm(self, norm: Norm, hidden: str, pending: str | None, *, residual: bool = True) -> tuple[str, str]:
-        """Returns (normed, residual stream). A pending branch is added in the same node: residual = hidden +
-        pending."""
+        """A pending branch is added in the same node."""
         rms = norm.kind == "rms"
         weights = [self._tensor(name) for name in norm.tensors]
         epsilon: dict[str, Any] = {"epsilon": self.config.norm_eps}
@@ -171,7 +149,7 @@ class GraphWriter(NodeWriter):
         query, key, value = (
             (qkv, "", "") if layer.head_norms is None else self._split_and_norm_heads(layer.qkv, layer.head_norms, qkv)
         )
-        cache: list[str | int] = ["batch", config.num_kv_heads, "cache", config.head_size]
+        cache: Shape = ["batch", config.num_kv_heads, "cache", config.head_size]
         past = [self._input(f"past_key_values.{index}.{kind}", TensorProto.FLOAT, cache) for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         for name in present:
@@ -203,14 +181,12 @@ class GraphWriter(NodeWriter):
         sizes = [part.rows for part in linear.parts]
         query, key, value = self._split(qkv, sizes)
         normed = []
-        for name, tensor, size, norm in zip("qk", (query, key), sizes, norms):
-            heads = self._constant(f"{name}_heads", np.array([0, 0, size // norm.size, norm.size], np.int64))
-            flat = self._constant(f"{name}_flat", np.array([0, 0, size], np.int64))
-            tensor = self._node("Reshape", [tensor, heads])
+        for tensor, size, norm in zip((query, key), sizes, norms):
+            tensor = self._reshaped(tensor, 0, 0, size // norm.size, norm.size)
             weights = [self._tensor(own) for own in norm.tensors]
             epsilon = self.config.norm_eps
             tensor = self._node("SimplifiedLayerNormalization", [tensor, *weights], axis=-1, epsilon=epsilon)
-            normed.append(self._node("Reshape", [tensor, flat]))
+            normed.append(self._reshaped(tensor, 0, 0, size))
         return normed[0], normed[1], value
 
     def _mlp(self, layer: Layer, normed: str) -> str:
@@ -229,28 +205,74 @@ class GraphWriter(NodeWriter):
     def _head(self, hidden: str, *, last_position: bool) -> None:
         """Add the head: logits [R, vocab] of every row, or [B, 1, vocab] of the last position."""
         weight = self._find_weight(self.layout.head)
-        shape: list[str | int] = ["rows", self.config.vocab_size]
+        shape: Shape = ["rows", self.config.vocab_size]
         if last_position:
-            hidden = self._node("Gather", [hidden, self._constant("last", np.array([-1], np.int64))], axis=1)
+            hidden = self._node("Gather", [hidden, self._ints(-1)], axis=1)
             shape = ["batch", 1, self.config.vocab_size]
         logits = self._scaled(self._matmul(weight, hidden), self.config.logit_scale)
-        if (cap := self.config.logit_softcap) is not None:
-            logits = self._scaled(self._node("Tanh", [self._scaled(logits, 1 / cap)]), cap)
-        self._output(logits, "logits", TensorProto.FLOAT, shape)
+        self._output(self._capped(logits, self.config.logit_softcap), "logits", TensorProto.FLOAT, shape)
 
-    # ---- linear layers -----------------------------------------------------------------------------------------
+    # ---- products with stored weights --------------------------------------------------------------------------
 
-    def _linear(self, linear: Linear, hidden: str) -> str:
-        """hidden [B, S, columns] → [B, S, rows], with the member's low-rank update if it has one."""
-        output = self._matmul(self._find_weight(f"{linear.name}.weight"), hidden)
-        if linear.bias:
-            output = self._node("Add", [output, self._tensor(f"{linear.name}.bias")])
-        halves = (
-            [own_name(self.member, f"{linear.name}.{half}") for half in ("lora_a", "lora_b")] if self.member else []
+    def _matmul(self, weight: StoredWeight, hidden: str) -> str:
+        """hidden [..., columns] → [..., rows]. `MatMulNBits` quantises activations to 8 bits per row and group
+        (accuracy level 4). Its zero points are whole numbers, so with 4 bits they are left at 8, and the products of
+        `_offsets` with the sums of the groups' activations are added."""
+        if weight.bits == 32:
+            return self._node("FusedMatMul", [hidden, self._stored(weight.name)], domain=MICROSOFT, transB=1)
+        product = self._node(
+            "MatMulNBits",
+            [hidden, self._stored(weight.values), self._floats(weight.scales)],
+            domain=MICROSOFT,
+            K=weight.columns,
+            N=weight.rows,
+            bits=weight.bits,
+            block_size=weight.group_size,
+            accuracy_level=4,
         )
-        if not halves or halves[0] not in self.tensors:
-            return output
-        update = hidden
+        if weight.minima is None:
+            return product
+        grouped = self._reshaped(hidden, -1, weight.groups, weight.group_size)
+        sums = self._node("ReduceSum", [grouped, self._ints(-1)], keepdims=0)  # [rows, groups]
+        added = self._node("FusedMatMul", [sums, self._offsets(weight)], domain=MICROSOFT, transB=1)
+        return self._node("Add", [product, self._node("Reshape", [added, self._node("Shape", [product])])])
+
+    def _rows(self, weight: StoredWeight, ids: str) -> str:
+        """Rows of an embedding, [B, S, columns]."""
+        if weight.bits == 32:
+            return self._node("Gather", [self._stored(weight.name), ids])
+        rows = self._node(
+            "GatherBlockQuantized",
+            [
+                self._stored(weight.values, (weight.rows, weight.columns * weight.bits // 8)),
+                ids,
+                self._floats(weight.scales),
+            ],
+            domain=MICROSOFT,
+            bits=weight.bits,
+            block_size=weight.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if weight.minima is None:
+            return rows
+        offsets = self._node("Unsqueeze", [self._node("Gather", [self._offsets(weight), ids]), self._ints(-1)])
+        whole = self._node("Add", [self._reshaped(rows, 0, 0, weight.groups, weight.group_size), offsets])
+        return self._reshaped(whole, 0, 0, weight.columns)
+
+    def _offsets(self, weight: StoredWeight) -> str:
+        """minimum + 8 · scale of each group of a 4-bit weight, [rows, groups]: w = (value - 8) · scale + offset. Made when
+        the graph is loaded."""
+        assert weight.minima is not None
+        eights = self._scaled(self._floats(weight.scales), 8.0)
+        return self._node("Add", [self._floats(weight.minima), eights])
+
+    def _floats(self, name: str) -> str:
+        """A stored tensor in float32."""
+        stored = self._stored(name)
+        return stored if self.tensors[name].dtype == "F32" else self._node("Cast", [stored], to=TensorProto.FLOAT)
+
+    def _low_rank(self, halves: list[str], hidden: str) -> str:
         for half in halves:
-            update = self._node("FusedMatMul", [update, self._stored(half)], domain=MICROSOFT, transB=1)
-        return self._node("Add", [output, update])
+            hidden = self._node("FusedMatMul", [hidden, self._stored(half)], domain=MICROSOFT, transB=1)
+        return hidden

@@ -1,12 +1,12 @@
-"""The nodes and tensors that ONNX graphs are made of, and products with stored weights.
+"""The nodes and tensors that ONNX graphs are made of.
 
-Initializers are ONNX external data: name, offset and length *into* the bundle's `model.safetensors`, so all graphs and
-all backends share one copy of the weights.
+Initializers of stored tensors are ONNX external data: name, offset and length *into* a file beside the graph. A bundle's graphs
+point into its `model.safetensors`, so all graphs and all backends share one copy of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,25 @@ from ..runtime.model.stored import StoredTensor, StoredWeight, resolve, stored_w
 MICROSOFT = "com.microsoft"
 _DTYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
 
+Place = tuple[str, int, int]  # of a tensor: the file's name, offset and length in bytes
+Shape = list[str | int]  # of an input or output; a name for a size that is not fixed
+
+
+def in_file(name: str) -> Callable[[StoredTensor], Place]:
+    """Tensors stay where they are, in the weights file `name` beside the graph."""
+    return lambda tensor: (name, tensor.offset, tensor.length)
+
 
 class NodeWriter:
     """Collects the nodes of one graph after the other. `tensors`: of the weights file, read as `member` has them; None: as the
-    base has them."""
+    base has them. `place`: the bytes of a stored tensor, as the graph finds them."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], weights_file: str, member: str | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], place: Callable[[StoredTensor], Place], member: str | None
+    ) -> None:
         self.tensors = tensors
-        self.weights_file = weights_file
         self.member = member
+        self._place = place
         self._begin()
 
     def _begin(self) -> None:
@@ -37,76 +47,7 @@ class NodeWriter:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
-    # ---- products with stored weights --------------------------------------------------------------------------
-
-    def _matmul(self, weight: StoredWeight, hidden: str) -> str:
-        """hidden [..., columns] → [..., rows]. `MatMulNBits` quantises activations to 8 bits per row and group
-        (accuracy level 4). Its zero points are whole numbers, so with 4 bits they are left at 8, and the products of
-        `_offsets` with the sums of the groups' activations are added."""
-        if weight.bits == 32:
-            return self._node("FusedMatMul", [hidden, self._stored(weight.name)], domain=MICROSOFT, transB=1)
-        product = self._node(
-            "MatMulNBits",
-            [hidden, self._stored(weight.values), self._floats(weight.scales)],
-            domain=MICROSOFT,
-            K=weight.columns,
-            N=weight.rows,
-            bits=weight.bits,
-            block_size=weight.group_size,
-            accuracy_level=4,
-        )
-        if weight.minima is None:
-            return product
-        grouped = np.array([-1, weight.groups, weight.group_size], np.int64)
-        shape = self._constant(f"groups_{weight.columns}_{weight.group_size}", grouped)
-        last = self._constant("axis_last", np.array([-1], np.int64))
-        sums = self._node("ReduceSum", [self._node("Reshape", [hidden, shape]), last], keepdims=0)  # [rows, groups]
-        added = self._node("FusedMatMul", [sums, self._offsets(weight)], domain=MICROSOFT, transB=1)
-        return self._node("Add", [product, self._node("Reshape", [added, self._node("Shape", [product])])])
-
-    def _rows(self, weight: StoredWeight, ids: str) -> str:
-        """Rows of an embedding, [B, S, columns]."""
-        if weight.bits == 32:
-            return self._node("Gather", [self._stored(weight.name), ids])
-        rows = self._node(
-            "GatherBlockQuantized",
-            [
-                self._stored(weight.values, (weight.rows, weight.columns * weight.bits // 8)),
-                ids,
-                self._floats(weight.scales),
-            ],
-            domain=MICROSOFT,
-            bits=weight.bits,
-            block_size=weight.group_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if weight.minima is None:
-            return rows
-        grouped = self._constant("row_groups", np.array([0, 0, weight.groups, weight.group_size], np.int64))
-        last = self._constant("axis_last", np.array([-1], np.int64))
-        offsets = self._node("Unsqueeze", [self._node("Gather", [self._offsets(weight), ids]), last])
-        whole = self._node("Add", [self._node("Reshape", [rows, grouped]), offsets])
-        return self._node("Reshape", [whole, self._constant("row_flat", np.array([0, 0, weight.columns], np.int64))])
-
-    def _offsets(self, weight: StoredWeight) -> str:
-        """minimum + 8 · scale of each group of a 4-bit weight, [rows, groups]: w = (value - 8) · scale + offset. Made when
-        the graph is loaded."""
-        assert weight.minima is not None
-        eights = self._scaled(self._floats(weight.scales), 8.0)
-        return self._node("Add", [self._floats(weight.minima), eights])
-
-    def _floats(self, name: str) -> str:
-        """A stored tensor in float32."""
-        stored = self._stored(name)
-        return stored if self.tensors[name].dtype == "F32" else self._node("Cast", [stored], to=TensorProto.FLOAT)
-
-    def _scaled(self, tensor: str, factor: float) -> str:
-        if factor == 1:
-            return tensor
-        return self._node("Mul", [tensor, self._constant(f"scale_{factor}", np.array(factor, np.float32))])
-
-    # ---- nodes and tensors -------------------------------------------------------------------------------------
+    # ---- nodes -------------------------------------------------------------------------------------------------
 
     def _name(self, operator: str) -> str:
         return f"{operator}_{len(self._nodes)}"
@@ -116,26 +57,49 @@ class NodeWriter:
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
+    def _scaled(self, tensor: str, factor: float) -> str:
+        return tensor if factor == 1 else self._node("Mul", [tensor, self._real(factor)])
+
+    def _capped(self, tensor: str, cap: float | None) -> str:
+        """cap · tanh(x / cap); None: x."""
+        return tensor if cap is None else self._scaled(self._node("Tanh", [self._scaled(tensor, 1 / cap)]), cap)
+
     def _split(self, tensor: str, sizes: list[int]) -> list[str]:
+        """Along the last axis."""
         name = self._name("Split")
         outputs = [f"{name}_{i}" for i in range(len(sizes))]
-        split = self._constant("split_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
-        self._nodes.append(helper.make_node("Split", [tensor, split], outputs, name=name, axis=-1))
+        self._nodes.append(helper.make_node("Split", [tensor, self._ints(*sizes)], outputs, name=name, axis=-1))
         return outputs
 
-    def _input(self, name: str, dtype: int, shape: list[str | int]) -> str:
+    def _reshaped(self, tensor: str, *shape: int) -> str:
+        """0: the size that it has; -1: what is left."""
+        return self._node("Reshape", [tensor, self._ints(*shape)])
+
+    # ---- inputs and outputs ------------------------------------------------------------------------------------
+
+    def _input(self, name: str, dtype: int, shape: Shape) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def _output(self, tensor: str, name: str, dtype: int, shape: list[str | int]) -> None:
+    def _output(self, tensor: str, name: str, dtype: int, shape: Shape) -> None:
         """Name `tensor` as a graph output; outputs come before the key/value pairs."""
         output = name if name not in {value.name for value in self._inputs} else f"{name}_out"
         self._nodes.append(helper.make_node("Identity", [tensor], [output], name=output))
         self._outputs.insert(0, helper.make_tensor_value_info(output, dtype, shape))
 
+    # ---- tensors -----------------------------------------------------------------------------------------------
+
     def _constant(self, name: str, value: np.ndarray) -> str:
         self._initializers.setdefault(name, onnx.numpy_helper.from_array(value, name))
         return name
+
+    def _ints(self, *values: int) -> str:
+        """[values] int64."""
+        return self._constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def _real(self, value: float) -> str:
+        """A scalar in float32."""
+        return self._constant(f"real_{value}", np.array(value, np.float32))
 
     def _find_weight(self, name: str) -> StoredWeight:
         return stored_weight(self.tensors, resolve(self.tensors, name, self.member))
@@ -144,22 +108,28 @@ class NodeWriter:
         return self._stored(resolve(self.tensors, name, self.member))
 
     def _stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
-        """An initializer that points into the weights file. `shape`: another shape for the same bytes."""
+        """An initializer of a stored tensor. `shape`: another shape for the same bytes."""
         tensor = self.tensors[name]
         key = name if shape is None else f"{name}:{'x'.join(map(str, shape))}"
         if key not in self._initializers:
-            proto = TensorProto(name=key, data_type=_DTYPES[tensor.dtype], dims=shape or tensor.shape)
-            proto.data_location = TensorProto.EXTERNAL
-            where = {"location": self.weights_file, "offset": tensor.offset, "length": tensor.length}
-            for entry, value in where.items():
-                proto.external_data.add(key=entry, value=str(value))
-            self._initializers[key] = proto
+            self._external(key, _DTYPES[tensor.dtype], shape or tensor.shape, self._place(tensor))
         return key
 
-    def _save(self, path: Path) -> None:
+    def _external(self, name: str, dtype: int, shape: tuple[int, ...], place: Place) -> None:
+        """Add an initializer whose bytes are in a file beside the graph."""
+        proto = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in zip(("location", "offset", "length"), place, strict=True):
+            proto.external_data.add(key=key, value=str(value))
+        self._initializers[name] = proto
+
+    def _save(self, path: Path, opset: int, *, microsoft: bool = False) -> None:
+        """Write the graph, in the oldest form of the file that has the opset. `microsoft`: operators of ONNX Runtime are used
+        too."""
         graph = helper.make_graph(
             self._nodes, path.stem, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="motet")
+        standard = helper.make_opsetid("", opset)
+        opsets = [standard, *([helper.make_opsetid(MICROSOFT, 1)] if microsoft else [])]
+        version = helper.find_min_ir_version_for([standard])
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="motet")
         path.write_bytes(model.SerializeToString())

@@ -13,10 +13,11 @@ from ..runtime.model.files import read_object
 
 CONFIG, GENAI = "config.json", "genai_config.json"
 # The names that families have for a size.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _NAMES = {
     "vocab_size": ("vocab_size",),
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+    "max_position_embeddings": CONTEXT_NAMES,
 }
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
@@ -79,7 +80,10 @@ def _sizes(values: Mapping[str, Any], path: Path) -> GraphConfig:
         raise UnsupportedModelError(f"'{path}' describes an encoder and a decoder; Motet serves decoders alone")
     sizes = {name: _first(values, names, path) for name, names in _NAMES.items()}
     heads = _first(values, _HEADS, path)
-    kv_heads = next((values[name] for name in _KV_HEADS if values.get(name) is not None), heads)
+    if values.get("multi_query") and not values.get("new_decoder_architecture"):  # falcon
+        kv_heads = 1
+    else:
+        kv_heads = next((values[name] for name in _KV_HEADS if values.get(name) is not None), heads)
     head_size = values.get("head_dim")
     if head_size is None:
         hidden = _first(values, _HIDDEN, path)

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ...export.standard_graph import write_standard_graph
+from ...export.flavours import Flavour
+from ...export.onnx_directory import write_onnx
 from ...runtime.errors import ConfigError, MotetError
 from ...runtime.model.bundle import Bundle
 from ..lib import probes
@@ -142,7 +143,7 @@ def _paths(bundles: Mapping[str, Bundle], model: str) -> dict[str, str]:
     scratch = Path(paths["scratch"])
     for variant, bundle in bundles.items():
         graph = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
-        write_standard_graph(bundle, 0, graph)
+        write_onnx(bundle, graph, bundle.members[0], flavour=Flavour.GENAI)
         paths[f"genai-{variant}"] = str(graph)
     return paths
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from .export.flavours import Flavour, WeightForm
 from .export.quantisation.method import Method, Target
 from .options import MixOption, by_name, coefficients
 from .runtime.api.request import Space
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (export, inspect):
+    for command in (export, export_onnx, inspect):
         app.command()(command)
 
 
@@ -292,6 +293,32 @@ def _adapter(text: str) -> tuple[str, Path]:
     if path is None:
         raise ConfigError(f"--{MemberKind.ADAPTER.flag} takes name=DIR, got '{text}'")
     return name, path
+
+
+def export_onnx(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the ONNX decoder.")],
+    member: Annotated[str | None, typer.Option(help="The member that is written; default: the only one.")] = None,
+    flavour: Annotated[
+        Flavour,
+        typer.Option(
+            help="portable: standard operators, for any ONNX runtime, in Optimum's layout; genai: ONNX Runtime's own operators, "
+            "for onnxruntime-genai."
+        ),
+    ] = Flavour.PORTABLE,
+    opset: Annotated[
+        int | None, typer.Option(help="Version of the standard operators, 17 to 23. With portable only; default: 21.")
+    ] = None,
+    weights: Annotated[
+        WeightForm | None,
+        typer.Option(help="In the bundle's bits (stored), or widened. With portable only; default: stored."),
+    ] = None,
+) -> None:
+    """Write one member of a bundle as an ONNX decoder for other runtimes."""
+    from .export.onnx_directory import write_onnx
+    from .runtime.model.bundle import Bundle
+
+    print(write_onnx(Bundle.load(bundle), out, member, flavour=flavour, opset=opset, form=weights))
 
 
 def inspect(

@@ -11,7 +11,8 @@ from helpers.decoder_graph import greedy_with_onnxruntime, greedy_with_transform
 from motet.cli import app
 from motet.export.bundle_writer import export_bundle
 from motet.export.decoder_graph import export_decoder_graph, find_graph
-from motet.export.standard_graph import write_standard_graph
+from motet.export.flavours import Flavour
+from motet.export.onnx_directory import write_onnx
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
@@ -124,8 +125,8 @@ def test_half_precision(model_dir, tmp_path):
 def test_the_layout_of_onnxruntime_genai(model_dir, tmp_path, runs, expected):
     """Grouped-query attention with the rotation in it, and logits of the last position alone; only a genai_config.json."""
     source = Bundle.load(export_bundle(model_dir, tmp_path / "s", bits=32))
-    write_standard_graph(source, 0, tmp_path / "m")
-    bundle = export_decoder_graph(find_graph(tmp_path / "m" / "model.onnx"), tmp_path / "b")
+    write_onnx(source, tmp_path / "m", flavour=Flavour.GENAI)
+    bundle = export_decoder_graph(find_graph(tmp_path / "m"), tmp_path / "b")
     assert padding(bundle) == "right"
     runs.clear()
     assert answers(bundle) == expected

@@ -14,7 +14,6 @@ from motet.export.bundle_writer import export_bundle
 from motet.export.quantisation.equalise import equalise, smoothing
 from motet.export.quantisation.groups import dequantise, quantise
 from motet.export.quantisation.statistics import channel_rms
-from motet.export.standard_graph import write_standard_graph
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
@@ -160,23 +159,6 @@ def test_onnxruntime_alone_says_the_same(real_model_dir, tmp_path):
     with Engine.from_bundle(path, CONFIG) as engine:
         prompt = engine.tokenizer.encode_chat([{"role": "user", "content": "Explain what a hash table is."}])
     assert greedy_with_onnxruntime(Bundle.load(path), "base", prompt, 32) == engine_greedy(path, prompt, 32)
-
-
-def test_the_standard_graph(tiny_model_dir, tmp_path):
-    """One graph with the interface of other runtimes gives the same greedy tokens."""
-    path = export_bundle(tiny_model_dir("llama"), tmp_path / "b", bits=8)
-    expected = engine_greedy(path, range(40, 60), 8)  # first: it makes the pool that `plain_session` uses
-    write_standard_graph(Bundle.load(path), 0, tmp_path / "standard")
-    Bundle.load(path)  # it still has files of its own
-    session = plain_session(tmp_path / "standard" / "model.onnx")
-    tokens = list(range(40, 60))
-    for _ in range(8):
-        feeds = {
-            value.name: np.zeros((1, 2, 0, 16), np.float32) for value in session.get_inputs() if "past" in value.name
-        }
-        feeds |= {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
-        tokens.append(int(session.run(["logits"], feeds)[0][0, -1].argmax()))
-    assert tokens[20:] == expected
 
 
 def test_one_copy_of_the_weights(tiny_model_dir, tmp_path):
