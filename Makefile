@@ -10,7 +10,7 @@ PACKAGE := build/lint/motet
 CPP := $(addprefix kernels/native/cpp/*.,cpp h inl) tests/kernels/*.cpp
 MYPY := ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy --python-executable ../../$(BIN)/python
 
-.PHONY: demo check test fuzz soak fuzz-wire structures jobs lm-eval llama-cpp aiperf lint docs bench peers proto clean
+.PHONY: demo check test fuzz soak fuzz-wire structures jobs lm-eval llama-cpp onnx-runtimes aiperf lint docs bench peers proto clean
 
 # The whole chain on a real model; a second run skips what is done.
 demo: $(READY)
@@ -61,6 +61,17 @@ $(LLAMA)/.ready: bench/peers/requirements.txt
 	$(LLAMA)/venv/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -c $< -d $(LLAMA) llama-cpp-python
 	tar xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA) --strip-components=3 --wildcards '*/models/ggml-vocab-*'
 	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(LLAMA)/venv/bin/python -m pip install --quiet --no-binary llama-cpp-python -c $< llama-cpp-python
+	touch $@
+
+# Optimum and OpenVINO, in an environment of their own, on ONNX decoders that `motet export-onnx` writes.
+ONNX_RUNTIMES := $(or $(MOTET_HOME),$(CURDIR)/.motet)/onnx-runtimes/venv
+onnx-runtimes: $(READY) $(ONNX_RUNTIMES)/.ready
+	$(MODELS) $(BIN)/python -m pytest tests/export/test_onnx_runtimes.py
+
+$(ONNX_RUNTIMES)/.ready:
+	$(PYTHON) -m venv $(ONNX_RUNTIMES)
+	$(ONNX_RUNTIMES)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(ONNX_RUNTIMES)/bin/python -m pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' openvino==2026.4.1
 	touch $@
 
 # `motet bench serve` with NVIDIA's AIPerf beside it, which runs in an environment of its own.

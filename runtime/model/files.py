@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -15,6 +17,8 @@ from typing import Any
 
 from ..errors import BundleError, ConfigError, MotetError, NotFoundError, UnavailableError
 
+_END = 8  # digits that end the name of a directory beside another
+_ANY_END = "[0-9a-f]" * _END
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -65,17 +69,61 @@ def check_replaceable(out: Path, marker: str, what: str) -> None:
 @contextmanager
 def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
     """An empty directory to write into. When the `with` block ends, it replaces `out` as a whole. If the block
-    raises, it is removed and `out` stays as it was. Raises `ConfigError` (see `check_replaceable`)."""
+    raises, it is removed and `out` stays as it was. Raises `ConfigError` (see `check_replaceable`, which is asked again at the
+    end), and `UnavailableError` if another process, or thread, is writing `out`."""
     out = out.resolve()  # if it is a link, the directory that it points to is replaced
     check_replaceable(out, marker, what)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = _beside(out, "new")
-    work.mkdir()
+    work, lock = _claim(out)
     try:
         yield work
+        check_replaceable(out, marker, what)
         put_in_place(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(out: Path) -> tuple[Path, int]:
+    """A new directory beside `out`, and the descriptor whose lock says that its writer lives. What a kill left has no lock.
+    Raises `UnavailableError` if `out` has such a writer already."""
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        _lock(parent, wait=True)  # until the next lines are done, in one writer after the other
+        for other in out.parent.glob(f".{glob.escape(out.name)}-new-{_ANY_END}"):
+            if _has_writer(other):
+                raise UnavailableError(
+                    f"another process is writing '{out}'; wait until it has ended, or choose another directory"
+                )
+        work = _beside(out, "new")
+        work.mkdir()
+        descriptor = os.open(work, os.O_RDONLY)
+        _lock(descriptor)
+        return work, descriptor
+    finally:
+        os.close(parent)
+
+
+def _has_writer(directory: Path) -> bool:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # it was put in place, or removed
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open directory until it is closed; False: another has locked it. Where the file system has no locks, none does."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def put_in_place(work: Path, out: Path) -> None:
@@ -112,7 +160,7 @@ def remove_directory(path: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}-{what}-{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}-{what}-{secrets.token_hex(_END // 2)}")
 
 
 def _sync(path: Path) -> None:

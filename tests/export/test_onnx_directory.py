@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError, ConfigError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
+from motet.runtime.model.files import new_directory
 
 PROMPTS = [np.random.default_rng(length).integers(0, 250, length).tolist() for length in (1, 5, 40)]
 COUNT = 16
@@ -207,6 +209,26 @@ def test_only_its_own_directory_is_replaced(bundle, tmp_path):
     with pytest.raises(ConfigError, match="exists and is not an ONNX decoder that Motet wrote"):
         write_onnx(bundle, bundle.path)
     Bundle.load(bundle.path)
+
+
+def test_two_exports_into_one_directory(bundle, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    """The second says so at once, and the first is whole; for bundles and for decoders."""
+    kinds = {
+        "motet.json": (
+            "a bundle",
+            ("export", tiny_model_dir("llama"), tmp_path / "out", "--no-parity", "--bits", "32"),
+        ),
+        "motet-onnx.json": ("a decoder", ("export-onnx", bundle.path, tmp_path / "out")),
+    }
+    for marker, (what, command) in kinds.items():
+        with new_directory(tmp_path / "out", marker, what) as first:
+            (first / marker).write_text("the first")
+            code, _, error = motet(monkeypatch, capsys, *command)
+            assert code == 2 and f"another process is writing '{tmp_path / 'out'}'; wait until it has ended" in error
+        assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["the first"]
+        assert motet(monkeypatch, capsys, *command)[0] == 0
+        assert (tmp_path / "out" / "model.onnx").is_file()
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_experts_are_refused(tiny_model_dir, tmp_path):

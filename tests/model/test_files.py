@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import sys
 
 import pytest
-from motet.runtime.errors import ConfigError, DataError
+from motet.runtime.errors import ConfigError, DataError, UnavailableError
 from motet.runtime.model import files
 
 OLD, NEW = "old content", "new content"
@@ -103,6 +105,74 @@ def test_a_failure_leaves_the_old(tmp_path, monkeypatch):
         write(out, NEW)
     assert content(out) == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_of_many_writers_at_once(tmp_path):
+    """Processes that begin together: one enters, the others say so; what is there in the end is that one's, whole."""
+    context = multiprocessing.get_context("fork")
+    out, count = tmp_path / "out", 6
+    write(out, OLD)
+    begin, said, finish = context.Barrier(count), context.Queue(), context.Event()
+
+    def writer(name):
+        begin.wait(60)
+        try:
+            with files.new_directory(out, "marker", "a thing") as work:
+                said.put((name, None))
+                finish.wait(60)
+                (work / "part").mkdir()
+                for file in ("marker", "data", "part/data"):
+                    (work / file).write_text(name)
+        except UnavailableError as error:
+            said.put((name, str(error)))
+
+    processes = [context.Process(target=writer, args=(f"writer {index}",)) for index in range(count)]
+    for process in processes:
+        process.start()
+    answers = dict(said.get(timeout=60) for _ in processes)
+    entered = [name for name, error in answers.items() if error is None]
+    assert len(entered) == 1
+    refused = f"another process is writing '{out}'; wait until it has ended, or choose another directory"
+    assert [error for error in answers.values() if error] == [refused] * (count - 1)
+    assert content(out) == OLD
+    finish.set()
+    for process in processes:
+        process.join(60)
+    assert content(out) == entered[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write(out, NEW)
+    assert content(out) == NEW
+
+
+def test_the_directory_of_a_writer_that_was_killed_is_no_hindrance(tmp_path):
+    """Nor is another directory's writer, whose name begins alike."""
+    (tmp_path / ".out-new-0123abcd").mkdir()
+    with files.new_directory(tmp_path / "out-new-x", "marker", "a thing") as work:
+        write(tmp_path / "out", NEW)
+        write(tmp_path / "o[u]t", OLD)
+        (work / "marker").touch()
+    assert content(tmp_path / "out") == NEW and content(tmp_path / "o[u]t") == OLD
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    writing = files.new_directory(out, "marker", "a thing")
+    writing.__enter__()
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(ConfigError, match="exists and is not a thing"):
+        writing.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "mine").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(_descriptor, _operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    write(tmp_path / "out", OLD)
+    write(tmp_path / "out", NEW)
+    assert content(tmp_path / "out") == NEW
 
 
 def test_something_else_is_not_replaced(tmp_path):
