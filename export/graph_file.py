@@ -19,13 +19,8 @@ _DOMAINS = {
 }
 
 
-def data_files(path: Path, reserved: Iterable[str]) -> tuple[str, ...]:
-    """Names of the files, beside the graph, that hold tensors of it.
-
-    Raises `BundleError` for a file that is no ONNX graph or whose tensors are not in their file, `NotFoundError` for a file
-    that is missing, `UnsupportedModelError` for a file elsewhere or under one of the names `reserved`, operators that need a
-    library, and training information.
-    """
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph in a file, without the tensors in others. Raises `BundleError` for a file that is no ONNX graph."""
     if path.stat().st_size >= _MAX_BYTES:
         raise BundleError(f"'{path}' has {path.stat().st_size} bytes, an ONNX graph has less than {_MAX_BYTES}")
     try:
@@ -34,6 +29,17 @@ def data_files(path: Path, reserved: Iterable[str]) -> tuple[str, ...]:
         raise BundleError(f"'{path}' is no ONNX graph ({error}); export it again") from error
     if not model.graph.node:
         raise BundleError(f"'{path}' is no ONNX graph (it has no operators); export it again")
+    return model
+
+
+def data_files(path: Path, reserved: Iterable[str]) -> tuple[str, ...]:
+    """Names of the files, beside the graph, that hold tensors of it.
+
+    Raises `BundleError` for a file that is no ONNX graph or whose tensors are not in their file, `NotFoundError` for a file
+    that is missing, `UnsupportedModelError` for a file elsewhere or under one of the names `reserved`, operators that need a
+    library, and training information.
+    """
+    model = read_graph(path)
     if model.training_info:
         raise UnsupportedModelError(f"'{path}' holds training information; export the graph for inference")
     own = {function.domain for function in model.functions}
@@ -44,9 +50,15 @@ def data_files(path: Path, reserved: Iterable[str]) -> tuple[str, ...]:
             f"'{path}' has operators that need a library of their own: {shown(foreign)}; export it without them"
         )
     taken = {MANIFEST, path.name, *reserved}
-    files = dict.fromkeys(
-        _place(tensor, path, taken) for tensor in _tensors(model.graph, nodes) if _is_external(tensor)
-    )
+    files: dict[str, None] = {}
+    for tensor in _tensors(model.graph, nodes):
+        if is_external(tensor):
+            name = place_of(tensor, path)[0].name
+            if name in taken:
+                raise UnsupportedModelError(
+                    f"the tensor {shown(tensor.name)} of '{path}' is in '{name}', a file of another use"
+                )
+            files[name] = None
     return tuple(sorted(files))
 
 
@@ -81,22 +93,20 @@ def _tensors(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> Iterato
                 yield from (sparse.values, sparse.indices)
 
 
-def _is_external(tensor: onnx.TensorProto) -> bool:
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether its bytes are in a file of their own."""
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data)
 
 
-def _place(tensor: onnx.TensorProto, graph: Path, taken: Iterable[str]) -> str:
-    """The name of the file that a tensor is in."""
+def place_of(tensor: onnx.TensorProto, graph: Path) -> tuple[Path, int, int | None]:
+    """The file of an external tensor, its offset and its length in bytes (None: the rest of the file). Raises as `data_files`
+    does."""
     where: dict[str, str] = {entry.key: entry.value for entry in tensor.external_data}
     name = where.get("location", "")
     if not name or Path(name).name != name or "\\" in name or "\0" in name or name.startswith("."):
         raise UnsupportedModelError(
             f"the tensor {shown(tensor.name)} of '{graph}' is in {shown(name)}; a graph's data are in files beside it, named "
             "without a folder: save the graph again (onnx.save with save_as_external_data)"
-        )
-    if name in taken:
-        raise UnsupportedModelError(
-            f"the tensor {shown(tensor.name)} of '{graph}' is in '{name}', a file of another use"
         )
     file = graph.parent / name
     if not file.is_file():
@@ -113,4 +123,4 @@ def _place(tensor: onnx.TensorProto, graph: Path, taken: Iterable[str]) -> str:
             f"'{file}' is torn: the tensor {shown(tensor.name)} would be bytes {offset} to {offset + length} of {size}; copy it "
             "again"
         )
-    return name
+    return file, offset, length or None

@@ -322,20 +322,27 @@ def export_onnx(
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A bundle, a pulled model's name, or a model directory.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A bundle, a pulled model's name, a model directory, or an ONNX decoder graph: its file or directory."
+        ),
+    ],
     json: Annotated[bool, typer.Option("--json", help="A line of JSON for each weight.")] = False,
 ) -> None:
-    """What a bundle or a model holds, weight by weight: shape, bits, bytes, expected KL, digest."""
+    """What a bundle, a model or an ONNX graph holds, weight by weight: shape, bits, bytes, expected KL, digest."""
     from dataclasses import asdict
     from json import dumps
 
     from rich.console import Console
 
+    from .export.decoder_graph import find_graph
     from .export.inspection import inspect as inspected
     from .runtime.checkpoints.store import resolve_model
     from .runtime.model.bundle import MANIFEST
 
-    weights = list(inspected(Path(path) if (Path(path) / MANIFEST).is_file() else resolve_model(path)))
+    as_it_is = (Path(path) / MANIFEST).is_file() or find_graph(Path(path)) is not None
+    weights = list(inspected(Path(path) if as_it_is else resolve_model(path)))
     if json:
         for weight in weights:
             print(dumps(asdict(weight)))

@@ -66,9 +66,10 @@ def test_optimum_generates(runtimes, tiny_model_dir, tmp_path, family, bits):
 
 @pytest.mark.native
 def test_optimum_generates_what_is_served(runtimes, real_model_dir, tmp_path):
-    """The real model: Optimum's tokens are the cpu backend's and those of transformers."""
+    """The real model: Optimum's tokens are those of transformers, and of the cpu backend, with keys and values in 16 bits (in 8
+    a near tie falls the other way)."""
     bundle, out = written(real_model_dir, tmp_path, 32)
-    config = EngineConfig(backend="cpu", threads=2, max_model_len=256)
+    config = EngineConfig(backend="cpu", threads=2, max_model_len=256, kv_dtype="bf16")
     with Engine.from_bundle(bundle.path, config) as engine:
         texts = ("Explain what a hash table is.", "Name three colours.", "Write a short poem about the sea.")
         prompts = [engine.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
@@ -81,12 +82,12 @@ def test_optimum_generates_what_is_served(runtimes, real_model_dir, tmp_path):
     assert found == served
 
 
-@pytest.mark.parametrize("opset", [17, 21, 23])
 @pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "opset"),
+    [(family, 21) for family in FAMILIES] + [(family, opset) for family in FAMILIES[:2] for opset in (17, 23)],
+)
 def test_logits_of_openvino(runtimes, tiny_model_dir, tmp_path, family, bits, opset):
-    if opset != 21 and family not in ("llama", "llama-untied"):
-        pytest.skip("weights are written alike in all families")
     bundle, out = written(tiny_model_dir(family), tmp_path, bits, opset=opset)
     decoder = bundle_decoder(bundle, "base")
     found = runtimes.logits(out, PROMPTS, bundle.config.num_kv_heads, bundle.config.head_size)
