@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from ..runtime.errors import BundleError, shown
 from ..runtime.model.stored import StoredTensor, StoredWeight, resolve, stored_weight
 
 MICROSOFT = "com.microsoft"
@@ -109,11 +110,23 @@ class NodeWriter:
 
     def _stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
         """An initializer of a stored tensor. `shape`: another shape for the same bytes."""
-        tensor = self.tensors[name]
+        tensor = self._found(name, tuple(_DTYPES))
         key = name if shape is None else f"{name}:{'x'.join(map(str, shape))}"
         if key not in self._initializers:
             self._external(key, _DTYPES[tensor.dtype], shape or tensor.shape, self._place(tensor))
         return key
+
+    def _found(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> StoredTensor:
+        """The place of a stored tensor. Raises `BundleError` if there is none of these types and of this shape (None: any)."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise BundleError(f"the bundle has no tensor '{name}'; export it again")
+        if tensor.dtype not in dtypes or (shape is not None and tensor.shape != shape):
+            expected = " or ".join(dtypes) + (f" {list(shape)}" if shape is not None else "")
+            raise BundleError(
+                f"the bundle's '{name}' is {tensor.dtype} {shown(list(tensor.shape))}, it must be {expected}; export it again"
+            )
+        return tensor
 
     def _external(self, name: str, dtype: int, shape: tuple[int, ...], place: Place) -> None:
         """Add an initializer whose bytes are in a file beside the graph."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from ..runtime.errors import BundleError, ConfigError
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
@@ -79,6 +81,7 @@ def write_onnx(
             else:
                 assert opset is not None and form is not None
                 PortableWriter(config, tensors, data, chosen, opset, form).write(work / GRAPH)
+                _check(bundle, work / GRAPH)
                 _write_configs(bundle, config, work)
         record = {"bundle": bundle.name, "bundle_digest": bundle.digest, "member": chosen, "flavour": flavour}
         _write_json(work / RECORD, record | {"opset": opset, "weights": form})
@@ -92,6 +95,17 @@ def _member(bundle: Bundle, name: str | None) -> str:
     if name is not None and name not in members:
         raise ConfigError(f"'{bundle.name}' has no member '{name}'; its members are {members}")
     return name or members[0]
+
+
+def _check(bundle: Bundle, graph: Path) -> None:
+    """Raises `BundleError` if the shapes of the tensors are not those of the configuration."""
+    try:
+        onnx.checker.check_model(str(graph), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise BundleError(
+            f"the tensors of '{bundle.path}' do not fit its configuration ({said}); export it again"
+        ) from error
 
 
 def _write_configs(bundle: Bundle, config: DecoderConfig, work: Path) -> None:

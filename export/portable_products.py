@@ -34,6 +34,7 @@ F32 = npt.NDArray[np.float32]
 _BLOCKS = 21  # the opset from which DequantizeLinear has blocks
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 _TYPES |= {"uint8": TensorProto.UINT8}
+_FLOATS = ("F32", "F16")  # types that floats are stored in
 
 
 class PortableProducts(DecoderWriter, ABC):
@@ -68,7 +69,7 @@ class PortableProducts(DecoderWriter, ABC):
 
     def _low_rank(self, halves: list[str], hidden: str) -> str:
         for half in halves:
-            turned = self._made(f"{half}.turned", lambda half=half: self._read(half).T)  # type: ignore[misc]
+            turned = self._made(f"{half}.turned", lambda half=half: self.data.read(self._found(half, _FLOATS)).T)  # type: ignore[misc]
             hidden = self._node("MatMul", [hidden, turned])
         return hidden
 
@@ -162,16 +163,17 @@ class PortableProducts(DecoderWriter, ABC):
 
     # ---- values ------------------------------------------------------------------------------------------------
 
-    def _read(self, name: str) -> Array:
-        return self.data.read(self.tensors[name])
+    def _read_values(self, weight: StoredWeight) -> Array:
+        """[rows, groups, bytes]."""
+        return self.data.read(self._found(weight.values, ("U8",)))
 
     def _plain(self, weight: StoredWeight) -> Array:
         """[rows, columns] in float32 or float16. Raises `UnsupportedModelError` for what float16 cannot hold."""
         if weight.bits == 32:
-            values: Array = self._read(weight.name)
+            values: Array = self.data.read(self._found(weight.name, _FLOATS))
         else:
-            minima = None if weight.minima is None else self._read(weight.minima)
-            values = dequantise(Quantised(weight.bits, self._read(weight.values), self._read(weight.scales), minima))
+            minima = None if weight.minima is None else self._read_minima(weight)
+            values = dequantise(Quantised(weight.bits, self._read_values(weight), self._read_scales(weight), minima))
         if self.form is not WeightForm.FLOAT16:
             return values.astype(np.float32, copy=False)
         with np.errstate(over="ignore"):
@@ -185,11 +187,11 @@ class PortableProducts(DecoderWriter, ABC):
 
     def _signed(self, weight: StoredWeight) -> Array:
         """[rows, columns] int8 of an 8-bit weight."""
-        return (self._read(weight.values) ^ 0x80).view(np.int8).reshape(weight.rows, weight.columns)
+        return (self._read_values(weight) ^ 0x80).view(np.int8).reshape(weight.rows, weight.columns)
 
     def _nibble_values(self, weight: StoredWeight) -> Array:
         """[rows, columns] of a 4-bit weight, 0…15."""
-        return unpack_nibbles(self._read(weight.values)).reshape(weight.rows, weight.columns)
+        return unpack_nibbles(self._read_values(weight)).reshape(weight.rows, weight.columns)
 
     def _halves(self, weight: StoredWeight) -> Array:
         """[groups, group size / 2, rows]: the first half of each group in the low nibbles, the second in the high ones."""
@@ -197,8 +199,12 @@ class PortableProducts(DecoderWriter, ABC):
         return np.asarray(values[:, 0] | values[:, 1] << 4)
 
     def _read_scales(self, weight: StoredWeight) -> F32:
-        return self._read(weight.scales).astype(np.float32)
+        return self._read_groups(weight, weight.scales)
 
     def _read_minima(self, weight: StoredWeight) -> F32:
         assert weight.minima is not None
-        return self._read(weight.minima).astype(np.float32)
+        return self._read_groups(weight, weight.minima)
+
+    def _read_groups(self, weight: StoredWeight, name: str) -> F32:
+        """[rows, groups]."""
+        return self.data.read(self._found(name, _FLOATS, (weight.rows, weight.groups))).astype(np.float32)

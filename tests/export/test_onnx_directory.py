@@ -24,6 +24,7 @@ from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import BundleError, ConfigError, UnsupportedModelError
 from motet.runtime.model.bundle import Bundle
 from motet.runtime.model.files import new_directory
+from safetensors.numpy import load_file, save_file
 
 PROMPTS = [np.random.default_rng(length).integers(0, 250, length).tolist() for length in (1, 5, 40)]
 COUNT = 16
@@ -169,6 +170,39 @@ def test_a_bundle_of_a_quantised_graph(tiny_model_dir, tmp_path, bits):
     graph = write_onnx(bundle, tmp_path / "o") / "model.onnx"
     back = export_decoder_graph(find_graph(tmp_path / "o"), tmp_path / "back")
     assert served(back, "onnx") == [greedy_with_onnxruntime(graph, prompt, COUNT) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.norm.weight", None, "no tensor 'model.norm.weight'"),
+        ("model.norm.weight", lambda a: a[:32], "do not fit its configuration"),
+        ("model.norm.weight", lambda a: a.view(np.uint16), r"norm.weight' is U16 \[128\], it must be F32 or F16 or U8"),
+        ("rotary.cos", lambda a: a[:, :5], "do not fit its configuration"),
+        (
+            "model.layers.1.mlp.down_proj.weight.scales",
+            lambda a: a[:, :1],
+            r"scales' is F16 \[64, 1\], it must be F32 or F16",
+        ),
+        ("model.layers.1.mlp.down_proj.weight.values", lambda a: a.view(np.int8), "values' is I8 .*, it must be U8"),
+        ("model.layers.1.mlp.down_proj.weight.minima", lambda a: a[1:], "minima' is F16 .*, it must be F32 or F16"),
+        ("model.layers.2.self_attn.o_proj.weight.values", lambda a: a[:32], "it must be F32 or F16"),
+        ("model.layers.0.self_attn.qkv_proj.weight", lambda a: a[:, :1], "do not fit"),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_configuration(tiny_model_dir, tmp_path, name, change, message):
+    """Files whose digests are right, as who wants to harm makes them."""
+    bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "b", bits=4, graphs=False)
+    tensors = load_file(bundle / "model.safetensors")
+    for stored in [own for own in tensors if own == name or own.startswith(f"{name}.")]:
+        if change is None:
+            del tensors[stored]
+        else:
+            tensors[stored] = np.ascontiguousarray(change(tensors[stored]))
+    save_file(tensors, bundle / "model.safetensors")
+    with pytest.raises(BundleError, match=message):
+        write_onnx(Bundle.load(bundle, verify=False), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 # ---- the command, and what is refused --------------------------------------------------------------------------------
