@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -74,6 +75,10 @@ class EngineConfig:
         0, "Most tokens per prompt-lookup draft, if the request sets no limit; 0: no drafts."
     )
     threads: int = described(0, "Threads; 0: the CPUs that this process may use.")
+    verify_key: Path | None = described(None, "The bundle must have a signature of this public key, PEM (motet sign).")
+    verify_ca: Path | None = described(
+        None, "The bundle must have a signature of a certificate that these authorities vouch for, PEM."
+    )
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -83,6 +88,13 @@ class EngineConfig:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
+        for name in ("verify_key", "verify_ca"):
+            if not isinstance(getattr(self, name), Path | None):
+                raise ConfigError(f"{name} must be a path, got {getattr(self, name)!r}")
+        if self.verify_key is not None and self.verify_ca is not None:
+            raise ConfigError(
+                "verify_key and verify_ca are two ways to verify the one signature of a bundle; give one of them"
+            )
         for name in ("prefix_cache", "probe"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -22,10 +22,9 @@ from ..api.request import FinishReason, Request
 from ..engine.answer import OnOutput
 from ..engine.embedder import EmbedJob
 from ..engine.observer import Observer, notify
-from ..engine.open import model_info
+from ..engine.open import load_bundle, model_info
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, OverloadedError, UnavailableError
-from ..model.bundle import Bundle
 from ..text.grammar import Grammars
 from ..text.tokenizer import Tokenizer
 from .connection import connect
@@ -46,7 +45,7 @@ class ClusterEngine:
     """
 
     def __init__(self, bundle: Path, config: EngineConfig, settings: ClusterSettings) -> None:
-        loaded = Bundle.load(bundle)
+        loaded = load_bundle(bundle, config)
         self.tokenizer = Tokenizer.from_dir(bundle)
         self.model, self.config = model_info(loaded, config), config
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)

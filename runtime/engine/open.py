@@ -17,12 +17,22 @@ from .observer import Observer
 def open_engine(
     path: Path | str, config: EngineConfig | None = None, *, verify: bool = True, observers: Sequence[Observer] = ()
 ) -> Engine:
-    """Load a bundle and start an engine on it. `verify` compares the files' digests. Raises what `Bundle.load` and
+    """Load a bundle and start an engine on it. `verify` compares the files' digests. Raises what `load_bundle` and
     `open_backend` raise."""
     config = config or EngineConfig()
-    bundle = Bundle.load(path, verify=verify)
+    bundle = load_bundle(Path(path), config, verify=verify)
     backend = open_backend(bundle, config)
     return Engine(backend, Tokenizer.from_dir(bundle.path), model_info(bundle, config), config, observers)
+
+
+def load_bundle(path: Path, config: EngineConfig, *, verify: bool = True) -> Bundle:
+    """Read a bundle, after its signature if the configuration asks for one. Raises what `Bundle.load` and
+    `signature.verify` raise."""
+    if config.verify_key is not None or config.verify_ca is not None:
+        from ..model.signature import verify as verify_signature  # its packages are optional
+
+        verify_signature(path, config.verify_key, config.verify_ca)
+    return Bundle.load(path, verify=verify)
 
 
 def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (export, export_onnx, inspect):
+    for command in (export, sign, export_onnx, inspect):
         app.command()(command)
 
 
@@ -197,6 +197,24 @@ def export(
     print(out)
     if parity:
         Console().print(_parity_table(out))
+
+
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    private_key: Annotated[Path, typer.Option(help="Private key of an elliptic curve, PEM.")],
+    certificate: Annotated[
+        Path | None, typer.Option(help="The key's certificate, PEM; it goes into the signature.")
+    ] = None,
+    chain: Annotated[
+        list[Path] | None,
+        typer.Option(help="Certificates of the authorities above it, PEM. May be given several times."),
+    ] = None,
+) -> None:
+    """Sign all files of a bundle, in OpenSSF's format: `model.sig` in its directory. `motet serve --verify-key` or `--verify-ca`
+    asks for it."""
+    from .runtime.model.signature import sign as run
+
+    print(run(bundle, private_key, certificate, chain or []))
 
 
 def _check_search(search: float | None, given: Mapping[str, object]) -> None:
