@@ -16,6 +16,7 @@ from ..errors import MotetError
 from ..trust.identity import Identity
 
 log = logging.getLogger("motet.calls")
+GENERATIONS = ("generate", "complete")  # the methods whose calls are answered by the engine's tokens
 _SHOWN = 100  # characters of a method's name that a stranger has sent
 
 
@@ -51,6 +52,11 @@ class Call:
     request: Request | None = None  # as the engine got it, if it got one
     text: list[str] = field(default_factory=list)  # the answer's pieces, in the order in which they were sent
     _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def error(self) -> str:
+        """The class of the error; empty if there is none. That a client went away is none."""
+        return "" if self.status in ("ok", "cancelled") else self.status
 
     def submitted(self, request: Request) -> None:
         self.id, self.request = request.request_id, request

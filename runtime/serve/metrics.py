@@ -13,10 +13,15 @@ from ..engine.interface import ServedEngine
 from ..engine.observer import Observer, StepReport
 from ..errors import MotetError
 from ..trust.identity import Identity
-from .calls import Call
+from .calls import GENERATIONS, Call
 
 STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 MOST_TENANTS = 1000  # with time series of their own
+# Those of OpenTelemetry's conventions (`otlp`), whose series these are too; TOKEN_SECONDS has smaller ones for small models.
+CALL_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+FIRST_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+CALL_TOKENS = tuple(4**power for power in range(14))
 WAIT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -58,8 +63,8 @@ class EngineMetrics(Observer):
         )
         self._token = Histogram(
             "motet_inter_token_seconds",
-            "Mean seconds between the tokens of a choice",
-            buckets=STEP_SECONDS,
+            "Mean seconds between the tokens of a choice that did not fail",
+            buckets=TOKEN_SECONDS,
             registry=registry,
         )
         self._first_token = Histogram(
@@ -77,7 +82,7 @@ class EngineMetrics(Observer):
         if last.usage.completion_tokens:
             self._queue.observe(last.timings.queue_s)
             self._first_token.observe(last.timings.queue_s + last.timings.prefill_s)
-        if last.usage.completion_tokens > 1:
+        if last.usage.completion_tokens > 1 and last.finish_reason is not FinishReason.ERROR:
             self._token.observe(last.timings.decode_s / (last.usage.completion_tokens - 1))
 
     def on_reject(self, request: Request, error: MotetError) -> None:
@@ -102,12 +107,23 @@ class CallMetrics:
         self._tokens = Counter("motet_tenant_tokens", "Tokens of answered calls", ["tenant", "kind"], registry=registry)
         self._members = Counter("motet_member_calls", "Calls whose mix has the member", ["member"], registry=registry)
         self._seconds = Histogram(
-            "motet_call_seconds", "Seconds from arrival to end of a generation", buckets=WAIT_SECONDS, registry=registry
+            "motet_call_seconds",
+            "Seconds from arrival to end of a generation",
+            ["error"],
+            buckets=CALL_SECONDS,
+            registry=registry,
+        )
+        self._call_tokens = Histogram(
+            "motet_call_tokens",
+            "Tokens of a generation",
+            ["token_type"],
+            buckets=CALL_TOKENS,
+            registry=registry,
         )
         self._first = Histogram(
             "motet_call_first_token_seconds",
-            "Seconds from arrival to the first token that the caller is sent",
-            buckets=WAIT_SECONDS,
+            "Seconds from arrival to the first token that the caller is sent, if the call did not fail",
+            buckets=FIRST_SECONDS,
             registry=registry,
         )
 
@@ -122,9 +138,12 @@ class CallMetrics:
             self._tokens.labels(tenant, kind).inc(tokens)
         for member in call.mix if call.completion_tokens else ():  # names of a call that was refused may be invented
             self._members.labels(member).inc()
-        if call.request is not None:
-            self._seconds.observe(call.duration_s)
-        if call.first_token_s is not None:
+        if call.method in GENERATIONS:
+            self._seconds.labels(call.error).observe(call.duration_s)
+            if not call.error:
+                self._call_tokens.labels("input").observe(call.prompt_tokens)
+                self._call_tokens.labels("output").observe(call.completion_tokens)
+        if call.first_token_s is not None and not call.error:
             self._first.observe(call.first_token_s)
 
     def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:

@@ -23,6 +23,7 @@ from .calls import CallLog, CallSink, JsonFormatter
 from .grpc.server import Server
 from .metrics import CallMetrics, engine_registry
 from .monitor import Monitor
+from .otlp import MetricsExport
 from .service import Service
 from .settings import ServerSettings, Settings
 from .tracing import Tracer
@@ -54,6 +55,8 @@ def serve(bundle: Path, settings: Settings, open_engine: OpenEngine = Engine.fro
             sinks.append(AuditSink(audit, engine.model.digest))
         if tracer is not None:
             sinks.append(tracer)
+        if server.otlp_metrics:
+            stack.enter_context(MetricsExport(registry, engine.model.name))
         service = Service(
             engine,
             limits=settings.tenants,

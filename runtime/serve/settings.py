@@ -82,6 +82,10 @@ class ServerSettings:
     audit: Path | None = described(None, "Directory of the audit log; see `motet audit`.")
     audit_content: bool = described(False, "Keep prompts and answers in the audit log, encrypted for each subject.")
     traces: bool = described(False, "Export OpenTelemetry traces by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
+    otlp_metrics: bool = described(
+        False,
+        "Export the metrics by OTLP too; OTEL_EXPORTER_OTLP_ENDPOINT says where, OTEL_METRIC_EXPORT_INTERVAL how often.",
+    )
     log_format: Literal["text", "json"] = described("text", "text, or json: one object per line.")
     log_level: Literal["debug", "info", "warning", "error"] = described("info", "What is logged, at least.")
 

@@ -10,9 +10,7 @@ from typing import Any
 
 from ..errors import MissingPackageError
 from ..trust.identity import Identity
-from .calls import Call
-
-_GENERATIONS = ("generate", "complete")
+from .calls import GENERATIONS, Call
 
 
 class Tracer:
@@ -49,7 +47,7 @@ class Tracer:
         """A span that cannot be exported is lost, and stops nothing."""
 
     def on_call(self, call: Call) -> None:
-        if call.method not in _GENERATIONS:
+        if call.method not in GENERATIONS:
             return
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -82,9 +80,9 @@ class Tracer:
         for name, seconds in (("admitted", call.queue_s), ("first_token", call.first_token_s)):
             if seconds is not None:
                 span.add_event(name, timestamp=start + int(seconds * 1e9))
-        if call.status not in ("ok", "cancelled"):
-            span.set_attribute("error.type", call.status)
-            span.set_status(Status(StatusCode.ERROR, call.status))
+        if call.error:
+            span.set_attribute("error.type", call.error)
+            span.set_status(Status(StatusCode.ERROR, call.error))
         span.end(start + int(call.duration_s * 1e9))
 
     def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:

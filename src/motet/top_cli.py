@@ -132,10 +132,11 @@ def view(before: Series, now: Series, seconds: float) -> Group:
 
 
 def _quantile(before: Series, now: Series, name: str, share: float) -> str:
-    """The upper bound of the histogram's bucket in which the quantile of the new observations lies."""
+    """The upper bound of the histogram's bucket in which the quantile of the new observations lies; calls that failed do not
+    count."""
     counts = {}
     for (series, labels), count in now.items():
-        if series == f"{name}_bucket":
+        if series == f"{name}_bucket" and not dict(labels).get("error"):
             counts[float(dict(labels)["le"])] = count - before.get((series, labels), 0.0)
     total = counts.get(float("inf"), 0.0)
     bound = next((le for le in sorted(counts) if total and counts[le] >= share * total), None)
