@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import grpc
 import pytest
@@ -17,7 +16,7 @@ from helpers.fake_backend import FakeBackend, hold_first_step, make_engine
 from helpers.servers import is_free, serving, until
 from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime import errors
-from motet.runtime.api.request import FinishReason, GenerateRequest
+from motet.runtime.api.request import GenerateRequest
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.serve.grpc.server import LIVENESS
@@ -37,63 +36,6 @@ def message(max_tokens=60, **fields):
         stopping=inference_pb2.Stopping(max_tokens=max_tokens, ignore_eos=True),
         **fields,
     )
-
-
-# ---- {method} × {how it ends} ----------------------------------------------------------------------------------------
-
-
-def finish(_call, _engine, _backend):
-    """Nothing is done to it."""
-
-
-def cancel(call, engine, _backend):
-    until(lambda: engine.stats().tokens > 0 or call.done())
-    call.cancel()
-
-
-def deadline(_call, _engine, _backend):
-    """The call has one of 50 ms."""
-
-
-def error(_call, _engine, backend):
-    backend.fail_next = True
-
-
-def shutdown(_call, engine, _backend):
-    engine.abort(None, FinishReason.SHUTDOWN)
-
-
-METHODS = {
-    "Generate": message(),
-    "Complete": message(),
-    "Generate-drafts": message(drafts=3),
-    "Complete-choices": message(),
-    "Tokenize": inference_pb2.TokenizeRequest(prompt=inference_pb2.Prompt(text="hello")),
-    "Detokenize": inference_pb2.DetokenizeRequest(token_ids=[5, 6]),
-    "Abort": inference_pb2.AbortRequest(request_id="x"),
-}
-METHODS["Generate-drafts"].sampling.temperature = 1.0
-METHODS["Complete-choices"].sampling.n = 3
-
-
-@pytest.mark.parametrize("ending", [finish, cancel, deadline, error, shutdown])
-@pytest.mark.parametrize("method", METHODS)
-def test_what_was_taken_is_given_back(engine, backend, method, ending):
-    backend.on_step = lambda _batch: time.sleep(0.002)
-    with serving(engine) as running, grpc.insecure_channel(running.address) as channel:
-        stub = getattr(inference_pb2_grpc.InferenceStub(channel), method.split("-")[0])
-        timeout = 0.05 if ending is deadline else 20
-        if method.startswith("Generate"):
-            call = stub(METHODS[method], timeout=timeout)
-        else:
-            call = stub.future(METHODS[method], timeout=timeout)
-        ending(call, engine, backend)
-        with suppress(grpc.RpcError, grpc.FutureCancelledError):
-            list(call) if method.startswith("Generate") else call.result()
-        until(lambda: is_free(engine, running.service))
-        backend.fail_next = False
-        with Client(running.address) as client:
-            assert len(client.complete("again", max_tokens=3, **GREEDY)[0].token_ids) == 3
 
 
 # ---- cancelling, stage by stage --------------------------------------------------------------------------------------
