@@ -1,4 +1,5 @@
-"""`AuditSink`: calls as records of the audit log. While the log cannot be written, nothing is answered."""
+"""`AuditSink`: calls as records of the audit log, one when a call has come and one when it has ended. While the log cannot be
+written, nothing is answered."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from ..trust.audit.chain import subject_of
+from ..trust.audit.chain import BEGIN, END, KEY, subject_of
 from ..trust.audit.writer import AuditLog, Entry
 from ..trust.identity import Identity
 from .calls import Call
@@ -27,17 +28,25 @@ class AuditSink:
         if self._audit.failure is not None:
             raise self._audit.failure
 
-    def on_call(self, call: Call) -> None:
+    def on_begin(self, call: Call) -> None:
+        self._audit.append(Entry(BEGIN, self._of_all(call)))
+
+    def _of_all(self, call: Call) -> dict[str, Any]:
         who = call.caller.identity
-        fields = {
+        return {
+            KEY: call.key,
             "method": call.method,
             "tenant": who.tenant,
             "subject": who.subject,
             "peer": call.caller.peer,
-            "call_id": call.id,
             "request_id": call.request_id,
             "model": call.model,
             "bundle": self._bundle,
+        }
+
+    def on_call(self, call: Call) -> None:
+        fields = self._of_all(call) | {
+            "call_id": call.id,
             "mix": call.mix,
             "status": call.status,
             "finish_reasons": call.finish_reasons,
@@ -48,7 +57,7 @@ class AuditSink:
         if call.request is not None:
             prompts = json.dumps(call.request.prompts, separators=(",", ":"))  # token ids, a list per view
             texts = {"prompt": prompts.encode(), "answer": "".join(call.text).encode()}
-        self._audit.append(Entry("call", fields, subject_of(fields), texts))
+        self._audit.append(Entry(END, fields, subject_of(fields), texts))
 
     def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
         """Strangers must not fill the disk: in a second so many are recorded, and the next record counts the others."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from ..trust.identity import Identity
 
 log = logging.getLogger("motet.calls")
 GENERATIONS = ("generate", "complete")  # the methods whose calls are answered by the engine's tokens
+_RUN, _NUMBERS = secrets.token_hex(8), itertools.count(1)
 _SHOWN = 100  # characters of a method's name that a stranger has sent
 
 
@@ -51,6 +54,9 @@ class Call:
     mix: dict[str, float] = field(default_factory=dict)  # member → coefficient
     request: Request | None = None  # as the engine got it, if it got one
     text: list[str] = field(default_factory=list)  # the answer's pieces, in the order in which they were sent
+    key: str = field(
+        default_factory=lambda: f"{_RUN}-{next(_NUMBERS)}"
+    )  # no other call has it, of no other process either
     _began: float = field(default_factory=time.monotonic)
 
     @property
@@ -87,6 +93,9 @@ class CallSink(Protocol):
     def check(self) -> None:
         """Raises `UnavailableError` if a call that begins now cannot be recorded; it is then refused."""
 
+    def on_begin(self, call: Call) -> None:
+        """The call has come: nothing is known but method, caller and the client's id, and nothing was done for it."""
+
     def on_call(self, call: Call) -> None:
         """The call has ended, however that was."""
 
@@ -106,6 +115,7 @@ class Calls:
         for sink in self._sinks:
             sink.check()
         call = Call(method, caller, self._model, request_id=request_id)
+        self._tell(lambda sink: sink.on_begin(call))
         status = "cancelled"  # by what is no exception of ours: the client went away, or the task was ended
         try:
             yield call
@@ -148,6 +158,9 @@ class CallLog:
 
     def check(self) -> None:
         """The log takes everything."""
+
+    def on_begin(self, call: Call) -> None:
+        """A line says how a call ended."""
 
     def on_call(self, call: Call) -> None:
         who = call.caller.identity

@@ -130,6 +130,9 @@ class CallMetrics:
     def check(self) -> None:
         """Counting cannot fail."""
 
+    def on_begin(self, call: Call) -> None:
+        """Calls are counted when they end."""
+
     def on_call(self, call: Call) -> None:
         tenant = self._label(call.caller.identity.tenant)
         self._calls.labels(call.method, call.status, tenant).inc()

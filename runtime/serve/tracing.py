@@ -46,6 +46,9 @@ class Tracer:
     def check(self) -> None:
         """A span that cannot be exported is lost, and stops nothing."""
 
+    def on_begin(self, call: Call) -> None:
+        """A span is made when the call has ended."""
+
     def on_call(self, call: Call) -> None:
         if call.method not in GENERATIONS:
             return

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 keys = typer.Typer(no_args_is_help=True, help="Bearer keys of a server.")
 audit = typer.Typer(no_args_is_help=True, help="The audit log of a server.")
 KeyFileArgument = Annotated[Path, typer.Argument(help="The key file, which `motet serve --keys` reads.")]
+_SHOWN_OF_CALL = ("seq", "time", "method", "tenant", "subject", "peer", "request_id", "bundle")
 AuditArgument = Annotated[Path, typer.Argument(help="The directory that `motet serve --audit` writes.")]
 
 
@@ -127,11 +128,14 @@ def revoke(file: KeyFileArgument, key_id: Annotated[str, typer.Argument(metavar=
 
 @audit.command("verify")
 def verify_audit(directory: AuditArgument) -> None:
-    """Check that no record was changed, removed or moved. Keep the head elsewhere: it proves that all was not rewritten."""
+    """Check that no record was changed, removed or moved, and name the calls that have begun and not ended: they still run, or
+    the server was killed. Keep the head elsewhere: it proves that all was not rewritten."""
     from .runtime.trust.audit.chain import verify
 
     report = verify(directory)
     print(f"records {report.first} to {report.last} are whole; head {report.head}")
+    for record in report.unended:
+        print("not ended: " + " ".join(f"{name}={record[name]}" for name in _SHOWN_OF_CALL if record.get(name)))
 
 
 @audit.command("show")

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from helpers.servers import until
 from motet.bench.lib.certificates import Authority
 from motet.cli import app
 from motet.export.bundle_writer import export_bundle
@@ -23,6 +24,7 @@ from motet.runtime.serve.settings import Settings
 from typer.testing import CliRunner
 
 SHORT = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+CALL = ["begin", "call"]
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +127,32 @@ def test_a_server_with_everything(bundle, tmp_path, capfd):
     calls = [line for line in logged if line["logger"] == "motet.calls"]
     assert [line["status"] for line in calls] == ["ok", "UnauthenticatedError", "ok"]
     verified = motet("audit", "verify", tmp_path / "audit")
-    assert "records 1 to 5 are whole" in verified.stdout  # start, three calls, stop
+    assert "records 1 to 7 are whole" in verified.stdout and "not ended" not in verified.stdout
     records = [json.loads(line) for line in motet("audit", "show", tmp_path / "audit").stdout.splitlines()]
-    assert [record["event"] for record in records] == ["start", "call", "refusal", "call", "stop"]
+    assert [record["event"] for record in records] == ["start", *CALL, "refusal", *CALL, "stop"]
     subject = f"acme/key:{key.split('-')[1]}"
     assert motet("audit", "erase", tmp_path / "audit", "--subject", subject).exit_code == 0
-    assert "records 1 to 6" in motet("audit", "verify", tmp_path / "audit").stdout
+    assert "records 1 to 8" in motet("audit", "verify", tmp_path / "audit").stdout
     assert "0 records removed" in motet("audit", "prune", tmp_path / "audit", "--before", "2020-01-01").stdout
+
+
+def test_what_a_killed_server_was_doing_is_recorded(bundle, tmp_path):
+    with server(bundle, "--audit", tmp_path / "audit") as (process, address), Client(address) as client:
+        assert len(client.complete("x", **SHORT)[0].token_ids) == 3
+        stream = client.generate("y", request_id="mine", max_tokens=1000, ignore_eos=True)
+        next(iter(stream))
+        [file] = (tmp_path / "audit").glob("audit-*.jsonl")
+        until(lambda: file.read_text().count('"begin"') == 2)
+        process.kill()
+        process.wait(30)
+    shown = motet("audit", "verify", tmp_path / "audit").stdout.splitlines()
+    assert "records 1 to 4 are whole" in shown[0]  # start, a call, the begin of another
+    assert len(shown) == 2 and shown[1].startswith("not ended: seq=4 time=")
+    assert " method=generate " in shown[1] and " request_id=mine bundle=" in shown[1]
+    with server(bundle, "--audit", tmp_path / "audit") as (process, address):  # it goes on
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert len(motet("audit", "verify", tmp_path / "audit").stdout.splitlines()) == 2
 
 
 def test_a_server_whose_audit_log_fails_may_be_started_again(bundle, tmp_path, monkeypatch):

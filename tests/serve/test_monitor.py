@@ -7,6 +7,7 @@ import configparser
 import json
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.callers import caller
+from helpers.fake_backend import hold_first_step
 from helpers.servers import serving, until
 from motet.options import KEY_VARIABLE
 from motet.runtime import errors
@@ -139,14 +141,43 @@ def test_calls_are_audited(engine, tmp_path):
             assert engine.is_idle
 
     asyncio.run(run())
-    done, wrong, refused = records(tmp_path / "audit")
+    begun, done, begun_wrong, wrong, refused = records(tmp_path / "audit")
+    assert (begun["event"], begun["method"], begun["tenant"], begun["subject"]) == (
+        "begin",
+        "complete",
+        "acme",
+        "key:7",
+    )
+    assert (begun["bundle"], begun["request_id"], begun["key"]) == ("d1gest", "mine", done["key"])
+    assert "status" not in begun and "prompt_hmac" not in begun and begun_wrong["key"] == wrong["key"] != done["key"]
     assert (done["method"], done["tenant"], done["subject"], done["bundle"]) == ("complete", "acme", "key:7", "d1gest")
     assert (done["status"], done["request_id"], done["completion_tokens"]) == ("ok", "mine", 4)
     assert json.loads(done["prompt"]) == [list(b"hello")] or done["prompt"].startswith("[[")
     assert len(done["answer"]) > 0 and "hello" not in json.dumps({k: v for k, v in done.items() if k != "answer"})
     assert wrong["status"] == "ContextLengthError"
     assert (refused["event"], refused["status"]) == ("refusal", "UnauthenticatedError")
-    assert verify(tmp_path / "audit").last == 3
+    assert (verify(tmp_path / "audit").last, verify(tmp_path / "audit").unended) == (5, ())
+
+
+def test_a_call_is_recorded_before_it_is_answered(engine, backend, tmp_path):
+    """What a server does is in the log while it does it."""
+    begun, go = hold_first_step(backend)
+    with (
+        AuditLog(tmp_path / "audit") as audit,
+        serving(engine, service={"sinks": [AuditSink(audit, "d1gest")]}) as running,
+        Client(running.address) as client,
+    ):
+        stream = client.generate("hello", request_id="mine", max_tokens=4, temperature=0.0)
+        reader = threading.Thread(target=list, args=(stream,))
+        reader.start()
+        assert begun.wait(20)
+        audit.flush()
+        [open_call] = verify(tmp_path / "audit").unended
+        assert (open_call["method"], open_call["request_id"], open_call["bundle"]) == ("generate", "mine", "d1gest")
+        go.set()
+        reader.join(20)
+        until(lambda: running.service._quotas.num_open == 0)
+    assert verify(tmp_path / "audit").unended == ()
 
 
 def test_an_audit_log_that_fails_takes_the_server_out_of_service(engine, tmp_path):

@@ -4,6 +4,9 @@ A directory holds `audit-YYYYMMDD.jsonl`, one file per UTC day, and `audit.sqlit
 before it and its own (SHA-256 of its canonical JSON without `hash`). The number and hash of the last record stand in the
 database too, so a cut end is seen; to see that both were rewritten, keep heads elsewhere (`verify` returns it).
 
+A call has two records: one before anything is done for it, one when it has ended. The first without the second is of a call that
+still runs, or that ran when the server was killed.
+
 Prompts and answers are not in the log, only HMACs of them under a key of the subject: a plain hash of a short prompt could be
 guessed. With content, they are, encrypted with AES-GCM under the same key. To erase a subject is to destroy its key: the
 chain stays whole, and what it says of the subject's texts can no longer be read or checked.
@@ -26,6 +29,7 @@ from typing import IO, Any
 from ...errors import BundleError, MissingPackageError, NotFoundError, UnavailableError
 
 GENESIS = "0" * 64
+BEGIN, END, KEY = "begin", "call", "key"  # the two events of a call, and the field that both have
 _DATABASE, _LOCK = "audit.sqlite", "lock"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS subjects (subject TEXT PRIMARY KEY, key BLOB NOT NULL);
@@ -36,11 +40,13 @@ CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, h
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """A chain that is whole: numbers of its first and last record (last < first: there is none), the hash of the last."""
+    """A chain that is whole: numbers of its first and last record (last < first: there is none), the hash of the last.
+    `unended`: the records of calls that have begun and not ended, in order."""
 
     first: int
     last: int
     head: str
+    unended: tuple[Mapping[str, Any], ...] = ()
 
 
 def verify(directory: Path) -> AuditReport:
@@ -51,6 +57,7 @@ def verify(directory: Path) -> AuditReport:
         head = mark(database, "head") or (0, GENESIS)
     seq, last = start
     head_seen = head == start
+    unended: dict[str, Mapping[str, Any]] = {}
     for file, line_number, line in lines_of(directory):
         where = f"{file.name}, line {line_number}"
         try:
@@ -66,9 +73,13 @@ def verify(directory: Path) -> AuditReport:
             raise BundleError(f"the audit log is damaged at {where}: record {number} was changed")
         seq, last = seq + 1, claimed
         head_seen = head_seen or (seq, last) == head
+        if record.get("event") == BEGIN:
+            unended[str(record.get(KEY))] = record
+        elif record.get("event") == END:
+            unended.pop(str(record.get(KEY)), None)
     if not head_seen:
         raise BundleError(f"the audit log is damaged: it ends at record {seq}, and record {head[0]} was its last one")
-    return AuditReport(start[0] + 1, seq, last)
+    return AuditReport(start[0] + 1, seq, last, tuple(unended.values()))
 
 
 def subject_of(record: Mapping[str, Any]) -> str:
