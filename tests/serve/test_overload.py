@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import grpc
 import pytest
+from fuzz.memory import LIMIT_MB, Leak, excess
 from helpers.fake_backend import FakeBackend, make_engine
 from helpers.servers import is_free, serving, until
 from motet.proto import inference_pb2, inference_pb2_grpc
@@ -58,54 +56,11 @@ def test_overload_three_times(tokenizer):
         assert len(answers) == 1
 
 
-class Leak:
-    """Keeps something of each call, as a fault of ours would."""
-
-    def __init__(self):
-        self.kept = []
-
-    def check(self):
-        """It takes everything."""
-
-    def on_call(self, call):
-        self.kept.append(bytearray(40_000))
-
-    def on_refusal(self, method, peer, error):
-        self.kept.append(bytearray(40_000))
-
-
-def growth(engine, rounds, **service):
-    """Megabytes by which the peak of the second half of many calls, refused ones and cancelled ones exceeds the first's."""
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
-
-    with serving(engine, service=service) as running, grpc.insecure_channel(running.address) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
-
-        def half():
-            peak = 0.0
-            for index in range(rounds):
-                peak = max(peak, resident()) if index % 20 == 0 else peak
-                stub.Complete(message(2))
-                with suppress(grpc.RpcError):
-                    stub.Complete(message(drafts=1))
-                if index % 5 == 0:
-                    call = stub.Generate(message(60))
-                    next(iter(call))
-                    call.cancel()
-            return peak
-
-        first, second = half(), half()
-        until(lambda: is_free(engine, running.service))
-        return second - first
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow(engine):
-    assert growth(engine, 1500) < 10
+    assert excess(engine, 1500) < LIMIT_MB
 
 
 @pytest.mark.slow
 def test_a_leak_would_be_seen(engine):
-    assert growth(engine, 400, sinks=[Leak()]) > 10
+    assert excess(engine, 400, sinks=[Leak(100_000)]) > LIMIT_MB
