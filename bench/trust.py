@@ -2,6 +2,8 @@
 
 throughput   16 streams: the engine alone, a server, with TLS and keys, with fewer messages, with an audit log; in turns
 first token  of one request at a time, the same way
+slow readers the server's memory and the gaps of 8 streams, beside 8 others that are read, and beside 8 that are read no further
+audit        the tokens per second of 8 streams beside 10,000 short requests a minute, with an audit log and without, in turns
 flood        a tenant's wait for the first token, alone and while another tenant has 64 streams open, with long and short steps
 """
 
@@ -26,10 +28,11 @@ from ..runtime.client.connection import Connection
 from ..runtime.engine.engine import Engine
 from ..runtime.trust.identity import Role
 from ..runtime.trust.keys import add_key
+from .lib.beside import RATE, STREAMS, beside_many_requests, slow_readers
 from .lib.certificates import Authority
 from .lib.load import percentile
 from .lib.report import machine, write
-from .lib.servers import server_process
+from .lib.servers import running_server, server_process
 
 FLOOD_STREAMS = 64
 SHORT_STEP = 128  # rows: what waits for a step to end waits for less
@@ -37,9 +40,17 @@ PROMPT = 64  # tokens
 
 
 def run(
-    bundle: Path, out: Path, *, streams: int = 16, tokens: int = 96, repeats: int = 7, threads: int = 0
+    bundle: Path,
+    out: Path,
+    *,
+    streams: int = 16,
+    tokens: int = 96,
+    repeats: int = 7,
+    seconds: float = 20.0,
+    threads: int = 0,
 ) -> dict[str, Any]:
-    """Write `out/trust.json` and `.html`. Raises `UnavailableError` if a server does not start."""
+    """Write `out/trust.json` and `.html`. `seconds`: of each load beside slow readers and beside many requests. Raises
+    `UnavailableError` if a server does not start."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         authority = Authority(directory)
@@ -90,6 +101,19 @@ def run(
         for num_rows, address in ((512, with_tls), (SHORT_STEP, short_steps)):
             flooding, other = (Connection(address, keys[tenant], ca=authority.path) for tenant in ("a", "b"))
             floods[f"{num_rows} rows per step"] = asyncio.run(_flood(flooding, other))
+        reading = stack.enter_context(running_server(bundle, threads, secure))
+        slow = slow_readers(reading, Connection(reading.address, keys["a"], ca=authority.path), seconds)
+        recording = stack.enter_context(
+            server_process(bundle, threads, [*secure, "--audit", str(directory / "many")])
+        )  # and no log, which the other ones do not write either
+        many = beside_many_requests(
+            {
+                "TLS and keys": Connection(with_tls, keys["a"], ca=authority.path),
+                "and audit": Connection(recording, keys["a"], ca=authority.path),
+            },
+            seconds,
+            repeats,
+        )
     shares = {
         name: statistics.median(one / alone for one, alone in zip(found, rates["engine"]))
         for name, found in rates.items()
@@ -106,6 +130,8 @@ def run(
         "first_token_ms": {name: 1e3 * statistics.median(found) for name, found in firsts.items()},
         "flood": {name: _percentiles(*found) for name, found in floods.items()},
         "flood_streams": FLOOD_STREAMS,
+        "slow_readers": slow,
+        "many_requests": many,
         "machine": machine(),
     }
     write("trust", result, _parts(result), out)
@@ -126,6 +152,19 @@ def _parts(result: dict[str, Any]) -> list[Part]:
             rows,
         ),
         Table("a tenant's first token beside another's flood, ms", ["", *_NAMES], lines),
+    ]
+    many = result["many_requests"]
+    tables += [
+        Table(
+            f"{STREAMS} streams that are read, beside {STREAMS} others",
+            ["the others are", *next(iter(result["slow_readers"].values()))],
+            [[name, *(f"{figure:.1f}" for figure in found.values())] for name, found in result["slow_readers"].items()],
+        ),
+        Table(
+            f"{STREAMS} streams beside {RATE:.0f} short requests a second; with the audit log {many['share']:.1%}",
+            ["", "tok/s of the streams", "short requests per second"],
+            [[name, *(f"{figure:.1f}" for figure in found)] for name, found in many["ways"].items()],
+        ),
     ]
     plots = [
         Bars("Throughput", "tok/s", ways, {"median": list(result["tokens_per_s"].values())}),

@@ -103,12 +103,15 @@ def bench_trust(
     streams: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 96,
     repeats: Repeats = 7,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of each load beside slow readers and beside many requests.")
+    ] = 20.0,
     threads: Threads = 0,
 ) -> None:
-    """What TLS, keys and an audit log cost, and what one tenant notices of another's flood."""
+    """What TLS, keys and an audit log cost, and what one client notices of another's flood, slow reading and many requests."""
     from .bench import trust
 
-    trust.run(bundle, out, streams=streams, tokens=tokens, repeats=repeats, threads=threads)
+    trust.run(bundle, out, streams=streams, tokens=tokens, repeats=repeats, seconds=seconds, threads=threads)
 
 
 @bench.command("doors")

@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 from motet.bench import decode, flood, scale, serve, summaries
-from motet.bench.lib import aiperf, probes
+from motet.bench.lib import aiperf, beside, probes
 from motet.bench.lib import load as loads
-from motet.bench.lib.servers import server_process
+from motet.bench.lib.servers import running_server, server_process
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.output import Output
+from motet.runtime.client.connection import Connection
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, OverloadedError, UnavailableError
 from motet.runtime.model.bundle import Bundle
@@ -187,6 +188,20 @@ def test_a_flood_of_long_prompts_is_refused_and_watched(bundle_dir, tmp_path):
     assert min(quiet["messages"], flooded["messages"]) > 10
     kept = json.loads((tmp_path / "flood.json").read_text())
     assert kept.pop("page") and kept == result
+
+
+@pytest.mark.slow
+def test_what_streams_notice_of_other_clients(bundle_dir):
+    options = ["--max-num-seqs", "16", "--max-model-len", "512"]
+    with running_server(bundle_dir, 1, options) as server:
+        connection = Connection(server.address)
+        found = beside.slow_readers(server, connection, 1.0)
+        many = beside.beside_many_requests({"a": connection, "b": connection}, 1.0, 1)
+    assert list(found) == ["read", "not read on"]
+    for figures in found.values():
+        assert figures["gap p99, ms"] >= figures["gap p50, ms"] > 0 and figures["tok/s"] > 0
+        assert figures["memory at most, MB"] >= 50
+    assert many["share"] == many["ways"]["b"][0] / many["ways"]["a"][0] and min(many["ways"]["a"]) > 0
 
 
 # ---- scale, summaries ------------------------------------------------------------------------------------------------
