@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ..api.config import EngineConfig
 from ..api.output import Output
 from ..api.request import FinishReason, Request
-from ..engine.answer import OnOutput
+from ..engine.answer import OnOutput, OnSent
 from ..engine.embedder import EmbedJob
 from ..engine.observer import Observer, notify
 from ..engine.open import load_bundle, model_info
@@ -90,13 +90,13 @@ class ClusterEngine:
     def is_idle(self) -> bool:
         return not self._open
 
-    def submit(self, request: Request, on_output: OnOutput) -> None:
+    def submit(self, request: Request, on_output: OnOutput, on_sent: OnSent | None = None) -> None:
         if self._is_draining:
             raise UnavailableError("the server is shutting down; send the request to another one")
         if request.request_id in self._open:
             raise InvalidRequestError(f"request '{request.request_id}' is open already", field="request_id")
         self._open[request.request_id] = None
-        self.run(self._answer(request, on_output))
+        self.run(self._answer(request, on_output, on_sent or (lambda: None)))
 
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
         def end() -> None:
@@ -136,22 +136,23 @@ class ClusterEngine:
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, on_output: OnOutput) -> None:
+    async def _answer(self, request: Request, on_output: OnOutput, on_sent: OnSent) -> None:
         unfinished = dict.fromkeys(range(request.sampling.n))
         before = self._open[request.request_id]
         if isinstance(before, FinishReason):
             reason, error = before, _GONE
         else:
             self._open[request.request_id] = asyncio.current_task()
-            reason, error = await self._follow(request, on_output, unfinished)
+            reason, error = await self._follow(request, on_output, on_sent, unfinished)
         del self._open[request.request_id]
         for choice in unfinished:
             last = Output(request.request_id, choice, request.sampling.seed or 0)
             last.finish_reason, last.error = reason, error if reason is FinishReason.ERROR else None
             on_output(last)
+        on_sent()
 
     async def _follow(
-        self, request: Request, on_output: OnOutput, unfinished: dict[int, None]
+        self, request: Request, on_output: OnOutput, on_sent: OnSent, unfinished: dict[int, None]
     ) -> tuple[FinishReason, MotetError]:
         """Pass on what a replica sends. Returns why the choices end that are left in `unfinished`."""
         reason, error = FinishReason.ERROR, _GONE
@@ -167,6 +168,7 @@ class ClusterEngine:
                         unfinished.pop(output.choice, None)
                         self._tell_end(request, output)
                     on_output(output)
+                on_sent()
         except asyncio.CancelledError as cancelled:
             reason = next(iter(cancelled.args), FinishReason.CANCELLED)
         except BackPressureError:

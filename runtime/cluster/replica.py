@@ -3,7 +3,6 @@ many there are."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 import threading
@@ -25,7 +24,7 @@ from ..engine.engine import Engine
 from ..engine.stats import EngineStats
 from ..errors import MotetError
 from ..serve.embeddings import embed_all
-from ..serve.output_queue import OutputQueue
+from ..serve.output_queue import Delivery, OutputQueue
 from .routing import RUNNING_TOKENS, PrefixRouting, pack_keys
 
 TOKENS_METRIC = "motet_queued_tokens"
@@ -49,9 +48,10 @@ class Replica:
 
     async def generate(self, request: Request) -> AsyncGenerator[list[Output] | MotetError, None]:
         """Deltas as they become ready, until each choice has one with a `finish_reason`; or why there are none."""
-        queue, unfinished = OutputQueue(asyncio.get_running_loop()), request.sampling.n
+        delivery, unfinished = Delivery().here(), request.sampling.n
+        queue = OutputQueue(delivery)
         try:
-            self._engine.submit(request, queue.put)
+            self._engine.submit(request, queue.put, delivery.wake)
         except MotetError as error:
             yield error
             return

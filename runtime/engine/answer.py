@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from ..schedule.packing import GroupTokens
 from ..schedule.sequence import Group
 from ..text.stream import TextStream
 
+log = logging.getLogger("motet.engine")
 OnOutput = Callable[[Output], None]
+OnSent = Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +29,7 @@ class Answer:
     group: Group
     text: TextStream
     on_output: OnOutput
+    on_sent: OnSent | None
     arrived: float
     calibration: Calibration | None = None
     confidence_sum: float = 0.0  # over the tokens so far
@@ -119,3 +123,27 @@ class Answer:
         admitted = self.admitted if self.admitted is not None else now
         first = self.first_token if self.first_token is not None else now
         return Timings(admitted - self.arrived, max(0.0, first - admitted), now - first)
+
+
+class Sender:
+    """Hands outputs to the callbacks of their answers. What these raise is logged and ends nothing."""
+
+    def __init__(self) -> None:
+        self._untold: dict[OnSent, None] = {}
+
+    def send(self, answer: Answer, output: Output) -> None:
+        try:
+            answer.on_output(output)
+        except Exception:
+            log.exception("on_output of request '%s' failed", output.request_id)
+        if answer.on_sent is not None:
+            self._untold[answer.on_sent] = None
+
+    def tell(self) -> None:
+        """Call the `on_sent` of all answers that were sent something since the last time, each once."""
+        untold, self._untold = self._untold, {}
+        for on_sent in untold:
+            try:
+                on_sent()
+            except Exception:
+                log.exception("on_sent of a request failed")

@@ -25,7 +25,7 @@ from ..schedule.sequence import Group
 from ..text.grammar import Grammars
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
-from .answer import Answer, OnOutput
+from .answer import Answer, OnOutput, OnSent, Sender
 from .embedder import Embedder
 from .inbox import Abort, Inbox
 from .observer import Observer, StepReport, notify
@@ -62,6 +62,7 @@ class Engine:
         self.embedder = Embedder(backend, model, config, self._inbox)
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when the latest were
         self._num_restarts = 0
+        self._sender = Sender()
         self._steps = 0
         self._tokens = 0
         self._prompt_tokens = self._cached_tokens = 0
@@ -94,25 +95,28 @@ class Engine:
 
     # ---- calls from other threads --------------------------------------------------------------------------------
 
-    def submit(self, request: Request, on_output: OnOutput) -> None:
-        """Queue a request. `on_output` gets every delta, from the engine's thread; it must not block.
+    def submit(self, request: Request, on_output: OnOutput, on_sent: OnSent | None = None) -> None:
+        """Queue a request. `on_output` gets every delta, from the engine's thread; it must not block. `on_sent` is called after
+        each step in which it got one, before the next is computed, and once for all requests that gave the same.
 
         Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError` (the queue is
         full), `UnavailableError` (draining or closed). After it returns, every choice ends with a `finish_reason`.
         """
         try:
-            self._accept(request, on_output)
+            self._accept(request, on_output, on_sent)
         except MotetError as error:
             refused = error
             notify(self._observers, lambda observer: observer.on_reject(request, refused))
             raise
 
-    def _accept(self, request: Request, on_output: OnOutput) -> None:
+    def _accept(self, request: Request, on_output: OnOutput, on_sent: OnSent | None) -> None:
         now = time.monotonic()
         matcher = None if request.structure is None else self.grammars.matcher(request.structure, request.owner.tenant)
         groups = self._admission.groups_of(request, matcher)
         streams = (answer_stream(self.tokenizer, request.prompts[0], request.sampling) for _ in groups)
-        answers = [Answer(request, *each, on_output, now, self.model.calibration) for each in zip(groups, streams)]
+        answers = [
+            Answer(request, *each, on_output, on_sent, now, self.model.calibration) for each in zip(groups, streams)
+        ]
         self._inbox.put(answers)
 
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -226,6 +230,7 @@ class Engine:
             for answer in item if isinstance(item, list) else ():
                 self._end(answer, FinishReason.ERROR if self.failure else FinishReason.CANCELLED, self.failure)
         self.embedder.fail(self.failure or UnavailableError("the engine was closed"), close=True)
+        self._sender.tell()
         self._backend.close()
 
     def _restart(self) -> bool:
@@ -245,7 +250,7 @@ class Engine:
                 log.exception("an answer could not be ended")
                 last = Output(answer.request.request_id, answer.group.choice, answer.group.seed)
                 last.finish_reason, last.error = FinishReason.ERROR, error
-                self._send(answer, last)
+                self._sender.send(answer, last)
         self._restarts.append(now)
         if again:
             self._num_restarts += 1
@@ -258,7 +263,10 @@ class Engine:
 
     def _take_inbox(self) -> bool:
         """Process the inbox; sleep while there is nothing to do. False if the engine is closed."""
-        self._taken.extend(self._inbox.take(wait=not self._answers and not self._taken and self.embedder.is_idle))
+        is_idle = not self._answers and not self._taken and self.embedder.is_idle
+        if is_idle:
+            self._sender.tell()
+        self._taken.extend(self._inbox.take(wait=is_idle))
         while self._taken:  # one at a time: a fault at one must not lose the others
             item = self._taken.popleft()
             if isinstance(item, list):
@@ -281,9 +289,12 @@ class Engine:
         scheduler = self._scheduler
         is_busy, may_start = bool(foreground(self._answers)), bool(scheduler.running) or not scheduler.waiting
         is_short = any(not group.owner.is_background for group in scheduler.waiting)
+        if not self.embedder.is_idle:
+            self._sender.tell()
         if not self.embedder.step(scheduler.blocks, is_busy=is_busy, is_short=is_short, may_start=may_start):
             scheduler.preempt_all()
         scheduled = scheduler.schedule() if self._answers else None
+        self._sender.tell()  # while the backend computes, the readers have the interpreter
         if scheduled is None:
             if self.embedder.is_idle:
                 scheduler.check_integrity()
@@ -339,7 +350,7 @@ class Engine:
         elif run.error is not None:
             self._finish(answer, FinishReason.ERROR, answer.no_token(run.error))
         else:
-            self._send(answer, answer.take_delta())
+            self._sender.send(answer, answer.take_delta())
 
     def _finish(self, answer: Answer, reason: FinishReason, error: MotetError | None = None) -> None:
         self._scheduler.abort(answer.group)
@@ -352,10 +363,4 @@ class Engine:
         self._answers.pop(answer.group, None)
         last = answer.last_delta(reason, error, time.monotonic())
         notify(self._observers, lambda observer: observer.on_finish(answer.request, last))
-        self._send(answer, last)
-
-    def _send(self, answer: Answer, output: Output) -> None:
-        try:
-            answer.on_output(output)
-        except Exception:  # a client's callback must not end the loop for the others
-            log.exception("on_output of request '%s' failed", output.request_id)
+        self._sender.send(answer, last)

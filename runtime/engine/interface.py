@@ -11,7 +11,7 @@ from ..api.request import FinishReason, Request
 from ..errors import MotetError
 from ..text.grammar import Grammars
 from ..text.tokenizer import Tokenizer
-from .answer import OnOutput
+from .answer import OnOutput, OnSent
 from .embedder import EmbedJob
 from .observer import Observer
 from .stats import EngineStats
@@ -42,7 +42,7 @@ class ServedEngine(Protocol):
     @property
     def is_idle(self) -> bool: ...
 
-    def submit(self, request: Request, on_output: OnOutput) -> None: ...
+    def submit(self, request: Request, on_output: OnOutput, on_sent: OnSent | None = None) -> None: ...
 
     def abort(self, request_id: str | None, reason: FinishReason = FinishReason.CANCELLED) -> None: ...
 

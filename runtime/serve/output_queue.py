@@ -1,12 +1,42 @@
-"""`OutputQueue`: deltas on their way from the engine's thread to one reader on the event loop."""
+"""`OutputQueue`: deltas on their way from the engine's thread to one reader on the event loop; `Delivery`: to all readers."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import suppress
 
 from ..api.output import Output, join
+
+
+class Delivery:
+    """Hands what the engine's thread has put to an event loop, all at once: to wake the loop costs the engine's thread more than
+    anything else here, because both need the interpreter then."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._items: deque[tuple[OutputQueue, Output]] = deque()
+
+    def here(self) -> Delivery:
+        """From now on to the loop that runs."""
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    def put(self, queue: OutputQueue, output: Output) -> None:
+        """Any thread. It arrives after the next `wake`."""
+        self._items.append((queue, output))
+
+    def wake(self) -> None:
+        """Any thread."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # it has ended, and with it whoever would read
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._items:
+            queue, output = self._items.popleft()
+            queue.add(output)
 
 
 class OutputQueue:
@@ -14,19 +44,19 @@ class OutputQueue:
     holds at most one per choice, and no more than the answer. After its first token a choice is ready when it has
     `interval` tokens, or has ended."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interval: int = 1) -> None:
-        self._loop, self._interval = loop, interval
+    def __init__(self, delivery: Delivery, interval: int = 1) -> None:
+        self._delivery, self._interval = delivery, interval
         self._begun: set[int] = set()  # choices whose first token was sent
         self._pending: dict[int, Output] = {}
         self._ready = asyncio.Event()
         self._sending_since: float | None = None
 
     def put(self, output: Output) -> None:
-        """Add a delta. May be called from any thread."""
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
-            self._loop.call_soon_threadsafe(self._add, output)
+        """Add a delta, which the reader gets after the delivery's next `wake`. May be called from any thread."""
+        self._delivery.put(self, output)
 
-    def _add(self, output: Output) -> None:
+    def add(self, output: Output) -> None:
+        """Add a delta, on the event loop."""
         join(self._pending, output)
         choice = self._pending[output.choice]
         is_due = self._interval == 1 or output.choice not in self._begun or len(choice.token_ids) >= self._interval

@@ -32,7 +32,7 @@ from ..trust.quotas import Quotas, TenantLimits
 from .answer_size import check_answer_size
 from .calls import Call, Caller, Calls, CallSink
 from .embeddings import Embeddings, embed_all
-from .output_queue import OutputQueue
+from .output_queue import Delivery, OutputQueue
 from .reading import RequestReader
 from .structures import StructureCompiler
 
@@ -62,6 +62,7 @@ class Service:
         self.calls = Calls(sinks, engine.model.name)
         self.send_timeout_s, self._stream_interval = send_timeout_s, stream_interval
         self._is_leaving = self._is_shut_down = False
+        self._delivery = Delivery()
         self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
         self._structures = StructureCompiler(engine.grammars, self._run)
@@ -141,8 +142,8 @@ class Service:
     async def _answer(self, request_id: str, tokenised: Request) -> AsyncGenerator[Output, None]:
         tenant, unfinished = tokenised.owner.tenant, tokenised.sampling.n
         with self._known(tenant, request_id, tokenised.request_id):
-            queue = OutputQueue(asyncio.get_running_loop(), self._stream_interval)
-            self._engine.submit(tokenised, queue.put)
+            queue = OutputQueue(self._delivery.here(), self._stream_interval)
+            self._engine.submit(tokenised, queue.put, self._delivery.wake)
             self._quotas.spend(tenant, sum(map(len, tokenised.prompts)))
             watch = asyncio.create_task(self._end_if_unread(queue, asyncio.current_task()))
             try:

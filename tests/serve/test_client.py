@@ -38,7 +38,7 @@ def test_every_class_crosses_with_its_details(client, engine, monkeypatch, call)
         if issubclass(cls, errors.OverloadedError):
             details["retry_after_s"] = 2.5
 
-        def refuse(_request, _on_output, cls=cls, details=details):
+        def refuse(_request, *_told, cls=cls, details=details):
             raise cls("what, limit, value", **details)
 
         monkeypatch.setattr(engine, "submit", refuse)
@@ -113,7 +113,7 @@ def test_numpy_values(client):
 
 def test_one_stop_string(client, engine, monkeypatch):
     seen, submit = [], engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request, on_output: (seen.append(request), submit(request, on_output)))
+    monkeypatch.setattr(engine, "submit", lambda request, *told: (seen.append(request), submit(request, *told)))
     client.complete("x", stop="ab", **SHORT)
     assert seen[0].sampling.stop == ("ab",)
 

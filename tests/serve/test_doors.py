@@ -112,10 +112,11 @@ def seen(engine, monkeypatch):
     """The requests that reach the engine; each is answered at once."""
     requests = []
 
-    def submit(request, on_output):
+    def submit(request, on_output, on_sent):
         requests.append(request)
         for choice in range(request.sampling.n):
             on_output(Output(request.request_id, choice, 1, text="done", finish_reason=FinishReason.STOP))
+        on_sent()
 
     monkeypatch.setattr(engine, "submit", submit)
     return requests

@@ -14,7 +14,7 @@ from motet.runtime import errors
 from motet.runtime.api.output import Output
 from motet.runtime.api.request import Ensemble, FinishReason, GenerateRequest, Member
 from motet.runtime.api.sampling import SamplingParams
-from motet.runtime.serve.service import OutputQueue, Service
+from motet.runtime.serve.service import Delivery, OutputQueue, Service
 
 
 def ask(prompt="hello", *, max_tokens=12, **fields):
@@ -42,7 +42,7 @@ def is_free(engine):
 def submitted(engine, monkeypatch):
     """The requests that reach the engine."""
     seen, submit = [], engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request, on_output: (seen.append(request), submit(request, on_output)))
+    monkeypatch.setattr(engine, "submit", lambda request, *told: (seen.append(request), submit(request, *told)))
     return seen
 
 
@@ -174,7 +174,8 @@ def test_cancelling_the_reader_ends_its_request_and_no_other(engine, backend):
 
 def test_deltas_that_wait_for_a_slow_reader_are_joined():
     async def run():
-        queue = OutputQueue(asyncio.get_running_loop())
+        delivery = Delivery().here()
+        queue = OutputQueue(delivery)
         sent = [
             Output("x", choice, 0, text=f"{choice}{index}", token_ids=[index])
             for index in range(50)
@@ -183,6 +184,7 @@ def test_deltas_that_wait_for_a_slow_reader_are_joined():
         thread = threading.Thread(target=lambda: [queue.put(output) for output in sent])
         thread.start()
         thread.join()
+        delivery.wake()
         await asyncio.sleep(0)
         taken = await queue.take()
         assert [output.choice for output in taken] == [0, 1], "the queue holds one delta per choice"
@@ -190,6 +192,9 @@ def test_deltas_that_wait_for_a_slow_reader_are_joined():
             assert output.token_ids == list(range(50))
             assert output.text == "".join(f"{output.choice}{index}" for index in range(50))
         queue.put(Output("x", 1, 0, text="next"))
+        await asyncio.sleep(0)
+        assert not queue._ready.is_set(), "it comes with the next wake"
+        delivery.wake()
         assert [output.text for output in await queue.take()] == ["next"]
 
     asyncio.run(run())
@@ -210,10 +215,12 @@ def test_tokenize_and_models(engine, tokenizer):
 
 
 def test_a_delta_that_comes_after_the_loop(caplog):
-    loop = asyncio.new_event_loop()
-    queue = OutputQueue(loop)
-    loop.close()
-    queue.put(Output("x", 0, 0, text="late"))
+    async def run():
+        return Delivery().here()
+
+    delivery = asyncio.run(run())
+    OutputQueue(delivery).put(Output("x", 0, 0, text="late"))
+    delivery.wake()
     assert not caplog.records
 
 

@@ -31,6 +31,9 @@ def responses_from_output(output: Output) -> Iterator[inference_pb2.GenerateResp
     size += 4 * max(map(len, output.candidate_logprobs), default=0)
     scored = len(output.prompt_logprobs)
     count = max(1, -(-max(len(ids), scored) * size // MAX_DELTA_BYTES), -(-len(text) * 4 // MAX_DELTA_BYTES))
+    if count == 1:
+        yield response_from_output(output)
+        return
     tokens, characters, prompt = -(-len(ids) // count), -(-len(text) // count), -(-scored // count)
     for index in range(count):
         at, of_prompt = slice(index * tokens, (index + 1) * tokens), slice(index * prompt, (index + 1) * prompt)

@@ -107,12 +107,35 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._calls, self._send_timeout_s = calls, send_timeout_s
 
     async def _send(self, context: Any, responses: AsyncIterator[Any]) -> None:
-        async for response in responses:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await context.write(response)
-            except TimeoutError:
-                raise UnavailableError(f"the answer was not read for {self._send_timeout_s:g} seconds") from None
+        """One timer for a whole stream: one for each message would cost as much as a third of sending it."""
+        loop, task, limit = asyncio.get_running_loop(), asyncio.current_task(), self._send_timeout_s
+        assert task is not None
+        since: float | None = None  # when the message that is being sent was given to gRPC
+        is_over = False
+        timer: asyncio.TimerHandle | None = None
+
+        def check() -> None:
+            nonlocal timer, is_over
+            left = limit if since is None else since + limit - loop.time()
+            if left > 0:
+                timer = loop.call_later(left, check)
+            else:
+                is_over = True
+                task.cancel()
+
+        timer = loop.call_later(limit, check)
+        try:
+            async for response in responses:
+                since = loop.time()
+                await context.write(response)
+                since = None
+        except asyncio.CancelledError:
+            if is_over and task.uncancel() == 0:  # else something else has cancelled it too
+                raise UnavailableError(f"the answer was not read for {limit:g} seconds") from None
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
