@@ -49,6 +49,11 @@ class WaitingQueue:
         """Tenants with a waiting group."""
         return len(self._groups)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there were groups of more than one tenant: another may come at any moment."""
+        return len(self._served) > 1
+
     def prefill_order(self, group: Group) -> tuple[bool, float, float]:
         """A running group's key among those whose prompts are computed: batch work last, then the tenant whose tokens cost the
         least so far, then the one with the fewest groups."""

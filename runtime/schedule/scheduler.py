@@ -26,6 +26,7 @@ from .queue import WaitingQueue, groups_over_share
 from .sequence import Group, Sequence, SequenceStatus
 from .sharing import PrefixSharing
 
+_SHARED_PREFILL = 4  # where tenants share a server, prompts have this part of a step's rows
 _SCORED_ROWS = 128  # of a step, of prompts whose tokens are scored: each goes through the head
 # (group, its newest token) → the reason if the answer ends with it, else None.
 EndOf = Callable[[Group, int], FinishReason | None]
@@ -36,7 +37,8 @@ class Scheduler:
     but small groups may pass a large one. When blocks run out, the latest group frees all of its blocks and waits again.
     So does the latest group of a tenant that has more than its share, if another waits that has less.
 
-    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. With
+    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. Once there are
+    several tenants, prompts have a quarter of that: who comes waits for the step that runs, which is as long as its rows. With
     `prefix_cache`, sequences that begin alike share full blocks, but not that of the last token: its row is computed.
     """
 
@@ -276,17 +278,20 @@ class Scheduler:
         return True
 
     def _schedule_prefill(self, rows: int) -> list[PrefillRows]:
-        """Whole chunks beside `rows` decode rows, in the order of `_prefilling`, as long as the step has room, but at least
-        one. A sequence whose next block is computed by another one in this step waits for it."""
+        """Whole chunks beside `rows` decode rows, in the order of `_prefilling`, as long as the step has room, and prompts their
+        part of it, but at least one. A sequence whose next block is computed by another one in this step waits for it."""
         prefills: list[PrefillRows] = []
         under_way: set[Hashable] = set()
+        limit = self._max_rows
+        if self.waiting.is_shared:
+            limit = min(limit, rows + self._max_rows // _SHARED_PREFILL)
         for group, sequence in self._prefilling():
             chunk = self._prefill_chunk - sequence.num_computed % self._prefill_chunk
             prefill = self._sharing.prefill(group, sequence, chunk)
             blocks = self._sharing.keys(sequence, prefill.count)
             if blocks and blocks[0] in under_way and sequence.num_computed % self.blocks.block_size == 0:
                 continue
-            if prefills and rows + prefill.count > self._max_rows:
+            if prefills and rows + prefill.count > limit:
                 break
             prefills.append(prefill)
             if group.owner.is_background:

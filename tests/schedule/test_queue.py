@@ -126,6 +126,26 @@ def test_who_gives_way():
     assert groups_over_share(group("a", sequences=3), both, 4) is None  # its own others stay
 
 
+def test_prompts_have_a_part_of_a_step_where_tenants_share_it():
+    """A step of one tenant's prompts is as long as the rows that another's request would wait for."""
+    for tenants, expected in (("a", 64), ("ab", 16)):
+        scheduler = Scheduler(BlockManager(256, 4), 16, 64, 32)
+        for tenant in tenants:  # they were here, and are idle
+            before = group(tenant)
+            scheduler.add(before)
+            scheduler.schedule()
+            scheduler.abort(before)
+        flood = [group("a", prompt=tuple(range(100 * index, 100 * index + 9))) for index in range(1, 11)]
+        for each in flood:
+            scheduler.add(each)
+        assert sum(prefill.count for prefill in scheduler.schedule().prefills) == expected
+        alone = group("b", prompt=tuple(range(5000, 5100)))
+        for each in flood:
+            scheduler.abort(each)
+        scheduler.add(alone)
+        assert [prefill.count for prefill in scheduler.schedule().prefills] == [32]  # a chunk is not cut
+
+
 def test_a_flood_keeps_no_one_waiting():
     """A tenant holds all places and a long queue; another's request runs in the next step, and its prompt goes first."""
     scheduler = Scheduler(BlockManager(64, 4), 4, 64, 16)
