@@ -9,6 +9,7 @@ from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
 from ..backends.open import open_backend
 from ..model.bundle import Bundle
+from ..model.decoder_graph import GraphConfig
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
 from .observer import Observer
@@ -47,4 +48,5 @@ def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:
         calibration=bundle.calibration,
         digest=bundle.digest,
         origins=bundle.origins,
+        hidden_size=0 if isinstance(bundle.sizes, GraphConfig) else bundle.sizes.hidden_size,
     )

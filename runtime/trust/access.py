@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import UnauthenticatedError
 from .identity import Identity, anonymous
-from .keys import KeyFile, is_key
+from .keys import SUBJECT, KeyFile, is_key
 from .tokens import TokenVerifier
 
 log = logging.getLogger("motet.trust")
@@ -43,3 +43,11 @@ class Access:
             return self._keys.identify(credentials)
         assert self._tokens is not None
         return self._tokens.identify(credentials)
+
+    def check(self, who: Identity) -> None:
+        """Raises `UnauthenticatedError` if an identity of earlier may not act any more, because its key was revoked. (A token
+        holds until it expires, and what it has begun goes on.)"""
+        if self._anonymous is None and who.subject.startswith(SUBJECT):
+            if self._keys is None:
+                raise UnauthenticatedError("this server takes no keys any more; ask again with a token")
+            self._keys.check(who.subject.removeprefix(SUBJECT))

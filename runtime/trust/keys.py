@@ -70,6 +70,9 @@ def check_tenant(name: object) -> str:
     return name
 
 
+SUBJECT = "key:"  # what the subject of a key's identity begins with
+
+
 class KeyFile:
     """The keys of a server. Thread-safe. Raises `NotFoundError`, `ConfigError` at construction."""
 
@@ -89,7 +92,17 @@ class KeyFile:
         if key.revoked is not None or (key.expires is not None and now >= key.expires):
             log.warning("key %s of tenant %s is %s", key.id, key.tenant, "revoked" if key.revoked else "expired")
             raise UnauthenticatedError(_NO_KEY)
-        return Identity(key.tenant, f"key:{key.id}", frozenset(key.roles))
+        return Identity(key.tenant, f"{SUBJECT}{key.id}", frozenset(key.roles))
+
+    def check(self, key_id: str) -> None:
+        """Raises `UnauthenticatedError` if there is no such key any more, or it is revoked. An expired one may end what it has
+        begun."""
+        key = self._file.value.get(key_id)
+        if key is None or key.revoked is not None:
+            raise UnauthenticatedError(
+                f"the key {shown(key_id)} that asked for this is {'not known here' if key is None else 'revoked'}; "
+                "ask again with another one"
+            )
 
 
 def is_key(text: str) -> bool:

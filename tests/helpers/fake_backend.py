@@ -209,7 +209,7 @@ SOLO = Ensemble((Member("a", 1.0),))
 def make_engine(tokenizer, backend=None, *, observers=(), **config) -> Engine:
     values = {"max_num_seqs": 8, "max_model_len": 96, "max_num_batched_tokens": 16, "prefill_chunk": 8} | config
     backend = backend or FakeBackend()
-    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), backend.vocab_size, values["max_model_len"])
+    model = ModelInfo("fake", ("a", "b", "c"), SOLO, (255,), backend.vocab_size, values["max_model_len"], hidden_size=4)
     return Engine(backend, tokenizer, model, EngineConfig(**values), observers)
 
 

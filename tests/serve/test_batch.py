@@ -30,7 +30,7 @@ from motet.runtime.serve.grpc.statuses import Statuses
 from motet.runtime.serve.http.app import App
 from motet.runtime.trust.access import Access
 from motet.runtime.trust.identity import Role
-from motet.runtime.trust.keys import KeyFile, add_key
+from motet.runtime.trust.keys import KeyFile, add_key, revoke_key
 from motet.runtime.trust.quotas import TenantLimits
 
 BODY = {"max_tokens": 6, "ignore_eos": True, "temperature": 0.9}
@@ -186,6 +186,31 @@ def test_a_tenant_sees_its_own(engine, tmp_path):
                     call(job.id)
         with BatchClient(Connection(running.address, key=infer)) as client, pytest.raises(PermissionDeniedError):
             client.jobs()
+
+
+def test_a_revoked_keys_job_ends(tokenizer, tmp_path):
+    """What runs is answered; every record after that says why it is not."""
+    backend = FakeBackend(200, vocab_size=259)
+    backend.on_step = lambda _batch: time.sleep(0.002)
+    keys = tmp_path / "keys.json"
+    mine, other = (add_key(keys, "a", [Role.BATCH]) for _ in range(2))
+    with (
+        make_engine(tokenizer, backend) as engine,
+        with_jobs(engine, tmp_path / "state", Access(KeyFile(keys))) as running,
+        BatchClient(Connection(running.address, key=mine)) as client,
+        BatchClient(Connection(running.address, key=other)) as of_same_tenant,
+    ):
+        job = client.submit("/v1/completions", records(300))
+        until(lambda: of_same_tenant.get(job.id).done > 5)
+        revoke_key(keys, mine.split("-")[1])
+        last, found = ended(of_same_tenant, job.id)
+        assert last.state == "done" and last.done + last.failed == 300 and last.failed > 0
+        refused = [result.response["error"] for result in found.values() if result.status == 401]
+        assert len(refused) == last.failed
+        assert {error["code"] for error in refused} == {"invalid_api_key"}
+        assert all("revoked; ask again with another one" in error["message"] for error in refused)
+        again = of_same_tenant.submit("/v1/completions", records(3))  # the tenant's other key is not touched
+        assert ended(of_same_tenant, again.id)[0].done == 3
 
 
 # ---- a server that is killed -----------------------------------------------------------------------------------------

@@ -85,7 +85,16 @@ def test_every_route_has_roles():
 def test_a_route_that_is_not_there(guarded, keys):
     status, _, body = ask(guarded, "GET", "/v1/nothing", headers=bearer(keys["infer"]))
     assert (status, json.loads(body)["error"]["code"]) == (404, "not_found")
-    assert ask(guarded, "DELETE", "/v1/models", headers=bearer(keys["infer"]))[0] == 405
+
+
+@pytest.mark.parametrize("path", sorted({path for _, path in PATHS}))
+def test_a_method_that_is_not_there(guarded, keys, path):
+    """Whatever the route, the answer is the door's JSON, and says which methods there are."""
+    status, headers, body = ask(guarded, "PATCH", path, headers=bearer(keys["infer"]))
+    found = json.loads(body)["error"]
+    assert (status, found["type"], found["code"]) == (405, "invalid_request_error", "method_not_allowed")
+    assert headers["Allow"].split(", ") == sorted(method for method, other in PATHS if other == path)
+    assert "PATCH" in found["message"]
 
 
 def test_tls_and_its_reload(tokenizer, tmp_path):
@@ -147,7 +156,9 @@ def test_headers_are_bounded(tokenizer):
         for headers in (many, b"x: " + b"y" * 10 * MAX_METADATA_BYTES + b"\r\n"):
             found = raw(address, b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers)
             assert found == b"" or found.startswith(b"HTTP/1.1 400")
-        assert raw(address, b"\x16\x03\x01 not HTTP\r\n\r\n").startswith(b"HTTP/1.1 400")
+        found = raw(address, b"\x16\x03\x01 not HTTP\r\n\r\n")
+        assert found.startswith(b"HTTP/1.1 400")
+        assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
         assert complete(address)[0] == 200
 
 
@@ -269,6 +280,19 @@ def test_metrics_are_shown(guarded, keys):
     status, _, body = ask(guarded, "GET", "/metrics", headers=bearer(keys["monitor"]))
     assert status == 200
     assert b"motet_" in body
+
+
+def test_dimensions_that_there_are_not_cost_nothing(tokenizer):
+    backend = FakeBackend(64)
+    with make_engine(tokenizer, backend) as engine, serving_http(engine) as (address, _service):
+        content = b'{"model": "fake", "input": "x", "dimensions": 7}'
+        status, _, body = ask(address, "POST", "/v1/embeddings", content)
+        assert (status, json.loads(body)["error"]["param"]) == (400, "dimensions")
+        assert "have 4 dimensions here, got 7" in json.loads(body)["error"]["message"]
+        monkey = []
+        backend.on_step = monkey.append
+        assert ask(address, "POST", "/v1/embeddings", content)[0] == 400 and not monkey
+        assert ask(address, "POST", "/v1/embeddings", content.replace(b"7", b"4"))[0] == 200 and monkey
 
 
 def test_embeddings_of_a_client_that_goes_away(tokenizer):

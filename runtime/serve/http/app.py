@@ -26,7 +26,7 @@ from ...trust.identity import Identity, Role
 from ..batch.runner import Jobs
 from ..calls import Caller
 from ..service import Service
-from .statuses import as_motet_error, error_body, error_response
+from .statuses import MethodNotAllowedError, as_motet_error, error_body, error_response
 
 log = logging.getLogger("motet.server")
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class App:
         self._num_open = 0
         self.routes: Mapping[tuple[str, str], HttpRoute] = {(route.method, route.path): route for route in ROUTES}
         self._router = Router(
-            [Route(r.path, self._endpoint(r), methods=[r.method]) for r in ROUTES],
+            [_Route(r.path, self._endpoint(r), methods=[r.method]) for r in ROUTES],
             redirect_slashes=False,
             default=_no_route,
         )
@@ -193,6 +193,8 @@ class App:
                 identity = self._access.identify(_values(scope, b"authorization"))
                 traceparent = next(iter(_values(scope, b"traceparent")), "")
                 scope["motet.caller"] = Caller(identity, traceparent, _peer(scope))
+            elif "motet.caller" in scope:  # a job's record: its key may have been revoked since
+                self._access.check(scope["motet.caller"].identity)
             await self._router(scope, receive, noting)
         except (ClientDisconnect, TimeoutError):  # it went away, or does not read: nobody is there to be told
             log.info("%s: the client went away", what)
@@ -223,6 +225,14 @@ class App:
             return await route.handler(self.door, request)
 
         return answer
+
+
+class _Route(Route):
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette's own refusal of a method is plain text."""
+        if scope["method"] not in (self.methods or ()):
+            raise MethodNotAllowedError(scope["method"], self.path)
+        await super().handle(scope, receive, send)
 
 
 class Work(Response):

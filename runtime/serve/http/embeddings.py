@@ -42,6 +42,11 @@ async def embeddings(door: Door, request: Request) -> Response:
 
 
 def _read(fields: EmbeddingRequest, door: Door) -> tuple[list[Prompt], Ensemble | None]:
+    size = door.service.served.hidden_size
+    if size and fields.dimensions is not None and fields.dimensions != size:  # without any, the service refuses
+        raise InvalidRequestError(
+            f"embeddings have {size} dimensions here, got {fields.dimensions}; leave dimensions out", field="dimensions"
+        )
     ensemble, views, allow_negative = read_ensemble(fields.ensemble, fields.model, door.service.served)
     if ensemble is not None:
         check_embedding(ensemble, allow_negative)
@@ -50,11 +55,6 @@ def _read(fields: EmbeddingRequest, door: Door) -> tuple[list[Prompt], Ensemble 
 
 
 def _body(found: Embeddings, fields: EmbeddingRequest, door: Door) -> bytes:
-    size = len(found.vectors[0])
-    if fields.dimensions is not None and fields.dimensions != size:
-        raise InvalidRequestError(
-            f"embeddings have {size} dimensions here, got {fields.dimensions}", field="dimensions"
-        )
     data = []
     for index, vector in enumerate(found.vectors):
         value: Any = vector.tolist()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...api.limits import MAX_CONNECTIONS, MAX_METADATA_BYTES
-from ...errors import MissingPackageError, PortInUseError
+from ...errors import InvalidRequestError, MissingPackageError, PortInUseError
 from ...trust.tls import TlsFiles
 
 try:
@@ -22,6 +22,7 @@ except ImportError as error:
     ) from error
 
 from .app import App
+from .statuses import error_response
 
 _HEADERS_S = 10.0  # for the headers of a request to come, from the connection or the first byte on
 _KEEP_ALIVE_S = 75.0
@@ -60,6 +61,13 @@ class _Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_headers and self._header_bytes > MAX_METADATA_BYTES and not self.transport.is_closing():
             self.send_400_response(f"the headers have more than {MAX_METADATA_BYTES} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's own is plain text."""
+        body = error_response(InvalidRequestError(msg)).body
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

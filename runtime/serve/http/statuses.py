@@ -11,9 +11,20 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ... import errors
-from ...errors import InvalidRequestError, MotetError, OverloadedError
+from ...errors import InvalidRequestError, MotetError, NotFoundError, OverloadedError, shown
 
 log = logging.getLogger("motet.server")
+
+
+class MethodNotAllowedError(NotFoundError):
+    """The path is there, with other methods (`allowed`)."""
+
+    def __init__(self, method: str, path: str) -> None:
+        from .routes import ROUTES  # which imports this module
+
+        self.allowed = sorted(route.method for route in ROUTES if route.path == path)
+        super().__init__(f"there is no {shown(method)} {path} here; it has {', '.join(self.allowed)}")
+
 
 # Class → (status, type, code). A class that is not listed has the row of the class that it derives from.
 _ROWS: Mapping[type, tuple[int, str, str | None]] = {
@@ -22,6 +33,7 @@ _ROWS: Mapping[type, tuple[int, str, str | None]] = {
     errors.ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
     errors.DataError: (400, "invalid_request_error", None),
     errors.ConfigError: (400, "invalid_request_error", None),
+    MethodNotAllowedError: (405, "invalid_request_error", "method_not_allowed"),
     errors.NotFoundError: (404, "invalid_request_error", "not_found"),
     errors.BundleError: (500, "server_error", None),
     errors.UnsupportedModelError: (400, "invalid_request_error", None),
@@ -56,6 +68,8 @@ def error_response(error: MotetError) -> JSONResponse:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowedError):
+        headers["Allow"] = ", ".join(error.allowed)
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after_s))
