@@ -33,4 +33,4 @@ class ModelInfo:
     calibration: Calibration | None = None  # of confidences; only where the bundle is served in this process
     digest: str = ""  # of the bundle
     origins: tuple[MemberOrigin, ...] = ()  # of each member
-    hidden_size: int = 0  # dimensions of embeddings; 0: there are none, or it is another process's
+    hidden_size: int = 0  # dimensions of embeddings; 0: there are none
