@@ -121,7 +121,7 @@ def test_engines_ask(exported, tmp_path):
     wrong = copied(exported, tmp_path / "b", swap_columns("model.layers.0.mlp.down_proj.weight.values"))
     with pytest.raises(UnavailableError, match="member base differs"):
         open_engine(wrong.path, config("onnx"))
-    settings = Settings.load(environment={"MOTET_PROBE": "false"}).engine
+    settings = Settings.load(environment={"MOTET_SERVE_PROBE": "false"}).engine
     assert not settings.probe
     with open_engine(wrong.path, replace(settings, threads=2, backend="onnx")):
         pass

@@ -68,7 +68,7 @@ def test_keys_are_made_shown_and_revoked(tmp_path):
     ).stdout.strip()
     assert key.startswith("motet-")
     shown = motet("keys", "list", file).stdout
-    assert "acme" in shown and "admin" in shown and key.split("-")[2] not in shown
+    assert "acme" in shown and "admin" in shown and key.split("-", 2)[2] not in shown
     key_id = key.split("-")[1]
     assert motet("keys", "revoke", file, key_id).exit_code == 0
     assert json.loads(file.read_text())["keys"][0]["revoked"] > 0
