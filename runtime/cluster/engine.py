@@ -168,7 +168,8 @@ class ClusterEngine:
                         unfinished.pop(output.choice, None)
                         self._tell_end(request, output)
                     on_output(output)
-                on_sent()
+                if unfinished:  # the last go when the replica's stream has ended: a client's next request finds it free
+                    on_sent()
         except asyncio.CancelledError as cancelled:
             reason = next(iter(cancelled.args), FinishReason.CANCELLED)
         except BackPressureError:
