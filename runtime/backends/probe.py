@@ -131,8 +131,9 @@ def check_probe(bundle: Bundle, backend: Backend, num_positions: int) -> None:
 
 
 def _log_softmax(logits: F32) -> F64:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+    with np.errstate(invalid="ignore"):  # of what is no number, `kl` is infinite
+        shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
 
 
 def _with_rest(logprobs: F64) -> F64:
