@@ -202,26 +202,21 @@ def _head_then_sample(hidden: Tensor, head: LinearWeight, mixture: Mixture, draw
     return gpu.mix_sample(logits, mixture, draw)
 
 
-def measure(
-    sizes: Sizes, limits: dict[str, float], has_time: Callable[[], bool] = lambda: True
-) -> list[dict[str, Any]]:
-    """Median time of each case with a cold L2 cache, and its share of the bandwidth. Stops when `has_time()` is false."""
+def measure(sizes: Sizes, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Median time of each case with a cold L2 cache, and its share of the bandwidth."""
     from triton.testing import do_bench
 
-    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, float] = {}
     for case in cases(sizes):
-        if not has_time():
-            break
-        seconds = do_bench(case.run, warmup=5, rep=30, return_mode="median") / 1e3
-        rows[case.name] = {
+        seconds = times[case.name] = do_bench(case.run, warmup=5, rep=30, return_mode="median") / 1e3
+        yield {
             "case": case.name,
             "us": 1e6 * seconds,
             "gb_s": case.bytes / seconds / 1e9,
             "share_of_copy_bandwidth": case.bytes / seconds / 1e9 / limits["copy_gb_s"],
             "tflop_s": case.flops / seconds / 1e12 or None,
-            "times_slower_than": [case.versus, 1e6 * seconds / rows[case.versus]["us"]] if case.versus else None,
+            "times_slower_than": [case.versus, seconds / times[case.versus]] if case.versus else None,
         }
-    return list(rows.values())
 
 
 def run(out: Path) -> dict[str, Any]:
@@ -231,12 +226,12 @@ def run(out: Path) -> dict[str, Any]:
     """
     if make.DEVICE != "cuda":
         raise UnavailableError("`motet bench kernels` needs an NVIDIA GPU; the kernels' tests run without one")
-    from ...runtime.backends.torch.backend import TorchOptions
+    from ...runtime.backends.torch.options import TorchOptions
     from .torch_decode import limits, machine
 
     options = TorchOptions.of_machine()
     found = limits(options.device)
-    result = {"machine": machine(options), "limits": found, "kernels": measure(Sizes(), found)}
+    result = {"machine": machine(options), "limits": found, "kernels": list(measure(Sizes(), found))}
     write("kernels", result, [kernel_table(result)], out)
     return result
 

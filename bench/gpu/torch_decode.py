@@ -25,7 +25,8 @@ import torch
 from ...pages import Table
 from ...runtime.api.config import EngineConfig
 from ...runtime.api.request import Space
-from ...runtime.backends.torch.backend import TorchBackend, TorchOptions
+from ...runtime.backends.torch.backend import TorchBackend
+from ...runtime.backends.torch.options import TorchOptions
 from ...runtime.errors import MotetError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.schedule.batch import Batch, ResolvedSampling, SampleRow

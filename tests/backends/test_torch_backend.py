@@ -24,7 +24,8 @@ from helpers.torch_backend import (  # noqa: E402
 from motet.export.bundle_writer import export_bundle  # noqa: E402
 from motet.export.quantisation.groups import HEAD_GROUP, dequantise, layer_group, quantise  # noqa: E402
 from motet.runtime.api.request import Ensemble, Member, Request, Space  # noqa: E402
-from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions  # noqa: E402
+from motet.runtime.backends.torch.backend import TorchBackend  # noqa: E402
+from motet.runtime.backends.torch.options import TorchOptions  # noqa: E402
 from motet.runtime.checkpoints.decoder import Decoder  # noqa: E402
 from motet.runtime.checkpoints.huggingface import read_config, read_weights  # noqa: E402
 from motet.runtime.checkpoints.members.adapter import merge, read_adapter  # noqa: E402

@@ -12,8 +12,9 @@ from helpers.compare import relative_error  # noqa: E402
 from helpers.models import EXPERTS, make_adapter, make_tail  # noqa: E402
 from helpers.torch_backend import PROMPTS, ask, assert_same, config, ensemble, options, run, triton_options  # noqa: E402
 from motet.export.bundle_writer import export_bundle  # noqa: E402
-from motet.runtime.backends.torch.backend import TorchBackend, load_ops  # noqa: E402
+from motet.runtime.backends.torch.backend import TorchBackend  # noqa: E402
 from motet.runtime.backends.torch.experts import run_experts  # noqa: E402
+from motet.runtime.backends.torch.options import load_ops  # noqa: E402
 from motet.runtime.backends.torch.weights import Placement, load_weights  # noqa: E402
 from motet.runtime.checkpoints.decoder import Decoder  # noqa: E402
 from motet.runtime.checkpoints.huggingface import read_config, read_weights  # noqa: E402

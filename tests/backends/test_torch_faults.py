@@ -62,7 +62,7 @@ try:
     if sys.argv[2] == "torch":
         open_backend(Bundle.load(sys.argv[1]), EngineConfig(backend="torch"))
     else:
-        from motet.runtime.backends.torch.backend import load_ops
+        from motet.runtime.backends.torch.options import load_ops
         load_ops("triton")
 except MissingPackageError as error:
     print(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="the benches make torch tensors")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from motet.bench.gpu import h200, kernels, torch_decode  # noqa: E402
+from motet.bench.gpu import h200, h200_stages, kernels, torch_decode  # noqa: E402
 from motet.bench.gpu.problems import DEVICE  # noqa: E402
 from motet.bench.gpu.random_model import RandomModel, shape  # noqa: E402
-from motet.runtime.backends.torch.backend import TorchOptions  # noqa: E402
+from motet.runtime.backends.torch.options import TorchOptions  # noqa: E402
 from motet.runtime.errors import ConfigError, UnavailableError  # noqa: E402
 from motet.runtime.model.config import DecoderConfig  # noqa: E402
 
@@ -82,7 +83,8 @@ def test_every_kernel_case_runs_and_counts_its_bytes():
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "weight", "head"), [(16, 4.0, 4.0), (8, 1.125, 1.125), (4, 0.75, 1.125)])
 def test_decode_is_measured_on_random_weights(bits, weight, head):
-    """`weight`, `head`: bytes a value; scales and minima are float32, one for 32 values, and the head has 8 bits at least."""
+    """`weight`, `head`: bytes a value; scales and minima are float32, one for 32 values, and the head has 8 bits at
+    least."""
     rows = torch_decode.measure(
         TINY, EAGER, 10.0, bits=bits, batch_sizes=(1, 3), members=2, tail_layers=1, context=20, repeats=2
     )
@@ -138,12 +140,89 @@ def test_goals_are_judged_by_what_was_measured():
         },
         "transformers": {"1": 30.0},
     }
-    met = {row["goal"]: row["met"] for row in h200.verdicts(h200.figures(result))}
+    figures = h200.figures(result)
+    met = {row["goal"]: row["met"] for row in h200.verdicts(figures, "NVIDIA H200")}
     assert met["8B bf16, batch 1, tok/s"] is True
     assert met["8B bf16, batch 64, tok/s"] is False
     assert met["8B 4 bits, batch 1, tok/s"] is None
     assert met["4 members × 2-layer tails, batch 1, times one model"] is True
     assert met["times transformers, batch 1"] is True
+    other = {row["goal"]: row["met"] for row in h200.verdicts(figures, "NVIDIA A100 80GB PCIe")}
+    assert other["8B bf16, batch 64, tok/s"] is None
+    assert other["8B bf16, batch 1, share of bandwidth"] is True
+
+
+CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600 if sys.argv[1] == "hang" else 0)
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["hang", "end"])
+def test_a_stage_ends_with_all_that_it_started(tmp_path, how):
+    log = tmp_path / "stage.log"
+
+    def wait(process):
+        if how == "end":
+            return process.wait()
+        while not log.read_bytes().endswith(b"\n"):
+            assert process.poll() is None
+        raise subprocess.TimeoutExpired(process.args, 0)
+
+    assert h200.run_limited([sys.executable, "-c", CHILD, how], log, wait) == (None if how == "hang" else 3)
+    child = Path(f"/proc/{int(log.read_text())}/stat")
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        pass  # a killed process is there until the kernel is done with it
+
+
+def test_a_run_goes_on_where_one_of_the_same_sources_stopped(tmp_path, monkeypatch):
+    """Complete stages are left, others are run anew; a failed one keeps what it found, and the result says why it
+    ended."""
+    ran, fails = [], {"8B 8 bits"}
+
+    def run_limited(command, log, wait):
+        name, key = command[command.index("--stage") + 1], command[command.index("--key") + 1]
+        ran.append(name)
+        log.write_text("what it said")
+        result = {"machine": {"device": "H200"}, "limits": {"copy_gb_s": 4.0}} if name == "machine" else {}
+        h200._store(log.with_suffix(".json"), {"key": key, "result": result, "complete": name not in fails})
+        return None if name in fails else 0
+
+    monkeypatch.setattr(h200, "run_limited", run_limited)
+    names = [stage.name for stage in h200_stages.STAGES]
+    h200.run_stages(tmp_path, "one", "H200", float("inf"))
+    assert ran == names
+    result = json.loads((tmp_path / "h200.json").read_bytes())
+    assert set(result["errors"]) == fails
+    assert "what it said" in result["errors"]["8B 8 bits"]
+    assert "8B 8 bits" in result["decode"]
+    fails.clear()
+    h200.run_stages(tmp_path, "one", "H200", float("inf"))
+    assert ran == [*names, "8B 8 bits"]
+    assert not json.loads((tmp_path / "h200.json").read_bytes())["errors"]
+    h200.run_stages(tmp_path, "two", "H200", float("inf"))
+    assert ran == [*names, "8B 8 bits", *names]
+    h200.run_stages(tmp_path, "three", "H200", float("-inf"))
+    assert all("time was up" in e for e in json.loads((tmp_path / "h200.json").read_bytes())["errors"].values())
+    assert len(ran) == 2 * len(names) + 1
+
+
+def test_a_stage_writes_what_it_has_so_far(monkeypatch):
+    def run(task):
+        yield [1]
+        yield [1, task.limits["x"]]
+
+    monkeypatch.setattr(h200_stages, "STAGES", (h200_stages.Stage("decode", 1, run),))
+    written = []
+    task = h200_stages.Task(ROOT, {"x": 2})
+    h200_stages.run_here("decode", task, lambda result, is_complete: written.append((result, is_complete)))
+    assert written == [([1], False), ([1, 2], False), ([1, 2], True)]
+    with pytest.raises(UnavailableError, match="stage 'machine' failed"):
+        h200_stages.run_here("decode", h200_stages.Task(ROOT, {}), written.append)
 
 
 @pytest.mark.slow

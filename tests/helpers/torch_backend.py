@@ -11,7 +11,8 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
-from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions
+from motet.runtime.backends.torch.backend import TorchBackend
+from motet.runtime.backends.torch.options import TorchOptions
 from motet.runtime.checkpoints.huggingface import checkpoint_digest, read_weights
 from motet.runtime.checkpoints.members.tail import write_tail
 from motet.runtime.engine.engine import Engine

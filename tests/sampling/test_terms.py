@@ -96,7 +96,8 @@ def open_backend(request, bundle, monkeypatch):
             monkeypatch.setattr(backend, "_logits", counting(backend._logits, lambda args: args[0]))
         else:
             import torch
-            from motet.runtime.backends.torch.backend import TorchBackend, TorchOptions
+            from motet.runtime.backends.torch.backend import TorchBackend
+            from motet.runtime.backends.torch.options import TorchOptions
 
             options = TorchOptions(torch.device("cpu"), torch.float32, "eager", keep_quantised=True, graphs=False)
             backend = TorchBackend(bundle, config, options)

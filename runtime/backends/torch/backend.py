@@ -13,23 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import ModuleType
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ...api.config import EngineConfig
-from ...errors import MissingPackageError, MotetError
+from ...errors import MotetError
 from ...model.bundle import Bundle
 from ...model.config import DecoderConfig
 from ...sampling.terms import Terms, needed_terms
 from ...schedule.batch import Batch, SampleRow, StepOutput
 from .cuda_graphs import DecodeGraphs
 from .forward import Forward, MemberRows, RowInputs
+from .options import TorchOptions, load_ops
 from .packed import Packed
-from .paged_cache import PagedCache, block_bytes, blocks_that_fit
+from .paged_cache import DTYPES, PagedCache, block_bytes, blocks_that_fit, cache_dtype, free_bytes
 from .row_plan import RowPlan, plan_rows
 from .sampler import TorchSampler
 from .weights import ModelWeights, Placement, load_weights
@@ -40,39 +39,6 @@ MAX_CAPTURED = 256
 
 Tensor = torch.Tensor
 I32 = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class TorchOptions:
-    """How a `TorchBackend` runs. `TorchOptions.of_machine()` is the default."""
-
-    device: torch.device
-    dtype: torch.dtype  # of activations and of weights that are not quantised
-    kernels: Literal["triton", "eager"]
-    keep_quantised: bool  # keep weights quantised; else they are converted to `dtype` when they are loaded
-    graphs: bool  # pad decode steps to a ladder of sizes; on a GPU, replay them
-
-    @classmethod
-    def of_machine(cls) -> TorchOptions:
-        """A GPU with Triton kernels and graphs if there is one, else the CPU with the eager oracle in float32."""
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), torch.bfloat16, "triton", keep_quantised=True, graphs=True)
-        return cls(torch.device("cpu"), torch.float32, "eager", keep_quantised=False, graphs=False)
-
-
-def load_ops(kernels: Literal["triton", "eager"]) -> ModuleType:
-    """The module with the ops. Raises `MissingPackageError` if Triton is not installed."""
-    if kernels == "eager":
-        from ....kernels.oracle import eager
-
-        return eager
-    try:
-        from ....kernels.triton import ops as gpu
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"the torch backend needs {error.name} on a GPU; install it with `pip install 'motet[gpu]'`"
-        ) from error
-    return gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +60,6 @@ class _Hidden:
     places: dict[int, I32]  # member → [rows of the batch] row of `states`; -1 if its tail did not run over it
 
 
-_KV_NAMES = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float32: "float32"}
-
-
 class TorchBackend:
     """A `Backend` that runs a bundle's tensors in torch. Block `num_blocks` of the cache is the dummy block."""
 
@@ -109,6 +72,7 @@ class TorchBackend:
 
     def __init__(self, bundle: Bundle, config: EngineConfig, options: TorchOptions | None = None) -> None:
         options = options or TorchOptions.of_machine()
+        cache_dtype(config.kv_dtype, options.dtype, options.capability)  # refuse before the weights are read
         placement = Placement(options.device, options.dtype, options.keep_quantised)
         self._start(bundle.config, load_weights(bundle, placement), config, options)
         if self._graphs is not None and options.device.type == "cuda":
@@ -137,14 +101,13 @@ class TorchBackend:
         self._max_length = config.positions(decoder.max_position_embeddings)
         block_size = config.block_size or BLOCK_SIZE
         self._max_blocks = -(-self._max_length // block_size)
-        kv_dtypes = {"auto": options.dtype, "int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-        kv_dtype = kv_dtypes[config.kv_dtype]
-        self.kv_dtype = _KV_NAMES[kv_dtype]
+        kv_dtype = cache_dtype(config.kv_dtype, options.dtype, options.capability)
+        self.kv_dtype = next(name for name, dtype in DTYPES.items() if dtype is kv_dtype)
         tail_layers = [len(weights.tails[tail]) for tail in weights.tail_of]
         heads = (decoder.num_kv_heads, block_size, decoder.head_size)
         size = block_bytes(len(weights.trunk) + sum(tail_layers), *heads, kv_dtype)
         self._cache = PagedCache(
-            num_blocks=blocks_that_fit(size, config.max_num_seqs * self._max_blocks, options.device),
+            num_blocks=blocks_that_fit(size, config.max_num_seqs * self._max_blocks, free_bytes(options.device)),
             block_size=block_size,
             trunk_layers=len(weights.trunk),
             tail_layers=tail_layers,
