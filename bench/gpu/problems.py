@@ -28,8 +28,11 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
     """Normally distributed values, the same on every device, rounded to `dtype`."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+    return _drawn(*shape, seed=seed, scale=scale).to(dtype).to(DEVICE)
+
+
+def _drawn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
 
 
 def integers(values: Sequence[int]) -> torch.Tensor:
@@ -48,11 +51,11 @@ def weight(
 ) -> LinearWeight:
     """A random weight [n, k] as a bundle stores it; with 0 bits it is dense in `dtype`. It is quantised on the host: use small
     sizes."""
-    values = normal(n, k, seed=seed, scale=k**-0.5)
+    values = _drawn(n, k, seed=seed, scale=k**-0.5)
     offset = normal(n, seed=seed + 1) if bias else None
     if bits == 0:
-        return LinearWeight(values.to(dtype), bias=offset)
-    quantised = quantise(values.cpu().numpy(), bits, group_size)
+        return LinearWeight(values.to(dtype).to(DEVICE), bias=offset)
+    quantised = quantise(values.numpy(), bits, group_size)
     found = linear_weight(quantised.values, quantised.scales, quantised.minima)
     scales = None if found.scales is None else found.scales.to(DEVICE)
     minima = None if found.minima is None else found.minima.to(DEVICE)

@@ -116,9 +116,12 @@ def bench_pages(results: Annotated[Path, typer.Argument(help="Directory of resul
 
 
 @bench.command("kernels")
-def bench_kernels(out: Results = Path("bench/results")) -> None:
-    """Speed of every GPU kernel: bytes moved, and the share of the bandwidth. Needs an NVIDIA GPU."""
-    _gpu_bench("kernels").run(out)
+def bench_kernels(
+    out: Results = Path("bench/results"),
+    static: Annotated[bool, typer.Option("--static", help="Compile only: needs no GPU, predicts times.")] = False,
+) -> None:
+    """Speed of every GPU kernel: bytes moved, and the share of the bandwidth. Needs an NVIDIA GPU, but for --static."""
+    _gpu_bench("static" if static else "kernels").run(out)
 
 
 @bench.command("peers")

@@ -1,68 +1,16 @@
 """Compile every launch of the GPU path for an sm_90 device, with no device: run as a script, prints one JSON line.
 
-The launchers run as they are, on CPU tensors of a real model's shapes; only the last step, the launch, stops after the
+The launchers run as they are, on tensors without memory of a real model's shapes; only the last step, the launch, stops after the
 compiler. What the compiler says of each kernel (shared memory, registers, spilled bytes) is in the line.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 SHARED_LIMIT = 227 * 1024
-
-
-class SM90:
-    """What `triton.runtime.driver` asks a driver before a launch."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-def resources(kernel) -> dict:
-    tools = list(Path(triton.__file__).parent.rglob("cuobjdump"))
-    found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-    if tools:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tools[0], "-res-usage", file.name], capture_output=True, text=True).stdout
-        found |= {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    found["wgmma"] = "wgmma" in kernel.asm["ptx"]
-    return found
-
-
-def record(compiled: list) -> None:
-    triton.runtime.driver.set_active(SM90())
-
-    def getitem(self, grid):
-        def compile_only(*args, **kwargs):
-            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            if hasattr(kernel, "result"):
-                kernel = kernel.result()
-            compiled.append((self.__name__, kernel))
-
-        return compile_only
-
-    JITFunction.__getitem__ = getitem
 
 
 def launch_single(gpu, make) -> None:
@@ -96,7 +44,7 @@ def launch_gemma(gpu, make) -> None:
     gpu.activate(torch.empty(1, 4, 2 * 128), "geglu", bf16)
 
 
-def launch_all(quick: bool) -> None:
+def launch_all() -> None:
     from motet.bench.gpu import problems as make
     from motet.kernels.oracle.operands import LayerCache, LinearWeight
     from motet.kernels.triton import ops as gpu
@@ -105,7 +53,7 @@ def launch_all(quick: bool) -> None:
     launch_gemma(gpu, make)
     bf16 = torch.bfloat16
     hidden, heads, kv_heads, size, inner, vocab = 4096, 32, 8, 128, 14336, 128256
-    for kv in (bf16,) if quick else (bf16, torch.int8, torch.float8_e4m3fn):
+    for kv in (bf16, torch.int8, torch.float8_e4m3fn):
         cache = make.cache(8, kv_heads, 16, size, kv)
         tables = make.tables(2, 4, 8)
         table = (torch.empty(64, size // 2), torch.empty(64, size // 2))
@@ -115,10 +63,8 @@ def launch_all(quick: bool) -> None:
         query = gpu.rotary_write(qkv, table, norms, 1e-5, index, index, cache, heads, bf16)
         gpu.decode_attention(query, cache, make.decode_rows([5, 6], tables, 2048), torch.empty_like(query))
         gpu.prefill_attention(query, cache, make.chunks([3], [9], tables), torch.empty_like(query))
-    for bits in (0, 4) if quick else (0, 8, 4):
-        for rows in (1,) if quick else (1, 32, 64, 256):
-            if bits == 0 and rows > 64:
-                continue  # the vendor's matmul
+    for bits in (0, 8, 4):
+        for rows in (1, 32, 64, 256):
             x = torch.empty(rows, hidden, dtype=bf16)
             values = torch.empty(hidden, hidden, dtype=bf16)
             weight = LinearWeight(values)
@@ -133,7 +79,7 @@ def launch_all(quick: bool) -> None:
     adapter = make.adapter_weight(2, 8, hidden, hidden, bf16)
     gpu.add_adapter(x, adapter, make.adapter_tiles([0, 1, -1, 0]), torch.empty(2, 4, hidden))
     mixture, draw = make.mixture([2, 2]), make.draw(2)
-    for bits in (8,) if quick else (0, 8):
+    for bits in (0, 8):
         values = torch.empty(vocab, hidden, dtype=torch.uint8 if bits else bf16)
         scales = torch.empty(hidden // 32, vocab, dtype=torch.float16) if bits else None
         gpu.mix_head_sample(x, LinearWeight(values, scales), mixture, draw)
@@ -142,10 +88,17 @@ def launch_all(quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    found: list = []
-    record(found)
-    launch_all(quick="--quick" in sys.argv)
-    lines = [{"kernel": name, **resources(kernel)} for name, kernel in found if kernel is not None]
+    from motet.bench.gpu.compiled import recording
+    from motet.bench.gpu.machine_code import read, tensor_instructions
+
+    with recording(90) as found, torch.device("meta"):
+        launch_all()
+    lines = []
+    for launch in found:
+        code = read(launch.compiled)
+        wgmma = any(name == "HGMMA" for name in code.instructions)
+        kernel = {"kernel": launch.kernel, "registers": code.registers, "spilled": code.spilled, "shared": code.shared}
+        lines.append({**kernel, "wgmma": wgmma, "tensor": tensor_instructions(code.instructions)})
     print(json.dumps(lines))
     assert lines
     assert all(line["shared"] <= SHARED_LIMIT for line in lines)
