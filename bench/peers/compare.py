@@ -142,7 +142,7 @@ def _paths(bundles: Mapping[str, Bundle], model: str) -> dict[str, str]:
     paths = peer_paths(model)
     scratch = Path(paths["scratch"])
     for variant, bundle in bundles.items():
-        graph = scratch / f"genai-{bundle.manifest['files']['model.safetensors'][:12]}"
+        graph = scratch / f"onnx-genai-{bundle.manifest['files']['model.safetensors'][:12]}"
         write_onnx(bundle, graph, bundle.members[0], flavour=Flavour.GENAI)
         paths[f"genai-{variant}"] = str(graph)
     return paths
