@@ -1,9 +1,10 @@
 """Decode attention over a paged KV cache, in Triton. A program has one row and the query heads of one KV head.
 
-The context is cut into splits of a fixed number of positions (flash decoding, Dao et al. 2023). So a small batch fills a GPU,
-and a result does not depend on the batch. A second kernel joins the splits, always in order. A launch covers `max_length`
-positions; the programs of splits after a row's length end at once, so one captured launch serves every length. Each row is
-computed alone, also if a sequence has several.
+The positions that a row attends to are cut into at most `SEGMENTS` segments (flash decoding, Dao et al. 2023), whose
+size depends only on how many positions these are. So a small batch fills a GPU, a result does not depend on the batch,
+and one captured launch of a fixed size serves every length; the programs of segments that a short row does not have end
+at once. A second kernel joins the segments, always in order. Each row is computed alone, also if a sequence has
+several.
 
 Per row it reads 2 · length · kv_heads · D values of the cache's dtype. Oracle: `kernels.oracle.eager`.
 """
@@ -18,7 +19,9 @@ from ..oracle.operands import PLAIN_SCORES, DecodeRows, LayerCache, Scores
 from .launch import FLOATS, I32, check, dot, power_of_two, wide
 from .rotary_write import CACHE_DTYPES
 
-SPLIT = 128  # positions per program
+SPLIT = 128  # the fewest positions of a segment
+SEGMENTS = 16  # the most segments of a row
+TILE = 64  # positions that a program reads at once
 LOG2E = 1.4426950408889634
 
 
@@ -28,7 +31,8 @@ def load_cache(
 ):
     """Load the positions `place` of a block table: (tile [positions, columns] as stored, scales [positions] float32).
 
-    Positions that are not `inside` are 0. They are not read, because the cache may have a NaN there, and 0 · NaN is NaN.
+    Positions that are not `inside` are 0. They are not read, because the cache may have a NaN there, and 0 · NaN is
+    NaN.
     """
     block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     line = (block * kv_heads + head) * BLOCK_SIZE + place % BLOCK_SIZE
@@ -47,6 +51,13 @@ def scaled_scores(scores, k_scale, scale, cap, CAPPED: tl.constexpr):
     if CAPPED:  # tanh(x) = 1 − 2 / (exp(2 x) + 1)
         scores = cap - 2.0 * cap / (tl.exp2(scores * (2.8853900817779268 / cap)) + 1.0)
     return scores
+
+
+@triton.jit
+def _segments(length, window, SEGMENTS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr):
+    """The first position of a row's first segment, and the size of its segments, both multiples of TILE."""
+    first = tl.maximum(length - window, 0) // TILE * TILE
+    return first, tl.maximum(tl.cdiv(length - first, SEGMENTS * TILE) * TILE, SPLIT)
 
 
 @triton.jit
@@ -75,21 +86,23 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One split, row and KV head: the unnormalised output, the largest score, and the sum of exponentials."""
+    """One segment, row and KV head: the unnormalised output, the largest score, and the sum of exponentials."""
     item = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + item)
-    start = split * SPLIT
-    unseen = tl.maximum(length - window, 0)
-    if (start >= length) | (start + SPLIT <= unseen):
+    start, extent = _segments(length, window, SEGMENTS, SPLIT, TILE)
+    start += split * extent
+    if start >= length:
         return
+    unseen = tl.maximum(length - window, 0)
     row = tl.load(rows + item).to(tl.int64)
     table = tables + tl.load(seqs + item).to(tl.int64) * table_width
     member = tl.arange(0, HEADS)
@@ -100,7 +113,7 @@ def _decode_kernel(
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     out = tl.zeros((HEADS, COLUMNS), tl.float32)
-    for first in range(tl.maximum(start, unseen // TILE * TILE), tl.minimum(start + SPLIT, length), TILE):
+    for first in range(start, tl.minimum(start + extent, length), TILE):
         place = first + tl.arange(0, TILE)
         inside = (place >= unseen) & (place < length)
         k, k_scale = load_cache(
@@ -136,10 +149,12 @@ def _join_kernel(
     num_heads,
     num_splits,
     size,
+    SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Join the splits of one row and head, in order, into its output."""
+    """Join the segments of one row and head, in order, into its output."""
     item = tl.program_id(0)
     head = tl.program_id(1)
     column = tl.arange(0, COLUMNS)
@@ -149,7 +164,8 @@ def _join_kernel(
     total = tl.full((), 0.0, tl.float32)
     result = tl.zeros((COLUMNS,), tl.float32)
     length = tl.load(lengths + item)
-    for split in range(tl.maximum(length - window, 0) // SPLIT, tl.cdiv(length, SPLIT)):
+    start, extent = _segments(length, window, SEGMENTS, SPLIT, TILE)
+    for split in range(tl.cdiv(length - start, extent)):
         at = first + split
         part_max = tl.load(maxima + at)
         new = tl.maximum(largest, part_max)
@@ -164,8 +180,14 @@ def _join_kernel(
     tl.store(out + (row * num_heads + head) * size + column, result.to(out.dtype.element_ty), mask=inside)
 
 
+def num_segments(max_length: int) -> int:
+    """How many segments a row has at most, if it attends to at most `max_length` positions."""
+    return min(SEGMENTS, int(triton.cdiv(max_length, SPLIT)))
+
+
 def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor, out: torch.Tensor) -> int:
-    """The number of query heads per KV head. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout."""
+    """The number of query heads per KV head. Raises `ValueError` for an operand of the wrong shape, dtype, device or
+    layout."""
     kv_heads, _, size = cache.keys.shape[1:]
     check("query", query, (-1, -1, size), FLOATS, query)
     check("keys", cache.keys, (-1, kv_heads, -1, size), CACHE_DTYPES, query)
@@ -180,7 +202,8 @@ def check_attention(query: torch.Tensor, cache: LayerCache, tables: torch.Tensor
 def decode_attention(
     query: torch.Tensor, cache: LayerCache, rows: DecodeRows, out: torch.Tensor, scores: Scores = PLAIN_SCORES
 ) -> None:
-    """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`. Other rows stay as they are.
+    """out[r] = attention of query[r] over its sequence's first positions, for each row r of `rows`. Other rows stay as
+    they are.
 
     query, out [rows, heads, D]; with a window, only the last of a row's positions; what lies before them is not
     read. Raises `ValueError` for an operand of the wrong shape, dtype, device or layout. The caller
@@ -193,12 +216,13 @@ def decode_attention(
     if not count:
         return
     num_heads, size = query.shape[1:]
-    kv_heads, num_splits = num_heads // group, triton.cdiv(rows.max_length, SPLIT)
+    kv_heads, num_splits = num_heads // group, num_segments(rows.max_length)
     shape = (count, num_heads, num_splits)
     sums = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
     maxima, totals = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
     window = rows.max_length if scores.window is None else scores.window
     scaled = cache.key_scales is not None
+    segments = {"SEGMENTS": SEGMENTS, "SPLIT": SPLIT, "TILE": TILE}
     _decode_kernel[(count, kv_heads, num_splits)](
         *(query, cache.keys, cache.values),
         *((cache.key_scales, cache.value_scales) if scaled else (cache.keys, cache.values)),
@@ -219,8 +243,7 @@ def decode_attention(
         BLOCK_SIZE=cache.block_size,
         SCALED=scaled,
         CAPPED=scores.softcap is not None,
-        SPLIT=SPLIT,
-        TILE=64,
+        **segments,
         HEADS=power_of_two(group, 16),
         COLUMNS=power_of_two(size, 16),
         WIDE=wide(),
@@ -229,7 +252,7 @@ def decode_attention(
     )
     _join_kernel[(count, num_heads)](
         *(sums, maxima, totals, rows.rows, rows.lengths, out, window, num_heads, num_splits, size),
-        SPLIT=SPLIT,
+        **segments,
         COLUMNS=power_of_two(size),
         num_warps=1,
     )

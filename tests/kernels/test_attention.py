@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from motet.bench.gpu import problems as make  # noqa: E402
 from motet.kernels.oracle import eager  # noqa: E402
 from motet.kernels.oracle.operands import DecodeRows, LayerCache, Scores  # noqa: E402
-from motet.kernels.triton.paged_attention import SPLIT, decode_attention  # noqa: E402
+from motet.kernels.triton.paged_attention import SEGMENTS, SPLIT, decode_attention, num_segments  # noqa: E402
 from motet.kernels.triton.prefill_attention import prefill_attention  # noqa: E402
 
 pytestmark = pytest.mark.slow  # Triton's interpreter loops over blocks in Python
@@ -158,6 +158,27 @@ def test_decode_batch_invariance(window):
     decode_attention(query, cache, rows, drafted, scores)
     assert torch.equal(alone[0], together[0])
     assert torch.equal(drafted[0], together[0])
+
+
+def test_the_launch_does_not_grow_with_the_longest_context():
+    assert [num_segments(n) for n in (1, SPLIT, SPLIT + 1, SEGMENTS * SPLIT, 131072)] == [1, 1, 2, SEGMENTS, SEGMENTS]
+
+
+@pytest.mark.parametrize("window", [None, 2500, 90])
+def test_rows_longer_than_their_segments_are_computed_in_larger_ones(window):
+    """As the oracle; and with the same bits beside short rows and alone, in launches of other sizes."""
+    lengths = [SEGMENTS * SPLIT + 700, SEGMENTS * SPLIT + 1, 130]
+    scores = Scores(window)
+    tables = make.tables(3, 90, 270)
+    cache, query = make.cache(270, 1, 32, 16, torch.float32), make.normal(3, 2, 16, seed=9)
+    expected, found, alone = (torch.zeros_like(query) for _ in range(3))
+    eager.decode_attention(query, cache, make.decode_rows(lengths, tables, 2880), expected, scores)
+    decode_attention(query, cache, make.decode_rows(lengths, tables, 2880), found, scores)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    for row, length in enumerate(lengths):
+        rows = DecodeRows(*(make.integers([i]) for i in (row, row, length)), tables, length)
+        decode_attention(query, cache, rows, alone, scores)
+    assert torch.equal(alone, found)
 
 
 @pytest.mark.parametrize("window", [None, 15])
