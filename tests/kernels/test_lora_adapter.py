@@ -9,13 +9,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from motet.bench.gpu import problems as make  # noqa: E402
 from motet.kernels.oracle import eager  # noqa: E402
-from motet.kernels.triton.lora_adapter import add_adapter  # noqa: E402
+from motet.kernels.triton.lora_adapter import SPLIT_K, add_adapter  # noqa: E402
 
 TOLERANCE = {torch.float32: (1.5e-5, 3e-5), torch.bfloat16: (5e-2, 3e-2), torch.float16: (6e-3, 4e-3)}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize(("rank", "n", "k"), [(1, 5, 32), (8, 130, 96), (20, 64, 300)])
+@pytest.mark.parametrize(
+    ("rank", "n", "k"),
+    [(1, 5, 32), (8, 130, 96), (20, 64, 300), pytest.param(3, 20, 2 * SPLIT_K + 40, marks=pytest.mark.slow)],
+)
 def test_against_the_oracle(rank, n, k, dtype):
     adapters = [1, -1, 0, 2, 1, *[2] * 20]  # a row without, a tile of one adapter that is more than full
     weight = make.adapter_weight(3, rank, n, k, dtype)
@@ -39,8 +42,9 @@ def test_empty_tiles_are_no_work():
     assert torch.equal(parts, before)
 
 
-def test_batch_invariance():
-    weight, x = make.adapter_weight(2, 8, 40, 64), make.normal(6, 64)
+@pytest.mark.parametrize("k", [64, SPLIT_K + 64])
+def test_batch_invariance(k):
+    weight, x = make.adapter_weight(2, 8, 40, k), make.normal(6, k)
     together, alone = torch.zeros(1, 6, 40, device=make.DEVICE), torch.zeros(1, 1, 40, device=make.DEVICE)
     add_adapter(x, weight, make.adapter_tiles([1, 0, 1, 1, -1, 0]), together)
     add_adapter(x[:1].contiguous(), weight, make.adapter_tiles([1]), alone)
