@@ -5,11 +5,11 @@ There are two paths, by the number of rows M:
     M ≤ 64   bound by the bandwidth of the weights. The *weights* are the large side of a tensor core tile, the rows the small
              one. If N alone does not fill a GPU, K is split over programs. The parts of the splits, [splits, M, N] float32, are
              not added here: the kernel that reads them next adds them, in order, which saves a launch.
-    M > 64   bound by the tensor cores. Quantised weights are dequantised tile by tile. A dense W goes to the vendor's matmul,
-             which is already at the limit.
+    M > 64   bound by the tensor cores. Quantised weights are dequantised tile by tile.
 
-Splits and tiles depend only on N and K, not on M or the device. So within a path, a row's result does not depend on its batch.
-The paths agree up to rounding. Bytes: W once, x and y. Oracle: `kernels.oracle.eager`.
+Splits and tiles depend only on N and K, not on M or the device. So within a path, a row's result does not depend on its
+batch. That is why a dense W has a kernel here too: the vendor's matmul chooses its tiles, and so the order of its sums,
+by M. The paths agree up to rounding. Bytes: W once, x and y. Oracle: `kernels.oracle.eager`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..oracle.operands import LinearWeight
-from .launch import FLOATS, INTERPRETED, check, dot, power_of_two, wide
+from .launch import FLOATS, check, dot, power_of_two, wide
 
 SMALL = 64
 PROGRAMS = 256  # K is split until there are so many: about two per multiprocessor of a large GPU
@@ -41,7 +41,8 @@ def weight_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W[n, k0 … k0 + BLOCK_K - 1], [BLOCK_N, BLOCK_K]: dequantised to float32, or as stored if W is dense."""
+    """W[n, k0 … k0 + BLOCK_K - 1], [BLOCK_N, BLOCK_K]: dequantised to float32, or as stored if W is dense. Outside W it
+    is 0, because of the scales and minima: whatever byte stands for q there is finite."""
     rows = n.to(tl.int64)[:, None]
     real = (n < num_n)[:, None]
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
@@ -49,10 +50,10 @@ def weight_tile(
         w = tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=0.0)
     else:
         if BITS == 8:
-            q = tl.load(values + rows * num_k + k, mask=real & (k < num_k), other=128).to(tl.float32) - 128.0
+            q = tl.load(values + rows * num_k + k, mask=real & (k < num_k)).to(tl.float32) - 128.0
         else:
             pair = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-            pairs = tl.load(values + rows * (num_k // 2) + pair, mask=real & (pair < num_k // 2), other=0)
+            pairs = tl.load(values + rows * (num_k // 2) + pair, mask=real & (pair < num_k // 2))
             q = tl.reshape(tl.join(pairs & 15, pairs >> 4), (BLOCK_N, BLOCK_K)).to(tl.float32)
         groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
         at = groups.to(tl.int64)[:, None] * num_n + n[None, :]
@@ -139,8 +140,8 @@ def _large_kernel(
 
 
 def num_splits(n: int, k: int) -> int:
-    """The number of parts of K for M ≤ 64. It is doubled, up to 8, until there are `PROGRAMS` programs or a part would have less
-    than four tiles."""
+    """The number of parts of K for M ≤ 64. It is doubled, up to 8, until there are `PROGRAMS` programs or a part would
+    have less than four tiles."""
     splits = 1
     while splits < 8 and triton.cdiv(n, BLOCK_N) * splits < PROGRAMS and k >= splits * 8 * BLOCK_K:
         splits *= 2
@@ -167,7 +168,8 @@ def check_weight(x: torch.Tensor, weight: LinearWeight) -> None:
 
 
 def operands(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values, scales, minima, bias. `values` stands for a tensor that the weight does not have; the kernel does not read it."""
+    """values, scales, minima, bias. `values` stands for a tensor that the weight does not have; the kernel does not
+    read it."""
     values = weight.values
     others = (weight.scales, weight.minima, weight.bias)
     return (values, *(values if tensor is None else tensor for tensor in others))  # type: ignore[return-value]
@@ -176,8 +178,8 @@ def operands(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
     """Parts [splits, M, N] whose sum is x Wᵀ + bias: float32 for M ≤ 64, else one part in x's dtype.
 
-    x [M, K] float32, bfloat16 or float16, contiguous. Raises `ValueError` for an operand of the wrong shape, dtype, device or
-    layout.
+    x [M, K] float32, bfloat16 or float16, contiguous. Raises `ValueError` for an operand of the wrong shape, dtype,
+    device or layout.
     """
     check_weight(x, weight)
     num_m, (n, k) = len(x), weight.shape
@@ -198,9 +200,6 @@ def matmul(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
                 num_stages=4,
             )
         return parts
-    if weight.bits == 0 and not INTERPRETED:
-        product = torch.mm(x, weight.values.t())
-        return (product if weight.bias is None else (product + weight.bias).to(x.dtype))[None]
     out = torch.empty(1, num_m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(num_m, 128) * triton.cdiv(n, 128),)
     _large_kernel[grid](

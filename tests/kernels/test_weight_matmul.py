@@ -62,6 +62,16 @@ def test_batch_invariance(bits):
         assert torch.equal(matmul(x[:rows].contiguous(), weight), together[:, :rows])
 
 
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_batch_invariance_above_64_rows(bits):
+    """A row in any batch of more than 64, wherever it stands in it: the same bits."""
+    weight = make.weight(140, 160, bits, bias=True)
+    x = make.normal(150, 160)
+    together = matmul(x, weight)
+    assert torch.equal(matmul(x[:65].contiguous(), weight), together[:, :65])
+    assert torch.equal(matmul(x[60:].contiguous(), weight), together[:, 60:])
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="x must be"):
         matmul(make.normal(64, 2).t(), make.weight(8, 64, 8))
