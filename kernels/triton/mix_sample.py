@@ -249,7 +249,7 @@ def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torc
     device, (num_rows, vocab) = logits.device, logits.shape
     num_splits = triton.cdiv(vocab, SPLIT)
     splits = {"SPLIT": SPLIT, "TILE": TILE}
-    cuts = torch.full((num_requests,), LEAST_INT32.value, dtype=torch.int32, device=device)
+    cuts = torch.empty(num_requests, dtype=torch.int32, device=device)
     parts = [torch.empty(num_requests, num_splits, dtype=torch.float32, device=device) for _ in range(4)]
     part_tokens = torch.empty(num_requests, num_splits, dtype=torch.int32, device=device)
     lse = torch.empty(num_rows if mixture.any_probs else 0, dtype=torch.float32, device=device)
@@ -264,6 +264,8 @@ def mix_sample(logits: torch.Tensor, mixture: Mixture, draw: Draw) -> tuple[torc
         _cut_kernel[(num_requests,)](
             *rows, *mix, draw.temperature, draw.top_k, draw.top_p, draw.min_p, cuts, vocab, TILE=CUT_TILE, num_warps=8
         )
+    else:
+        cuts.fill_(LEAST_INT32.value)
     if num_requests:
         _partial_kernel[(num_requests, num_splits)](
             *rows,

@@ -102,7 +102,8 @@ class Forward:
             # Add the trunk's last branch before the residual is copied, with the norms' op, so that the bits are equal.
             self._norm(weights.norms[members[0].member], residual, branch)
             branch = None
-        return torch.cat([self._tail(group, residual, branch) for group in self._groups(members)])
+        hidden = [self._tail(group, residual, branch) for group in self._groups(members)]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def order(self, members: Iterable[int]) -> list[int]:
         """The order of the members' hidden states: tail by tail."""

@@ -99,8 +99,7 @@ class TorchSampler:
         chosen = [samples[i] for i in index]
         arrays = _mixture_arrays([terms[i] for i in index], "") | _draw_arrays(chosen)
         device = Packed.of(arrays, self._device).device
-        flags = torch.zeros(len(index), dtype=torch.int32, device=self._device)
-        mixture = Mixture(device["starts"], device["rows"], device["coefficients"], flags, any_probs=False)
+        mixture = _mixture(device, "")
         tokens, logprobs = self._ops.mix_head_sample(hidden, self._head_weight, mixture, _draw(device, chosen))
         return _DeviceResult(index, tokens, logprobs)
 
@@ -126,9 +125,7 @@ class TorchSampler:
         logits = self._head_logits(hidden, device)
         mixed = self._mixed_rows(logits, [plan.mixes[i] for i in written], [chosen[i] for i in written])
         rows = torch.cat([logits, self._edit(mixed, [chosen[i] for i in written])]) if written else logits
-        mixture = Mixture(
-            device["starts"], device["rows"], device["coefficients"], device["is_probs"], any_probs=any(is_probs)
-        )
+        mixture = _mixture(device, "", any_probs=any(is_probs))
         tokens, logprobs = self._ops.mix_sample(rows, mixture, _draw(device, chosen))
         found = _DeviceResult(index, tokens, logprobs)
         if written:
@@ -147,10 +144,7 @@ class TorchSampler:
 
     def _head_logits(self, hidden: Tensor, device: dict[str, Tensor]) -> Tensor:
         """Logits [head rows, vocab] of the mixtures that `device` holds with the prefix "head_"."""
-        starts = device["head_starts"]
-        flags = torch.zeros(len(starts) - 1, dtype=torch.int32, device=self._device)
-        mixture = Mixture(starts, device["head_rows"], device["head_coefficients"], flags, any_probs=False)
-        return self._head(self._ops.mix_rows(hidden, mixture))
+        return self._head(self._ops.mix_rows(hidden, _mixture(device, "head_")))
 
     def _mixed_rows(self, logits: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> Tensor:
         """The mixed rows of the samples, [W, vocab] float32."""
@@ -285,7 +279,14 @@ def _mixture_arrays(terms: Sequence[Terms], prefix: str) -> dict[str, npt.NDArra
         f"{prefix}starts": np.cumsum([0, *map(len, terms)]).astype(np.int32),
         f"{prefix}rows": np.array([row for row, _ in flat], np.int32),
         f"{prefix}coefficients": np.array([c for _, c in flat], np.float32),
+        f"{prefix}is_probs": np.zeros(len(terms), np.int32),
     }
+
+
+def _mixture(device: dict[str, Tensor], prefix: str, any_probs: bool = False) -> Mixture:
+    """From the uploaded arrays of `_mixture_arrays`."""
+    starts, rows = device[f"{prefix}starts"], device[f"{prefix}rows"]
+    return Mixture(starts, rows, device[f"{prefix}coefficients"], device[f"{prefix}is_probs"], any_probs=any_probs)
 
 
 def _draw_arrays(samples: Sequence[SampleRow]) -> dict[str, npt.NDArray[np.generic]]:
