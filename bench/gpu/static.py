@@ -6,7 +6,8 @@ kernel is compiled for each capability. A decode step is recorded from the backe
 memory, so its launches are those that a graph would capture. The model, for an H200 (docs/gpu.md gives its reasons and
 limits):
 
-    a launch    max(bytes / (`COPY` · `STREAM`), instructions of the main loop / (rate of issue · `ISSUE`)) + `BOUNDARY`
+    a launch    max(bytes / (`COPY` · `STREAM`), instructions of the main loop / (rate of issue · `ISSUE`),
+                    operations / (`TENSOR` · `ISSUE`)) + `BOUNDARY`
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ COPY = 4.3e12  # bytes a second, of a copy, read and written together
 STREAM = 0.85  # share of it that a kernel reaches
 MULTIPROCESSORS = 132
 WARPS_A_SECOND = 4 * 1.755e9  # instructions of warps that a multiprocessor issues
-ISSUE = 0.70  # share of them that a busy kernel reaches
+TENSOR = 989e12  # floating-point operations a second of the tensor cores, in bfloat16
+ISSUE = 0.70  # share of these two rates that a busy kernel reaches
 BOUNDARY = 2.5e-6  # seconds from a kernel to the next one, in a captured graph
 
 
@@ -90,9 +92,10 @@ def issue_seconds(loop: Loop | None, launch: Launch) -> float:
     return loop.instructions * loop.iterations / rate
 
 
-def seconds(moved: int, issue: float, launches: int = 1) -> float:
-    """What the model predicts for `launches` kernels that move `moved` bytes and issue for `issue` seconds together."""
-    return max(moved / (COPY * STREAM), issue) + BOUNDARY * launches
+def seconds(moved: int, issue: float, launches: int = 1, flops: int = 0) -> float:
+    """What the model predicts for `launches` kernels that together move `moved` bytes, issue for `issue` seconds and compute
+    `flops` operations."""
+    return max(moved / (COPY * STREAM), issue, flops / (TENSOR * ISSUE)) + BOUNDARY * launches
 
 
 def compiler() -> dict[str, str]:
@@ -156,7 +159,7 @@ def predict_cases(sizes: kernels.Sizes) -> list[dict[str, Any]]:
         loops = [(launch, main_loop(launch, read(launch.compiled), lengths)) for launch in launches]
         issue = sum(issue_seconds(loop, launch) for launch, loop in loops)
         derived = next((loop for _, loop in loops if loop is not None), None)
-        predicted = seconds(case.bytes, issue, len(launches))
+        predicted = seconds(case.bytes, issue, len(launches), case.flops)
         rows.append(
             {
                 "case": case.name,
@@ -165,6 +168,7 @@ def predict_cases(sizes: kernels.Sizes) -> list[dict[str, Any]]:
                 "instructions_per_element": derived and derived.per_element,
                 "memory_us": 1e6 * case.bytes / (COPY * STREAM),
                 "issue_us": 1e6 * issue if derived else None,
+                "tensor_us": 1e6 * case.flops / (TENSOR * ISSUE) or None,
                 "predicted_us": 1e6 * predicted,
                 "predicted_share_of_copy_bandwidth": case.bytes / predicted / COPY,
             }
@@ -217,6 +221,7 @@ def run(out: Path, sizes: kernels.Sizes | None = None, capabilities: Sequence[in
                 "multiprocessors": MULTIPROCESSORS,
                 "warp_instructions_a_second_and_multiprocessor": WARPS_A_SECOND,
                 "issue_share": ISSUE,
+                "tensor_flops": TENSOR,
                 "boundary_us": 1e6 * BOUNDARY,
             },
             "kernels": [row for capability in capabilities for row in describe(capability, sizes)],
@@ -245,6 +250,7 @@ def _tables(result: dict[str, Any]) -> list[Table]:
             "–" if row["instructions_per_element"] is None else f"{row['instructions_per_element']:.1f}",
             f"{row['memory_us']:.1f}",
             "–" if row["issue_us"] is None else f"{row['issue_us']:.1f}",
+            "–" if row["tensor_us"] is None else f"{row['tensor_us']:.1f}",
             f"{row['predicted_us']:.1f}",
             f"{row['predicted_share_of_copy_bandwidth']:.0%}",
         ]
@@ -271,7 +277,7 @@ def _tables(result: dict[str, Any]) -> list[Table]:
         ),
         Table(
             f"Cases, predicted for an H200 ({of_thread}; –: not derived)",
-            ["case", "MB", "instructions", "memory µs", "issue µs", "µs", "of bandwidth"],
+            ["case", "MB", "instructions", "memory µs", "issue µs", "tensor µs", "µs", "of bandwidth"],
             case_rows,
         ),
         Table(
