@@ -22,7 +22,6 @@ TENSOR_CORES = {
 }
 # A few kernels of each kind; all are in the committed report.
 REPRESENTATIVE = [
-    "mix_head_sample, 1 requests",
     "residual_norm, 64 rows, 4 parts",
     "add_adapter, 64 rows, 4 adapters of rank 8",
     "decode_attention int8, 64 × 1024",
