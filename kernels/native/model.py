@@ -49,6 +49,7 @@ class PackedBatch:
     """A packed batch as the library reads it (fields as in `runtime.schedule.batch.Batch`).
 
     `members[m]` are the sequences that member m's tail sees, None without tails; `outputs` are (member, row), ascending.
+    `embedded`: rows [E], ascending, and their embeddings [E, hidden].
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PackedBatch:
         members: Sequence[Sequence[int]] | None,
         outputs: Sequence[tuple[int, int]],
         freed_blocks: I32,
+        embedded: tuple[I32, F32] | None = None,
     ) -> None:
         rows, seqs = len(token_ids), len(context_lens)
         lengths = (len(positions), len(slot_mapping), len(cu_seqlens), len(trunk_cached), len(block_tables))
@@ -84,12 +86,19 @@ class PackedBatch:
         tails = (None, None) if members is None else ()
         asked = [np.array([member for member, _ in outputs], np.int32), np.array([row for _, row in outputs], np.int32)]
         freed = np.ascontiguousarray(freed_blocks, np.int32)
-        self._keep = (*arrays, *asked, freed)
+        given: tuple[npt.NDArray[Any], ...] = ()
+        if embedded is not None:
+            given = np.ascontiguousarray(embedded[0], np.int32), np.ascontiguousarray(embedded[1], np.float32)
+            if given[1].ndim != 2 or len(given[0]) != len(given[1]):
+                raise MotetError("the embedded rows and their values have inconsistent lengths")
+        self.embedded_size = None if embedded is None else int(given[1].shape[1])
+        self._keep = (*arrays, *asked, freed, *given)
         self.struct = BatchArrays(
             *(rows, seqs, block_tables.shape[1]),
             *(*addresses(*arrays), *tails),
             *(len(freed), *addresses(freed)),
             *(len(outputs), *addresses(*asked)),
+            *((len(given[0]), *addresses(*given)) if given else (0, None, None)),
         )
 
 
@@ -182,6 +191,7 @@ class NativeModel:
 
     def step(self, batch: PackedBatch) -> F32:
         """Final hidden states [outputs, hidden]."""
+        self._check_embedded(batch)
         hidden = np.empty((batch.struct.num_outputs, self.hidden_size), np.float32)
         code = self._library.motet_step(self._handle, ctypes.byref(batch.struct), hidden.ctypes.data)
         self._check(code, "the batch", MotetError)
@@ -199,6 +209,7 @@ class NativeModel:
         row r is Σ coefficient · output[index] over terms[r], through the head. Where `greedy[r]`, only the largest logit is
         meant to be used: what cannot become it may be off by the head's rounding. Returns the logits of the rows
         `written`, [written, vocab]."""
+        self._check_embedded(batch)
         offsets = np.array([0, *accumulate(map(len, terms))], np.int64)
         sources = np.array([index for row in terms for index, _ in row], np.int32)
         coefficients = np.array([c for row in terms for _, c in row], np.float32)
@@ -228,6 +239,10 @@ class NativeModel:
         values = np.zeros(len(PARTS), np.float64)
         self._library.motet_seconds(self._handle, values.ctypes.data)
         return dict(zip(PARTS, values.tolist(), strict=True))
+
+    def _check_embedded(self, batch: PackedBatch) -> None:
+        if batch.embedded_size not in (None, self.hidden_size):
+            raise MotetError(f"embedded rows have {batch.embedded_size} elements, the model's {self.hidden_size}")
 
     def _check(self, code: int, name: str, invalid: type[MotetError] = BundleError) -> None:
         """Raises `invalid` for arguments that do not fit: while loading they are the bundle's, in a step the caller's."""

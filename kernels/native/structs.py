@@ -120,6 +120,9 @@ class BatchArrays(ctypes.Structure):
         ("num_outputs", ctypes.c_int64),
         ("output_members", ctypes.c_void_p),
         ("output_rows", ctypes.c_void_p),
+        ("num_embedded", ctypes.c_int64),
+        ("embedded_rows", ctypes.c_void_p),
+        ("embedded", ctypes.c_void_p),
     ]
 
 

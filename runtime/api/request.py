@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
+from .embedded import Spans
 from .limits import (
     MAX_CHOICES,
     MAX_MEMBERS,
@@ -191,6 +192,7 @@ class Request:
     prompts: tuple[tuple[int, ...], ...]
     ensemble: Ensemble
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    embedded: tuple[Spans, ...] = ()  # of each prompt, if any has some
     time_limit_s: float | None = None
     return_member_logprobs: bool = False
     return_confidence: bool = False
@@ -206,10 +208,29 @@ class Request:
             raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
         _check_views(self.ensemble.members, len(self.prompts))
         _check_options(self)
+        _check_spans(self)
         if not isinstance(self.cache_salt, bytes):
             raise InvalidRequestError(
                 f"cache_salt must be bytes, got {shown(self.cache_salt)}; encode it", field="cache_salt"
             )
+
+
+def _check_spans(request: Request) -> None:
+    if request.embedded and len(request.embedded) != len(request.prompts):
+        raise InvalidRequestError(
+            f"embedded has spans of {len(request.embedded)} prompts, and there are {len(request.prompts)}",
+            field="embedded",
+        )
+    for prompt, spans in zip(request.prompts, request.embedded):
+        before = 0
+        for span in spans:
+            if span.rows.ndim != 2 or span.start < before or span.end > len(prompt):
+                raise InvalidRequestError(
+                    f"embedded rows {span.rows.shape} at position {span.start} overlap others, or are not in the prompt of "
+                    f"{len(prompt)} tokens",
+                    field="embedded",
+                )
+            before = span.end
 
 
 def _check_views(members: tuple[Member, ...], num_views: int) -> None:

@@ -49,6 +49,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def takes_embedded(self) -> bool:
+        """Whether `Batch.embedded` may be set: rows of a prompt that are given as embeddings."""
+        ...
+
+    @property
     def keeps_trunk(self) -> bool:
         """Whether it keeps the trunk's output of every position, so that `Batch.trunk_cached` rows can be run."""
         ...

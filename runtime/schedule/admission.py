@@ -30,11 +30,19 @@ def choice_seed(seed: int, choice: int) -> int:
 class Admission:
     """Checks requests and makes their groups. Thread-safe: it reads constants only."""
 
-    def __init__(self, model: ModelInfo, config: EngineConfig, blocks: BlockManager, *, can_verify: bool) -> None:
+    def __init__(
+        self,
+        model: ModelInfo,
+        config: EngineConfig,
+        blocks: BlockManager,
+        *,
+        can_verify: bool,
+        takes_embedded: bool = False,
+    ) -> None:
         self._model = model
         self._config = config
         self._blocks = blocks
-        self._can_verify = can_verify
+        self._can_verify, self._takes_embedded = can_verify, takes_embedded
         self._index_of = {name: index for index, name in enumerate(model.members)}
 
     def groups_of(self, request: Request, matcher: Matcher | None = None) -> list[Group]:
@@ -56,7 +64,12 @@ class Admission:
                 request_id=request.request_id,
                 choice=choice,
                 sequences=[
-                    Sequence(request.prompts[view], tuple(sorted(members_of[view])), root=request.cache_salt)
+                    Sequence(
+                        request.prompts[view],
+                        tuple(sorted(members_of[view])),
+                        root=request.cache_salt,
+                        embedded=request.embedded[view] if request.embedded else (),
+                    )
                     for view in views
                 ],
                 terms=terms,
@@ -114,6 +127,8 @@ class Admission:
                 "prompt_logprobs are of one prompt, and members see different ones; leave the views out, or prompt_logprobs",
                 field="prompt_logprobs",
             )
+        if any(request.embedded):
+            self._check_embedded(params)
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
@@ -125,6 +140,19 @@ class Admission:
         for prompt in request.prompts:  # also those that no member sees
             _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
         self._check_size(request)
+
+    def _check_embedded(self, params: SamplingParams) -> None:
+        if not self._takes_embedded:
+            raise InvalidRequestError(
+                "the backend that serves here takes token ids only, and the prompt has embedded rows; serve with backend cpu",
+                field="prompt",
+            )
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs are of tokens, and the prompt has embedded rows, which have no probability; leave "
+                "prompt_logprobs out",
+                field="prompt_logprobs",
+            )
 
     def _is_default(self, ensemble: Ensemble) -> bool:
         own = self._model.default_ensemble

@@ -16,6 +16,7 @@ from ..api.request import Space
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
@@ -44,6 +45,14 @@ class SampleRow:
     edits: Edits = NO_EDITS  # of the mixed row
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddedRows:
+    """Rows of a batch whose embeddings are given: their token ids are placeholders, and are not looked up."""
+
+    rows: I32  # [embedded] rows of the batch, ascending
+    values: F32  # [embedded, hidden]
+
+
 @dataclass(slots=True)
 class Batch:
     """The rows of one step. A row is one position of one sequence; sequence s owns rows cu_seqlens_q[s]…[s+1]-1.
@@ -62,6 +71,7 @@ class Batch:
     trunk_cached: Bools  # [num_seqs] the trunk ran over these rows before; only for a backend that keeps its output
     samples: list[SampleRow]  # tokens to draw; prefill chunks have none
     freed_blocks: I32  # blocks whose content died since the previous step
+    embedded: EmbeddedRows | None = None  # only for a backend that takes them
 
     @property
     def num_seqs(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from ..api.request import FinishReason
-from .batch import Batch, SampleRow
+from .batch import Batch, EmbeddedRows, SampleRow
 from .resolve import force
 from .sequence import Group, Sequence
 
@@ -84,8 +85,10 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
     first_sampled: dict[Sequence, int] = {}  # row of the sequence's last token
     width = max(len(sequence.block_table) for sequence, _ in parts)
     tables = []
+    given: list[tuple[range, npt.NDArray[np.float32]]] = []  # rows of the batch, their embeddings
     for sequence, ids in parts:
         table, first = sequence.block_table, sequence.num_computed
+        given += _embedded(sequence, first, len(ids), len(token_ids))
         first_sampled[sequence] = len(token_ids) + sequence.num_prefill
         token_ids += ids
         own = range(first, first + len(ids))
@@ -104,7 +107,21 @@ def pack(decodes: list[GroupRows], prefills: list[PrefillRows], block_size: int,
         trunk_cached=np.array(trunk_cached, np.bool_),
         samples=[row for decode in decodes for row in _sample_rows(decode, first_sampled)],
         freed_blocks=np.array(freed_blocks, np.int32),
+        embedded=EmbeddedRows(
+            np.concatenate([np.array(rows, np.int32) for rows, _ in given]),
+            np.concatenate([values for _, values in given]),
+        )
+        if given
+        else None,
     )
+
+
+def _embedded(sequence: Sequence, first: int, count: int, row: int) -> Iterator[tuple[range, npt.NDArray[np.float32]]]:
+    """Of positions first…first + count - 1, which the batch has from `row` on: the rows whose embeddings are given, and these."""
+    for span in sequence.embedded:
+        start, end = max(span.start, first), min(span.end, first + count)
+        if start < end:
+            yield range(row + start - first, row + end - first), span.rows[start - span.start : end - span.start]
 
 
 def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[SampleRow]:

@@ -8,16 +8,24 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from ..api.embedded import Spans
+
 I64 = npt.NDArray[np.int64]
 _DIGEST_BYTES = 16
 
 
-def extend_digests(digests: list[bytes], root: bytes, token_ids: I64, count: int, block_size: int) -> None:
-    """Extend `digests` to the first `count` full blocks of a sequence. A block's digest covers all tokens up to its
-    end, because keys and values depend on them, and `root`: sequences with different roots never share blocks."""
+def extend_digests(
+    digests: list[bytes], root: bytes, token_ids: I64, count: int, block_size: int, embedded: Spans = ()
+) -> None:
+    """Extend `digests` to the first `count` full blocks of a sequence. A block's digest covers all tokens and `embedded` rows up
+    to its end, because keys and values depend on them, and `root`: sequences with different roots never share blocks."""
     for index in range(len(digests), count):
-        before = digests[-1] if digests else _digest(root)
-        digests.append(_digest(before + token_ids[index * block_size : (index + 1) * block_size].tobytes()))
+        before, first = digests[-1] if digests else _digest(root), index * block_size
+        content = before + token_ids[first : first + block_size].tobytes()
+        for span in embedded:
+            if span.start < first + block_size and first < span.end:
+                content += span.digest + (span.start - first).to_bytes(8, "little", signed=True)
+        digests.append(_digest(content))
 
 
 def _digest(content: bytes) -> bytes:

@@ -8,6 +8,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
+from ..api.embedded import Spans
 from ..api.request import Owner, Space
 from ..api.sampling import SamplingParams
 from .batch import ResolvedSampling
@@ -60,6 +61,7 @@ class Sequence:
     __slots__ = (
         "block_table",
         "digests",
+        "embedded",
         "members",
         "num_cached",
         "num_computed",
@@ -69,10 +71,13 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, prompt: tuple[int, ...], members: tuple[int, ...], *, root: bytes = b"") -> None:
+    def __init__(
+        self, prompt: tuple[int, ...], members: tuple[int, ...], *, root: bytes = b"", embedded: Spans = ()
+    ) -> None:
         self.tokens = TokenBuffer(prompt)
         self.num_prompt = len(prompt)
         self.members = members  # indices of the bundle's members that run over its rows, ascending
+        self.embedded = embedded  # positions of the prompt whose rows are given, in order
         self.root = root  # sequences with different roots share no blocks, whatever their tokens are
         self.num_computed = 0  # positions in the KV cache, for all members
         self.num_trunk = 0  # positions in the KV cache of the trunk, at least as many; more only at whole blocks

@@ -1,9 +1,9 @@
 """`PrefixSharing`: sequences that begin alike use the same full blocks of the KV cache.
 
-A block is found by the digest of its tokens and all before them, whichever members ran over it. If the backend keeps the
-trunk's output (`Backend.keeps_trunk`), a sequence takes the block although a member of its own did not run over it: the
-trunk is not computed again, only the tails of the members that are missing. Otherwise a block serves only sequences
-whose members all ran over it.
+A block is found by the digest of its tokens, or embedded rows, and all before them, whichever members ran over it. If the
+backend keeps the trunk's output (`Backend.keeps_trunk`), a sequence takes the block although a member of its own did not run
+over it: the trunk is not computed again, only the tails of the members that are missing. Otherwise a block serves only
+sequences whose members all ran over it.
 """
 
 from __future__ import annotations
@@ -88,5 +88,5 @@ class PrefixSharing:
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
         """Digests of the first `count` blocks of the sequence; its tokens must fill them."""
         size, token_ids = self._blocks.block_size, sequence.tokens.array()
-        extend_digests(sequence.digests, sequence.root, token_ids, count, size)
+        extend_digests(sequence.digests, sequence.root, token_ids, count, size, sequence.embedded)
         return sequence.digests[:count]

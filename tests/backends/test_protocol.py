@@ -33,6 +33,7 @@ def test_the_protocol_is_what_is_compared():
             "kv_dtype",
             "name",
             "num_blocks",
+            "takes_embedded",
         ),
     ]
     assert sorted(METHODS) == ["close", "hidden", "score", "seconds", "step"]

@@ -28,6 +28,7 @@ class FakeBackend:
     name = "fake"
     kv_dtype = "float32"
     has_hidden = True
+    takes_embedded = True
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class FakeBackend:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.tokens = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
+        self.given = np.zeros(num_blocks * block_size, np.int64)  # [slots] of what was embedded; 0: a token
         self.trunk = np.full(num_blocks * block_size, -1, np.int64)  # [slots]
         self.values = np.full((num_members, num_blocks * block_size), -1, np.int64)  # [members, slots]
         self.batches: list[tuple[int, int]] = []  # (rows, samples)
@@ -162,6 +164,7 @@ class FakeBackend:
             assert (self.trunk[slots[first:]] >= 0).all(), "the trunk was not computed, or its blocks were freed"
         else:
             self.tokens[slots[first:]] = batch.token_ids[rows]
+            self.given[slots[first:]] = _given(batch)[rows]
             self._chain(self.trunk, slots, first, "")
         for member in batch.members[sequence]:
             missing = self.values[member, slots[first:]] < 0
@@ -173,7 +176,8 @@ class FakeBackend:
         assert (held[slots[:first]] >= 0).all(), "the context was not computed, or its blocks were freed"
         for position in range(first, len(slots)):
             before = int(held[slots[position - 1]]) if position else 0
-            held[slots[position]] = zlib.crc32(f"{before} {self.tokens[slots[position]]}{who}".encode())
+            given = f" given {self.given[slots[position]]}" if self.given[slots[position]] else ""
+            held[slots[position]] = zlib.crc32(f"{before} {self.tokens[slots[position]]}{given}{who}".encode())
 
     def _check_sample(self, batch: Batch, sample: SampleRow) -> None:
         """The cache holds the tokens that the sample is drawn after: its first view all of them, and every view the same
@@ -197,6 +201,15 @@ class _Answer:
     token_ids: list[int]
 
 
+def _given(batch: Batch) -> np.ndarray:
+    """[rows] a number of each embedding that is given; 0: there is none."""
+    found = np.zeros(batch.num_rows, np.int64)
+    if batch.embedded is not None:
+        assert (np.diff(batch.embedded.rows) > 0).all()
+        found[batch.embedded.rows] = [1 + zlib.crc32(values.tobytes()) for values in batch.embedded.values]
+    return found
+
+
 def _sequence_of(batch: Batch, row: int) -> int:
     return int(np.searchsorted(batch.cu_seqlens_q, row, side="right")) - 1
 
@@ -213,10 +226,13 @@ def make_engine(tokenizer, backend=None, *, observers=(), **config) -> Engine:
     return Engine(backend, tokenizer, model, EngineConfig(**values), observers)
 
 
-def ask(name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, cache_salt=b"", **params) -> Request:
+def ask(
+    name, prompt=(1, 2, 3), *, views=(), ensemble=SOLO, time_limit_s=None, cache_salt=b"", embedded=(), **params
+) -> Request:
     params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
     sampling = SamplingParams(**params)
-    return Request(name, (tuple(prompt), *views), ensemble, sampling, time_limit_s, cache_salt=cache_salt)
+    options = {"time_limit_s": time_limit_s, "cache_salt": cache_salt, "embedded": embedded}
+    return Request(name, (tuple(prompt), *views), ensemble, sampling, **options)
 
 
 def start(engine, batch):

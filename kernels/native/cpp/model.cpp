@@ -355,6 +355,11 @@ std::string Model::check(const MotetBatch& b) const {
                 return "token id " + text(token) + " is not in 0…" + text(config_.vocab_size - 1);
         }
     }
+    if (b.num_embedded < 0 || b.num_embedded > b.num_rows) return "more rows are embedded than there are";
+    for (int64_t i = 0; i < b.num_embedded; i++)
+        if (b.embedded_rows[i] < 0 || b.embedded_rows[i] >= b.num_rows ||
+            (i && b.embedded_rows[i] <= b.embedded_rows[i - 1]))
+            return "the embedded rows are not ascending rows of the batch";
     if (b.num_freed < 0) return "a negative number of freed blocks";
     for (int64_t i = 0; i < b.num_freed; i++)
         if (b.freed_blocks[i] < 0 || b.freed_blocks[i] >= config_.num_blocks)

@@ -89,6 +89,9 @@ typedef struct {
     int64_t num_outputs;
     const int32_t* output_members; /* [num_outputs] ascending */
     const int32_t* output_rows;    /* [num_outputs] ascending for each member */
+    int64_t num_embedded;          /* rows whose embeddings are given: their token ids are not looked up */
+    const int32_t* embedded_rows;  /* [num_embedded] ascending */
+    const float* embedded;         /* [num_embedded, hidden] as they enter the first layer, but for learned positions */
 } MotetBatch;
 
 typedef struct MotetModel MotetModel;

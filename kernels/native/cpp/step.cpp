@@ -201,13 +201,24 @@ void Step::execute() {
     pool_.run([](void* step, int thread) { static_cast<Step*>(step)->run(thread); }, this);
 }
 
+// The embedding that is given for a row of the batch; null if its token is looked up.
+const float* Step::embedded(int64_t row) const {
+    const int32_t* end = b_.embedded_rows + b_.num_embedded;
+    const int32_t* found = b_.num_embedded ? std::lower_bound(b_.embedded_rows, end, int32_t(row)) : end;
+    return found == end || *found != row ? nullptr : b_.embedded + (found - b_.embedded_rows) * c_.hidden_size;
+}
+
 void Step::run(int thread) {
     pool_.distribute(next_phase(thread), thread, b_.num_rows, [&](int64_t row) {
         if (trunk_row_[size_t(row)] < 0) return;
         float* to = x_ + int64_t(trunk_row_[size_t(row)]) * c_.hidden_size;
-        unpack_row(c_.tied_head ? m_.head_.packed : m_.embedding_.packed, b_.token_ids[row], to);
-        if (c_.embedding_scale != 1.0f)
-            for (int i = 0; i < c_.hidden_size; i++) to[i] *= c_.embedding_scale;
+        if (const float* given = embedded(row)) {
+            memcpy(to, given, size_t(c_.hidden_size) * sizeof(float));
+        } else {
+            unpack_row(c_.tied_head ? m_.head_.packed : m_.embedding_.packed, b_.token_ids[row], to);
+            if (c_.embedding_scale != 1.0f)
+                for (int i = 0; i < c_.hidden_size; i++) to[i] *= c_.embedding_scale;
+        }
         if (!c_.learned) return;
         const float* position = m_.positions_.data() + int64_t(b_.positions[row]) * c_.hidden_size;
         for (int i = 0; i < c_.hidden_size; i++) to[i] += position[i];

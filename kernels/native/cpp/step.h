@@ -94,6 +94,7 @@ private:
     void plan_units(RowSet& set) const;
     void take_scratch(Arena& arena);
 
+    const float* embedded(int64_t row) const;
     void run(int thread);
     void run_segment(const Segment& segment, int thread);
     void run_experts(const Layer& layer, const RowSet& set, const Input& input, float* to, bool adds, int thread);

@@ -45,6 +45,7 @@ class CpuBackend:
     kv_dtype: str
     keeps_trunk: bool
     has_hidden = True
+    takes_embedded = True
     can_verify = True
     can_sample_prefill = True
 
@@ -127,6 +128,7 @@ class CpuBackend:
             members=seqs,
             outputs=outputs,
             freed_blocks=batch.freed_blocks,
+            embedded=None if batch.embedded is None else (batch.embedded.rows, batch.embedded.values),
         )
 
     def score(self, token_ids: Sequence[int], member: int) -> F32:

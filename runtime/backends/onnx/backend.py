@@ -162,6 +162,7 @@ class OnnxBackend:
     kv_dtype = "float32"
     keeps_trunk = False
     has_hidden = True
+    takes_embedded = False
     can_sample_prefill = False  # a prefill chunk runs alone, and without the head
 
     @property

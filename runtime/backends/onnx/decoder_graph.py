@@ -213,6 +213,7 @@ class DecoderGraphBackend:
     name = "onnx"
     kv_dtype: str
     has_hidden = False
+    takes_embedded = False
     keeps_trunk = False
     can_sample_prefill = False
     can_verify = False  # several rows of a sequence are rounded otherwise than one

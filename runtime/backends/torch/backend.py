@@ -67,6 +67,7 @@ class TorchBackend:
     kv_dtype: str
     keeps_trunk = False
     has_hidden = True
+    takes_embedded = False
     can_sample_prefill = False  # chunks and decode rows use different kernels
     can_verify = True  # every sampled row is computed alone, also if a sequence has several
 
