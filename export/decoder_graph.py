@@ -16,7 +16,8 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Space
 from ..runtime.backends.onnx.decoder_graph import GraphRunner
 from ..runtime.backends.onnx.sessions import open_session, pool_threads
-from ..runtime.checkpoints.huggingface import SHARDS, eos_token_ids
+from ..runtime.checkpoints.huggingface import eos_token_ids
+from ..runtime.checkpoints.weight_files import SHARDS
 from ..runtime.errors import BundleError, ConfigError, MotetError, NotFoundError, UnsupportedModelError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS
 from ..runtime.model.decoder_graph import DecoderGraph, GraphConfig, Padding

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...runtime.errors import ConfigError, UnsupportedModelError
 from ...runtime.model.config import DecoderConfig
-from ...runtime.model.families import decoder_config
+from ...runtime.model.families import FAMILIES, decoder_config
 from ...runtime.model.layout import decoder_layout
 from .cut import Cut
 
@@ -47,8 +47,13 @@ def pruned_config(values: Mapping[str, Any], config: DecoderConfig, cut: Cut) ->
 
 
 def check_describable(config: DecoderConfig, cut: Cut) -> None:
-    """Raises `UnsupportedModelError` for heads or widths that the family's config.json cannot describe."""
+    """Raises `UnsupportedModelError` for heads or widths that the family's config.json cannot describe, and for a model with an
+    encoder, whose weights would be left out."""
     family = config.family
+    if FAMILIES[family].encoders:
+        raise UnsupportedModelError(
+            f"family '{family}' has an encoder beside its decoder, and only models of text are pruned"
+        )
     if cut.kv_heads and family in _FIXED_HEADS:
         raise UnsupportedModelError(
             f"family '{family}' has no head_dim in config.json: with fewer heads each would be larger; prune layers or channels"

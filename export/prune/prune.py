@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_config, read_json
+from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_config
 from ...runtime.checkpoints.pruned import FORMAT, MEMBERS, RECORD, Origin, check_output, earlier_origins
 from ...runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
+from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import ConfigError, DataError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.files import new_directory

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.checkpoints.huggingface import read_json
 from ...runtime.checkpoints.rewrite import copy_texts
+from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import BundleError, ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.text.tokenizer import Tokenizer

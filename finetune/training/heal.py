@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_json
+from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights
 from ...runtime.checkpoints.overlay import Overlay
 from ...runtime.checkpoints.pruned import RECORD, Origin, check_output, read_record
 from ...runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
+from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import ConfigError
 from ...runtime.model.files import new_directory
 from ...runtime.model.layout import decoder_layout

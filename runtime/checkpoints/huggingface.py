@@ -5,30 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import BundleError, MotetError, NotFoundError, UnsupportedModelError
+from ..errors import BundleError, MotetError, UnsupportedModelError
 from ..model.config import DecoderConfig
 from ..model.families import FAMILIES, decoder_config
-from ..model.files import file_digest, read_object
+from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
-from ..model.stored import StoredTensor, read_bytes, read_header
 from .fused import split_rows
 from .quantised import OLD_SETTINGS, method_of, with_old_settings
 from .quantised.method import Method
-
-SHARDS = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise NotFoundError(f"'{path}' does not exist; a model directory has config.json and model.safetensors")
-    return read_object(path, "pull the model again")
+from .weight_files import DTYPES, FLOATS, Stored, open_tensors, read_json, read_tensor, weight_files
 
 
 def read_config(model_dir: Path) -> DecoderConfig:
@@ -51,7 +41,10 @@ def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | 
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        values = read_json(path) if path.is_file() else {}
+        value = values.get("eos_token_id")
+        if value is None and not found and isinstance(text := values.get("text_config"), dict):
+            value = text.get("eos_token_id")  # of a text model within another, if nothing else says it
         found += value if isinstance(value, list) else [] if value is None else [value]
     found += [] if tokenizer_eos is None else [tokenizer_eos]
     size = read_config(model_dir).vocab_size if vocab_size is None else vocab_size
@@ -59,34 +52,6 @@ def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | 
         if type(token_id) is not int or not 0 <= token_id < size:
             raise BundleError(f"'{model_dir}' has eos_token_id {token_id!r}; an id is an integer in 0…{size - 1}")
     return tuple(dict.fromkeys(found))
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names, sorted. Raises `NotFoundError`."""
-    model_dir = Path(model_dir)
-    index, single = model_dir / SHARDS, model_dir / "model.safetensors"
-    names = sorted(set(shard_map(index).values())) if index.is_file() else [single.name]
-    if single.is_file() and names != [single.name]:
-        raise BundleError(
-            f"'{model_dir}' has both {single.name} and {index.name}, which names other files; delete the older of the two"
-        )
-    for name in names:
-        if not (model_dir / name).is_file():
-            raise NotFoundError(
-                f"'{model_dir / name}' does not exist; pull the model (only safetensors are read; a pull "
-                "rewrites pytorch_model.bin)"
-            )
-    return [model_dir / name for name in names]
-
-
-def shard_map(index: Path) -> dict[str, str]:
-    """Tensor → file of an index of shards. Raises `BundleError` if the index is damaged."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise BundleError(f"'{index}' has no weight_map of tensors to files; pull the model again")
-    if any(Path(file).name != file for file in found.values()):
-        raise BundleError(f"'{index}' names files outside of the model's directory")
-    return found
 
 
 def checkpoint_digest(model_dir: Path) -> str:
@@ -113,27 +78,6 @@ def open_weights(model_dir: Path) -> Weights:
     return Weights(Path(model_dir))
 
 
-_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_DTYPES = _FLOATS | {
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in an open weight file."""
-
-    file: BufferedReader
-    path: Path
-    place: StoredTensor
-
-
 class Weights(Mapping[str, torch.Tensor]):
     """A model directory's weights, each read from its file when it is asked for. Raises `BundleError` for values that are
     not finite, and for a file that became shorter. The files are opened once and stay open until the end of the `with` block: a
@@ -146,7 +90,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self._family = FAMILIES[self._layout.config.family]
         self._parts, self._norms = stored_parts(self._layout), self._layout.norm_tensors
         self._latest: tuple[str, dict[str, torch.Tensor]] = "", {}  # stored name → the weights of that tensor
-        self._stored = _stored(model_dir)
+        self._stored = open_tensors(model_dir)
         self._method = method_of(_settings(model_dir))
         self._quantised = {} if self._method is None else _quantised(self._method, self._stored)
         self._place, found = self._find(self._shapes())
@@ -213,9 +157,9 @@ class Weights(Mapping[str, torch.Tensor]):
             canonical = self._family.canonical_name(name)
             if canonical is None:
                 continue
-            if name not in self._quantised and self._stored[name].place.dtype not in _FLOATS:
+            if name not in self._quantised and self._stored[name].place.dtype not in FLOATS:
                 raise UnsupportedModelError(
-                    f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(_FLOATS)}, or as "
+                    f"'{name}' of '{self._dir}' is {self._stored[name].place.dtype}; weights are {list(FLOATS)}, or as "
                     "quantization_config of config.json says"
                 )
             empty = torch.empty(shape, device="meta")
@@ -256,12 +200,9 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _read(self, name: str) -> torch.Tensor:
         one = self._stored[name]
-        if one.place.dtype not in _DTYPES:
-            raise UnsupportedModelError(f"'{name}' of '{self._dir}' is {one.place.dtype}; known are {list(_DTYPES)}")
-        content = read_bytes(one.file, one.path, one.place)
-        if not content.size:
-            return torch.empty(one.place.shape, dtype=_DTYPES[one.place.dtype])
-        return torch.from_numpy(content).view(_DTYPES[one.place.dtype]).reshape(one.place.shape)
+        if one.place.dtype not in DTYPES:
+            raise UnsupportedModelError(f"'{name}' of '{self._dir}' is {one.place.dtype}; known are {list(DTYPES)}")
+        return read_tensor(one)
 
 
 @contextmanager
@@ -278,29 +219,7 @@ def _damage(name: str) -> Iterator[None]:
         raise BundleError(f"the quantised weight '{name}' is damaged ({said}); pull the model again") from error
 
 
-def _stored(model_dir: Path) -> dict[str, _Stored]:
-    """Every tensor of the weight files. With shards, the files hold what the index says, and each tensor once."""
-    stored: dict[str, _Stored] = {}
-    index = model_dir / SHARDS
-    places = shard_map(index) if index.is_file() else {}
-    for path in weight_files(model_dir):
-        file = path.open("rb")
-        try:
-            found = {name: _Stored(file, path, place) for name, place in read_header(file, path).items()}
-        except BundleError as error:
-            raise BundleError(f"'{path}' is torn or damaged ({error}); pull the model again") from None
-        if places:
-            named = {name for name, place in places.items() if place == path.name}
-            if named != set(found):
-                odd = sorted(named ^ set(found))
-                raise BundleError(
-                    f"'{path}' and its index do not hold the same tensors: {odd[:3]}; pull the model again"
-                )
-        stored |= found
-    return stored
-
-
-def _quantised(method: Method, stored: Mapping[str, _Stored]) -> dict[str, list[str]]:
+def _quantised(method: Method, stored: Mapping[str, Stored]) -> dict[str, list[str]]:
     """Quantised weight → the names of the tensors that it is stored as, its own among them if it has one."""
     found: dict[str, list[str]] = {}
     for name in stored:

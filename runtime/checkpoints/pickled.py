@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import BundleError, NotFoundError, UnsupportedModelError
-from .huggingface import SHARDS, shard_map
+from .weight_files import SHARDS, shard_map
 
 _SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

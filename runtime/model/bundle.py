@@ -17,6 +17,8 @@ from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
 from .decoder_graph import DecoderGraph, GraphConfig
+from .encoders import IMAGE
+from .encoders.vision import ImageEncoder
 from .files import file_digest
 from .members import MemberKind
 
@@ -52,6 +54,8 @@ class Bundle:
     decoder_graph: DecoderGraph | None
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
+    image_encoder: ImageEncoder | None = None
+    encoder_files: tuple[str, ...] = ()  # of the image encoder: its graph, and its weights
     calibration: Calibration | None = None  # of confidences, for the default ensemble; `motet calibrate` fits it
 
     @property
@@ -88,6 +92,8 @@ class Bundle:
     def digest(self) -> str:
         """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers."""
         content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids")}
+        if self.image_encoder is not None:
+            content["encoders"] = self.manifest["encoders"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -106,6 +112,10 @@ class Bundle:
     @property
     def model_files(self) -> tuple[str, ...]:
         """File names of the weights and the graphs."""
+        return (*self._decoder_files, *self.encoder_files)
+
+    @property
+    def _decoder_files(self) -> tuple[str, ...]:
         graphs, decoder = self.graphs, self.decoder_graph
         if decoder is not None:
             return (decoder.file, *decoder.data)
@@ -152,6 +162,7 @@ class Bundle:
             raise BundleError(f"split_layer must be in 0…{config.num_layers}, the manifest has {split_layer}")
         if made_here:
             dict(manifest["quantisation"])  # raises TypeError
+        encoder, encoder_files = _encoder(manifest.get("encoders") or {})
         bundle = cls(
             path=path,
             name=manifest["name"],
@@ -164,6 +175,8 @@ class Bundle:
             decoder_graph=decoder_graph,
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
+            image_encoder=encoder,
+            encoder_files=encoder_files,
             calibration=_calibration(manifest.get("calibration")),
         )
         if not all(type(i) is int and 0 <= i < config.vocab_size for i in bundle.eos_token_ids):
@@ -226,6 +239,18 @@ def _kind(name: str) -> MemberKind:
     if name not in kinds:
         raise BundleError(f"a member's kind is one of {[*kinds]}, the manifest has {name!r}")
     return kinds[name]
+
+
+def _encoder(entries: Mapping[str, Any]) -> tuple[ImageEncoder | None, tuple[str, ...]]:
+    """The encoder of images, and its files."""
+    unknown = sorted(set(entries) - {IMAGE})
+    if unknown:
+        raise BundleError(f"the manifest has encoders of {unknown}; known are [{IMAGE!r}]")
+    if IMAGE not in entries:
+        return None, ()
+    entry = dict(entries[IMAGE])
+    files = entry.pop("graph"), entry.pop("data")
+    return ImageEncoder.from_dict(entry), files
 
 
 def _decoder_graph(manifest: Mapping[str, Any], members: tuple[str, ...]) -> DecoderGraph | None:

@@ -17,6 +17,7 @@ from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE
+from .idefics3 import IDEFICS3, SMOLVLM
 from .keys import check_keys_read
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -28,7 +29,11 @@ from .smollm3 import SMOLLM3
 
 _LLAMA_LIKE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GRANITE, OLMO2)
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2, GPT_NEOX, FALCON)
+    family.name: family
+    for family in (
+        *(*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2, GPT_NEOX, FALCON),
+        *(IDEFICS3, SMOLVLM),
+    )
 }
 
 

@@ -57,6 +57,7 @@ NEUTRAL = frozenset(
         "mask_token_id",
         "eos_token_id",
         "pad_token_id",
+        "_pad_token_id",
         "sep_token_id",
         "decoder_start_token_id",
         "forced_bos_token_id",

@@ -1,0 +1,163 @@
+"""Idefics3 and SmolVLM: the vision tower of config.json, and the processor's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UnsupportedModelError, shown
+from ..families.family import Json, require
+from ..families.keys import check_keys_read
+from .vision import AROUND, WHOLE, ImageEncoder, ImageProcessor, VisionConfig, place
+
+TOKEN = "<image>"
+VISION_KEYS = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "image_size",
+        "patch_size",
+        "hidden_act",
+        "layer_norm_eps",
+        "max_image_size",
+        "size",
+        "tie_word_embeddings",
+        "use_base_siglip",
+    ]
+)
+# Of transformers' Idefics3VisionConfig, for keys that config.json leaves out.
+_DEFAULTS: Json = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_MEAN = [0.5, 0.5, 0.5]  # of transformers' image processors, as the values below
+_PROCESSOR: Json = {
+    "do_resize": True,
+    "size": {"longest_edge": 1456},
+    "resample": 1,
+    "do_image_splitting": True,
+    "max_image_size": {"longest_edge": 364},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": _MEAN,
+    "image_std": _MEAN,
+    "do_convert_rgb": True,
+}
+# They change nothing: all tiles have one size, so that nothing is padded; what the others say is of video or of other programs.
+_NEUTRAL = frozenset(
+    [
+        *("do_pad", "pad_size", "image_processor_type", "processor_class", "return_row_col_info", "_processor_class"),
+        *("data_format", "device", "return_tensors", "input_data_format", "disable_grouping", "video_sampling"),
+        *("default_to_square", "do_video_processing", "image_seq_len", "image_seq_length", "backend"),
+    ]
+)
+_OF_THE_WHOLE = frozenset({"image_processor", "video_processor", "tokenizer", "chat_template"})
+
+
+def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> ImageEncoder:
+    """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `image_encoder`)."""
+    vision = {**_DEFAULTS, **{key: value for key, value in config["vision_config"].items() if value is not None}}
+    check_keys_read({"model_type": "idefics3_vision", **vision}, VISION_KEYS)
+    require(vision, "hidden_act", ("gelu_pytorch_tanh",))
+    require(vision, "num_channels", (3,))
+    values = _settings(preprocessor, processor)
+    size, tile = values["size"], _longest_edge(values, "max_image_size")
+    encoder = ImageEncoder(
+        vision=VisionConfig(
+            hidden_size=vision["hidden_size"],
+            intermediate_size=vision["intermediate_size"],
+            num_layers=vision["num_hidden_layers"],
+            num_heads=vision["num_attention_heads"],
+            patch_size=vision["patch_size"],
+            image_size=vision["image_size"],
+            norm_eps=vision["layer_norm_eps"],
+            shuffle=config.get("scale_factor", 2),
+            output_size=config["text_config"]["hidden_size"],
+        ),
+        processor=ImageProcessor(
+            tile_size=tile,
+            longest_edge=_longest_edge({"size": size}, "size") if values["do_resize"] else None,
+            splits=values["do_image_splitting"],
+            resample=values["resample"],
+            rescale=values["rescale_factor"] if values["do_rescale"] else None,
+            mean=tuple(values["image_mean"]) if values["do_normalize"] else None,
+            std=tuple(values["image_std"]) if values["do_normalize"] else None,
+        ),
+        token=TOKEN,
+        token_id=config["image_token_id"],
+    )
+    rows = processor.get("image_seq_len", values.get("image_seq_len", encoder.rows_per_tile))
+    if rows != encoder.rows_per_tile:
+        raise UnsupportedModelError(
+            f"processor_config.json has image_seq_len {shown(rows)}, and a tile of {tile} pixels has {encoder.rows_per_tile} "
+            "rows; use the processor that the model was trained with"
+        )
+    return encoder
+
+
+def expansion(rows: int, columns: int, rows_per_tile: int) -> str:
+    """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and 0:
+    the whole image alone."""
+    run = TOKEN * rows_per_tile
+    whole = f"{AROUND}{WHOLE}{run}{AROUND}"
+    if not rows:
+        return whole
+    lines = ("".join(f"{AROUND}{place(r, c)}{run}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
+    return "\n".join(lines) + f"\n\n{whole}"
+
+
+def _settings(preprocessor: Json, processor: Json) -> dict[str, Any]:
+    """The image processor's settings, of preprocessor_config.json or, as transformers 5 stores them, within
+    processor_config.json."""
+    nested = processor.get("image_processor") or {}
+    kept = {key: value for key, value in nested.items() if key not in _NEUTRAL}
+    own = {key: value for key, value in preprocessor.items() if key not in _NEUTRAL}
+    if nested and preprocessor and kept != own:
+        raise UnsupportedModelError(
+            "preprocessor_config.json and the image_processor of processor_config.json differ; remove one of them"
+        )
+    unknown = sorted(
+        key
+        for values, known in (
+            (nested or preprocessor, _PROCESSOR.keys() | _NEUTRAL),
+            (processor, _NEUTRAL | _OF_THE_WHOLE),
+        )
+        for key, value in values.items()
+        if key not in known and value is not None
+    )
+    if unknown:
+        raise UnsupportedModelError(
+            f"the image processor has {shown(unknown)}, which is not computed here; remove the key only if the model was "
+            "trained without it"
+        )
+    given = {key: value for key, value in (nested or preprocessor).items() if value is not None}
+    values = {**_PROCESSOR, **given}
+    for flag in ("do_resize", "do_image_splitting", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not isinstance(values[flag], bool):
+            raise UnsupportedModelError(
+                f"{flag} of the image processor must be true or false, got {shown(values[flag])}"
+            )
+    if not values["do_convert_rgb"]:
+        raise UnsupportedModelError("do_convert_rgb=false is not supported: a model's images have three channels")
+    return values
+
+
+def _longest_edge(values: Json, name: str) -> int:
+    found = values[name]
+    given = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    if set(given) != {"longest_edge"}:
+        raise UnsupportedModelError(
+            f"{name}={shown(found)} of the image processor is not supported; it has a longest_edge"
+        )
+    edge: int = given["longest_edge"]
+    return edge

@@ -1,0 +1,167 @@
+"""An encoder of images: a vision tower of SigLIP's layout (Zhai et al. 2023), pixel shuffle (Shi et al. 2016, backwards: several
+patches become one row) and a linear connector, as Idefics3 has them (Laurençon et al. 2024); and how images become its input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ...api.config import check_keys
+from ...errors import ConfigError, shown
+
+AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_layers", "num_heads", "patch_size", "image_size", "shuffle"),
+    "output_size",
+)
+FILTERS = range(6)  # of resizing, as Pillow numbers them
+MAX_EDGE = 4096  # a resized image has no longer one (transformers' MAX_IMAGE_SIZE)
+_MOST_SIDE = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """Sizes are counts of elements, edges are in pixels. `image_size`: edge of the square that the table of positions was made
+    for. `shuffle`: so many patches in each direction become one row. `output_size`: hidden size of the text model. Raises
+    `ConfigError` for a value of the wrong type or out of its range."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    norm_eps: float
+    shuffle: int
+    output_size: int
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**20:
+                raise ConfigError(f"{name} of the vision tower must be an integer in 1…{2**20 - 1}, got {shown(value)}")
+        if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
+            raise ConfigError(f"norm_eps of the vision tower must be in 0…1, got {shown(self.norm_eps)}")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"the vision tower's hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
+            )
+        if self.patch_size > self.image_size:
+            raise ConfigError(f"a patch ({self.patch_size}) is larger than the image ({self.image_size})")
+
+    @property
+    def side(self) -> int:
+        """Positions in each direction of the table of positions."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """How an image becomes tiles, squares of `tile_size` pixels.
+
+    `longest_edge`: it is resized to this longest edge first; None: it is not. `splits`: it is cut into tiles, after which
+    comes the whole image as one tile; otherwise that is all. `resample`: Pillow's number of the filter. `rescale`: the factor
+    of the pixels' values; None: none. `mean`, `std`: of the three channels; None: not normalised. Raises `ConfigError`.
+    """
+
+    tile_size: int
+    longest_edge: int | None
+    splits: bool
+    resample: int
+    rescale: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    def __post_init__(self) -> None:
+        if type(self.tile_size) is not int or not 1 <= self.tile_size <= _MOST_SIDE:
+            raise ConfigError(f"tile_size must be an integer in 1…{_MOST_SIDE}, got {shown(self.tile_size)}")
+        edge = self.longest_edge
+        if edge is not None and (type(edge) is not int or not 1 <= edge <= MAX_EDGE):
+            raise ConfigError(f"longest_edge must be null or an integer in 1…{MAX_EDGE}, got {shown(edge)}")
+        if not isinstance(self.splits, bool):
+            raise ConfigError(f"splits must be true or false, got {shown(self.splits)}")
+        if edge is None and self.splits:
+            raise ConfigError(
+                "images that are cut into tiles must have a longest_edge: nothing else bounds their number"
+            )
+        if type(self.resample) is not int or self.resample not in FILTERS:
+            raise ConfigError(f"resample must be a number of a filter in 0…5, got {shown(self.resample)}")
+        if self.rescale is not None and not (_is_number(self.rescale) and self.rescale > 0):
+            raise ConfigError(f"rescale must be null or a number above 0, got {shown(self.rescale)}")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("mean and std belong together; give both or none")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
+                raise ConfigError(f"{name} must be three numbers, got {shown(values)}")
+            object.__setattr__(self, name, tuple(values))
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"std must be three numbers above 0, got {shown(self.std)}")
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the settings: images that are processed in another way have other rows."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEncoder:
+    """An encoder of images. `token`, `token_id`: the placeholder, in the template's text and as a row of the prompt. Raises
+    `ConfigError` if tower and processor do not fit together."""
+
+    vision: VisionConfig
+    processor: ImageProcessor
+    token: str
+    token_id: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token, str) or not self.token:
+            raise ConfigError(f"the placeholder of an image must be a token, got {shown(self.token)}")
+        if type(self.token_id) is not int or not 0 <= self.token_id < 2**31:
+            raise ConfigError(f"the placeholder's id must be a token id, got {shown(self.token_id)}")
+        unit, size = self.vision.patch_size * self.vision.shuffle, self.processor.tile_size
+        if size % unit:
+            raise ConfigError(f"tiles of {size} pixels are no multiple of {unit} pixels, which become one row")
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What stands for an image in a prompt, which no text may write."""
+        places = range(1, -(-MAX_EDGE // self.processor.tile_size) + 1) if self.processor.splits else ()
+        return (self.token, AROUND, WHOLE, *(place(row, column) for row in places for column in places))
+
+    @property
+    def side(self) -> int:
+        """Patches in each direction of a tile."""
+        return self.processor.tile_size // self.vision.patch_size
+
+    @property
+    def rows_per_tile(self) -> int:
+        return (self.side // self.vision.shuffle) ** 2
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageEncoder:
+        """Raises `ConfigError` for unknown keys, `TypeError` for missing ones."""
+        check_keys(cls, values)
+        for name, kind in (("vision", VisionConfig), ("processor", ImageProcessor)):
+            check_keys(kind, values[name])
+        parts = {"vision": VisionConfig(**values["vision"]), "processor": ImageProcessor(**values["processor"])}
+        return cls(**(values | parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def place(row: int, column: int) -> str:
+    """The token before a tile's placeholders; rows and columns count from 1."""
+    return f"<row_{row}_col_{column}>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,84 @@
+"""What a message holds beside text, as a prompt needs it: a text of placeholders, and the rows that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidRequestError
+
+F32 = npt.NDArray[np.float32]
+
+
+class Medium(Protocol):
+    """One of them, read and not yet encoded."""
+
+    @property
+    def text(self) -> str:
+        """What the prompt has in its place, placeholders among it."""
+        ...
+
+    @property
+    def runs(self) -> Sequence[int]:
+        """Lengths of its runs of placeholders, in order."""
+        ...
+
+    @property
+    def digest(self) -> bytes:
+        """Of its content, and of what it is made into rows with."""
+        ...
+
+    def encode(self, salt: bytes) -> Sequence[F32]:
+        """The rows of each run, [placeholders, hidden]. `salt`: only callers with the same one share what is kept. Raises
+        `UnavailableError`."""
+        ...
+
+
+class MediaReader(Protocol):
+    """Thread-safe."""
+
+    @property
+    def token(self) -> str:
+        """What a chat template writes where a medium stands."""
+        ...
+
+    @property
+    def token_id(self) -> int:
+        """The id of a placeholder."""
+        ...
+
+    @property
+    def most_bytes(self) -> int:
+        """Of all media of a request; 0: it may have none."""
+        ...
+
+    def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
+        """The media of a request, each as (its file's content, what its sender says that it is: a media type or ""). Raises
+        `InvalidRequestError`, also for more or larger ones than are allowed, which is asked before anything is decoded, and
+        `UnavailableError`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NoMedia:
+    """A `MediaReader` for a server that takes text only, for this reason."""
+
+    token = ""
+    token_id = -1
+    most_bytes = 0
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
+        """Raises `InvalidRequestError` for anything."""
+        if contents:
+            raise InvalidRequestError(f"messages may hold text only here: {self._reason}", field="messages.content")
+        return []
+
+    def close(self) -> None:
+        """There is nothing to free."""
