@@ -36,6 +36,7 @@ from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantisation.calibration import Calibration, QuantisationConfig
 from .quantisation.method import Method, Target
 from .quantisation.quantiser import Quantiser
+from .vision_graph import copy_old_template, write_encoder
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
@@ -114,6 +115,9 @@ def export_bundle(
         for file in COPIED:
             if (model.path / file).is_file():
                 shutil.copyfile(model.path / file, work / file)
+        encoders = write_encoder(model.path, work)
+        if encoders is not None:
+            copy_old_template(model.path, work)
         by_name = {member.name: member.mix for member in ensemble.members}
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -135,6 +139,8 @@ def export_bundle(
             },
             "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
         }
+        if encoders is not None:
+            manifest["encoders"] = encoders
         _write_manifest(work, manifest)
         if held_out is not None:
             report, probe = measure_parity(Bundle.load(work, verify=False), weights, members, held_out)

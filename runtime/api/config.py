@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from .limits import MAX_SPECULATIVE_TOKENS
+from .limits import MAX_MEDIA_BYTES, MAX_SPECULATIVE_TOKENS
 
 DEFAULT_MODEL_LEN = 2048
 _COUNTS = (
@@ -74,6 +74,12 @@ class EngineConfig:
     speculative_tokens: int = described(
         0, "Most tokens per prompt-lookup draft, if the request sets no limit; 0: no drafts."
     )
+    max_images: int = described(8, "Images of a request; more are refused.")
+    max_image_bytes: int = described(
+        8 * 2**20, "Bytes of a request's images together, as they are sent; more are refused."
+    )
+    max_image_pixels: int = described(2**25, "Pixels of an image, asked before it is decoded; more are refused.")
+    image_cache_bytes: int = described(2**28, "Bytes of encoded images that are kept for later requests; 0: none.")
     threads: int = described(0, "Threads; 0: the CPUs that this process may use.")
     verify_key: Path | None = described(None, "The bundle must have a signature of this public key, PEM (motet sign).")
     verify_ca: Path | None = described(
@@ -113,6 +119,15 @@ class EngineConfig:
             raise ConfigError(
                 f"block_size must be an integer of at least 0 (0: the backend's own), got {self.block_size!r}"
             )
+        for name, low, high in (
+            ("max_images", 0, 1024),
+            ("max_image_bytes", 1, MAX_MEDIA_BYTES),
+            ("max_image_pixels", 1, 2**28),
+            ("image_cache_bytes", 0, 2**40),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ConfigError(f"{name} must be an integer in {low}…{high}, got {value!r}")
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ConfigError(f"threads must be an integer of at least 0 (0: all CPUs), got {self.threads!r}")
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from ..errors import InvalidRequestError, shown
-from .limits import MAX_MESSAGES
+from .limits import MAX_MESSAGES, MAX_PARTS
 from .rules import Flag, Integer, num_bytes
 
-# {"role", "content"}, and perhaps "name", "tool_call_id" (texts) and "tool_calls" (JSON objects)
+# {"role", "content"}, and perhaps "name", "tool_call_id" (texts) and "tool_calls" (JSON objects). A content is a text, or a list
+# of parts: {"type": "text", "text"}, or {"type": "image", "image"}, the bytes of an image's file, and perhaps "media_type", what
+# its sender says that they are, such as image/png.
 Message = Mapping[str, Any]
 _TOKEN_ID = Integer()
 
@@ -40,8 +42,21 @@ class Conversation:
             if not isinstance(tool, Mapping) or not _is_json(tool):
                 raise InvalidRequestError(f"a tool is a JSON object, got {shown(tool)}", field="tools")
         Flag().check("continue_final_message", self.continue_final_message)
+        if (
+            sum(len(message["content"]) for message in self.messages if not isinstance(message["content"], str))
+            > MAX_PARTS
+        ):
+            raise InvalidRequestError(
+                f"the messages' contents have at most {MAX_PARTS} parts", field="messages.content"
+            )
         object.__setattr__(self, "messages", tuple(self.messages))
         object.__setattr__(self, "tools", tuple(self.tools))
+
+    @property
+    def media(self) -> list[tuple[bytes, str]]:
+        """Of each part that is no text, in order: its bytes, and the media type that its sender says, or ""."""
+        parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
+        return [(part["image"], part.get("media_type", "")) for part in parts if part["type"] == "image"]
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | Conversation
@@ -89,6 +104,10 @@ def _check_message(message: object) -> None:
             field="messages",
         )
     for key in texts & set(message):
+        if key == "content" and isinstance(message[key], list | tuple):
+            for part in message[key]:
+                _check_part(part)
+            continue
         if not isinstance(message[key], str) or num_bytes(message[key]) is None:
             raise InvalidRequestError(f"a message's {key} must be text, got {shown(message[key])}", field="messages")
     calls = message.get("tool_calls", ())
@@ -98,6 +117,37 @@ def _check_message(message: object) -> None:
         or not _is_json(list(calls))
     ):
         raise InvalidRequestError(f"tool_calls must be a list of JSON objects, got {shown(calls)}", field="messages")
+
+
+def _check_part(part: object) -> None:
+    if isinstance(part, Mapping):
+        keys, text, image = set(part), part.get("text"), part.get("image")
+        if (
+            keys == {"type", "text"}
+            and part["type"] == "text"
+            and isinstance(text, str)
+            and num_bytes(text) is not None
+        ):
+            return
+        is_typed = keys == {"type", "image", "media_type"} and isinstance(part["media_type"], str)
+        if (is_typed or keys == {"type", "image"}) and part["type"] == "image" and isinstance(image, bytes):
+            return
+    found = {key: type(value).__name__ for key, value in part.items()} if isinstance(part, Mapping) else part
+    raise InvalidRequestError(
+        "a part of a message's content is {type: text, text} or {type: image, image}, where image is the bytes of a file, got "
+        f"{shown(found)}",
+        field="messages.content",
+    )
+
+
+def has_media(prompt: Prompt) -> bool:
+    """Whether a prompt has messages with anything but text. It may be one that `PromptContent.read` refuses."""
+    messages = prompt.messages if isinstance(prompt, Conversation) else prompt
+    if isinstance(messages, str) or not isinstance(messages, list | tuple):
+        return False
+    contents = (message.get("content") for message in messages[:MAX_MESSAGES] if isinstance(message, Mapping))
+    parts = (part for content in contents if isinstance(content, list | tuple) for part in content)
+    return any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
 
 
 def _is_json(value: object) -> bool:

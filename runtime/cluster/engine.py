@@ -22,11 +22,11 @@ from ..api.request import FinishReason, Request
 from ..engine.answer import OnOutput, OnSent
 from ..engine.embedder import EmbedJob
 from ..engine.observer import Observer, notify
-from ..engine.open import load_bundle, model_info
+from ..engine.open import bundle_tokenizer, load_bundle, model_info
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, OverloadedError, UnavailableError
 from ..text.grammar import Grammars
-from ..text.tokenizer import Tokenizer
+from ..text.media import MediaReader, NoMedia
 from .connection import connect
 from .replica import ByQueuedTokens, PrefixRouter, Replica
 from .settings import ClusterSettings
@@ -46,9 +46,12 @@ class ClusterEngine:
 
     def __init__(self, bundle: Path, config: EngineConfig, settings: ClusterSettings) -> None:
         loaded = load_bundle(bundle, config)
-        self.tokenizer = Tokenizer.from_dir(bundle)
+        self.tokenizer = bundle_tokenizer(loaded)
         self.model, self.config = model_info(loaded, config), config
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
+        self.media: MediaReader = NoMedia(
+            "replicas on a cluster take text only; serve images with `motet serve` without --ray"
+        )
         self.embedder = _Embedder(self)
         self._observers: tuple[Observer, ...] = ()
         self._open: dict[

@@ -23,6 +23,7 @@ from ..schedule.packing import GroupTokens, ScheduledBatch
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Group
 from ..text.grammar import Grammars
+from ..text.media import MediaReader, NoMedia
 from ..text.stream import answer_stream
 from ..text.tokenizer import Tokenizer
 from .answer import Answer, OnOutput, OnSent, Sender
@@ -46,15 +47,20 @@ class Engine:
         model: ModelInfo,
         config: EngineConfig,
         observers: Sequence[Observer] = (),
+        media: MediaReader | None = None,
     ) -> None:
+        """`media`: reads what a message holds beside text; None: it may hold nothing else."""
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, model.vocab_size, model.eos_token_ids)
         self.model = model
+        self.media = media if media is not None else NoMedia(f"'{model.name}' has no encoder of images; send text")
         self.config = config
         self._backend = backend
         self._observers = tuple(observers)
         blocks = BlockManager(backend.num_blocks, backend.block_size)
-        self._admission = Admission(model, config, blocks, can_verify=backend.can_verify)
+        self._admission = Admission(
+            model, config, blocks, can_verify=backend.can_verify, takes_embedded=backend.takes_embedded
+        )
         self._scheduler = self._new_scheduler(blocks)
         self._answers: dict[Group, Answer] = {}
         self._taken: deque[list[Answer] | Abort] = deque()  # from the inbox, not yet processed
@@ -200,6 +206,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self.grammars.close()
+        self.media.close()
 
     @property
     def failure(self) -> MotetError | None:

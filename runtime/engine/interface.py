@@ -10,6 +10,7 @@ from ..api.model_info import ModelInfo
 from ..api.request import FinishReason, Request
 from ..errors import MotetError
 from ..text.grammar import Grammars
+from ..text.media import MediaReader
 from ..text.tokenizer import Tokenizer
 from .answer import OnOutput, OnSent
 from .embedder import EmbedJob
@@ -30,6 +31,7 @@ class ServedEngine(Protocol):
 
     tokenizer: Tokenizer
     grammars: Grammars
+    media: MediaReader
     model: ModelInfo
     config: EngineConfig
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
 from ..backends.open import open_backend
+from ..encoders.images import open_media
 from ..model.bundle import Bundle
 from ..model.decoder_graph import GraphConfig
 from ..text.tokenizer import Tokenizer
@@ -23,7 +25,20 @@ def open_engine(
     config = config or EngineConfig()
     bundle = load_bundle(Path(path), config, verify=verify)
     backend = open_backend(bundle, config)
-    return Engine(backend, Tokenizer.from_dir(bundle.path), model_info(bundle, config), config, observers)
+    try:
+        tokenizer, media = bundle_tokenizer(bundle), open_media(bundle, config, backend)
+    except BaseException:
+        backend.close()
+        raise
+    accepts = ("image",) if media.most_bytes else ()
+    model = dataclasses.replace(model_info(bundle, config), media=accepts)
+    return Engine(backend, tokenizer, model, config, observers, media)
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
+    """A bundle's tokenizer, which lets no text write what an image becomes. Raises what `Tokenizer.from_dir` raises."""
+    encoder = bundle.image_encoder
+    return Tokenizer.from_dir(bundle.path, () if encoder is None else encoder.control_tokens)
 
 
 def load_bundle(path: Path, config: EngineConfig, *, verify: bool = True) -> Bundle:

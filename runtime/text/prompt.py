@@ -1,19 +1,54 @@
-"""A prompt (text, token ids or chat messages) → token ids."""
+"""A prompt (text, token ids or chat messages) → token ids, and the rows that are embedded in it."""
 
 from __future__ import annotations
 
-from ..api.prompt import Prompt, PromptContent
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..api.embedded import EmbeddedSpan, Spans
+from ..api.prompt import Conversation, Prompt, PromptContent
 from ..errors import ContextLengthError, InvalidRequestError
+from .media import MediaReader, Medium, NoMedia
 from .tokenizer import Tokenizer
+
+_TEXT_ONLY = NoMedia("this is no place for images; send text")
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPrompt:
+    """`media`: in the order of their placeholders among the token ids."""
+
+    token_ids: tuple[int, ...]
+    media: Sequence[Medium] = ()
+    placeholder: int = -1
+
+    def spans(self, salt: bytes) -> Spans:
+        """The rows of the media, encoded (see `Medium.encode`)."""
+        found: list[EmbeddedSpan] = []
+        places = iter(_runs(self.token_ids, self.placeholder, self.media))
+        for medium in self.media:
+            for index, rows in enumerate(medium.encode(salt)):
+                found.append(EmbeddedSpan(next(places), rows, medium.digest + index.to_bytes(4, "little")))
+        return tuple(found)
 
 
 def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None) -> tuple[int, ...]:
     """Token ids of a prompt: text, a list of token ids, a list of chat messages, or a `Conversation`.
 
     With `max_tokens`, what cannot have so few tokens is refused before it is read, rendered or tokenised; the result
-    may still be longer. Raises `InvalidRequestError` if the prompt is empty, mixes these kinds, or has a message that
-    the chat template cannot take, `ContextLengthError` if it is too long.
+    may still be longer. Raises `InvalidRequestError` if the prompt is empty, mixes these kinds, has a message that
+    the chat template cannot take, or anything but text, `ContextLengthError` if it is too long.
     """
+    return read_prompt(tokenizer, prompt, max_tokens).token_ids
+
+
+def read_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None, media: MediaReader = _TEXT_ONLY
+) -> BuiltPrompt:
+    """`build_prompt` of a prompt that may hold what `media` reads. A prompt with media that is too long is refused before they
+    are encoded. Raises what `MediaReader.read` raises, too."""
     if max_tokens is not None and isinstance(prompt, list | tuple) and len(prompt) > max_tokens:
         # Each item is a token at least. It is asked before the items are checked one by one.
         raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
@@ -21,20 +56,58 @@ def build_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = 
     # A text that certainly has too many tokens is refused first: tokenising it would take seconds.
     longest = tokenizer.max_token_bytes if max_tokens is not None else None
     max_bytes = None if longest is None or max_tokens is None else longest * max_tokens
+    read: Sequence[Medium] = ()
     if content.text is not None:
         if max_bytes is not None and (size := len(content.text.encode())) > max_bytes:
             raise _too_long(f"a text of {size} bytes, which is more than {max_tokens} tokens", max_tokens)
         token_ids = tuple(tokenizer.encode(content.text))
     elif (chat := content.conversation) is not None:
-        found = tokenizer.encode_chat(
-            chat.messages, max_bytes, tools=chat.tools, continue_final_message=chat.continue_final_message
-        )
-        token_ids = tuple(found)
+        read = media.read(chat.media)
+        token_ids = _encode_chat(tokenizer, chat, max_bytes, media, read)
+        if read and max_tokens is not None and len(token_ids) > max_tokens:
+            raise _too_long(f"{len(token_ids)} tokens with its images", max_tokens)
     else:
         token_ids = content.token_ids or ()
     if not token_ids:
         raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
-    return token_ids
+    return BuiltPrompt(token_ids, read, media.token_id if read else -1)
+
+
+def _encode_chat(
+    tokenizer: Tokenizer, chat: Conversation, max_bytes: int | None, media: MediaReader, read: Sequence[Medium]
+) -> tuple[int, ...]:
+    texts = [medium.text for medium in read]
+    found = tuple(
+        tokenizer.encode_chat(
+            chat.messages,
+            max_bytes,
+            tools=chat.tools,
+            continue_final_message=chat.continue_final_message,
+            placeholder=media.token,
+            texts=texts,
+        )
+    )
+    if read:
+        _runs(found, media.token_id, read)  # which is asked before they are encoded
+    return found
+
+
+def _runs(token_ids: tuple[int, ...], placeholder: int, media: Sequence[Medium]) -> list[int]:
+    """Where each run of placeholders begins. Raises `InvalidRequestError` if there are others than those of the media: the
+    tokenizer has made something else of their texts."""
+    at = np.flatnonzero(np.array(token_ids, np.int64) == placeholder)
+    lengths = [length for medium in media for length in medium.runs]
+    starts = np.cumsum([0, *lengths])[:-1]
+    whole = len(at) == sum(lengths) and all(
+        at[start + length - 1] - at[start] == length - 1 for start, length in zip(starts.tolist(), lengths)
+    )
+    if not whole:
+        raise InvalidRequestError(
+            f"the prompt has {len(at)} placeholders, and its images have {sum(lengths)} rows; the model's tokenizer or chat "
+            "template does not fit its encoder",
+            field="messages.content",
+        )
+    return [int(at[start]) for start in starts]
 
 
 def _too_long(what: str, max_tokens: int | None) -> ContextLengthError:

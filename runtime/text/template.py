@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import BundleError, InvalidRequestError
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_PROBE = "motet asks how a content is written"
 _MOST = 5_000_000  # lines that one rendering may run, and the size of a product
 _SHOWN = 300  # characters of a template's own error that a message shows
 
@@ -84,6 +86,35 @@ class ChatTemplate:
         self._literals = "\0".join(literals)
         self._names = meta.find_undeclared_variables(tree)
 
+    @cached_property
+    def _takes(self) -> tuple[bool, bool]:
+        """Whether a message's content may be a text, and whether it may be a list of parts: found by trying. A template that can
+        do nothing with either way takes texts."""
+        found = []
+        for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+            try:
+                text = self.render([{"role": "user", "content": content}])
+            except InvalidRequestError:
+                text = ""
+            found.append(
+                _PROBE in text and not any(key in text for key in ("'text'", '"text"'))
+            )  # a list, written as it is
+        return found[0] or not found[1], found[1]
+
+    def shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message with the content, a text or parts, in the form that the template takes: parts of text that it cannot take
+        are joined by line breaks. Raises `InvalidRequestError` for parts that no text can stand for."""
+        content = message["content"]
+        takes_text, takes_parts = self._takes
+        if isinstance(content, str):
+            return message if takes_text else {**message, "content": [{"type": "text", "text": content}]}
+        if takes_parts:
+            shown = [{k: v for k, v in part.items() if k in ("type", "text")} for part in content]
+            return {**message, "content": shown}
+        if any(part["type"] != "text" for part in content):
+            raise InvalidRequestError("the model's chat template has no place for images", field="messages.content")
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+
     def mentions(self, text: str) -> bool:
         """Whether the template itself may write `text`."""
         return text in self._literals
@@ -102,8 +133,7 @@ class ChatTemplate:
         """The conversation as text. With `continue_final_message` it ends where the last message's content ends. Raises
         `InvalidRequestError` with the template's own words if it refuses the conversation or fails on it."""
         if continue_final_message:
-            content = messages[-1]["content"]
-            opened = [*messages[:-1], {**messages[-1], "content": content + _TAG}]
+            opened, content = _opened(messages)
             head, tag, rest = self.render(opened, False, tools).rpartition(_TAG.strip())
             if not tag or content.strip() not in head:
                 raise InvalidRequestError("the chat template changes the message to continue", field="messages")
@@ -122,6 +152,17 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the chat template refuses this conversation: {str(error)[:_SHOWN]}", field="messages"
             ) from error
+
+
+def _opened(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """The messages with a tag behind the last one's text, and that text."""
+    last = messages[-1]
+    if isinstance(content := last["content"], str):
+        return [*messages[:-1], {**last, "content": content + _TAG}], content
+    if not content or content[-1]["type"] != "text":
+        raise InvalidRequestError("a message that is continued must end with text", field="messages.content")
+    text: str = content[-1]["text"]
+    return [*messages[:-1], {**last, "content": [*content[:-1], {"type": "text", "text": text + _TAG}]}], text
 
 
 class _Generation(Extension):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,25 @@ class Tokenizer:
         template: ChatTemplate | None,
         eos_token_id: int | None = None,
         config: Mapping[str, Any] | None = None,
+        control: Collection[str] = (),
     ) -> None:
-        """`config`: what tokenizer_config.json holds."""
+        """`config`: what tokenizer_config.json holds. `control`: control tokens beside the special ones."""
         self._tokenizer, self._config = tokenizer, dict(config or {})
         self._template = template
         self.eos_token_id = eos_token_id  # of the files' eos_token
         added = tokenizer.get_added_tokens_decoder()
         # Token ids that are left out of an answer's text, with their own text.
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
-        names = (
+        names = {
             t.content for t in added.values() if t.special or (template is not None and template.mentions(t.content))
-        )
+        }.union(control)
         # What a message's content must not be able to write: its tokens are commands to the model.
         self._control_tokens = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     @classmethod
-    def from_dir(cls, path: Path | str) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a model or bundle directory.
+    def from_dir(cls, path: Path | str, control: Collection[str] = ()) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a model or bundle directory. `control`: see
+        `__init__`.
 
         Truncation and padding that tokenizer.json may hold are the settings of a program that used it once: they are
         dropped. Raises `NotFoundError` without tokenizer.json, `BundleError` if a file is damaged or the two disagree.
@@ -67,7 +69,7 @@ class Tokenizer:
             file = path / "chat_template.jinja"
             source = file.read_text() if file.is_file() else _default_template(values.get("chat_template"))
             eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-            return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos, values)
+            return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos, values, control)
         except BundleError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -156,14 +158,15 @@ class Tokenizer:
         if not messages:
             raise InvalidRequestError("the conversation is empty; it needs at least one message", field="messages")
         for message in messages:
-            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str | list | tuple):
                 raise InvalidRequestError(
                     f"a message has a role of {ROLES} and a content, got role {shown(message.get('role'))}",
                     field="messages",
                 )
         if tools and not self._template.reads("tools"):
             raise InvalidRequestError("the model's chat template takes no tools; leave them out", field="tools")
-        return self._template.render(messages, add_generation_prompt, tools, continue_final_message)
+        shaped = [self._template.shaped(message) for message in messages]
+        return self._template.render(shaped, add_generation_prompt, tools, continue_final_message)
 
     def encode_chat(
         self,
@@ -172,9 +175,12 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
+        placeholder: str = "",
+        texts: Sequence[str] = (),
     ) -> list[int]:
         """The conversation's token ids, up to where the answer begins. Only the template adds special tokens: a
-        control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text.
+        control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text. `texts`: what comes in the
+        places where the template writes `placeholder`, in order.
 
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
@@ -183,6 +189,8 @@ class Tokenizer:
         text = self.apply_chat_template(
             both[:-1], tools=both[-1]["tools"], continue_final_message=continue_final_message
         )
+        if texts:
+            text = _filled(text, marks, placeholder, texts)
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
         return self.encode_rendered(text, marks)
@@ -302,6 +310,21 @@ def _replaced(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _replaced(item, change) for key, item in value.items()}
     return [_replaced(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _filled(text: str, marks: Marks | None, placeholder: str, texts: Sequence[str]) -> str:
+    """A rendered conversation with `texts` in the places of `placeholder` that the template wrote: those without marks. Raises
+    `InvalidRequestError` if there are more or fewer."""
+    own = re.escape(placeholder)
+    pattern = own if marks is None else f"{marks[0]}{own}{marks[1]}|{own}"
+    written = sum(found[0] == placeholder for found in re.finditer(pattern, text))
+    if written != len(texts):
+        raise InvalidRequestError(
+            f"the model's chat template writes {written} images, and the messages have {len(texts)}",
+            field="messages.content",
+        )
+    left = iter(texts)
+    return re.sub(pattern, lambda found: next(left) if found[0] == placeholder else found[0], text)
 
 
 def _unused_characters(texts: Sequence[str]) -> Marks:

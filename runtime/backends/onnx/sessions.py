@@ -42,10 +42,20 @@ def pool_threads() -> int | None:
     return _pool_threads
 
 
+def encoder_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
+    """A session on the graph of an encoder, on the CPU: with as many threads as the process's pool has, if there is one already.
+    Raises what `bundle_session` raises."""
+    return _session(bundle, file, pool_threads() or config.num_threads, "cpu")
+
+
 def bundle_session(bundle: Bundle, file: str, config: EngineConfig) -> ort.InferenceSession:
     """A session on a graph of a bundle. Raises `BundleError` if ONNX Runtime cannot load it, and what `open_session` raises."""
+    return _session(bundle, file, config.num_threads, config.onnx_provider)
+
+
+def _session(bundle: Bundle, file: str, threads: int, provider: str) -> ort.InferenceSession:
     try:
-        return open_session(str(bundle.path / file), config.num_threads, config.onnx_provider)
+        return open_session(str(bundle.path / file), threads, provider)
     except MotetError:
         raise
     except Exception as error:  # ONNX Runtime raises many types, all from its C++ side

@@ -1,0 +1,1 @@
+"""Encoders: what is no text becomes rows of embeddings."""
