@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from . import inference_pb2 as motet_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14motet/v1/admin.proto\x12\x08motet.v1\x1a\x18motet/v1/inference.proto\"\xe8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12,\n\x10\x64\x65\x66\x61ult_ensemble\x18\x03 \x01(\x0b\x32\x12.motet.v1.Ensemble\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12\'\n\x07origins\x18\x08 \x03(\x0b\x32\x16.motet.v1.MemberOrigin\x12\x13\n\x0bhidden_size\x18\t \x01(\x05\"\x8e\x01\n\x0cMemberOrigin\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\x12\x12\n\ntrained_on\x18\x04 \x01(\x05\x12\x14\n\x07\x65psilon\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_epsilonB\x08\n\x06_delta\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.motet.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.motet.v1.ModelInfo\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xc3\x01\n\x0fGetLoadResponse\x12\x0f\n\x07waiting\x18\x01 \x01(\x05\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x13\n\x0bmax_running\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x05 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\x12\x15\n\rcached_tokens\x18\x07 \x01(\x03\x12\x0e\n\x06tokens\x18\x08 \x01(\x03\x12\x12\n\nis_leaving\x18\t \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\x8d\x02\n\x05\x41\x64min\x12G\n\nListModels\x12\x1b.motet.v1.ListModelsRequest\x1a\x1c.motet.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.motet.v1.GetModelRequest\x1a\x1a.motet.v1.GetModelResponse\x12>\n\x07GetLoad\x12\x18.motet.v1.GetLoadRequest\x1a\x19.motet.v1.GetLoadResponse\x12\x38\n\x05\x44rain\x12\x16.motet.v1.DrainRequest\x1a\x17.motet.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14motet/v1/admin.proto\x12\x08motet.v1\x1a\x18motet/v1/inference.proto\"\xf7\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12,\n\x10\x64\x65\x66\x61ult_ensemble\x18\x03 \x01(\x0b\x32\x12.motet.v1.Ensemble\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12\'\n\x07origins\x18\x08 \x03(\x0b\x32\x16.motet.v1.MemberOrigin\x12\x13\n\x0bhidden_size\x18\t \x01(\x05\x12\r\n\x05media\x18\n \x03(\t\"\x8e\x01\n\x0cMemberOrigin\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\x12\x12\n\ntrained_on\x18\x04 \x01(\x05\x12\x14\n\x07\x65psilon\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_epsilonB\x08\n\x06_delta\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.motet.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.motet.v1.ModelInfo\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xc3\x01\n\x0fGetLoadResponse\x12\x0f\n\x07waiting\x18\x01 \x01(\x05\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x13\n\x0bmax_running\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x05 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\x12\x15\n\rcached_tokens\x18\x07 \x01(\x03\x12\x0e\n\x06tokens\x18\x08 \x01(\x03\x12\x12\n\nis_leaving\x18\t \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\x8d\x02\n\x05\x41\x64min\x12G\n\nListModels\x12\x1b.motet.v1.ListModelsRequest\x1a\x1c.motet.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.motet.v1.GetModelRequest\x1a\x1a.motet.v1.GetModelResponse\x12>\n\x07GetLoad\x12\x18.motet.v1.GetLoadRequest\x1a\x19.motet.v1.GetLoadResponse\x12\x38\n\x05\x44rain\x12\x16.motet.v1.DrainRequest\x1a\x17.motet.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'motet.v1.admin_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO']._serialized_start=61
-  _globals['_MODELINFO']._serialized_end=293
-  _globals['_MEMBERORIGIN']._serialized_start=296
-  _globals['_MEMBERORIGIN']._serialized_end=438
-  _globals['_LISTMODELSREQUEST']._serialized_start=440
-  _globals['_LISTMODELSREQUEST']._serialized_end=459
-  _globals['_LISTMODELSRESPONSE']._serialized_start=461
-  _globals['_LISTMODELSRESPONSE']._serialized_end=518
-  _globals['_GETMODELREQUEST']._serialized_start=520
-  _globals['_GETMODELREQUEST']._serialized_end=551
-  _globals['_GETMODELRESPONSE']._serialized_start=553
-  _globals['_GETMODELRESPONSE']._serialized_end=641
-  _globals['_GETLOADREQUEST']._serialized_start=643
-  _globals['_GETLOADREQUEST']._serialized_end=659
-  _globals['_GETLOADRESPONSE']._serialized_start=662
-  _globals['_GETLOADRESPONSE']._serialized_end=857
-  _globals['_DRAINREQUEST']._serialized_start=859
-  _globals['_DRAINREQUEST']._serialized_end=873
-  _globals['_DRAINRESPONSE']._serialized_start=875
-  _globals['_DRAINRESPONSE']._serialized_end=890
-  _globals['_ADMIN']._serialized_start=893
-  _globals['_ADMIN']._serialized_end=1162
+  _globals['_MODELINFO']._serialized_end=308
+  _globals['_MEMBERORIGIN']._serialized_start=311
+  _globals['_MEMBERORIGIN']._serialized_end=453
+  _globals['_LISTMODELSREQUEST']._serialized_start=455
+  _globals['_LISTMODELSREQUEST']._serialized_end=474
+  _globals['_LISTMODELSRESPONSE']._serialized_start=476
+  _globals['_LISTMODELSRESPONSE']._serialized_end=533
+  _globals['_GETMODELREQUEST']._serialized_start=535
+  _globals['_GETMODELREQUEST']._serialized_end=566
+  _globals['_GETMODELRESPONSE']._serialized_start=568
+  _globals['_GETMODELRESPONSE']._serialized_end=656
+  _globals['_GETLOADREQUEST']._serialized_start=658
+  _globals['_GETLOADREQUEST']._serialized_end=674
+  _globals['_GETLOADRESPONSE']._serialized_start=677
+  _globals['_GETLOADRESPONSE']._serialized_end=872
+  _globals['_DRAINREQUEST']._serialized_start=874
+  _globals['_DRAINREQUEST']._serialized_end=888
+  _globals['_DRAINRESPONSE']._serialized_start=890
+  _globals['_DRAINRESPONSE']._serialized_end=905
+  _globals['_ADMIN']._serialized_start=908
+  _globals['_ADMIN']._serialized_end=1177
 # @@protoc_insertion_point(module_scope)

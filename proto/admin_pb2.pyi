@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "members", "default_ensemble", "vocab_size", "max_model_len", "eos_token_ids", "digest", "origins", "hidden_size")
+    __slots__ = ("name", "members", "default_ensemble", "vocab_size", "max_model_len", "eos_token_ids", "digest", "origins", "hidden_size", "media")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class ModelInfo(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
     name: str
     members: _containers.RepeatedScalarFieldContainer[str]
     default_ensemble: _inference_pb2.Ensemble
@@ -27,7 +28,8 @@ class ModelInfo(_message.Message):
     digest: str
     origins: _containers.RepeatedCompositeFieldContainer[MemberOrigin]
     hidden_size: int
-    def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., default_ensemble: _Optional[_Union[_inference_pb2.Ensemble, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., origins: _Optional[_Iterable[_Union[MemberOrigin, _Mapping]]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    media: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., default_ensemble: _Optional[_Union[_inference_pb2.Ensemble, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., origins: _Optional[_Iterable[_Union[MemberOrigin, _Mapping]]] = ..., hidden_size: _Optional[int] = ..., media: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MemberOrigin(_message.Message):
     __slots__ = ("kind", "method", "data", "trained_on", "epsilon", "delta")

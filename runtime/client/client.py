@@ -23,6 +23,7 @@ from ..serve.grpc.answers import model_from_proto, output_from_response
 from ..serve.grpc.statuses import error_of
 from ..serve.grpc.wire import ensemble_to_proto, prompt_to_proto, request_to_proto
 from .connection import Connection
+from .media import with_files
 
 Mix = Ensemble | Mapping[str, float] | None
 
@@ -62,9 +63,9 @@ def _message(
     if isinstance(views, str):
         raise InvalidRequestError("views must be a list with one prompt per view, got one text", field="views")
     return request_to_proto(
-        prompt,
+        with_files(prompt),
         ensemble=_ensemble(mix, space),
-        views=tuple(views),
+        views=tuple(map(with_files, views)),
         sampling=sampling if sampling is not None else SamplingParams(**fields),
         request_id=request_id,
         time_limit_s=time_limit_s,
@@ -96,7 +97,7 @@ def _ensemble(mix: Mix, space: Space | None) -> Ensemble | None:
 def _embed(prompts: Sequence[Prompt], mix: Mix) -> inference_pb2.EmbedRequest:
     if isinstance(prompts, str):
         raise InvalidRequestError("prompts must be a list with one prompt per embedding, got one text", field="input")
-    message = inference_pb2.EmbedRequest(prompts=map(prompt_to_proto, prompts))
+    message = inference_pb2.EmbedRequest(prompts=[prompt_to_proto(with_files(prompt)) for prompt in prompts])
     if (ensemble := _ensemble(mix, None)) is not None:
         message.ensemble.CopyFrom(ensemble_to_proto(ensemble))
     return message
@@ -123,8 +124,10 @@ class Client:
     ...         print(delta.text, end="", flush=True)
 
     `address`: host:port, or a `Connection` with a key or TLS. `prompt`: text, token ids, messages ({"role", "content"}), or
-    a `Conversation`. Options: see `_message` (mix, space, views, request_id, time_limit_s, return_member_logprobs,
-    return_confidence, abstain_below, drafts, priority, cache_salt, structure, sampling, or the fields of `SamplingParams`).
+    a `Conversation`. A content is a text, or a list of parts: {"type": "text", "text"} and {"type": "image", "image"}, where
+    image is a `pathlib.Path`, an image of Pillow, or the bytes of a file. Options: see `_message` (mix, space, views,
+    request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, drafts, priority, cache_salt, structure,
+    sampling, or the fields of `SamplingParams`).
     `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has.
     Raises the errors of the server, and `UnavailableError` if there is no answer from it.
     """
@@ -177,7 +180,7 @@ class Client:
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, chat template applied."""
         try:
-            request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
+            request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(with_files(prompt)))
             response = self._inference.Tokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
@@ -270,7 +273,7 @@ class AsyncClient:
         return [list(embedding.values) for embedding in (await _answer(call)).embeddings]
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(prompt))
+        request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(with_files(prompt)))
         return list((await _answer(self._inference.Tokenize(request, metadata=self._metadata))).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 
-from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from ..api.limits import MAX_MEDIA_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ..errors import ConfigError, NotFoundError
 from ..serve.settings import is_loopback
 
 OPTIONS = [
-    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES + MAX_MEDIA_BYTES),  # how much, the server says
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A connection that broke without a word is noticed while an answer is awaited.
     ("grpc.keepalive_time_ms", 30_000),

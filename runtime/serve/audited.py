@@ -57,6 +57,9 @@ class AuditSink:
         if call.request is not None:
             prompts = json.dumps(call.request.prompts, separators=(",", ":"))  # token ids, a list per view
             texts = {"prompt": prompts.encode(), "answer": "".join(call.text).encode()}
+            if any(call.request.embedded):  # a list per view: position, and digest of what was embedded there
+                spans = [[[span.start, span.digest.hex()] for span in view] for view in call.request.embedded]
+                texts["embedded"] = json.dumps(spans, separators=(",", ":")).encode()
         self._audit.append(Entry(END, fields, subject_of(fields), texts))
 
     def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:

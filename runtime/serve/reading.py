@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import secrets
 import uuid
+from collections.abc import Sequence
 
+from ..api.prompt import Prompt
 from ..api.request import Ensemble, GenerateRequest, Owner, Request
 from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
-from ..text.prompt import build_prompt
+from ..text.prompt import BuiltPrompt, read_prompt
 from ..trust.identity import Identity
 from ..trust.quotas import Quotas
 
@@ -22,13 +24,19 @@ class RequestReader:
         self._engine, self._quotas = engine, quotas
 
     def read(self, request: GenerateRequest, identity: Identity) -> Request:
-        """The request as the engine accepts it. Views with equal tokens become one. The engine's id is new: two
+        """The request as the engine accepts it. Views with equal tokens and media become one. The engine's id is new: two
         clients may choose the same id, and must not cancel each other's request."""
-        tokenizer, limit = self._engine.tokenizer, self._engine.model.max_model_len
-        prompts: dict[tuple[int, ...], int] = {build_prompt(tokenizer, request.prompt, limit): 0}
-        view_of = [0]  # view of the request → index into the prompts
-        for view in request.views:
-            view_of.append(prompts.setdefault(build_prompt(tokenizer, view, limit), len(prompts)))
+        salt = _salt(identity.tenant, request.cache_salt)
+        built: dict[tuple[tuple[int, ...], tuple[bytes, ...]], BuiltPrompt] = {}
+        view_of = []  # view of the request → index into the prompts
+        for prompt in (request.prompt, *request.views):
+            one = self.built(prompt)
+            key = one.token_ids, tuple(medium.digest for medium in one.media)
+            built.setdefault(key, one)
+            view_of.append(list(built).index(key))
+        self._check_media(list(built.values()))
+        prompts = tuple(one.token_ids for one in built.values())
+        has_media = any(one.media for one in built.values())
         ensemble = self._engine.model.default_ensemble
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
@@ -44,8 +52,9 @@ class RequestReader:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
         return Request(
             request_id=uuid.uuid4().hex,
-            prompts=tuple(prompts),
+            prompts=prompts,
             ensemble=ensemble,
+            embedded=tuple(one.spans(salt) for one in built.values()) if has_media else (),
             sampling=sampling,
             time_limit_s=request.time_limit_s,
             return_member_logprobs=request.return_member_logprobs,
@@ -54,9 +63,24 @@ class RequestReader:
             drafts=request.drafts,
             priority=request.priority,
             structure=request.structure,
-            cache_salt=_salt(identity.tenant, request.cache_salt),
+            cache_salt=salt,
             owner=owner,
         )
+
+    def built(self, prompt: Prompt) -> BuiltPrompt:
+        """A prompt as token ids; its media are read and not encoded."""
+        engine = self._engine
+        return read_prompt(engine.tokenizer, prompt, engine.model.max_model_len, engine.media)
+
+    def _check_media(self, prompts: Sequence[BuiltPrompt]) -> None:
+        """Views have media of their own; together they may have as many as a request."""
+        count = len({medium.digest for prompt in prompts for medium in prompt.media})
+        most = self._engine.config.max_images
+        if count > most:
+            raise InvalidRequestError(
+                f"the request's prompts have {count} images, at most max_images ({most}) are read; send fewer",
+                field="messages.content",
+            )
 
     def owner(self, identity: Identity) -> Owner:
         """Whose turn this caller's requests take."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_ID_BYTES, MAX_TEXTS
 from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
-from ..api.prompt import Prompt
+from ..api.prompt import Prompt, has_media
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
 from ..api.rules import Integer, Text
 from ..engine.consensus import draft_requests, most_agreed
@@ -41,6 +41,7 @@ T = TypeVar("T")
 _POLL_S = 0.02
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _READERS = 2  # threads that read and tokenise requests
+_MEDIA_READERS = 2  # threads that read requests with images, which takes longer: other requests do not wait for them
 
 
 class Service:
@@ -65,6 +66,7 @@ class Service:
         self._delivery = Delivery()
         self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
+        self._media_readers = ThreadPoolExecutor(_MEDIA_READERS, thread_name_prefix="motet-media")
         self._structures = StructureCompiler(engine.grammars, self._run)
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
@@ -101,7 +103,11 @@ class Service:
         """The request as the engine accepts it, within the tenant's quota of tokens."""
         if (structure := request.structure) is not None:  # the engine finds it among those of late
             await self._structures.compile(structure, caller.identity.tenant)
-        tokenised = await self._run(lambda: self._reader.read(request, caller.identity))
+        threads = None
+        if any(map(has_media, (request.prompt, *request.views))):
+            self._quotas.check_tokens(caller.identity.tenant, 1)  # before they are encoded
+            threads = self._media_readers
+        tokenised = await self._run(lambda: self._reader.read(request, caller.identity), threads)
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
         return tokenised
@@ -214,9 +220,9 @@ class Service:
     async def tokenize(self, prompt: Prompt, caller: Caller) -> tuple[int, ...]:
         """Token ids of a prompt, chat template applied. Raises `InvalidRequestError`, and `ContextLengthError` if there
         are certainly more than the context holds."""
-        limit = self._engine.model.max_model_len
-        with self.calls.call("tokenize", caller) as call:
-            found = await self.in_thread(lambda: build_prompt(self._engine.tokenizer, prompt, limit), caller)
+        threads = self._media_readers if has_media(prompt) else None
+        with self.calls.call("tokenize", caller) as call, self._quotas.place(caller.identity.tenant):
+            found = await self._run(lambda: self._reader.built(prompt).token_ids, threads)
             call.prompt_tokens = len(found)
             return found
 
@@ -284,6 +290,11 @@ class Service:
     def places_for_jobs(self) -> int:
         """Records of batch jobs that are answered at once."""
         return self._engine.config.max_num_seqs
+
+    @property
+    def most_media_bytes(self) -> int:
+        """Bytes of a request's images, beside which its other fields have their own limit; 0: it may have none."""
+        return self._engine.media.most_bytes
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -36,13 +36,15 @@ from .options import (
 from .runtime.api.output import Completion, Output, join
 from .runtime.api.prompt import Message, Prompt
 from .runtime.api.request import Ensemble, Member
-from .runtime.errors import ConfigError, ContextLengthError, DataError
+from .runtime.client.media import read_image
+from .runtime.errors import ConfigError, ContextLengthError, DataError, MotetError
 from .runtime.text.documents import read_document
 
 if TYPE_CHECKING:
     from .runtime.client.client import Client
 
 _ALPHA = 0.5
+_IMAGE = "/image "  # begins a line of `chat`
 
 
 def mount(app: typer.Typer) -> None:
@@ -70,6 +72,9 @@ def generate(
         typer.Option(help=f"How much --context counts: (1 + α) with it − α without; default: {_ALPHA}."),
     ] = None,
     member: Annotated[str | None, typer.Option(help="The member that reads --context; default: the first.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to ask about, a file. May be given several times.")
+    ] = None,
     raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
     request_id: Annotated[str, typer.Option(help="An id for the request; default: the server makes one.")] = "",
     time_limit_s: Annotated[
@@ -107,6 +112,9 @@ def generate(
         raise ConfigError("--alpha and --member are for context-aware decoding; give --context too")
     if context is not None and ensemble is not None:
         raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
+    if image and raw:
+        raise ConfigError("--raw sends a text, and --image is part of a chat message; leave one out")
+    images = [read_image(file) for file in image or ()]
     document = read_document(context) if context is not None else ""
     with _client(bundle, address, tls, ca, cert, cert_key) as client:
         views: Sequence[Prompt] = ()
@@ -115,10 +123,10 @@ def generate(
             alpha = _ALPHA if alpha is None else alpha
             name = member if member is not None else client.models()[0].members[0]
             ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
-            views = [_as_prompt(prompt, raw)]
+            views = [_as_prompt(prompt, raw, images)]
             text = f"{document}\n\n{prompt}"
         deltas = client.generate(
-            _as_prompt(text, raw),
+            _as_prompt(text, raw, images),
             mix=ensemble,
             views=views,
             sampling=sampling,
@@ -154,15 +162,20 @@ def chat(
     **values: Any,
 ) -> None:
     """Chat in several turns. An empty line or the end of the input ends it. When the context is full, the oldest turns
-    are left out; the system message stays."""
+    are left out; the system message stays. A line `/image FILE` adds a picture to the next message."""
     sampling = read_sampling(values, typed, defaults, bundle)
     ensemble = read_ensemble(mix, space)
     first = [{"role": "system", "content": system}] if system is not None else []
     turns: list[Message] = []  # user, assistant, user, …
+    images: list[bytes] = []  # of the next message
     with _client(bundle, address, tls, ca, cert, cert_key) as client:
         context = client.models()[0].max_model_len
         while (text := _read_line()).strip():
-            turns.append({"role": "user", "content": text})
+            if text.startswith(_IMAGE):
+                _add_image(images, Path(text.removeprefix(_IMAGE).strip()))
+                continue
+            turns.append(_as_message(text, images))
+            images = []
             dropped = _num_dropped(client, first, turns, context, sampling.max_tokens)
             if dropped == len(turns):
                 _note(f"this message does not fit the context of {context} tokens; send a shorter one")
@@ -173,6 +186,16 @@ def chat(
                 del turns[:dropped]
             answer = _print(client.generate([*first, *turns], mix=ensemble, sampling=sampling))
             turns.append({"role": "assistant", "content": answer})
+
+
+def _add_image(images: list[bytes], file: Path) -> None:
+    """A file that cannot be read is said, and the chat goes on."""
+    try:
+        images.append(read_image(file))
+    except MotetError as error:
+        _note(str(error))
+        return
+    _note(f"picture {len(images)} of the next message")
 
 
 def _read_line() -> str:
@@ -209,8 +232,16 @@ def _note(text: str) -> None:
     print(f"[{text}]", file=sys.stderr)
 
 
-def _as_prompt(text: str, raw: bool) -> Prompt:
-    return text if raw else [{"role": "user", "content": text}]
+def _as_prompt(text: str, raw: bool, images: Sequence[bytes]) -> Prompt:
+    return text if raw else [_as_message(text, images)]
+
+
+def _as_message(text: str, images: Sequence[bytes]) -> Message:
+    """Of the user. Images come before the text."""
+    if not images:
+        return {"role": "user", "content": text}
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 @contextmanager

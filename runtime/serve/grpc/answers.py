@@ -147,6 +147,7 @@ def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:
         eos_token_ids=model.eos_token_ids,
         digest=model.digest,
         hidden_size=model.hidden_size,
+        media=model.media,
         origins=[admin_pb2.MemberOrigin(**dataclasses.asdict(origin)) for origin in model.origins],
     )
     message.default_ensemble.space = SPACES[model.default_ensemble.space]
@@ -166,6 +167,7 @@ def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
         max_model_len=message.max_model_len,
         digest=message.digest,
         hidden_size=message.hidden_size,
+        media=tuple(message.media),
         origins=tuple(map(_origin_from_proto, message.origins)),
     )
 

@@ -54,7 +54,6 @@ KEEPALIVE_OPTIONS = [
 ]
 OPTIONS = [
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
@@ -212,7 +211,9 @@ class Server:
             Statuses(self.service.calls, self.service.send_timeout_s),
         ]
         self._server = grpc.aio.server(
-            options=OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
+            options=[*OPTIONS, ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + self.service.most_media_bytes)],
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         self._health = Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.service), self._server)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from ... import errors
 from ...api.limits import MAX_ERROR_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from ...errors import InvalidRequestError, MotetError, OverloadedError, UnavailableError
 from ..calls import Calls
+from .wire import media_bytes
 
 log = logging.getLogger("motet.server")
 
@@ -43,6 +44,7 @@ _CODES: Mapping[type, grpc.StatusCode] = {
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 _DOMAIN = "motet"
+MEDIA_METHODS = frozenset(f"/motet.v1.Inference/{name}" for name in ("Generate", "Complete", "Tokenize"))
 OWN = ("/motet.v1.", "/vllm.grpc.engine.", "/inference.")  # packages of our services
 
 
@@ -90,7 +92,8 @@ def error_of(call_error: Any) -> MotetError:
         return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return InvalidRequestError(
-            f"a request has at most {MAX_REQUEST_BYTES} bytes, an answer {MAX_MESSAGE_BYTES}: {message}"
+            f"a request has at most {MAX_REQUEST_BYTES} bytes beside the images that a server permits, an answer "
+            f"{MAX_MESSAGE_BYTES}: {message}"
         )
     return MotetError(f"{code.name}: {message}")
 
@@ -146,9 +149,16 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         def deserialize(data: bytes) -> Any:
             """The message, or the error: an exception here would end the call as UNKNOWN."""
             try:
-                return decode(data)
+                message = decode(data) if len(data) <= MAX_REQUEST_BYTES or details.method in MEDIA_METHODS else None
             except DecodeError:
                 return InvalidRequestError(f"the request's {len(data)} bytes are no message of {details.method}")
+            if len(data) > MAX_REQUEST_BYTES and (
+                message is None or len(data) - media_bytes(message) > MAX_REQUEST_BYTES
+            ):
+                return InvalidRequestError(
+                    f"the request has {len(data)} bytes, at most {MAX_REQUEST_BYTES} beside images are read; send less"
+                )
+            return message
 
         async def checked(messages: Any) -> AsyncGenerator[Any, None]:
             async for message in messages:

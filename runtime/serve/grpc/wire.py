@@ -11,6 +11,7 @@ from ....proto import inference_pb2
 from ...api.limits import (
     MAX_MEMBERS,
     MAX_MESSAGES,
+    MAX_PARTS,
     MAX_TEXTS,
 )
 from ...api.prompt import Conversation, Prompt, PromptContent
@@ -98,8 +99,33 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
 
 def _message_from_proto(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.parts:
+        if message.content:
+            raise InvalidRequestError("a message has content or parts; leave one out", field="messages.content")
+        if len(message.parts) > MAX_PARTS:  # before an object is made of each
+            raise InvalidRequestError(
+                f"the messages' contents have at most {MAX_PARTS} parts, got {len(message.parts)}",
+                field="messages.content",
+            )
+        found["content"] = [_part_from_proto(part) for part in message.parts]
     found |= {name: getattr(message, name) for name in ("name", "tool_call_id") if message.HasField(name)}
     return found | {"tool_calls": _objects("tool_calls", message.tool_calls)} if message.tool_calls else found
+
+
+def media_bytes(message: Any) -> int:
+    """Bytes of the images of a request of `Inference`, which have a limit of their own."""
+    prompts = [message.prompt]
+    if isinstance(message, inference_pb2.GenerateRequest):
+        prompts += [member.view.prompt for member in message.ensemble.members if member.HasField("view")]
+    messages = (chat for prompt in prompts if prompt.HasField("messages") for chat in prompt.messages.messages)
+    return sum(len(part.image) for chat in messages for part in chat.parts)
+
+
+def _part_from_proto(part: inference_pb2.ContentPart) -> dict[str, Any]:
+    kind = part.WhichOneof("part")
+    if kind is None:
+        raise InvalidRequestError("a part of a message's content is empty; leave it out", field="messages.content")
+    return {"type": kind, kind: getattr(part, kind)}
 
 
 def _objects(name: str, text: str) -> list[Any]:
@@ -209,12 +235,22 @@ def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
     if content.text is not None:
         return inference_pb2.Prompt(text=content.text)
     if (chat := content.conversation) is not None:
-        messages = [inference_pb2.ChatMessage(**{k: _json(v) for k, v in message.items()}) for message in chat.messages]
+        messages = list(map(_message_to_proto, chat.messages))
         tools, open_ = _json(chat.tools), chat.continue_final_message
         return inference_pb2.Prompt(
             messages=inference_pb2.ChatMessages(messages=messages, tools=tools, continue_final_message=open_)
         )
     return inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=content.token_ids))
+
+
+def _message_to_proto(message: Mapping[str, Any]) -> inference_pb2.ChatMessage:
+    """What a client says of an image's type is not sent: the server looks."""
+    fields: dict[str, Any] = {key: _json(value) for key, value in message.items() if key != "content"}
+    content = message["content"]
+    if isinstance(content, str):
+        return inference_pb2.ChatMessage(content=content, **fields)
+    parts = [inference_pb2.ContentPart(**{part["type"]: part[part["type"]]}) for part in content]
+    return inference_pb2.ChatMessage(parts=parts, **fields)
 
 
 def _json(value: Any) -> str:

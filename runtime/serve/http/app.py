@@ -67,12 +67,23 @@ class Door:
             return caller
         return dataclasses.replace(caller, end_user=_USER.check("user", end_user))
 
-    async def body(self, request: Request, kind: type[T], method: str) -> T:
-        """The request's JSON, as `kind`; `method`: of the call, for the record of one that is refused. Raises
-        `InvalidRequestError` for what is too large or too late, no JSON, or has an unknown field or a wrong type."""
-        content = await self.content(request)
+    async def body(
+        self, request: Request, kind: type[T], method: str, media_size: Callable[[T], int] | None = None
+    ) -> T:
+        """The request's JSON, as `kind`; `method`: of the call, for the record of one that is refused. `media_size`:
+        characters of its images, for which there is room of their own; None: it has none. Raises `InvalidRequestError` for what
+        is too large or too late, no JSON, or has an unknown field or a wrong type."""
+        media = self.service.most_media_bytes if media_size is not None else 0
+        content = await self.content(request, MAX_REQUEST_BYTES + (media + 2) // 3 * 4)  # base64
         caller = self.caller(request)
-        return await self.service.read(method, lambda: decoded(content, kind), caller)
+
+        def read() -> T:
+            found = decoded(content, kind)
+            if media_size is not None and len(content) - media_size(found) > MAX_REQUEST_BYTES:
+                raise _too_large(MAX_REQUEST_BYTES, " beside its images")
+            return found
+
+        return await self.service.read(method, read, caller)
 
     async def content(self, request: Request, limit: int = MAX_REQUEST_BYTES) -> bytes:
         host = request.client.host if request.client is not None else ""
@@ -103,8 +114,8 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(found)
 
 
-def _too_large(limit: int) -> InvalidRequestError:
-    return InvalidRequestError(f"a request's body has at most {limit} bytes; send less")
+def _too_large(limit: int, what: str = "") -> InvalidRequestError:
+    return InvalidRequestError(f"a request's body has at most {limit} bytes{what}; send less")
 
 
 def decoded(content: bytes, kind: type[T]) -> T:

@@ -43,13 +43,18 @@ class ChatRequest(Common, kw_only=True, forbid_unknown_fields=True):
 
 
 async def chat_completions(door: Door, request: Request) -> Response:
-    fields: Any = await door.body(request, ChatRequest, "generate")
+    fields: Any = await door.body(request, ChatRequest, "generate", _media_size)
     caller = door.caller(request, fields.user)
     asked, tools = await door.service.read("generate", lambda: _request(fields, door), caller)
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequestError("stream_options is for a stream; set stream, or leave it out", field="stream_options")
     answer = _Answer(door, fields, asked, tools, caller)
     return Work(answer.stream if fields.stream else answer.whole)
+
+
+def _media_size(fields: Any) -> int:
+    contents = (message.content for message in fields.messages if isinstance(message.content, list))
+    return sum(len(part.image_url.url) for content in contents for part in content if part.image_url is not None)
 
 
 def _request(fields: Any, door: Door) -> tuple[GenerateRequest, Tools]:

@@ -27,9 +27,10 @@ from .wire import (
     ChatMessage,
     Common,
     FunctionCall,
+    ImageUrl,
     JsonSchema,
+    Part,
     ResponseFormat,
-    TextPart,
     ToolCallFields,
     conversation,
     generate_request,
@@ -50,8 +51,10 @@ class TextFields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["input_text", "output_text", "refusal"]
+    type: Literal["input_text", "output_text", "refusal", "input_image"]
     text: str = ""
+    image_url: str | None = None
+    detail: Literal["auto"] | None = None
     refusal: str = ""
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
@@ -92,7 +95,7 @@ class ResponsesRequest(Common, kw_only=True, forbid_unknown_fields=True):
 
 
 async def responses(door: Door, request: Request) -> Response:
-    fields: Any = await door.body(request, ResponsesRequest, "generate")
+    fields: Any = await door.body(request, ResponsesRequest, "generate", _media_size)
     caller = door.caller(request, fields.user)
     asked, tools = await door.service.read("generate", lambda: _request(fields, door), caller)
     answer = _Answer(door, fields, asked, tools, caller)
@@ -162,8 +165,26 @@ def _messages(fields: Any) -> list[ChatMessage]:
     return found
 
 
-def _parts(content: str | list[ContentPart]) -> str | list[TextPart]:
-    return content if isinstance(content, str) else [TextPart("text", part.text or part.refusal) for part in content]
+def _media_size(fields: Any) -> int:
+    items = () if isinstance(fields.input, str) else fields.input
+    contents = (content for item in items for content in (item.content, item.output) if isinstance(content, list))
+    return sum(len(part.image_url) for content in contents for part in content if part.image_url is not None)
+
+
+def _parts(content: str | list[ContentPart]) -> str | list[Part]:
+    return content if isinstance(content, str) else list(map(_part, content))
+
+
+def _part(part: ContentPart) -> Part:
+    if (part.type == "input_image") != (part.image_url is not None) or (part.image_url is None and part.detail):
+        raise InvalidRequestError(
+            "image_url, and perhaps detail, are of a part of type input_image, which has no text", field="input.content"
+        )
+    if part.image_url is None:
+        return Part("text", part.text or part.refusal)
+    if part.text or part.refusal or part.annotations or part.logprobs:
+        raise InvalidRequestError("a part of type input_image has an image_url and nothing else", field="input.content")
+    return Part("image_url", image_url=ImageUrl(part.image_url))
 
 
 class _Answer:
