@@ -64,6 +64,8 @@ class ClusterEngine:
         self._thread.start()
         self._application = f"motet-{uuid.uuid4().hex[:12]}"  # another's of the same name would be replaced
         try:
+            if loaded.image_encoder is not None:  # replicas get token ids alone: they need not load it
+                config = dataclasses.replace(config, max_images=0)
             self._handle = _start(self._application, bundle, config, settings)
         except BaseException as error:
             self._stop_loop()

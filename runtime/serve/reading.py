@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, GenerateRequest, Owner, Request
+from ..api.rules import Integer
 from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
 from ..text.prompt import BuiltPrompt, read_prompt
@@ -71,6 +72,18 @@ class RequestReader:
         """A prompt as token ids; its media are read and not encoded."""
         engine = self._engine
         return read_prompt(engine.tokenizer, prompt, engine.model.max_model_len, engine.media)
+
+    def text(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Raises `InvalidRequestError` for more token ids than the context holds, or an unknown one."""
+        model = self._engine.model
+        if len(token_ids) > model.max_model_len:
+            raise InvalidRequestError(
+                f"{len(token_ids)} token ids; at most {model.max_model_len}, the context, are allowed",
+                field="token_ids",
+            )
+        for token_id in token_ids:
+            Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
+        return self._engine.tokenizer.decode(token_ids, skip_special_tokens)
 
     def _check_media(self, prompts: Sequence[BuiltPrompt]) -> None:
         """Views have media of their own; together they may have as many as a request."""

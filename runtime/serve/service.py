@@ -21,7 +21,7 @@ from ..api.model_info import ModelInfo
 from ..api.output import Completion, Output, join
 from ..api.prompt import Prompt, has_media
 from ..api.request import Ensemble, FinishReason, GenerateRequest, Request
-from ..api.rules import Integer, Text
+from ..api.rules import Text
 from ..engine.consensus import draft_requests, most_agreed
 from ..engine.interface import ServedEngine
 from ..engine.stats import EngineStats
@@ -40,8 +40,7 @@ log = logging.getLogger("motet.service")
 T = TypeVar("T")
 _POLL_S = 0.02
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
-_READERS = 2  # threads that read and tokenise requests
-_MEDIA_READERS = 2  # threads that read requests with images, which takes longer: other requests do not wait for them
+_READERS = 2  # threads that read and tokenise requests, and as many for those with images, which take longer
 
 
 class Service:
@@ -66,7 +65,7 @@ class Service:
         self._delivery = Delivery()
         self._reader = RequestReader(engine, self._quotas)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-reader")
-        self._media_readers = ThreadPoolExecutor(_MEDIA_READERS, thread_name_prefix="motet-media")
+        self._media_readers = ThreadPoolExecutor(_READERS, thread_name_prefix="motet-media")
         self._structures = StructureCompiler(engine.grammars, self._run)
         self._of_caller: dict[tuple[str, str], set[str]] = {}  # tenant and the client's id → ids of the engine
 
@@ -227,17 +226,9 @@ class Service:
             return found
 
     async def detokenize(self, token_ids: Sequence[int], caller: Caller, skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Raises `InvalidRequestError` for more than the context holds, or an unknown id."""
-        model = self._engine.model
+        """The text of token ids. Raises what `RequestReader.text` raises."""
         with self.calls.call("detokenize", caller):
-            if len(token_ids) > model.max_model_len:
-                raise InvalidRequestError(
-                    f"{len(token_ids)} token ids; at most {model.max_model_len}, the context, are allowed",
-                    field="token_ids",
-                )
-            for token_id in token_ids:
-                Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
-            return await self.in_thread(lambda: self._engine.tokenizer.decode(token_ids, skip_special_tokens), caller)
+            return await self.in_thread(lambda: self._reader.text(token_ids, skip_special_tokens), caller)
 
     async def read(self, method: str, work: Callable[[], T], caller: Caller) -> T:
         """A door's message as what the method takes (`in_thread`). One that is refused is recorded as a call."""

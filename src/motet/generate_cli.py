@@ -37,7 +37,7 @@ from .runtime.api.output import Completion, Output, join
 from .runtime.api.prompt import Message, Prompt
 from .runtime.api.request import Ensemble, Member
 from .runtime.client.media import read_image
-from .runtime.errors import ConfigError, ContextLengthError, DataError, MotetError
+from .runtime.errors import ConfigError, ContextLengthError, DataError, InvalidRequestError, MotetError
 from .runtime.text.documents import read_document
 
 if TYPE_CHECKING:
@@ -176,7 +176,14 @@ def chat(
                 continue
             turns.append(_as_message(text, images))
             images = []
-            dropped = _num_dropped(client, first, turns, context, sampling.max_tokens)
+            try:
+                dropped = _num_dropped(client, first, turns, context, sampling.max_tokens)
+            except InvalidRequestError as error:
+                if isinstance(turns[-1]["content"], str):
+                    raise
+                _note(f"{error}; this message was left out")  # a picture that the server does not take
+                turns.pop()
+                continue
             if dropped == len(turns):
                 _note(f"this message does not fit the context of {context} tokens; send a shorter one")
                 turns.pop()

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import grpc
 import numpy as np
@@ -32,7 +33,10 @@ from motet.runtime.client.client import Client
 from motet.runtime.encoders.images import open_media
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, ContextLengthError, InvalidRequestError, NotFoundError
+from motet.runtime.serve.audited import AuditSink
 from motet.runtime.text.prompt import read_prompt
+from motet.runtime.trust.audit.reader import records
+from motet.runtime.trust.audit.writer import AuditLog
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
@@ -368,6 +372,24 @@ def test_the_wire_has_room_for_images_and_for_nothing_else(client):
     assert "content or parts" in caught.value.details()
 
 
+def test_the_audit_log_has_what_was_embedded_as_it_has_texts(image_bundle, tmp_path):
+    """Sealed, and an HMAC of it: two calls with one image have the same, another image has another."""
+    parts = [user(image(encoded(picture(30, 30, seed))), text("x")) for seed in (1, 1, 2)]
+    with AuditLog(tmp_path / "audit", with_content=True) as audit, ExitStack() as stack:
+        engine = stack.enter_context(Engine.from_bundle(image_bundle, EngineConfig(**CONFIG)))
+        server = stack.enter_context(serving(engine, service={"sinks": [AuditSink(audit, "digest")]}))
+        client = stack.enter_context(Client(server.address))
+        for prompt in (*parts, "text"):
+            client.complete(prompt, max_tokens=1, **GREEDY)
+    *calls, plain = [one for one in records(tmp_path / "audit") if one.get("method") == "generate"]
+    hashes = [one["embedded_hmac"] for one in calls]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert calls[0]["prompt_hmac"] == calls[2]["prompt_hmac"], "the token ids are the same"
+    [spans] = json.loads(calls[0]["embedded"])
+    assert len(spans) == 10
+    assert "embedded_hmac" not in plain
+
+
 # ---- servers without images, and the command line --------------------------------------------------------------------
 
 
@@ -419,9 +441,12 @@ def test_the_command_line(image_bundle, tmp_path):
     assert (refused.returncode, "--raw sends a text" in refused.stderr) == (2, True)
     refused = run("generate", "what?", "--image", tmp_path / "none.png")
     assert (refused.returncode, "there is no image" in refused.stderr) == (2, True)
-    lines = f"/image {tmp_path / 'a.png'}\n/image {tmp_path / 'none'}\nwhat is it?\nand now?\n\n"
+    (tmp_path / "b.png").write_bytes(b"no image")
+    lines = f"/image {tmp_path / 'a.png'}\n/image {tmp_path / 'none'}\nwhat is it?\n/image {tmp_path / 'b.png'}\nx\nand now?\n\n"
     chat = run("chat", stdin=lines)
     assert chat.returncode == 0, chat.stderr
     assert "picture 1 of the next message" in chat.stderr
     assert "there is no image" in chat.stderr
+    assert "no image of a kind that is read" in chat.stderr
+    assert "this message was left out" in chat.stderr
     assert chat.stderr.count("tok/s") == 2

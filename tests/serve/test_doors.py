@@ -75,7 +75,11 @@ STRUCTURES = [
     Structure.grammar('start: "a"+'),
     Structure.choice(["yes", "nö\n"]),
 ]
-ALONE = {"drafts", "structure"}  # what other fields exclude: see DRAFTED and STRUCTURES
+ALONE = {
+    "drafts",
+    "structure",
+    "embedded",
+}  # others exclude them: see DRAFTED, STRUCTURES; of images: encoders/test_served.py
 MADE_BY_THE_SERVICE = {"request_id", "owner"}  # no caller of a door sets them
 
 

@@ -27,8 +27,8 @@ REFUSED = {
     "no messages": ({"messages": []}, "empty", "messages"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "unknown",
-        None,
+        "nothing is fetched",
+        "messages.content",
     ),
     "tool_choice without tools": ({"tool_choice": "required"}, "there are none", "tool_choice"),
     "an unknown tool": ({"tools": [TIME], "tool_choice": NAMED}, "no tool here", "tool_choice"),
