@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidRequestError, UnavailableError, shown
-from ..model.encoders.vision import ImageProcessor
+from ..model.encoders.vision import MOST_TILES, ImageProcessor
 
 U8 = npt.NDArray[np.uint8]
 LIMIT_S = 5.0  # of computing, of an image
@@ -111,8 +111,11 @@ class ImageDecoder:
             )
         if "refused" in answer:
             raise refusal(_REASONS[answer["refused"]])
-        count, edge = int(answer["tiles"]), self._edge
-        content = self._bytes(count * 3 * edge * edge)
+        count, rows, columns, edge = *(int(answer[name]) for name in ("tiles", "rows", "columns")), self._edge
+        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and count == rows * columns + 1
+        content = (
+            self._bytes(count * 3 * edge * edge) if fits else None
+        )  # a process that was taken over may say anything
         if content is None:
             self.close()
             raise UnavailableError("the process that decodes images has ended; try again")
@@ -120,7 +123,7 @@ class ImageDecoder:
         if media_type and kind != answer["kind"]:
             raise refusal(f"it is said to be {shown(media_type)} and is image/{answer['kind']}; say what it is")
         pixels = np.frombuffer(content, np.uint8).reshape(count, 3, edge, edge)
-        return Tiles(pixels, int(answer["rows"]), int(answer["columns"]))
+        return Tiles(pixels, rows, columns)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from helpers.media import write_image_model
+from helpers.media import CONFIG, write_image_model
+from helpers.servers import serving, serving_http
+from motet.export.bundle_writer import export_bundle
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.client.client import Client
+from motet.runtime.engine.engine import Engine
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,30 @@ def reference(image_model_dir):
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(image_model_dir).eval()
     return model, reference_processor(image_model_dir)
+
+
+@pytest.fixture(scope="session")
+def image_bundle(image_model_dir, tmp_path_factory):
+    return export_bundle(image_model_dir, tmp_path_factory.mktemp("images") / "tiny", bits=32)
+
+
+@pytest.fixture(scope="session")
+def image_engine(image_bundle):
+    with Engine.from_bundle(image_bundle, EngineConfig(**CONFIG)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def client(image_engine):
+    with serving(image_engine) as server, Client(server.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def alone(image_bundle):
+    """(host:port of an HTTP door, the engine): the doors' ends drain their engines, so it has its own."""
+    with (
+        Engine.from_bundle(image_bundle, EngineConfig(**CONFIG)) as engine,
+        serving_http(engine) as (address, _service),
+    ):
+        yield address, engine

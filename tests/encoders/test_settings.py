@@ -99,6 +99,7 @@ def test_other_families_have_no_encoder():
         ("images", {"max_image_size": {"longest_edge": 500}}, "no multiple of 64"),
         ("images", {"max_image_size": 512}, "max_image_size=512"),
         ("images", {"do_resize": False}, "must have a longest_edge"),
+        ("images", {"max_image_size": {"longest_edge": 64}}, "at most 16 tiles of 64 pixels"),
         ("images", {"resample": 9}, "resample"),
         ("images", {"image_std": [0.5, 0.0, 0.5]}, "std must be"),
         ("images", {"image_mean": [0.5]}, "mean must be three"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -42,6 +43,10 @@ PREPROCESSOR = {
     "rescale_factor": 1 / 255,
     "size": {"longest_edge": 72},
 }
+
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+CONFIG = {"threads": 1, "kv_dtype": "bf16", "backend": "cpu", "max_image_pixels": 10**6, "max_image_bytes": 2**20}
 
 
 def write_image_model(
@@ -129,3 +134,27 @@ def encoded(image, kind: str = "PNG", **options: object) -> bytes:
     content = io.BytesIO()
     image.save(content, kind, **options)
     return content.getvalue()
+
+
+def image(content):
+    return {"type": "image", "image": content}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def pictures(count, seed=0):
+    return [picture(29 + 31 * (i + seed), 17 + 53 * (i + seed) % 111, seed=10 * seed + i) for i in range(count)]
+
+
+def question(images):
+    return user(*(part for index, one in enumerate(images) for part in (image(one), text(f" no {index} "))))
+
+
+def uri(content, kind="png"):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

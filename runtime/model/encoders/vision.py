@@ -21,7 +21,8 @@ _SIZES = (
 )
 FILTERS = range(6)  # of resizing, as Pillow numbers them
 MAX_EDGE = 4096  # a resized image has no longer one (transformers' MAX_IMAGE_SIZE)
-_MOST_SIDE = 16384
+MOST_TILES = 16  # in a row or column
+_MOST_SIDE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,10 @@ class ImageProcessor:
             raise ConfigError(f"longest_edge must be null or an integer in 1…{MAX_EDGE}, got {shown(edge)}")
         if not isinstance(self.splits, bool):
             raise ConfigError(f"splits must be true or false, got {shown(self.splits)}")
-        if edge is None and self.splits:
+        if self.splits and (edge is None or self.most_tiles > MOST_TILES):
             raise ConfigError(
-                "images that are cut into tiles must have a longest_edge: nothing else bounds their number"
+                f"images that are cut into tiles must have a longest_edge of at most {MOST_TILES} tiles of {self.tile_size} "
+                f"pixels, got {shown(edge)}"
             )
         if type(self.resample) is not int or self.resample not in FILTERS:
             raise ConfigError(f"resample must be a number of a filter in 0…5, got {shown(self.resample)}")
@@ -104,6 +106,11 @@ class ImageProcessor:
             object.__setattr__(self, name, tuple(values))
         if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"std must be three numbers above 0, got {shown(self.std)}")
+
+    @property
+    def most_tiles(self) -> int:
+        """In a row or column of an image; 0: images are not cut."""
+        return -(-self.longest_edge // self.tile_size) if self.splits and self.longest_edge is not None else 0
 
     @property
     def digest(self) -> bytes:
@@ -133,7 +140,7 @@ class ImageEncoder:
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """What stands for an image in a prompt, which no text may write."""
-        places = range(1, -(-MAX_EDGE // self.processor.tile_size) + 1) if self.processor.splits else ()
+        places = range(1, self.processor.most_tiles + 1)
         return (self.token, AROUND, WHOLE, *(place(row, column) for row in places for column in places))
 
     @property
