@@ -39,10 +39,11 @@ from ..runtime.api.config import EngineConfig
 from ..runtime.api.request import Request
 from ..runtime.api.sampling import SamplingParams
 from ..runtime.checkpoints.decoder import Decoder
-from ..runtime.checkpoints.huggingface import open_weights, read_json
+from ..runtime.checkpoints.huggingface import open_weights
 from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
 from ..runtime.checkpoints.store import resolve_model
+from ..runtime.checkpoints.weight_files import read_json
 from ..runtime.engine.open import open_engine
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.files import directory_digest, new_directory

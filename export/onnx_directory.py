@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from ..runtime.errors import BundleError, ConfigError
+from ..runtime.errors import BundleError, ConfigError, UnsupportedModelError
 from ..runtime.model.bundle import WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
 from ..runtime.model.files import check_replaceable, new_directory, read_object
@@ -52,6 +52,10 @@ def write_onnx(
     `UnsupportedModelError` for a model that the graph cannot compute; `BundleError` for a bundle that is damaged.
     """
     check_replaceable(out, RECORD, _WHAT)
+    if bundle.image_encoder is not None:
+        raise UnsupportedModelError(
+            f"'{bundle.name}' has an encoder of images, which this directory cannot hold; write that of a model of text"
+        )
     chosen = _member(bundle, member)
     config = bundle.config
     if flavour is Flavour.GENAI:

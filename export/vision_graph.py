@@ -24,6 +24,7 @@ from .tensor_file import TensorFile
 
 GRAPH, DATA = "encoder-vision.onnx", "encoder-vision.safetensors"
 TOLERANCE = 1e-4  # of a row's values, as a part of the largest
+_OPSET = 21
 _POSITIONS = "embeddings.positions"  # of a tile's patches
 
 
@@ -71,7 +72,7 @@ def copy_old_template(model_dir: Path, work: Path) -> None:
 
 class _Writer(NodeWriter):
     def __init__(self, page: VisionEncoder, work: Path) -> None:
-        super().__init__(stored_tensors(work / DATA), DATA, None)
+        super().__init__(stored_tensors(work / DATA), lambda tensor: (DATA, tensor.offset, tensor.length), None)
         self._encoder = page.encoder_config
 
     def write(self, path: Path) -> None:
@@ -95,7 +96,7 @@ class _Writer(NodeWriter):
         x = self._reshaped(x, 0, encoder.rows_per_tile, vision.hidden_size * shuffle**2)
         rows = self._node("FusedMatMul", [x, self._stored("proj.weight")], domain=MICROSOFT, transB=1)
         self._output(rows, "rows", TensorProto.FLOAT, ["tiles", encoder.rows_per_tile, vision.output_size])
-        self._save(path)
+        self._save(path, _OPSET, microsoft=True)
 
     def _layer(self, x: str, name: str) -> str:
         vision = self._encoder.vision
@@ -114,11 +115,6 @@ class _Writer(NodeWriter):
     def _linear(self, x: str, name: str) -> str:
         product = self._node("FusedMatMul", [x, self._stored(f"{name}.weight")], domain=MICROSOFT, transB=1)
         return self._node("Add", [product, self._stored(f"{name}.bias")])
-
-    def _reshaped(self, x: str, *sizes: int) -> str:
-        """0: the size that it has."""
-        shape = self._constant("shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
-        return self._node("Reshape", [x, shape])
 
 
 def _check(page: VisionEncoder, graph: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.media import write_image_model
 from motet.export.bundle_writer import export_bundle
+from motet.export.onnx_directory import write_onnx
 from motet.export.prune.params import PruneParams
 from motet.export.prune.prune import prune
 from motet.runtime.api.config import EngineConfig
@@ -124,6 +125,12 @@ def test_a_pull_keeps_the_processor(image_model_dir, tmp_path, monkeypatch):
     pulled = pull(str(image_model_dir), name="eyes", show_progress=False)
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert (pulled / name).read_text() == (image_model_dir / name).read_text()
+
+
+def test_the_onnx_directory_of_other_runtimes_is_of_text(image_bundle, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="has an encoder of images, which this directory cannot hold"):
+        write_onnx(Bundle.load(image_bundle), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_only_models_of_text_are_pruned(image_model_dir, tmp_path):
