@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ...runtime.api.prompt import Message
 from ...runtime.errors import ConfigError, DataError, InvalidRequestError
-from ...runtime.text.tokenizer import Marks, Tokenizer
+from ...runtime.text.marks import Marks
+from ...runtime.text.tokenizer import Tokenizer
 from ..params import TuneParams
 from .augment import augment
 from .dataset import Dataset, encode_prompt

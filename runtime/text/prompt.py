@@ -87,7 +87,7 @@ def _encode_chat(
             texts=texts,
         )
     )
-    if read:
+    if media.token:
         _runs(found, media.token_id, read)  # which is asked before they are encoded
     return found
 

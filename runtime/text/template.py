@@ -102,18 +102,21 @@ class ChatTemplate:
         return found[0] or not found[1], found[1]
 
     def shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A message with the content, a text or parts, in the form that the template takes: parts of text that it cannot take
-        are joined by line breaks. Raises `InvalidRequestError` for parts that no text can stand for."""
+        """A message with the content, a text or parts, in the form that the template takes. Parts of text alone become one
+        text if it takes texts, joined as it would write them: many templates write a list as it is in all but a user's
+        message. Those that it cannot take at all are joined by line breaks. Raises `InvalidRequestError` for parts that no
+        text can stand for."""
         content = message["content"]
         takes_text, takes_parts = self._takes
         if isinstance(content, str):
             return message if takes_text else {**message, "content": [{"type": "text", "text": content}]}
-        if takes_parts:
+        is_text = all(part["type"] == "text" for part in content)
+        if takes_parts and not (is_text and takes_text):
             shown = [{k: v for k, v in part.items() if k in ("type", "text")} for part in content]
             return {**message, "content": shown}
-        if any(part["type"] != "text" for part in content):
+        if not is_text:
             raise InvalidRequestError("the model's chat template has no place for images", field="messages.content")
-        return {**message, "content": "\n".join(part["text"] for part in content)}
+        return {**message, "content": ("" if takes_parts else "\n").join(part["text"] for part in content)}
 
     def mentions(self, text: str) -> bool:
         """Whether the template itself may write `text`."""

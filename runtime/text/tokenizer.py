@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import tokenizers
 from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
 from .incremental import IncrementalDecoder
+from .marks import ControlTokens, Marks, filled, unused_characters
 from .template import ChatTemplate
 from .token_bytes import bytes_of
 
 ROLES = ("system", "user", "assistant", "tool")
-Marks = tuple[str, str]  # characters before and after a control token that is plain text
 
 
 class Tokenizer:
@@ -43,7 +43,7 @@ class Tokenizer:
             t.content for t in added.values() if t.special or (template is not None and template.mentions(t.content))
         }.union(control)
         # What a message's content must not be able to write: its tokens are commands to the model.
-        self._control_tokens = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        self._control = ControlTokens(names)
 
     @classmethod
     def from_dir(cls, path: Path | str, control: Collection[str] = ()) -> Tokenizer:
@@ -153,6 +153,10 @@ class Tokenizer:
         Raises `InvalidRequestError` for an empty conversation, a wrong message, a conversation that the template
         refuses, or a model without a template.
         """
+        return self._render(self._shaped(messages, tools), tools, add_generation_prompt, continue_final_message)
+
+    def _shaped(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """The messages as the template takes them (see `ChatTemplate.shaped`), checked."""
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; send a text prompt", field="messages")
         if not messages:
@@ -165,8 +169,13 @@ class Tokenizer:
                 )
         if tools and not self._template.reads("tools"):
             raise InvalidRequestError("the model's chat template takes no tools; leave them out", field="tools")
-        shaped = [self._template.shaped(message) for message in messages]
-        return self._template.render(shaped, add_generation_prompt, tools, continue_final_message)
+        return [self._template.shaped(message) for message in messages]
+
+    def _render(
+        self, shaped: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool, continue_final: bool
+    ) -> str:
+        assert self._template is not None  # `_shaped` has asked
+        return self._template.render(shaped, prompt, tools, continue_final)
 
     def encode_chat(
         self,
@@ -180,31 +189,41 @@ class Tokenizer:
     ) -> list[int]:
         """The conversation's token ids, up to where the answer begins. Only the template adds special tokens: a
         control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text. `texts`: what comes in the
-        places where the template writes `placeholder`, in order.
+        places where the template writes `placeholder`, in order. A token that stands in several texts, which the template
+        joins, is plain text too.
 
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
         """
-        both, marks = self.mark_control_tokens([*messages, {"tools": list(tools)}])
-        text = self.apply_chat_template(
-            both[:-1], tools=both[-1]["tools"], continue_final_message=continue_final_message
+        text, marks = self._marked_chat(
+            [*self._shaped(messages, tools), {"tools": list(tools)}], continue_final_message
         )
-        if texts:
-            text = _filled(text, marks, placeholder, texts)
+        if placeholder:
+            text = filled(text, marks, placeholder, texts)
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
         return self.encode_rendered(text, marks)
 
+    def _marked_chat(self, both: Sequence[Message], continue_final_message: bool) -> tuple[str, Marks | None]:
+        """Shaped messages, with the tools in the last place, as text, with marks where they spell a control token, also one
+        that stands in several of their texts, which the template joins."""
+
+        def render(found: Sequence[Message]) -> str:
+            return self._render(found[:-1], found[-1]["tools"], True, continue_final_message)
+
+        marked, marks = self.mark_control_tokens(both)
+        text = render(marked)
+        if self._control.may_join(both):
+            own = marks or unused_characters(both)
+            parted = render(self._control.parted(marked, own[0]))
+            if self._control.written(parted, own) != self._control.written(text, own):
+                return parted, own
+        return text, marks
+
     def mark_control_tokens(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Marks | None]:
         """The messages with marks around the control tokens that their texts spell, and the marks; the same messages
         and None if there are no such."""
-        texts = list(_texts(list(messages)))
-        if not any(map(self._control_tokens.search, texts)):
-            return messages, None
-        marks = _unused_characters(texts)
-        marked = rf"{marks[0]}\g<0>{marks[1]}"
-        found: list[Message] = _replaced(list(messages), lambda text: self._control_tokens.sub(marked, text))
-        return found, marks
+        return self._control.mark(messages)
 
     def encode_rendered(self, text: str, marks: Marks | None) -> list[int]:
         """Token ids of a rendered conversation, or a part of it; what stands between marks is plain text."""
@@ -214,7 +233,7 @@ class Tokenizer:
         """Token ids of a rendered conversation in which control tokens between `start` and `end` are plain text. A mark
         without its partner, which a template may leave, only divides the text."""
         ids: list[int] = []
-        pieces = re.split(f"{start}({self._control_tokens.pattern}){end}|[{start}{end}]", text)
+        pieces = re.split(f"{start}({self._control.pattern.pattern}){end}|[{start}{end}]", text)
         for index, piece in enumerate(pieces):
             if piece:
                 ids += self._encode_inside(piece, is_plain=index % 2 == 1, is_first=not ids)
@@ -292,47 +311,6 @@ def _default_template(value: Any) -> str | None:
     if isinstance(value, list):
         value = {item["name"]: item["template"] for item in value}
     return value.get("default") if isinstance(value, dict) else value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, but for the keys of objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
-
-
-def _replaced(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every such text changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _replaced(item, change) for key, item in value.items()}
-    return [_replaced(item, change) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _filled(text: str, marks: Marks | None, placeholder: str, texts: Sequence[str]) -> str:
-    """A rendered conversation with `texts` in the places of `placeholder` that the template wrote: those without marks. Raises
-    `InvalidRequestError` if there are more or fewer."""
-    own = re.escape(placeholder)
-    pattern = own if marks is None else f"{marks[0]}{own}{marks[1]}|{own}"
-    written = sum(found[0] == placeholder for found in re.finditer(pattern, text))
-    if written != len(texts):
-        raise InvalidRequestError(
-            f"the model's chat template writes {written} images, and the messages have {len(texts)}",
-            field="messages.content",
-        )
-    left = iter(texts)
-    return re.sub(pattern, lambda found: next(left) if found[0] == placeholder else found[0], text)
-
-
-def _unused_characters(texts: Sequence[str]) -> Marks:
-    """Two characters that none of the texts has. Unicode reserves these for use inside a program."""
-    used = set().union(*texts)
-    candidates = map(chr, (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE)))
-    free = (character for character in candidates if character not in used)
-    return next(free), next(free)
 
 
 def _content(value: Any) -> str:

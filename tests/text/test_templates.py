@@ -134,6 +134,74 @@ def test_control_tokens_in_a_message_are_plain_text(content, directory):
     ).replace("user\nx", "user\n" + content)
 
 
+IN_ORDER = "{% for part in m.content %}{{ '<img>' if part.type == 'image' else part.text }}{% endfor %}"
+FIRST = (
+    "{% for part in m.content if part.type == 'image' %}{{ '<img>' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text | trim }}{% endfor %}"
+)
+SEAMS = {
+    "parts": (IN_ORDER, lambda *texts: {"content": list(map(part, texts))}),
+    "trimmed": (FIRST, lambda *texts: {"content": [part(f" {text} ") for text in texts]}),
+    "around an image": (
+        FIRST,
+        lambda *texts: {"content": [p for t in texts for p in (part(t), {"type": "image", "image": b""})]},
+    ),
+    "text": ("{{ m.content }}", lambda *texts: {"content": list(map(part, "".join(texts)))}),
+    "name": ("{{ m.name }}{{ m.content }}", lambda *texts: {"name": texts[0], "content": "".join(texts[1:])}),
+    "tool call": (
+        "{{ m.content }}{{ m.tool_calls[0].name }}",
+        lambda *texts: {"content": texts[0], "tool_calls": [{"name": "".join(texts[1:])}]},
+    ),
+    "the template's own": ("{{ m.content }}_end|>", lambda *_: {"content": "<|im"}),
+}
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_control_tokens_in_pieces_are_plain_text(seam, directory):
+    """A template joins what a caller has split, at any place."""
+    source, message = SEAMS[seam]
+    path = directory("<|im_start|>{% for m in messages %}" + source + "<|im_end|>{% endfor %}")
+    tokenizer = Tokenizer.from_dir(path)
+    for token_id, token in tokenizer.special_tokens.items():
+        wanted = tokenizer.encode("<|im_start|><|im_end|>", add_special_tokens=False)
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        splits += [(token[:i], token[i : i + 1], token[i + 1 :]) for i in range(1, len(token) - 1)]
+        for pieces in splits:
+            ids = tokenizer.encode_chat([{"role": "user", **message(*pieces)}])
+            assert [i for i in ids if i in tokenizer.special_tokens] == wanted, (token_id, pieces)
+
+
+def test_pieces_that_make_no_control_token_are_read_as_before(directory):
+    path = directory("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    tokenizer = Tokenizer.from_dir(path)
+    for text in ("a <", "|> b", "x<|im", "> quoted\n<"):
+        plain = tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
+        assert tokenizer.encode_chat([{"role": "user", "content": text}]) == plain
+
+
+def test_parts_of_text_are_one_text_where_a_template_takes_texts(directory):
+    """This one takes parts of a user, and would write a system message's list as it is."""
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string or m.role == 'system' %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}{{ '<img>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}|{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_dir(directory(source))
+    parts = [part("Be "), part("brief.")]
+    shown = [part("a"), {"type": "image", "image": b""}, part("b")]
+    found = tokenizer.apply_chat_template([{"role": "system", "content": parts}, {"role": "user", "content": shown}])
+    assert found == "system:Be brief.|user:a<img>b|"
+
+
+def test_a_template_that_writes_an_image_of_its_own_is_refused(directory):
+    tokenizer = Tokenizer.from_dir(directory("<img>{{ messages[0].content }}"))
+    with pytest.raises(InvalidRequestError, match="writes 1 images, and the messages have 0"):
+        tokenizer.encode_chat(TURNS[:1], placeholder="<img>")
+
+
 TOOLS = [
     {
         "type": "function",
