@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import onnxruntime as ort
+import peft
 import pytest
 import torch
+import transformers
 from helpers.media import write_image_model
 from motet.export.bundle_writer import export_bundle
 from motet.export.onnx_directory import write_onnx
@@ -106,6 +108,20 @@ def test_a_placeholder_that_is_not_the_tokenizer_s_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="image_token_id 261, and the tokenizer gives <image> the id 260"):
         export_bundle(path, tmp_path / "b", graphs=False)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("what", ["lora", "saved", "bias"])
+def test_an_adapter_that_changes_the_encoder_is_refused(image_model_dir, tmp_path, what):
+    """Members share the base's encoder. The adapter is PEFT's own."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(image_model_dir)
+    changes = {
+        "lora": {"target_modules": r".*(text_model.*q_proj|modality_projection\.proj)"},
+        "saved": {"target_modules": r".*text_model.*q_proj", "modules_to_save": ["modality_projection"]},
+        "bias": {"target_modules": r".*text_model.*q_proj", "bias": "all"},
+    }
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **changes[what])).save_pretrained(tmp_path / "a")
+    with pytest.raises(UnsupportedModelError, match="model\\.(connector|vision_model)"):
+        export_bundle(image_model_dir, tmp_path / "b", loras={"a": tmp_path / "a"}, graphs=False)
 
 
 def test_an_older_processor_s_template_is_taken_over(tmp_path):
