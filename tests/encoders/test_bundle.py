@@ -120,7 +120,7 @@ def test_an_adapter_that_changes_the_encoder_is_refused(image_model_dir, tmp_pat
         "bias": {"target_modules": r".*text_model.*q_proj", "bias": "all"},
     }
     peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **changes[what])).save_pretrained(tmp_path / "a")
-    with pytest.raises(UnsupportedModelError, match="model\\.(connector|vision_model)"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.(connector|vision_model)"):
         export_bundle(image_model_dir, tmp_path / "b", loras={"a": tmp_path / "a"}, graphs=False)
 
 

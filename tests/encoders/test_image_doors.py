@@ -28,6 +28,7 @@ from motet.runtime.encoders.images import open_media
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, ContextLengthError, InvalidRequestError, NotFoundError
 from motet.runtime.serve.audited import AuditSink
+from motet.runtime.serve.grpc import wire
 from motet.runtime.text.prompt import read_prompt
 from motet.runtime.trust.audit.reader import records
 from motet.runtime.trust.audit.writer import AuditLog
@@ -171,6 +172,34 @@ def test_the_wire_has_room_for_images_and_for_nothing_else(client):
     with pytest.raises(grpc.RpcError) as caught:
         stub.Complete(message)
     assert "content or parts" in caught.value.details()
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        ({"parts": 600_000}, "at most 4096 parts"),
+        ({"messages": 600_000}, "at most 4096 messages"),
+        ({"members": 600_000}, "1 to [0-9]+ members, got 600000"),
+    ],
+)
+def test_a_large_message_of_too_many_pieces_is_refused_before_they_are_read(client, count, message, monkeypatch):
+    """It is read on the event loop, where everybody waits."""
+    request = inference_pb2.GenerateRequest()
+    chat = request.prompt.messages
+    for _ in range(count.get("messages", 1)):
+        chat.messages.add()
+    for _ in range(count.get("parts", 1)):
+        chat.messages[0].parts.add()
+    for _ in range(count.get("members", 0)):
+        request.ensemble.members.add()
+    assert request.ByteSize() > MAX_REQUEST_BYTES
+    made = []
+    monkeypatch.setattr(wire, "_part_from_proto", made.append)
+    with pytest.raises(grpc.RpcError, match=message):
+        inference_pb2_grpc.InferenceStub(client._channel).Complete(request, timeout=60)
+    assert not made
+    with pytest.raises(InvalidRequestError, match=message):
+        wire.media_bytes(request)
 
 
 def test_the_audit_log_has_what_was_embedded_as_it_has_texts(image_bundle, tmp_path):

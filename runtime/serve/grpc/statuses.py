@@ -152,9 +152,13 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 message = decode(data) if len(data) <= MAX_REQUEST_BYTES or details.method in MEDIA_METHODS else None
             except DecodeError:
                 return InvalidRequestError(f"the request's {len(data)} bytes are no message of {details.method}")
-            if len(data) > MAX_REQUEST_BYTES and (
-                message is None or len(data) - media_bytes(message) > MAX_REQUEST_BYTES
-            ):
+            if len(data) <= MAX_REQUEST_BYTES:
+                return message
+            try:
+                beside = len(data) - (0 if message is None else media_bytes(message))
+            except InvalidRequestError as error:
+                return error
+            if beside > MAX_REQUEST_BYTES:
                 return InvalidRequestError(
                     f"the request has {len(data)} bytes, at most {MAX_REQUEST_BYTES} beside images are read; send less"
                 )

@@ -86,11 +86,10 @@ def prompt_from_proto(message: inference_pb2.Prompt) -> Prompt:
         return tuple(message.token_ids.ids)
     if kind == "messages":
         if len(message.messages.messages) > MAX_MESSAGES:
-            raise InvalidRequestError(
-                f"a conversation has at most {MAX_MESSAGES} messages, got {len(message.messages.messages)}",
-                field="messages",
-            )
+            raise _too_many_messages(len(message.messages.messages))
         chat = message.messages
+        if sum(len(one.parts) for one in chat.messages) > MAX_PARTS:  # before an object is made of each
+            raise _too_many_parts()
         return Conversation(
             tuple(map(_message_from_proto, chat.messages)), _objects("tools", chat.tools), chat.continue_final_message
         )
@@ -102,23 +101,42 @@ def _message_from_proto(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if message.parts:
         if message.content:
             raise InvalidRequestError("a message has content or parts; leave one out", field="messages.content")
-        if len(message.parts) > MAX_PARTS:  # before an object is made of each
-            raise InvalidRequestError(
-                f"the messages' contents have at most {MAX_PARTS} parts, got {len(message.parts)}",
-                field="messages.content",
-            )
         found["content"] = [_part_from_proto(part) for part in message.parts]
     found |= {name: getattr(message, name) for name in ("name", "tool_call_id") if message.HasField(name)}
     return found | {"tool_calls": _objects("tool_calls", message.tool_calls)} if message.tool_calls else found
 
 
 def media_bytes(message: Any) -> int:
-    """Bytes of the images of a request of `Inference`, which have a limit of their own."""
+    """Bytes of the images of a request of `Inference`, which have a limit of their own. It looks at no more members, messages
+    and parts than a request may have: it runs on the event loop. Raises `InvalidRequestError` for more."""
     prompts = [message.prompt]
     if isinstance(message, inference_pb2.GenerateRequest):
-        prompts += [member.view.prompt for member in message.ensemble.members if member.HasField("view")]
-    messages = (chat for prompt in prompts if prompt.HasField("messages") for chat in prompt.messages.messages)
-    return sum(len(part.image) for chat in messages for part in chat.parts)
+        if len(members := message.ensemble.members) > MAX_MEMBERS:
+            raise InvalidEnsembleError(
+                f"an ensemble has 1 to {MAX_MEMBERS} members, got {len(members)}", field="ensemble.members"
+            )
+        prompts += [member.view.prompt for member in members if member.HasField("view")]
+    size = 0
+    for prompt in prompts:
+        chat, num_parts = prompt.messages.messages if prompt.HasField("messages") else (), 0
+        if len(chat) > MAX_MESSAGES:
+            raise _too_many_messages(len(chat))
+        for one in chat:
+            num_parts += len(one.parts)
+            if num_parts > MAX_PARTS:
+                raise _too_many_parts()
+            size += sum(len(part.image) for part in one.parts)
+    return size
+
+
+def _too_many_messages(count: int) -> InvalidRequestError:
+    return InvalidRequestError(f"a conversation has at most {MAX_MESSAGES} messages, got {count}", field="messages")
+
+
+def _too_many_parts() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the messages' contents have at most {MAX_PARTS} parts; send fewer", field="messages.content"
+    )
 
 
 def _part_from_proto(part: inference_pb2.ContentPart) -> dict[str, Any]:
