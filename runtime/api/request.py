@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import InvalidEnsembleError, InvalidRequestError, shown
-from .embedded import Spans
+from .embedded import EmbeddedSpan, Spans
 from .limits import (
     MAX_CHOICES,
     MAX_MEMBERS,
@@ -216,6 +216,12 @@ class Request:
 
 
 def _check_spans(request: Request) -> None:
+    """Each span has checked itself; their width is checked where the model is known (`Admission.check`)."""
+    for spans in request.embedded:
+        if not isinstance(spans, tuple) or not all(isinstance(span, EmbeddedSpan) for span in spans):
+            raise InvalidRequestError(
+                f"embedded must have a tuple of EmbeddedSpan for each prompt, got {shown(spans)}", field="embedded"
+            )
     if request.embedded and len(request.embedded) != len(request.prompts):
         raise InvalidRequestError(
             f"embedded has spans of {len(request.embedded)} prompts, and there are {len(request.prompts)}",
@@ -224,7 +230,7 @@ def _check_spans(request: Request) -> None:
     for prompt, spans in zip(request.prompts, request.embedded):
         before = 0
         for span in spans:
-            if span.rows.ndim != 2 or span.start < before or span.end > len(prompt):
+            if span.start < before or span.end > len(prompt):
                 raise InvalidRequestError(
                     f"embedded rows {span.rows.shape} at position {span.start} overlap others, or are not in the prompt of "
                     f"{len(prompt)} tokens",

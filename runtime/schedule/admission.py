@@ -128,7 +128,7 @@ class Admission:
                 field="prompt_logprobs",
             )
         if any(request.embedded):
-            self._check_embedded(params)
+            self._check_embedded(request)
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(
                 f"n is {params.n}; the server queues at most max_waiting ({self._config.max_waiting}) choices",
@@ -141,13 +141,21 @@ class Admission:
             _check_ids("prompt", (min(prompt), max(prompt)), self._model.vocab_size)
         self._check_size(request)
 
-    def _check_embedded(self, params: SamplingParams) -> None:
+    def _check_embedded(self, request: Request) -> None:
         if not self._takes_embedded:
             raise InvalidRequestError(
                 "the backend that serves here takes token ids only, and the prompt has embedded rows; serve with backend cpu",
                 field="prompt",
             )
-        if params.prompt_logprobs is not None:
+        hidden = self._model.hidden_size
+        for span in (span for spans in request.embedded for span in spans):
+            if span.rows.shape[1] != hidden:  # a step of rows of two widths would end everybody's requests
+                raise InvalidRequestError(
+                    f"embedded rows at position {span.start} have {span.rows.shape[1]} values, '{self._model.name}' takes "
+                    f"{hidden} (hidden_size); encode them for this model",
+                    field="embedded",
+                )
+        if request.sampling.prompt_logprobs is not None:
             raise InvalidRequestError(
                 "prompt_logprobs are of tokens, and the prompt has embedded rows, which have no probability; leave "
                 "prompt_logprobs out",

@@ -117,6 +117,45 @@ def test_spans_that_do_not_fit_the_prompt_are_refused(spans, message):
         ask("x", tuple([HOLE] * 40), embedded=((), ()))
 
 
+ROWS = np.ones((2, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("start", "rows", "digest", "message"),
+    [
+        (-1, ROWS, b"d", "start must be a position.*-1"),
+        (True, ROWS, b"d", "start must be a position"),
+        (np.float32(1), ROWS, b"d", "start must be a position"),
+        (1, ROWS.tolist(), b"d", r"rows must be float32 \[positions, hidden\]"),
+        (1, ROWS[0], b"d", r"got float32 of shape \(4,\)"),
+        (1, ROWS[:0], b"d", r"one position at least, got float32 of shape \(0, 4\)"),
+        (1, ROWS.astype(np.float64), b"d", "got float64"),
+        (1, ROWS * np.float32(np.nan), b"d", "NaN or infinite"),
+        (1, ROWS * np.float32(np.inf), b"d", "NaN or infinite"),
+        (1, ROWS, b"", "digest must be bytes"),
+        (1, ROWS, "d", "digest must be bytes"),
+    ],
+)
+def test_a_span_that_is_none_is_refused_when_it_is_made(start, rows, digest, message):
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        EmbeddedSpan(start, rows, digest)
+    assert caught.value.field == "embedded"
+
+
+def test_what_is_no_span_is_refused():
+    for spans in (None, [span(1, 2, 1)], (ROWS,)):
+        with pytest.raises(InvalidRequestError, match="a tuple of EmbeddedSpan"):
+            ask("x", tuple([HOLE] * 40), embedded=(spans,))
+
+
+def test_rows_of_another_width_are_refused_and_end_nobody_else_s_request(tokenizer):
+    narrow = EmbeddedSpan(3, np.ones((4, 3), np.float32), b"d")
+    with make_engine(tokenizer, FakeBackend()) as engine:
+        with pytest.raises(InvalidRequestError, match=r"have 3 values, 'fake' takes 4 \(hidden_size\)"):
+            engine.submit(with_spans("narrow", 20, [narrow]), lambda output: None)
+        assert len(answers(engine, [with_spans("x", 20, [span(3, 4, 1)])])[0]) == 12
+
+
 def test_what_cannot_be_is_refused(tokenizer):
     backend = FakeBackend()
     request = with_spans("x", 20, [span(3, 4, 1)])
