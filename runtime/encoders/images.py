@@ -108,17 +108,18 @@ class ImageReader:
         """See `MediaReader.read`."""
         if len(contents) > self._config.max_images:
             raise InvalidRequestError(
-                f"the prompt has {len(contents)} images, at most max_images ({self._config.max_images}) are read; send fewer",
+                f"the request has {len(contents)} images, at most max_images ({self._config.max_images}) are read; send fewer",
                 field="messages.content",
             )
         size = sum(len(content) for content, _ in contents)
         if size > self._config.max_image_bytes:
             raise InvalidRequestError(
-                f"the prompt's images have {size} bytes, at most max_image_bytes ({self._config.max_image_bytes}) are read; "
+                f"the request's images have {size} bytes, at most max_image_bytes ({self._config.max_image_bytes}) are read; "
                 "scale them down, or compress them",
                 field="messages.content",
             )
-        return [self._read(content, media_type) for content, media_type in contents]
+        read = {file: self._read(*file) for file in dict.fromkeys(contents)}
+        return [read[file] for file in contents]
 
     def rows(self, tiles: Tiles, digest: bytes, salt: bytes) -> F32:
         """[tiles, rows of a tile, hidden], in float32."""

@@ -13,7 +13,7 @@ from ..api.request import Ensemble, GenerateRequest, Owner, Request
 from ..api.rules import Integer
 from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
-from ..text.prompt import BuiltPrompt, read_prompt
+from ..text.prompt import BuiltPrompt, read_prompts
 from ..trust.identity import Identity
 from ..trust.quotas import Quotas
 
@@ -30,12 +30,10 @@ class RequestReader:
         salt = _salt(identity.tenant, request.cache_salt)
         built: dict[tuple[tuple[int, ...], tuple[bytes, ...]], BuiltPrompt] = {}
         view_of = []  # view of the request → index into the prompts
-        for prompt in (request.prompt, *request.views):
-            one = self.built(prompt)
+        for one in self._built((request.prompt, *request.views)):
             key = one.token_ids, tuple(medium.digest for medium in one.media)
             built.setdefault(key, one)
             view_of.append(list(built).index(key))
-        self._check_media(list(built.values()))
         prompts = tuple(one.token_ids for one in built.values())
         has_media = any(one.media for one in built.values())
         ensemble = self._engine.model.default_ensemble
@@ -70,8 +68,12 @@ class RequestReader:
 
     def built(self, prompt: Prompt) -> BuiltPrompt:
         """A prompt as token ids; its media are read and not encoded."""
+        [built] = self._built([prompt])
+        return built
+
+    def _built(self, prompts: Sequence[Prompt]) -> list[BuiltPrompt]:
         engine = self._engine
-        return read_prompt(engine.tokenizer, prompt, engine.model.max_model_len, engine.media)
+        return read_prompts(engine.tokenizer, prompts, engine.model.max_model_len, engine.media)
 
     def text(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Raises `InvalidRequestError` for more token ids than the context holds, or an unknown one."""
@@ -84,16 +86,6 @@ class RequestReader:
         for token_id in token_ids:
             Integer(0, model.vocab_size - 1).check("token_ids", token_id, "every id in token_ids")
         return self._engine.tokenizer.decode(token_ids, skip_special_tokens)
-
-    def _check_media(self, prompts: Sequence[BuiltPrompt]) -> None:
-        """Views have media of their own; together they may have as many as a request."""
-        count = len({medium.digest for prompt in prompts for medium in prompt.media})
-        most = self._engine.config.max_images
-        if count > most:
-            raise InvalidRequestError(
-                f"the request's prompts have {count} images, at most max_images ({most}) are read; send fewer",
-                field="messages.content",
-            )
 
     def owner(self, identity: Identity) -> Owner:
         """Whose turn this caller's requests take."""

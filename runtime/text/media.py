@@ -56,9 +56,9 @@ class MediaReader(Protocol):
         ...
 
     def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
-        """The media of a request, each as (its file's content, what its sender says that it is: a media type or ""). Raises
-        `InvalidRequestError`, also for more or larger ones than are allowed, which is asked before anything is decoded, and
-        `UnavailableError`."""
+        """The media of all prompts of a request, each as (its file's content, what its sender says that it is: a media type
+        or ""); equal ones are read once. Raises `InvalidRequestError`, also for more or larger ones than are allowed, which is
+        asked before anything is decoded, and `UnavailableError`."""
         ...
 
     def close(self) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -49,20 +50,39 @@ def read_prompt(
 ) -> BuiltPrompt:
     """`build_prompt` of a prompt that may hold what `media` reads. A prompt with media that is too long is refused before they
     are encoded. Raises what `MediaReader.read` raises, too."""
-    if max_tokens is not None and isinstance(prompt, list | tuple) and len(prompt) > max_tokens:
-        # Each item is a token at least. It is asked before the items are checked one by one.
-        raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
-    content = PromptContent.read(prompt)
+    [built] = read_prompts(tokenizer, [prompt], max_tokens, media)
+    return built
+
+
+def read_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int | None = None, media: MediaReader = _TEXT_ONLY
+) -> list[BuiltPrompt]:
+    """`read_prompt` of all prompts of a request. Limits of media are those of a request: of all prompts together."""
+    contents = []
+    for prompt in prompts:
+        if max_tokens is not None and isinstance(prompt, list | tuple) and len(prompt) > max_tokens:
+            # Each item is a token at least. It is asked before the items are checked one by one.
+            raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
+        contents.append(PromptContent.read(prompt))
+    files = [content.conversation.media if content.conversation is not None else () for content in contents]
+    read = iter(media.read([file for own in files for file in own]))
+    return [
+        _built(tokenizer, content, max_tokens, media, list(islice(read, len(own))))
+        for content, own in zip(contents, files)
+    ]
+
+
+def _built(
+    tokenizer: Tokenizer, content: PromptContent, max_tokens: int | None, media: MediaReader, read: Sequence[Medium]
+) -> BuiltPrompt:
     # A text that certainly has too many tokens is refused first: tokenising it would take seconds.
     longest = tokenizer.max_token_bytes if max_tokens is not None else None
     max_bytes = None if longest is None or max_tokens is None else longest * max_tokens
-    read: Sequence[Medium] = ()
     if content.text is not None:
         if max_bytes is not None and (size := len(content.text.encode())) > max_bytes:
             raise _too_long(f"a text of {size} bytes, which is more than {max_tokens} tokens", max_tokens)
         token_ids = tuple(tokenizer.encode(content.text))
     elif (chat := content.conversation) is not None:
-        read = media.read(chat.media)
         token_ids = _encode_chat(tokenizer, chat, max_bytes, media, read)
         if read and max_tokens is not None and len(token_ids) > max_tokens:
             raise _too_long(f"{len(token_ids)} tokens with its images", max_tokens)
