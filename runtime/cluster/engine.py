@@ -95,9 +95,12 @@ class ClusterEngine:
     def is_idle(self) -> bool:
         return not self._open
 
-    def submit(self, request: Request, on_output: OnOutput, on_sent: OnSent | None = None) -> None:
+    def check(self, request: Request) -> None:
         if self._is_draining:
             raise UnavailableError("the server is shutting down; send the request to another one")
+
+    def submit(self, request: Request, on_output: OnOutput, on_sent: OnSent | None = None) -> None:
+        self.check(request)
         if request.request_id in self._open:
             raise InvalidRequestError(f"request '{request.request_id}' is open already", field="request_id")
         self._open[request.request_id] = None

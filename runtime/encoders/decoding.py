@@ -2,7 +2,7 @@
 Python: a hostile file may end the process, or take all of its memory, or never end.
 
 Run as a module it is that process: a line of JSON with the settings comes in; then, for each image, a line with its size and its
-bytes, and a line goes out, and the tiles.
+bytes, and a line goes out, and the tiles if they are wanted.
 """
 
 from __future__ import annotations
@@ -64,24 +64,36 @@ class ImageDecoder:
         self._setting = json.dumps({"processor": dataclasses.asdict(settings), "most_pixels": most_pixels})
         self._process: subprocess.Popen[bytes] | None = None
 
-    def decode(self, content: bytes, media_type: str = "") -> Tiles:
-        """The tiles of an image. `media_type`: what the sender says that it is, such as image/png; empty: nothing. Raises
-        `InvalidRequestError` for what is no image that is read, and `UnavailableError` if that could not be found out: the
-        process did not start, was ended by somebody, or had no time on a busy machine."""
+    def look(self, content: bytes, media_type: str = "") -> tuple[int, int]:
+        """Rows and columns of the tiles that `decode` will give, by the image's header. `media_type`: what the sender says that
+        it is, such as image/png; empty: nothing. Raises `InvalidRequestError` for what is no image that is read, and
+        `UnavailableError` if that could not be found out: the process did not start, was ended by somebody, or had no time on a
+        busy machine."""
+        answer = self._ask(content, is_look=True)
+        _check_type(media_type, answer["kind"])
+        return int(answer["rows"]), int(answer["columns"])
+
+    def decode(self, content: bytes) -> Tiles:
+        """The tiles of an image. Raises what `look` raises."""
+        answer = self._ask(content, is_look=False)
+        return Tiles(answer["pixels"], int(answer["rows"]), int(answer["columns"]))
+
+    def _ask(self, content: bytes, *, is_look: bool) -> dict[str, Any]:
         if not content:
             raise refusal("it has no bytes")
         try:
+            line = json.dumps({"size": len(content), "is_look": is_look}).encode()
             for _ in range(2):
                 process = self._started()
                 before = _cpu_seconds(process.pid)
-                if not self._send(json.dumps({"size": len(content)}).encode() + b"\n" + content, before):
+                if not self._send(line + b"\n" + content, before):
                     if process.poll() is None:  # it takes in nothing
                         break
                     self.close()  # it had ended before it was asked
                     continue
                 answer = self._line(before)
                 if answer is not None:
-                    return self._answered(answer, media_type)
+                    return self._answered(answer, is_look=is_look)
                 spent = _cpu_seconds(process.pid) - before
                 self.close()
                 if process.returncode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
@@ -104,26 +116,26 @@ class ImageDecoder:
             self._process.communicate()
             self._process = None
 
-    def _answered(self, answer: Any, media_type: str) -> Tiles:
-        if "pixels" in answer:
+    def _answered(self, answer: Any, *, is_look: bool) -> dict[str, Any]:
+        """What the process says, checked: one that was taken over may say anything."""
+        if "too_many" in answer:
             raise refusal(
-                f"it has {shown(answer['pixels'])} pixels, at most max_image_pixels ({self._most_pixels}) are read; scale it down"
+                f"it has {shown(answer['too_many'])} pixels, at most max_image_pixels ({self._most_pixels}) are read; scale it "
+                "down"
             )
         if "refused" in answer:
             raise refusal(_REASONS[answer["refused"]])
-        count, rows, columns, edge = *(int(answer[name]) for name in ("tiles", "rows", "columns")), self._edge
-        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and count == rows * columns + 1
-        content = (
-            self._bytes(count * 3 * edge * edge) if fits else None
-        )  # a process that was taken over may say anything
+        rows, columns, edge = int(answer["rows"]), int(answer["columns"]), self._edge
+        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and answer["kind"] in _KINDS.values()
+        count = rows * columns + 1
+        found = {"rows": rows, "columns": columns, "kind": answer["kind"]}
+        if fits and is_look:
+            return found
+        content = self._bytes(count * 3 * edge * edge) if fits else None
         if content is None:
             self.close()
             raise UnavailableError("the process that decodes images has ended; try again")
-        kind = media_type.removeprefix("image/").removeprefix("x-").replace("jpg", "jpeg").replace("ms-bmp", "bmp")
-        if media_type and kind != answer["kind"]:
-            raise refusal(f"it is said to be {shown(media_type)} and is image/{answer['kind']}; say what it is")
-        pixels = np.frombuffer(content, np.uint8).reshape(count, 3, edge, edge)
-        return Tiles(pixels, rows, columns)
+        return {**found, "pixels": np.frombuffer(content, np.uint8).reshape(count, 3, edge, edge)}
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -214,6 +226,13 @@ def refusal(reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"an image cannot be used: {reason}", field="messages.content")
 
 
+def _check_type(said: str, kind: str) -> None:
+    """Whether a file is what its sender says."""
+    own = said.removeprefix("image/").removeprefix("x-").replace("jpg", "jpeg").replace("ms-bmp", "bmp")
+    if said and own != kind:
+        raise refusal(f"it is said to be {shown(said)} and is image/{kind}; say what it is")
+
+
 def _cpu_seconds(pid: int) -> float:
     """Of a process so far, all threads; 0 if that is not known."""
     try:
@@ -226,11 +245,17 @@ def _cpu_seconds(pid: int) -> float:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def _decoded(content: bytes, settings: ImageProcessor, most_pixels: int) -> tuple[dict[str, Any], U8 | None]:
-    """The answer, and the tiles if there are any."""
-    from PIL import Image, ImageOps
+_TURNED = (5, 6, 7, 8)  # EXIF's orientations that change edges
+_LATE_EXIF = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # a PNG may have them behind its pixels
 
-    from .tiles import cut
+
+def _decoded(
+    content: bytes, settings: ImageProcessor, most_pixels: int, *, is_look: bool
+) -> tuple[dict[str, Any], U8 | None]:
+    """The answer, and the tiles if there are any. `is_look`: without them, by the header alone where that is enough."""
+    from PIL import ExifTags, Image, ImageOps
+
+    from .tiles import cut, shape
 
     try:
         image = Image.open(BytesIO(content), formats=_FORMATS)
@@ -240,13 +265,19 @@ def _decoded(content: bytes, settings: ImageProcessor, most_pixels: int) -> tupl
         return {"refused": "format"}, None
     width, height = image.size
     if width * height > most_pixels:
-        return {"pixels": width * height}, None
+        return {"too_many": width * height}, None
     kind = str(image.format)
     try:
         if kind != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a JPEG, the first picture is the photograph
             return {"refused": "animation"}, None
         if image.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N"):  # Pillow would cut their values off
             return {"refused": "depth"}, None
+        if is_look:
+            if kind == "PNG" and not any(mark in content for mark in _LATE_EXIF):
+                return _said(*shape(width, height, settings), kind), None
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            edges = (height, width) if is_turned else (width, height)
+            return _said(*shape(*edges, settings), kind), None
         image.load()
         upright = ImageOps.exif_transpose(image).convert("RGB")
         pixels, rows, columns = cut(upright, settings)
@@ -254,7 +285,11 @@ def _decoded(content: bytes, settings: ImageProcessor, most_pixels: int) -> tupl
         return {"refused": "memory"}, None
     except Exception:
         return {"refused": "damaged"}, None
-    return {"tiles": len(pixels), "rows": rows, "columns": columns, "kind": _KINDS[kind]}, pixels
+    return _said(rows, columns, kind), pixels
+
+
+def _said(rows: int, columns: int, kind: str) -> dict[str, Any]:
+    return {"rows": rows, "columns": columns, "kind": _KINDS[kind]}
 
 
 def _main() -> None:
@@ -278,8 +313,9 @@ def _main() -> None:
     out.write(b'"ready"\n')
     out.flush()
     for line in sys.stdin.buffer:
-        content = sys.stdin.buffer.read(json.loads(line)["size"])
-        answer, pixels = _decoded(content, settings, setting["most_pixels"])
+        asked = json.loads(line)
+        content = sys.stdin.buffer.read(asked["size"])
+        answer, pixels = _decoded(content, settings, setting["most_pixels"], is_look=asked["is_look"])
         out.write(json.dumps(answer).encode() + b"\n")
         if pixels is not None:
             out.write(pixels.data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from queue import LifoQueue
@@ -21,7 +22,7 @@ from ..model.bundle import Bundle
 from ..model.encoders.idefics3 import expansion
 from ..model.encoders.vision import ImageEncoder
 from ..text.media import MediaReader, Medium, NoMedia
-from .decoding import ImageDecoder, Tiles
+from .decoding import ImageDecoder, Tiles, refusal
 
 F32 = npt.NDArray[np.float32]
 DECODERS = 2  # processes, and requests with images that are read at once
@@ -53,19 +54,21 @@ class _Image:
     """A `Medium`."""
 
     reader: ImageReader
-    tiles: Tiles
+    content: bytes
+    rows: int  # of tiles, by the header
+    columns: int
     digest: bytes
 
     @property
     def text(self) -> str:
-        return expansion(self.tiles.rows, self.tiles.columns, self.reader.encoder.rows_per_tile)
+        return expansion(self.rows, self.columns, self.reader.encoder.rows_per_tile)
 
     @property
     def runs(self) -> Sequence[int]:
-        return [self.reader.encoder.rows_per_tile] * len(self.tiles.pixels)
+        return [self.reader.encoder.rows_per_tile] * (self.rows * self.columns + 1)
 
     def encode(self, salt: bytes) -> Sequence[F32]:
-        return list(self.reader.rows(self.tiles, self.digest, salt))
+        return list(self.reader.rows(self, salt))
 
 
 class ImageReader:
@@ -81,6 +84,7 @@ class ImageReader:
         self._session = encoder_session(bundle, bundle.encoder_files[0], config)
         self._check_graph(bundle)
         self._encoding = threading.Lock()  # one image at a time: each run takes all threads
+        self._keeping = threading.Lock()
         self._kept: OrderedDict[tuple[bytes, bytes], F32] = OrderedDict()
         self._num_bytes = 0
         self._decoders: LifoQueue[ImageDecoder] = LifoQueue()
@@ -121,14 +125,25 @@ class ImageReader:
         read = {file: self._read(*file) for file in dict.fromkeys(contents)}
         return [read[file] for file in contents]
 
-    def rows(self, tiles: Tiles, digest: bytes, salt: bytes) -> F32:
-        """[tiles, rows of a tile, hidden], in float32."""
+    def tiles(self, image: _Image) -> Tiles:
+        """Decodes an image. Raises what `ImageDecoder.decode` raises."""
+        with self._decoder() as decoder:
+            tiles = decoder.decode(image.content)
+        if (tiles.rows, tiles.columns) != (image.rows, image.columns):
+            raise refusal("its header and its pixels differ in size; send a file that is whole")
+        return tiles
+
+    def rows(self, image: _Image, salt: bytes) -> F32:
+        """[tiles, rows of a tile, hidden], in float32; decoded and encoded, or kept from before."""
+        key = salt, image.digest
+        found = self._find(key)  # which waits for nobody's encoding
+        if found is not None:
+            return found
+        pixels, settings = self.tiles(image).pixels, self.encoder.processor
         with self._encoding:
-            found = self._kept.get((salt, digest))
+            found = self._find(key)  # another request had the same
             if found is not None:
-                self._kept.move_to_end((salt, digest))
                 return found
-            pixels, settings = tiles.pixels, self.encoder.processor
             parts = [
                 self._session.run(None, {"pixels": self._normalised(pixels[i : i + _TILES_AT_ONCE], settings)})[0]
                 for i in range(0, len(pixels), _TILES_AT_ONCE)
@@ -137,25 +152,38 @@ class ImageReader:
             if not np.isfinite(rows).all():
                 raise NumericalError("the encoder makes NaN or infinite values of an image; it cannot be used")
             rows.flags.writeable = False  # requests share it
-            self._keep((salt, digest), rows)
+            self._keep(key, rows)
             return rows
+
+    def _find(self, key: tuple[bytes, bytes]) -> F32 | None:
+        with self._keeping:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
 
     def _keep(self, key: tuple[bytes, bytes], rows: F32) -> None:
         if rows.nbytes > self._config.image_cache_bytes:
             return
-        self._kept[key] = rows
-        self._num_bytes += rows.nbytes
-        while self._num_bytes > self._config.image_cache_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_bytes -= oldest.nbytes
+        with self._keeping:
+            self._kept[key] = rows
+            self._num_bytes += rows.nbytes
+            while self._num_bytes > self._config.image_cache_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._num_bytes -= oldest.nbytes
 
-    def _read(self, content: bytes, media_type: str) -> _Image:
+    @contextmanager
+    def _decoder(self) -> Iterator[ImageDecoder]:
         decoder = self._decoders.get()
         try:
-            tiles = decoder.decode(content, media_type)
+            yield decoder
         finally:
             self._decoders.put(decoder)
-        return _Image(self, tiles, hashlib.sha256(self.encoder.processor.digest + content).digest())
+
+    def _read(self, content: bytes, media_type: str) -> _Image:
+        with self._decoder() as decoder:
+            rows, columns = decoder.look(content, media_type)
+        return _Image(self, content, rows, columns, hashlib.sha256(self.encoder.processor.digest + content).digest())
 
     def _check_graph(self, bundle: Bundle) -> None:
         """Raises `BundleError` for a graph that does not take tiles and give rows as the manifest says."""

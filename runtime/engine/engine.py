@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..api.config import EngineConfig
@@ -108,8 +109,21 @@ class Engine:
         Raises `InvalidRequestError`, `InvalidEnsembleError`, `ContextLengthError`, `OverloadedError` (the queue is
         full), `UnavailableError` (draining or closed). After it returns, every choice ends with a `finish_reason`.
         """
-        try:
+        with self._telling_refusal(request):
             self._accept(request, on_output, on_sent)
+
+    def check(self, request: Request) -> None:
+        """Whether `submit` would take a request now, before its media are decoded and encoded: the prompts have placeholders, and
+        `embedded` is empty. Raises what `submit` raises."""
+        with self._telling_refusal(request):
+            self._admission.check(request, embeds=True)
+            choices = request.sampling.n
+            self._inbox.check(request.owner, choices, choices * sum(map(len, request.prompts)))
+
+    @contextmanager
+    def _telling_refusal(self, request: Request) -> Iterator[None]:
+        try:
+            yield
         except MotetError as error:
             refused = error
             notify(self._observers, lambda observer: observer.on_reject(request, refused))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter, deque
 
-from ..api.request import FinishReason
+from ..api.request import FinishReason, Owner
 from ..errors import MotetError, OverloadedError, UnavailableError
 from .answer import Answer
 
@@ -44,43 +44,50 @@ class Inbox:
         """Queue the choices of a request, all or none. Raises `UnavailableError` (draining, closed, failed),
         `OverloadedError` (the queue, or the tenant's part of it, is full). Prompts that are larger than the queue may wait
         alone."""
-        owner = answers[0].request.owner
+        owner, tokens = answers[0].request.owner, sum(map(_num_tokens, answers))
         with self._changed:
-            if self.failure is not None:
-                raise UnavailableError(str(self.failure))
-            if self.is_draining or self.is_closed:
-                raise UnavailableError("the engine is shutting down; send the request to another server")
-            for waiting, limit, whose in (
-                (self._waiting[owner.tenant], owner.max_waiting, f"of tenant '{owner.tenant}' "),
-                (self._batch["choices"], self._max_waiting // 2 if owner.is_background else None, "of batch work "),
-                (self.num_waiting, self._max_waiting, ""),
-            ):
-                excess = 0 if limit is None else waiting + len(answers) - limit
-                if excess > 0:
-                    wait = self._seconds_until_free(excess)
-                    raise OverloadedError(
-                        f"{waiting} choices {whose}are waiting and {len(answers)} more exceed max_waiting ({limit}); try again "
-                        f"in {wait:.1f} s",
-                        retry_after_s=wait,
-                    )
-            tokens = sum(map(_num_tokens, answers))
-            for queued, limit in (
-                (self._tokens[owner.tenant], self._max_tokens // 2 if owner.tenant else self._max_tokens),
-                (self._batch["tokens"], self._max_tokens // 2 if owner.is_background else self._max_tokens),
-                (self._tokens.total(), self._max_tokens),
-            ):
-                if queued and queued + tokens > limit:
-                    raise OverloadedError(
-                        f"prompts of {queued} tokens are waiting and {tokens} more exceed max_waiting_tokens ({limit}); try "
-                        "again later",
-                        retry_after_s=self._seconds_until_free(len(answers)),
-                    )
+            self._check(owner, len(answers), tokens)
             self._tokens[owner.tenant] += tokens
             self._waiting[owner.tenant] += len(answers)
             if owner.is_background:
                 self._batch.update(choices=len(answers), tokens=tokens)
             self._items.append(answers)
             self._changed.notify()
+
+    def check(self, owner: Owner, choices: int, tokens: int) -> None:
+        """Raises what `put` would raise now for so many choices of an owner, with so many tokens in their prompts."""
+        with self._changed:
+            self._check(owner, choices, tokens)
+
+    def _check(self, owner: Owner, choices: int, tokens: int) -> None:
+        if self.failure is not None:
+            raise UnavailableError(str(self.failure))
+        if self.is_draining or self.is_closed:
+            raise UnavailableError("the engine is shutting down; send the request to another server")
+        for waiting, limit, whose in (
+            (self._waiting[owner.tenant], owner.max_waiting, f"of tenant '{owner.tenant}' "),
+            (self._batch["choices"], self._max_waiting // 2 if owner.is_background else None, "of batch work "),
+            (self.num_waiting, self._max_waiting, ""),
+        ):
+            excess = 0 if limit is None else waiting + choices - limit
+            if excess > 0:
+                wait = self._seconds_until_free(excess)
+                raise OverloadedError(
+                    f"{waiting} choices {whose}are waiting and {choices} more exceed max_waiting ({limit}); try again "
+                    f"in {wait:.1f} s",
+                    retry_after_s=wait,
+                )
+        for queued, limit in (
+            (self._tokens[owner.tenant], self._max_tokens // 2 if owner.tenant else self._max_tokens),
+            (self._batch["tokens"], self._max_tokens // 2 if owner.is_background else self._max_tokens),
+            (self._tokens.total(), self._max_tokens),
+        ):
+            if queued and queued + tokens > limit:
+                raise OverloadedError(
+                    f"prompts of {queued} tokens are waiting and {tokens} more exceed max_waiting_tokens ({limit}); try "
+                    "again later",
+                    retry_after_s=self._seconds_until_free(choices),
+                )
 
     def abort(self, request_id: str | None, reason: FinishReason) -> None:
         with self._changed:

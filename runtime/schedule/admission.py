@@ -95,8 +95,9 @@ class Admission:
             for choice in range(params.n)
         ]
 
-    def check(self, request: Request) -> None:
-        """Raises `InvalidEnsembleError` (unknown members), `InvalidRequestError`, `ContextLengthError`."""
+    def check(self, request: Request, *, embeds: bool = False) -> None:
+        """`embeds`: the request will have embedded rows, which are not there yet. Raises `InvalidEnsembleError`
+        (unknown members), `InvalidRequestError`, `ContextLengthError`."""
         for member in request.ensemble.members:
             if member.name not in self._index_of:
                 raise InvalidEnsembleError(
@@ -127,7 +128,7 @@ class Admission:
                 "prompt_logprobs are of one prompt, and members see different ones; leave the views out, or prompt_logprobs",
                 field="prompt_logprobs",
             )
-        if any(request.embedded):
+        if embeds or any(request.embedded):
             self._check_embedded(request)
         if params.n > self._config.max_waiting:
             raise InvalidRequestError(

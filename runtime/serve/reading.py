@@ -7,15 +7,35 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..api.prompt import Prompt
 from ..api.request import Ensemble, GenerateRequest, Owner, Request
 from ..api.rules import Integer
 from ..engine.interface import ServedEngine
 from ..errors import InvalidRequestError
+from ..text.media import F32
 from ..text.prompt import BuiltPrompt, read_prompts
 from ..trust.identity import Identity
 from ..trust.quotas import Quotas
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A request as the engine accepts it, but for its media: `prompts` have placeholders in their places."""
+
+    request: Request
+    prompts: tuple[BuiltPrompt, ...]
+
+    @property
+    def has_media(self) -> bool:
+        return any(one.media for one in self.prompts)
+
+    def encoded(self) -> Request:
+        """The request with its media, each decoded and encoded once. Raises what `Medium.encode` raises."""
+        rows: dict[bytes, Sequence[F32]] = {}
+        salt = self.request.cache_salt
+        return dataclasses.replace(self.request, embedded=tuple(one.spans(salt, rows) for one in self.prompts))
 
 
 class RequestReader:
@@ -24,9 +44,9 @@ class RequestReader:
     def __init__(self, engine: ServedEngine, quotas: Quotas) -> None:
         self._engine, self._quotas = engine, quotas
 
-    def read(self, request: GenerateRequest, identity: Identity) -> Request:
-        """The request as the engine accepts it. Views with equal tokens and media become one. The engine's id is new: two
-        clients may choose the same id, and must not cancel each other's request."""
+    def read(self, request: GenerateRequest, identity: Identity) -> Reading:
+        """The request as the engine accepts it, its media not yet decoded. Views with equal tokens and media
+        become one. The engine's id is new: two clients may choose the same id, and must not cancel each other's request."""
         salt = _salt(identity.tenant, request.cache_salt)
         built: dict[tuple[tuple[int, ...], tuple[bytes, ...]], BuiltPrompt] = {}
         view_of = []  # view of the request → index into the prompts
@@ -34,8 +54,7 @@ class RequestReader:
             key = one.token_ids, tuple(medium.digest for medium in one.media)
             built.setdefault(key, one)
             view_of.append(list(built).index(key))
-        prompts = tuple(one.token_ids for one in built.values())
-        has_media = any(one.media for one in built.values())
+        prompts = tuple(built.values())
         ensemble = self._engine.model.default_ensemble
         if request.ensemble is not None:
             members = tuple(dataclasses.replace(m, view=view_of[m.view]) for m in request.ensemble.members)
@@ -49,11 +68,10 @@ class RequestReader:
             )
         if request.drafts and sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
-        return Request(
+        tokenised = Request(
             request_id=uuid.uuid4().hex,
-            prompts=prompts,
+            prompts=tuple(one.token_ids for one in prompts),
             ensemble=ensemble,
-            embedded=tuple(one.spans(salt) for one in built.values()) if has_media else (),
             sampling=sampling,
             time_limit_s=request.time_limit_s,
             return_member_logprobs=request.return_member_logprobs,
@@ -65,9 +83,10 @@ class RequestReader:
             cache_salt=salt,
             owner=owner,
         )
+        return Reading(tokenised, prompts)
 
     def built(self, prompt: Prompt) -> BuiltPrompt:
-        """A prompt as token ids; its media are read and not encoded."""
+        """A prompt as token ids; its media are not decoded."""
         [built] = self._built([prompt])
         return built
 

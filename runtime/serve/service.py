@@ -90,25 +90,34 @@ class Service:
         """The whole answer, one completion per choice, in order; refused if it may have more than `most_bytes` bytes.
         Cancelling and errors: see `generate`."""
         with self.calls.call("complete", caller, request.request_id) as call, self._open(caller):
-            tokenised = await self._accept(request, caller, call)
-            check_answer_size(tokenised, self._engine, most_bytes)
+            tokenised = await self._accept(request, caller, call, most_bytes)
             choices: dict[int, Completion] = {}
             async with aclosing(self._outputs(request, tokenised, call)) as outputs:
                 async for output in outputs:
                     join(choices, output)
             return [choices[choice] for choice in sorted(choices)]
 
-    async def _accept(self, request: GenerateRequest, caller: Caller, call: Call) -> Request:
-        """The request as the engine accepts it, within the tenant's quota of tokens."""
+    async def _accept(
+        self, request: GenerateRequest, caller: Caller, call: Call, most_bytes: int | None = None
+    ) -> Request:
+        """The request as the engine accepts it, within the tenant's quota of tokens. `most_bytes`: of the answer, if it is sent
+        whole. Media are decoded and encoded only after all that can refuse the request has been asked."""
         if (structure := request.structure) is not None:  # the engine finds it among those of late
             await self._structures.compile(structure, caller.identity.tenant)
         threads = None
         if any(map(has_media, (request.prompt, *request.views))):
-            self._quotas.check_tokens(caller.identity.tenant, 1)  # before they are encoded
+            self._quotas.check_tokens(caller.identity.tenant, 1)  # before they are read
             threads = self._media_readers
-        tokenised = await self._run(lambda: self._reader.read(request, caller.identity), threads)
+        reading = await self._run(lambda: self._reader.read(request, caller.identity), threads)
+        tokenised = reading.request
         call.submitted(tokenised)
         self._quotas.check_tokens(caller.identity.tenant, call.prompt_tokens)
+        if most_bytes is not None:
+            check_answer_size(tokenised, self._engine, most_bytes)
+        if reading.has_media:
+            for one in draft_requests(tokenised) if tokenised.drafts else (tokenised,):
+                self._engine.check(one)
+            call.request = tokenised = await self._run(reading.encoded, threads)
         return tokenised
 
     async def _outputs(self, request: GenerateRequest, tokenised: Request, call: Call) -> AsyncGenerator[Output, None]:

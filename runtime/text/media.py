@@ -14,7 +14,7 @@ F32 = npt.NDArray[np.float32]
 
 
 class Medium(Protocol):
-    """One of them, read and not yet encoded."""
+    """One of them, of which the header is read; its content is not yet decoded or encoded."""
 
     @property
     def text(self) -> str:
@@ -33,7 +33,7 @@ class Medium(Protocol):
 
     def encode(self, salt: bytes) -> Sequence[F32]:
         """The rows of each run, [placeholders, hidden]. `salt`: only callers with the same one share what is kept. Raises
-        `UnavailableError`."""
+        `InvalidRequestError` for content that cannot be decoded, and `UnavailableError`."""
         ...
 
 
@@ -57,8 +57,8 @@ class MediaReader(Protocol):
 
     def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
         """The media of all prompts of a request, each as (its file's content, what its sender says that it is: a media type
-        or ""); equal ones are read once. Raises `InvalidRequestError`, also for more or larger ones than are allowed, which is
-        asked before anything is decoded, and `UnavailableError`."""
+        or ""); equal ones are read once, their headers alone. Raises `InvalidRequestError`, also for more or larger ones
+        than are allowed, which is asked before anything is read, and `UnavailableError`."""
         ...
 
     def close(self) -> None: ...

@@ -11,7 +11,7 @@ import numpy as np
 from ..api.embedded import EmbeddedSpan, Spans
 from ..api.prompt import Conversation, Prompt, PromptContent
 from ..errors import ContextLengthError, InvalidRequestError
-from .media import MediaReader, Medium, NoMedia
+from .media import F32, MediaReader, Medium, NoMedia
 from .tokenizer import Tokenizer
 
 _TEXT_ONLY = NoMedia("this is no place for images; send text")
@@ -25,12 +25,15 @@ class BuiltPrompt:
     media: Sequence[Medium] = ()
     placeholder: int = -1
 
-    def spans(self, salt: bytes) -> Spans:
-        """The rows of the media, encoded (see `Medium.encode`)."""
+    def spans(self, salt: bytes, encoded: dict[bytes, Sequence[F32]] | None = None) -> Spans:
+        """The rows of the media, encoded (see `Medium.encode`). `encoded`: by digest, those of the request so far."""
+        encoded = {} if encoded is None else encoded
         found: list[EmbeddedSpan] = []
         places = iter(_runs(self.token_ids, self.placeholder, self.media))
         for medium in self.media:
-            for index, rows in enumerate(medium.encode(salt)):
+            if medium.digest not in encoded:
+                encoded[medium.digest] = medium.encode(salt)
+            for index, rows in enumerate(encoded[medium.digest]):
                 found.append(EmbeddedSpan(next(places), rows, medium.digest + index.to_bytes(4, "little")))
         return tuple(found)
 

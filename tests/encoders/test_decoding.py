@@ -80,13 +80,34 @@ def test_pictures_are_read_as_transformers_reads_them(decoder, name):
 
     expected, rows, columns = cut(load_image(Image.open(io.BytesIO(READ[name]))), SETTINGS)
     found = decoder.decode(READ[name])
-    assert (found.rows, found.columns) == (rows, columns)
+    assert (found.rows, found.columns) == decoder.look(READ[name]) == (rows, columns)
     assert np.array_equal(found.pixels, expected)
 
 
 def test_a_rotated_picture_stands_upright(decoder):
     found = decoder.decode(READ["rotated"])
     assert found.rows > found.columns
+
+
+def late(orientation):
+    """A PNG that says behind its pixels how it stands."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = encoded(picture(60, 20))
+    return whole[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + whole[-12:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "late"])
+def test_the_header_says_how_many_tiles_there_are(decoder, kind, orientation):
+    """However the picture is turned: the tokens are counted by the header."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = late(orientation) if kind == "late" else encoded(picture(60, 20), kind, exif=exif)
+    rows, columns = decoder.look(content)
+    found = decoder.decode(content)
+    assert (found.rows, found.columns) == (rows, columns)
+    assert (rows > columns) == (orientation >= 5)
 
 
 REFUSED = {
@@ -115,6 +136,9 @@ def test_other_files_are_refused_and_the_next_one_is_read(decoder, name):
     content, message = REFUSED[name]
     with pytest.raises(InvalidRequestError, match=message) as caught:
         decoder.decode(content)
+    if "damaged" not in message:  # the header says so
+        with pytest.raises(InvalidRequestError, match=message):
+            decoder.look(content)
     assert caught.value.field == "messages.content"
     assert len(decoder.decode(READ["1x1"]).pixels) == 10
 
@@ -137,10 +161,9 @@ def test_random_damage_is_a_refusal_or_an_image(decoder):
 
 
 def test_what_a_sender_says_must_be_so(decoder):
-    assert len(decoder.decode(READ["png"], "image/png").pixels)
-    assert len(decoder.decode(READ["jpeg"], "image/jpg").pixels)
+    assert decoder.look(READ["png"], "image/png") == decoder.look(READ["jpeg"], "image/jpg")
     with pytest.raises(InvalidRequestError, match="said to be 'image/jpeg' and is image/png"):
-        decoder.decode(READ["png"], "image/jpeg")
+        decoder.look(READ["png"], "image/jpeg")
     assert len(decoder.decode(READ["1x1"]).pixels) == 10
 
 

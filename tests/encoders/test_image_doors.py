@@ -20,21 +20,22 @@ from motet.proto import inference_pb2, inference_pb2_grpc
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.limits import MAX_REQUEST_BYTES
 from motet.runtime.api.prompt import Conversation
-from motet.runtime.api.request import Ensemble, GenerateRequest, Member
+from motet.runtime.api.request import Ensemble, Member
 from motet.runtime.backends.onnx.sessions import pool_threads
 from motet.runtime.client.batch import BatchClient
 from motet.runtime.client.client import Client
-from motet.runtime.encoders.images import ImageReader, open_media
+from motet.runtime.encoders.images import open_media
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import ConfigError, ContextLengthError, InvalidRequestError, NotFoundError
+from motet.runtime.errors import (
+    ConfigError,
+    InvalidRequestError,
+    NotFoundError,
+)
 from motet.runtime.serve.audited import AuditSink
 from motet.runtime.serve.grpc import wire
-from motet.runtime.serve.reading import RequestReader
 from motet.runtime.text.prompt import read_prompt
 from motet.runtime.trust.audit.reader import records
 from motet.runtime.trust.audit.writer import AuditLog
-from motet.runtime.trust.identity import Identity
-from motet.runtime.trust.quotas import Quotas
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
@@ -127,45 +128,6 @@ def test_clients_and_server_refuse(client, prompt, message):
     with pytest.raises(InvalidRequestError):
         client.tokenize(prompt)
     assert client.complete("x", max_tokens=1)
-
-
-def test_limits_are_those_of_a_request_with_its_views_and_asked_first(client, image_engine, monkeypatch):
-    """Of all prompts together, before any file is read; and a file that is sent several times is read once."""
-    reads, read = [], ImageReader._read
-    monkeypatch.setattr(ImageReader, "_read", lambda *args: reads.append(1) or read(*args))
-    small = encoded(picture(9, 9, 77))
-    large = small + bytes(400_000)  # Pillow ignores what follows
-    mix = Ensemble((Member("base", 0.5), Member("base", 0.3, 1), Member("base", 0.2, 2)))
-
-    def ask(*prompts):
-        first, *views = (user(text(str(index)), *map(image, files)) for index, files in enumerate(prompts))
-        return client.complete(first, views=views, mix=mix, max_tokens=1, **GREEDY)
-
-    with pytest.raises(InvalidRequestError, match=r"the request has 9 images, at most max_images \(8\)"):
-        ask([small] * 3, [small] * 3, [small] * 3)
-    with pytest.raises(InvalidRequestError, match=r"images have 12\d{5} bytes, at most max_image_bytes \(1048576\)"):
-        image_engine_read(image_engine, [large] * 3)
-    assert not reads
-    assert ask([small], [small, small], [small])
-    assert len(reads) == 1
-
-
-def image_engine_read(engine, files):
-    """Over gRPC the message would be refused by its size."""
-    request = GenerateRequest(
-        prompt=user(image(files[0])),
-        views=tuple(user(text(str(at)), image(one)) for at, one in enumerate(files[1:])),
-        ensemble=Ensemble(tuple(Member("base", 1 / len(files), view) for view in range(len(files)))),
-    )
-    return RequestReader(engine, Quotas({}, 8)).read(request, Identity("", "x", frozenset()))
-
-
-def test_too_many_rows_are_refused_before_they_are_encoded(client, image_engine):
-    images = [image(encoded(picture(30, 30, seed))) for seed in range(8)]
-    before = len(image_engine.media._kept)
-    with pytest.raises(ContextLengthError, match="tokens with its images; the context holds"):
-        client.complete(user(*images * 1, *[text("x" * 1200)]), max_tokens=1)
-    assert len(image_engine.media._kept) == before
 
 
 def test_other_calls_take_text_only(client, tmp_path):

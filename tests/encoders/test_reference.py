@@ -70,7 +70,7 @@ class _Reader:
         self.token, self.token_id = encoder.token, encoder.token_id
 
     def read(self, contents):
-        return [self._image(self, self.decoder.decode(content), b"") for content, _ in contents]
+        return [self._image(self, content, *self.decoder.look(content), b"") for content, _ in contents]
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_image_splitting": False}])

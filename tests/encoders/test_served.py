@@ -141,7 +141,7 @@ def test_members_with_tails_see_what_the_trunk_saw(image_model_dir, tmp_path):
     ensemble = Ensemble((Member("base", 0.4), Member("t", 0.6)))
     with Engine.from_bundle(tmp_path / "b", EngineConfig(**CONFIG)) as engine:
         built = read_prompt(engine.tokenizer, question(list(map(encoded, pictures(2)))), 2048, engine.media)
-        rows = [medium.tiles.pixels for medium in built.media]
+        rows = [engine.media.tiles(medium).pixels for medium in built.media]
         params = SamplingParams(max_tokens=8, **GREEDY)
         request = Request("r", (built.token_ids,), ensemble, params, embedded=(built.spans(b""),))
         [[answer]] = engine.complete([request])

@@ -1,0 +1,101 @@
+"""What a request with images may bring, and what is refused before a file is decoded."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+from helpers.media import CONFIG, GREEDY, encoded, image, picture, text, user
+from helpers.servers import serving
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Ensemble, GenerateRequest, Member
+from motet.runtime.client.client import Client
+from motet.runtime.encoders.decoding import ImageDecoder
+from motet.runtime.encoders.images import ImageReader
+from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import ContextLengthError, InvalidRequestError, MotetError, OverloadedError, UnavailableError
+from motet.runtime.serve.reading import RequestReader
+from motet.runtime.trust.identity import Identity
+from motet.runtime.trust.quotas import Quotas
+
+pytestmark = [pytest.mark.slow, pytest.mark.native]
+
+
+def test_limits_are_those_of_a_request_with_its_views_and_asked_first(client, image_engine, monkeypatch):
+    """Of all prompts together, before any file is read; and a file that is sent several times is read once."""
+    reads, read = [], ImageReader._read
+    monkeypatch.setattr(ImageReader, "_read", lambda *args: reads.append(1) or read(*args))
+    small = encoded(picture(9, 9, 77))
+    large = small + bytes(400_000)  # Pillow ignores what follows
+    mix = Ensemble((Member("base", 0.5), Member("base", 0.3, 1), Member("base", 0.2, 2)))
+
+    def ask(*prompts):
+        first, *views = (user(text(str(index)), *map(image, files)) for index, files in enumerate(prompts))
+        return client.complete(first, views=views, mix=mix, max_tokens=1, **GREEDY)
+
+    with pytest.raises(InvalidRequestError, match=r"the request has 9 images, at most max_images \(8\)"):
+        ask([small] * 3, [small] * 3, [small] * 3)
+    with pytest.raises(InvalidRequestError, match=r"images have 12\d{5} bytes, at most max_image_bytes \(1048576\)"):
+        image_engine_read(image_engine, [large] * 3)
+    assert not reads
+    assert ask([small], [small, small], [small])
+    assert len(reads) == 1
+
+
+def image_engine_read(engine, files):
+    """Over gRPC the message would be refused by its size."""
+    request = GenerateRequest(
+        prompt=user(image(files[0])),
+        views=tuple(user(text(str(at)), image(one)) for at, one in enumerate(files[1:])),
+        ensemble=Ensemble(tuple(Member("base", 1 / len(files), view) for view in range(len(files)))),
+    )
+    return RequestReader(engine, Quotas({}, 8)).read(request, Identity("", "x", frozenset()))
+
+
+def test_too_many_rows_are_refused_before_they_are_encoded(client, monkeypatch):
+    images = [image(encoded(picture(30, 30, seed))) for seed in range(8)]
+    with nothing_decoded(monkeypatch), pytest.raises(ContextLengthError, match="images; the context holds"):
+        client.complete(user(*images, text("x" * 1200)), max_tokens=1)
+
+
+@contextmanager
+def nothing_decoded(monkeypatch):
+    decoded = []
+    with monkeypatch.context() as patched:
+        decode = ImageDecoder.decode
+        patched.setattr(ImageDecoder, "decode", lambda *args: decoded.append(1) or decode(*args))
+        yield
+    assert not decoded
+
+
+def test_what_is_refused_is_refused_before_it_is_decoded(image_bundle, monkeypatch):
+    """All that the engine, the queue and the size of the answer can refuse."""
+    config = EngineConfig(**CONFIG, max_model_len=512, max_waiting=2)
+    prompt = user(image(encoded(picture(60, 60, 99))), text("what?"))
+    with (
+        Engine.from_bundle(image_bundle, config) as engine,
+        serving(engine) as server,
+        Client(server.address) as client,
+    ):
+        room = 512 - len(client.tokenize(prompt))
+        just_too_long = user(image(encoded(picture(60, 60, 99))), text("what?" + "x" * room))
+        assert len(client.tokenize(just_too_long)) == 512
+        cases = (
+            (prompt, {"prompt_logprobs": 1}, "prompt_logprobs are of tokens"),
+            (prompt, {"return_confidence": True}, "not calibrated"),
+            (prompt, {"n": 3}, "at most max_waiting"),
+            (prompt, {"drafts": 2}, "a greedy answer has 1"),
+            (prompt, {"stop_token_ids": (10**6,)}, "stop_token_ids"),
+            (just_too_long, {}, "prompt has 512 tokens; the context holds 512"),
+        )
+        with nothing_decoded(monkeypatch):
+            for asked, options, message in cases:
+                with pytest.raises(MotetError, match=message):
+                    client.complete(asked, **{"max_tokens": 2, **GREEDY, **options})
+            with monkeypatch.context() as full:
+                full.setattr(engine._inbox, "_max_waiting", 0)
+                with pytest.raises(OverloadedError, match="max_waiting"):
+                    client.complete(prompt, max_tokens=2, **GREEDY)
+            engine.drain()
+            with pytest.raises(UnavailableError, match="shutting down"):
+                client.complete(prompt, max_tokens=2, **GREEDY)
