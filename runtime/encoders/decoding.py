@@ -1,48 +1,46 @@
 """`ImageDecoder`: files of images become tiles in a process of its own, with bounds on memory and time. What decodes them is not
-Python: a hostile file may end the process, or take all of its memory, or never end.
-
-Run as a module it is that process: a line of JSON with the settings comes in; then, for each image, a line with its size and its
-bytes, and a line goes out, and the tiles if they are wanted.
-"""
+Python: a hostile file may end the process, or take all of its memory, or never end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import select
-import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidRequestError, UnavailableError, shown
 from ..model.encoders.vision import MOST_TILES, ImageProcessor
+from . import decoding_process
+from .decoding_process import FORMATS, KINDS, MEMORY
 
+log = logging.getLogger("motet.images")
 U8 = npt.NDArray[np.uint8]
 LIMIT_S = 5.0  # of computing, of an image
 _WAIT_S = 60.0  # for that, on a busy machine
-_MEMORY = 2 * 2**30  # of the process, address space, beside what it has when it is ready
 _START_S, _END_S = 60.0, 5.0
 _LONGEST_LINE = 2**16
-_KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # a JPEG of several pictures becomes an MPO
-FORMATS = "PNG, JPEG, WebP, GIF or BMP"
+_LOGGED_LINES, _LOGGED_BYTES = 20, 500
+# All that the process gets of the environment: where Python and its libraries are. Keys and passwords are not for it.
+_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "LANG", "LC_ALL")
 # What is wrong with a file, by the worker's word for it. The library's own text stays here: it may say what lies in memory.
 _REASONS = {
     "format": f"it is no image of a kind that is read: {FORMATS}",
     "damaged": "it is damaged or cut off; send the whole file",
     "animation": "it is an animation; send one picture of it",
     "depth": "its pixels have more than 8 bits a channel of grey, or are floats; convert it to 8 bits",
-    "memory": f"it takes more than {_MEMORY >> 30} GiB to decode; send a smaller one",
+    "memory": f"it takes more than {MEMORY >> 30} GiB to decode; send a smaller one",
 }
 
 
@@ -56,19 +54,22 @@ class Tiles:
 
 
 class ImageDecoder:
-    """Not thread-safe. The process is started when it is first needed. `most_pixels`: an image with more is refused when its
-    header is read."""
+    """Thread-safe: one image at a time. The process is started when it is first needed. `most_pixels`: an image with more is
+    refused when its header is read."""
 
     def __init__(self, settings: ImageProcessor, most_pixels: int) -> None:
         self._most_pixels, self._edge = most_pixels, settings.tile_size
         self._setting = json.dumps({"processor": dataclasses.asdict(settings), "most_pixels": most_pixels})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None  # whoever holds `_using` starts, asks and reaps it
+        self._log: threading.Thread | None = None
+        self._using, self._starting = threading.Lock(), threading.Lock()
+        self._is_closed = False
 
     def look(self, content: bytes, media_type: str = "") -> tuple[int, int]:
         """Rows and columns of the tiles that `decode` will give, by the image's header. `media_type`: what the sender says that
         it is, such as image/png; empty: nothing. Raises `InvalidRequestError` for what is no image that is read, and
-        `UnavailableError` if that could not be found out: the process did not start, was ended by somebody, or had no time on a
-        busy machine."""
+        `UnavailableError` if that could not be found out: the process did not start, had no time on a busy machine, or `close`
+        was called. However else the process ends once it has an image, that is the image's fault."""
         answer = self._ask(content, is_look=True)
         _check_type(media_type, answer["kind"])
         return int(answer["rows"]), int(answer["columns"])
@@ -81,6 +82,10 @@ class ImageDecoder:
     def _ask(self, content: bytes, *, is_look: bool) -> dict[str, Any]:
         if not content:
             raise refusal("it has no bytes")
+        with self._using:
+            return self._ask_process(content, is_look=is_look)
+
+    def _ask_process(self, content: bytes, *, is_look: bool) -> dict[str, Any]:
         try:
             line = json.dumps({"size": len(content), "is_look": is_look}).encode()
             for _ in range(2):
@@ -89,32 +94,69 @@ class ImageDecoder:
                 if not self._send(line + b"\n" + content, before):
                     if process.poll() is None:  # it takes in nothing
                         break
-                    self.close()  # it had ended before it was asked
+                    self._end()  # it had ended before it was asked
+                    continue
+                if self._line(before) != "taken":
+                    if process.poll() is None:
+                        break
+                    self._end()  # it ended, and had not seen the image
                     continue
                 answer = self._line(before)
                 if answer is not None:
                     return self._answered(answer, is_look=is_look)
                 spent = _cpu_seconds(process.pid) - before
-                self.close()
-                if process.returncode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
-                    raise refusal("it cannot be decoded")
+                has_ended = process.poll() is not None
+                self._end()
+                if self._is_closed:
+                    raise _closed()
                 if spent > LIMIT_S:
                     raise refusal(f"it takes more than {LIMIT_S:g} s to decode; send a smaller or simpler one")
+                if has_ended:  # by whatever signal, or with whatever status
+                    log.warning("the process that decodes images ended with status %s on an image", process.returncode)
+                    raise refusal("it cannot be decoded")
                 break
         except InvalidRequestError:
             raise
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ) as error:  # it says what it never says: an image rules it
+            self._end()
+            raise refusal("it cannot be decoded") from error
         except Exception:
-            self.close()
+            self._end()
             raise
-        self.close()
+        self._end()
+        if self._is_closed:
+            raise _closed()
         raise UnavailableError("the image could not be decoded, because the server is busy; try again later")
 
     def close(self) -> None:
-        if self._process is not None:
-            if self._process.poll() is None:
+        """End the process, now and for good. A thread that waits for it gets `UnavailableError`."""
+        with self._starting:
+            self._is_closed = True
+            if self._process is not None:
                 self._process.kill()
-            self._process.communicate()
-            self._process = None
+        with self._using:  # the thread that asked it reaps it, or this one does
+            self._end()
+
+    def _end(self) -> None:
+        """End the process; the next image has a new one."""
+        process = self._process
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        if self._log is not None:
+            self._log.join(_END_S)
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+        with self._starting:
+            self._process = self._log = None
 
     def _answered(self, answer: Any, *, is_look: bool) -> dict[str, Any]:
         """What the process says, checked: one that was taken over may say anything."""
@@ -124,33 +166,40 @@ class ImageDecoder:
                 "down"
             )
         if "refused" in answer:
-            raise refusal(_REASONS[answer["refused"]])
+            raise refusal(_REASONS[answer["refused"]])  # an unknown word is a KeyError
         rows, columns, edge = int(answer["rows"]), int(answer["columns"]), self._edge
-        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and answer["kind"] in _KINDS.values()
+        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and answer["kind"] in KINDS.values()
         count = rows * columns + 1
         found = {"rows": rows, "columns": columns, "kind": answer["kind"]}
         if fits and is_look:
             return found
         content = self._bytes(count * 3 * edge * edge) if fits else None
         if content is None:
-            self.close()
-            raise UnavailableError("the process that decodes images has ended; try again")
+            self._end()
+            raise _closed() if self._is_closed else refusal("it cannot be decoded")
         return {**found, "pixels": np.frombuffer(content, np.uint8).reshape(count, 3, edge, edge)}
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C is for the server
-                env={
-                    **os.environ,
-                    "OPENBLAS_NUM_THREADS": "1",
-                    "OMP_NUM_THREADS": "1",
-                },  # numpy here multiplies nothing
-            )
+            own = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            with self._starting:
+                if self._is_closed:
+                    raise _closed()
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        decoding_process.__name__,
+                    ],  # -P: modules in the working directory are not for it
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,  # a Ctrl-C is for the server
+                    env={**own, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # numpy here multiplies nothing
+                )
+            self._log = threading.Thread(target=_log_lines, args=(self._process.stderr,), daemon=True)
+            self._log.start()
             assert self._process.stdin is not None and self._process.stdout is not None
             os.set_blocking(self._process.stdin.fileno(), False)
             try:
@@ -159,7 +208,9 @@ class ImageDecoder:
             except OSError:
                 is_ready = False
             if not is_ready:
-                self.close()
+                self._end()
+                if self._is_closed:
+                    raise _closed()
                 raise UnavailableError("images cannot be decoded: their process does not start; try again later")
         return self._process
 
@@ -222,8 +273,20 @@ class ImageDecoder:
         return began is not None and _cpu_seconds(self._process.pid) - began > LIMIT_S
 
 
+def _closed() -> UnavailableError:
+    return UnavailableError("the server is shutting down; send the request to another one")
+
+
 def refusal(reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"an image cannot be used: {reason}", field="messages.content")
+
+
+def _log_lines(stream: IO[bytes]) -> None:
+    """What the process says of itself goes to the log, its beginning; nothing of it goes to a client."""
+    with stream:
+        for number, line in enumerate(iter(lambda: stream.readline(_LOGGED_BYTES), b"")):
+            if number < _LOGGED_LINES:
+                log.warning("the process that decodes images says: %s", shown(line.decode(errors="replace").rstrip()))
 
 
 def _check_type(said: str, kind: str) -> None:
@@ -240,87 +303,3 @@ def _cpu_seconds(pid: int) -> float:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0
-
-
-# ---- the process -----------------------------------------------------------------------------------------------------
-
-
-_TURNED = (5, 6, 7, 8)  # EXIF's orientations that change edges
-_LATE_EXIF = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # a PNG may have them behind its pixels
-
-
-def _decoded(
-    content: bytes, settings: ImageProcessor, most_pixels: int, *, is_look: bool
-) -> tuple[dict[str, Any], U8 | None]:
-    """The answer, and the tiles if there are any. `is_look`: without them, by the header alone where that is enough."""
-    from PIL import ExifTags, Image, ImageOps
-
-    from .tiles import cut, shape
-
-    try:
-        image = Image.open(BytesIO(content), formats=_FORMATS)
-    except MemoryError:
-        return {"refused": "memory"}, None
-    except Exception:  # decoders raise what they like
-        return {"refused": "format"}, None
-    width, height = image.size
-    if width * height > most_pixels:
-        return {"too_many": width * height}, None
-    kind = str(image.format)
-    try:
-        if kind != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a JPEG, the first picture is the photograph
-            return {"refused": "animation"}, None
-        if image.mode in ("I", "F", "I;16", "I;16B", "I;16L", "I;16N"):  # Pillow would cut their values off
-            return {"refused": "depth"}, None
-        if is_look:
-            if kind == "PNG" and not any(mark in content for mark in _LATE_EXIF):
-                return _said(*shape(width, height, settings), kind), None
-            is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-            edges = (height, width) if is_turned else (width, height)
-            return _said(*shape(*edges, settings), kind), None
-        image.load()
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        pixels, rows, columns = cut(upright, settings)
-    except MemoryError:
-        return {"refused": "memory"}, None
-    except Exception:
-        return {"refused": "damaged"}, None
-    return _said(rows, columns, kind), pixels
-
-
-def _said(rows: int, columns: int, kind: str) -> dict[str, Any]:
-    return {"rows": rows, "columns": columns, "kind": _KINDS[kind]}
-
-
-def _main() -> None:
-    import resource
-    import warnings
-
-    from PIL import Image
-
-    from . import tiles  # noqa: F401  before the limit
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    warnings.simplefilter("ignore")
-    setting = json.loads(sys.stdin.buffer.readline())
-    settings = ImageProcessor(**setting["processor"])
-    Image.MAX_IMAGE_PIXELS = None  # the limit is asked here, when the header is read
-    Image.preinit()
-    Image.init()
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
-    out = sys.stdout.buffer
-    out.write(b'"ready"\n')
-    out.flush()
-    for line in sys.stdin.buffer:
-        asked = json.loads(line)
-        content = sys.stdin.buffer.read(asked["size"])
-        answer, pixels = _decoded(content, settings, setting["most_pixels"], is_look=asked["is_look"])
-        out.write(json.dumps(answer).encode() + b"\n")
-        if pixels is not None:
-            out.write(pixels.data)
-        out.flush()
-
-
-if __name__ == "__main__":
-    _main()

@@ -42,6 +42,7 @@ def serve_engine(engine: ServedEngine) -> Iterator[str]:
             yield f"127.0.0.1:{server.port}"
         finally:
             asyncio.run_coroutine_threadsafe(server.stop(drain_timeout_s=1.0), loop).result()
+            server.service.close()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

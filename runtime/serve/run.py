@@ -64,6 +64,7 @@ def serve(bundle: Path, settings: Settings, open_engine: OpenEngine = Engine.fro
             send_timeout_s=server.send_timeout,
             stream_interval=server.stream_interval,
         )
+        stack.callback(service.close)
         if server.monitor_port is not None:
             monitor = Monitor(service, registry, access, server.host, server.monitor_port, tls)
             stack.callback(monitor.close)

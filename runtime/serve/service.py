@@ -358,6 +358,11 @@ class Service:
             await asyncio.sleep(_POLL_S)
         return not self._quotas.num_open
 
+    def close(self) -> None:
+        """End the threads that read messages, when no door calls any more. What they have begun ends by itself."""
+        for threads in (self._readers, self._media_readers):
+            threads.shutdown(wait=False, cancel_futures=True)
+
     def shut_down(self) -> None:
         """End all requests with what they have (FinishReason.SHUTDOWN)."""
         self._is_shut_down = True

@@ -191,7 +191,7 @@ def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(decoding, "LIMIT_S", 60.0)
     decoder = ImageDecoder(SETTINGS, most_pixels=2**30)
     try:
-        with pytest.raises(InvalidRequestError, match=r"more than 2 GiB|damaged"):
+        with pytest.raises(InvalidRequestError, match="more than 2 GiB"):
             decoder.decode(png(30_000, 30_000))
         assert len(decoder.decode(READ["1x1"]).pixels) == 10
     finally:

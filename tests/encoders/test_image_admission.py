@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +15,7 @@ from motet.runtime.encoders.decoding import ImageDecoder
 from motet.runtime.encoders.images import ImageReader
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ContextLengthError, InvalidRequestError, MotetError, OverloadedError, UnavailableError
+from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.reading import RequestReader
 from motet.runtime.trust.identity import Identity
 from motet.runtime.trust.quotas import Quotas
@@ -66,6 +68,18 @@ def nothing_decoded(monkeypatch):
         patched.setattr(ImageDecoder, "decode", lambda *args: decoded.append(1) or decode(*args))
         yield
     assert not decoded
+
+
+def test_a_closed_service_leaves_no_threads(image_engine):
+    """Of those that read messages, with images or without."""
+    with serve_engine(image_engine) as address, Client(address) as client:
+        before = {thread for thread in threading.enumerate() if thread.name.startswith(("motet-reader", "motet-media"))}
+        assert client.complete(user(image(encoded(picture(20, 20)))), max_tokens=1, **GREEDY)
+        own = [one for one in threading.enumerate() if one.name.startswith("motet-media") and one not in before]
+        assert own
+    for thread in own:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_what_is_refused_is_refused_before_it_is_decoded(image_bundle, monkeypatch):
