@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ..api.config import EngineConfig
 from ..api.output import Output
 from ..api.request import FinishReason, Request
+from ..encoders.images import no_images
 from ..engine.answer import OnOutput, OnSent
 from ..engine.embedder import EmbedJob
 from ..engine.observer import Observer, notify
@@ -26,7 +27,7 @@ from ..engine.open import bundle_tokenizer, load_bundle, model_info
 from ..engine.stats import EngineStats
 from ..errors import InvalidRequestError, MotetError, OverloadedError, UnavailableError
 from ..text.grammar import Grammars
-from ..text.media import MediaReader, NoMedia
+from ..text.media import MediaReader
 from .connection import connect
 from .replica import ByQueuedTokens, PrefixRouter, Replica
 from .settings import ClusterSettings
@@ -49,8 +50,8 @@ class ClusterEngine:
         self.tokenizer = bundle_tokenizer(loaded)
         self.model, self.config = model_info(loaded, config), config
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
-        self.media: MediaReader = NoMedia(
-            "replicas on a cluster take text only; serve images with `motet serve` without --ray"
+        self.media: MediaReader = no_images(
+            config, "replicas on a cluster take text only", "serve images with `motet serve` without --ray"
         )
         self.embedder = _Embedder(self)
         self._observers: tuple[Observer, ...] = ()

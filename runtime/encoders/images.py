@@ -31,22 +31,32 @@ _TILES_AT_ONCE = 4  # so that a run needs little memory, and is the same whateve
 
 def open_media(bundle: Bundle, config: EngineConfig, backend: Backend) -> MediaReader:
     """What reads the media of the messages that a bundle is sent. Raises `BundleError` for an encoder that cannot be loaded, and
-    `ConfigError` for settings of images if the bundle has no encoder of them."""
+    `ConfigError` for settings of images where none are taken."""
     encoder = bundle.image_encoder
     if encoder is None:
-        given = [
-            one.name for one in fields(EngineConfig) if "image" in one.name and getattr(config, one.name) != one.default
-        ]
-        if given:
-            raise ConfigError(f"{', '.join(given)}: '{bundle.name}' has no encoder of images; leave them out")
-        return NoMedia(f"'{bundle.name}' has no encoder of images; send text")
+        return no_images(config, f"'{bundle.name}' has no encoder of images", "send text")
     if not backend.takes_embedded:
-        return NoMedia(f"images need backend cpu, and backend {backend.name} serves '{bundle.name}'")
+        return no_images(config, f"images need backend cpu, and backend {backend.name} serves '{bundle.name}'")
     if find_spec("PIL") is None:
-        return NoMedia("images need Pillow, which is not installed there; `pip install 'motet[multimodal]'` does it")
+        return no_images(
+            config, "images need Pillow, which is not installed there", "`pip install 'motet[multimodal]'` does it"
+        )
     if not config.max_images:
-        return NoMedia("this server is set to take no images (max_images is 0)")
+        return no_images(config, "this server is set to take no images (max_images is 0)")
     return ImageReader(bundle, encoder, config)
+
+
+def no_images(config: EngineConfig, reason: str, remedy: str = "") -> NoMedia:
+    """For a server that takes none for this reason. Raises `ConfigError` for settings of images: nothing would use them."""
+    given = [
+        one.name
+        for one in fields(EngineConfig)
+        if "image" in one.name and getattr(config, one.name) != one.default
+        if (one.name, getattr(config, one.name)) != ("max_images", 0)  # which is so
+    ]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: {reason}; leave them out")
+    return NoMedia(f"{reason}; {remedy}" if remedy else reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,10 +249,26 @@ def test_servers_that_take_no_images_say_why(image_bundle, image_model_dir, tmp_
             return str(caught.value)
 
     onnx = {"backend": "onnx", "threads": pool_threads() or 1}
+    settings = {"max_images": 3, "image_cache_bytes": 0}
     assert "images need backend cpu, and backend onnx serves" in refusal(image_bundle, **onnx)
+    with pytest.raises(ConfigError, match=r"max_images, image_cache_bytes: images need backend cpu.*leave them out"):
+        refusal(image_bundle, **onnx, **settings)
+    with pytest.raises(ConfigError, match=r"max_image_pixels: .*\(max_images is 0\); leave them out"):
+        refusal(image_bundle, max_images=0, max_image_pixels=9)
     assert "max_images is 0" in refusal(image_bundle, max_images=0)
     monkeypatch.setattr("motet.runtime.encoders.images.find_spec", lambda name: None)
     assert "pip install 'motet[multimodal]'" in refusal(image_bundle)
+    with pytest.raises(ConfigError, match=r"max_images, image_cache_bytes: images need Pillow.*leave them out"):
+        refusal(image_bundle, **settings)
+
+
+def test_a_cluster_refuses_settings_of_images(image_bundle):
+    pytest.importorskip("ray")
+    from motet.runtime.cluster.engine import ClusterEngine
+    from motet.runtime.cluster.settings import ClusterSettings
+
+    with pytest.raises(ConfigError, match="max_image_bytes: replicas on a cluster take text only; leave them out"):
+        ClusterEngine(image_bundle, EngineConfig(max_image_bytes=9), ClusterSettings("local", 1))
 
 
 def test_a_bundle_without_an_encoder_refuses_images_and_their_settings(tmp_path, tiny_model_dir):
