@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..api.prompt import Prompt
@@ -31,11 +31,13 @@ class Reading:
     def has_media(self) -> bool:
         return any(one.media for one in self.prompts)
 
-    def encoded(self) -> Request:
-        """The request with its media, each decoded and encoded once. Raises what `Medium.encode` raises."""
+    def encoded(self, is_wanted: Callable[[], bool]) -> Request:
+        """The request with its media, each decoded and encoded once. Raises what `BuiltPrompt.spans` raises."""
         rows: dict[bytes, Sequence[F32]] = {}
         salt = self.request.cache_salt
-        return dataclasses.replace(self.request, embedded=tuple(one.spans(salt, rows) for one in self.prompts))
+        return dataclasses.replace(
+            self.request, embedded=tuple(one.spans(salt, rows, is_wanted) for one in self.prompts)
+        )
 
 
 class RequestReader:

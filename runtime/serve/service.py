@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 from ..api.limits import MAX_MESSAGE_BYTES, MAX_REQUEST_ID_BYTES, MAX_TEXTS
@@ -33,7 +34,7 @@ from .answer_size import check_answer_size
 from .calls import Call, Caller, Calls, CallSink
 from .embeddings import Embeddings, embed_all
 from .output_queue import Delivery, OutputQueue
-from .reading import RequestReader
+from .reading import Reading, RequestReader
 from .structures import StructureCompiler
 
 log = logging.getLogger("motet.service")
@@ -117,8 +118,25 @@ class Service:
         if reading.has_media:
             for one in draft_requests(tokenised) if tokenised.drafts else (tokenised,):
                 self._engine.check(one)
-            call.request = tokenised = await self._run(reading.encoded, threads)
+            call.request = tokenised = await self._encoded(reading)
         return tokenised
+
+    async def _encoded(self, reading: Reading) -> Request:
+        """The request with its media. A caller that goes away keeps its place until the thread is done, which encodes no further
+        image: otherwise callers that cancel would queue more work than there are places."""
+        is_gone = threading.Event()
+        work = self._media_readers.submit(reading.encoded, lambda: not is_gone.is_set())
+        done = asyncio.wrap_future(work)
+        try:
+            return await self._translated(asyncio.shield(done))
+        except asyncio.CancelledError:
+            is_gone.set()
+            while not work.cancel() and not work.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([done])
+            if not done.cancelled():
+                done.exception()  # nobody else asks
+            raise
 
     async def _outputs(self, request: GenerateRequest, tokenised: Request, call: Call) -> AsyncGenerator[Output, None]:
         if tokenised.drafts:
@@ -271,8 +289,11 @@ class Service:
         return await self._run(work)
 
     async def _run(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
+        return await self._translated(asyncio.get_running_loop().run_in_executor(threads or self._readers, work))
+
+    async def _translated(self, work: Awaitable[T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads or self._readers, work)
+            return await work
         except MotetError:
             raise
         except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..api.embedded import EmbeddedSpan, Spans
 from ..api.prompt import Conversation, Prompt, PromptContent
-from ..errors import ContextLengthError, InvalidRequestError
+from ..errors import ContextLengthError, InvalidRequestError, UnavailableError
 from .media import F32, MediaReader, Medium, NoMedia
 from .tokenizer import Tokenizer
 
@@ -25,12 +25,20 @@ class BuiltPrompt:
     media: Sequence[Medium] = ()
     placeholder: int = -1
 
-    def spans(self, salt: bytes, encoded: dict[bytes, Sequence[F32]] | None = None) -> Spans:
-        """The rows of the media, encoded (see `Medium.encode`). `encoded`: by digest, those of the request so far."""
+    def spans(
+        self,
+        salt: bytes,
+        encoded: dict[bytes, Sequence[F32]] | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Spans:
+        """The rows of the media, encoded (see `Medium.encode`). `encoded`: by digest, those of the request so far. `is_wanted`
+        is asked before each; raises `UnavailableError` if nobody waits for them any more."""
         encoded = {} if encoded is None else encoded
         found: list[EmbeddedSpan] = []
         places = iter(_runs(self.token_ids, self.placeholder, self.media))
         for medium in self.media:
+            if not is_wanted():
+                raise UnavailableError("the request was cancelled before its media were encoded")
             if medium.digest not in encoded:
                 encoded[medium.digest] = medium.encode(salt)
             for index, rows in enumerate(encoded[medium.digest]):

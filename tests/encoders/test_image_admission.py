@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import contextmanager
 
 import pytest
+from helpers.callers import CALLER
 from helpers.media import CONFIG, GREEDY, encoded, image, picture, text, user
 from helpers.servers import serving
 from motet.runtime.api.config import EngineConfig
@@ -15,8 +17,9 @@ from motet.runtime.encoders.decoding import ImageDecoder
 from motet.runtime.encoders.images import ImageReader
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ContextLengthError, InvalidRequestError, MotetError, OverloadedError, UnavailableError
-from motet.runtime.serve.local import serve_engine
+from motet.runtime.serve.local import local_server
 from motet.runtime.serve.reading import RequestReader
+from motet.runtime.serve.service import Service
 from motet.runtime.trust.identity import Identity
 from motet.runtime.trust.quotas import Quotas
 
@@ -70,9 +73,9 @@ def nothing_decoded(monkeypatch):
     assert not decoded
 
 
-def test_a_closed_service_leaves_no_threads(image_engine):
+def test_a_closed_service_leaves_no_threads(image_bundle):
     """Of those that read messages, with images or without."""
-    with serve_engine(image_engine) as address, Client(address) as client:
+    with local_server(image_bundle, EngineConfig(**CONFIG)) as address, Client(address) as client:
         before = {thread for thread in threading.enumerate() if thread.name.startswith(("motet-reader", "motet-media"))}
         assert client.complete(user(image(encoded(picture(20, 20)))), max_tokens=1, **GREEDY)
         own = [one for one in threading.enumerate() if one.name.startswith("motet-media") and one not in before]
@@ -80,6 +83,39 @@ def test_a_closed_service_leaves_no_threads(image_engine):
     for thread in own:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_who_cancels_keeps_the_place_until_the_thread_is_done(image_engine, monkeypatch):
+    """And it encodes no other image of the request."""
+    began, goes_on, encoded_images, rows = threading.Event(), threading.Event(), [], ImageReader.rows
+
+    def slow(*args):
+        encoded_images.append(1)
+        began.set()
+        assert goes_on.wait(60)
+        return rows(*args)
+
+    monkeypatch.setattr(ImageReader, "rows", slow)
+    files = [image(encoded(picture(20, 20, seed))) for seed in (301, 302, 303)]
+
+    async def run():
+        service = Service(image_engine)
+        task = asyncio.create_task(service.complete(GenerateRequest(user(*files)), CALLER))
+        assert await asyncio.to_thread(began.wait, 60)
+        for _ in range(3):  # also whoever insists
+            task.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert not task.done()
+        assert not await service.wait_idle(0)
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await service.wait_idle(0)
+        service.close()
+
+    asyncio.run(run())
+    assert len(encoded_images) == 1
 
 
 def test_what_is_refused_is_refused_before_it_is_decoded(image_bundle, monkeypatch):
