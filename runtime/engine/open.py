@@ -10,8 +10,10 @@ from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
 from ..backends.open import open_backend
 from ..encoders.images import open_media
+from ..errors import BundleError, shown
 from ..model.bundle import Bundle
 from ..model.decoder_graph import GraphConfig
+from ..model.encoders.vision import AROUND
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
 from .observer import Observer
@@ -36,9 +38,19 @@ def open_engine(
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
-    """A bundle's tokenizer, which lets no text write what an image becomes. Raises what `Tokenizer.from_dir` raises."""
+    """A bundle's tokenizer, which lets no text write what an image becomes. Raises what `Tokenizer.from_dir` raises, and
+    `BundleError` if it has other ids for that than the manifest."""
     encoder = bundle.image_encoder
-    return Tokenizer.from_dir(bundle.path, () if encoder is None else encoder.control_tokens)
+    if encoder is None:
+        return Tokenizer.from_dir(bundle.path)
+    tokenizer = Tokenizer.from_dir(bundle.path, encoder.control_tokens)
+    found = tokenizer.token_id(encoder.token)
+    if found != encoder.token_id or tokenizer.token_id(AROUND) is None:
+        raise BundleError(
+            f"the manifest of '{bundle.path}' gives {shown(encoder.token)} the id {encoder.token_id}, the tokenizer {found}, and "
+            f"{AROUND} the id {tokenizer.token_id(AROUND)}; export the bundle again"
+        )
+    return tokenizer
 
 
 def load_bundle(path: Path, config: EngineConfig, *, verify: bool = True) -> Bundle:

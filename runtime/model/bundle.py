@@ -163,6 +163,11 @@ class Bundle:
         if made_here:
             dict(manifest["quantisation"])  # raises TypeError
         encoder, encoder_files = _encoder(manifest.get("encoders") or {})
+        if encoder is not None and encoder.token_id >= config.vocab_size:
+            raise BundleError(
+                f"the placeholder of an image has the id {encoder.token_id}, the model {config.vocab_size} embeddings; "
+                "export the bundle again"
+            )
         bundle = cls(
             path=path,
             name=manifest["name"],

@@ -21,6 +21,7 @@ from motet.runtime.backends.onnx.sessions import open_session, pool_threads
 from motet.runtime.checkpoints.store import pull
 from motet.runtime.checkpoints.vision import VisionEncoder
 from motet.runtime.engine.engine import Engine
+from motet.runtime.engine.open import bundle_tokenizer
 from motet.runtime.errors import BundleError, UnsupportedModelError
 from motet.runtime.model.bundle import MANIFEST, Bundle
 
@@ -72,6 +73,7 @@ def damaged(source, path, change):
         (lambda m: m["encoders"]["image"].update(graph="../x.onnx"), "plain file names"),
         (lambda m: m["encoders"]["image"].update(data="x"), "must list the plain file names"),
         (lambda m: m["encoders"].update(image=3), "inconsistent"),
+        (lambda m: m["encoders"]["image"].update(token_id=320), "has the id 320, the model 320 embeddings"),
         (lambda m: m.update(encoders=[1]), "inconsistent|encoders of"),
     ],
 )
@@ -108,6 +110,20 @@ def test_a_placeholder_that_is_not_the_tokenizer_s_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="image_token_id 261, and the tokenizer gives <image> the id 260"):
         export_bundle(path, tmp_path / "b", graphs=False)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_id": 261}, "gives '<image>' the id 261, the tokenizer 260"),
+        ({"token": "<end_of_utterance>"}, "the id 260, the tokenizer 261"),
+        ({"token": "<picture>"}, "the tokenizer None"),
+    ],
+)
+def test_a_bundle_whose_placeholder_is_not_the_tokenizer_s_is_refused(image_bundle, tmp_path, change, message):
+    path = damaged(image_bundle, tmp_path / "b", lambda m: m["encoders"]["image"].update(change))
+    with pytest.raises(BundleError, match=message):
+        bundle_tokenizer(Bundle.load(path, verify=False))
 
 
 @pytest.mark.parametrize("what", ["lora", "saved", "bias"])
