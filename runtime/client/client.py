@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -103,6 +104,10 @@ def _embed(prompts: Sequence[Prompt], mix: Mix) -> inference_pb2.EmbedRequest:
     return message
 
 
+def _tokenize(prompt: Prompt) -> inference_pb2.TokenizeRequest:
+    return inference_pb2.TokenizeRequest(prompt=prompt_to_proto(with_files(prompt)))
+
+
 def _detokenize(token_ids: Sequence[int], skip_special_tokens: bool) -> inference_pb2.DetokenizeRequest:
     content = PromptContent.read(token_ids)
     if content.token_ids is None:
@@ -180,7 +185,7 @@ class Client:
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, chat template applied."""
         try:
-            request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(with_files(prompt)))
+            request = _tokenize(prompt)
             response = self._inference.Tokenize(request, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
@@ -250,7 +255,9 @@ class AsyncClient:
     async def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
-        message = _message(prompt, **options)
+        message = await asyncio.to_thread(
+            _message, prompt, **options
+        )  # images are read and written: it may take seconds
         call = self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
@@ -269,11 +276,12 @@ class AsyncClient:
     async def embed(
         self, prompts: Sequence[Prompt], *, mix: Mix = None, timeout_s: float | None = None
     ) -> list[list[float]]:
-        call = self._inference.Embed(_embed(prompts, mix), timeout=timeout_s, metadata=self._metadata)
+        message = await asyncio.to_thread(_embed, prompts, mix)
+        call = self._inference.Embed(message, timeout=timeout_s, metadata=self._metadata)
         return [list(embedding.values) for embedding in (await _answer(call)).embeddings]
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        request = inference_pb2.TokenizeRequest(prompt=prompt_to_proto(with_files(prompt)))
+        request = await asyncio.to_thread(_tokenize, prompt)
         return list((await _answer(self._inference.Tokenize(request, metadata=self._metadata))).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

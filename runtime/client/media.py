@@ -12,6 +12,8 @@ from ..api.limits import MAX_MEDIA_BYTES
 from ..api.prompt import Conversation, Prompt
 from ..errors import InvalidRequestError, NotFoundError, shown
 
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+
 
 def with_files(prompt: Prompt) -> Prompt:
     """The prompt with the bytes of each image in place of a path (`pathlib.Path`) or an image of Pillow, which becomes a PNG.
@@ -38,10 +40,31 @@ def image_bytes(image: Any) -> Any:
     if isinstance(image, os.PathLike):
         return read_image(Path(image))
     if not isinstance(image, bytes) and hasattr(image, "save") and hasattr(image, "getbands"):
-        content = BytesIO()
-        image.save(content, "PNG")
-        return content.getvalue()
+        return _png(image)
     return image
+
+
+def _png(image: Any) -> bytes:
+    """An image of Pillow as a PNG, turned as its EXIF says, which a PNG would not keep, in RGB if a PNG cannot hold its mode."""
+    from PIL import ImageOps  # whoever has such an image has Pillow
+
+    if image.mode[0] in "IF":  # the server refuses them: how they are to be scaled is not known
+        raise InvalidRequestError(
+            f"an image of mode {shown(image.mode)} has more than 8 bits a channel; scale its values, and convert it to L or RGB",
+            field="messages.content",
+        )
+    content = BytesIO()
+    try:
+        found = ImageOps.exif_transpose(image)
+        if found.mode not in _PNG_MODES:
+            found = found.convert("RGBA" if found.mode in ("PA", "RGBa") else "RGB")
+        found.save(content, "PNG")
+    except (OSError, ValueError, SyntaxError) as error:  # a file that is cut off is found out only here
+        raise InvalidRequestError(
+            f"the image of mode {shown(image.mode)} cannot be written as a PNG: {error}; convert it to RGB",
+            field="messages.content",
+        ) from None
+    return content.getvalue()
 
 
 def read_image(path: Path) -> bytes:

@@ -248,7 +248,7 @@ def ensemble_to_proto(ensemble: Ensemble) -> inference_pb2.Ensemble:
 
 
 def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
-    """Raises `InvalidRequestError` if the prompt is neither text, token ids nor messages."""
+    """Raises `InvalidRequestError` if the prompt is neither text, token ids nor messages, or has a media_type."""
     content = PromptContent.read(prompt)
     if content.text is not None:
         return inference_pb2.Prompt(text=content.text)
@@ -262,11 +262,15 @@ def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:
 
 
 def _message_to_proto(message: Mapping[str, Any]) -> inference_pb2.ChatMessage:
-    """What a client says of an image's type is not sent: the server looks."""
     fields: dict[str, Any] = {key: _json(value) for key, value in message.items() if key != "content"}
     content = message["content"]
     if isinstance(content, str):
         return inference_pb2.ChatMessage(content=content, **fields)
+    if any("media_type" in part for part in content):
+        raise InvalidRequestError(
+            "a part's media_type has no field in motet.v1, and the server looks at the file itself; leave it out",
+            field="messages.content",
+        )
     parts = [inference_pb2.ContentPart(**{part["type"]: part[part["type"]]}) for part in content]
     return inference_pb2.ChatMessage(parts=parts, **fields)
 
