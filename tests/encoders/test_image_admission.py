@@ -85,6 +85,17 @@ def test_a_closed_service_leaves_no_threads(image_bundle):
         assert not thread.is_alive()
 
 
+def test_what_is_kept_waits_for_nobody_s_encoding_and_is_not_decoded_again(image_engine, monkeypatch):
+    reader = image_engine.media
+    [medium] = reader.read([(encoded(picture(40, 40, 401)), "")])
+    first, found = medium.encode(b"s"), []
+    with nothing_decoded(monkeypatch), reader._encoding:  # as another request does that encodes
+        thread = threading.Thread(target=lambda: found.append(medium.encode(b"s")), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert [len(each) for each in found] == [len(first)]
+
+
 def test_who_cancels_keeps_the_place_until_the_thread_is_done(image_engine, monkeypatch):
     """And it encodes no other image of the request."""
     began, goes_on, encoded_images, rows = threading.Event(), threading.Event(), [], ImageReader.rows
