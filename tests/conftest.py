@@ -37,9 +37,18 @@ ALONE = {
 }  # rooms that wait for processes and threads
 
 
+LONG = {
+    "test_native_build.py",
+    "test_generate.py",
+    "test_house.py",
+    "test_ensemble.py",
+}  # begin first, or the last runs alone
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the real model are `network`, for it may have to be pulled. Tests that are `native` need the built library. Whole
-    rooms are `alone`."""
+    rooms are `alone`; the longest files come first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
             item.add_marker(pytest.mark.alone)

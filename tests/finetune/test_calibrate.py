@@ -189,7 +189,7 @@ def test_the_command_writes_what_it_fitted(tiny_model_dir, tmp_path, monkeypatch
         for index in range(40):
             prompt = f"say {index}"
             request = GenerateRequest([{"role": "user", "content": prompt}], sampling=replace(GREEDY, max_tokens=8))
-            text = engine.complete([Service(engine)._reader.read(request, CALLER.identity)])[0][0].text
+            text = engine.complete([Service(engine)._reader.read(request, CALLER.identity).request])[0][0].text
             records.append({"prompt": prompt, "completion": text.strip() or "x" if index % 2 else f"other {index}"})
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, records)))

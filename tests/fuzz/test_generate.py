@@ -1,4 +1,4 @@
-"""The small form of the fuzz: 2,000 requests under sanitisers. `make fuzz` runs the whole."""
+"""The small form of the fuzz: 1,000 requests under sanitisers. `make fuzz` runs the whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.sanitised import ROOT, sanitised_environment
 
-CASES = 2000
+CASES = 1000
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_sanitised():
     files = [f"tests/backends/test_cpu_{name}.py" for name in ("invariance", "boundary")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["-k", "depend or crash or refused or nan or fit or sizes"]
-    environment["MOTET_TEST_SCHEDULES"] = "8"
+    environment["MOTET_TEST_SCHEDULES"] = "5"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
