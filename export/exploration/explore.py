@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from ...runtime.api.config import EngineConfig
 from ...runtime.errors import BundleError, ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ...runtime.model.config import DecoderConfig
-from ...runtime.model.files import remove_directory, replace_file
+from ...runtime.model.files import append_line, read_lines, remove_directory, replace_file
 from ...runtime.model.layout import decoder_layout
 from ..parity import read_parity
 from ..quantisation.method import Method, Target
@@ -119,10 +118,7 @@ def explore(
             if wanted.max_candidates is not None and len(done) >= wanted.max_candidates:
                 break
             candidate = _make(wanted, out, *_suggest(wanted, done), len(done))
-            with (out / CANDIDATES).open("a") as file:
-                file.write(json.dumps(asdict(candidate)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(out / CANDIDATES, json.dumps(asdict(candidate)))
             done.append(candidate)
             _report(wanted, out, done)
             _tidy(out, done)
@@ -185,15 +181,10 @@ def _opened(wanted: Exploration, out: Path) -> Iterator[None]:
 
 
 def _read(out: Path) -> list[Candidate]:
-    """The candidates of earlier calls. A last line that a kill has left incomplete is cut off."""
+    """The candidates of earlier calls."""
     path = out / CANDIDATES
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        os.truncate(path, path.stat().st_size - len(lines[-1]))
     try:
-        done = [Candidate.from_dict(json.loads(line)) for line in lines[:-1]]
+        done = [Candidate.from_dict(json.loads(line)) for line in read_lines(path)]
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
     for one in front(done):

@@ -14,7 +14,6 @@ segment (`loop`), and the suggestions are those of an uninterrupted search.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError, ConfigError, MotetError, NumericalError
+from ...runtime.model.files import append_line, read_lines
 from ..data.example import Split
 from ..params import TuneParams
 from ..training.loop import Watch
@@ -103,10 +103,7 @@ def search(
     data = _Data(bench, params, progress)
     while len(trials) < params.trials:
         trial = _one(bench, out, params, trials, space, data, progress)
-        with (out / TRIALS).open("a") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(out / TRIALS, json.dumps(asdict(trial)))
         trials.append(trial)
         shutil.rmtree(work_dir(trial_dir(out, trial.number)), ignore_errors=True)  # of a trial that was stopped
         if trial.privacy is not None:
@@ -151,16 +148,10 @@ def _counts(params: TuneParams) -> dict[Split, int]:
 
 
 def read_trials(out: Path) -> list[Trial]:
-    """The finished trials of a search. An incomplete last line, left by a kill, is cut off. Raises `BundleError` for a
-    damaged file."""
+    """The finished trials of a search. Raises `BundleError` for a damaged file."""
     path = out / TRIALS
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        os.truncate(path, path.stat().st_size - len(lines[-1]))
     try:
-        return [Trial.from_dict(json.loads(line)) for line in lines[:-1]]
+        return [Trial.from_dict(json.loads(line)) for line in read_lines(path)]
     except (ValueError, TypeError, KeyError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); remove the search and run it again") from error
 

@@ -14,7 +14,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidRequestError, UnavailableError, shown
 from ..model.encoders.vision import MOST_TILES, ImageProcessor
+from ..processes import cpu_seconds
 from . import decoding_process
 from .decoding_process import FORMATS, KINDS, MEMORY
 
@@ -90,21 +90,21 @@ class ImageDecoder:
             line = json.dumps({"size": len(content), "is_look": is_look}).encode()
             for _ in range(2):
                 process = self._started()
-                before = _cpu_seconds(process.pid)
-                if not self._send(line + b"\n" + content, before):
+                before, until = cpu_seconds(process.pid), time.monotonic() + _WAIT_S
+                if not self._send(line + b"\n" + content, before, until):
                     if process.poll() is None:  # it takes in nothing
                         break
                     self._end()  # it had ended before it was asked
                     continue
-                if self._line(before) != "taken":
+                if self._line(before, until) != "taken":
                     if process.poll() is None:
                         break
                     self._end()  # it ended, and had not seen the image
                     continue
-                answer = self._line(before)
+                answer = self._line(before, until)
                 if answer is not None:
-                    return self._answered(answer, is_look=is_look)
-                spent = _cpu_seconds(process.pid) - before
+                    return self._answered(answer, until, is_look=is_look)
+                spent = cpu_seconds(process.pid) - before
                 has_ended = process.poll() is not None
                 self._end()
                 if self._is_closed:
@@ -122,6 +122,7 @@ class ImageDecoder:
             KeyError,
             TypeError,
             OverflowError,
+            RecursionError,
         ) as error:  # it says what it never says: an image rules it
             self._end()
             raise refusal("it cannot be decoded") from error
@@ -158,7 +159,7 @@ class ImageDecoder:
         with self._starting:
             self._process = self._log = None
 
-    def _answered(self, answer: Any, *, is_look: bool) -> dict[str, Any]:
+    def _answered(self, answer: Any, until: float, *, is_look: bool) -> dict[str, Any]:
         """What the process says, checked: one that was taken over may say anything."""
         if "too_many" in answer:
             raise refusal(
@@ -173,7 +174,7 @@ class ImageDecoder:
         found = {"rows": rows, "columns": columns, "kind": answer["kind"]}
         if fits and is_look:
             return found
-        content = self._bytes(count * 3 * edge * edge) if fits else None
+        content = self._bytes(count * 3 * edge * edge, until) if fits else None
         if content is None:
             self._end()
             raise _closed() if self._is_closed else refusal("it cannot be decoded")
@@ -203,8 +204,9 @@ class ImageDecoder:
             assert self._process.stdin is not None and self._process.stdout is not None
             os.set_blocking(self._process.stdin.fileno(), False)
             try:
-                self._send(self._setting.encode() + b"\n", None)
-                is_ready = self._line(None) == "ready"
+                until = time.monotonic() + _START_S
+                self._send(self._setting.encode() + b"\n", None, until)
+                is_ready = self._line(None, until) == "ready"
             except OSError:
                 is_ready = False
             if not is_ready:
@@ -214,12 +216,11 @@ class ImageDecoder:
                 raise UnavailableError("images cannot be decoded: their process does not start; try again later")
         return self._process
 
-    def _send(self, content: bytes, began: float | None) -> bool:
+    def _send(self, content: bytes, began: float | None, until: float) -> bool:
         """False if the process does not take it."""
         assert self._process is not None and self._process.stdin is not None
         handle, poll, left = self._process.stdin.fileno(), select.poll(), memoryview(content)
         poll.register(handle, select.POLLOUT)
-        until = time.monotonic() + _WAIT_S
         while left:
             if time.monotonic() > until or self._is_over(began):
                 return False
@@ -233,35 +234,36 @@ class ImageDecoder:
                 return False
         return True
 
-    def _line(self, began: float | None) -> Any:
-        """The next line of JSON; None if it does not come."""
+    def _line(self, began: float | None, until: float) -> Any:
+        """The next line of JSON; None if it does not come by `until` (`time.monotonic`), which all of a question shares."""
         content = bytearray()
         while not content.endswith(b"\n"):
-            piece = self._piece(1, began)  # the tiles follow; a line is short
+            piece = self._piece(1, began, until)  # the tiles follow; a line is short
             if not piece or len(content) > _LONGEST_LINE:
                 return None
             content += piece
         return json.loads(content)
 
-    def _bytes(self, size: int) -> bytes | None:
+    def _bytes(self, size: int, until: float) -> bytes | None:
         content = bytearray()
         while len(content) < size:
-            piece = self._piece(min(size - len(content), 2**20), None)
+            piece = self._piece(min(size - len(content), 2**20), None, until)
             if not piece:
                 return None
             content += piece
         return bytes(content)
 
-    def _piece(self, size: int, began: float | None) -> bytes:
+    def _piece(self, size: int, began: float | None, until: float) -> bytes:
         """At most `size` bytes that the process has written; none if it ends or takes too long. `began`: the seconds that it
         had computed when it was asked; None: they do not count."""
         assert self._process is not None and self._process.stdout is not None
         handle, poll = self._process.stdout.fileno(), select.poll()  # select.select has no room for many descriptors
         poll.register(handle, select.POLLIN)
-        until = time.monotonic() + (_WAIT_S if began is not None else _START_S)
         while not poll.poll(100):
             if time.monotonic() > until or self._is_over(began):
                 return b""
+        if time.monotonic() > until:
+            return b""
         piece = os.read(handle, size)
         if not piece:  # it ends: how, is known in a moment
             with suppress(subprocess.TimeoutExpired):
@@ -270,7 +272,7 @@ class ImageDecoder:
 
     def _is_over(self, began: float | None) -> bool:
         assert self._process is not None
-        return began is not None and _cpu_seconds(self._process.pid) - began > LIMIT_S
+        return began is not None and cpu_seconds(self._process.pid) - began > LIMIT_S
 
 
 def _closed() -> UnavailableError:
@@ -294,12 +296,3 @@ def _check_type(said: str, kind: str) -> None:
     own = said.removeprefix("image/").removeprefix("x-").replace("jpg", "jpeg").replace("ms-bmp", "bmp")
     if said and own != kind:
         raise refusal(f"it is said to be {shown(said)} and is image/{kind}; say what it is")
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of a process so far, all threads; 0 if that is not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0

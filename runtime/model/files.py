@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..errors import BundleError, ConfigError, MotetError, NotFoundError, Unavai
 
 _END = 8  # digits that end the name of a directory beside another
 _ANY_END = "[0-9a-f]" * _END
+_PATIENCE_S = 30.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -60,6 +62,24 @@ def replace_file(path: Path, text: str) -> None:
         work.unlink(missing_ok=True)
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a journal, and wait until it is on the disk."""
+    with path.open("a") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The whole lines of a journal; none if it is not there. A last line that a kill has left incomplete is cut off the file."""
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
+    return lines
+
+
 def check_replaceable(out: Path, marker: str, what: str) -> None:
     """Raises `ConfigError` if `out` exists but lacks the file `marker`, so it is not `what` ("a bundle")."""
     if out.exists() and not (out / marker).is_file():
@@ -85,16 +105,25 @@ def new_directory(out: Path, marker: str, what: str) -> Iterator[Path]:
 
 
 def _claim(out: Path) -> tuple[Path, int]:
-    """A new directory beside `out`, and the descriptor whose lock says that its writer lives. What a kill left has no lock.
-    Raises `UnavailableError` if `out` has such a writer already."""
+    """A new directory beside `out`, and the descriptor whose lock says that its writer lives. What a kill left has no lock, and
+    is removed. Raises `UnavailableError` if `out` has such a writer already."""
     parent = os.open(out.parent, os.O_RDONLY)
     try:
-        _lock(parent, wait=True)  # until the next lines are done, in one writer after the other
+        until = time.monotonic() + _PATIENCE_S  # the next lines are for one writer after the other, and take a moment
+        while _lock(parent) is False:
+            if time.monotonic() > until:
+                raise UnavailableError(
+                    f"another program keeps '{out.parent}' locked; wait for it, or choose another directory"
+                )
+            time.sleep(0.01)
         for other in out.parent.glob(f".{glob.escape(out.name)}-new-{_ANY_END}"):
-            if _has_writer(other):
+            has_writer = _has_writer(other)
+            if has_writer:
                 raise UnavailableError(
                     f"another process is writing '{out}'; wait until it has ended, or choose another directory"
                 )
+            if has_writer is False:
+                shutil.rmtree(other, ignore_errors=True)
         work = _beside(out, "new")
         work.mkdir()
         descriptor = os.open(work, os.O_RDONLY)
@@ -104,25 +133,27 @@ def _claim(out: Path) -> tuple[Path, int]:
         os.close(parent)
 
 
-def _has_writer(directory: Path) -> bool:
+def _has_writer(directory: Path) -> bool | None:
+    """None: that is not known."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:  # it was put in place, or removed
-        return False
+        return None
     try:
-        return not _lock(descriptor)
+        is_locked_now = _lock(descriptor)
+        return None if is_locked_now is None else not is_locked_now
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock an open directory until it is closed; False: another has locked it. Where the file system has no locks, none does."""
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open directory until it is closed; False: another has locked it; None: the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 

@@ -9,13 +9,16 @@ Within a tenant: what was preempted, then by priority, then by arrival. Groups o
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 
 from .sequence import Group
 
 ANSWER_WEIGHT = 2  # what an answer's token counts, in tokens of a prompt
 _MOST_IDLE = 4096  # tenants without a group whose counters are remembered
+
+
+_RECENT = 64  # groups
 
 
 class WaitingQueue:
@@ -26,6 +29,7 @@ class WaitingQueue:
         self._arrival: dict[Group, int] = {}
         self._numbers = itertools.count()
         self._num_running: Counter[str] = Counter()
+        self._recent: deque[str] = deque(maxlen=_RECENT)  # tenants of the groups that came last
         self._served: OrderedDict[str, float] = OrderedDict()  # tenant → tokens ÷ weight, a prompt's when it starts
         self._computed: dict[str, float] = {}  # the same, a prompt's as they are computed
 
@@ -51,8 +55,8 @@ class WaitingQueue:
 
     @property
     def is_shared(self) -> bool:
-        """Whether there were groups of more than one tenant: another may come at any moment."""
-        return len(self._served) > 1
+        """Whether the groups that came last are of more than one tenant: another one may come at any moment."""
+        return len(set(self._recent)) > 1
 
     def prefill_order(self, group: Group) -> tuple[bool, float, float]:
         """A running group's key among those whose prompts are computed: batch work last, then the tenant whose tokens cost the
@@ -76,6 +80,7 @@ class WaitingQueue:
                 counter[tenant] = max(counter.get(tenant, 0.0), min((counter.get(o, 0.0) for o in others), default=0.0))
             self._served.move_to_end(tenant)
             self._forget_idle()
+        self._recent.append(tenant)
         self._insert(group, next(self._numbers))
 
     def put_back(self, group: Group) -> None:

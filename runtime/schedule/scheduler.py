@@ -37,9 +37,9 @@ class Scheduler:
     but small groups may pass a large one. When blocks run out, the latest group frees all of its blocks and waits again.
     So does the latest group of a tenant that has more than its share, if another waits that has less.
 
-    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. Once there are
-    several tenants, prompts have a quarter of that: who comes waits for the step that runs, which is as long as its rows. With
-    `prefix_cache`, sequences that begin alike share full blocks, but not that of the last token: its row is computed.
+    A step has at most `max_num_batched_tokens` rows, plus one prefill chunk if decode rows leave no room for any. While
+    several tenants come, prompts have a quarter of that: who comes waits for the step that runs, which is as long as its
+    rows. With `prefix_cache`, sequences that begin alike share full blocks, but not that of the last token: its row is computed.
     """
 
     def __init__(

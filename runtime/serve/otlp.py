@@ -18,6 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.samples import Sample
 
 from ..errors import ConfigError, MissingPackageError
+from .tracing import server_resource
 
 log = logging.getLogger("motet.otlp")
 NAMES = {
@@ -33,6 +34,9 @@ ATTRIBUTES = {
 _INTERVAL, _TEMPORALITY = "OTEL_METRIC_EXPORT_INTERVAL", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
 
 
+_PATIENCE_S = 2.0  # with a collector that does not answer, at the end
+
+
 class MetricsExport:
     """Sends the registry's metrics from a thread of its own, at an interval (OTEL_METRIC_EXPORT_INTERVAL, in milliseconds; a
     minute by default) and once more at the end. `model`: what is served. `exporter`: None: by OTLP over gRPC, to where
@@ -46,7 +50,6 @@ class MetricsExport:
         if (asked := os.environ.get(_TEMPORALITY, "cumulative").lower()) != "cumulative":
             raise ConfigError(f"{_TEMPORALITY} must be cumulative, which is what Motet's counters are, got {asked!r}")
         try:
-            from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
             if exporter is None:
@@ -58,7 +61,7 @@ class MetricsExport:
                 f"exporting metrics needs OpenTelemetry ({error}); install it with `pip install 'motet[otel]'`"
             ) from error
         self._registry, self._exporter = registry, exporter
-        self._resource, self._scope = Resource.create({"service.name": "motet"}), InstrumentationScope("motet")
+        self._resource, self._scope = server_resource(), InstrumentationScope("motet")
         self._common = {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "motet",
@@ -75,8 +78,9 @@ class MetricsExport:
 
     def __exit__(self, *_exc: object) -> None:
         self._end.set()
-        self._thread.join()
-        self._exporter.shutdown()
+        self._thread.join(_PATIENCE_S)
+        self._exporter.shutdown(timeout_millis=1000 * _PATIENCE_S)  # ends an export that tries again and again
+        self._thread.join(_PATIENCE_S)
 
     def _run(self) -> None:
         ended = False

@@ -134,8 +134,7 @@ class Service:
             while not work.cancel() and not work.done():
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([done])
-            if not done.cancelled():
-                done.exception()  # nobody else asks
+            done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks
             raise
 
     async def _outputs(self, request: GenerateRequest, tokenised: Request, call: Call) -> AsyncGenerator[Output, None]:

@@ -6,11 +6,27 @@ is a child of the caller's, by the W3C trace context of the call's metadata. Pro
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from ..errors import MissingPackageError
 from ..trust.identity import Identity
 from .calls import GENERATIONS, Call
+
+_INSTANCE = str(uuid.uuid4())
+
+
+def server_resource() -> Any:
+    """What traces and metrics say of this process: OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, and what these leave out of a
+    name ("motet") and an id of the process, without which a collector would add up two servers."""
+    from opentelemetry.sdk.resources import Resource
+
+    given = Resource.create()
+    own = {"service.instance.id": _INSTANCE}
+    if str(given.attributes.get("service.name", "unknown_service")).startswith("unknown_service"):
+        own["service.name"] = "motet"
+        given = Resource({key: value for key, value in given.attributes.items() if key != "service.name"})
+    return Resource(own).merge(given)  # what is given counts
 
 
 class Tracer:
@@ -19,7 +35,6 @@ class Tracer:
 
     def __init__(self, exporter: Any = None) -> None:
         try:
-            from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -32,7 +47,7 @@ class Tracer:
             raise MissingPackageError(
                 f"traces need OpenTelemetry ({error}); install it with `pip install 'motet[otel]'`"
             ) from error
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "motet"}))
+        self._provider = TracerProvider(resource=server_resource())
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("motet")
         self._context_of = TraceContextTextMapPropagator().extract

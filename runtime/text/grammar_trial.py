@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ..errors import UnavailableError
+from ..processes import cpu_seconds
 
 LIMIT_S = 0.7  # of a structure
 _MEMORY = 2 * 2**30  # of the process, address space
@@ -40,7 +40,7 @@ class Trial:
         try:
             for _ in range(2):
                 process = self._started()
-                before = _cpu_seconds(process.pid)
+                before = cpu_seconds(process.pid)
                 try:
                     assert process.stdin is not None
                     process.stdin.write(json.dumps([kind, spec]).encode() + b"\n")
@@ -51,7 +51,7 @@ class Trial:
                 found = self._line(LIMIT_S)
                 if found is not None:
                     return str(found)
-                spent = _cpu_seconds(process.pid) - before
+                spent = cpu_seconds(process.pid) - before
                 self.close()
                 if process.returncode in _HOSTILE or spent > LIMIT_S / 5:
                     return f"it takes more than {LIMIT_S:g} s or {_MEMORY >> 30} GiB to compile, or is nested too deep"
@@ -106,15 +106,6 @@ class Trial:
                 return None
             content += piece
         return json.loads(content)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of a process so far, all threads; 0 if that is not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 def _main() -> None:

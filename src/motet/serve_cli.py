@@ -135,7 +135,10 @@ def verify_audit(directory: AuditArgument) -> None:
     report = verify(directory)
     print(f"records {report.first} to {report.last} are whole; head {report.head}")
     for record in report.unended:
-        print("not ended: " + " ".join(f"{name}={record[name]}" for name in _SHOWN_OF_CALL if record.get(name)))
+        values = {
+            name: json.dumps(record[name]) for name in _SHOWN_OF_CALL if record.get(name)
+        }  # some are the caller's texts
+        print("not ended: " + " ".join(f"{name}={value}" for name, value in values.items()))
 
 
 @audit.command("show")

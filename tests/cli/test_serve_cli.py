@@ -139,7 +139,7 @@ def test_a_server_with_everything(bundle, tmp_path, capfd):
 def test_what_a_killed_server_was_doing_is_recorded(bundle, tmp_path):
     with server(bundle, "--audit", tmp_path / "audit") as (process, address), Client(address) as client:
         assert len(client.complete("x", **SHORT)[0].token_ids) == 3
-        stream = client.generate("y", request_id="mine", max_tokens=1000, ignore_eos=True)
+        stream = client.generate("y", request_id="mi\nne", max_tokens=1000, ignore_eos=True)
         next(iter(stream))
         [file] = (tmp_path / "audit").glob("audit-*.jsonl")
         until(lambda: file.read_text().count('"begin"') == 2)
@@ -148,7 +148,9 @@ def test_what_a_killed_server_was_doing_is_recorded(bundle, tmp_path):
     shown = motet("audit", "verify", tmp_path / "audit").stdout.splitlines()
     assert "records 1 to 4 are whole" in shown[0]  # start, a call, the begin of another
     assert len(shown) == 2 and shown[1].startswith("not ended: seq=4 time=")
-    assert " method=generate " in shown[1] and " request_id=mine bundle=" in shown[1]
+    assert (
+        ' method="generate" ' in shown[1] and r' request_id="mi\nne" bundle=' in shown[1]
+    )  # the caller's text is no line
     with server(bundle, "--audit", tmp_path / "audit") as (process, address):  # it goes on
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import threading
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -218,3 +220,32 @@ def test_two_decoders_work_beside_each_other(decoder):
         thread.join()
     other.close()
     assert found == [7] * 40
+
+
+@contextmanager
+def instead(monkeypatch, tmp_path, *lines):
+    """A decoder whose process runs these lines, once it has read its settings."""
+    script = tmp_path / "python"
+    script.write_text("\n".join([f"#!{sys.executable}", "import sys, time", "sys.stdin.buffer.readline()", *lines]))
+    script.chmod(0o755)
+    monkeypatch.setattr(decoding.sys, "executable", str(script))
+    decoder = ImageDecoder(SETTINGS, most_pixels=2**20)
+    yield decoder
+    decoder.close()
+
+
+def test_all_answers_to_a_question_have_one_limit_of_time(monkeypatch, tmp_path):
+    """Here a byte comes every 20 ms for a minute, and never a line."""
+    monkeypatch.setattr(decoding, "_WAIT_S", 1.0)
+    said = (
+        "for text in ('\"ready\"\\n', '\"taken\"\\n', *' ' * 3000): print(text, end='', flush=True); time.sleep(0.02)"
+    )
+    with instead(monkeypatch, tmp_path, said) as decoder, pytest.raises(UnavailableError, match="try again later"):
+        decoder.decode(READ["1x1"])
+
+
+def test_an_answer_that_is_deeper_than_json_goes(monkeypatch, tmp_path):
+    said = "print('\"ready\"\\n\"taken\"\\n' + '[' * 60000, flush=True)"
+    decoder_of = instead(monkeypatch, tmp_path, said, "sys.stdin.buffer.read()")
+    with decoder_of as decoder, pytest.raises(InvalidRequestError, match="cannot be decoded"):
+        decoder.decode(READ["1x1"])

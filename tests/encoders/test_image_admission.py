@@ -129,6 +129,27 @@ def test_who_cancels_keeps_the_place_until_the_thread_is_done(image_engine, monk
     assert len(encoded_images) == 1
 
 
+def test_who_cancels_before_a_thread_is_free_is_cancelled(image_engine):
+    """Both threads are busy with others'."""
+    goes_on = threading.Event()
+    request = GenerateRequest(user(image(encoded(picture(20, 20, 311)))))
+    reading = RequestReader(image_engine, Quotas({}, 8)).read(request, Identity("", "x", frozenset()))
+
+    async def run():
+        service = Service(image_engine)
+        busy = [service._media_readers.submit(goes_on.wait, 60) for _ in range(2)]
+        task = asyncio.create_task(service._encoded(reading))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        goes_on.set()
+        assert all(await asyncio.gather(*map(asyncio.wrap_future, busy)))
+        service.close()
+
+    asyncio.run(run())
+
+
 def test_what_is_refused_is_refused_before_it_is_decoded(image_bundle, monkeypatch):
     """All that the engine, the queue and the size of the answer can refuse."""
     config = EngineConfig(**CONFIG, max_model_len=512, max_waiting=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import sys
@@ -144,14 +145,25 @@ def test_one_of_many_writers_at_once(tmp_path):
     assert content(out) == NEW
 
 
-def test_the_directory_of_a_writer_that_was_killed_is_no_hindrance(tmp_path):
-    """Nor is another directory's writer, whose name begins alike."""
+def test_the_directory_of_a_writer_that_was_killed_is_removed(tmp_path):
+    """It hinders nobody. Nor does another directory's writer, whose name begins alike."""
     (tmp_path / ".out-new-0123abcd").mkdir()
     with files.new_directory(tmp_path / "out-new-x", "marker", "a thing") as work:
         write(tmp_path / "out", NEW)
         write(tmp_path / "o[u]t", OLD)
         (work / "marker").touch()
     assert content(tmp_path / "out") == NEW and content(tmp_path / "o[u]t") == OLD
+    assert not (tmp_path / ".out-new-0123abcd").exists()
+
+
+def test_a_parent_that_another_program_keeps_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    parent = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(parent, fcntl.LOCK_EX)
+    with pytest.raises(UnavailableError, match=f"another program keeps '{tmp_path}' locked"):
+        write(tmp_path / "out", NEW)
+    os.close(parent)
+    write(tmp_path / "out", NEW)
 
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
@@ -170,9 +182,22 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
+    (tmp_path / ".out-new-0123abcd").mkdir()  # perhaps somebody writes there
     write(tmp_path / "out", OLD)
     write(tmp_path / "out", NEW)
-    assert content(tmp_path / "out") == NEW
+    assert content(tmp_path / "out") == NEW and (tmp_path / ".out-new-0123abcd").exists()
+
+
+def test_a_journal(tmp_path):
+    path = tmp_path / "journal"
+    assert files.read_lines(path) == []
+    for text in ("one", "two"):
+        files.append_line(path, text)
+    with path.open("a") as file:
+        file.write("a kill cut th")
+    assert files.read_lines(path) == [b"one", b"two"]
+    files.append_line(path, "three")
+    assert files.read_lines(path) == [b"one", b"two", b"three"]
 
 
 def test_something_else_is_not_replaced(tmp_path):

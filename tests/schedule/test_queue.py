@@ -167,3 +167,16 @@ def test_a_flood_keeps_no_one_waiting():
         scheduler.abort(each)
     scheduler.check_integrity()
     assert not scheduler.waiting and not scheduler.running
+
+
+def test_a_queue_is_shared_as_long_as_others_came_lately():
+    queue = WaitingQueue()
+    queue.add(group("a"))
+    assert not queue.is_shared
+    queue.add(group("b"))
+    assert queue.is_shared
+    for _ in range(63):
+        queue.add(group("a"))
+    assert queue.is_shared
+    queue.add(group("a"))
+    assert not queue.is_shared

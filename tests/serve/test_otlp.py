@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from concurrent import futures
 from contextlib import contextmanager
 
@@ -13,12 +14,12 @@ from helpers.callers import caller
 from motet.runtime import errors
 from motet.runtime.api.request import GenerateRequest
 from motet.runtime.api.sampling import SamplingParams
-from motet.runtime.serve import metrics
+from motet.runtime.serve import metrics, otlp
 from motet.runtime.serve.calls import Call
 from motet.runtime.serve.metrics import CallMetrics, engine_registry
 from motet.runtime.serve.otlp import NAMES, MetricsExport
 from motet.runtime.serve.service import Service
-from motet.runtime.serve.tracing import Tracer
+from motet.runtime.serve.tracing import Tracer, server_resource
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics_pb
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
@@ -139,7 +140,7 @@ def test_a_collector_that_fails_disturbs_nothing(engine, caplog):
         def export(self, data):
             raise OSError("no route")
 
-        def shutdown(self):
+        def shutdown(self, timeout_millis):
             pass
 
     with MetricsExport(engine_registry(engine), "tiny", Broken()):
@@ -173,3 +174,33 @@ def test_spans_reach_a_collector(engine, monkeypatch):
     [span] = resource.scope_spans[0].spans
     assert span.name == f"text_completion {engine.model.name}"
     assert {one.key for one in span.attributes} >= {"gen_ai.usage.input_tokens", "motet.tenant"}
+
+
+def test_the_environment_names_the_server(monkeypatch):
+    """Two processes are two instances; what the environment says counts."""
+    plain = server_resource().attributes
+    assert plain["service.name"] == "motet" and len(plain["service.instance.id"]) == 36
+    assert server_resource().attributes["service.instance.id"] == plain["service.instance.id"]
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=one,team=a")
+    found = server_resource().attributes
+    assert (found["service.name"], found["service.instance.id"], found["team"]) == ("mine", "one", "a")
+
+
+def test_an_end_does_not_wait_for_a_collector_that_does_not_answer(engine, monkeypatch):
+    """An export that is tried again and again ends when the exporter is shut down."""
+    ended = threading.Event()
+
+    class Stuck:
+        def export(self, _data):
+            assert ended.wait(60)
+
+        def shutdown(self, timeout_millis):
+            assert timeout_millis <= 5000
+            ended.set()
+
+    monkeypatch.setattr(otlp, "_PATIENCE_S", 0.1)
+    export = MetricsExport(engine_registry(engine), "tiny", Stuck())
+    with export:
+        pass
+    assert not export._thread.is_alive()

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -144,7 +144,7 @@ class App:
         self._num_open = 0
         self.routes: Mapping[tuple[str, str], HttpRoute] = {(route.method, route.path): route for route in ROUTES}
         self._router = Router(
-            [_Route(r.path, self._endpoint(r), methods=[r.method]) for r in ROUTES],
+            [_Route(r.path, self._endpoint(r), r.method, _allowed(ROUTES, r.path)) for r in ROUTES],
             redirect_slashes=False,
             default=_no_route,
         )
@@ -205,7 +205,8 @@ class App:
                 traceparent = next(iter(_values(scope, b"traceparent")), "")
                 scope["motet.caller"] = Caller(identity, traceparent, _peer(scope))
             elif "motet.caller" in scope:  # a job's record: its key may have been revoked since
-                self._access.check(scope["motet.caller"].identity)
+                identity = scope["motet.caller"].identity
+                self._access.check(identity)
             await self._router(scope, receive, noting)
         except (ClientDisconnect, TimeoutError):  # it went away, or does not read: nobody is there to be told
             log.info("%s: the client went away", what)
@@ -238,11 +239,21 @@ class App:
         return answer
 
 
+def _allowed(routes: Iterable[HttpRoute], path: str) -> list[str]:
+    """The methods of a path. Starlette answers HEAD where there is GET."""
+    methods = {route.method for route in routes if route.path == path}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
+
+
 class _Route(Route):
+    def __init__(self, path: str, endpoint: Any, method: str, allowed: list[str]) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self._allowed = allowed
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Starlette's own refusal of a method is plain text."""
         if scope["method"] not in (self.methods or ()):
-            raise MethodNotAllowedError(scope["method"], self.path)
+            raise MethodNotAllowedError(scope["method"], self.path, self._allowed)
         await super().handle(scope, receive, send)
 
 

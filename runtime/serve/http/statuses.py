@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -19,11 +19,9 @@ log = logging.getLogger("motet.server")
 class MethodNotAllowedError(NotFoundError):
     """The path is there, with other methods (`allowed`)."""
 
-    def __init__(self, method: str, path: str) -> None:
-        from .routes import ROUTES  # which imports this module
-
-        self.allowed = sorted(route.method for route in ROUTES if route.path == path)
-        super().__init__(f"there is no {shown(method)} {path} here; it has {', '.join(self.allowed)}")
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        self.allowed = allowed
+        super().__init__(f"there is no {shown(method)} {path} here; it has {', '.join(allowed)}")
 
 
 # Class → (status, type, code). A class that is not listed has the row of the class that it derives from.
