@@ -27,7 +27,6 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 ALONE = {
     "bench",
-    "cli",
     "cluster",
     "engine",
     "examples",

@@ -15,7 +15,7 @@ from motet.export.bundle_writer import export_bundle
 from motet.runtime import errors
 from typer.testing import CliRunner
 
-pytestmark = pytest.mark.slow  # a bundle is exported, and served by a process
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a bundle is exported, and served by a process
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ def motet(*arguments):
 
 
 @pytest.fixture
-def succeeded(monkeypatch, capsys):
-    """(arguments, stdin) → (stdout, stderr) of a command that must end with 0; in this process, which has torch already."""
+def here(monkeypatch, capsys):
+    """(arguments, stdin) → (exit code, stdout, stderr) of a command in this process, which has torch already."""
 
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["motet", *map(str, arguments)])
@@ -62,9 +62,32 @@ def succeeded(monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        out, err = capsys.readouterr()
-        assert ended.value.code == 0, err
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def succeeded(here):
+    """(arguments, stdin) → (stdout, stderr) of a command that must end with 0."""
+
+    def run(*arguments, stdin=""):
+        code, out, err = here(*arguments, stdin=stdin)
+        assert code == 0, err
         return out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(here):
+    """arguments → the one line on stderr of a command that must end with 2."""
+
+    def run(*arguments):
+        code, _, err = here(*arguments)
+        assert code == 2, err
+        (line,) = err.strip().splitlines()
+        return line
 
     return run
 
@@ -75,15 +98,6 @@ def greedy_answer(bundle, message, max_tokens):
         prompt = tuple(engine.tokenizer.encode_chat([{"role": "user", "content": message}]))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return engine.complete([Request("r", (prompt,), engine.model.default_ensemble, sampling)])[0][0].text
-
-
-def refused(*arguments):
-    """The one line on stderr of a command that must end with 2."""
-    result = motet(*arguments)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.mark.slow
@@ -110,7 +124,7 @@ def test_export_measures_what_it_wrote(tiny_model_dir, tmp_path, succeeded):
 
 
 @pytest.mark.slow
-def test_a_search_of_bundles(tiny_model_dir, data, tmp_path, succeeded):
+def test_a_search_of_bundles(tiny_model_dir, data, tmp_path, succeeded, refused):
     """A time that is too short for a second one makes one."""
     out = tmp_path / "search"
     options = (
@@ -231,7 +245,7 @@ def test_what_is_asked_for_is_printed(bundle):
 
 
 @pytest.mark.slow
-def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
+def test_users_mistakes(bundle, tmp_path, tiny_model_dir, refused):
     generate = ("generate", "hi", "--bundle", bundle)
     assert "sums to 0.5" in refused(*generate, "--mix", "base=0.5")
     assert "its members are" in refused(*generate, "--mix", "zz=1")
@@ -254,7 +268,7 @@ def test_users_mistakes(bundle, tmp_path, tiny_model_dir):
 
 
 @pytest.mark.slow
-def test_malformed_data(tmp_path, tiny_model_dir):
+def test_malformed_data(tmp_path, tiny_model_dir, refused):
     data = tmp_path / "data.jsonl"
     for content, expected in (
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
@@ -267,7 +281,7 @@ def test_malformed_data(tmp_path, tiny_model_dir):
         assert expected in message
 
 
-def test_port_in_use(bundle):
+def test_port_in_use(bundle, refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused("serve", bundle, "--port", taken.getsockname()[1])
 
@@ -288,6 +302,6 @@ def test_drain_lets_the_answer_end_and_then_the_server_ends(bundle):
 
 
 @pytest.mark.slow
-def test_wrong_family(tmp_path):
+def test_wrong_family(tmp_path, refused):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert "model family 'mamba'" in refused("export", tmp_path, tmp_path / "b")

@@ -23,6 +23,8 @@ from motet.runtime.serve import run as run_module
 from motet.runtime.serve.settings import Settings
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.alone  # servers in processes
+
 SHORT = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
 CALL = ["begin", "call"]
 

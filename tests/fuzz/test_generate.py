@@ -1,4 +1,4 @@
-"""The small form of the fuzz: 1,000 requests under sanitisers. `make fuzz` runs the whole."""
+"""The small form of the fuzz: 300 requests under sanitisers. `make fuzz` runs the whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.sanitised import ROOT, sanitised_environment
 
-CASES = 1000
+CASES = 300
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.sanitised import ROOT, compiler_file, sanitised_environment
+from helpers.source import WITHOUT_COMPILER, copy_source
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import library
 from motet.runtime.errors import UnavailableError
@@ -39,9 +40,7 @@ with Engine.from_bundle(Path(sys.argv[1]), EngineConfig(threads=1, max_model_len
 @pytest.mark.slow
 def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
     bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "bundle")
-    source = tmp_path / "source"  # a copy: a build in the tree would find objects that are there already
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "results")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    source = copy_source(tmp_path / "source")
     install = [
         sys.executable,
         "-m",
@@ -54,8 +53,7 @@ def test_without_a_compiler_it_installs_and_serves(tmp_path, tiny_model_dir):
         "site",
         str(source),
     ]
-    missing = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    subprocess.run(install, check=True, cwd=tmp_path, env=missing)
+    subprocess.run(install, check=True, cwd=tmp_path, env=WITHOUT_COMPILER)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", SERVE, str(bundle)]
     result = subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -47,7 +47,6 @@ SERVICES = ("motet.v1.Inference", "motet.v1.Batch", "motet.v1.Admin")
 # 5 minutes ends such connections). A connection that does not answer the server's own pings is closed, and its requests end.
 KEEPALIVE_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
