@@ -53,10 +53,10 @@ class Conversation:
         object.__setattr__(self, "tools", tuple(self.tools))
 
     @property
-    def media(self) -> list[tuple[bytes, str]]:
-        """Of each part that is no text, in order: its bytes, and the media type that its sender says, or ""."""
+    def media(self) -> list[tuple[str, bytes, str]]:
+        """Of each part that is no text, in order: its type, its bytes, and the media type that its sender says, or ""."""
         parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
-        return [(part["image"], part.get("media_type", "")) for part in parts if part["type"] == "image"]
+        return [(kind, part[kind], part.get("media_type", "")) for part in parts if (kind := part["type"]) != "text"]
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | Conversation

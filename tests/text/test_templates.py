@@ -198,8 +198,8 @@ def test_parts_of_text_are_one_text_where_a_template_takes_texts(directory):
 
 def test_a_template_that_writes_an_image_of_its_own_is_refused(directory):
     tokenizer = Tokenizer.from_dir(directory("<img>{{ messages[0].content }}"))
-    with pytest.raises(InvalidRequestError, match="writes 1 images, and the messages have 0"):
-        tokenizer.encode_chat(TURNS[:1], placeholder="<img>")
+    with pytest.raises(InvalidRequestError, match="writes 1 placeholders of media, and the messages have 0"):
+        tokenizer.encode_chat(TURNS[:1], placeholders=["<img>"])
 
 
 TOOLS = [

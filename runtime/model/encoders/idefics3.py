@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import UnsupportedModelError, shown
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
-from .vision import AROUND, WHOLE, ImageEncoder, ImageProcessor, VisionConfig, place
+from .image import ImageEncoder, ImageProcessor, VisionConfig
 
 TOKEN = "<image>"
 VISION_KEYS = frozenset(
@@ -65,7 +65,7 @@ _OF_THE_WHOLE = frozenset({"image_processor", "video_processor", "tokenizer", "c
 
 
 def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> ImageEncoder:
-    """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `image_encoder`)."""
+    """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `family_encoders`)."""
     vision = {**_DEFAULTS, **{key: value for key, value in config["vision_config"].items() if value is not None}}
     check_keys_read({"model_type": "idefics3_vision", **vision}, VISION_KEYS)
     require(vision, "hidden_act", ("gelu_pytorch_tanh",))
@@ -103,17 +103,6 @@ def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> Image
             "rows; use the processor that the model was trained with"
         )
     return encoder
-
-
-def expansion(rows: int, columns: int, rows_per_tile: int) -> str:
-    """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and 0:
-    the whole image alone."""
-    run = TOKEN * rows_per_tile
-    whole = f"{AROUND}{WHOLE}{run}{AROUND}"
-    if not rows:
-        return whole
-    lines = ("".join(f"{AROUND}{place(r, c)}{run}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
-    return "\n".join(lines) + f"\n\n{whole}"
 
 
 def _settings(preprocessor: Json, processor: Json) -> dict[str, Any]:

@@ -144,6 +144,26 @@ class ImageEncoder:
         return (self.token, AROUND, WHOLE, *(place(row, column) for row in places for column in places))
 
     @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """Those of the `control_tokens`, beside the placeholder, that the tokenizer must have."""
+        return (AROUND,)
+
+    @property
+    def output_size(self) -> int:
+        """Of a row: the hidden size of the text model."""
+        return self.vision.output_size
+
+    def expansion(self, rows: int, columns: int) -> str:
+        """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and
+        0: the whole image alone."""
+        run = self.token * self.rows_per_tile
+        whole = f"{AROUND}{WHOLE}{run}{AROUND}"
+        if not rows:
+            return whole
+        lines = ("".join(f"{AROUND}{place(r, c)}{run}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
+        return "\n".join(lines) + f"\n\n{whole}"
+
+    @property
     def side(self) -> int:
         """Patches in each direction of a tile."""
         return self.processor.tile_size // self.vision.patch_size
