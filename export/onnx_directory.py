@@ -54,8 +54,8 @@ def write_onnx(
     check_replaceable(out, RECORD, _WHAT)
     if bundle.encoders:
         raise UnsupportedModelError(
-            f"'{bundle.name}' has an encoder of {' and '.join(bundle.encoders)}, which this directory cannot hold; write that of a "
-            "model of text"
+            f"'{bundle.name}' has an encoder of {' and '.join(bundle.encoders)}, which this directory cannot hold; write "
+            "that of a model of text"
         )
     chosen = _member(bundle, member)
     config = bundle.config

@@ -15,15 +15,20 @@ from ...runtime.backends.onnx.sessions import open_session, pool_threads
 from ...runtime.checkpoints.encoders import OLD_TEMPLATE, encoder_pages, read_encoders
 from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.encoders.siglip import SiglipPage
+from ...runtime.checkpoints.encoders.whisper import WhisperPage
 from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import BundleError, UnsupportedModelError
 from ...runtime.model.encoders import Encoder
 from ...runtime.text.tokenizer import Tokenizer
 from ..tensor_file import TensorFile
 from .siglip import SiglipWriter
+from .whisper import WhisperWriter
 from .writer import EncoderWriter
 
-WRITERS: Mapping[type[EncoderPage], type[EncoderWriter]] = {SiglipPage: SiglipWriter}
+WRITERS: Mapping[type[EncoderPage], type[EncoderWriter]] = {
+    SiglipPage: SiglipWriter,
+    WhisperPage: WhisperWriter,
+}
 TOLERANCE = 1e-4  # of a row's values, as a part of the largest
 
 

@@ -66,7 +66,7 @@ class ClusterEngine:
         self._application = f"motet-{uuid.uuid4().hex[:12]}"  # another's of the same name would be replaced
         try:
             if loaded.encoders:  # replicas get token ids alone: they need not load them
-                config = dataclasses.replace(config, max_images=0)
+                config = dataclasses.replace(config, max_images=0, max_audios=0)
             self._handle = _start(self._application, bundle, config, settings)
         except BaseException as error:
             self._stop_loop()

@@ -159,6 +159,9 @@ class MediaDecoder:
         found = {"dims": kind.check_dims(tuple(map(int, answer["dims"]))), "type": answer["type"]}
         if answer["type"] not in kind.types:
             raise ValueError("another type")
+        problem = kind.check_file(found["dims"])
+        if problem is not None:
+            raise refusal(kind, kind.reasons[problem])
         if is_look:
             return found
         dtype, shape = kind.decoded_as(found["dims"])

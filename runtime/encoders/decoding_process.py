@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .image_files import ImageFiles
+from .sound_files import SoundFiles
 
 MEMORY = 2 * 2**30  # of the process, address space, beside what it has when it is ready
-_FILES: dict[str, Any] = {"image": ImageFiles}
+_FILES: dict[str, Any] = {"image": ImageFiles, "audio": SoundFiles}
 
 
 def _main() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from ..api.config import EngineConfig
 from ..model.encoders import IMAGE
@@ -16,6 +15,9 @@ from ..model.encoders.image import MOST_TILES, ImageEncoder
 from .decoding_process import MEMORY
 from .image_files import FORMATS, TYPES
 from .kind import F32, Dims, MediumKind
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 _TILES_AT_ONCE = 4  # so that a run needs little memory, and is the same whatever else is encoded
 

@@ -50,6 +50,10 @@ class MediumKind(ABC):
         """Sizes that the process says of a file. Raises `ValueError` for what cannot be: one that was taken over may say
         anything."""
 
+    def check_file(self, dims: Dims) -> str | None:
+        """Why a file of these sizes cannot be used, a key of `reasons`; None: it can."""
+        return None
+
     @abstractmethod
     def decoded_as(self, dims: Dims) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Type and shape of what a file of these sizes is decoded to."""

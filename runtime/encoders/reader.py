@@ -24,9 +24,10 @@ from ..text.media import MediaFile, MediaReader, Medium, NoMedia
 from .decoding import Decoded, MediaDecoder, refusal
 from .images import ImageKind
 from .kind import F32, Dims, MediumKind
+from .sounds import SoundKind
 
 DECODERS = 2  # processes, and requests with media that are read at once
-_KINDS: Mapping[str, type[MediumKind]] = {kind.medium: kind for kind in (ImageKind,)}
+_KINDS: Mapping[str, type[MediumKind]] = {kind.medium: kind for kind in (ImageKind, SoundKind)}
 _SHARED = "media_cache_bytes"  # the setting that is of no medium alone
 
 

@@ -305,7 +305,7 @@ def test_the_command_line(image_bundle, tmp_path):
     lines = f"/image {tmp_path / 'a.png'}\n/image {tmp_path / 'none'}\nwhat is it?\n/image {tmp_path / 'b.png'}\nx\nand now?\n\n"
     chat = run("chat", stdin=lines)
     assert chat.returncode == 0, chat.stderr
-    assert "picture 1 of the next message" in chat.stderr
+    assert "image 1 of the next message" in chat.stderr
     assert "there is no image" in chat.stderr
     assert "no image of a kind that is read" in chat.stderr
     assert "this message was left out" in chat.stderr

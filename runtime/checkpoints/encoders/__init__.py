@@ -9,14 +9,16 @@ import torch
 
 from ...errors import NotFoundError, UnsupportedModelError
 from ...model.encoders import Encoder, family_encoders
+from ...model.encoders.audio import AudioEncoder
 from ...model.encoders.image import ImageEncoder
 from ...model.families import FAMILIES
 from ..huggingface import read_config
 from ..weight_files import FLOATS, open_tensors, read_json, read_tensor
 from .page import EncoderPage
 from .siglip import SiglipPage
+from .whisper import WhisperPage
 
-PAGES: Mapping[type[Encoder], type[EncoderPage]] = {ImageEncoder: SiglipPage}
+PAGES: Mapping[type[Encoder], type[EncoderPage]] = {ImageEncoder: SiglipPage, AudioEncoder: WhisperPage}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OLD_TEMPLATE = "chat_template.json"  # of processors, before chat_template.jinja
 _TOWERS = ("vision_config", "audio_config")  # of config.json

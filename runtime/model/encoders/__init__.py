@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..families.family import Json
+from .audio import AudioEncoder
 from .idefics3 import idefics3_encoder
 from .image import ImageEncoder
+from .whisper import qwen2_audio_encoder, voxtral_encoder
 
-IMAGE = "image"
-Encoder = ImageEncoder
-KINDS: Mapping[str, type[Encoder]] = {IMAGE: ImageEncoder}
+IMAGE, AUDIO = "image", "audio"
+Encoder = ImageEncoder | AudioEncoder
+KINDS: Mapping[str, type[ImageEncoder] | type[AudioEncoder]] = {IMAGE: ImageEncoder, AUDIO: AudioEncoder}
 # config.json's `model_type` → the medium, and (config.json, preprocessor's settings, processor's settings) → its encoder
 READERS: Mapping[str, tuple[str, Callable[[Json, Json, Json], Encoder]]] = {
     "idefics3": (IMAGE, idefics3_encoder),
     "smolvlm": (IMAGE, idefics3_encoder),
+    "qwen2_audio": (AUDIO, qwen2_audio_encoder),
+    "voxtral": (AUDIO, voxtral_encoder),
 }
 
 
