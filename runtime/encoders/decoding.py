@@ -62,6 +62,9 @@ class MediaDecoder:
         if media_type and kind.type_of(media_type) != answer["type"]:
             raise refusal(kind, f"it is said to be {shown(media_type)} and is {answer['type']}; say what it is")
         dims: Dims = answer["dims"]
+        problem = kind.check_file(dims)
+        if problem is not None:
+            raise refusal(kind, kind.reasons[problem])
         return dims
 
     def decode(self, kind: MediumKind, content: bytes) -> Decoded:
@@ -159,9 +162,6 @@ class MediaDecoder:
         found = {"dims": kind.check_dims(tuple(map(int, answer["dims"]))), "type": answer["type"]}
         if answer["type"] not in kind.types:
             raise ValueError("another type")
-        problem = kind.check_file(found["dims"])
-        if problem is not None:
-            raise refusal(kind, kind.reasons[problem])
         if is_look:
             return found
         dtype, shape = kind.decoded_as(found["dims"])

@@ -74,12 +74,12 @@ class SoundFiles:
             return {"refused": "rate", "value": rate}
         if not 1 <= channels <= MOST_CHANNELS:
             return {"refused": "channels", "value": channels}
+        if (kind in ("WAV", "WAVEX") and _is_cut_wav(content)) or (kind == "OGG" and not _has_end(content)):
+            return {"refused": "damaged"}  # what reads them takes what there is
         if frames < 1:
             return {"refused": "empty"}
         if frames > self._most_seconds * rate:
             return {"refused": "long", "value": round(frames / rate, 1)}
-        if (kind in ("WAV", "WAVEX") and _is_cut_wav(content)) or (kind == "OGG" and not _has_end(content)):
-            return {"refused": "damaged"}  # what reads them takes what there is
         return None
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers.media import SETTINGS, encoded, image_decoder, picture
+from helpers.media import SETTINGS, OneKind, encoded, image_decoder, image_kind, picture
 from motet.runtime.encoders import decoding
 from motet.runtime.encoders.tiles import cut
 from motet.runtime.errors import InvalidRequestError, UnavailableError
@@ -188,7 +188,9 @@ def test_an_image_that_takes_too_long_is_refused(monkeypatch):
 
 def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(decoding, "LIMIT_S", 60.0)
-    decoder = image_decoder(2**30)
+    kind = image_kind(2**28)
+    kind._most_pixels = 2**30  # more than a server can be set to
+    decoder = OneKind(kind)
     try:
         with pytest.raises(InvalidRequestError, match="more than 2 GiB"):
             decoder.decode(png(30_000, 30_000))

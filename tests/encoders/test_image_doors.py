@@ -118,7 +118,7 @@ def test_http_refuses_what_is_no_image_in_the_request(alone, name):
         (user(*[image(encoded(picture(9, 9)))] * 9), r"9 images, at most max_images \(8\)"),
         (user(image(bytes(2**20 + 1))), r"at most max_image_bytes \(1048576\)"),
         (user({"type": "image", "image": b"x", "detail": "low"}), "the bytes of a file"),
-        (user({"type": "audio", "audio": b"x"}), "the bytes of a file"),
+        (user({"type": "audio", "audio": b"x"}), "text and image only here: 'tiny' has no encoder of audio"),
         ([{"role": "user", "content": [b"x"]}], "the bytes of a file"),
     ],
 )
@@ -160,7 +160,7 @@ def test_the_wire_has_room_for_images_and_for_nothing_else(client):
     assert status(own(image=large), own(text="x" * 200), stopping=stopping) == ("OK", "")
     code, details = status(own(image=large), own(text="x" * (MAX_REQUEST_BYTES + 1)))
     assert code == "INVALID_ARGUMENT"
-    assert "beside images" in details
+    assert "beside media" in details
     code, details = status(own())
     assert (code, "part of a message's content is empty" in details) == ("INVALID_ARGUMENT", True)
     message = inference_pb2.GenerateRequest()

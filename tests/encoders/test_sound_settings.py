@@ -148,7 +148,7 @@ def test_voxtral_as_published():
         ("audio", {"d_model": "wide"}, "hidden_size"),
         ("audio", {"num_mel_bins": 80}, "feature_size 128, and the tower num_mel_bins 80"),
         ("audio", {"max_source_positions": 750}, "chunks of 480000 samples"),
-        ("audio", {"max_source_positions": [1500]}, "lack or misstate"),
+        ("audio", {"max_source_positions": [1500]}, "chunks of 480000 samples"),
         ("extractor", {"feature_size": 80}, "feature_size 80"),
         ("extractor", {"chunk_length": 60}, "chunks of 960000 samples"),
         ("extractor", {"dither": 0.1}, "dither=0.1"),

@@ -83,11 +83,11 @@ class WhisperPage(EncoderPage):
 
     def features(self, inputs: Tensor) -> Tensor:
         x, pool = self.tower.frames(inputs), self.encoder.pool
-        x = x[:, : x.shape[1] // pool * pool].unflatten(1, (-1, pool))
-        if self.encoder.pooling == "average":
-            result: Tensor = self.tower.layer_norm(x.mean(2))
-            return result
-        return self.tower.layer_norm(x).flatten(2)
+        rows = x.shape[1] // pool
+        x = x[:, : rows * pool].reshape(len(x), rows, pool, -1)
+        average = self.encoder.pooling == "average"
+        result: Tensor = self.tower.layer_norm(x.mean(2) if average else x)
+        return result if average else result.flatten(2)
 
     def example(self) -> Tensor:
         tower = self.encoder.tower

@@ -121,8 +121,8 @@ def _tower(
     positions, samples = audio["max_source_positions"], values["chunk_length"] * values["sampling_rate"]
     if samples != 2 * positions * values["hop_length"]:
         raise UnsupportedModelError(
-            f"the feature extractor has chunks of {samples} samples, and the tower takes 2 * max_source_positions * hop_length = "
-            f"{2 * positions * values['hop_length']}; use the extractor that the model was trained with"
+            f"the feature extractor has chunks of {shown(samples)} samples, and the tower takes 2 * max_source_positions * hop_length = "
+            f"{shown(2 * positions * values['hop_length'])}; use the extractor that the model was trained with"
         )
     tower = WhisperConfig(
         hidden_size=audio["hidden_size"],
