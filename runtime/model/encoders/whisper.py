@@ -119,10 +119,11 @@ def _tower(
             f"{shown(audio['num_mel_bins'])}; use the extractor that the model was trained with"
         )
     positions, samples = audio["max_source_positions"], values["chunk_length"] * values["sampling_rate"]
-    if samples != 2 * positions * values["hop_length"]:
+    heard = 2 * positions * values["hop_length"]
+    if samples != heard:
         raise UnsupportedModelError(
-            f"the feature extractor has chunks of {shown(samples)} samples, and the tower takes 2 * max_source_positions * hop_length = "
-            f"{shown(2 * positions * values['hop_length'])}; use the extractor that the model was trained with"
+            f"the feature extractor has chunks of {shown(samples)} samples, and the tower hears {shown(heard)} "
+            "(2 * max_source_positions * hop_length); use the extractor that the model was trained with"
         )
     tower = WhisperConfig(
         hidden_size=audio["hidden_size"],
