@@ -7,7 +7,9 @@ import struct
 import numpy as np
 import pytest
 import soundfile
+from helpers.media import encoded, image_kind, picture
 from helpers.sounds import RATE, filed, sound_decoder, sound_kind, tone
+from motet.runtime.encoders.decoding import MediaDecoder
 from motet.runtime.encoders.sound_files import MOST_CHANNELS
 from motet.runtime.errors import InvalidRequestError
 
@@ -151,6 +153,23 @@ def test_random_damage_is_a_refusal_or_a_sound(decoder):
             except InvalidRequestError:
                 refused += 1
     assert refused > 100
+
+
+def test_one_process_decodes_images_and_sounds():
+    """One after the other, and what refuses a file of one kind is of that kind."""
+    kinds = image_kind(2**20), sound_kind()
+    decoder, files = MediaDecoder(kinds), (encoded(picture(30, 20)), READ["flac"][0])
+    try:
+        for _ in range(3):
+            shapes = [decoder.decode(kind, file).values.shape for kind, file in zip(kinds, files)]
+            assert shapes == [(7, 3, 24, 24), (len(SOUND),)]
+            process = decoder._process
+        for kind, file, noun in zip(kinds, reversed(files), ("image", "sound")):
+            with pytest.raises(InvalidRequestError, match=f"it is no {noun} of a kind that is read"):
+                decoder.look(kind, file)
+        assert decoder._process is process
+    finally:
+        decoder.close()
 
 
 def test_what_a_sender_says_must_be_so(decoder):

@@ -9,6 +9,7 @@ from ..families.audio import text_values
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
 from .audio import AudioEncoder, AudioProcessor, WhisperConfig
+from .processor import processor_settings
 
 _VOXTRAL_SECONDS = 2400.0  # as its authors say
 # transformers gives the two towers other names for the same.
@@ -46,7 +47,7 @@ _PROCESSOR: Json = {  # of transformers' WhisperFeatureExtractor
 _NEUTRAL = frozenset(
     {"n_samples", "nb_max_frames", "mel_filters", "return_attention_mask", "processor_class", "_processor_class"}
 )
-_OF_THE_WHOLE = frozenset({"feature_extractor", "tokenizer", "chat_template", "processor_class", "auto_map"})
+_OF_THE_WHOLE = frozenset({"tokenizer", "chat_template", "auto_map"})
 _QWEN2_TOKENS = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
 
 
@@ -137,27 +138,8 @@ def _tower(
 
 
 def _settings(preprocessor: Json, processor: Json, own_keys: frozenset[str]) -> dict[str, Any]:
-    """The feature extractor's settings, of preprocessor_config.json or, as transformers 5 stores them, within
-    processor_config.json."""
-    nested = processor.get("feature_extractor") or {}
-    kept, own = (
-        {key: value for key, value in one.items() if key not in _NEUTRAL and value is not None}
-        for one in (nested, preprocessor)
-    )
-    if nested and preprocessor and kept != own:
-        raise UnsupportedModelError(
-            "preprocessor_config.json and the feature_extractor of processor_config.json differ; remove one of them"
-        )
-    values = kept if nested else own
-    unknown = sorted({*values} - {*_PROCESSOR}) + sorted(
-        key for key, value in processor.items() if key not in _OF_THE_WHOLE | own_keys and value is not None
-    )
-    if unknown:
-        raise UnsupportedModelError(
-            f"the feature extractor has {shown(unknown)}, which is not computed here; remove the key only if the model was "
-            "trained without it"
-        )
-    found = {**_PROCESSOR, **values}
+    whole = _OF_THE_WHOLE | own_keys
+    found = processor_settings(preprocessor, processor, "feature_extractor", _PROCESSOR, _NEUTRAL, whole)
     for name in ("padding_value", "padding_side", "dither", "do_normalize", "feature_extractor_type"):
         require(found, name, (_PROCESSOR[name],))
     return found
