@@ -279,3 +279,22 @@ def test_the_graph_computes_what_the_page_computes(tmp_path, family):
         [rows] = session.run(None, {"mel": mel})
         assert rows.shape == expected.shape == (2, frames // page.encoder.pool, 64)
         assert np.abs(rows - expected).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_audio", "voxtral"])
+def test_adapters_of_the_text_model_are_read_and_of_the_encoder_refused(tmp_path, family):
+    """They are PEFT's own, which names modules as transformers runs the model, and not as it stores it."""
+    import peft
+    import transformers
+
+    path = write_sound_model(tmp_path / "m", family)
+    kind = {"qwen2_audio": "Qwen2AudioForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
+    for name, modules in (("text", r".*language_model.*q_proj"), ("both", r".*(language_model|audio_tower).*q_proj")):
+        model = getattr(transformers, kind).from_pretrained(path)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / name)
+    export_bundle(path, tmp_path / "b", loras={"own": tmp_path / "text"}, graphs=False)
+    assert Bundle.load(tmp_path / "b").members == ("own",)
+    with pytest.raises(UnsupportedModelError, match="audio_tower"):
+        export_bundle(path, tmp_path / "c", loras={"own": tmp_path / "both"}, graphs=False)
