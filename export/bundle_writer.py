@@ -29,7 +29,7 @@ from ..runtime.model.members import MemberKind
 from ..runtime.model.stored import stored_tensors, stored_weight
 from .base_model import BaseModel
 from .bundle_tensors import parts_of, write_weights
-from .encoder_graph import copy_old_template, write_encoders
+from .encoder_graph import write_encoders, write_template
 from .graph import GraphWriter, Slice, check_graphs
 from .graph_nodes import in_file
 from .members import MemberWeights, read_member
@@ -117,7 +117,7 @@ def export_bundle(
                 shutil.copyfile(model.path / file, work / file)
         encoders = write_encoders(model.path, work)
         if encoders:
-            copy_old_template(model.path, work)
+            write_template(model.path, work)
         by_name = {member.name: member.mix for member in ensemble.members}
         manifest: dict[str, Any] = {
             "format": FORMAT,

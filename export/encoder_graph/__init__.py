@@ -18,7 +18,7 @@ from ...runtime.checkpoints.encoders.siglip import SiglipPage
 from ...runtime.checkpoints.encoders.whisper import WhisperPage
 from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import BundleError, UnsupportedModelError
-from ...runtime.model.encoders import Encoder
+from ...runtime.model.encoders import TEMPLATES, Encoder
 from ...runtime.text.tokenizer import Tokenizer
 from ..tensor_file import TensorFile
 from .siglip import SiglipWriter
@@ -68,16 +68,19 @@ def _check_tokens(medium: str, encoder: Encoder, tokenizer: Tokenizer) -> None:
         )
 
 
-def copy_old_template(model_dir: Path, work: Path) -> None:
-    """Older processors have their chat template in a file of JSON, which goes before the tokenizer's. Raises `BundleError` if it
-    holds none."""
+def write_template(model_dir: Path, work: Path) -> None:
+    """The processor's chat template, where it is not in the file of today: older processors have a file of JSON, which goes
+    before the tokenizer's, and some have it in their program. Raises `BundleError` if the file holds none."""
     old, new = model_dir / OLD_TEMPLATE, work / "chat_template.jinja"
-    if new.is_file() or not old.is_file():
+    if new.is_file():
         return
-    template = read_json(old).get("chat_template")
-    if not isinstance(template, str):
-        raise BundleError(f"'{old}' has no chat_template, a text; pull the model again")
-    new.write_text(template)
+    template = TEMPLATES.get(read_json(model_dir / "config.json")["model_type"])
+    if old.is_file():
+        template = read_json(old).get("chat_template")
+        if not isinstance(template, str):
+            raise BundleError(f"'{old}' has no chat_template, a text; pull the model again")
+    if template is not None:
+        new.write_text(template)
 
 
 def _check(medium: str, page: EncoderPage, graph: Path) -> None:

@@ -7,12 +7,13 @@ import dataclasses
 import json
 
 import pytest
-from helpers.sounds import sound_kind, write_sound_model
+from helpers.sounds import extractor, sound_kind, write_sound_model
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.onnx.sessions import open_session, pool_threads
 from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
 from motet.runtime.engine.engine import Engine
+from motet.runtime.engine.open import bundle_tokenizer
 from motet.runtime.errors import BundleError, ConfigError, NotFoundError, UnsupportedModelError
 from motet.runtime.model.bundle import MANIFEST, Bundle
 from motet.runtime.model.encoders import family_encoders
@@ -279,6 +280,32 @@ def test_the_graph_computes_what_the_page_computes(tmp_path, family):
         [rows] = session.run(None, {"mel": mel})
         assert rows.shape == expected.shape == (2, frames // page.encoder.pool, 64)
         assert np.abs(rows - expected).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_directory_without_a_template_gets_the_processor_s(tmp_path):
+    """As transformers takes its own, whatever the tokenizer's settings have."""
+    import transformers
+
+    path = write_sound_model(tmp_path / "m")
+    (path / "chat_template.jinja").unlink()
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages[0].content }}"}))
+    export_bundle(path, tmp_path / "b", graphs=False)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    theirs = transformers.Qwen2AudioProcessor(extractor(path), tokenizer)
+    own = bundle_tokenizer(Bundle.load(tmp_path / "b"))
+    sound, words = {"type": "audio"}, {"type": "text", "text": "What?\n"}
+    for turns in (
+        [{"role": "user", "content": [sound, words, sound]}],
+        [{"role": "system", "content": "Listen."}, {"role": "user", "content": [words, sound]}],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "so?"},
+            {"role": "user", "content": [sound]},
+        ],
+    ):
+        assert own.apply_chat_template(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True)
 
 
 @pytest.mark.slow

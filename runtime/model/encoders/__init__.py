@@ -13,7 +13,7 @@ from ..families.family import Json
 from .audio import AudioEncoder
 from .idefics3 import idefics3_encoder
 from .image import ImageEncoder
-from .whisper import qwen2_audio_encoder, voxtral_encoder
+from .whisper import QWEN2_AUDIO_TEMPLATE, qwen2_audio_encoder, voxtral_encoder
 
 IMAGE, AUDIO = "image", "audio"
 Encoder = ImageEncoder | AudioEncoder
@@ -25,6 +25,8 @@ READERS: Mapping[str, tuple[str, Callable[[Json, Json, Json], Encoder]]] = {
     "qwen2_audio": (AUDIO, qwen2_audio_encoder),
     "voxtral": (AUDIO, voxtral_encoder),
 }
+# Chat templates of processors that have one in their program.
+TEMPLATES: Mapping[str, str] = {"qwen2_audio": QWEN2_AUDIO_TEMPLATE}
 
 
 def family_encoders(config: Json, preprocessor: Json, processor: Json) -> dict[str, Encoder]:

@@ -50,6 +50,19 @@ _NEUTRAL = frozenset(
 _OF_THE_WHOLE = frozenset({"tokenizer", "chat_template", "auto_map"})
 _QWEN2_TOKENS = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
 
+# Of a directory that brings no template for parts: transformers' processor has one of its own, whatever the tokenizer says.
+QWEN2_AUDIO_TEMPLATE = (
+    "{%- set heard = namespace(sounds=0) -%}{%- for message in messages -%}"
+    "{%- if loop.first and message.role != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'audio' -%}{%- set heard.sounds = heard.sounds + 1 -%}"
+    "{{ 'Audio ' ~ heard.sounds ~ ': <|audio_bos|><|AUDIO|><|audio_eos|>\n' }}"
+    "{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
 
 def qwen2_audio_encoder(config: Json, preprocessor: Json, processor: Json) -> AudioEncoder:
     """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `family_encoders`)."""
