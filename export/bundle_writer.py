@@ -29,6 +29,7 @@ from ..runtime.model.members import MemberKind
 from ..runtime.model.stored import stored_tensors, stored_weight
 from .base_model import BaseModel
 from .bundle_tensors import parts_of, write_weights
+from .encoder_graph import write_encoders, write_template
 from .graph import GraphWriter, Slice, check_graphs
 from .graph_nodes import in_file
 from .members import MemberWeights, read_member
@@ -36,7 +37,6 @@ from .parity import REPORT, HeldOut, check_chunks, measure_parity
 from .quantisation.calibration import Calibration, QuantisationConfig
 from .quantisation.method import Method, Target
 from .quantisation.quantiser import Quantiser
-from .vision_graph import copy_old_template, write_encoder
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
@@ -115,9 +115,9 @@ def export_bundle(
         for file in COPIED:
             if (model.path / file).is_file():
                 shutil.copyfile(model.path / file, work / file)
-        encoders = write_encoder(model.path, work)
-        if encoders is not None:
-            copy_old_template(model.path, work)
+        encoders = write_encoders(model.path, work)
+        if encoders:
+            write_template(model.path, work)
         by_name = {member.name: member.mix for member in ensemble.members}
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -139,7 +139,7 @@ def export_bundle(
             },
             "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
         }
-        if encoders is not None:
+        if encoders:
             manifest["encoders"] = encoders
         _write_manifest(work, manifest)
         if held_out is not None:

@@ -52,9 +52,10 @@ def write_onnx(
     `UnsupportedModelError` for a model that the graph cannot compute; `BundleError` for a bundle that is damaged.
     """
     check_replaceable(out, RECORD, _WHAT)
-    if bundle.image_encoder is not None:
+    if bundle.encoders:
         raise UnsupportedModelError(
-            f"'{bundle.name}' has an encoder of images, which this directory cannot hold; write that of a model of text"
+            f"'{bundle.name}' has an encoder of {' and '.join(bundle.encoders)}, which this directory cannot hold; write "
+            "that of a model of text"
         )
     chosen = _member(bundle, member)
     config = bundle.config

@@ -79,7 +79,12 @@ class EngineConfig:
         8 * 2**20, "Bytes of a request's images together, as they are sent; more are refused."
     )
     max_image_pixels: int = described(2**25, "Pixels of an image, asked before it is decoded; more are refused.")
-    image_cache_bytes: int = described(2**28, "Bytes of encoded images that are kept for later requests; 0: none.")
+    max_audios: int = described(8, "Sounds of a request; more are refused.")
+    max_audio_bytes: int = described(
+        8 * 2**20, "Bytes of a request's sounds together, as they are sent; more are refused."
+    )
+    max_audio_seconds: int = described(600, "Seconds of a sound, asked before it is decoded; more are refused.")
+    media_cache_bytes: int = described(2**28, "Bytes of encoded media that are kept for later requests; 0: none.")
     threads: int = described(0, "Threads; 0: the CPUs that this process may use.")
     verify_key: Path | None = described(None, "The bundle must have a signature of this public key, PEM (motet sign).")
     verify_ca: Path | None = described(
@@ -123,7 +128,10 @@ class EngineConfig:
             ("max_images", 0, 1024),
             ("max_image_bytes", 1, MAX_MEDIA_BYTES),
             ("max_image_pixels", 1, 2**28),
-            ("image_cache_bytes", 0, 2**40),
+            ("max_audios", 0, 1024),
+            ("max_audio_bytes", 1, MAX_MEDIA_BYTES),
+            ("max_audio_seconds", 1, 3 * 3600),
+            ("media_cache_bytes", 0, 2**40),
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:

@@ -32,6 +32,6 @@ class ModelInfo:
     max_model_len: int  # positions per sequence, prompt and answer together
     calibration: Calibration | None = None  # of confidences; only where the bundle is served in this process
     digest: str = ""  # of the bundle
-    media: tuple[str, ...] = ()  # what messages may hold beside text: image
+    media: tuple[str, ...] = ()  # what messages may hold beside text: image, audio
     origins: tuple[MemberOrigin, ...] = ()  # of each member
     hidden_size: int = 0  # dimensions of embeddings; 0: there are none

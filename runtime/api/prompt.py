@@ -12,10 +12,11 @@ from .limits import MAX_MESSAGES, MAX_PARTS
 from .rules import Flag, Integer, num_bytes
 
 # {"role", "content"}, and perhaps "name", "tool_call_id" (texts) and "tool_calls" (JSON objects). A content is a text, or a list
-# of parts: {"type": "text", "text"}, or {"type": "image", "image"}, the bytes of an image's file, and perhaps "media_type", what
-# its sender says that they are, such as image/png.
+# of parts: {"type": "text", "text"}, or {"type": "image", "image"} and {"type": "audio", "audio"}, the bytes of a file, and
+# perhaps "media_type", what its sender says that they are, such as image/png.
 Message = Mapping[str, Any]
 _TOKEN_ID = Integer()
+_MEDIA = ("image", "audio")  # types of parts, and the keys of their bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,10 @@ class Conversation:
         object.__setattr__(self, "tools", tuple(self.tools))
 
     @property
-    def media(self) -> list[tuple[bytes, str]]:
-        """Of each part that is no text, in order: its bytes, and the media type that its sender says, or ""."""
+    def media(self) -> list[tuple[str, bytes, str]]:
+        """Of each part that is no text, in order: its type, its bytes, and the media type that its sender says, or ""."""
         parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
-        return [(part["image"], part.get("media_type", "")) for part in parts if part["type"] == "image"]
+        return [(kind, part[kind], part.get("media_type", "")) for part in parts if (kind := part["type"]) != "text"]
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | Conversation
@@ -121,7 +122,7 @@ def _check_message(message: object) -> None:
 
 def _check_part(part: object) -> None:
     if isinstance(part, Mapping):
-        keys, text, image = set(part), part.get("text"), part.get("image")
+        keys, text, kind = set(part), part.get("text"), part.get("type")
         if (
             keys == {"type", "text"}
             and part["type"] == "text"
@@ -129,13 +130,13 @@ def _check_part(part: object) -> None:
             and num_bytes(text) is not None
         ):
             return
-        is_typed = keys == {"type", "image", "media_type"} and isinstance(part["media_type"], str)
-        if (is_typed or keys == {"type", "image"}) and part["type"] == "image" and isinstance(image, bytes):
+        is_typed = isinstance(part.get("media_type", ""), str)
+        if kind in _MEDIA and keys - {"media_type"} == {"type", kind} and is_typed and isinstance(part[kind], bytes):
             return
     found = {key: type(value).__name__ for key, value in part.items()} if isinstance(part, Mapping) else part
     raise InvalidRequestError(
-        "a part of a message's content is {type: text, text} or {type: image, image}, where image is the bytes of a file, got "
-        f"{shown(found)}",
+        "a part of a message's content is {type: text, text}, {type: image, image} or {type: audio, audio}, where image and "
+        f"audio are the bytes of a file, got {shown(found)}",
         field="messages.content",
     )
 

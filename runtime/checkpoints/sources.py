@@ -20,6 +20,7 @@ from rich.progress import Progress
 from ..errors import BundleError, MotetError, NotFoundError, UnavailableError, UnsupportedModelError
 from ..model.files import check_space, file_digest
 from . import hub
+from .encoders import OLD_TEMPLATE, PROCESSORS
 from .gguf import convert_gguf
 from .huggingface import read_weights
 from .pickled import INDEX, pickled_files, rewrite_pickled
@@ -27,7 +28,6 @@ from .quantised import OLD_SETTINGS
 from .sentencepiece_tokenizer import write_sentencepiece
 from .tiktoken_tokenizer import is_tiktoken, write_tiktoken
 from .tokenizer_settings import READ_BESIDE, REWRITTEN, TOKENIZER_MODEL
-from .vision import OLD_TEMPLATE, PROCESSORS
 from .weight_files import SHARDS, weight_files
 
 SMOLLM2 = "smollm2-135m"

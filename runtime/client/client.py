@@ -129,8 +129,9 @@ class Client:
     ...         print(delta.text, end="", flush=True)
 
     `address`: host:port, or a `Connection` with a key or TLS. `prompt`: text, token ids, messages ({"role", "content"}), or
-    a `Conversation`. A content is a text, or a list of parts: {"type": "text", "text"} and {"type": "image", "image"}, where
-    image is a `pathlib.Path`, an image of Pillow, or the bytes of a file. Options: see `_message` (mix, space, views,
+    a `Conversation`. A content is a text, or a list of parts: {"type": "text", "text"}, {"type": "image", "image"} and
+    {"type": "audio", "audio"}, where image and audio are a `pathlib.Path` or the bytes of a file, image also an image of Pillow,
+    audio also (samples [frames] or [frames, channels], samples a second). Options: see `_message` (mix, space, views,
     request_id, time_limit_s, return_member_logprobs, return_confidence, abstain_below, drafts, priority, cache_salt, structure,
     sampling, or the fields of `SamplingParams`).
     `timeout_s` is the call's deadline, after which it fails; after `time_limit_s` the answer ends with what it has.
@@ -257,7 +258,7 @@ class AsyncClient:
     ) -> AsyncIterator[Output]:
         message = await asyncio.to_thread(
             _message, prompt, **options
-        )  # images are read and written: it may take seconds
+        )  # media are read and written: it may take seconds
         call = self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:

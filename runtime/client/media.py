@@ -1,12 +1,16 @@
-"""Images of a program's messages: paths and Pillow's images become the bytes of files, which the server takes."""
+"""Media of a program's messages: paths, Pillow's images and arrays of samples become the bytes of files, which the server
+takes."""
 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..api.limits import MAX_MEDIA_BYTES
 from ..api.prompt import Conversation, Prompt
@@ -16,11 +20,12 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def with_files(prompt: Prompt) -> Prompt:
-    """The prompt with the bytes of each image in place of a path (`pathlib.Path`) or an image of Pillow, which becomes a PNG.
-    Raises `NotFoundError` for a file that does not exist, `InvalidRequestError` for one that is too large or cannot be read. What
-    else is wrong with a prompt is found when it is checked."""
+    """The prompt with the bytes of files in place of paths (`pathlib.Path`), of images of Pillow, which become PNGs, and of
+    (samples, samples a second), which become WAVs. Raises `NotFoundError` for a file that does not exist, `InvalidRequestError`
+    for one that is too large or cannot be read, and for other arrays. What else is wrong with a prompt is found when it is
+    checked."""
     if isinstance(prompt, Conversation):
-        return prompt  # it was checked when it was made: its images are bytes
+        return prompt  # it was checked when it was made: its media are bytes
     if isinstance(prompt, str) or not isinstance(prompt, list | tuple):
         return prompt
     return [_message(message) if isinstance(message, Mapping) else message for message in prompt]
@@ -32,16 +37,54 @@ def _message(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _part(part: Any) -> Any:
-    return {**part, "image": image_bytes(part["image"])} if isinstance(part, Mapping) and "image" in part else part
+    if isinstance(part, Mapping) and "image" in part:
+        return {**part, "image": image_bytes(part["image"])}
+    if isinstance(part, Mapping) and "audio" in part:
+        return {**part, "audio": audio_bytes(part["audio"])}
+    return part
 
 
 def image_bytes(image: Any) -> Any:
     """The bytes of an image's file. A text stays what it is, and is refused later: it might be a URL as well as a path."""
     if isinstance(image, os.PathLike):
-        return read_image(Path(image))
+        return read_file(Path(image), "image")
     if not isinstance(image, bytes) and hasattr(image, "save") and hasattr(image, "getbands"):
         return _png(image)
     return image
+
+
+def audio_bytes(audio: Any) -> Any:
+    """The bytes of a sound's file. A text stays what it is, and is refused later."""
+    if isinstance(audio, os.PathLike):
+        return read_file(Path(audio), "sound")
+    if isinstance(audio, tuple) and len(audio) == 2:
+        return _wav(*audio)
+    return audio
+
+
+def _wav(samples: Any, rate: Any) -> bytes:
+    """A WAV of float32, or of int16 where the samples are. Raises `InvalidRequestError` for other arrays."""
+    values = np.asarray(samples)
+    if values.dtype != np.int16 and values.dtype.kind != "f":
+        raise InvalidRequestError(
+            f"samples are floats in -1…1 or int16, got {values.dtype}; scale and convert them", field="messages.content"
+        )
+    if values.ndim not in (1, 2) or not values.size or type(rate) is not int or not 0 < rate < 2**31:
+        raise InvalidRequestError(
+            f"a sound is (samples [frames] or [frames, channels], samples a second), got shape {list(values.shape)} and "
+            f"{shown(rate)}",
+            field="messages.content",
+        )
+    kind, own = (1, "<i2") if values.dtype == np.int16 else (3, "<f4")  # PCM, floats
+    content = np.ascontiguousarray(values, own).tobytes()
+    if len(content) > MAX_MEDIA_BYTES:
+        raise _too_large("the array of samples")
+    channels, width = 1 if values.ndim == 1 else values.shape[1], np.dtype(own).itemsize
+    if channels * width >= 2**16 or rate * channels * width >= 2**32:
+        raise InvalidRequestError(f"a WAV has no room for {channels} channels", field="messages.content")
+    form = struct.pack("<HHIIHH", kind, channels, rate, rate * channels * width, channels * width, 8 * width)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(content)) + content
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
 def _png(image: Any) -> bytes:
@@ -67,20 +110,23 @@ def _png(image: Any) -> bytes:
     return content.getvalue()
 
 
-def read_image(path: Path) -> bytes:
-    """The bytes of a file. Raises `NotFoundError`, `InvalidRequestError`."""
+def read_file(path: Path, what: str) -> bytes:
+    """The bytes of a file. `what` it is, in words. Raises `NotFoundError`, `InvalidRequestError`."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MEDIA_BYTES + 1)
     except FileNotFoundError:
-        raise NotFoundError(f"there is no image '{path}'") from None
+        raise NotFoundError(f"there is no {what} '{path}'") from None
     except OSError as error:
         raise InvalidRequestError(
-            f"the image '{path}' cannot be read: {error.strerror or error}", field="messages.content"
+            f"the {what} '{path}' cannot be read: {error.strerror or error}", field="messages.content"
         ) from None
     if len(content) > MAX_MEDIA_BYTES:
-        raise InvalidRequestError(
-            f"the image {shown(str(path))} has more than {MAX_MEDIA_BYTES} bytes; scale it down, or compress it",
-            field="messages.content",
-        )
+        raise _too_large(f"the {what} {shown(str(path))}")
     return content
+
+
+def _too_large(what: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{what} has more than {MAX_MEDIA_BYTES} bytes; make it smaller, or compress it", field="messages.content"
+    )

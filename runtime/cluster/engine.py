@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ..api.config import EngineConfig
 from ..api.output import Output
 from ..api.request import FinishReason, Request
-from ..encoders.images import no_images
+from ..encoders.reader import no_media
 from ..engine.answer import OnOutput, OnSent
 from ..engine.embedder import EmbedJob
 from ..engine.observer import Observer, notify
@@ -50,8 +50,8 @@ class ClusterEngine:
         self.tokenizer = bundle_tokenizer(loaded)
         self.model, self.config = model_info(loaded, config), config
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
-        self.media: MediaReader = no_images(
-            config, "replicas on a cluster take text only", "serve images with `motet serve` without --ray"
+        self.media: MediaReader = no_media(
+            config, "replicas on a cluster take text only", "serve media with `motet serve` without --ray"
         )
         self.embedder = _Embedder(self)
         self._observers: tuple[Observer, ...] = ()
@@ -65,8 +65,8 @@ class ClusterEngine:
         self._thread.start()
         self._application = f"motet-{uuid.uuid4().hex[:12]}"  # another's of the same name would be replaced
         try:
-            if loaded.image_encoder is not None:  # replicas get token ids alone: they need not load it
-                config = dataclasses.replace(config, max_images=0)
+            if loaded.encoders:  # replicas get token ids alone: they need not load them
+                config = dataclasses.replace(config, max_images=0, max_audios=0)
             self._handle = _start(self._application, bundle, config, settings)
         except BaseException as error:
             self._stop_loop()

@@ -1,17 +1,18 @@
-"""`ImageDecoder`: files of images become tiles in a process of its own, with bounds on memory and time. What decodes them is not
-Python: a hostile file may end the process, or take all of its memory, or never end."""
+"""`MediaDecoder`: files of images and sounds are decoded in a process of its own, with bounds on memory and time. What decodes
+them is not Python: a hostile file may end the process, or take all of its memory, or never end."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import math
 import os
 import select
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
@@ -20,74 +21,66 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidRequestError, UnavailableError, shown
-from ..model.encoders.vision import MOST_TILES, ImageProcessor
 from ..processes import cpu_seconds
 from . import decoding_process
-from .decoding_process import FORMATS, KINDS, MEMORY
+from .kind import Dims, MediumKind
 
-log = logging.getLogger("motet.images")
-U8 = npt.NDArray[np.uint8]
-LIMIT_S = 5.0  # of computing, of an image
+log = logging.getLogger("motet.media")
+LIMIT_S = 5.0  # of computing, of a file
 _WAIT_S = 60.0  # for that, on a busy machine
 _START_S, _END_S = 60.0, 5.0
 _LONGEST_LINE = 2**16
 _LOGGED_LINES, _LOGGED_BYTES = 20, 500
 # All that the process gets of the environment: where Python and its libraries are. Keys and passwords are not for it.
 _ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "LANG", "LC_ALL")
-# What is wrong with a file, by the worker's word for it. The library's own text stays here: it may say what lies in memory.
-_REASONS = {
-    "format": f"it is no image of a kind that is read: {FORMATS}",
-    "damaged": "it is damaged or cut off; send the whole file",
-    "animation": "it is an animation; send one picture of it",
-    "depth": "its pixels have more than 8 bits a channel of grey, or are floats; convert it to 8 bits",
-    "memory": f"it takes more than {MEMORY >> 30} GiB to decode; send a smaller one",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """`pixels` [tiles, 3, edge, edge]; `rows` and `columns` of tiles before the whole image, 0 if that is all."""
+class Decoded:
+    """`dims`: its sizes, as the medium counts them. `values`: see `MediumKind.decoded_as`."""
 
-    pixels: U8
-    rows: int
-    columns: int
+    dims: Dims
+    values: npt.NDArray[Any]
 
 
-class ImageDecoder:
-    """Thread-safe: one image at a time. The process is started when it is first needed. `most_pixels`: an image with more is
-    refused when its header is read."""
+class MediaDecoder:
+    """Thread-safe: one file at a time. The process is started when it is first needed."""
 
-    def __init__(self, settings: ImageProcessor, most_pixels: int) -> None:
-        self._most_pixels, self._edge = most_pixels, settings.tile_size
-        self._setting = json.dumps({"processor": dataclasses.asdict(settings), "most_pixels": most_pixels})
+    def __init__(self, kinds: Sequence[MediumKind]) -> None:
+        self._setting = json.dumps({kind.medium: dict(kind.settings) for kind in kinds})
         self._process: subprocess.Popen[bytes] | None = None  # whoever holds `_using` starts, asks and reaps it
         self._log: threading.Thread | None = None
         self._using, self._starting = threading.Lock(), threading.Lock()
         self._is_closed = False
 
-    def look(self, content: bytes, media_type: str = "") -> tuple[int, int]:
-        """Rows and columns of the tiles that `decode` will give, by the image's header. `media_type`: what the sender says that
-        it is, such as image/png; empty: nothing. Raises `InvalidRequestError` for what is no image that is read, and
-        `UnavailableError` if that could not be found out: the process did not start, had no time on a busy machine, or `close`
-        was called. However else the process ends once it has an image, that is the image's fault."""
-        answer = self._ask(content, is_look=True)
-        _check_type(media_type, answer["kind"])
-        return int(answer["rows"]), int(answer["columns"])
+    def look(self, kind: MediumKind, content: bytes, media_type: str = "") -> Dims:
+        """The sizes of what `decode` will give, by the file's header. `kind`: one of those that the decoder was made with.
+        `media_type`: what the sender says that it is, such as image/png; empty: nothing. Raises `InvalidRequestError` for what
+        is no file that is read, and `UnavailableError` if that could not be found out: the process did not start, had no time on
+        a busy machine, or `close` was called. However else the process ends once it has a file, that is the file's fault."""
+        answer = self._ask(kind, content, is_look=True)
+        if media_type and kind.type_of(media_type) != answer["type"]:
+            raise refusal(kind, f"it is said to be {shown(media_type)} and is {answer['type']}; say what it is")
+        dims: Dims = answer["dims"]
+        problem = kind.check_file(dims)
+        if problem is not None:
+            raise refusal(kind, kind.reasons[problem])
+        return dims
 
-    def decode(self, content: bytes) -> Tiles:
-        """The tiles of an image. Raises what `look` raises."""
-        answer = self._ask(content, is_look=False)
-        return Tiles(answer["pixels"], int(answer["rows"]), int(answer["columns"]))
+    def decode(self, kind: MediumKind, content: bytes) -> Decoded:
+        """Raises what `look` raises."""
+        answer = self._ask(kind, content, is_look=False)
+        return Decoded(answer["dims"], answer["values"])
 
-    def _ask(self, content: bytes, *, is_look: bool) -> dict[str, Any]:
+    def _ask(self, kind: MediumKind, content: bytes, *, is_look: bool) -> dict[str, Any]:
         if not content:
-            raise refusal("it has no bytes")
+            raise refusal(kind, "it has no bytes")
         with self._using:
-            return self._ask_process(content, is_look=is_look)
+            return self._ask_process(kind, content, is_look=is_look)
 
-    def _ask_process(self, content: bytes, *, is_look: bool) -> dict[str, Any]:
+    def _ask_process(self, kind: MediumKind, content: bytes, *, is_look: bool) -> dict[str, Any]:
         try:
-            line = json.dumps({"size": len(content), "is_look": is_look}).encode()
+            line = json.dumps({"medium": kind.medium, "size": len(content), "is_look": is_look}).encode()
             for _ in range(2):
                 process = self._started()
                 before, until = cpu_seconds(process.pid), time.monotonic() + _WAIT_S
@@ -99,21 +92,23 @@ class ImageDecoder:
                 if self._line(before, until) != "taken":
                     if process.poll() is None:
                         break
-                    self._end()  # it ended, and had not seen the image
+                    self._end()  # it ended, and had not seen the file
                     continue
                 answer = self._line(before, until)
                 if answer is not None:
-                    return self._answered(answer, until, is_look=is_look)
+                    return self._answered(kind, answer, until, is_look=is_look)
                 spent = cpu_seconds(process.pid) - before
                 has_ended = process.poll() is not None
                 self._end()
                 if self._is_closed:
                     raise _closed()
                 if spent > LIMIT_S:
-                    raise refusal(f"it takes more than {LIMIT_S:g} s to decode; send a smaller or simpler one")
+                    raise refusal(kind, f"it takes more than {LIMIT_S:g} s to decode; send a smaller or simpler one")
                 if has_ended:  # by whatever signal, or with whatever status
-                    log.warning("the process that decodes images ended with status %s on an image", process.returncode)
-                    raise refusal("it cannot be decoded")
+                    log.warning(
+                        "the process that decodes media ended with status %s on %s", process.returncode, kind.noun
+                    )
+                    raise refusal(kind, "it cannot be decoded")
                 break
         except InvalidRequestError:
             raise
@@ -123,16 +118,16 @@ class ImageDecoder:
             TypeError,
             OverflowError,
             RecursionError,
-        ) as error:  # it says what it never says: an image rules it
+        ) as error:  # it says what it never says: a file rules it
             self._end()
-            raise refusal("it cannot be decoded") from error
+            raise refusal(kind, "it cannot be decoded") from error
         except Exception:
             self._end()
             raise
         self._end()
         if self._is_closed:
             raise _closed()
-        raise UnavailableError("the image could not be decoded, because the server is busy; try again later")
+        raise UnavailableError(f"{kind.noun} could not be decoded, because the server is busy; try again later")
 
     def close(self) -> None:
         """End the process, now and for good. A thread that waits for it gets `UnavailableError`."""
@@ -144,7 +139,7 @@ class ImageDecoder:
             self._end()
 
     def _end(self) -> None:
-        """End the process; the next image has a new one."""
+        """End the process; the next file has a new one."""
         process = self._process
         if process is None:
             return
@@ -159,26 +154,22 @@ class ImageDecoder:
         with self._starting:
             self._process = self._log = None
 
-    def _answered(self, answer: Any, until: float, *, is_look: bool) -> dict[str, Any]:
+    def _answered(self, kind: MediumKind, answer: Any, until: float, *, is_look: bool) -> dict[str, Any]:
         """What the process says, checked: one that was taken over may say anything."""
-        if "too_many" in answer:
-            raise refusal(
-                f"it has {shown(answer['too_many'])} pixels, at most max_image_pixels ({self._most_pixels}) are read; scale it "
-                "down"
-            )
         if "refused" in answer:
-            raise refusal(_REASONS[answer["refused"]])  # an unknown word is a KeyError
-        rows, columns, edge = int(answer["rows"]), int(answer["columns"]), self._edge
-        fits = 0 <= min(rows, columns) <= max(rows, columns) <= MOST_TILES and answer["kind"] in KINDS.values()
-        count = rows * columns + 1
-        found = {"rows": rows, "columns": columns, "kind": answer["kind"]}
-        if fits and is_look:
+            reason = kind.reasons[answer["refused"]]  # an unknown word is a KeyError
+            raise refusal(kind, reason.format(value=shown(answer.get("value"))))
+        found = {"dims": kind.check_dims(tuple(map(int, answer["dims"]))), "type": answer["type"]}
+        if answer["type"] not in kind.types:
+            raise ValueError("another type")
+        if is_look:
             return found
-        content = self._bytes(count * 3 * edge * edge, until) if fits else None
+        dtype, shape = kind.decoded_as(found["dims"])
+        content = self._bytes(math.prod(shape) * dtype.itemsize, until)
         if content is None:
             self._end()
-            raise _closed() if self._is_closed else refusal("it cannot be decoded")
-        return {**found, "pixels": np.frombuffer(content, np.uint8).reshape(count, 3, edge, edge)}
+            raise _closed() if self._is_closed else refusal(kind, "it cannot be decoded")
+        return {**found, "values": np.frombuffer(content, dtype).reshape(shape)}
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -213,7 +204,7 @@ class ImageDecoder:
                 self._end()
                 if self._is_closed:
                     raise _closed()
-                raise UnavailableError("images cannot be decoded: their process does not start; try again later")
+                raise UnavailableError("media cannot be decoded: their process does not start; try again later")
         return self._process
 
     def _send(self, content: bytes, began: float | None, until: float) -> bool:
@@ -238,7 +229,7 @@ class ImageDecoder:
         """The next line of JSON; None if it does not come by `until` (`time.monotonic`), which all of a question shares."""
         content = bytearray()
         while not content.endswith(b"\n"):
-            piece = self._piece(1, began, until)  # the tiles follow; a line is short
+            piece = self._piece(1, began, until)  # the values follow; a line is short
             if not piece or len(content) > _LONGEST_LINE:
                 return None
             content += piece
@@ -279,8 +270,8 @@ def _closed() -> UnavailableError:
     return UnavailableError("the server is shutting down; send the request to another one")
 
 
-def refusal(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"an image cannot be used: {reason}", field="messages.content")
+def refusal(kind: MediumKind, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{kind.noun} cannot be used: {reason}", field="messages.content")
 
 
 def _log_lines(stream: IO[bytes]) -> None:
@@ -288,11 +279,4 @@ def _log_lines(stream: IO[bytes]) -> None:
     with stream:
         for number, line in enumerate(iter(lambda: stream.readline(_LOGGED_BYTES), b"")):
             if number < _LOGGED_LINES:
-                log.warning("the process that decodes images says: %s", shown(line.decode(errors="replace").rstrip()))
-
-
-def _check_type(said: str, kind: str) -> None:
-    """Whether a file is what its sender says."""
-    own = said.removeprefix("image/").removeprefix("x-").replace("jpg", "jpeg").replace("ms-bmp", "bmp")
-    if said and own != kind:
-        raise refusal(f"it is said to be {shown(said)} and is image/{kind}; say what it is")
+                log.warning("the process that decodes media says: %s", shown(line.decode(errors="replace").rstrip()))

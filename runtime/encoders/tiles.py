@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..model.encoders.vision import MAX_EDGE, ImageProcessor
+from ..model.encoders.image import MAX_EDGE, ImageProcessor
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]

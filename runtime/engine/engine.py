@@ -54,7 +54,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, model.vocab_size, model.eos_token_ids)
         self.model = model
-        self.media = media if media is not None else NoMedia(f"'{model.name}' has no encoder of images; send text")
+        self.media = media if media is not None else NoMedia(f"'{model.name}' has no encoder; send text")
         self.config = config
         self._backend = backend
         self._observers = tuple(observers)

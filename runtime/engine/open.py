@@ -9,11 +9,10 @@ from pathlib import Path
 from ..api.config import EngineConfig
 from ..api.model_info import ModelInfo
 from ..backends.open import open_backend
-from ..encoders.images import open_media
+from ..encoders.reader import open_media
 from ..errors import BundleError, shown
 from ..model.bundle import Bundle
 from ..model.decoder_graph import GraphConfig
-from ..model.encoders.vision import AROUND
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
 from .observer import Observer
@@ -32,24 +31,23 @@ def open_engine(
     except BaseException:
         backend.close()
         raise
-    accepts = ("image",) if media.most_bytes else ()
-    model = dataclasses.replace(model_info(bundle, config), media=accepts)
+    model = dataclasses.replace(model_info(bundle, config), media=tuple(media.media))
     return Engine(backend, tokenizer, model, config, observers, media)
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
-    """A bundle's tokenizer, which lets no text write what an image becomes. Raises what `Tokenizer.from_dir` raises, and
+    """A bundle's tokenizer, which lets no text write what a medium becomes. Raises what `Tokenizer.from_dir` raises, and
     `BundleError` if it has other ids for that than the manifest."""
-    encoder = bundle.image_encoder
-    if encoder is None:
-        return Tokenizer.from_dir(bundle.path)
-    tokenizer = Tokenizer.from_dir(bundle.path, encoder.control_tokens)
-    found = tokenizer.token_id(encoder.token)
-    if found != encoder.token_id or tokenizer.token_id(AROUND) is None:
-        raise BundleError(
-            f"the manifest of '{bundle.path}' gives {shown(encoder.token)} the id {encoder.token_id}, the tokenizer {found}, and "
-            f"{AROUND} the id {tokenizer.token_id(AROUND)}; export the bundle again"
-        )
+    control = [token for encoder in bundle.encoders.values() for token in encoder.control_tokens]
+    tokenizer = Tokenizer.from_dir(bundle.path, control)
+    for encoder in bundle.encoders.values():
+        found = tokenizer.token_id(encoder.token)
+        missing = [token for token in encoder.needed_tokens if tokenizer.token_id(token) is None]
+        if found != encoder.token_id or missing:
+            raise BundleError(
+                f"the manifest of '{bundle.path}' gives {shown(encoder.token)} the id {encoder.token_id}, the tokenizer {found}, "
+                f"which lacks {missing}; export the bundle again"
+            )
     return tokenizer
 
 

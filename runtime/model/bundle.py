@@ -7,7 +7,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from ..api.request import Ensemble, Member, Space
 from ..errors import BundleError, ConfigError, InvalidEnsembleError, NotFoundError
 from .config import DecoderConfig
 from .decoder_graph import DecoderGraph, GraphConfig
-from .encoders import IMAGE
-from .encoders.vision import ImageEncoder
+from .encoders import KINDS, Encoder
 from .files import file_digest
 from .members import MemberKind
 
@@ -54,8 +53,8 @@ class Bundle:
     decoder_graph: DecoderGraph | None
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
-    image_encoder: ImageEncoder | None = None
-    encoder_files: tuple[str, ...] = ()  # of the image encoder: its graph, and its weights
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)  # by medium
+    encoder_files: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # the graph of each, and its weights
     calibration: Calibration | None = None  # of confidences, for the default ensemble; `motet calibrate` fits it
 
     @property
@@ -92,7 +91,7 @@ class Bundle:
     def digest(self) -> str:
         """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers."""
         content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids")}
-        if self.image_encoder is not None:
+        if self.encoders:
             content["encoders"] = self.manifest["encoders"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -112,7 +111,7 @@ class Bundle:
     @property
     def model_files(self) -> tuple[str, ...]:
         """File names of the weights and the graphs."""
-        return (*self._decoder_files, *self.encoder_files)
+        return (*self._decoder_files, *(file for files in self.encoder_files.values() for file in files))
 
     @property
     def _decoder_files(self) -> tuple[str, ...]:
@@ -162,12 +161,13 @@ class Bundle:
             raise BundleError(f"split_layer must be in 0…{config.num_layers}, the manifest has {split_layer}")
         if made_here:
             dict(manifest["quantisation"])  # raises TypeError
-        encoder, encoder_files = _encoder(manifest.get("encoders") or {})
-        if encoder is not None and encoder.token_id >= config.vocab_size:
-            raise BundleError(
-                f"the placeholder of an image has the id {encoder.token_id}, the model {config.vocab_size} embeddings; "
-                "export the bundle again"
-            )
+        encoders, encoder_files = _encoders(manifest.get("encoders") or {})
+        for medium, encoder in encoders.items():
+            if encoder.token_id >= config.vocab_size:
+                raise BundleError(
+                    f"the placeholder of {medium} has the id {encoder.token_id}, the model {config.vocab_size} embeddings; "
+                    "export the bundle again"
+                )
         bundle = cls(
             path=path,
             name=manifest["name"],
@@ -180,7 +180,7 @@ class Bundle:
             decoder_graph=decoder_graph,
             eos_token_ids=tuple(manifest["eos_token_ids"]),
             manifest=manifest,
-            image_encoder=encoder,
+            encoders=encoders,
             encoder_files=encoder_files,
             calibration=_calibration(manifest.get("calibration")),
         )
@@ -246,16 +246,17 @@ def _kind(name: str) -> MemberKind:
     return kinds[name]
 
 
-def _encoder(entries: Mapping[str, Any]) -> tuple[ImageEncoder | None, tuple[str, ...]]:
-    """The encoder of images, and its files."""
-    unknown = sorted(set(entries) - {IMAGE})
+def _encoders(entries: Mapping[str, Any]) -> tuple[dict[str, Encoder], dict[str, tuple[str, str]]]:
+    """The encoders by medium, and their files."""
+    unknown = sorted(set(entries) - set(KINDS))
     if unknown:
-        raise BundleError(f"the manifest has encoders of {unknown}; known are [{IMAGE!r}]")
-    if IMAGE not in entries:
-        return None, ()
-    entry = dict(entries[IMAGE])
-    files = entry.pop("graph"), entry.pop("data")
-    return ImageEncoder.from_dict(entry), files
+        raise BundleError(f"the manifest has encoders of {unknown}; known are {[*KINDS]}")
+    encoders, files = {}, {}
+    for medium, values in entries.items():
+        entry = dict(values)
+        files[medium] = (entry.pop("graph"), entry.pop("data"))
+        encoders[medium] = KINDS[medium].from_dict(entry)
+    return encoders, files
 
 
 def _decoder_graph(manifest: Mapping[str, Any], members: tuple[str, ...]) -> DecoderGraph | None:

@@ -41,7 +41,7 @@ log = logging.getLogger("motet.service")
 T = TypeVar("T")
 _POLL_S = 0.02
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
-_READERS = 2  # threads that read and tokenise requests, and as many for those with images, which take longer
+_READERS = 2  # threads that read and tokenise requests, and as many for those with media, which take longer
 
 
 class Service:
@@ -123,7 +123,7 @@ class Service:
 
     async def _encoded(self, reading: Reading) -> Request:
         """The request with its media. A caller that goes away keeps its place until the thread is done, which encodes no further
-        image: otherwise callers that cancel would queue more work than there are places."""
+        medium: otherwise callers that cancel would queue more work than there are places."""
         is_gone = threading.Event()
         work = self._media_readers.submit(reading.encoded, lambda: not is_gone.is_set())
         done = asyncio.wrap_future(work)
@@ -313,7 +313,7 @@ class Service:
 
     @property
     def most_media_bytes(self) -> int:
-        """Bytes of a request's images, beside which its other fields have their own limit; 0: it may have none."""
+        """Bytes of a request's media, beside which its other fields have their own limit; 0: it may have none."""
         return self._engine.media.most_bytes
 
     @property

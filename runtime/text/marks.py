@@ -76,19 +76,20 @@ class ControlTokens:
         return frozenset(name[i:] for name in self._names for i in range(1, len(name)))
 
 
-def filled(text: str, marks: Marks | None, placeholder: str, texts: Sequence[str]) -> str:
-    """A rendered conversation with `texts` in the places of `placeholder` that the template wrote: those without marks. Raises
-    `InvalidRequestError` if there are more or fewer."""
-    own = re.escape(placeholder)
-    pattern = own if marks is None else f"{marks[0]}{own}{marks[1]}|{own}"
-    written = sum(found[0] == placeholder for found in re.finditer(pattern, text))
-    if written != len(texts):
+def filled(text: str, marks: Marks | None, placeholders: Collection[str], media: Sequence[tuple[str, str]]) -> str:
+    """A rendered conversation with what `media` have (each its placeholder, and the text for it) in the places of placeholders
+    that the template wrote: those without marks. Raises `InvalidRequestError` if these are others."""
+    own = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
+    pattern = own if marks is None else f"{marks[0]}(?:{own}){marks[1]}|{own}"
+    written = [found[0] for found in re.finditer(pattern, text) if found[0] in placeholders]
+    if written != [placeholder for placeholder, _ in media]:
         raise InvalidRequestError(
-            f"the model's chat template writes {written} images, and the messages have {len(texts)}",
+            f"the model's chat template writes {len(written)} placeholders of media, and the messages have {len(media)} media, "
+            "or these stand in another order",
             field="messages.content",
         )
-    left = iter(texts)
-    return re.sub(pattern, lambda found: next(left) if found[0] == placeholder else found[0], text)
+    left = iter(media)
+    return re.sub(pattern, lambda found: next(left)[1] if found[0] in placeholders else found[0], text)
 
 
 def unused_characters(messages: Sequence[_Json]) -> Marks:

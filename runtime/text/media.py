@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +15,28 @@ from ..errors import InvalidRequestError
 F32 = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """What a part of a message brings. `medium`: what it is, such as image; `media_type`: what its sender says that its file is,
+    or ""."""
+
+    medium: str
+    content: bytes
+    media_type: str = ""
+
+
 class Medium(Protocol):
     """One of them, of which the header is read; its content is not yet decoded or encoded."""
+
+    @property
+    def token(self) -> str:
+        """Its placeholder: what a chat template writes where it stands."""
+        ...
+
+    @property
+    def token_id(self) -> int:
+        """The placeholder's id."""
+        ...
 
     @property
     def text(self) -> str:
@@ -41,13 +63,13 @@ class MediaReader(Protocol):
     """Thread-safe."""
 
     @property
-    def token(self) -> str:
-        """What a chat template writes where a medium stands."""
+    def placeholders(self) -> Mapping[str, int]:
+        """Those of all media that the model knows, and their ids."""
         ...
 
     @property
-    def token_id(self) -> int:
-        """The id of a placeholder."""
+    def media(self) -> Sequence[str]:
+        """What a request may have, such as image."""
         ...
 
     @property
@@ -55,10 +77,9 @@ class MediaReader(Protocol):
         """Of all media of a request; 0: it may have none."""
         ...
 
-    def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
-        """The media of all prompts of a request, each as (its file's content, what its sender says that it is: a media type
-        or ""); equal ones are read once, their headers alone. Raises `InvalidRequestError`, also for more or larger ones
-        than are allowed, which is asked before anything is read, and `UnavailableError`."""
+    def read(self, files: Sequence[MediaFile]) -> Sequence[Medium]:
+        """The media of all prompts of a request; equal ones are read once, their headers alone. Raises `InvalidRequestError`,
+        also for more or larger ones than are allowed, which is asked before anything is read, and `UnavailableError`."""
         ...
 
     def close(self) -> None: ...
@@ -67,16 +88,16 @@ class MediaReader(Protocol):
 class NoMedia:
     """A `MediaReader` for a server that takes text only, for this reason."""
 
-    token = ""
-    token_id = -1
+    placeholders: Mapping[str, int] = MappingProxyType({})
+    media = ()
     most_bytes = 0
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def read(self, contents: Sequence[tuple[bytes, str]]) -> Sequence[Medium]:
+    def read(self, files: Sequence[MediaFile]) -> Sequence[Medium]:
         """Raises `InvalidRequestError` for anything."""
-        if contents:
+        if files:
             raise InvalidRequestError(f"messages may hold text only here: {self._reason}", field="messages.content")
         return []
 

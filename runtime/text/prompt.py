@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,10 +11,10 @@ import numpy as np
 from ..api.embedded import EmbeddedSpan, Spans
 from ..api.prompt import Conversation, Prompt, PromptContent
 from ..errors import ContextLengthError, InvalidRequestError, UnavailableError
-from .media import F32, MediaReader, Medium, NoMedia
+from .media import F32, MediaFile, MediaReader, Medium, NoMedia
 from .tokenizer import Tokenizer
 
-_TEXT_ONLY = NoMedia("this is no place for images; send text")
+_TEXT_ONLY = NoMedia("this is no place for media; send text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,6 @@ class BuiltPrompt:
 
     token_ids: tuple[int, ...]
     media: Sequence[Medium] = ()
-    placeholder: int = -1
 
     def spans(
         self,
@@ -35,7 +34,7 @@ class BuiltPrompt:
         is asked before each; raises `UnavailableError` if nobody waits for them any more."""
         encoded = {} if encoded is None else encoded
         found: list[EmbeddedSpan] = []
-        places = iter(_runs(self.token_ids, self.placeholder, self.media))
+        places = iter(_runs(self.token_ids, {medium.token_id for medium in self.media}, self.media))
         for medium in self.media:
             if not is_wanted():
                 raise UnavailableError("the request was cancelled before its media were encoded")
@@ -75,7 +74,7 @@ def read_prompts(
             # Each item is a token at least. It is asked before the items are checked one by one.
             raise _too_long(f"{len(prompt)} token ids or messages", max_tokens)
         contents.append(PromptContent.read(prompt))
-    files = [content.conversation.media if content.conversation is not None else () for content in contents]
+    files = [_files(content) for content in contents]
     read = iter(media.read([file for own in files for file in own]))
     return [
         _built(tokenizer, content, max_tokens, media, list(islice(read, len(own))))
@@ -96,45 +95,51 @@ def _built(
     elif (chat := content.conversation) is not None:
         token_ids = _encode_chat(tokenizer, chat, max_bytes, media, read)
         if read and max_tokens is not None and len(token_ids) > max_tokens:
-            raise _too_long(f"{len(token_ids)} tokens with its images", max_tokens)
+            raise _too_long(f"{len(token_ids)} tokens with its media", max_tokens)
     else:
         token_ids = content.token_ids or ()
     if not token_ids:
         raise InvalidRequestError("the prompt is empty; it needs at least one token", field="prompt")
-    return BuiltPrompt(token_ids, read, media.token_id if read else -1)
+    return BuiltPrompt(token_ids, read)
+
+
+def _files(content: PromptContent) -> list[MediaFile]:
+    return [] if content.conversation is None else [MediaFile(*part) for part in content.conversation.media]
 
 
 def _encode_chat(
     tokenizer: Tokenizer, chat: Conversation, max_bytes: int | None, media: MediaReader, read: Sequence[Medium]
 ) -> tuple[int, ...]:
-    texts = [medium.text for medium in read]
     found = tuple(
         tokenizer.encode_chat(
             chat.messages,
             max_bytes,
             tools=chat.tools,
             continue_final_message=chat.continue_final_message,
-            placeholder=media.token,
-            texts=texts,
+            placeholders=media.placeholders,
+            media=[(medium.token, medium.text) for medium in read],
         )
     )
-    if media.token:
-        _runs(found, media.token_id, read)  # which is asked before they are encoded
+    if media.placeholders:
+        _runs(found, set(media.placeholders.values()), read)  # which is asked before they are encoded
     return found
 
 
-def _runs(token_ids: tuple[int, ...], placeholder: int, media: Sequence[Medium]) -> list[int]:
+def _runs(token_ids: tuple[int, ...], placeholders: Collection[int], media: Sequence[Medium]) -> list[int]:
     """Where each run of placeholders begins. Raises `InvalidRequestError` if there are others than those of the media: the
     tokenizer has made something else of their texts."""
-    at = np.flatnonzero(np.array(token_ids, np.int64) == placeholder)
-    lengths = [length for medium in media for length in medium.runs]
+    ids = np.array(token_ids, np.int64)
+    at = np.flatnonzero(np.isin(ids, list(placeholders)))
+    runs = [(medium.token_id, length) for medium in media for length in medium.runs]
+    lengths = [length for _, length in runs]
     starts = np.cumsum([0, *lengths])[:-1]
     whole = len(at) == sum(lengths) and all(
-        at[start + length - 1] - at[start] == length - 1 for start, length in zip(starts.tolist(), lengths)
+        at[start + length - 1] - at[start] == length - 1 and (ids[at[start : start + length]] == token_id).all()
+        for start, (token_id, length) in zip(starts.tolist(), runs)
     )
     if not whole:
         raise InvalidRequestError(
-            f"the prompt has {len(at)} placeholders, and its images have {sum(lengths)} rows; the model's tokenizer or chat "
+            f"the prompt has {len(at)} placeholders, and its media have {sum(lengths)} rows; the model's tokenizer or chat "
             "template does not fit its encoder",
             field="messages.content",
         )

@@ -115,7 +115,7 @@ class ChatTemplate:
             shown = [{k: v for k, v in part.items() if k in ("type", "text")} for part in content]
             return {**message, "content": shown}
         if not is_text:
-            raise InvalidRequestError("the model's chat template has no place for images", field="messages.content")
+            raise InvalidRequestError("the model's chat template has no place for media", field="messages.content")
         return {**message, "content": ("" if takes_parts else "\n").join(part["text"] for part in content)}
 
     def mentions(self, text: str) -> bool:

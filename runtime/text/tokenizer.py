@@ -184,13 +184,13 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
-        placeholder: str = "",
-        texts: Sequence[str] = (),
+        placeholders: Collection[str] = (),
+        media: Sequence[tuple[str, str]] = (),
     ) -> list[int]:
         """The conversation's token ids, up to where the answer begins. Only the template adds special tokens: a
-        control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text. `texts`: what comes in the
-        places where the template writes `placeholder`, in order. A token that stands in several texts, which the template
-        joins, is plain text too.
+        control token that a message or a tool spells, such as `<|im_end|>`, is encoded as plain text. `placeholders`: of media,
+        which the template writes; `media`: each one's, and what comes in its place, in order. A token that stands in several
+        texts, which the template joins, is plain text too.
 
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
@@ -198,8 +198,8 @@ class Tokenizer:
         text, marks = self._marked_chat(
             [*self._shaped(messages, tools), {"tools": list(tools)}], continue_final_message
         )
-        if placeholder:
-            text = filled(text, marks, placeholder, texts)
+        if placeholders:
+            text = filled(text, marks, placeholders, media)
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
         return self.encode_rendered(text, marks)

@@ -36,7 +36,7 @@ from .options import (
 from .runtime.api.output import Completion, Output, join
 from .runtime.api.prompt import Message, Prompt
 from .runtime.api.request import Ensemble, Member
-from .runtime.client.media import read_image
+from .runtime.client.media import read_file
 from .runtime.errors import ConfigError, ContextLengthError, DataError, InvalidRequestError, MotetError
 from .runtime.text.documents import read_document
 
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from .runtime.client.client import Client
 
 _ALPHA = 0.5
-_IMAGE = "/image "  # begins a line of `chat`
+_Part = dict[str, Any]
+# What begins a line of `chat` → type of the part, in words
+_MEDIA = {"/image ": ("image", "image"), "/audio ": ("audio", "sound")}
 
 
 def mount(app: typer.Typer) -> None:
@@ -74,6 +76,9 @@ def generate(
     member: Annotated[str | None, typer.Option(help="The member that reads --context; default: the first.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture to ask about, a file. May be given several times.")
+    ] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(help="A sound to ask about, a file. May be given several times.")
     ] = None,
     raw: Annotated[bool, typer.Option(help="Send the text as it is, without the chat template.")] = False,
     request_id: Annotated[str, typer.Option(help="An id for the request; default: the server makes one.")] = "",
@@ -112,9 +117,10 @@ def generate(
         raise ConfigError("--alpha and --member are for context-aware decoding; give --context too")
     if context is not None and ensemble is not None:
         raise ConfigError("--context makes an ensemble of its own; give --member instead of --mix")
-    if image and raw:
-        raise ConfigError("--raw sends a text, and --image is part of a chat message; leave one out")
-    images = [read_image(file) for file in image or ()]
+    if (image or audio) and raw:
+        raise ConfigError("--raw sends a text, and --image and --audio are parts of a chat message; leave one out")
+    given = [("image", "image", file) for file in image or ()] + [("audio", "sound", file) for file in audio or ()]
+    media = [{"type": kind, kind: read_file(file, what)} for kind, what, file in given]
     document = read_document(context) if context is not None else ""
     with _client(bundle, address, tls, ca, cert, cert_key) as client:
         views: Sequence[Prompt] = ()
@@ -123,10 +129,10 @@ def generate(
             alpha = _ALPHA if alpha is None else alpha
             name = member if member is not None else client.models()[0].members[0]
             ensemble = Ensemble((Member(name, 1 + alpha), Member(name, -alpha, view=1)))
-            views = [_as_prompt(prompt, raw, images)]
+            views = [_as_prompt(prompt, raw, media)]
             text = f"{document}\n\n{prompt}"
         deltas = client.generate(
-            _as_prompt(text, raw, images),
+            _as_prompt(text, raw, media),
             mix=ensemble,
             views=views,
             sampling=sampling,
@@ -162,26 +168,28 @@ def chat(
     **values: Any,
 ) -> None:
     """Chat in several turns. An empty line or the end of the input ends it. When the context is full, the oldest turns
-    are left out; the system message stays. A line `/image FILE` adds a picture to the next message."""
+    are left out; the system message stays. A line `/image FILE` or `/audio FILE` adds a
+    picture or a sound to the next message."""
     sampling = read_sampling(values, typed, defaults, bundle)
     ensemble = read_ensemble(mix, space)
     first = [{"role": "system", "content": system}] if system is not None else []
     turns: list[Message] = []  # user, assistant, user, …
-    images: list[bytes] = []  # of the next message
+    media: list[_Part] = []  # of the next message
     with _client(bundle, address, tls, ca, cert, cert_key) as client:
         context = client.models()[0].max_model_len
         while (text := _read_line()).strip():
-            if text.startswith(_IMAGE):
-                _add_image(images, Path(text.removeprefix(_IMAGE).strip()))
+            command = next(filter(text.startswith, _MEDIA), None)
+            if command is not None:
+                _add_medium(media, *_MEDIA[command], Path(text.removeprefix(command).strip()))
                 continue
-            turns.append(_as_message(text, images))
-            images = []
+            turns.append(_as_message(text, media))
+            media = []
             try:
                 dropped = _num_dropped(client, first, turns, context, sampling.max_tokens)
             except InvalidRequestError as error:
                 if isinstance(turns[-1]["content"], str):
                     raise
-                _note(f"{error}; this message was left out")  # a picture that the server does not take
+                _note(f"{error}; this message was left out")  # a medium that the server does not take
                 turns.pop()
                 continue
             if dropped == len(turns):
@@ -195,14 +203,14 @@ def chat(
             turns.append({"role": "assistant", "content": answer})
 
 
-def _add_image(images: list[bytes], file: Path) -> None:
+def _add_medium(media: list[_Part], kind: str, what: str, file: Path) -> None:
     """A file that cannot be read is said, and the chat goes on."""
     try:
-        images.append(read_image(file))
+        media.append({"type": kind, kind: read_file(file, what)})
     except MotetError as error:
         _note(str(error))
         return
-    _note(f"picture {len(images)} of the next message")
+    _note(f"{what} {sum(kind in part for part in media)} of the next message")
 
 
 def _read_line() -> str:
@@ -239,16 +247,15 @@ def _note(text: str) -> None:
     print(f"[{text}]", file=sys.stderr)
 
 
-def _as_prompt(text: str, raw: bool, images: Sequence[bytes]) -> Prompt:
-    return text if raw else [_as_message(text, images)]
+def _as_prompt(text: str, raw: bool, media: Sequence[_Part]) -> Prompt:
+    return text if raw else [_as_message(text, media)]
 
 
-def _as_message(text: str, images: Sequence[bytes]) -> Message:
-    """Of the user. Images come before the text."""
-    if not images:
+def _as_message(text: str, media: Sequence[_Part]) -> Message:
+    """Of the user. Media come before the text."""
+    if not media:
         return {"role": "user", "content": text}
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
 
 
 @contextmanager

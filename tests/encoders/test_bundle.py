@@ -18,8 +18,8 @@ from motet.export.prune.params import PruneParams
 from motet.export.prune.prune import prune
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.backends.onnx.sessions import open_session, pool_threads
+from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
 from motet.runtime.checkpoints.store import pull
-from motet.runtime.checkpoints.vision import VisionEncoder
 from motet.runtime.engine.engine import Engine
 from motet.runtime.engine.open import bundle_tokenizer
 from motet.runtime.errors import BundleError, UnsupportedModelError
@@ -34,8 +34,8 @@ def image_bundle(image_model_dir, tmp_path_factory):
 
 
 def test_the_graph_computes_what_the_encoder_computes(image_model_dir, image_bundle):
-    session = open_session(str(image_bundle / "encoder-vision.onnx"), pool_threads() or 1)
-    page = VisionEncoder.from_dir(image_model_dir)
+    session = open_session(str(image_bundle / "encoder-image.onnx"), pool_threads() or 1)
+    page = encoder_pages(image_model_dir)["image"]
     pixels = np.random.default_rng(4).uniform(-1, 1, (5, 3, 24, 24)).astype(np.float32)
     with torch.no_grad():
         expected = page(torch.from_numpy(pixels)).numpy()
@@ -46,8 +46,8 @@ def test_the_graph_computes_what_the_encoder_computes(image_model_dir, image_bun
 
 def test_what_the_manifest_says(image_bundle, image_model_dir):
     bundle = Bundle.load(image_bundle)
-    assert bundle.image_encoder == VisionEncoder.from_dir(image_model_dir).encoder_config
-    assert {"encoder-vision.onnx", "encoder-vision.safetensors"} <= {*bundle.model_files} & {*bundle.manifest["files"]}
+    assert bundle.encoders == read_encoders(image_model_dir)
+    assert {"encoder-image.onnx", "encoder-image.safetensors"} <= {*bundle.model_files} & {*bundle.manifest["files"]}
     assert bundle.eos_token_ids == (261,)
 
 
@@ -93,7 +93,7 @@ def test_a_graph_that_is_not_the_manifest_s_is_refused(image_bundle, tmp_path):
         path = damaged(image_bundle, tmp_path / name, change)
         with pytest.raises(BundleError, match="inputs and outputs of"):
             Engine.from_bundle(path, EngineConfig(threads=1), verify=False)
-    for name, file in (("torn", "encoder-vision.onnx"), ("empty", "encoder-vision.safetensors")):
+    for name, file in (("torn", "encoder-image.onnx"), ("empty", "encoder-image.safetensors")):
         path = damaged(image_bundle, tmp_path / name, lambda _m: None)
         content = (path / file).read_bytes()
         (path / file).write_bytes(content[: len(content) // 3])
@@ -107,7 +107,7 @@ def test_a_placeholder_that_is_not_the_tokenizer_s_is_refused(tmp_path):
     path = write_image_model(tmp_path / "m")
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | {"image_token_id": 261}))
-    with pytest.raises(UnsupportedModelError, match="image_token_id 261, and the tokenizer gives <image> the id 260"):
+    with pytest.raises(UnsupportedModelError, match="image has the id 261, and its tokenizer gives <image> the id 260"):
         export_bundle(path, tmp_path / "b", graphs=False)
     assert not (tmp_path / "b").exists()
 
@@ -160,7 +160,7 @@ def test_a_pull_keeps_the_processor(image_model_dir, tmp_path, monkeypatch):
 
 
 def test_the_onnx_directory_of_other_runtimes_is_of_text(image_bundle, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="has an encoder of images, which this directory cannot hold"):
+    with pytest.raises(UnsupportedModelError, match="has an encoder of image, which this directory cannot hold"):
         write_onnx(Bundle.load(image_bundle), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

@@ -11,21 +11,18 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers.media import encoded, picture
+from helpers.media import SETTINGS, OneKind, encoded, image_decoder, image_kind, picture
 from motet.runtime.encoders import decoding
-from motet.runtime.encoders.decoding import ImageDecoder
 from motet.runtime.encoders.tiles import cut
 from motet.runtime.errors import InvalidRequestError, UnavailableError
-from motet.runtime.model.encoders.vision import ImageProcessor
 from PIL import Image
 
 pytestmark = pytest.mark.slow
-SETTINGS = ImageProcessor(24, 72, True, 1, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**22)
+    decoder = image_decoder(2**22)
     yield decoder
     decoder.close()
 
@@ -82,13 +79,13 @@ def test_pictures_are_read_as_transformers_reads_them(decoder, name):
 
     expected, rows, columns = cut(load_image(Image.open(io.BytesIO(READ[name]))), SETTINGS)
     found = decoder.decode(READ[name])
-    assert (found.rows, found.columns) == decoder.look(READ[name]) == (rows, columns)
-    assert np.array_equal(found.pixels, expected)
+    assert found.dims == decoder.look(READ[name]) == (rows, columns)
+    assert np.array_equal(found.values, expected)
 
 
 def test_a_rotated_picture_stands_upright(decoder):
     found = decoder.decode(READ["rotated"])
-    assert found.rows > found.columns
+    assert found.dims[0] > found.dims[1]
 
 
 def late(orientation):
@@ -108,7 +105,7 @@ def test_the_header_says_how_many_tiles_there_are(decoder, kind, orientation):
     content = late(orientation) if kind == "late" else encoded(picture(60, 20), kind, exif=exif)
     rows, columns = decoder.look(content)
     found = decoder.decode(content)
-    assert (found.rows, found.columns) == (rows, columns)
+    assert found.dims == (rows, columns)
     assert (rows > columns) == (orientation >= 5)
 
 
@@ -142,7 +139,7 @@ def test_other_files_are_refused_and_the_next_one_is_read(decoder, name):
         with pytest.raises(InvalidRequestError, match=message):
             decoder.look(content)
     assert caught.value.field == "messages.content"
-    assert len(decoder.decode(READ["1x1"]).pixels) == 10
+    assert len(decoder.decode(READ["1x1"]).values) == 10
 
 
 def test_random_damage_is_a_refusal_or_an_image(decoder):
@@ -156,7 +153,7 @@ def test_random_damage_is_a_refusal_or_an_image(decoder):
                 content[place] = random.integers(0, 256)
             try:
                 tiles = decoder.decode(bytes(content[: random.integers(1, len(content) + 1)]))
-                assert tiles.pixels.shape[1:] == (3, 24, 24)
+                assert tiles.values.shape[1:] == (3, 24, 24)
             except InvalidRequestError:
                 refused += 1
     assert refused > 100
@@ -166,20 +163,20 @@ def test_what_a_sender_says_must_be_so(decoder):
     assert decoder.look(READ["png"], "image/png") == decoder.look(READ["jpeg"], "image/jpg")
     with pytest.raises(InvalidRequestError, match="said to be 'image/jpeg' and is image/png"):
         decoder.look(READ["png"], "image/jpeg")
-    assert len(decoder.decode(READ["1x1"]).pixels) == 10
+    assert len(decoder.decode(READ["1x1"]).values) == 10
 
 
 def test_a_process_that_is_killed_is_started_again(decoder):
     decoder.decode(READ["1x1"])
-    decoder._process.kill()
-    decoder._process.wait()
-    assert len(decoder.decode(READ["1x1"]).pixels) == 10
+    decoder.process.kill()
+    decoder.process.wait()
+    assert len(decoder.decode(READ["1x1"]).values) == 10
 
 
 def test_an_image_that_takes_too_long_is_refused(monkeypatch):
     """The process computes on, and is ended. What ends it is its own computing time, not the clock."""
     monkeypatch.setattr(decoding, "LIMIT_S", 0.05)
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**28)
+    decoder = image_decoder(2**28)
     decoder.decode(READ["1x1"])
     large = encoded(Image.new("RGB", (9000, 9000)))
     try:
@@ -191,27 +188,29 @@ def test_an_image_that_takes_too_long_is_refused(monkeypatch):
 
 def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(decoding, "LIMIT_S", 60.0)
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**30)
+    kind = image_kind(2**28)
+    kind._most_pixels = 2**30  # more than a server can be set to
+    decoder = OneKind(kind)
     try:
         with pytest.raises(InvalidRequestError, match="more than 2 GiB"):
             decoder.decode(png(30_000, 30_000))
-        assert len(decoder.decode(READ["1x1"]).pixels) == 10
+        assert len(decoder.decode(READ["1x1"]).values) == 10
     finally:
         decoder.close()
 
 
 def test_a_process_that_does_not_start_is_unavailable(monkeypatch):
     monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**20)
+    decoder = image_decoder(2**20)
     with pytest.raises(UnavailableError, match="does not start"):
         decoder.decode(READ["1x1"])
     decoder.close()
 
 
 def test_two_decoders_work_beside_each_other(decoder):
-    other, found = ImageDecoder(SETTINGS, most_pixels=2**20), []
+    other, found = image_decoder(2**20), []
     threads = [
-        threading.Thread(target=lambda one=one: found.extend(len(one.decode(READ["png"]).pixels) for _ in range(20)))
+        threading.Thread(target=lambda one=one: found.extend(len(one.decode(READ["png"]).values) for _ in range(20)))
         for one in (decoder, other)
     ]
     for thread in threads:
@@ -229,7 +228,7 @@ def instead(monkeypatch, tmp_path, *lines):
     script.write_text("\n".join([f"#!{sys.executable}", "import sys, time", "sys.stdin.buffer.readline()", *lines]))
     script.chmod(0o755)
     monkeypatch.setattr(decoding.sys, "executable", str(script))
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**20)
+    decoder = image_decoder(2**20)
     yield decoder
     decoder.close()
 

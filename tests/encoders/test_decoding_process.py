@@ -9,14 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers.media import encoded, picture
+from helpers.media import encoded, image_decoder, picture
 from motet.runtime.encoders import decoding
-from motet.runtime.encoders.decoding import ImageDecoder
 from motet.runtime.errors import InvalidRequestError, UnavailableError
-from motet.runtime.model.encoders.vision import ImageProcessor
 
 pytestmark = pytest.mark.slow
-SETTINGS = ImageProcessor(24, 72, True, 1, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGE = encoded(picture(30, 20))
 TAKES = """
 import json, os, signal, sys, time
@@ -41,7 +38,7 @@ def taken_over(tmp_path, monkeypatch):
         script.write_text(f"#!{sys.executable}\n{TAKES.format(starts=str(starts))}{reads}{does}\n")
         script.chmod(0o700)
         monkeypatch.setattr(decoding.sys, "executable", str(script))
-        decoders.append(ImageDecoder(SETTINGS, most_pixels=2**20))
+        decoders.append(image_decoder(2**20))
         return decoders[-1], starts
 
     yield make
@@ -56,9 +53,9 @@ ENDS = {
     "no JSON": "say('{')",
     "no object": "say('[1]')",
     "another word": "say(json.dumps({'refused': 'sometimes'}))",
-    "no numbers": "say(json.dumps({'rows': 'x', 'columns': 1, 'kind': 'png'}))",
-    "another kind": "say(json.dumps({'rows': 1, 'columns': 1, 'kind': 'exe'}))",
-    "too many": "say(json.dumps({'rows': 10**9, 'columns': 10**9, 'kind': 'png'}))",
+    "no numbers": "say(json.dumps({'dims': ['x', 1], 'type': 'image/png'}))",
+    "another kind": "say(json.dumps({'dims': [1, 1], 'type': 'exe'}))",
+    "too many": "say(json.dumps({'dims': [10**9, 10**9], 'type': 'image/png'}))",
 }
 
 
@@ -109,12 +106,12 @@ def test_closing_ends_a_process_that_somebody_waits_for(taken_over, tmp_path):
     while not (tmp_path / "busy").exists():
         thread.join(0.01)
         assert thread.is_alive()
-    process = decoder._process
+    process = decoder.process
     decoder.close()
     thread.join()
     assert found == [1]
     assert process.returncode == -signal.SIGKILL
-    assert decoder._process is None
+    assert decoder.process is None
     decoder.close()
     with pytest.raises(UnavailableError, match="shutting down"):
         decoder.look(IMAGE)
@@ -126,12 +123,12 @@ def test_many_threads_and_closing_leave_no_process(monkeypatch):
     monkeypatch.setattr(
         decoding.subprocess, "Popen", lambda *args, **named: started.append(popen(*args, **named)) or started[-1]
     )
-    decoder, ends = ImageDecoder(SETTINGS, most_pixels=2**20), []
+    decoder, ends = image_decoder(2**20), []
 
     def ask():
         try:
             while True:
-                assert len(decoder.decode(IMAGE).pixels) == 7
+                assert len(decoder.decode(IMAGE).values) == 7
         except UnavailableError as error:
             ends.append(str(error))
 
@@ -153,10 +150,10 @@ def test_the_process_sees_neither_the_working_directory_nor_the_environment(tmp_
         (tmp_path / name / "__init__.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOTET_TEST_PASSWORD", "hunter2")
-    decoder = ImageDecoder(SETTINGS, most_pixels=2**20)
+    decoder = image_decoder(2**20)
     try:
-        assert len(decoder.decode(IMAGE).pixels) == 7
-        environment = Path(f"/proc/{decoder._process.pid}/environ").read_bytes()
+        assert len(decoder.decode(IMAGE).values) == 7
+        environment = Path(f"/proc/{decoder.process.pid}/environ").read_bytes()
     finally:
         decoder.close()
     names = {entry.partition(b"=")[0].decode() for entry in environment.split(b"\0") if entry}

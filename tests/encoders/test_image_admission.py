@@ -13,13 +13,14 @@ from helpers.servers import serving
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, GenerateRequest, Member
 from motet.runtime.client.client import Client
-from motet.runtime.encoders.decoding import ImageDecoder
-from motet.runtime.encoders.images import ImageReader
+from motet.runtime.encoders.decoding import MediaDecoder
+from motet.runtime.encoders.reader import EncodedMedia
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ContextLengthError, InvalidRequestError, MotetError, OverloadedError, UnavailableError
 from motet.runtime.serve.local import local_server
 from motet.runtime.serve.reading import RequestReader
 from motet.runtime.serve.service import Service
+from motet.runtime.text.media import MediaFile
 from motet.runtime.trust.identity import Identity
 from motet.runtime.trust.quotas import Quotas
 
@@ -28,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.native]
 
 def test_limits_are_those_of_a_request_with_its_views_and_asked_first(client, image_engine, monkeypatch):
     """Of all prompts together, before any file is read; and a file that is sent several times is read once."""
-    reads, read = [], ImageReader._read
-    monkeypatch.setattr(ImageReader, "_read", lambda *args: reads.append(1) or read(*args))
+    reads, read = [], EncodedMedia._read
+    monkeypatch.setattr(EncodedMedia, "_read", lambda *args: reads.append(1) or read(*args))
     small = encoded(picture(9, 9, 77))
     large = small + bytes(400_000)  # Pillow ignores what follows
     mix = Ensemble((Member("base", 0.5), Member("base", 0.3, 1), Member("base", 0.2, 2)))
@@ -59,7 +60,7 @@ def image_engine_read(engine, files):
 
 def test_too_many_rows_are_refused_before_they_are_encoded(client, monkeypatch):
     images = [image(encoded(picture(30, 30, seed))) for seed in range(8)]
-    with nothing_decoded(monkeypatch), pytest.raises(ContextLengthError, match="images; the context holds"):
+    with nothing_decoded(monkeypatch), pytest.raises(ContextLengthError, match="media; the context holds"):
         client.complete(user(*images, text("x" * 1200)), max_tokens=1)
 
 
@@ -67,8 +68,8 @@ def test_too_many_rows_are_refused_before_they_are_encoded(client, monkeypatch):
 def nothing_decoded(monkeypatch):
     decoded = []
     with monkeypatch.context() as patched:
-        decode = ImageDecoder.decode
-        patched.setattr(ImageDecoder, "decode", lambda *args: decoded.append(1) or decode(*args))
+        decode = MediaDecoder.decode
+        patched.setattr(MediaDecoder, "decode", lambda *args: decoded.append(1) or decode(*args))
         yield
     assert not decoded
 
@@ -87,7 +88,7 @@ def test_a_closed_service_leaves_no_threads(image_bundle):
 
 def test_what_is_kept_waits_for_nobody_s_encoding_and_is_not_decoded_again(image_engine, monkeypatch):
     reader = image_engine.media
-    [medium] = reader.read([(encoded(picture(40, 40, 401)), "")])
+    [medium] = reader.read([MediaFile("image", encoded(picture(40, 40, 401)))])
     first, found = medium.encode(b"s"), []
     with nothing_decoded(monkeypatch), reader._encoding:  # as another request does that encodes
         thread = threading.Thread(target=lambda: found.append(medium.encode(b"s")), daemon=True)
@@ -98,7 +99,7 @@ def test_what_is_kept_waits_for_nobody_s_encoding_and_is_not_decoded_again(image
 
 def test_who_cancels_keeps_the_place_until_the_thread_is_done(image_engine, monkeypatch):
     """And it encodes no other image of the request."""
-    began, goes_on, encoded_images, rows = threading.Event(), threading.Event(), [], ImageReader.rows
+    began, goes_on, encoded_images, rows = threading.Event(), threading.Event(), [], EncodedMedia.rows
 
     def slow(*args):
         encoded_images.append(1)
@@ -106,7 +107,7 @@ def test_who_cancels_keeps_the_place_until_the_thread_is_done(image_engine, monk
         assert goes_on.wait(60)
         return rows(*args)
 
-    monkeypatch.setattr(ImageReader, "rows", slow)
+    monkeypatch.setattr(EncodedMedia, "rows", slow)
     files = [image(encoded(picture(20, 20, seed))) for seed in (301, 302, 303)]
 
     async def run():

@@ -24,7 +24,7 @@ from motet.runtime.api.request import Ensemble, Member
 from motet.runtime.backends.onnx.sessions import pool_threads
 from motet.runtime.client.batch import BatchClient
 from motet.runtime.client.client import Client
-from motet.runtime.encoders.images import open_media
+from motet.runtime.encoders.reader import open_media
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import (
     ConfigError,
@@ -118,7 +118,7 @@ def test_http_refuses_what_is_no_image_in_the_request(alone, name):
         (user(*[image(encoded(picture(9, 9)))] * 9), r"9 images, at most max_images \(8\)"),
         (user(image(bytes(2**20 + 1))), r"at most max_image_bytes \(1048576\)"),
         (user({"type": "image", "image": b"x", "detail": "low"}), "the bytes of a file"),
-        (user({"type": "audio", "audio": b"x"}), "the bytes of a file"),
+        (user({"type": "audio", "audio": b"x"}), "text and image only here: 'tiny' has no encoder of audio"),
         ([{"role": "user", "content": [b"x"]}], "the bytes of a file"),
     ],
 )
@@ -160,7 +160,7 @@ def test_the_wire_has_room_for_images_and_for_nothing_else(client):
     assert status(own(image=large), own(text="x" * 200), stopping=stopping) == ("OK", "")
     code, details = status(own(image=large), own(text="x" * (MAX_REQUEST_BYTES + 1)))
     assert code == "INVALID_ARGUMENT"
-    assert "beside images" in details
+    assert "beside media" in details
     code, details = status(own())
     assert (code, "part of a message's content is empty" in details) == ("INVALID_ARGUMENT", True)
     message = inference_pb2.GenerateRequest()
@@ -249,16 +249,16 @@ def test_servers_that_take_no_images_say_why(image_bundle, image_model_dir, tmp_
             return str(caught.value)
 
     onnx = {"backend": "onnx", "threads": pool_threads() or 1}
-    settings = {"max_images": 3, "image_cache_bytes": 0}
-    assert "images need backend cpu, and backend onnx serves" in refusal(image_bundle, **onnx)
-    with pytest.raises(ConfigError, match=r"max_images, image_cache_bytes: images need backend cpu.*leave them out"):
+    settings = {"max_images": 3, "media_cache_bytes": 0}
+    assert "media need backend cpu, and backend onnx serves" in refusal(image_bundle, **onnx)
+    with pytest.raises(ConfigError, match=r"max_images, media_cache_bytes: media need backend cpu.*leave them out"):
         refusal(image_bundle, **onnx, **settings)
     with pytest.raises(ConfigError, match=r"max_image_pixels: .*\(max_images is 0\); leave them out"):
         refusal(image_bundle, max_images=0, max_image_pixels=9)
     assert "max_images is 0" in refusal(image_bundle, max_images=0)
-    monkeypatch.setattr("motet.runtime.encoders.images.find_spec", lambda name: None)
+    monkeypatch.setattr("motet.runtime.encoders.reader.find_spec", lambda name: None)
     assert "pip install 'motet[multimodal]'" in refusal(image_bundle)
-    with pytest.raises(ConfigError, match=r"max_images, image_cache_bytes: images need Pillow.*leave them out"):
+    with pytest.raises(ConfigError, match=r"max_images, media_cache_bytes: image needs Pillow.*leave them out"):
         refusal(image_bundle, **settings)
 
 
@@ -274,9 +274,9 @@ def test_a_cluster_refuses_settings_of_images(image_bundle):
 def test_a_bundle_without_an_encoder_refuses_images_and_their_settings(tmp_path, tiny_model_dir):
     bundle = export_bundle(tiny_model_dir("llama"), tmp_path / "b", graphs=False)
     with Engine.from_bundle(bundle, EngineConfig(threads=1)) as engine:
-        with pytest.raises(InvalidRequestError, match="has no encoder of images"):
+        with pytest.raises(InvalidRequestError, match="has no encoder"):
             read_prompt(engine.tokenizer, user(image(b"x")), 512, engine.media)
-        with pytest.raises(ConfigError, match=r"max_images: .*no encoder of images; leave them out"):
+        with pytest.raises(ConfigError, match=r"max_images: .*has no encoder; leave them out"):
             open_media_of(engine, bundle, EngineConfig(max_images=3))
 
 
@@ -305,7 +305,7 @@ def test_the_command_line(image_bundle, tmp_path):
     lines = f"/image {tmp_path / 'a.png'}\n/image {tmp_path / 'none'}\nwhat is it?\n/image {tmp_path / 'b.png'}\nx\nand now?\n\n"
     chat = run("chat", stdin=lines)
     assert chat.returncode == 0, chat.stderr
-    assert "picture 1 of the next message" in chat.stderr
+    assert "image 1 of the next message" in chat.stderr
     assert "there is no image" in chat.stderr
     assert "no image of a kind that is read" in chat.stderr
     assert "this message was left out" in chat.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.media import encoded, picture, reference_processor, write_image_model
+from helpers.media import encoded, image_decoder, picture, reference_processor, write_image_model
 from motet.runtime.checkpoints.decoder import Decoder
-from motet.runtime.checkpoints.vision import VisionEncoder
-from motet.runtime.encoders.decoding import ImageDecoder
+from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
+from motet.runtime.encoders.reader import _Medium
 from motet.runtime.encoders.tiles import cut, normalised, shape
 from motet.runtime.text.prompt import read_prompt
 from motet.runtime.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ SETTINGS = [
 @pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: " ".join(changes) or "as published")
 def test_pixels_are_transformers_bit_for_bit(tmp_path, changes):
     path = write_image_model(tmp_path / "m", **changes)
-    theirs, encoder = reference_processor(path), VisionEncoder.from_dir(path).encoder_config
+    theirs, encoder = reference_processor(path), read_encoders(path)["image"]
     for width, height in SIZES:
         image = picture(width, height, seed=width)
         expected = theirs.image_processor(images=[[image]], return_row_col_info=True, return_tensors="np")
@@ -51,7 +51,7 @@ def test_rows_and_logits_are_transformers(tmp_path, kind, image_size):
     import transformers
 
     path = write_image_model(tmp_path / "m", model_type=kind, image_size=image_size)
-    page, model = VisionEncoder.from_dir(path), transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
+    page, model = encoder_pages(path)["image"], transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
     pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -64,19 +64,17 @@ class _Reader:
     """A `MediaReader` without an encoder: what the prompt needs of one."""
 
     def __init__(self, encoder):
-        from motet.runtime.encoders.images import _Image
+        self.decoder = image_decoder(10**7, encoder)
+        self.placeholders = {encoder.token: encoder.token_id}
 
-        self.encoder, self.decoder, self._image = encoder, ImageDecoder(encoder.processor, 10**7), _Image
-        self.token, self.token_id = encoder.token, encoder.token_id
-
-    def read(self, contents):
-        return [self._image(self, content, *self.decoder.look(content), b"") for content, _ in contents]
+    def read(self, files):
+        return [_Medium(self, self.decoder.kind, one.content, self.decoder.look(one.content), b"") for one in files]
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_image_splitting": False}])
 def test_the_prompt_of_one_to_six_images_is_transformers(tmp_path, changes):
     path = write_image_model(tmp_path / "m", **changes)
-    theirs, encoder = reference_processor(path), VisionEncoder.from_dir(path).encoder_config
+    theirs, encoder = reference_processor(path), read_encoders(path)["image"]
     reader, tokenizer = _Reader(encoder), Tokenizer.from_dir(path, encoder.control_tokens)
     for count in range(1, 7):
         images = [picture(29 + 31 * i, 17 + 53 * i % 111, seed=i) for i in range(count)]
@@ -93,7 +91,7 @@ def test_the_prompt_of_one_to_six_images_is_transformers(tmp_path, changes):
 def test_a_text_cannot_write_an_image(tmp_path):
     """What spells a placeholder, or the name of a place, is plain text; an image beside it is still one."""
     path = write_image_model(tmp_path / "m")
-    encoder = VisionEncoder.from_dir(path).encoder_config
+    encoder = read_encoders(path)["image"]
     reader, tokenizer = _Reader(encoder), Tokenizer.from_dir(path, encoder.control_tokens)
     forged = "<image> <row_1_col_1> <global-img> <fake_token_around_image>"
     ids = read_prompt(tokenizer, [user(text(forged))], 2048, reader).token_ids

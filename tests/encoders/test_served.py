@@ -12,10 +12,12 @@ from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Ensemble, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.checkpoints.decoder import Decoder
+from motet.runtime.checkpoints.encoders import encoder_pages
 from motet.runtime.checkpoints.huggingface import read_weights
 from motet.runtime.checkpoints.members.tail import read_tail
-from motet.runtime.checkpoints.vision import VisionEncoder
+from motet.runtime.encoders.tiles import normalised
 from motet.runtime.engine.engine import Engine
+from motet.runtime.text.media import MediaFile
 from motet.runtime.text.prompt import read_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
@@ -98,20 +100,20 @@ def test_prefixes_are_shared_with_the_same_image_and_no_other(client):
 
 
 def test_what_is_encoded_is_kept_for_the_same_salt_only(image_bundle):
-    config = EngineConfig(**CONFIG, image_cache_bytes=60_000)
+    config = EngineConfig(**CONFIG, media_cache_bytes=60_000)
     with Engine.from_bundle(image_bundle, config) as engine:
-        runs, session = [], engine.media._session
+        runs, session = [], engine.media.sessions["image"]
 
         class Counted:
             def run(self, *arguments):
                 runs.append(1)
                 return session.run(*arguments)
 
-        engine.media._session = Counted()
+        engine.media.sessions["image"] = Counted()
 
         def encode(content, salt=b""):
             before = len(runs)
-            [medium] = engine.media.read([(content, "")])
+            [medium] = engine.media.read([MediaFile("image", content)])
             rows = medium.encode(salt)
             assert engine.media._num_bytes == sum(kept.nbytes for kept in engine.media._kept.values()) <= 60_000
             return rows, len(runs) > before
@@ -125,8 +127,8 @@ def test_what_is_encoded_is_kept_for_the_same_salt_only(image_bundle):
         assert encode(one, b"another tenant")[1], "whether it is kept would tell that somebody sent it"
         assert [encode(each)[1] for each in (two, three)] == [True, True]
         assert encode(one)[1], "the oldest made room"
-    with Engine.from_bundle(image_bundle, EngineConfig(**CONFIG, image_cache_bytes=0)) as engine:
-        [medium] = engine.media.read([(one, "")])
+    with Engine.from_bundle(image_bundle, EngineConfig(**CONFIG, media_cache_bytes=0)) as engine:
+        [medium] = engine.media.read([MediaFile("image", one)])
         assert len(medium.encode(b"")) == 10
         assert not engine.media._kept
 
@@ -135,22 +137,21 @@ def test_members_with_tails_see_what_the_trunk_saw(image_model_dir, tmp_path):
     """A mix of the base and a tail, over one trunk that the image's rows enter, is the mix of two whole models."""
     tail = make_tail(image_model_dir, tmp_path / "t", "t", 3, 0.5)
     export_bundle(image_model_dir, tmp_path / "b", tails={"base": None, "t": tail}, bits=32, graphs=False)
-    page, weights = VisionEncoder.from_dir(image_model_dir), read_weights(image_model_dir)
+    page, weights = encoder_pages(image_model_dir)["image"], read_weights(image_model_dir)
     base = Decoder.from_dir(image_model_dir)
     other = Decoder.from_weights(base.config, {**weights, **read_tail(tail)[1]})
     ensemble = Ensemble((Member("base", 0.4), Member("t", 0.6)))
     with Engine.from_bundle(tmp_path / "b", EngineConfig(**CONFIG)) as engine:
         built = read_prompt(engine.tokenizer, question(list(map(encoded, pictures(2)))), 2048, engine.media)
-        rows = [engine.media.tiles(medium).pixels for medium in built.media]
+        rows = [engine.media.decoded(medium).values for medium in built.media]
         params = SamplingParams(max_tokens=8, **GREEDY)
         request = Request("r", (built.token_ids,), ensemble, params, embedded=(built.spans(b""),))
         [[answer]] = engine.complete([request])
-        normalised = engine.media._normalised
-        pixels = torch.from_numpy(np.concatenate([normalised(each, page.encoder_config.processor) for each in rows]))
+        pixels = torch.from_numpy(np.concatenate([normalised(each, page.encoder.processor) for each in rows]))
     with torch.no_grad():
         ids = torch.tensor([[*built.token_ids, *answer.token_ids]])
         hidden = base.embed(ids)
-        hidden[ids == page.encoder_config.token_id] = page(pixels).flatten(0, 1)
+        hidden[ids == page.encoder.token_id] = page(pixels).flatten(0, 1)
         logits = [d.head(d.norm(d.run_layers(hidden, 0, d.config.num_layers)))[0] for d in (base, other)]
         mixed = 0.4 * logits[0] + 0.6 * logits[1]
     at = mixed[len(built.token_ids) - 1 : -1]

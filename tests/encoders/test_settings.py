@@ -7,11 +7,10 @@ import json
 
 import pytest
 from helpers.media import PREPROCESSOR, write_image_model
-from motet.runtime.checkpoints.vision import VisionEncoder, read_image_encoder
+from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
 from motet.runtime.errors import BundleError, ConfigError, MotetError, NotFoundError, UnsupportedModelError
-from motet.runtime.model.encoders import image_encoder
-from motet.runtime.model.encoders.idefics3 import expansion
-from motet.runtime.model.encoders.vision import ImageEncoder
+from motet.runtime.model.encoders import family_encoders
+from motet.runtime.model.encoders.image import ImageEncoder
 from motet.runtime.model.families import decoder_config
 
 TEXT = {
@@ -67,19 +66,19 @@ PROCESSOR = {"image_seq_len": 64, "processor_class": "Idefics3Processor"}
 
 
 def test_smolvlm_as_published():
-    encoder, decoder = image_encoder(CONFIG, IMAGES, PROCESSOR), decoder_config(CONFIG)
+    encoder, decoder = family_encoders(CONFIG, IMAGES, PROCESSOR)["image"], decoder_config(CONFIG)
     assert (decoder.num_layers, decoder.rope_theta, decoder.tied_head, decoder.vocab_size) == (30, 100000, False, 49280)
     vision = encoder.vision
     assert (vision.hidden_size, vision.intermediate_size, vision.num_layers, vision.side) == (768, 3072, 12, 32)
     assert (encoder.rows_per_tile, encoder.token_id, encoder.processor.longest_edge) == (64, 49190, 2048)
-    assert expansion(4, 4, encoder.rows_per_tile).count("<image>") == 17 * 64
+    assert encoder.expansion(4, 4).count("<image>") == 17 * 64
     assert ImageEncoder.from_dict(json.loads(json.dumps(encoder.to_dict()))) == encoder
     within = {**PROCESSOR, "image_processor": IMAGES | {"image_processor_type": "Idefics3ImageProcessorFast"}}
-    assert image_encoder(CONFIG, {}, within) == image_encoder(CONFIG, IMAGES, within) == encoder
+    assert family_encoders(CONFIG, {}, within) == family_encoders(CONFIG, IMAGES, within) == {"image": encoder}
 
 
 def test_other_families_have_no_encoder():
-    assert image_encoder({"model_type": "llama"}, {}, {}) is None
+    assert family_encoders({"model_type": "llama"}, {}, {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_any_other_setting_is_refused(file, change, message):
     files["vision"] = files["config"]["vision_config"]
     files[file].update(change)
     with pytest.raises((UnsupportedModelError, ConfigError), match=message):
-        image_encoder(files["config"], files["images"], files["processor"])
+        family_encoders(files["config"], files["images"], files["processor"])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_weights_are_used_or_refused(tmp_path):
         path = write_image_model(tmp_path / str(number))
         edited(path, change)
         with pytest.raises(error, match=message):
-            VisionEncoder.from_dir(path)
+            encoder_pages(path)["image"]
 
 
 @pytest.mark.slow
@@ -166,7 +165,7 @@ def test_a_model_without_its_processor_is_refused(tmp_path):
     (path / "preprocessor_config.json").unlink()
     (path / "processor_config.json").unlink()
     with pytest.raises(NotFoundError, match=r"neither preprocessor_config\.json nor"):
-        read_image_encoder(path)
+        read_encoders(path)
     (path / "preprocessor_config.json").write_text("[1]")
     with pytest.raises(MotetError, match="must hold a JSON object"):
-        read_image_encoder(path)
+        read_encoders(path)

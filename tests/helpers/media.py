@@ -8,6 +8,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from motet.runtime.api.config import EngineConfig
+from motet.runtime.encoders.decoding import MediaDecoder
+from motet.runtime.encoders.images import ImageKind
+from motet.runtime.model.encoders.image import ImageEncoder, ImageProcessor, VisionConfig
 
 from .models import write_tokenizer
 
@@ -118,6 +122,40 @@ def reference_processor(path: Path):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     template = (path / "chat_template.jinja").read_text()
     return transformers.Idefics3Processor(images, tokenizer, image_seq_len=rows, chat_template=template)
+
+
+SETTINGS = ImageProcessor(24, 72, True, 1, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class OneKind:
+    """A `MediaDecoder` of one kind of files."""
+
+    def __init__(self, kind):
+        self.own, self.kind = MediaDecoder([kind]), kind
+
+    def look(self, content, media_type=""):
+        return self.own.look(self.kind, content, media_type)
+
+    def decode(self, content):
+        return self.own.decode(self.kind, content)
+
+    def close(self):
+        self.own.close()
+
+    @property
+    def process(self):
+        return self.own._process
+
+
+def image_kind(most_pixels, encoder=None):
+    """By default of tiles of 24 pixels."""
+    vision = VisionConfig(48, 80, 2, 4, 4, 24, 1e-6, 2, 64)
+    own = encoder or ImageEncoder(vision, SETTINGS, "<image>", 260)
+    return ImageKind(own, EngineConfig(max_image_pixels=most_pixels))
+
+
+def image_decoder(most_pixels, encoder=None):
+    return OneKind(image_kind(most_pixels, encoder))
 
 
 def picture(width: int, height: int, seed: int = 0):

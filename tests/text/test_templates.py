@@ -198,8 +198,25 @@ def test_parts_of_text_are_one_text_where_a_template_takes_texts(directory):
 
 def test_a_template_that_writes_an_image_of_its_own_is_refused(directory):
     tokenizer = Tokenizer.from_dir(directory("<img>{{ messages[0].content }}"))
-    with pytest.raises(InvalidRequestError, match="writes 1 images, and the messages have 0"):
-        tokenizer.encode_chat(TURNS[:1], placeholder="<img>")
+    with pytest.raises(InvalidRequestError, match="writes 1 placeholders of media, and the messages have 0"):
+        tokenizer.encode_chat(TURNS[:1], placeholders=["<img>"])
+
+
+def test_media_of_two_kinds_stand_where_their_parts_stand(directory):
+    """Each has its own placeholder; what a text spells is text."""
+    source = (
+        "{% for m in messages %}{% for p in m.content %}"
+        "{{ {'image': '<img>', 'audio': '<snd>'}.get(p.type) or p.text }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_dir(directory(source), ["<img>", "<snd>"])
+    parts = [{"type": "audio", "audio": b""}, part("a<snd>"), {"type": "image", "image": b""}]
+    turns, both = [{"role": "user", "content": parts}], ["<img>", "<snd>"]
+    sound, picture = ("<snd>", "3 sounds"), ("<img>", "2 images")
+    found = tokenizer.encode_chat(turns, placeholders=both, media=[sound, picture])
+    assert tokenizer.decode(found) == "3 soundsa<snd>2 images"
+    for media in ([picture, sound], [sound], [sound, picture, picture], []):
+        with pytest.raises(InvalidRequestError, match=f"have {len(media)} media, or these stand in another order"):
+            tokenizer.encode_chat(turns, placeholders=both, media=media)
 
 
 TOOLS = [

@@ -148,7 +148,7 @@ def _whole(
     if module in modules:
         turned = tensor.t() if family.transposed and module != "lm_head" and tensor.ndim == 2 else tensor
         return {f"{part}.{kind}": rows.contiguous() for part, rows in _split(config, modules[module], turned).items()}
-    if name.startswith(family.encoders):
+    if name.startswith(tuple(family.encoders)):
         raise UnsupportedModelError(
             f"the adapter's tensor '{_PREFIX}{name}' is of an encoder, which members share with the base; train without it in "
             "modules_to_save and bias"

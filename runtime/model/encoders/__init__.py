@@ -1,5 +1,5 @@
 """The kinds of encoders: what turns something that is no text into rows of embeddings, which stand in a prompt for a run of
-placeholder tokens. A bundle has at most one encoder of each medium, and a medium is the name of a part of a message: `image`.
+placeholder tokens. A bundle has at most one encoder of each medium, and a medium is the name of a part of a message.
 
 A model family with another encoder is a file here, a row in `READERS`, and a parity test against transformers.
 """
@@ -10,27 +10,35 @@ from collections.abc import Callable, Mapping
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..families.family import Json
+from .audio import AudioEncoder
 from .idefics3 import idefics3_encoder
-from .vision import ImageEncoder
+from .image import ImageEncoder
+from .whisper import QWEN2_AUDIO_TEMPLATE, qwen2_audio_encoder, voxtral_encoder
 
-IMAGE = "image"
-# config.json's `model_type` → (config.json, preprocessor's settings, processor's settings) → the model's encoder of images
-READERS: Mapping[str, Callable[[Json, Json, Json], ImageEncoder]] = {
-    "idefics3": idefics3_encoder,
-    "smolvlm": idefics3_encoder,
+IMAGE, AUDIO = "image", "audio"
+Encoder = ImageEncoder | AudioEncoder
+KINDS: Mapping[str, type[ImageEncoder] | type[AudioEncoder]] = {IMAGE: ImageEncoder, AUDIO: AudioEncoder}
+# config.json's `model_type` → the medium, and (config.json, preprocessor's settings, processor's settings) → its encoder
+READERS: Mapping[str, tuple[str, Callable[[Json, Json, Json], Encoder]]] = {
+    "idefics3": (IMAGE, idefics3_encoder),
+    "smolvlm": (IMAGE, idefics3_encoder),
+    "qwen2_audio": (AUDIO, qwen2_audio_encoder),
+    "voxtral": (AUDIO, voxtral_encoder),
 }
+# Chat templates of processors that have one in their program.
+TEMPLATES: Mapping[str, str] = {"qwen2_audio": QWEN2_AUDIO_TEMPLATE}
 
 
-def image_encoder(config: Json, preprocessor: Json, processor: Json) -> ImageEncoder | None:
-    """The encoder of images of a model directory; None if its family has none. `config`, `preprocessor`, `processor`: what
+def family_encoders(config: Json, preprocessor: Json, processor: Json) -> dict[str, Encoder]:
+    """The encoders of a model directory, by medium; empty if its family has none. `config`, `preprocessor`, `processor`: what
     config.json, preprocessor_config.json and processor_config.json hold. Raises `UnsupportedModelError` for an option that is
     not computed, `ConfigError` if a key is missing or has the wrong type."""
     family = config.get("model_type")
-    reader = READERS.get(family) if isinstance(family, str) else None
-    if reader is None:
-        return None
+    if not isinstance(family, str) or family not in READERS:
+        return {}
+    medium, reader = READERS[family]
     try:
-        return reader(config, preprocessor, processor)
+        return {medium: reader(config, preprocessor, processor)}
     except (UnsupportedModelError, ConfigError):
         raise
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

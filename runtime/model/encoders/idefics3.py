@@ -7,7 +7,8 @@ from typing import Any
 from ...errors import UnsupportedModelError, shown
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
-from .vision import AROUND, WHOLE, ImageEncoder, ImageProcessor, VisionConfig, place
+from .image import ImageEncoder, ImageProcessor, VisionConfig
+from .processor import processor_settings
 
 TOKEN = "<image>"
 VISION_KEYS = frozenset(
@@ -61,11 +62,11 @@ _NEUTRAL = frozenset(
         *("default_to_square", "do_video_processing", "image_seq_len", "image_seq_length", "backend"),
     ]
 )
-_OF_THE_WHOLE = frozenset({"image_processor", "video_processor", "tokenizer", "chat_template"})
+_OF_THE_WHOLE = frozenset({"video_processor", "tokenizer", "chat_template"})
 
 
 def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> ImageEncoder:
-    """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `image_encoder`)."""
+    """Raises `UnsupportedModelError`, and what a missing key or a wrong type raises (see `family_encoders`)."""
     vision = {**_DEFAULTS, **{key: value for key, value in config["vision_config"].items() if value is not None}}
     check_keys_read({"model_type": "idefics3_vision", **vision}, VISION_KEYS)
     require(vision, "hidden_act", ("gelu_pytorch_tanh",))
@@ -96,52 +97,18 @@ def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> Image
         token=TOKEN,
         token_id=config["image_token_id"],
     )
-    rows = processor.get("image_seq_len", values.get("image_seq_len", encoder.rows_per_tile))
-    if rows != encoder.rows_per_tile:
-        raise UnsupportedModelError(
-            f"processor_config.json has image_seq_len {shown(rows)}, and a tile of {tile} pixels has {encoder.rows_per_tile} "
-            "rows; use the processor that the model was trained with"
-        )
+    for settings in (processor, preprocessor, processor.get("image_processor") or {}):
+        rows = settings.get("image_seq_len")
+        if rows not in (None, encoder.rows_per_tile):
+            raise UnsupportedModelError(
+                f"the processor has image_seq_len {shown(rows)}, and a tile of {tile} pixels has {encoder.rows_per_tile} rows; "
+                "use the processor that the model was trained with"
+            )
     return encoder
 
 
-def expansion(rows: int, columns: int, rows_per_tile: int) -> str:
-    """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and 0:
-    the whole image alone."""
-    run = TOKEN * rows_per_tile
-    whole = f"{AROUND}{WHOLE}{run}{AROUND}"
-    if not rows:
-        return whole
-    lines = ("".join(f"{AROUND}{place(r, c)}{run}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
-    return "\n".join(lines) + f"\n\n{whole}"
-
-
 def _settings(preprocessor: Json, processor: Json) -> dict[str, Any]:
-    """The image processor's settings, of preprocessor_config.json or, as transformers 5 stores them, within
-    processor_config.json."""
-    nested = processor.get("image_processor") or {}
-    kept = {key: value for key, value in nested.items() if key not in _NEUTRAL}
-    own = {key: value for key, value in preprocessor.items() if key not in _NEUTRAL}
-    if nested and preprocessor and kept != own:
-        raise UnsupportedModelError(
-            "preprocessor_config.json and the image_processor of processor_config.json differ; remove one of them"
-        )
-    unknown = sorted(
-        key
-        for values, known in (
-            (nested or preprocessor, _PROCESSOR.keys() | _NEUTRAL),
-            (processor, _NEUTRAL | _OF_THE_WHOLE),
-        )
-        for key, value in values.items()
-        if key not in known and value is not None
-    )
-    if unknown:
-        raise UnsupportedModelError(
-            f"the image processor has {shown(unknown)}, which is not computed here; remove the key only if the model was "
-            "trained without it"
-        )
-    given = {key: value for key, value in (nested or preprocessor).items() if value is not None}
-    values = {**_PROCESSOR, **given}
+    values = processor_settings(preprocessor, processor, "image_processor", _PROCESSOR, _NEUTRAL, _OF_THE_WHOLE)
     for flag in ("do_resize", "do_image_splitting", "do_rescale", "do_normalize", "do_convert_rgb"):
         if not isinstance(values[flag], bool):
             raise UnsupportedModelError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ...errors import ConfigError, UnsupportedModelError
 from ..config import DecoderConfig
 from ..rotary import inverse_frequencies
+from .audio import QWEN2_AUDIO, VOXTRAL
 from .experts import OLMOE, QWEN3_MOE
 from .falcon import FALCON
 from .family import Family, Json
@@ -32,7 +33,7 @@ FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         *(*_LLAMA_LIKE, GEMMA, GEMMA2, GEMMA3, OLMOE, QWEN3_MOE, GPT2, GPT_NEOX, FALCON),
-        *(IDEFICS3, SMOLVLM),
+        *(IDEFICS3, SMOLVLM, QWEN2_AUDIO, VOXTRAL),
     )
 }
 

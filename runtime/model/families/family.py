@@ -25,7 +25,8 @@ class Family:
     optional prefix of the checkpoint's names. `transposed`: the layers' weights are stored as [in, out]. `norm_offset`: what
     is added to the stored weights of norms. `grouped_qkv`: a matrix of q, k and v has, for each head of keys, its
     queries, its key and its value. `buffers`: how the names of the family's own tensors end that are not weights.
-    `encoders`: how the names of tensors begin that are not the decoder's, but an encoder's (`model.encoders`).
+    `encoders`: how the names of tensors begin that are not the decoder's, but an encoder's (`model.encoders`) → how they begin in
+    the encoder's page.
     """
 
     name: str
@@ -37,14 +38,14 @@ class Family:
     norm_offset: float = 0.0
     grouped_qkv: bool = False
     buffers: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = ()
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     def canonical_name(self, name: str) -> str | None:
         """The canonical name of a checkpoint's tensor; None for buffers that are not weights, and for tensors of an encoder.
 
         Raises `UnsupportedModelError` for a module that the family does not have.
         """
-        if name.endswith((*_BUFFERS, *self.buffers)) or name.startswith(self.encoders):
+        if name.endswith((*_BUFFERS, *self.buffers)) or name.startswith(tuple(self.encoders)):
             return None
         if not self.modules:
             return name

@@ -55,7 +55,7 @@ _MODULES = {
     "model.text_model.norm": "model.norm",
     "lm_head": "lm_head",
 }
+_ENCODERS = {"model.vision_model.": "tower.", "model.connector.modality_projection.proj.": "projector."}
 IDEFICS3, SMOLVLM = (
-    Family(name, KEYS, _config, modules=_MODULES, encoders=("model.vision_model.", "model.connector."))
-    for name in ("idefics3", "smolvlm")
+    Family(name, KEYS, _config, modules=_MODULES, encoders=_ENCODERS) for name in ("idefics3", "smolvlm")
 )

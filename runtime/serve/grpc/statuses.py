@@ -92,7 +92,7 @@ def error_of(call_error: Any) -> MotetError:
         return errors.UnavailableError(f"the connection to the server broke: {message}; send the request again")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return InvalidRequestError(
-            f"a request has at most {MAX_REQUEST_BYTES} bytes beside the images that a server permits, an answer "
+            f"a request has at most {MAX_REQUEST_BYTES} bytes beside the media that a server permits, an answer "
             f"{MAX_MESSAGE_BYTES}: {message}"
         )
     return MotetError(f"{code.name}: {message}")
@@ -160,7 +160,7 @@ class Statuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 return error
             if beside > MAX_REQUEST_BYTES:
                 return InvalidRequestError(
-                    f"the request has {len(data)} bytes, at most {MAX_REQUEST_BYTES} beside images are read; send less"
+                    f"the request has {len(data)} bytes, at most {MAX_REQUEST_BYTES} beside media are read; send less"
                 )
             return message
 

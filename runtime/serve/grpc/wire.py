@@ -107,7 +107,7 @@ def _message_from_proto(message: inference_pb2.ChatMessage) -> dict[str, Any]:
 
 
 def media_bytes(message: Any) -> int:
-    """Bytes of the images of a request of `Inference`, which have a limit of their own. It looks at no more members, messages
+    """Bytes of the media of a request of `Inference`, which have a limit of their own. It looks at no more members, messages
     and parts than a request may have: it runs on the event loop. Raises `InvalidRequestError` for more."""
     prompts = [message.prompt]
     if isinstance(message, inference_pb2.GenerateRequest):
@@ -125,7 +125,7 @@ def media_bytes(message: Any) -> int:
             num_parts += len(one.parts)
             if num_parts > MAX_PARTS:
                 raise _too_many_parts()
-            size += sum(len(part.image) for part in one.parts)
+            size += sum(len(part.image) + len(part.audio) for part in one.parts)
     return size
 
 

@@ -71,7 +71,7 @@ class Door:
         self, request: Request, kind: type[T], method: str, media_size: Callable[[T], int] | None = None
     ) -> T:
         """The request's JSON, as `kind`; `method`: of the call, for the record of one that is refused. `media_size`:
-        characters of its images, for which there is room of their own; None: it has none. Raises `InvalidRequestError` for what
+        characters of its media, for which there is room of their own; None: it has none. Raises `InvalidRequestError` for what
         is too large or too late, no JSON, or has an unknown field or a wrong type."""
         media = self.service.most_media_bytes if media_size is not None else 0
         content = await self.content(request, MAX_REQUEST_BYTES + (media + 2) // 3 * 4)  # base64
@@ -80,7 +80,7 @@ class Door:
         def read() -> T:
             found = decoded(content, kind)
             if media_size is not None and len(content) - media_size(found) > MAX_REQUEST_BYTES:
-                raise _too_large(MAX_REQUEST_BYTES, " beside its images")
+                raise _too_large(MAX_REQUEST_BYTES, " beside its media")
             return found
 
         return await self.service.read(method, read, caller)

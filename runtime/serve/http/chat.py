@@ -54,7 +54,7 @@ async def chat_completions(door: Door, request: Request) -> Response:
 
 def _media_size(fields: Any) -> int:
     contents = (message.content for message in fields.messages if isinstance(message.content, list))
-    return sum(len(part.image_url.url) for content in contents for part in content if part.image_url is not None)
+    return sum(part.media_size for content in contents for part in content)
 
 
 def _request(fields: Any, door: Door) -> tuple[GenerateRequest, Tools]:

@@ -22,14 +22,13 @@ from ..calls import Caller
 from .answers import motet_fields
 from .app import Door, Work, send_whole
 from .events import Events, stream_events
+from .parts import ContentPart, Part
 from .tools import NamedFunction, NamedTool, Tools
 from .wire import (
     ChatMessage,
     Common,
     FunctionCall,
-    ImageUrl,
     JsonSchema,
-    Part,
     ResponseFormat,
     ToolCallFields,
     conversation,
@@ -48,16 +47,6 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 class TextFields(msgspec.Struct, forbid_unknown_fields=True):
     format: TextFormat | None = None
-
-
-class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["input_text", "output_text", "refusal", "input_image"]
-    text: str = ""
-    image_url: str | None = None
-    detail: Literal["auto"] | None = None
-    refusal: str = ""
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
 
 
 class Item(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -168,23 +157,11 @@ def _messages(fields: Any) -> list[ChatMessage]:
 def _media_size(fields: Any) -> int:
     items = () if isinstance(fields.input, str) else fields.input
     contents = (content for item in items for content in (item.content, item.output) if isinstance(content, list))
-    return sum(len(part.image_url) for content in contents for part in content if part.image_url is not None)
+    return sum(part.media_size for content in contents for part in content)
 
 
 def _parts(content: str | list[ContentPart]) -> str | list[Part]:
-    return content if isinstance(content, str) else list(map(_part, content))
-
-
-def _part(part: ContentPart) -> Part:
-    if (part.type == "input_image") != (part.image_url is not None) or (part.image_url is None and part.detail):
-        raise InvalidRequestError(
-            "image_url, and perhaps detail, are of a part of type input_image, which has no text", field="input.content"
-        )
-    if part.image_url is None:
-        return Part("text", part.text or part.refusal)
-    if part.text or part.refusal or part.annotations or part.logprobs:
-        raise InvalidRequestError("a part of type input_image has an image_url and nothing else", field="input.content")
-    return Part("image_url", image_url=ImageUrl(part.image_url))
+    return content if isinstance(content, str) else [part.as_in_chat() for part in content]
 
 
 class _Answer:

@@ -16,7 +16,7 @@ from ...api.sampling import RULES, SamplingParams
 from ...api.structure import Structure
 from ...errors import InvalidEnsembleError, InvalidRequestError, shown
 from ..model_names import ensemble_of
-from .media import read_data_uri
+from .parts import Part, read_part
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -225,17 +225,6 @@ def structure_of(format: ResponseFormat | None) -> Structure | None:
     )
 
 
-class ImageUrl(msgspec.Struct, forbid_unknown_fields=True):
-    url: str
-    detail: Literal["auto"] | None = None  # the model's processor has one way to see
-
-
-class Part(msgspec.Struct, forbid_unknown_fields=True):
-    type: str
-    text: str | None = None
-    image_url: ImageUrl | None = None
-
-
 class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     arguments: str | dict[str, Any] = ""
@@ -264,8 +253,8 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
 def conversation(
     messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = (), continue_final_message: bool = False
 ) -> Conversation:
-    """OpenAI's messages as the chat template gets them: images decoded from base64, arguments of calls as objects, `developer` as
-    `system`. Raises `InvalidRequestError`."""
+    """OpenAI's messages as the chat template gets them: images and sounds decoded from base64, arguments of calls as
+    objects, `developer` as `system`. Raises `InvalidRequestError`."""
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequestError(
             f"a conversation has at most {MAX_MESSAGES} messages, got {len(messages)}", field="messages"
@@ -276,7 +265,7 @@ def conversation(
 def _message(message: ChatMessage) -> dict[str, Any]:
     content: Any = message.content
     if isinstance(content, list):
-        content = [_part(part) for part in content]
+        content = [read_part(part) for part in content]
     if content is None:
         if not message.tool_calls and not message.refusal:
             raise InvalidRequestError("a message without tool_calls needs a content", field="messages.content")
@@ -289,20 +278,6 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     if message.tool_calls:
         found["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return found
-
-
-def _part(part: Part) -> dict[str, Any]:
-    match part.type, part.text, part.image_url:
-        case "text", str(text), None:
-            return {"type": "text", "text": text}
-        case "image_url", None, ImageUrl(url=url):
-            content, media_type = read_data_uri(url, "messages.content")
-            return {"type": "image", "image": content, "media_type": media_type}
-    raise InvalidRequestError(
-        "a part of a message's content is {type: text, text} or {type: image_url, image_url: {url}} here, got type "
-        f"{shown(part.type)}",
-        field="messages.content",
-    )
 
 
 def _tool_call(call: ToolCallFields) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from ...api.config import check_keys
 from ...errors import ConfigError, shown
+from .checks import check_placeholder, check_sizes, check_tower, is_number
 
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 _SIZES = (
@@ -42,16 +42,8 @@ class VisionConfig:
     output_size: int
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**20:
-                raise ConfigError(f"{name} of the vision tower must be an integer in 1…{2**20 - 1}, got {shown(value)}")
-        if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
-            raise ConfigError(f"norm_eps of the vision tower must be in 0…1, got {shown(self.norm_eps)}")
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"the vision tower's hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
-            )
+        check_sizes(self, _SIZES, "the vision tower")
+        check_tower(self, "the vision tower")
         if self.patch_size > self.image_size:
             raise ConfigError(f"a patch ({self.patch_size}) is larger than the image ({self.image_size})")
 
@@ -93,7 +85,7 @@ class ImageProcessor:
             )
         if type(self.resample) is not int or self.resample not in FILTERS:
             raise ConfigError(f"resample must be a number of a filter in 0…5, got {shown(self.resample)}")
-        if self.rescale is not None and not (_is_number(self.rescale) and self.rescale > 0):
+        if self.rescale is not None and not (is_number(self.rescale) and self.rescale > 0):
             raise ConfigError(f"rescale must be null or a number above 0, got {shown(self.rescale)}")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std belong together; give both or none")
@@ -101,7 +93,7 @@ class ImageProcessor:
             values = getattr(self, name)
             if values is None:
                 continue
-            if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
+            if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(is_number, values)):
                 raise ConfigError(f"{name} must be three numbers, got {shown(values)}")
             object.__setattr__(self, name, tuple(values))
         if self.std is not None and min(self.std) <= 0:
@@ -129,10 +121,7 @@ class ImageEncoder:
     token_id: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.token, str) or not self.token:
-            raise ConfigError(f"the placeholder of an image must be a token, got {shown(self.token)}")
-        if type(self.token_id) is not int or not 0 <= self.token_id < 2**31:
-            raise ConfigError(f"the placeholder's id must be a token id, got {shown(self.token_id)}")
+        check_placeholder(self.token, self.token_id, "an image")
         unit, size = self.vision.patch_size * self.vision.shuffle, self.processor.tile_size
         if size % unit:
             raise ConfigError(f"tiles of {size} pixels are no multiple of {unit} pixels, which become one row")
@@ -142,6 +131,26 @@ class ImageEncoder:
         """What stands for an image in a prompt, which no text may write."""
         places = range(1, self.processor.most_tiles + 1)
         return (self.token, AROUND, WHOLE, *(place(row, column) for row in places for column in places))
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """Those of the `control_tokens`, beside the placeholder, that the tokenizer must have."""
+        return (AROUND,)
+
+    @property
+    def output_size(self) -> int:
+        """Of a row: the hidden size of the text model."""
+        return self.vision.output_size
+
+    def expansion(self, rows: int, columns: int) -> str:
+        """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and
+        0: the whole image alone."""
+        run = self.token * self.rows_per_tile
+        whole = f"{AROUND}{WHOLE}{run}{AROUND}"
+        if not rows:
+            return whole
+        lines = ("".join(f"{AROUND}{place(r, c)}{run}" for c in range(1, columns + 1)) for r in range(1, rows + 1))
+        return "\n".join(lines) + f"\n\n{whole}"
 
     @property
     def side(self) -> int:
@@ -168,7 +177,3 @@ class ImageEncoder:
 def place(row: int, column: int) -> str:
     """The token before a tile's placeholders; rows and columns count from 1."""
     return f"<row_{row}_col_{column}>"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
