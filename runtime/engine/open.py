@@ -54,11 +54,17 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
 def load_bundle(path: Path, config: EngineConfig, *, verify: bool = True) -> Bundle:
     """Read a bundle, after its signature if the configuration asks for one. Raises what `Bundle.load` and
     `signature.verify` raise."""
+    check_signature(path, config)
+    return Bundle.load(path, verify=verify)
+
+
+def check_signature(path: Path, config: EngineConfig) -> None:
+    """Check a bundle's signature if the configuration asks for one; whoever reads a bundle without an engine calls it first.
+    Raises what `signature.verify` raises."""
     if config.verify_key is not None or config.verify_ca is not None:
         from ..model.signature import verify as verify_signature  # its packages are optional
 
         verify_signature(path, config.verify_key, config.verify_ca)
-    return Bundle.load(path, verify=verify)
 
 
 def model_info(bundle: Bundle, config: EngineConfig) -> ModelInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -22,7 +23,8 @@ from .cluster_options import (
     run_on_cluster,
     tell,
 )
-from .options import CONNECTION, DEFAULT_ADDRESS, KEY_VARIABLE, Threads, progress_bar, with_options
+from .options import CONNECTION, DEFAULT_ADDRESS, KEY_VARIABLE, Threads, progress_bar, with_options, with_signature
+from .runtime.api.config import EngineConfig
 from .runtime.errors import ConfigError, DataError, NotFoundError
 from .tables import table
 
@@ -81,6 +83,7 @@ def submit(
 
 
 @batch.command("run")
+@with_signature
 def run_job(
     source: Annotated[
         str,
@@ -91,6 +94,7 @@ def run_job(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of parts; finished records are kept on a rerun.")],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
+    trust: EngineConfig,
     endpoint: Annotated[str, typer.Option(help="What answers the records.")] = "/v1/summarise",
     defaults: Annotated[str, typer.Option(help="JSON: fields of every request that does not have them.")] = "{}",
     threads: Threads = 0,
@@ -99,19 +103,19 @@ def run_job(
     out_format: OutFormat = None,
 ) -> None:
     """Answer a job without a server: in this process, or on a Ray cluster. Exit code 1: records failed."""
-    from .runtime.api.config import EngineConfig
     from .runtime.jobs.parts import Parts
     from .runtime.jobs.work import RequestWork, run
 
     work = RequestWork(endpoint, _fields(defaults))
+    config = dataclasses.replace(trust, threads=threads)
     if ray is not None:
-        run_on_cluster(ray, work, bundle, threads, source, out, actors, out_format)
+        run_on_cluster(ray, work, bundle, config, source, out, actors, out_format)
         return
     refuse_cluster_options(actors, None)
     if not Path(source).exists():
         raise NotFoundError(f"there is no file or folder '{source}'")
     with progress_bar("answering") as show:
-        report = run(work, bundle, EngineConfig(threads=threads), Path(source), Parts(out, format_of(out_format)), show)
+        report = run(work, bundle, config, Path(source), Parts(out, format_of(out_format)), show)
     tell(out, report)
 
 

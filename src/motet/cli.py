@@ -6,6 +6,7 @@ UTF-8: arguments, files and standard input that are not are the user's mistake.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from io import TextIOWrapper
@@ -28,6 +29,7 @@ from .options import (
     check_arguments,
     progress_bar,
     read_ensemble,
+    with_signature,
 )
 from .prune_cli import mount as mount_prune
 from .runtime.api.config import EngineConfig
@@ -130,6 +132,7 @@ mount_generate(app)
 
 
 @app.command()
+@with_signature
 def summarise(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="JSONL with one text per record, or a folder of text files.")
@@ -138,6 +141,7 @@ def summarise(
         str, typer.Argument(metavar="OUT", help="JSONL, with --ray a folder; finished records are kept on a rerun.")
     ],
     bundle: Annotated[Path, typer.Option(help="The bundle.")],
+    trust: EngineConfig,
     mix: MixOption = None,
     space: SpaceOption = None,
     max_summary_tokens: Annotated[
@@ -170,17 +174,18 @@ def summarise(
     ensemble = read_ensemble(mix, space)
     told = INSTRUCTION if instruction is None else instruction
     params = SummariseParams(told, max_summary_tokens, chunk_tokens, abstain_below=abstain_below, drafts=drafts)
+    config = dataclasses.replace(trust, threads=threads)
     if ray is not None:
         from .runtime.jobs.work import SummariseWork
 
-        run_on_cluster(ray, SummariseWork(ensemble, params), bundle, threads, source, out, actors, out_format)
+        run_on_cluster(ray, SummariseWork(ensemble, params), bundle, config, source, out, actors, out_format)
         return
     refuse_cluster_options(actors, out_format)
     in_path, out_path = Path(source), Path(out)
     if not in_path.exists():  # before the bundle is loaded
         raise NotFoundError(f"there is no file or folder '{source}'")
     check_output(in_path, out_path)
-    with Engine.from_bundle(bundle, EngineConfig(threads=threads)) as engine, progress_bar("summarising") as show:
+    with Engine.from_bundle(bundle, config) as engine, progress_bar("summarising") as show:
         report = run(engine, in_path, out_path, ensemble=ensemble, params=params, on_progress=show)
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     print(f"{out}: {report.done} done, {report.skipped} skipped, {report.failed} failed, {rate:.0f} tok/s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 from .runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from .runtime.api.config import EngineConfig
     from .runtime.jobs.work import JobReport, Work
 
 RayAddress = Annotated[
@@ -30,17 +32,16 @@ def run_on_cluster(
     address: str,
     work: Work,
     bundle: Path,
-    threads: int,
+    config: EngineConfig,
     source: str,
     out: str,
     actors: int | None,
     out_format: str | None,
 ) -> None:
     """Run a job, print its counts, and end with exit code 1 if records failed."""
-    from .runtime.api.config import EngineConfig
     from .runtime.cluster import jobs
 
-    config, count = EngineConfig(threads=threads or 1), actors or 2
+    config, count = dataclasses.replace(config, threads=config.threads or 1), actors or 2
     with jobs.cluster(address, count * config.threads):
         report = jobs.run(work, bundle, config, source, out, actors=count, out_format=format_of(out_format))
     tell(out, report)

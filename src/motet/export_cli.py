@@ -11,7 +11,8 @@ from rich.table import Table
 
 from .export.flavours import Flavour, WeightForm
 from .export.quantisation.method import Method, Target
-from .options import MixOption, by_name, coefficients
+from .options import MixOption, by_name, coefficients, with_signature
+from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError
 from .runtime.model.members import MemberKind
@@ -210,8 +211,8 @@ def sign(
         typer.Option(help="Certificates of the authorities above it, PEM. May be given several times."),
     ] = None,
 ) -> None:
-    """Sign all files of a bundle, in OpenSSF's format: `model.sig` in its directory. `motet serve --verify-key` or `--verify-ca`
-    asks for it."""
+    """Sign all files of a bundle, in OpenSSF's format: `model.sig` in its directory. `--verify-key` or `--verify-ca` of the
+    commands that read bundles asks for it."""
     from .runtime.model.signature import sign as run
 
     print(run(bundle, private_key, certificate, chain or []))
@@ -313,9 +314,11 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, path
 
 
+@with_signature
 def export_onnx(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     out: Annotated[Path, typer.Argument(help="Directory of the ONNX decoder.")],
+    trust: EngineConfig,
     member: Annotated[str | None, typer.Option(help="The member that is written; default: the only one.")] = None,
     flavour: Annotated[
         Flavour,
@@ -334,11 +337,12 @@ def export_onnx(
 ) -> None:
     """Write one member of a bundle as an ONNX decoder for other runtimes."""
     from .export.onnx_directory import write_onnx
-    from .runtime.model.bundle import Bundle
+    from .runtime.engine.open import load_bundle
 
-    print(write_onnx(Bundle.load(bundle), out, member, flavour=flavour, opset=opset, form=weights))
+    print(write_onnx(load_bundle(bundle, trust), out, member, flavour=flavour, opset=opset, form=weights))
 
 
+@with_signature
 def inspect(
     path: Annotated[
         str,
@@ -346,6 +350,7 @@ def inspect(
             help="A bundle, a pulled model's name, a model directory, or an ONNX decoder graph: its file or directory."
         ),
     ],
+    trust: EngineConfig,
     json: Annotated[bool, typer.Option("--json", help="A line of JSON for each weight.")] = False,
 ) -> None:
     """What a bundle, a model or an ONNX graph holds, weight by weight: shape, bits, bytes, expected KL, digest."""
@@ -357,8 +362,13 @@ def inspect(
     from .export.decoder_graph import find_graph
     from .export.inspection import inspect as inspected
     from .runtime.checkpoints.store import resolve_model
+    from .runtime.engine.open import check_signature
     from .runtime.model.bundle import MANIFEST
 
+    if (Path(path) / MANIFEST).is_file():
+        check_signature(Path(path), trust)
+    elif trust.verify_key or trust.verify_ca:
+        raise ConfigError(f"'{path}' is no bundle, and only bundles are signed; leave out --verify-key and --verify-ca")
     as_it_is = (Path(path) / MANIFEST).is_file() or find_graph(Path(path)) is not None
     weights = list(inspected(Path(path) if as_it_is else resolve_model(path)))
     if json:

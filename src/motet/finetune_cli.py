@@ -10,8 +10,9 @@ import typer
 
 from .finetune.params import MAX_LENGTH_HELP, NearDuplicates, TuneParams
 from .finetune.search.params import DistilParams, FuseParams, SearchParams, SearchSpace
-from .options import by_name
+from .options import by_name, with_signature
 from .parameter_options import with_parameters, words
+from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import ConfigError, NotFoundError
 
@@ -199,18 +200,23 @@ def distil(
     print(f"{out}: {said}; it costs what one member costs")
 
 
+@with_signature
 def calibrate(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle; its manifest is changed.")],
     data: Data,
+    trust: EngineConfig,
     examples: Annotated[int, typer.Option(help="Validation examples, at most.")] = 96,
     test_examples: Annotated[int, typer.Option(help="Test examples, at most; they decide nothing.")] = 128,
     max_length: Annotated[int | None, typer.Option(help=MAX_LENGTH_HELP)] = None,
     near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: one per CPU that this process may use.")] = 0,
 ) -> None:
-    """Fit a bundle's confidences on data that no member was trained on, and measure them."""
+    """Fit a bundle's confidences on data that no member was trained on, and measure them. A signature holds no longer then."""
     from .finetune.search.calibrate import calibrate as run
     from .finetune.training.progress import Progress
+    from .runtime.engine.open import check_signature
+
+    check_signature(bundle, trust)
 
     with Progress() as progress:
         found = run(

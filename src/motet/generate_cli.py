@@ -32,7 +32,9 @@ from .options import (
     sampling_options,
     take_structure,
     with_options,
+    with_signature,
 )
+from .runtime.api.config import EngineConfig
 from .runtime.api.output import Completion, Output, join
 from .runtime.api.prompt import Message, Prompt
 from .runtime.api.request import Ensemble, Member
@@ -55,10 +57,12 @@ def mount(app: typer.Typer) -> None:
     app.command()(chat)
 
 
+@with_signature
 @with_options(sampling_options(max_tokens=256, temperature=0.7, top_p=0.95) | STRUCTURE_OPTIONS)
 def generate(
     typed: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to ask; sent as a chat message unless --raw.")],
+    trust: EngineConfig,
     bundle: Bundle = None,
     address: Address = None,
     tls: Tls = False,
@@ -111,7 +115,7 @@ def generate(
 ) -> None:
     """Generate from one prompt and stream it to the terminal."""
     structure = take_structure(values)
-    sampling = read_sampling(values, typed, defaults, bundle)
+    sampling = read_sampling(values, typed, defaults, bundle, trust)
     ensemble = read_ensemble(mix, space)
     if context is None and (alpha is not None or member is not None):
         raise ConfigError("--alpha and --member are for context-aware decoding; give --context too")
@@ -122,7 +126,7 @@ def generate(
     given = [("image", "image", file) for file in image or ()] + [("audio", "sound", file) for file in audio or ()]
     media = [{"type": kind, kind: read_file(file, what)} for kind, what, file in given]
     document = read_document(context) if context is not None else ""
-    with _client(bundle, address, tls, ca, cert, cert_key) as client:
+    with _client(bundle, trust, address, tls, ca, cert, cert_key) as client:
         views: Sequence[Prompt] = ()
         text = prompt
         if context is not None:
@@ -152,9 +156,11 @@ def generate(
             _print(deltas)
 
 
+@with_signature
 @with_options(sampling_options(without=("n", "logprobs"), max_tokens=512, temperature=0.7, top_p=0.95))
 def chat(
     typed: typer.Context,
+    trust: EngineConfig,
     bundle: Bundle = None,
     address: Address = None,
     tls: Tls = False,
@@ -170,12 +176,12 @@ def chat(
     """Chat in several turns. An empty line or the end of the input ends it. When the context is full, the oldest turns
     are left out; the system message stays. A line `/image FILE` or `/audio FILE` adds a
     picture or a sound to the next message."""
-    sampling = read_sampling(values, typed, defaults, bundle)
+    sampling = read_sampling(values, typed, defaults, bundle, trust)
     ensemble = read_ensemble(mix, space)
     first = [{"role": "system", "content": system}] if system is not None else []
     turns: list[Message] = []  # user, assistant, user, …
     media: list[_Part] = []  # of the next message
-    with _client(bundle, address, tls, ca, cert, cert_key) as client:
+    with _client(bundle, trust, address, tls, ca, cert, cert_key) as client:
         context = client.models()[0].max_model_len
         while (text := _read_line()).strip():
             command = next(filter(text.startswith, _MEDIA), None)
@@ -260,7 +266,13 @@ def _as_message(text: str, media: Sequence[_Part]) -> Message:
 
 @contextmanager
 def _client(
-    bundle: Path | None, address: str | None, tls: bool, ca: Path | None, cert: Path | None, cert_key: Path | None
+    bundle: Path | None,
+    trust: EngineConfig,
+    address: str | None,
+    tls: bool,
+    ca: Path | None,
+    cert: Path | None,
+    cert_key: Path | None,
 ) -> Iterator[Client]:
     """A client of the server at `address`, or, with `bundle`, of a server in this process on a free port."""
     from .runtime.client.client import Client
@@ -271,13 +283,15 @@ def _client(
         raise ConfigError("--bundle serves in this process and --address is another server; give one of them")
     if bundle is not None and (tls or ca or cert or cert_key):
         raise ConfigError("--bundle serves in this process, without TLS; leave --tls, --ca, --cert and --cert-key out")
+    if bundle is None and (trust.verify_key or trust.verify_ca):
+        raise ConfigError("--verify-key and --verify-ca ask for a bundle's signature; give --bundle too")
     if bundle is None:
         key = os.environ.get(KEY_VARIABLE) or None
         connection = Connection(address if address is not None else DEFAULT_ADDRESS, key, tls, ca, cert, cert_key)
         with Client(connection) as client:
             yield client
     else:
-        with local_server(bundle) as local_address, Client(local_address) as client:
+        with local_server(bundle, trust) as local_address, Client(local_address) as client:
             yield client
 
 

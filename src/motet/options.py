@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from .parameter_options import with_parameters
+from .runtime.api.config import EngineConfig
 from .runtime.api.request import Ensemble, Member, Space
 from .runtime.api.rules import Biases, Flag, Integer, Number, Rule, Strings, TokenIds
 from .runtime.api.sampling import DEFAULTS, HELP, RULES, SamplingParams
@@ -50,6 +52,8 @@ Defaults = Annotated[
 MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
 SpaceOption = Annotated[Space | None, typer.Option(help="Where the members of --mix are mixed; default: logits.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
+# For every command that reads a bundle: its parameter `trust` is an `EngineConfig` with what the bundle's signature must be.
+with_signature = with_parameters("trust", EngineConfig(), only=("verify_key", "verify_ca"))
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -172,14 +176,17 @@ def given_options(context: typer.Context) -> set[str]:
 
 
 def read_sampling(
-    values: Mapping[str, Any], context: typer.Context, defaults: str, bundle: Path | None
+    values: Mapping[str, Any], context: typer.Context, defaults: str, bundle: Path | None, trust: EngineConfig
 ) -> SamplingParams:
     """`SamplingParams` from the values of these options; None means the default. With `defaults` "model", what the
-    bundle recommends comes before the options' own defaults. Raises `InvalidRequestError`, `ConfigError`, and what
-    `recommended_sampling` raises."""
+    bundle recommends comes before the options' own defaults, once it has the signature that `trust` asks for. Raises
+    `InvalidRequestError`, `ConfigError`, and what `check_signature` and `recommended_sampling` raise."""
     if defaults == "model":
         if bundle is None:
             raise ConfigError("--defaults model reads the bundle's generation_config.json; give --bundle too")
+        from .runtime.engine.open import check_signature
+
+        check_signature(bundle, trust)
         on_line = given_options(context)
         recommended = recommended_sampling(bundle)
         values = {**values, **{name: value for name, value in recommended.items() if name not in on_line}}

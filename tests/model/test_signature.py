@@ -254,6 +254,63 @@ def test_the_command_line(unsigned, keys, tmp_path):
     assert Settings.load(None, {"MOTET_SERVE_VERIFY_CA": "/ca"}).engine.verify_ca == Path("/ca")
 
 
+# Every command that reads a bundle, with what it needs beside the bundle.
+COMMANDS = {
+    "generate": ("generate", "x", "--bundle", "BUNDLE", "--max-tokens", 2),
+    "generate with the bundle's defaults": (
+        "generate",
+        "x",
+        "--bundle",
+        "BUNDLE",
+        "--defaults",
+        "model",
+        "--max-tokens",
+        2,
+    ),
+    "chat": ("chat", "--bundle", "BUNDLE", "--max-tokens", 2),
+    "summarise": ("summarise", "IN", "OUT", "--bundle", "BUNDLE", "--max-summary-tokens", 2),
+    "batch run": ("batch", "run", "IN", "OUT", "--bundle", "BUNDLE", "--defaults", '{"max_summary_tokens": 2}'),
+    "inspect": ("inspect", "BUNDLE"),
+    "export-onnx": ("export-onnx", "BUNDLE", "OUT"),
+    "calibrate": ("calibrate", "BUNDLE", "--data", "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_reads_a_bundle_asks_for_the_signature(bundle, keys, tmp_path, name):
+    """The same call is refused over a changed bundle, and works over a signed one."""
+    (tmp_path / "in.jsonl").write_text('{"id": "1", "text": "hello"}\n')
+    places = {"BUNDLE": bundle, "IN": tmp_path / "in.jsonl", "OUT": tmp_path / "out"}
+    call = [str(places.get(word, word)) for word in COMMANDS[name]]
+    signed = [*call, "--verify-key", str(keys[1])]
+    good = CliRunner().invoke(app, signed, input="hello\n\n")
+    if name == "calibrate":  # its data are read next
+        assert isinstance(good.exception, NotFoundError)
+        assert "nowhere.jsonl" in str(good.exception)
+    else:
+        assert good.exit_code == 0, good.exception
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "out").unlink(missing_ok=True)
+    (bundle / "more.txt").write_text("not signed")
+    refused = CliRunner().invoke(app, signed, input="hello\n\n")
+    assert isinstance(refused.exception, BundleError)
+    assert "not signed" in str(refused.exception) or "more.txt" in str(refused.exception)
+    both = CliRunner().invoke(app, [*signed, "--verify-ca", str(keys[1])])
+    assert isinstance(both.exception, ConfigError)
+    assert "two ways to verify" in str(both.exception)
+
+
+def test_bundles_alone_have_signatures(tiny_model_dir, keys):
+    for call, said in (
+        (("inspect", tiny_model_dir("llama")), "is no bundle"),
+        (("generate", "x", "--address", "127.0.0.1:1"), "give --bundle too"),
+        (("chat",), "give --bundle too"),
+    ):
+        refused = CliRunner().invoke(app, [*map(str, call), "--verify-key", str(keys[1])])
+        assert isinstance(refused.exception, ConfigError)
+        assert said in str(refused.exception)
+
+
 def test_the_settings(keys):
     with pytest.raises(ConfigError, match="two ways to verify"):
         EngineConfig(verify_key=keys[1], verify_ca=keys[1])
