@@ -73,8 +73,9 @@ def serving(engine, access=None, *, service=None, drain_timeout_s=1.0, prepare=N
 
 
 @contextmanager
-def serving_http(engine, access=None, *, tls=None, registry=None, service=None, state=None):
-    """An HTTP door; yields (host:port, the service). `service`: options of `Service`; `state`: directory of batch jobs."""
+def serving_http(engine, access=None, *, tls=None, registry=None, service=None, state=None, prepare=None):
+    """An HTTP door; yields (host:port, the service). `service`: options of `Service`; `state`: directory of batch jobs;
+    `prepare` is called with the application before it starts."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -85,6 +86,8 @@ def serving_http(engine, access=None, *, tls=None, registry=None, service=None, 
         if state is not None:
             app.door.jobs = Jobs(made, state, app.answer)
             app.door.jobs.start()
+        if prepare is not None:
+            prepare(app)
         server = HttpServer(app, tls=tls)
         await server.start()
         return server, app.door
