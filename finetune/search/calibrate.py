@@ -22,17 +22,18 @@ from scipy.optimize import minimize
 
 from ...runtime.api.confidence import Calibration, disagreement, logit
 from ...runtime.api.config import EngineConfig
-from ...runtime.api.request import Ensemble, Space
+from ...runtime.api.request import Ensemble
 from ...runtime.backends.base import Backend
 from ...runtime.backends.open import open_backend
-from ...runtime.errors import BundleError, ConfigError, DataError
+from ...runtime.errors import ConfigError, DataError
 from ...runtime.model.bundle import MANIFEST, Bundle
 from ...runtime.text.tokenizer import Tokenizer
-from ..data.dataset import Dataset, load_dataset
+from ..data.dataset import load_dataset
 from ..data.encode import Encoded, encode_parts
 from ..data.example import Split
 from ..params import NearDuplicates, TuneParams
 from ..training.progress import Progress
+from .scoring import answer_logits, check_training_data, log_softmax, member_order, mixed_log_softmax
 
 F64 = npt.NDArray[np.float64]
 TEMPERATURES = tuple((2 ** np.linspace(-1, 2, 19)).tolist())  # the seventh is 1
@@ -73,7 +74,7 @@ def calibrate(
     bundle, progress = Bundle.load(path), progress or Progress(False)
     tokenizer = Tokenizer.from_dir(path)
     dataset = load_dataset(data, near_duplicates)
-    _check_members(bundle, dataset)
+    check_training_data(bundle, dataset, "that confidences would be fitted on")
     params = TuneParams(max_length=max_length).fitted(bundle.sizes.max_position_embeddings)
     counts: dict[Split, int] = {"validation": examples, "test": test_examples}
     parts, _ = encode_parts(tokenizer, dataset, counts, params, bundle.eos_token_ids[:1])
@@ -94,24 +95,13 @@ def calibrate(
             "validation_tokens": len(found["validation"].right),
             "test_tokens": len(found["test"].right),
             "accuracy": float(found["test"].right.mean()),
-            "best_single": bundle.members[_order(bundle)[best]],
+            "best_single": bundle.default_ensemble.members[best].name,
             "temperature": TEMPERATURES[tempered],
             "ece": _errors(found["test"], fitted, best, tempered),
         },
     }
     _write(path, written)
     return written
-
-
-def _check_members(bundle: Bundle, dataset: Dataset) -> None:
-    """Raises `BundleError` if a member was trained on another version or split of the data set."""
-    for member in bundle.manifest["members"]:
-        data = member["provenance"].get("data", {})
-        if data.get("name") == dataset.name and data.get("digest") != dataset.digest:
-            raise BundleError(
-                f"the member '{member['name']}' was trained on another version or split of '{dataset.name}', so its training "
-                "examples may be among those that confidences would be fitted on; use the same file and near_duplicates"
-            )
 
 
 def fit(tokens: Tokens) -> Calibration:
@@ -155,17 +145,11 @@ def _plain() -> int:
     return TEMPERATURES.index(1.0)
 
 
-def _order(bundle: Bundle) -> list[int]:
-    """Index in the bundle of each member of the default ensemble."""
-    return [bundle.members.index(member.name) for member in bundle.default_ensemble.members]
-
-
 def _score(bundle: Bundle, backend: Backend, items: Sequence[Encoded], part: str, progress: Progress) -> Tokens:
     ensemble, rows = bundle.default_ensemble, []
     for item in items:
-        positions = np.array(item.targets) - 1
-        logits = [backend.score(item.token_ids[:-1], m)[positions].astype(np.float64) for m in _order(bundle)]
-        rows.append(_tokens(ensemble, np.stack(logits), np.array(item.token_ids)[positions + 1]))
+        pieces = answer_logits(backend, member_order(bundle, ensemble), item)
+        rows += [_tokens(ensemble, logits, reference) for logits, reference in pieces]
         progress.advance(f"scoring, {part}", 1, len(items))
     return Tokens(*(np.concatenate([getattr(row, name) for row in rows], axis=-1) for name in Tokens.__slots__))
 
@@ -173,16 +157,11 @@ def _score(bundle: Bundle, backend: Backend, items: Sequence[Encoded], part: str
 def _tokens(ensemble: Ensemble, logits: F64, reference: npt.NDArray[np.int64]) -> Tokens:
     """`logits` [K, T, vocab] of the members at the answer tokens, `reference` [T]."""
     mix, at = [member.mix for member in ensemble.members], np.arange(len(reference))
-    plain = _log_softmax(logits)
-    if ensemble.space is Space.LOGITS:
-        mixed = _log_softmax(np.tensordot(mix, logits, 1))
-    else:
-        with np.errstate(divide="ignore"):
-            mixed = np.logaddexp.reduce(plain + np.log(mix)[:, None, None], 0)
+    plain, mixed = log_softmax(logits), mixed_log_softmax(ensemble, logits)
     chosen = mixed.argmax(-1)
     nll, best = [], []
     for temperature in TEMPERATURES:
-        rows = _log_softmax(logits / temperature)
+        rows = log_softmax(logits / temperature)
         nll.append(-rows[:, at, reference])
         best.append(rows.max(-1))
     return Tokens(
@@ -193,11 +172,6 @@ def _tokens(ensemble: Ensemble, logits: F64, reference: npt.NDArray[np.int64]) -
         member_logprobs=np.stack(best, 1),
         member_right=(plain.argmax(-1) == reference).astype(np.float64),
     )
-
-
-def _log_softmax(logits: F64) -> F64:
-    raised = logits - logits.max(-1, keepdims=True)
-    return np.asarray(raised - np.log(np.exp(raised).sum(-1, keepdims=True)))
 
 
 def _write(path: Path, calibration: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import typer
 from .batch_cli import mount as mount_batch
 from .bench_serve_cli import bench
 from .cluster_options import Actors, OutFormat, RayAddress, refuse_cluster_options, run_on_cluster
+from .explain_cli import mount as mount_explain
 from .export_cli import mount as mount_export
 from .finetune_cli import mount
 from .generate_cli import mount as mount_generate
@@ -121,6 +122,7 @@ def _print_plan(plan: Plan) -> None:
 mount_export(app)
 
 
+mount_explain(app)
 mount_prune(app, bench)
 
 # ---- serving and jobs --------------------------------------------------------------------------------------------------
