@@ -73,6 +73,8 @@ def calibrate(
     bundle, progress = Bundle.load(path), progress or Progress(False)
     tokenizer = Tokenizer.from_dir(path)
     dataset = load_dataset(data, near_duplicates)
+    if any(example.media for part in dataset.splits.values() for example in part):
+        raise DataError(f"'{data}' holds images or sounds, and confidences are fitted on texts alone; give other data")
     _check_members(bundle, dataset)
     params = TuneParams(max_length=max_length).fitted(bundle.sizes.max_position_embeddings)
     counts: dict[Split, int] = {"validation": examples, "test": test_examples}
