@@ -12,6 +12,8 @@ import torch
 from helpers.colours import COLOURS, QUESTION, write_base, write_pictures, write_records, write_siglip
 from motet.cli import app
 from motet.export.bundle_writer import export_bundle
+from motet.export.prune.params import PruneParams
+from motet.export.prune.prune import prune
 from motet.finetune.params import TuneParams
 from motet.finetune.projector_params import ProjectorParams
 from motet.finetune.search.answers import answers_of
@@ -31,8 +33,9 @@ from motet.runtime.checkpoints.decoder import Decoder
 from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
 from motet.runtime.checkpoints.huggingface import checkpoint_digest
 from motet.runtime.checkpoints.members.peft_format import CONFIG
+from motet.runtime.checkpoints.store import pull
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import BundleError, ConfigError, DataError
+from motet.runtime.errors import BundleError, ConfigError, DataError, NotFoundError, UnsupportedModelError
 from motet.runtime.text.prompt import read_prompt
 from safetensors.torch import load_file, save_file
 
@@ -341,6 +344,24 @@ def test_damaged_directories_are_refused(place, tmp_path):
     (other / "encoder-image.safetensors").write_bytes(content[:-100])
     with pytest.raises(BundleError, match="damaged"):
         encoder_pages(other)
+
+
+def test_other_commands_know_the_directory(place, tmp_path, monkeypatch):
+    """A pull copies the encoder too; pruning would leave it out, and is refused."""
+    folder, _ = place
+    monkeypatch.setenv("MOTET_HOME", str(tmp_path))
+    copy = pull(str(folder / "seeing"), show_progress=False)
+    assert checkpoint_digest(copy) == checkpoint_digest(folder / "seeing")
+    assert encoder_pages(copy).keys() == {"image"}
+    (folder / "seeing" / "encoder-image.safetensors").rename(tmp_path / "aside")
+    try:
+        for reads in (checkpoint_digest, encoder_pages):
+            with pytest.raises(NotFoundError, match="names its encoder"):
+                reads(folder / "seeing")
+    finally:
+        (tmp_path / "aside").rename(folder / "seeing" / "encoder-image.safetensors")
+    with pytest.raises(UnsupportedModelError, match="only models of text are pruned"):
+        prune(folder / "seeing", tmp_path / "pruned", PruneParams(layers=3))
 
 
 def test_the_command(place, capsys):
