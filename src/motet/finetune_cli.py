@@ -31,17 +31,8 @@ SEARCH_BASE = (
 # What a student's training has of `TuneParams`.
 STUDENT = (
     *("method", "layers", "rank", "alpha", "targets", "examples", "validation_examples", "epochs", "learning_rate"),
-    *(
-        "weight_decay",
-        "dropout",
-        "schedule",
-        "batch_tokens",
-        "max_length",
-        "precision",
-        "evaluations",
-        "patience",
-        "seed",
-    ),
+    *("weight_decay", "dropout", "schedule", "batch_tokens", "max_length", "precision", "evaluations", "patience"),
+    "seed",
 )
 
 

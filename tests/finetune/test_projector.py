@@ -9,11 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.colours import COLOURS, QUESTION, write_base, write_pictures, write_records, write_siglip
-from motet.cli import app
+from helpers.colours import COLOURS, QUESTION, TRAINING, train_on_pictures
 from motet.export.bundle_writer import export_bundle
-from motet.export.prune.params import PruneParams
-from motet.export.prune.prune import prune
 from motet.finetune.params import TuneParams
 from motet.finetune.projector_params import ProjectorParams
 from motet.finetune.search.answers import answers_of
@@ -30,51 +27,15 @@ from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.checkpoints.decoder import Decoder
-from motet.runtime.checkpoints.encoders import encoder_pages, read_encoders
+from motet.runtime.checkpoints.encoders import encoder_pages
 from motet.runtime.checkpoints.huggingface import checkpoint_digest
 from motet.runtime.checkpoints.members.peft_format import CONFIG
-from motet.runtime.checkpoints.store import pull
 from motet.runtime.engine.engine import Engine
-from motet.runtime.errors import BundleError, ConfigError, DataError, NotFoundError, UnsupportedModelError
+from motet.runtime.errors import ConfigError
 from motet.runtime.text.prompt import read_prompt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-PARAMS = TuneParams(
-    method="projector",
-    examples=200,
-    validation_examples=32,
-    epochs=12,
-    learning_rate=3e-3,
-    batch_tokens=512,
-    evaluations=3,
-)
-POOL = ProjectorParams(pool=3)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a base model, a tower, records, and the model that was trained on them."""
-    folder = tmp_path_factory.mktemp("colours")
-    write_base(folder / "base")
-    write_siglip(folder / "tower")
-    write_records(folder / "data.jsonl", write_pictures(folder / "pictures"), "pictures/")
-    made = run(folder, "seeing")
-    return folder, made
-
-
-def run(folder, out, params=PARAMS, projector=POOL, data="data.jsonl", encoders=None, **options):
-    return tune_projector(
-        folder / "base",
-        str(folder / data),
-        folder / out,
-        encoders={"image": folder / "tower"} if encoders is None else encoders,
-        params=params,
-        projector=projector,
-        cache=TrunkCache(folder / "cache"),
-        show_progress=False,
-        **options,
-    )
 
 
 def answer_of(page, decoder, tokenizer, media, picture):
@@ -96,9 +57,9 @@ def answer_of(page, decoder, tokenizer, media, picture):
     return built, drawn
 
 
-def test_pictures_are_named(place):
+def test_pictures_are_named(seeing):
     """Who sees no picture can say no more than that the four names are equally likely."""
-    _, made = place
+    _, made = seeing
     metrics = made["metrics"]
     letters = sum(len(name) + 1 for name in COLOURS) / len(COLOURS)  # of an answer, with its end
     blind = math.log(len(COLOURS)) / letters
@@ -106,8 +67,8 @@ def test_pictures_are_named(place):
     assert made["encoders"]["image"]["is_new"]
 
 
-def test_base_and_tower_stay_as_they_are(place):
-    folder, made = place
+def test_base_and_tower_stay_as_they_are(seeing):
+    folder, made = seeing
     base, tuned = (load_file(folder / name / "model.safetensors") for name in ("base", "seeing"))
     assert base.keys() == tuned.keys() and all(torch.equal(base[name], tuned[name]) for name in base)
     tower = {
@@ -122,8 +83,8 @@ def test_base_and_tower_stay_as_they_are(place):
 
 
 @pytest.mark.native
-def test_the_bundle_says_what_the_page_says(place, tmp_path):
-    folder, _ = place
+def test_the_bundle_says_what_the_page_says(seeing, tmp_path):
+    folder, _ = seeing
     config = EngineConfig(threads=1, kv_dtype="bf16", backend="cpu")
     page = encoder_pages(folder / "seeing")["image"]
     decoder = Decoder.from_dir(folder / "seeing")
@@ -151,8 +112,8 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_that_is_killed_ends_with_the_same_weights(place):
-    folder, made = place
+def test_a_run_that_is_killed_ends_with_the_same_weights(seeing):
+    folder, made = seeing
     steps = []
 
     def kill(step, _loss):
@@ -161,21 +122,21 @@ def test_a_run_that_is_killed_ends_with_the_same_weights(place):
             raise Killed
 
     with pytest.raises(Killed):
-        run(folder, "again", name="seeing", watch=Watch(validated=kill))
+        train_on_pictures(folder, "again", name="seeing", watch=Watch(validated=kill))
     assert not (folder / "again").exists()
     resumed = []
-    again = run(folder, "again", name="seeing", watch=Watch(stepped=lambda step, _: resumed.append(step)))
+    again = train_on_pictures(folder, "again", name="seeing", watch=Watch(stepped=lambda step, _: resumed.append(step)))
     assert 1 < resumed[0] < again["metrics"]["steps"]
     assert again["metrics"] == made["metrics"]
     first, second = (load_file(folder / name / "encoder-image.safetensors") for name in ("seeing", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_projector_is_trained_on(place):
+def test_a_projector_is_trained_on(seeing):
     """From where it was: the base's own encoder, or that of another directory."""
-    folder, made = place
-    short = TuneParams(**{**PARAMS.to_dict(), "epochs": 1, "evaluations": 1, "targets": PARAMS.targets})
-    on = run(folder, "on", short, ProjectorParams(), encoders={"image": folder / "seeing"})
+    folder, made = seeing
+    short = TuneParams(**{**TRAINING, "epochs": 1, "evaluations": 1})
+    on = train_on_pictures(folder, "on", short, ProjectorParams(), encoders={"image": folder / "seeing"})
     assert on["metrics"]["validation_loss_before"] == pytest.approx(made["metrics"]["validation_loss_after"], abs=2e-3)
     assert not on["encoders"]["image"]["is_new"]
     own = tune_projector(
@@ -184,7 +145,7 @@ def test_a_projector_is_trained_on(place):
     )  # fmt: skip
     assert own["metrics"]["validation_loss_before"] == on["metrics"]["validation_loss_before"]
     with pytest.raises(ConfigError, match="pool is of a new projector"):
-        run(folder, "no", encoders={"image": folder / "seeing"})
+        train_on_pictures(folder, "no", encoders={"image": folder / "seeing"})
 
 
 def other_answers(folder):
@@ -199,9 +160,9 @@ def other_answers(folder):
 
 
 @pytest.mark.parametrize("method", ["tail", "lora"])
-def test_members_are_trained_on_pictures(place, method):
+def test_members_are_trained_on_pictures(seeing, method):
     """On other answers, which only who sees the picture knows, over a trunk cache; without one, the same losses."""
-    folder, _ = place
+    folder, _ = seeing
     params = TuneParams(
         method=method,
         layers=3,
@@ -234,9 +195,9 @@ def test_members_are_trained_on_pictures(place, method):
     assert (bundle / "encoder-image.onnx").is_file()
 
 
-def test_search_fuse_and_distil_take_pictures(place):
+def test_search_fuse_and_distil_take_pictures(seeing):
     """Each gains what only who sees the picture can gain."""
-    folder, _ = place
+    folder, _ = seeing
     bench = Workbench(folder / "seeing", other_answers(folder), TrunkCache(folder / "cache"))
     base = TuneParams(
         method="lora", examples=48, validation_examples=8, epochs=12, bag=0.9, evaluations=1, max_length=100
@@ -255,9 +216,9 @@ def test_search_fuse_and_distil_take_pictures(place):
     assert losses["student"] < 0.5 * losses["base"]
 
 
-def test_the_trunk_cache_knows_pictures_apart(place):
+def test_the_trunk_cache_knows_pictures_apart(seeing):
     """Two examples whose token ids are equal: what is cached of one is not the other's."""
-    folder, _ = place
+    folder, _ = seeing
     bench = Workbench(folder / "seeing", str(folder / "data.jsonl"), TrunkCache(folder / "cache"))
     params = TuneParams(layers=2, max_length=100)
     items = bench.load(params, {"train": 200}).parts["train"]
@@ -269,137 +230,3 @@ def test_the_trunk_cache_knows_pictures_apart(place):
     start = first.encoded.embedded[0].start
     assert torch.equal(first.hidden[:start], second.hidden[:start])
     assert not torch.equal(first.hidden[start], second.hidden[start])
-
-
-def test_settings_that_train_nothing_are_refused(place, tmp_path):
-    folder, _ = place
-    for changes, match in (
-        ({"layers": 2}, "layers is of the model's layers"),
-        ({"head": True}, "head is of the model's layers"),
-        ({"rank": 4}, "rank is a setting of adapters"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            TuneParams(method="projector", **changes)
-    with pytest.raises(ConfigError, match="makes a model with an encoder"):
-        tune(folder / "base", str(folder / "data.jsonl"), tmp_path / "x", params=PARAMS, show_progress=False)
-    for options, match in (
-        ({"encoders": {"audio": folder / "tower"}}, "is an encoder of image"),
-        ({"encoders": {"smell": folder / "tower"}}, "an encoder is of image or audio"),
-        ({"encoders": {}, "projector": ProjectorParams()}, "has no encoders.json"),
-        ({"encoders": {}}, "pool is of a new projector"),
-        ({"projector": ProjectorParams(pool=2)}, "no multiple of"),
-        ({"projector": ProjectorParams(placeholder="of")}, "must be one token"),
-        ({"projector": ProjectorParams(placeholder="<|im_start|>")}, "must be one token"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            run(folder, "no", **options)
-    with pytest.raises(ConfigError, match="is not a model whose projector"):
-        run(folder, "pictures")
-    with pytest.raises(ConfigError, match="would replace it"):
-        run(folder, "seeing", projector=ProjectorParams(), encoders={"image": folder / "seeing"})
-    assert not (folder / "no").exists()
-
-
-def test_data_that_trains_nothing_is_refused(place):
-    folder, _ = place
-    lines = (folder / "data.jsonl").read_text().splitlines()
-    texts = [json.dumps({"prompt": "x", "completion": "y", "id": f"text {i}"}) for i in range(4)]
-    (folder / "texts.jsonl").write_text("\n".join([*lines, *texts]) + "\n")
-    with pytest.raises(DataError, match=r"the example from 'text \d' has no image"):
-        run(folder, "no", data="texts.jsonl")
-    broken = json.loads(lines[0])
-    (folder / "broken.png").write_bytes((folder / "pictures" / "red-1.png").read_bytes()[:200])
-    (folder / "broken.jsonl").write_text(
-        "\n".join([*lines, json.dumps({**broken, "image": "broken.png", "id": "b"})]) + "\n"
-    )
-    with pytest.raises(DataError, match=r"broken.png.*damaged or cut off"):
-        run(folder, "no", data="broken.jsonl")
-    with pytest.raises(DataError, match="has no encoder of image"):
-        tune(folder / "base", str(folder / "data.jsonl"), folder / "no", show_progress=False, use_cache=False)
-
-
-def test_damaged_directories_are_refused(place, tmp_path):
-    folder, _ = place
-    other = tmp_path / "other"
-    shutil.copytree(folder / "seeing", other)
-    entries = json.loads((other / "encoders.json").read_text())
-    for values, match in (
-        ([], "must hold a JSON object"),
-        ({"format": 9, "encoders": {}}, "must have format 1"),
-        ({"format": 1, "encoders": {"smell": {}}}, "encoders of"),
-        ({"format": 1, "encoders": {"image": {"x": 1}}}, "is inconsistent"),
-    ):
-        (other / "encoders.json").write_text(json.dumps(values))
-        with pytest.raises(BundleError, match=match):
-            read_encoders(other)
-    (other / "encoders.json").write_text(json.dumps(entries).replace('"num_layers": 2', '"num_layers": 1000000'))
-    with pytest.raises(BundleError, match="1000000 layers"):
-        encoder_pages(other)
-    (other / "encoders.json").write_text(json.dumps(entries))
-    tensors = load_file(other / "encoder-image.safetensors")
-    save_file({n: t for n, t in tensors.items() if n != "projector.0.bias"}, other / "encoder-image.safetensors")
-    with pytest.raises(BundleError, match=r"projector\.0\.bias"):
-        encoder_pages(other)
-    content = (folder / "seeing" / "encoder-image.safetensors").read_bytes()
-    (other / "encoder-image.safetensors").write_bytes(content[:-100])
-    with pytest.raises(BundleError, match="damaged"):
-        encoder_pages(other)
-
-
-def test_other_commands_know_the_directory(place, tmp_path, monkeypatch):
-    """A pull copies the encoder too; pruning would leave it out, and is refused."""
-    folder, _ = place
-    monkeypatch.setenv("MOTET_HOME", str(tmp_path))
-    copy = pull(str(folder / "seeing"), show_progress=False)
-    assert checkpoint_digest(copy) == checkpoint_digest(folder / "seeing")
-    assert encoder_pages(copy).keys() == {"image"}
-    (folder / "seeing" / "encoder-image.safetensors").rename(tmp_path / "aside")
-    try:
-        for reads in (checkpoint_digest, encoder_pages):
-            with pytest.raises(NotFoundError, match="names its encoder"):
-                reads(folder / "seeing")
-    finally:
-        (tmp_path / "aside").rename(folder / "seeing" / "encoder-image.safetensors")
-    with pytest.raises(UnsupportedModelError, match="only models of text are pruned"):
-        prune(folder / "seeing", tmp_path / "pruned", PruneParams(layers=3))
-
-
-def test_the_command(place, capsys):
-    """Options reach the run; those of encoders are refused by other methods."""
-    folder, _ = place
-    options = [
-        "--data",
-        str(folder / "data.jsonl"),
-        "--cache",
-        str(folder / "cache"),
-        "--epochs",
-        "1",
-        "--evaluations",
-        "1",
-    ]
-    called = ["tune", str(folder / "base"), "--out", str(folder / "called"), *options]
-    tower = f"image={folder / 'tower'}"
-    own = [
-        "--encoder",
-        tower,
-        "--pool",
-        "3",
-        "--placeholder",
-        "<audio>",
-        "--projector",
-        "linear",
-        "--precision",
-        "bf16",
-    ]
-    app([*called, "--method", "projector", *own], standalone_mode=False)
-    assert "nats per token" in capsys.readouterr().out
-    encoder = read_encoders(folder / "called")["image"]
-    assert (encoder.token, encoder.projector, encoder.rows_per_tile) == ("<audio>", "linear", 1)
-    for more, match in (
-        (["--method", "tail", "--pool", "3"], "pool: method 'tail' trains no encoder"),
-        (["--encoder", tower], "encoder: method 'tail' trains no encoder"),
-        (["--method", "projector", "--encoder", str(folder / "tower")], "takes image=SOURCE"),
-        (["--method", "projector", "--encoder", tower, "--encoder", tower], "each once"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            app([*called, *more], standalone_mode=False)

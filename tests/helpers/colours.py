@@ -13,6 +13,15 @@ from .models import write_model
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 230), "white": (235, 235, 235)}
 QUESTION = "which colour?"
 PLACEHOLDERS = ("<image>", "<audio>")
+TRAINING = {
+    "method": "projector",
+    "examples": 200,
+    "validation_examples": 32,
+    "epochs": 12,
+    "learning_rate": 3e-3,
+    "batch_tokens": 512,
+    "evaluations": 3,
+}
 
 
 def write_base(path: Path, steps: int = 150) -> Path:
@@ -134,3 +143,31 @@ def write_records(path: Path, files: list[tuple[str, str]], folder: str = "", me
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+def train_on_pictures(
+    folder: Path,
+    out: str,
+    params: object = None,
+    projector: object = None,
+    data: str = "data.jsonl",
+    encoders: object = None,
+    **options: object,
+) -> dict[str, object]:
+    """The manifest of a model in `folder` whose projector was trained, by default anew for the tower there, on its records."""
+    from motet.finetune.params import TuneParams
+    from motet.finetune.projector_params import ProjectorParams
+    from motet.finetune.training.trunk_cache import TrunkCache
+    from motet.finetune.training.tune_projector import tune_projector
+
+    return tune_projector(
+        folder / "base",
+        str(folder / data),
+        folder / out,
+        encoders={"image": folder / "tower"} if encoders is None else encoders,
+        params=params or TuneParams(**TRAINING),
+        projector=projector or ProjectorParams(pool=3),
+        cache=TrunkCache(folder / "cache"),
+        show_progress=False,
+        **options,
+    )
