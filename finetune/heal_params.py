@@ -25,6 +25,7 @@ class HealParams:
     test_examples: int = described(128, "Examples for the final figures, at most; they decide nothing.")
 
     def __post_init__(self) -> None:
+        self.base.check_makes_member()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
         if not (math.isfinite(self.hidden) and self.hidden >= 0):

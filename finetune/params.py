@@ -12,7 +12,8 @@ from ..runtime.api.config import described
 from ..runtime.errors import ConfigError
 from ..runtime.model.members import MemberKind
 
-METHODS = tuple(method for kind in MemberKind for method in kind.methods)
+PROJECTOR = "projector"  # it makes no member: an encoder of the base learns
+METHODS = (*(method for kind in MemberKind for method in kind.methods), PROJECTOR)
 
 _COUNTS = (
     "rank", "examples", "validation_examples", "epochs", "batch_tokens", "accumulate", "evaluations",
@@ -101,6 +102,12 @@ class TuneParams:
         self._check_private()
 
     def _check_method(self) -> None:
+        if self.method == PROJECTOR:
+            for name in ("layers", "head", "dropout"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name} is of the model's layers, and method 'projector' trains none; leave it out"
+                    )
         adapts = self.kind is MemberKind.ADAPTER
         if adapts and self.head:
             raise ConfigError(f"head cannot be trained with method '{self.method}': an adapter has no head")
@@ -129,8 +136,13 @@ class TuneParams:
 
     @property
     def kind(self) -> MemberKind:
-        """What the method makes."""
-        return MemberKind.of_method(self.method)
+        """What the method makes. A projector is a part of the base."""
+        return MemberKind.BASE if self.method == PROJECTOR else MemberKind.of_method(self.method)
+
+    def check_makes_member(self) -> None:
+        """Raises `ConfigError` for a method that makes no member."""
+        if self.method == PROJECTOR:
+            raise ConfigError("method 'projector' makes a model with an encoder and no member; use `motet tune` for it")
 
     def num_layers(self, of: int) -> int:
         """How many layers of a model with `of` layers are trained. Raises `ConfigError` if `layers` is more than that."""

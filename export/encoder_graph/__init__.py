@@ -13,6 +13,7 @@ import torch
 from ...runtime.api.config import EngineConfig
 from ...runtime.backends.onnx.sessions import open_session, pool_threads
 from ...runtime.checkpoints.encoders import OLD_TEMPLATE, encoder_pages, read_encoders
+from ...runtime.checkpoints.encoders.efficientnet import EfficientNetPage
 from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.encoders.siglip import SiglipPage
 from ...runtime.checkpoints.encoders.whisper import WhisperPage
@@ -21,6 +22,7 @@ from ...runtime.errors import BundleError, UnsupportedModelError
 from ...runtime.model.encoders import TEMPLATES, Encoder
 from ...runtime.text.tokenizer import Tokenizer
 from ..tensor_file import TensorFile
+from .efficientnet import EfficientNetWriter
 from .siglip import SiglipWriter
 from .whisper import WhisperWriter
 from .writer import EncoderWriter
@@ -28,6 +30,7 @@ from .writer import EncoderWriter
 WRITERS: Mapping[type[EncoderPage], type[EncoderWriter]] = {
     SiglipPage: SiglipWriter,
     WhisperPage: WhisperWriter,
+    EfficientNetPage: EfficientNetWriter,
 }
 TOLERANCE = 1e-4  # of a row's values, as a part of the largest
 
@@ -41,10 +44,11 @@ def write_encoders(model_dir: Path, work: Path) -> dict[str, Any]:
     tokenizer = Tokenizer.from_dir(model_dir)
     for medium, encoder in encoders.items():
         _check_tokens(medium, encoder, tokenizer)
-    return {medium: _write(medium, page, work) for medium, page in encoder_pages(model_dir).items()}
+    return {medium: write_encoder(medium, page, work) for medium, page in encoder_pages(model_dir).items()}
 
 
-def _write(medium: str, page: EncoderPage, work: Path) -> dict[str, Any]:
+def write_encoder(medium: str, page: EncoderPage, work: Path) -> dict[str, Any]:
+    """Write one encoder; its entry in a manifest. Raises `BundleError` if its graph computes something else."""
     graph, data = f"encoder-{medium}.onnx", f"encoder-{medium}.safetensors"
     kind = WRITERS[type(page)]
     with torch.no_grad():

@@ -19,7 +19,7 @@ class SiglipWriter(EncoderWriter):
     def __init__(self, page: EncoderPage, data: Path) -> None:
         super().__init__(page, data)
         assert isinstance(page, SiglipPage)
-        self._encoder = page.encoder
+        self._encoder, self._vision = page.encoder, page.vision
 
     @staticmethod
     def weights(page: EncoderPage) -> dict[str, Tensor]:
@@ -28,8 +28,9 @@ class SiglipWriter(EncoderWriter):
         return kept | {_POSITIONS: page.tower.positions()}
 
     def write(self, path: Path) -> None:
-        encoder, vision = self._encoder, self._encoder.vision
-        edge, patches = encoder.processor.tile_size, encoder.side**2
+        encoder, vision = self._encoder, self._vision
+        edge = encoder.processor.tile_size
+        side = edge // vision.patch_size
         pixels = self._input("pixels", TensorProto.FLOAT, ["tiles", 3, edge, edge])
         name = "tower.embeddings.patch_embedding"
         x = self._node(
@@ -37,21 +38,21 @@ class SiglipWriter(EncoderWriter):
             [pixels, self._stored(f"{name}.weight"), self._stored(f"{name}.bias")],
             strides=[vision.patch_size] * 2,
         )
-        x = self._node("Transpose", [self._reshaped(x, 0, vision.hidden_size, patches)], perm=[0, 2, 1])
+        x = self._node("Transpose", [self._reshaped(x, 0, vision.hidden_size, side**2)], perm=[0, 2, 1])
         x = self._node("Add", [x, self._stored(_POSITIONS)])
         for index in range(vision.num_layers):
             x = self._layer(x, f"tower.encoder.layers.{index}.")
         x = self._norm(x, "tower.post_layernorm", vision.norm_eps)
-        side, shuffle = encoder.side // vision.shuffle, vision.shuffle
+        side, shuffle = side // vision.shuffle, vision.shuffle
         x = self._reshaped(x, 0, side, shuffle, side, shuffle, vision.hidden_size)
         x = self._node("Transpose", [x], perm=[0, 1, 3, 2, 4, 5])
-        x = self._reshaped(x, 0, encoder.rows_per_tile, vision.hidden_size * shuffle**2)
-        rows = self._linear(x, "projector")
+        x = self._reshaped(x, 0, encoder.rows_per_tile, vision.width)
+        rows = self._projected(x, encoder)
         self._output(rows, "rows", TensorProto.FLOAT, ["tiles", encoder.rows_per_tile, vision.output_size])
         self._save(path, OPSET, microsoft=True)
 
     def _layer(self, x: str, name: str) -> str:
-        vision = self._encoder.vision
+        vision = self._vision
         normed = self._norm(x, f"{name}layer_norm1", vision.norm_eps)
         q, k, v = (self._linear(normed, f"{name}self_attn.{part}_proj") for part in "qkv")
         attended = self._node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=vision.num_heads)

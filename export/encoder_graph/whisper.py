@@ -36,11 +36,7 @@ class WhisperWriter(EncoderWriter):
             x = self._norm(self._node("ReduceMean", [x, self._ints(2)], keepdims=0), "tower.layer_norm", tower.norm_eps)
         else:
             x = self._reshaped(self._norm(x, "tower.layer_norm", tower.norm_eps), 0, -1, encoder.width)
-        if encoder.projector == "mlp":
-            x = self._linear(self._node("Gelu", [self._linear(x, "projector.0")]), "projector.2")
-        else:
-            x = self._linear(x, "projector")
-        self._output(x, "rows", TensorProto.FLOAT, ["sounds", "rows", encoder.output_size])
+        self._output(self._projected(x, encoder), "rows", TensorProto.FLOAT, ["sounds", "rows", encoder.output_size])
         self._save(path, OPSET, microsoft=True)
 
     def _convolution(self, x: str, name: str, stride: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...runtime.checkpoints.encoders.page import EncoderPage
+from ...runtime.model.encoders import Encoder
 from ...runtime.model.stored import stored_tensors
 from ..graph_nodes import MICROSOFT, NodeWriter, in_file
 
@@ -36,3 +37,8 @@ class EncoderWriter(NodeWriter):
         product = self._node("FusedMatMul", [x, self._stored(f"{name}.weight")], domain=MICROSOFT, transB=1)
         bias = f"{name}.bias"
         return self._node("Add", [product, self._stored(bias)]) if bias in self.tensors else product
+
+    def _projected(self, x: str, encoder: Encoder) -> str:
+        if encoder.projector == "linear":
+            return self._linear(x, "projector")
+        return self._linear(self._node("Gelu", [self._linear(x, "projector.0")]), "projector.2")

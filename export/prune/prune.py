@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.checkpoints.huggingface import Weights, checkpoint_digest, open_weights, read_config
+from ...runtime.checkpoints.own_encoders import own_files
 from ...runtime.checkpoints.pruned import FORMAT, MEMBERS, RECORD, Origin, check_output, earlier_origins
 from ...runtime.checkpoints.rewrite import copy_texts, plain_places, write_weights
 from ...runtime.checkpoints.weight_files import read_json
-from ...runtime.errors import ConfigError, DataError
+from ...runtime.errors import ConfigError, DataError, UnsupportedModelError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.files import new_directory
 from ...runtime.model.layout import decoder_layout
@@ -48,6 +49,10 @@ def prune(
     `UnsupportedModelError` (the family's config.json cannot describe it), `DataError` (no text), and what `open_weights` raises.
     """
     config = read_config(model_dir)
+    if own_files(model_dir):
+        raise UnsupportedModelError(
+            f"'{model_dir}' has an encoder beside its decoder, and only models of text are pruned"
+        )
     members = read_members(model_dir, config, tails or {}, loras or {})
     check_apart(out, model_dir, *vocabulary, *(member.path for member in members))
     check_output(out, healed=False)

@@ -1,4 +1,5 @@
-"""Seeded augmentation: it changes the words of an example's last message, before the chat template; the answer stays.
+"""Seeded augmentation: it changes the words of an example's last message, before the chat template; the answer and all media
+stay.
 
 token-dropout   each word is left out with a probability of one in ten
 span-mask       one run of words, a tenth of all, is replaced by "…"
@@ -12,7 +13,7 @@ import random
 import re
 
 from .built_in import CODE_INSTRUCTION, DOCS_INSTRUCTION
-from .example import Example
+from .example import Example, parts_of
 
 SHARE = 0.1
 _PARAPHRASES = {
@@ -34,8 +35,14 @@ def augment(example: Example, how: str, rng: random.Random) -> Example:
     if how == "none" or not example.messages:
         return example
     *before, last = example.messages
-    text = {"token-dropout": _drop, "span-mask": _mask, "paraphrase": _paraphrase}[how](last["content"], rng)
-    return dataclasses.replace(example, messages=(*before, {**last, "content": text}))
+    change = {"token-dropout": _drop, "span-mask": _mask, "paraphrase": _paraphrase}[how]
+    parts = parts_of(last)
+    at = max((i for i, part in enumerate(parts) if part["type"] == "text"), default=None)
+    if at is None:
+        return example
+    parts[at] = {**parts[at], "text": change(parts[at]["text"], rng)}
+    content = parts[at]["text"] if isinstance(last["content"], str) else parts
+    return dataclasses.replace(example, messages=(*before, {**last, "content": content}))
 
 
 def _drop(text: str, rng: random.Random) -> str:

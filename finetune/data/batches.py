@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .encode import Encoded
+from ...runtime.checkpoints.decoder import Decoder
+from .encode import EmbeddedRows, Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,21 @@ class TrainBatch:
     @property
     def num_targets(self) -> int:
         return sum(item.encoded.num_targets for item in self.items)
+
+
+def embed(
+    decoder: Decoder,
+    items: Sequence[Encoded],
+    length: int | None = None,
+    rows_of: Callable[[EmbeddedRows], Tensor] = EmbeddedRows.rows,
+) -> Tensor:
+    """[B, S, hidden]: what enters the first layer for all tokens but each example's last, padded at the end, to `length` if it
+    is given. `rows_of`: the rows [rows, hidden] of embedded ones."""
+    tokens = torch.zeros(len(items), length or max(len(item.token_ids) for item in items) - 1, dtype=torch.long)
+    for row, item in enumerate(items):
+        tokens[row, : len(item.token_ids) - 1] = torch.tensor(item.token_ids[:-1])
+    spans = [(row, part.start, rows_of(part)) for row, item in enumerate(items) for part in item.embedded]
+    return decoder.embed(tokens.to(decoder.model.embed_tokens.weight.device), spans)
 
 
 def make_batch(items: Sequence[Item]) -> TrainBatch:

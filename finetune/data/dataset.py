@@ -145,7 +145,12 @@ def _chunks(token_ids: list[int], num_tokens: int, size: int) -> list[list[int]]
 
 
 def encode_prompt(tokenizer: Tokenizer, example: Example) -> list[int]:
-    """Token ids of the conversation up to the answer; none for plain text. Without a chat template, the texts joined."""
+    """Token ids of the conversation up to the answer; none for plain text. Without a chat template, the texts joined. Raises
+    `DataError` for a conversation with media."""
+    if example.media:
+        raise DataError(
+            f"the example from '{example.source}' holds an {example.media[0].kind}; only texts are taken here"
+        )
     if not example.messages:
         return []
     if tokenizer.has_chat_template:

@@ -8,9 +8,10 @@ A record of JSONL, JSON or Parquet has one of these, the first that it has:
     instruction, output     Alpaca's, and perhaps `input`, `system`, `history` (pairs of instruction and output)
     text                    plain text: all of it is the answer
 
-It may have an `id`, which must be unique, and a `source`, the document that it comes from (default: the id, else the
-record's number). An answer must have text. Plain text files (.txt, .md, .rst, or a folder of them) are cut between
-paragraphs. A byte order mark at the start of a file is left out.
+It may have an `id`, which must be unique, and a `source`, the document that it comes from (default: the id, else its media,
+else the record's number). It may have `image` and `audio`, paths of files (see `media_parts`). An answer must have text.
+Plain text files (.txt, .md, .rst, or a folder of them) are cut between paragraphs. A byte order mark at the start of a file
+is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ...runtime.api.prompt import Message
 from ...runtime.errors import DataError, NotFoundError
 from .built_in import BUILT_IN
 from .example import Example, user
+from .media_parts import KINDS, read_parts, with_media
 
 EXPECTED = (
     '{"prompt": text, "completion": text}, {"messages": [{"role", "content"}, …, the answer]}, '
@@ -53,7 +56,8 @@ def read_examples(path: Path) -> Iterator[Example]:
         elif path.suffix in TEXT_SUFFIXES:
             yield from _text_examples(path, path.name)
         else:
-            yield from _record_examples(_parquet_records(path) if path.suffix == ".parquet" else _json_records(path))
+            records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
+            yield from _record_examples(records, path.parent)
     except OSError as error:
         raise DataError(f"'{error.filename or path}' cannot be read: {error.strerror or error}") from error
 
@@ -67,10 +71,10 @@ def _folder_examples(path: Path) -> Iterator[Example]:
         yield from _text_examples(file, name)
 
 
-def _record_examples(records: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
+def _record_examples(records: Iterator[tuple[str, dict[str, Any]]], folder: Path) -> Iterator[Example]:
     seen: dict[str, str] = {}
     for number, (where, record) in enumerate(records, 1):
-        yield _example(record, where, str(number), seen)
+        yield _example(record, where, str(number), seen, folder)
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -126,24 +130,31 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"'{path}' is no Parquet file, or damaged after row {number}: {error}") from error
 
 
-def _example(record: dict[str, Any], where: str, number: str, seen: dict[str, str]) -> Example:
-    """Check a record and make its example. `seen`: id → where it was read; the record's id is added."""
+def _example(record: dict[str, Any], where: str, number: str, seen: dict[str, str], folder: Path) -> Example:
+    """Check a record and make its example. `seen`: id → where it was read; the record's id is added. `folder`: that of the
+    records' file, to which paths are relative."""
     if "id" in record:
         identity = str(record["id"])
         if identity in seen:
             raise DataError(f"{where}: the id '{identity}' is also at {seen[identity]}; ids must be unique")
         seen[identity] = where
-    source = next((str(record[key]) for key in ("source", "id") if str(record.get(key, "")) != ""), number)
+    source = next((str(record[key]) for key in ("source", "id") if str(record.get(key, "")) != ""), "")
     if record.keys() >= {"text"} and not _conversation_keys(record):
+        if record.keys() & set(KINDS):
+            raise DataError(f"{where}: a plain text has no message for an image or audio; write a conversation")
+        source = source or number
         return Example((), _answer(_text(record, "text", where), where), source)
     if record.get("tools"):
         raise DataError(f"{where}: 'tools' is not supported; describe them in the system message, or leave them out")
-    *conversation, last = _conversation(record, where)
+    *conversation, last = _conversation(record, where, folder)
     if last["role"] != "assistant":
         raise DataError(f"{where}: the last message must be the assistant's; expected {EXPECTED}")
     if not conversation:
         raise DataError(f"{where}: there is an answer, but no message before it; expected {EXPECTED}")
-    return Example(tuple(conversation), _answer(last["content"], where), source)
+    conversation = with_media(conversation, record, folder, where)
+    example = Example(tuple(conversation), _answer(last["content"], where), source)
+    by_media = " ".join(file.digest for file in example.media)  # records about the same files are one document
+    return example if source else replace(example, source=by_media or number)
 
 
 def _conversation_keys(record: dict[str, Any]) -> str:
@@ -154,15 +165,15 @@ def _conversation_keys(record: dict[str, Any]) -> str:
     return ""
 
 
-def _conversation(record: dict[str, Any], where: str) -> list[Message]:
+def _conversation(record: dict[str, Any], where: str, folder: Path) -> list[Message]:
     keys = _conversation_keys(record)
     if keys == "messages":
-        return _messages(record, "messages", where)
+        return _messages(record, "messages", where, folder)
     if keys == "conversations":
-        return [*_system(record, where), *_messages(record, "conversations", where)]
+        return [*_system(record, where), *_messages(record, "conversations", where, folder)]
     if keys == "prompt completion":
         if isinstance(record["prompt"], list):
-            return _messages(record, "prompt", where) + _messages(record, "completion", where)
+            return _messages(record, "prompt", where, folder) + _messages(record, "completion", where, folder)
         return [*user(_text(record, "prompt", where)), _assistant(_text(record, "completion", where))]
     if keys == "instruction output":
         return _alpaca(record, where)
@@ -191,23 +202,23 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _messages(record: dict[str, Any], key: str, where: str) -> list[Message]:
+def _messages(record: dict[str, Any], key: str, where: str, folder: Path) -> list[Message]:
     found = record[key]
     if not isinstance(found, list) or not found:
         raise DataError(f"{where}: {key} must be a list of messages; expected {EXPECTED}")
-    return [_message(message, f"{where}, {key} {number}") for number, message in enumerate(found, 1)]
+    return [_message(message, f"{where}, {key} {number}", folder) for number, message in enumerate(found, 1)]
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, where: str, folder: Path) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}: a {type(message).__name__}; a message is an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
     role = given.pop("role", None) or _SHAREGPT_ROLES.get(str(given.get("from")))
     content = given.pop("content", given.get("value"))
-    if role not in _ROLES or not isinstance(content, str):
+    if role not in _ROLES or not isinstance(content, str | list):
         raise DataError(
-            f"{where}: a message has a role (one of {', '.join(_ROLES)}) and a content, a text; ShareGPT's have from (one "
-            f"of {', '.join(_SHAREGPT_ROLES)}) and value; got {sorted(map(str, message))}, role "
+            f"{where}: a message has a role (one of {', '.join(_ROLES)}) and a content, a text or parts; ShareGPT's have from "
+            f"(one of {', '.join(_SHAREGPT_ROLES)}) and value; got {sorted(map(str, message))}, role "
             f"{message.get('role', message.get('from'))!r}"
         )
     for key in ("tool_calls", "weight"):
@@ -215,7 +226,7 @@ def _message(message: Any, where: str) -> Message:
             raise DataError(
                 f"{where}: '{key}' of a message is not supported; write calls as the content, or leave it out"
             )
-    return {"role": role, "content": content}
+    return {"role": role, "content": content if isinstance(content, str) else read_parts(content, role, folder, where)}
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:

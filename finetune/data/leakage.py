@@ -1,9 +1,9 @@
 """Near-duplicates between the training set and the held-out sets.
 
-Two examples are near-duplicates if their sets of word 5-grams have a Jaccard similarity of at least 0.8, as in Lee et al.
-2022, and short ones if they are equal. 5-grams that many examples share (an instruction, a system prompt) do not count:
-they say nothing about an example. The search is exact: it uses an inverted index of the held-out examples' 5-grams, not a
-random sketch.
+Two examples with the same media, or none, are near-duplicates if their sets of word 5-grams have a Jaccard similarity of at
+least 0.8, as in Lee et al. 2022, and short ones if they are equal. 5-grams that many examples share (an instruction, a system
+prompt) do not count: they say nothing about an example. The search is exact: it uses an inverted index of the held-out
+examples' 5-grams, not a random sketch.
 """
 
 from __future__ import annotations
@@ -67,10 +67,19 @@ def _similar(ngrams: set[int], index: dict[int, list[int]], sizes: Sequence[int]
 
 
 def _text(example: Example) -> str:
-    """The text by which examples are equal: its case and its spaces do not count."""
-    return " ".join(f"{example.prompt} {example.completion}".lower().split())
+    """The text by which examples are equal: its case and its spaces do not count, media are named by their digests."""
+    return " ".join(f"{_media(example)} {_words(example)}".split())
+
+
+def _words(example: Example) -> str:
+    return f"{example.prompt} {example.completion}".lower()
+
+
+def _media(example: Example) -> str:
+    return " ".join(file.digest for file in example.media)
 
 
 def _ngrams(example: Example) -> set[int]:
-    tokens = _TOKENS.findall(_text(example))
-    return {hash(tuple(tokens[i : i + _NGRAM])) for i in range(len(tokens) - _NGRAM + 1)}
+    """Those of examples with different media differ: the same question about another image is another example."""
+    tokens, media = _TOKENS.findall(_words(example)), _media(example)
+    return {hash((media, *tokens[i : i + _NGRAM])) for i in range(len(tokens) - _NGRAM + 1)}

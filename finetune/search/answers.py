@@ -18,7 +18,7 @@ from ...runtime.checkpoints.members.files import check_base, first_layer
 from ...runtime.checkpoints.members.registry import format_at
 from ...runtime.errors import BundleError
 from ...runtime.model.members import MemberKind
-from ..data.batches import Item, make_batch, plan
+from ..data.batches import Item, embed, make_batch, plan
 from ..data.encode import encoded_digest
 from ..data.example import Split
 from ..params import TuneParams
@@ -107,12 +107,10 @@ def _states(decoder: Decoder, items: Sequence[Item], split: int) -> Tensor:
     for chosen in plan([len(item.encoded.token_ids) for item in items], 2048, None):
         batch = make_batch([items[i] for i in chosen])
         cached = [item.hidden for item in batch.items if item.hidden is not None]
-        tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]
-        pad = torch.nn.utils.rnn.pad_sequence
         if cached:
-            hidden = pad(cached, batch_first=True).float()
+            hidden = torch.nn.utils.rnn.pad_sequence(cached, batch_first=True).float()
         else:  # no cache, or an adapter on the first layer
-            hidden = decoder.run_layers(decoder.embed(pad(tokens, batch_first=True)), 0, split)
+            hidden = decoder.run_layers(embed(decoder, [item.encoded for item in batch.items]), 0, split)
         last = decoder.config.num_layers
         states = decoder.norm(decoder.run_layers(hidden, split, last, positions=batch.positions))
         for row, index in enumerate(chosen):

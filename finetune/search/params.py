@@ -69,6 +69,7 @@ class SearchParams:
         return self.objective == "trial" if self.prune is None else self.prune
 
     def __post_init__(self) -> None:
+        self.base.check_makes_member()
         if self.objective not in ("trial", "ensemble"):
             raise ConfigError(f"objective must be trial or ensemble, got '{self.objective}'")
         if self.members < 1 or (self.members != 4 and self.objective == "trial"):
@@ -124,6 +125,7 @@ class DistilParams:
     test_examples: int = described(128, "Examples for the final figures, at most; they decide nothing.")
 
     def __post_init__(self) -> None:
+        self.base.check_makes_member()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
         if self.test_examples < 1:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ...runtime.api.request import Ensemble, Space
 from ...runtime.backends.base import F32, Backend
-from ...runtime.errors import BundleError
+from ...runtime.errors import BundleError, DataError
 from ...runtime.model.bundle import Bundle
 from ..data.dataset import Dataset
 from ..data.encode import Encoded
@@ -20,7 +20,12 @@ _ROWS = 64  # tokens of all members at once: at most 64 × members × vocabulary
 
 def check_training_data(bundle: Bundle, dataset: Dataset, what: str) -> None:
     """Raises `BundleError` if a member was trained on another version or split of the data set, so that its training examples
-    may be among those on which something is measured or fitted; `what`: which examples those are."""
+    may be among those on which something is measured or fitted; `what`: which examples those are. Raises `DataError` for a data
+    set with images or sounds: a bundle's logits are read for texts alone here."""
+    if any(example.media for part in dataset.splits.values() for example in part):
+        raise DataError(
+            f"'{dataset.spec}' holds images or sounds, and only texts can be among those {what}; give other data"
+        )
     for member in bundle.manifest["members"]:
         data = member["provenance"].get("data", {})
         if data.get("name") == dataset.name and data.get("digest") != dataset.digest:

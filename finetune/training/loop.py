@@ -153,7 +153,7 @@ class TuneModule(pl.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {f"learner.decoder.{n}": t for n, t in self.learner.state().items()}
+        checkpoint["state_dict"] = {f"learner.{self.learner.prefix}.{n}": t for n, t in self.learner.state().items()}
         checkpoint["motet"] = {
             "losses": self.losses,
             "history": [list(entry) for entry in self.history],

@@ -5,6 +5,8 @@ lora    low-rank adapters beside chosen projections     → an adapter (PEFT, Ma
 qlora   the same over a base in NF4                     → an adapter (bitsandbytes; Dettmers et al. 2023)
 full    all layers and the final norm                   → a tail of all layers
 
+The method projector trains none of them (see `projector`).
+
 The embedding is not trained. The head is trained only with `TuneParams.head`: members of an ensemble share one head.
 """
 
@@ -29,7 +31,7 @@ from ...runtime.errors import ConfigError, MissingPackageError, UnavailableError
 from ...runtime.model.config import DecoderConfig
 from ...runtime.model.layout import decoder_layout
 from ...runtime.model.members import MemberKind
-from ..data.batches import Item, TrainBatch, make_batch
+from ..data.batches import Item, TrainBatch, embed, make_batch
 from ..params import TuneParams
 from .trunk_cache import run_trunk
 
@@ -39,8 +41,11 @@ Base = Mapping[str, Tensor]
 class Learner(nn.Module):
     """A decoder with a part that is trained. `split`: the first layer that is trained or adapted."""
 
+    prefix = "decoder"  # the module whose parameters `trained` names
+
     def __init__(self, config: DecoderConfig, base: Base, params: TuneParams) -> None:
         super().__init__()
+        params.check_makes_member()
         self.params = params
         self.split = config.num_layers - params.num_layers(config.num_layers)
         self.adapts = params.kind is MemberKind.ADAPTER
@@ -119,8 +124,7 @@ class Learner(nn.Module):
     def _inputs(self, batch: TrainBatch) -> Tensor:
         """[B, S, hidden] float32: the input of the first trained layer."""
         if self.split == 0:
-            tokens = [torch.tensor(item.encoded.token_ids[:-1]) for item in batch.items]
-            return self.decoder.embed(nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device))
+            return embed(self.decoder, [item.encoded for item in batch.items])
         known = [item.hidden for item in batch.items if item.hidden is not None]
         if len(known) == len(batch.items):
             return nn.utils.rnn.pad_sequence(known, batch_first=True).to(self.device, torch.float32)

@@ -13,6 +13,7 @@ import torch
 
 from ... import __version__, finetune, runtime
 from ..data.dataset import Dataset
+from ..params import PROJECTOR
 
 CARD = "README.md"
 _PACKAGES = ("torch", "pytorch-lightning", "peft", "optuna", "opacus", "tokenizers", "numpy", "bitsandbytes")
@@ -118,8 +119,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         + ", ".join(f"{n} {v}" for n, v in manifest["environment"]["versions"].items())
         + ".",
         "",
-        "`motet repro DIR` runs it again and compares the figures.",
-        "",
+        *([] if settings["method"] == PROJECTOR else ["`motet repro DIR` runs it again and compares the figures.", ""]),
     ]
     return "\n".join(lines)
 

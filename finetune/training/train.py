@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...runtime.checkpoints.encoders import encoder_pages, read_encoders
+from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.huggingface import checkpoint_digest, eos_token_ids, read_config, read_weights
 from ...runtime.checkpoints.members.registry import FORMATS
 from ...runtime.errors import DataError
@@ -25,6 +27,7 @@ from ..data.batches import Item, make_batch, plan, training_plan
 from ..data.dataset import load_dataset
 from ..data.encode import DataReport, Encoded, encode_parts, encoded_digest
 from ..data.example import Split
+from ..data.features import MediaFeatures
 from ..params import NearDuplicates, TuneParams
 from .loop import KEY, Outcome, TuneModule, Watch, cut, fit, open_work
 from .methods import Learner, check_targets, make_trunk
@@ -44,7 +47,8 @@ class RunData:
 
 
 class Workbench:
-    """A base model and a data set. If `cache` is None, the trunk is run anew for every batch."""
+    """A base model and a data set. If `cache` is None, the trunk is run anew for every batch. `pages`: encoders by medium;
+    default: the model's own."""
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Workbench:
         data: str,
         cache: TrunkCache | None,
         near_duplicates: NearDuplicates = NearDuplicates.DROP,
+        pages: Mapping[str, EncoderPage] | None = None,
     ) -> None:
         self.model_dir = model_dir
         self.data = data
@@ -59,8 +64,15 @@ class Workbench:
         self.config = read_config(model_dir)
         self.digest = checkpoint_digest(model_dir)
         self.dataset = load_dataset(data, near_duplicates)
-        self.tokenizer = Tokenizer.from_dir(model_dir)
+        known = read_encoders(model_dir) if pages is None else {medium: page.encoder for medium, page in pages.items()}
+        control = [token for encoder in known.values() for token in encoder.control_tokens]
+        self.tokenizer = Tokenizer.from_dir(model_dir, control)  # as a server has it
         self.tokenizer.check_ids(self.config.vocab_size)
+        self.media: MediaFeatures | None = None
+        if known and any(example.media for part in self.dataset.splits.values() for example in part):
+            self.media = MediaFeatures(
+                encoder_pages(model_dir) if pages is None else pages, None if cache is None else cache.features
+            )
         self._base: dict[str, Tensor] = {}
 
     @property
@@ -70,11 +82,21 @@ class Workbench:
             self._base = read_weights(self.model_dir)
         return self._base
 
-    def encode(self, params: TuneParams, counts: dict[Split, int]) -> tuple[dict[Split, list[Encoded]], DataReport]:
-        """The first examples of each split that fit, encoded, and the report on them. Raises `DataError`."""
+    def encode(
+        self,
+        params: TuneParams,
+        counts: dict[Split, int],
+        on_progress: Callable[[str, int, int], None] = lambda _what, _count, _total: None,
+    ) -> tuple[dict[Split, list[Encoded]], DataReport]:
+        """The first examples of each split that fit, encoded, and the report on them. `on_progress`: see `load`. Raises
+        `DataError`."""
         params = params.fitted(self.config.max_position_embeddings)
         end = eos_token_ids(self.model_dir, self.tokenizer.eos_token_id)[:1]
-        return encode_parts(self.tokenizer, self.dataset, counts, params, end)
+        try:
+            return encode_parts(self.tokenizer, self.dataset, counts, params, end, self.media, on_progress)
+        finally:
+            if self.media is not None:
+                self.media.close()
 
     def load(
         self,
@@ -84,10 +106,10 @@ class Workbench:
     ) -> RunData:
         """Encode examples, with the trunk's hidden states if there is a cache and a trunk.
 
-        `on_progress(what, items more, items in all)` is called as hidden states are computed. Raises `DataError`, and what
-        the cache raises.
+        `on_progress(what, items more, items in all)` is called as media and hidden states are computed. Raises `DataError`,
+        and what the cache raises.
         """
-        encoded, report = self.encode(params, counts)
+        encoded, report = self.encode(params, counts, on_progress)
         split = self.config.num_layers - params.num_layers(self.config.num_layers)
         parts = {part: self._items(part, items, split, on_progress) for part, items in encoded.items()}
         return RunData(parts, report)
@@ -127,6 +149,7 @@ def tune(
     finite), `UnavailableError` (a full disk), `MissingPackageError`.
     """
     params, config = params or TuneParams(), read_config(model_dir)
+    params.check_makes_member()
     params.num_layers(config.num_layers)  # fail early: check before loading weights
     params.fitted(config.max_position_embeddings)
     check_targets(config, params)
@@ -170,7 +193,8 @@ def run(
     loaded = loaded or bench.load(params, counts, progress.advance)
     train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
     work = work_dir(out)
-    FORMATS[params.kind].check_replaceable(out)
+    if params.kind in FORMATS:
+        FORMATS[params.kind].check_replaceable(out)
     all_that_counts = {
         **(key or {}),
         "params": params.to_dict(),

@@ -1,6 +1,6 @@
 """The trunk cache: the outputs of the frozen layers for every example, computed once and read by every trial.
 
-An entry is a directory, named by a digest of (base model, split layer, token ids of all examples). So another model,
+An entry is a directory, named by a digest of (base model, split layer, token ids and media of all examples). So another model,
 split, tokenizer, template, data set or augmentation has another entry, and a stale entry is never used:
 
     hidden.bin     bfloat16 rows [tokens, hidden], memory-mapped; examples in order of length
@@ -30,7 +30,9 @@ from ...runtime.checkpoints.decoder import Decoder
 from ...runtime.checkpoints.store import models_dir
 from ...runtime.errors import ConfigError, UnavailableError
 from ...runtime.model.files import put_in_place, remove_directory
+from ..data.batches import embed
 from ..data.encode import Encoded, encoded_digest
+from ..data.feature_cache import FeatureCache
 
 FORMAT = 2
 CHUNK = 8  # examples that are computed, written and checked together
@@ -38,6 +40,7 @@ CHUNK = 8  # examples that are computed, written and checked together
 # same bits in any batch.
 BLOCK = 32
 DEFAULT_BYTES = 8 << 30
+_FEATURES = "features"
 
 
 def cache_dir() -> Path:
@@ -51,6 +54,11 @@ class TrunkCache:
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
         self.root = cache_dir() if root is None else root
         self.max_bytes = max_bytes
+
+    @property
+    def features(self) -> FeatureCache:
+        """What towers make of images and sounds, beside it, with the same bound."""
+        return FeatureCache(self.root / _FEATURES, self.max_bytes)
 
     def hidden(
         self,
@@ -159,7 +167,9 @@ class TrunkCache:
                 f"the trunk cache may hold {self.max_bytes / 1e9:.2f} GB, this data set takes {size / 1e9:.2f} GB; "
                 "raise --cache-gb, or take fewer or shorter examples"
             )
-        entries = [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(path.name)]
+        entries = [
+            p for p in self.root.iterdir() if p.is_dir() and p.name != _FEATURES and not p.name.startswith(path.name)
+        ]
         sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in entries}
         for entry in sorted(entries, key=lambda p: p.stat().st_mtime):
             if size + sum(sizes.values()) <= self.max_bytes:
@@ -206,12 +216,9 @@ def _compute(trunk: Decoder, items: Sequence[Encoded], start: int, split: int, k
 def run_trunk(trunk: Decoder, items: Sequence[Encoded], split: int) -> Tensor:
     """[B, S, hidden]: the input of layer `split`, padded at the end; attention is causal, so padding changes
     nothing."""
-    lengths = [len(item.token_ids) - 1 for item in items]
-    tokens = torch.zeros(len(items), _whole_blocks(trunk, max(lengths)), dtype=torch.long)
-    for row, item in enumerate(items):
-        tokens[row, : lengths[row]] = torch.tensor(item.token_ids[:-1])
-    tokens = tokens.to(trunk.model.embed_tokens.weight.device)
-    return trunk.run_layers(trunk.embed(tokens), 0, split)[:, : max(lengths)]
+    longest = max(len(item.token_ids) for item in items) - 1
+    hidden = embed(trunk, items, _whole_blocks(trunk, longest))
+    return trunk.run_layers(hidden, 0, split)[:, :longest]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ slice of it can be run: `embed` → `run_layers(…, 0, split)` is the trunk, `r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -239,8 +239,11 @@ class Decoder(nn.Module):
                     states = [self.run_layers(hidden, index, index + 1) for hidden in states]
         return [hidden[0] for hidden in states]
 
-    def embed(self, token_ids: Tensor) -> Tensor:  # [B, S] → [B, S, hidden]
+    def embed(self, token_ids: Tensor, spans: Iterable[tuple[int, int, Tensor]] = ()) -> Tensor:
+        """[B, S] → [B, S, hidden]. `spans`: (example, start, rows [n, hidden]) that come in the place of n tokens' embeddings."""
         hidden: Tensor = self.model.embed_tokens(token_ids) * self.config.embedding_scale
+        for example, start, rows in spans:
+            hidden[example, start : start + len(rows)] = rows.to(hidden)
         if self.config.positions == "learned":
             hidden = hidden + self.model.embed_positions(torch.arange(token_ids.shape[1], device=token_ids.device))
         return hidden

@@ -16,6 +16,7 @@ from ..model.families import FAMILIES, decoder_config
 from ..model.files import file_digest
 from ..model.layout import EMBEDDING, HEAD, Layout, decoder_layout
 from .fused import split_rows
+from .own_encoders import own_files
 from .quantised import OLD_SETTINGS, method_of, with_old_settings
 from .quantised.method import Method
 from .weight_files import DTYPES, FLOATS, Stored, open_tensors, read_json, read_tensor, weight_files
@@ -55,10 +56,11 @@ def eos_token_ids(model_dir: Path, tokenizer_eos: int | None, vocab_size: int | 
 
 
 def checkpoint_digest(model_dir: Path) -> str:
-    """SHA-256 over the configuration and the weight files. Directories with the same digest hold the same model."""
+    """SHA-256 over the configuration and the weight files, those of encoders beside the model too. Directories with the same
+    digest hold the same model."""
     digest = hashlib.sha256()
     old = [path] if (path := Path(model_dir) / OLD_SETTINGS).is_file() else []
-    for path in (Path(model_dir) / "config.json", *old, *weight_files(model_dir)):
+    for path in (Path(model_dir) / "config.json", *old, *weight_files(model_dir), *own_files(Path(model_dir))):
         digest.update(file_digest(path).encode())
     return digest.hexdigest()
 

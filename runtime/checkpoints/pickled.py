@@ -40,7 +40,7 @@ def rewrite_pickled(files: list[Path], out: Path, on_file: Callable[[Path], None
     places: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = _read(file)
+        tensors = read_pickled(file)
         twice = sorted(set(tensors) & set(places))
         if twice:
             raise BundleError(f"'{file}' stores {twice[:3]}, and so does another shard; download the model again")
@@ -53,7 +53,9 @@ def rewrite_pickled(files: list[Path], out: Path, on_file: Callable[[Path], None
     (out / SHARDS).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled file, by name. Raises `UnsupportedModelError` if it holds anything else, `BundleError` if it is
+    damaged."""
     try:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -18,11 +18,13 @@ from typing import Any
 from rich.progress import Progress
 
 from ..errors import BundleError, MotetError, NotFoundError, UnavailableError, UnsupportedModelError
+from ..model.encoders import KINDS
 from ..model.files import check_space, file_digest
 from . import hub
 from .encoders import OLD_TEMPLATE, PROCESSORS
 from .gguf import convert_gguf
 from .huggingface import read_weights
+from .own_encoders import OWN, own_files, weights_file
 from .pickled import INDEX, pickled_files, rewrite_pickled
 from .quantised import OLD_SETTINGS
 from .sentencepiece_tokenizer import write_sentencepiece
@@ -36,7 +38,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _KEPT = (
     *("config.json", "generation_config.json", OLD_SETTINGS),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    *(*PROCESSORS, OLD_TEMPLATE),  # of models with an encoder
+    *(*PROCESSORS, OLD_TEMPLATE, OWN),  # of models with an encoder
 )
 
 
@@ -156,6 +158,8 @@ def _chosen(model: hub.HubModel) -> list[hub.HubFile]:
         weights += [INDEX] if INDEX in by_name else []
     if not weights:
         raise NotFoundError(f"'{model.source}' has no model.safetensors, {SHARDS} or pytorch_model.bin on the hub")
+    if OWN in by_name:
+        weights += [weights_file(medium) for medium in KINDS]
     tokenizer = _tokenizer_names(model.source, by_name.keys())
     return [by_name[name] for name in dict.fromkeys([*_KEPT, *tokenizer, *weights]) if name in by_name]
 
@@ -187,7 +191,8 @@ def _model_files(directory: Path) -> list[Path]:
     present = {path.name for path in directory.iterdir() if path.is_file()}
     names = [*_KEPT, SHARDS, INDEX, *_tokenizer_names(directory, present)]
     others = [directory / name for name in names if name in present]
-    return [*(_pickled(directory) or weight_files(directory)), *others]
+    encoders = [path for path in own_files(directory) if path.name != OWN]
+    return [*(_pickled(directory) or weight_files(directory)), *encoders, *others]
 
 
 def _written(files: Sequence[Path]) -> int:

@@ -27,7 +27,7 @@ from .kind import F32, Dims, MediumKind
 from .sounds import SoundKind
 
 DECODERS = 2  # processes, and requests with media that are read at once
-_KINDS: Mapping[str, type[MediumKind]] = {kind.medium: kind for kind in (ImageKind, SoundKind)}
+MEDIA_KINDS: Mapping[str, type[MediumKind]] = {kind.medium: kind for kind in (ImageKind, SoundKind)}
 _SHARED = "media_cache_bytes"  # the setting that is of no medium alone
 
 
@@ -40,7 +40,7 @@ def open_media(bundle: Bundle, config: EngineConfig, backend: Backend) -> MediaR
         return no_media(config, f"media need backend cpu, and backend {backend.name} serves '{bundle.name}'")
     kinds, refused = [], {medium: f"'{bundle.name}' has no encoder of {medium}" for medium in KINDS}
     for medium, encoder in bundle.encoders.items():
-        kind = _KINDS[medium](encoder, config)
+        kind = MEDIA_KINDS[medium](encoder, config)
         missing = [name for module, name in kind.packages if find_spec(module) is None]
         if missing:
             refused[medium] = (

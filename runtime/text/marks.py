@@ -79,9 +79,7 @@ class ControlTokens:
 def filled(text: str, marks: Marks | None, placeholders: Collection[str], media: Sequence[tuple[str, str]]) -> str:
     """A rendered conversation with what `media` have (each its placeholder, and the text for it) in the places of placeholders
     that the template wrote: those without marks. Raises `InvalidRequestError` if these are others."""
-    own = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
-    pattern = own if marks is None else f"{marks[0]}(?:{own}){marks[1]}|{own}"
-    written = [found[0] for found in re.finditer(pattern, text) if found[0] in placeholders]
+    pattern, written = _pattern(marks, placeholders), written_placeholders(text, marks, placeholders)
     if written != [placeholder for placeholder, _ in media]:
         raise InvalidRequestError(
             f"the model's chat template writes {len(written)} placeholders of media, and the messages have {len(media)} media, "
@@ -90,6 +88,17 @@ def filled(text: str, marks: Marks | None, placeholders: Collection[str], media:
         )
     left = iter(media)
     return re.sub(pattern, lambda found: next(left)[1] if found[0] in placeholders else found[0], text)
+
+
+def written_placeholders(text: str, marks: Marks | None, placeholders: Collection[str]) -> list[str]:
+    """Those that the template wrote in a rendered conversation or a part of it, in order."""
+    found = re.finditer(_pattern(marks, placeholders), text)
+    return [match[0] for match in found if match[0] in placeholders]
+
+
+def _pattern(marks: Marks | None, placeholders: Collection[str]) -> str:
+    own = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
+    return own if marks is None else f"{marks[0]}(?:{own}){marks[1]}|{own}"
 
 
 def unused_characters(messages: Sequence[_Json]) -> Marks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
@@ -74,6 +74,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self._special_tokens = dict(special_tokens)
+        self._written: dict[str, str] = {}  # for a part of a kind
         try:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
@@ -117,6 +118,16 @@ class ChatTemplate:
         if not is_text:
             raise InvalidRequestError("the model's chat template has no place for media", field="messages.content")
         return {**message, "content": ("" if takes_parts else "\n").join(part["text"] for part in content)}
+
+    def has_place(self, medium: str, placeholders: Collection[str]) -> bool:
+        """Whether the template itself writes one of these for a part of this kind: found by trying."""
+        if medium not in self._written:
+            parts = [{"type": medium}, {"type": "text", "text": _PROBE}]
+            try:
+                self._written[medium] = self.render([{"role": "user", "content": parts}]) if self._takes[1] else ""
+            except InvalidRequestError:
+                self._written[medium] = ""
+        return any(placeholder in self._written[medium] for placeholder in placeholders)
 
     def mentions(self, text: str) -> bool:
         """Whether the template itself may write `text`."""

@@ -15,6 +15,7 @@ from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
 from .incremental import IncrementalDecoder
 from .marks import ControlTokens, Marks, filled, unused_characters
+from .places import Placed, Placeholders, placed
 from .template import ChatTemplate
 from .token_bytes import bytes_of
 
@@ -195,14 +196,26 @@ class Tokenizer:
         Raises what `apply_chat_template` raises, and `ContextLengthError` if the rendered text has more than
         `max_bytes` bytes of UTF-8.
         """
+        messages, own, media = self.placed(messages, placeholders, media, tools)
         text, marks = self._marked_chat(
             [*self._shaped(messages, tools), {"tools": list(tools)}], continue_final_message
         )
         if placeholders:
-            text = filled(text, marks, placeholders, media)
+            text = filled(text, marks, {*placeholders, *own}, media)
         if max_bytes is not None and len(text.encode()) > max_bytes:
             raise ContextLengthError(f"the conversation has more than {max_bytes} bytes; shorten it", field="messages")
         return self.encode_rendered(text, marks)
+
+    def placed(
+        self,
+        messages: Sequence[Message],
+        placeholders: Collection[str],
+        media: Placeholders,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Placed:
+        """See `places.placed`."""
+        has_place = self._template.has_place if self._template is not None else lambda _kind, _placeholders: False
+        return placed(messages, placeholders, media, has_place, tools)
 
     def _marked_chat(self, both: Sequence[Message], continue_final_message: bool) -> tuple[str, Marks | None]:
         """Shaped messages, with the tools in the last place, as text, with marks where they spell a control token, also one

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .finetune.params import MAX_LENGTH_HELP, NearDuplicates, TuneParams
+from .finetune.params import MAX_LENGTH_HELP, PROJECTOR, NearDuplicates, TuneParams
+from .finetune.projector_params import ProjectorParams
 from .finetune.search.params import DistilParams, FuseParams, SearchParams, SearchSpace
 from .options import by_name, with_signature
 from .parameter_options import with_parameters, words
@@ -31,17 +32,8 @@ SEARCH_BASE = (
 # What a student's training has of `TuneParams`.
 STUDENT = (
     *("method", "layers", "rank", "alpha", "targets", "examples", "validation_examples", "epochs", "learning_rate"),
-    *(
-        "weight_decay",
-        "dropout",
-        "schedule",
-        "batch_tokens",
-        "max_length",
-        "precision",
-        "evaluations",
-        "patience",
-        "seed",
-    ),
+    *("weight_decay", "dropout", "schedule", "batch_tokens", "max_length", "precision", "evaluations", "patience"),
+    "seed",
 )
 
 
@@ -61,32 +53,54 @@ def _cache(root: Path | None, gigabytes: float) -> Any:
 
 
 @with_parameters("params", TuneParams())
+@with_parameters("projector", ProjectorParams())
 def tune(
     model: Model,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Directory of the tail or adapter. The same call resumes a killed run.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the tail or adapter, or of the model with encoders. The same call resumes a killed run."
+        ),
+    ],
     params: TuneParams,
+    projector: ProjectorParams,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="projector: image=SOURCE or audio=SOURCE, a directory of Whisper, SigLIP or a model with encoders, or a .pth "
+            "file of EfficientNet-Lite0; may be repeated. Default: the model's own encoders are trained on."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The member's name; default: the directory's.")] = None,
     cache: CacheDir = None,
     cache_gb: CacheSize = 8.0,
     near_duplicates: NearDuplicatesOption = NearDuplicates.DROP,
     no_cache: Annotated[bool, typer.Option(help="Run the trunk anew for every batch.")] = False,
 ) -> None:
-    """Fine-tune a frozen model: a tail, an adapter, or all layers."""
+    """Fine-tune a frozen model: a tail, an adapter, or all layers; or give it an encoder of images or sounds (projector)."""
     from .finetune.training.train import tune as train
+    from .finetune.training.tune_projector import tune_projector
     from .runtime.checkpoints.store import resolve_model
 
-    store = _cache(cache, cache_gb)
-    manifest = train(
-        resolve_model(model),
-        data,
-        out,
-        name=name,
-        params=params,
-        cache=store,
-        use_cache=not no_cache,
-        near_duplicates=near_duplicates,
-    )
+    given = [name for name, value in dataclasses.asdict(projector).items() if value is not None]
+    rest = {
+        "name": name,
+        "params": params,
+        "cache": _cache(cache, cache_gb),
+        "use_cache": not no_cache,
+        "near_duplicates": near_duplicates,
+    }
+    if params.method == PROJECTOR:
+        encoders = _encoders(encoder or [])
+        manifest = tune_projector(resolve_model(model), data, out, encoders=encoders, projector=projector, **rest)
+    elif given or encoder:
+        used = ", ".join([*given, *(["encoder"] if encoder else [])])
+        raise ConfigError(
+            f"{used}: method '{params.method}' trains no encoder; leave it out, or set method to projector"
+        )
+    else:
+        manifest = train(resolve_model(model), data, out, **rest)
     before, after = (manifest["metrics"][f"validation_loss_{when}"] for when in ("before", "after"))
     print(f"{out}: validation loss {before:.3f} → {after:.3f} nats per token")
     if manifest["privacy"]:
@@ -319,6 +333,16 @@ def _pair(text: str) -> tuple[str, Path]:
     if not found:
         raise ConfigError(f"--member takes name=DIR, got '{text}'")
     return name, Path(path)
+
+
+def _encoders(given: list[str]) -> dict[str, Path]:
+    encoders: dict[str, Path] = {}
+    for text in given:
+        medium, found, path = text.partition("=")
+        if not found or medium in encoders:
+            raise ConfigError(f"--encoder takes image=SOURCE or audio=SOURCE, each once, got {given}")
+        encoders[medium] = Path(path)
+    return encoders
 
 
 def _trials(directory: Path) -> dict[str, Path]:

@@ -36,12 +36,13 @@ def test_a_directory_says_its_kind(tiny_model_dir, tmp_path):
 def test_every_kind_is_whole():
     """What is trained has a format, and every format an option of `motet export` and a method."""
     assert set(FORMATS) == {kind for kind in MemberKind if kind.methods}
-    assert sorted(METHODS) == ["full", "lora", "qlora", "tail"]
-    assert [TuneParams(method=m).kind.value for m in ("tail", "full", "lora", "qlora")] == [
+    assert sorted(METHODS) == ["full", "lora", "projector", "qlora", "tail"]
+    assert [TuneParams(method=m).kind.value for m in ("tail", "full", "lora", "qlora", "projector")] == [
         "tail",
         "tail",
         "adapter",
         "adapter",
+        "base",
     ]
     options = {kind.flag for kind in MemberKind}
     assert options == {"tail", "lora"} <= set(export.__annotations__)

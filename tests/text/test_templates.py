@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
+from helpers.models import write_tokenizer
 from motet.runtime.errors import BundleError, InvalidRequestError
 from motet.runtime.text.template import ChatTemplate
 from motet.runtime.text.tokenizer import Tokenizer
@@ -286,3 +288,37 @@ def test_a_hostile_template_is_stopped(source, message):
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
     assert time.monotonic() - started < 20
     assert ChatTemplate("{{ messages[0].content * 2 }}", {}).render([{"role": "user", "content": "x"}]) == "xx"
+
+
+def test_media_have_places_in_a_template_without_parts(tmp_path):
+    """Their parts become a character that nothing else has, which becomes their text; what spells the placeholder is plain
+    text."""
+    write_tokenizer(tmp_path)
+    tokens = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokens.add_special_tokens(["<image>", "<audio>"])
+    tokens.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    image, audio = tokenizer.token_id("<image>"), tokenizer.token_id("<audio>")
+    parts = [
+        {"type": "image", "image": b"x"},
+        {"type": "text", "text": "a <image> \ufdd0"},
+        {"type": "audio", "audio": b"y"},
+    ]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": parts},
+    ]
+    media = [("<image>", "<image>" * 3), ("<audio>", "<audio>" * 2)] * 2
+    ids = tokenizer.encode_chat(messages, placeholders=("<image>", "<audio>"), media=media)
+    turn = "<|im_start|>user\n", "\na <image> \ufdd0\n", "<|im_end|>\n"
+    begin, text, end = (tokenizer.encode(one) for one in turn)
+    plain = (
+        tokenizer.encode("\na ") + [tokenizer.token_id(letter) for letter in "<image>"] + tokenizer.encode(" \ufdd0\n")
+    )
+    assert text != plain
+    user = [*begin, *[image] * 3, *plain, *[audio] * 2, *end]
+    answer = tokenizer.encode("<|im_start|>assistant\n")
+    assert ids == [*user, *answer, *tokenizer.encode("b<|im_end|>\n"), *user, *answer]
+    with pytest.raises(InvalidRequestError, match="no place for media"):
+        tokenizer.encode_chat(messages[:1])

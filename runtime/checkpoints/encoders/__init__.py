@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ...errors import NotFoundError, UnsupportedModelError
+from ...errors import BundleError, NotFoundError, UnsupportedModelError
 from ...model.encoders import Encoder, family_encoders
 from ...model.encoders.audio import AudioEncoder
+from ...model.encoders.efficientnet import EfficientNetConfig
 from ...model.encoders.image import ImageEncoder
 from ...model.families import FAMILIES
 from ..huggingface import read_config
+from ..own_encoders import OWN, own_tensors, read_own
 from ..weight_files import FLOATS, open_tensors, read_json, read_tensor
+from .efficientnet import EfficientNetPage
 from .page import EncoderPage
 from .siglip import SiglipPage
 from .whisper import WhisperPage
@@ -25,8 +28,17 @@ _TOWERS = ("vision_config", "audio_config")  # of config.json
 
 
 def read_encoders(model_dir: Path) -> dict[str, Encoder]:
-    """The encoders of a model directory, by medium. Raises `NotFoundError` without the processor's settings, and what
-    `family_encoders` raises."""
+    """The encoders of a model directory, by medium: its family's and those beside it (see `own_encoders`). Raises
+    `NotFoundError` without the processor's settings, and what `family_encoders` and `read_own` raise."""
+    own = read_own(model_dir)
+    found = _family_encoders(model_dir)
+    twice = sorted(set(own) & set(found))
+    if twice:
+        raise BundleError(f"'{model_dir}' has encoders of {twice} in its own weights and in {OWN}; remove one of them")
+    return found | own
+
+
+def _family_encoders(model_dir: Path) -> dict[str, Encoder]:
     config = read_json(model_dir / "config.json")
     if not any(name in config for name in _TOWERS):
         return {}
@@ -47,10 +59,21 @@ def encoder_pages(model_dir: Path) -> dict[str, EncoderPage]:
     encoders = read_encoders(model_dir)
     if not encoders:
         return {}
-    tensors = _tensors(model_dir)
+    own = read_own(model_dir)
+    tensors = {medium: own_tensors(model_dir, medium) for medium in own}
+    if own.keys() != encoders.keys():
+        family = _tensors(model_dir)
+        tensors = dict.fromkeys(encoders, family) | tensors
     return {
-        medium: PAGES[type(encoder)].from_tensors(encoder, tensors, model_dir) for medium, encoder in encoders.items()
+        medium: page_class(encoder).from_tensors(encoder, tensors[medium], model_dir)
+        for medium, encoder in encoders.items()
     }
+
+
+def page_class(encoder: Encoder) -> type[EncoderPage]:
+    if isinstance(encoder, ImageEncoder) and isinstance(encoder.vision, EfficientNetConfig):
+        return EfficientNetPage
+    return PAGES[type(encoder)]
 
 
 def _tensors(model_dir: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,14 @@ from ...errors import BundleError, UnsupportedModelError, shown
 from ...model.encoders import Encoder
 
 
+def projector_of(encoder: Encoder, width: int) -> nn.Module:
+    """[..., width] → [..., hidden size of the text model], with random weights."""
+    hidden, bias = encoder.projector_size, encoder.projector_bias
+    if hidden is None:
+        return nn.Linear(width, encoder.output_size, bias)
+    return nn.Sequential(nn.Linear(width, hidden, bias), nn.GELU(), nn.Linear(hidden, encoder.output_size, bias))
+
+
 class EncoderPage(nn.Module):
     """An encoder, derived from its configuration alone. `features` runs what was trained before, with what has no weights behind
     it; `projector` ([..., width] → [..., hidden size of the text model]) makes embeddings of its rows. Parameters are named
@@ -39,6 +47,10 @@ class EncoderPage(nn.Module):
         """The encoder with weights in float32, under the page's names. `where`: the directory that they are from. Raises
         `BundleError` for weights that are missing, misshapen or not finite, `UnsupportedModelError` for weights that it does
         not have."""
+        if encoder.num_layers > len(tensors):  # asked before so many modules are made
+            raise BundleError(
+                f"the encoder of '{where}' says that it has {encoder.num_layers} layers, and there are {len(tensors)} weights"
+            )
         with torch.device("meta"):
             page = cls(encoder)
         _check(where, {name: tuple(own.shape) for name, own in page.state_dict().items()}, tensors)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.encoders.image import ImageEncoder, VisionConfig
-from .page import EncoderPage
+from .page import EncoderPage, projector_of
 
 
 class _Attention(nn.Module):
@@ -55,7 +55,8 @@ class _Tower(nn.Module):
     def __init__(self, encoder: ImageEncoder) -> None:
         super().__init__()
         config = encoder.vision
-        self.side, self.own = config.side, encoder.side
+        assert isinstance(config, VisionConfig)
+        self.side, self.own = config.side, encoder.processor.tile_size // config.patch_size
         self.embeddings = nn.Module()
         self.embeddings.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
         self.embeddings.position_embedding = nn.Embedding(config.side**2, config.hidden_size)
@@ -87,14 +88,14 @@ class SiglipPage(EncoderPage):
 
     def __init__(self, encoder: ImageEncoder) -> None:
         super().__init__()
-        config = encoder.vision
-        self.encoder = encoder
+        assert isinstance(encoder.vision, VisionConfig)
+        self.encoder, self.vision = encoder, encoder.vision
         self.tower = _Tower(encoder)
-        self.projector = nn.Linear(config.hidden_size * config.shuffle**2, config.output_size, bias=False)
+        self.projector = projector_of(encoder, encoder.vision.width)
 
     def features(self, inputs: Tensor) -> Tensor:
         x = self.tower(inputs)
-        side, shuffle = self.encoder.side, self.encoder.vision.shuffle
+        side, shuffle = self.tower.own, self.vision.shuffle
         x = x.view(len(x), side // shuffle, shuffle, side // shuffle, shuffle, -1).transpose(2, 3)
         result: Tensor = x.flatten(3).flatten(1, 2)
         return result

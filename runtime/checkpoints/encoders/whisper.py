@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.encoders.audio import AudioEncoder, WhisperConfig
-from .page import EncoderPage
+from .page import EncoderPage, projector_of
 
 
 class _Attention(nn.Module):
@@ -71,15 +71,7 @@ class WhisperPage(EncoderPage):
         super().__init__()
         self.encoder = encoder
         self.tower = _Tower(encoder.tower)
-        width, hidden, size = encoder.width, encoder.output_size, encoder.projector_size
-        if size is None:
-            self.projector: nn.Module = nn.Linear(width, hidden, encoder.projector_bias)
-        else:
-            first, last = (
-                nn.Linear(width, size, encoder.projector_bias),
-                nn.Linear(size, hidden, encoder.projector_bias),
-            )
-            self.projector = nn.Sequential(first, nn.GELU(), last)
+        self.projector = projector_of(encoder, encoder.width)
 
     def features(self, inputs: Tensor) -> Tensor:
         x, pool = self.tower.frames(inputs), self.encoder.pool

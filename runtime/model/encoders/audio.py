@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ...api.config import check_keys
 from ...errors import ConfigError, shown
-from .checks import check_placeholder, check_sizes, check_tower, is_number
+from .checks import check_placeholder, check_projector, check_sizes, check_tower, is_number
 
 MAX_SECONDS = 3 * 3600  # of a sound, whatever a model says
 _MOST_RATE = 192_000
@@ -87,7 +87,6 @@ class AudioEncoder:
         for name, known in (
             ("pad", ("piece", "row", "none")),
             ("pooling", ("average", "stack")),
-            ("projector", ("linear", "mlp")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {shown(getattr(self, name))}")
@@ -95,12 +94,7 @@ class AudioEncoder:
             raise ConfigError(f"pool ({self.pool}) must divide the tower's max_positions ({self.tower.max_positions})")
         if self.piece < self.processor.sampling_rate:
             raise ConfigError(f"the tower must hear a second at least; its piece has {self.piece} samples")
-        if (self.projector == "mlp") != (self.projector_size is not None):
-            raise ConfigError("projector_size is of a projector mlp, which must have one; null with linear")
-        if self.projector_size is not None:
-            check_sizes(self, ("projector_size",), "the encoder of sounds")
-        if not isinstance(self.projector_bias, bool):
-            raise ConfigError(f"projector_bias must be true or false, got {shown(self.projector_bias)}")
+        check_projector(self)
         if not isinstance(self.around, list | tuple) or not all(isinstance(one, str) and one for one in self.around):
             raise ConfigError(f"around must be a list of tokens, got {shown(self.around)}")
         object.__setattr__(self, "around", tuple(self.around))
@@ -116,6 +110,11 @@ class AudioEncoder:
     def needed_tokens(self) -> tuple[str, ...]:
         """Those that the tokenizer must have, beside the placeholder."""
         return ()
+
+    @property
+    def num_layers(self) -> int:
+        """Of the tower."""
+        return self.tower.num_layers
 
     @property
     def width(self) -> int:

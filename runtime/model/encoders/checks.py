@@ -36,3 +36,15 @@ def check_placeholder(token: object, token_id: object, what: str) -> None:
         raise ConfigError(f"the placeholder of {what} must be a token, got {shown(token)}")
     if type(token_id) is not int or not 0 <= token_id < 2**31:
         raise ConfigError(f"the placeholder's id must be a token id, got {shown(token_id)}")
+
+
+def check_projector(encoder: Any) -> None:
+    """Raises `ConfigError` unless `projector` is a kind that there is, with what belongs to it."""
+    if encoder.projector not in ("linear", "mlp"):
+        raise ConfigError(f"projector must be linear or mlp, got {shown(encoder.projector)}")
+    if (encoder.projector == "mlp") != (encoder.projector_size is not None):
+        raise ConfigError("projector_size is of a projector mlp, which must have one; null with linear")
+    if encoder.projector_size is not None:
+        check_sizes(encoder, ("projector_size",), "the encoder")
+    if not isinstance(encoder.projector_bias, bool):
+        raise ConfigError(f"projector_bias must be true or false, got {shown(encoder.projector_bias)}")

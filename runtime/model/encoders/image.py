@@ -1,5 +1,6 @@
-"""An encoder of images: a vision tower of SigLIP's layout (Zhai et al. 2023), pixel shuffle (Shi et al. 2016, backwards: several
-patches become one row) and a linear connector, as Idefics3 has them (Laurençon et al. 2024); and how images become its input.
+"""An encoder of images: a vision tower of SigLIP's layout (Zhai et al. 2023) with pixel shuffle (Shi et al. 2016, backwards:
+several patches become one row), as Idefics3 has it (Laurençon et al. 2024), or of EfficientNet-Lite0's; a projector; and how
+images become its input.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ...api.config import check_keys
 from ...errors import ConfigError, shown
-from .checks import check_placeholder, check_sizes, check_tower, is_number
+from .checks import check_placeholder, check_projector, check_sizes, check_tower, is_number
+from .efficientnet import EfficientNetConfig
 
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 _SIZES = (
@@ -51,6 +53,16 @@ class VisionConfig:
     def side(self) -> int:
         """Positions in each direction of the table of positions."""
         return self.image_size // self.patch_size
+
+    @property
+    def unit(self) -> int:
+        """Pixels in each direction that become one row."""
+        return self.patch_size * self.shuffle
+
+    @property
+    def width(self) -> int:
+        """Of what the projector gets."""
+        return self.hidden_size * self.shuffle**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +124,48 @@ class ImageProcessor:
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """An encoder of images. `token`, `token_id`: the placeholder, in the template's text and as a row of the prompt. Raises
-    `ConfigError` if tower and processor do not fit together."""
+    """An encoder of images. `token`, `token_id`: the placeholder, in the template's text and as a row of the prompt.
+    `layout`: "tiles", whose places in the image stand between their rows as Idefics3 writes them; or "rows": placeholders
+    alone, of one tile. `projector`: "linear", or "mlp" (linear, GELU, linear) with `projector_size` units, which is None
+    otherwise; `projector_bias`: whether it has biases. Raises `ConfigError` if these do not fit together."""
 
-    vision: VisionConfig
+    vision: VisionConfig | EfficientNetConfig
     processor: ImageProcessor
     token: str
     token_id: int
+    layout: Literal["tiles", "rows"] = "tiles"
+    projector: Literal["linear", "mlp"] = "linear"
+    projector_size: int | None = None
+    projector_bias: bool = False
 
     def __post_init__(self) -> None:
         check_placeholder(self.token, self.token_id, "an image")
-        unit, size = self.vision.patch_size * self.vision.shuffle, self.processor.tile_size
-        if size % unit:
-            raise ConfigError(f"tiles of {size} pixels are no multiple of {unit} pixels, which become one row")
+        unit, edge = self.vision.unit, self.processor.tile_size
+        if edge % unit:
+            raise ConfigError(f"tiles of {edge} pixels are no multiple of {unit} pixels, which become one row")
+        if self.layout not in ("tiles", "rows"):
+            raise ConfigError(f"layout of an image must be tiles or rows, got {shown(self.layout)}")
+        if self.layout == "rows" and self.processor.splits:
+            raise ConfigError("rows alone do not say which tile they are of; set splits to false, or layout to tiles")
+        check_projector(self)
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """What stands for an image in a prompt, which no text may write."""
+        if self.layout == "rows":
+            return (self.token,)
         places = range(1, self.processor.most_tiles + 1)
         return (self.token, AROUND, WHOLE, *(place(row, column) for row in places for column in places))
 
     @property
     def needed_tokens(self) -> tuple[str, ...]:
         """Those of the `control_tokens`, beside the placeholder, that the tokenizer must have."""
-        return (AROUND,)
+        return () if self.layout == "rows" else (AROUND,)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the tower, if that is a transformer."""
+        return self.vision.num_layers if isinstance(self.vision, VisionConfig) else 0
 
     @property
     def output_size(self) -> int:
@@ -146,6 +176,8 @@ class ImageEncoder:
         """The text that the prompt has for an image: of tiles in `rows` and `columns`, after which comes the whole image; 0 and
         0: the whole image alone."""
         run = self.token * self.rows_per_tile
+        if self.layout == "rows":
+            return run
         whole = f"{AROUND}{WHOLE}{run}{AROUND}"
         if not rows:
             return whole
@@ -153,21 +185,17 @@ class ImageEncoder:
         return "\n".join(lines) + f"\n\n{whole}"
 
     @property
-    def side(self) -> int:
-        """Patches in each direction of a tile."""
-        return self.processor.tile_size // self.vision.patch_size
-
-    @property
     def rows_per_tile(self) -> int:
-        return (self.side // self.vision.shuffle) ** 2
+        return (self.processor.tile_size // self.vision.unit) ** 2
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageEncoder:
         """Raises `ConfigError` for unknown keys, `TypeError` for missing ones."""
         check_keys(cls, values)
-        for name, kind in (("vision", VisionConfig), ("processor", ImageProcessor)):
+        tower = EfficientNetConfig if "tower" in values["vision"] else VisionConfig
+        for name, kind in (("vision", tower), ("processor", ImageProcessor)):
             check_keys(kind, values[name])
-        parts = {"vision": VisionConfig(**values["vision"]), "processor": ImageProcessor(**values["processor"])}
+        parts = {"vision": tower(**values["vision"]), "processor": ImageProcessor(**values["processor"])}
         return cls(**(values | parts))
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import UnsupportedModelError, shown
+from ...errors import ConfigError, UnsupportedModelError, shown
 from ..families.audio import text_values
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
@@ -30,6 +30,10 @@ _DEFAULTS: Json = {
     "activation_function": "gelu",
     "scale_embedding": False,
 }
+_WHISPER_SIZES = (
+    *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"),
+    *("num_mel_bins", "max_source_positions"),
+)
 _OF_TRAINING = frozenset({"dropout", "activation_dropout", "layerdrop", "init_std", "vocab_size"})
 _PROCESSOR: Json = {  # of transformers' WhisperFeatureExtractor
     "feature_size": 80,
@@ -115,6 +119,17 @@ def voxtral_encoder(config: Json, preprocessor: Json, processor: Json) -> AudioE
         around=("[BEGIN_AUDIO]",),
         max_seconds=_VOXTRAL_SECONDS,
     )
+
+
+def whisper_tower(config: Json, preprocessor: Json, processor: Json) -> tuple[WhisperConfig, AudioProcessor]:
+    """The encoder of Whisper itself. `config`: its config.json, of which the decoder's keys are not read. Raises
+    `UnsupportedModelError` for an option that is not computed, `ConfigError` if a key is missing or has the wrong type."""
+    try:
+        sizes = {name: config[name] for name in _WHISPER_SIZES}
+        options = {name: config.get(name) for name in ("activation_function", "scale_embedding")}
+        return _tower({"audio_config": sizes | options}, preprocessor, processor, frozenset())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the files of Whisper lack or misstate {error}") from error
 
 
 def _tower(
