@@ -40,14 +40,26 @@ class ProjectorParams:
         None,
         "projector: Token of the model that stands for a row; default: the first of a list that its tokenizer has.",
     )
-    projector: Literal["mlp", "linear"] | None = described(
-        None, "projector: mlp (linear, GELU, linear; the default) or linear."
+    projector: Literal["mlp", "linear", "resampler"] | None = described(
+        None,
+        "projector: mlp (linear, GELU, linear), linear, or for images resampler (so many rows of a whole image, which attend to "
+        "its places); default: mlp, of EfficientNet resampler.",
+    )
+    queries: int | None = described(None, "projector: Rows that a resampler makes of an image; default: 16.")
+    spell_epochs: int | None = described(
+        None,
+        "projector: Epochs before the others in which the rows learn to spell the answer, without the model (CTC): for answers "
+        "that say what is heard or seen. They are quick; with --epochs 0 they are all. Default: none.",
     )
 
     def __post_init__(self) -> None:
         if self.pool is not None and self.pool < 1:
             raise ConfigError(f"pool must be at least 1, got {self.pool}")
-        if self.projector not in (None, "mlp", "linear"):
-            raise ConfigError(f"projector must be mlp or linear, got '{self.projector}'")
+        if self.projector not in (None, "mlp", "linear", "resampler"):
+            raise ConfigError(f"projector must be mlp, linear or resampler, got '{self.projector}'")
+        if self.queries is not None and self.queries < 1:
+            raise ConfigError(f"queries must be at least 1, got {self.queries}")
+        if self.spell_epochs is not None and self.spell_epochs < 1:
+            raise ConfigError(f"spell_epochs must be at least 1, got {self.spell_epochs}")
         if self.placeholder == "":
             raise ConfigError("placeholder must be a token of the model, got ''")

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from ...runtime.checkpoints.encoders.efficientnet import EfficientNetPage
 from ...runtime.checkpoints.encoders.page import EncoderPage
-from ...runtime.model.encoders.efficientnet import WIDTH, Convolution, blocks
+from ...runtime.model.encoders.efficientnet import LEVELS, Convolution, EfficientNetConfig, blocks
 from .writer import OPSET, EncoderWriter
 
 
@@ -17,19 +17,26 @@ class EfficientNetWriter(EncoderWriter):
     def __init__(self, page: EncoderPage, data: Path) -> None:
         super().__init__(page, data)
         assert isinstance(page, EfficientNetPage)
-        self._encoder, self._pool = page.encoder, page.pool
+        assert isinstance(page.encoder.vision, EfficientNetConfig)
+        self._encoder, self._pool, self._vision = page.encoder, page.pool, page.encoder.vision
 
     def write(self, path: Path) -> None:
         encoder, edge = self._encoder, self._encoder.processor.tile_size
         x = self._input("pixels", TensorProto.FLOAT, ["tiles", 3, edge, edge])
-        for block in blocks():
+        found, taken = [], {name: (side, mean) for name, _, side, mean in LEVELS}
+        for block in blocks(self._vision.levels):
             before = x
             for one in block.convolutions:
                 x = self._convolution(x, one)
             x = self._node("Add", [x, before]) if block.is_residual else x
+            if self._vision.levels == "all" and block.name in taken:
+                side, mean = taken[block.name]
+                level = self._node("AveragePool", [x], kernel_shape=[mean] * 2, strides=[mean] * 2)
+                found.append(self._node("SpaceToDepth", [level], blocksize=side // mean))
+        x = self._node("Concat", found, axis=1) if found else x
         if self._pool > 1:
             x = self._node("AveragePool", [x], kernel_shape=[self._pool] * 2, strides=[self._pool] * 2)
-        x = self._node("Transpose", [self._reshaped(x, 0, WIDTH, encoder.rows_per_tile)], perm=[0, 2, 1])
+        x = self._node("Transpose", [self._reshaped(x, 0, self._vision.width, encoder.places)], perm=[0, 2, 1])
         rows = self._projected(x, encoder)
         self._output(rows, "rows", TensorProto.FLOAT, ["tiles", encoder.rows_per_tile, encoder.output_size])
         self._save(path, OPSET, microsoft=True)

@@ -46,7 +46,7 @@ class SiglipWriter(EncoderWriter):
         side, shuffle = side // vision.shuffle, vision.shuffle
         x = self._reshaped(x, 0, side, shuffle, side, shuffle, vision.hidden_size)
         x = self._node("Transpose", [x], perm=[0, 1, 3, 2, 4, 5])
-        x = self._reshaped(x, 0, encoder.rows_per_tile, vision.width)
+        x = self._reshaped(x, 0, encoder.places, vision.width)
         rows = self._projected(x, encoder)
         self._output(rows, "rows", TensorProto.FLOAT, ["tiles", encoder.rows_per_tile, vision.output_size])
         self._save(path, OPSET, microsoft=True)

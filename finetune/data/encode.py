@@ -28,13 +28,15 @@ class EmbeddedRows:
     start: int
     medium: str
     digest: str  # SHA-256 of what they are made from and of what makes them, but for the projector
-    features: Tensor = field(repr=False, compare=False)  # [rows, width] bfloat16, what the projector gets
-    project: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # the encoder's projector, frozen
+    features: Tensor = field(repr=False, compare=False)  # [places, width] bfloat16, what the projector gets
+    project: Callable[[Tensor], Tensor] = field(
+        repr=False, compare=False
+    )  # the projector of [1, places, width], frozen
 
     def rows(self) -> Tensor:
         """[rows, hidden] float32, what comes in the place of the placeholders' embeddings."""
         with torch.no_grad():
-            return self.project(self.features.float())
+            return self.project(self.features[None].float())[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,9 @@ class MediaFeatures:
 
 def _tower_digest(page: EncoderPage) -> str:
     """SHA-256 of what features depend on: the tower's weights, and the encoder's settings but for projector and placeholder."""
-    settings = {k: v for k, v in page.encoder.to_dict().items() if not k.startswith(("projector", "token", "layout"))}
+    settings = {
+        k: v for k, v in page.encoder.to_dict().items() if not k.startswith(("projector", "token", "layout", "queries"))
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(page.state_dict().items()):
         if not name.startswith("projector."):

@@ -29,6 +29,7 @@ from ..params import TuneParams
 from .methods import Learner
 
 LAST, BEST, KEY, SECRET = "last.ckpt", "best.safetensors", "key.json", "secret"
+SPELLED = "spelled.safetensors"  # what a projector is after its first phase
 SEGMENT = 50  # batches between two checkpoints, at most
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -241,7 +242,7 @@ def fit(module: TuneModule, validation: Sequence[Item], every: int, watch: Watch
         last = module.work / LAST
         if last.is_file():
             module.on_load_checkpoint(torch.load(last, weights_only=True))
-        if not (module.stopped and last.is_file()):
+        if module.segments and not (module.stopped and last.is_file()):
             trainer.fit(module, val_dataloaders=batches, ckpt_path=last if last.is_file() else None, weights_only=True)
         if not module.history or module.history[-1][0] < len(module.losses):
             trainer.validate(module, dataloaders=batches, verbose=False)
@@ -257,7 +258,7 @@ def open_work(work: Path, key: dict[str, Any]) -> bool:
     text = json.dumps(key, sort_keys=True)
     is_same = (work / KEY).is_file() and (work / KEY).read_text() == text
     if work.exists() and not is_same:
-        for file in (LAST, BEST, KEY, SECRET):
+        for file in (LAST, BEST, KEY, SECRET, SPELLED):
             (work / file).unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     (work / KEY).write_text(text)

@@ -130,8 +130,12 @@ class ProjectorLearner(Learner):
         for medium, projector in self.projectors.items():
             own = [part for part in parts if part.medium == medium]
             if own:
-                features = torch.cat([part.features for part in own]).to(self.device, torch.float32)
-                found = projector(features).split([len(part.features) for part in own])
+                sizes = [len(part.features) for part in own]
+                features = [part.features.to(self.device, torch.float32) for part in own]
+                if len(set(sizes)) == 1:
+                    found = projector(torch.stack(features)).unbind()
+                else:  # of sounds: each row is made of its own features
+                    found = projector(torch.cat(features)[None])[0].split(sizes)
                 rows |= {id(part): one for part, one in zip(own, found, strict=True)}
         return embed(self.decoder, encoded, rows_of=lambda part: rows[id(part)] if id(part) in rows else part.rows())
 

@@ -27,14 +27,17 @@ from ...runtime.text.tokenizer import Tokenizer
 from ..data.example import SPLITS, Split
 from ..params import NearDuplicates, TuneParams
 from ..projector_params import PLACEHOLDERS, RESERVED, ProjectorParams
-from .loop import Watch
+from .loop import SPELLED, Watch
 from .methods import Base
 from .progress import Progress
 from .projector import RECORD, WHAT, ProjectorLearner, write_model
-from .train import Workbench, note_duplicates, run
+from .spelling import spell_answers
+from .train import Workbench, note_duplicates, run, work_dir
 from .trunk_cache import TrunkCache
 
 _SECONDS = 600.0  # of a sound, for encoders that are made here
+_RESAMPLER_SIZE, _QUERIES = 256, 16
+_UNUSED = ("head.",)  # of EfficientNet, whose levels are all taken
 _POOL = {"whisper": 4, "siglip": 2, "efficientnet": 1}
 
 
@@ -63,6 +66,8 @@ def tune_projector(
     params, projector = params or TuneParams(method="projector"), projector or ProjectorParams()
     config = read_config(model_dir)
     params.fitted(config.max_position_embeddings)
+    if not params.epochs and projector.spell_epochs is None:
+        raise ConfigError("epochs is 0 and spell_epochs is not given, so nothing would be trained; give one of them")
     check_replaceable(out, RECORD, WHAT)
     for source in (model_dir, *(encoders or {}).values()):
         if source.resolve().is_relative_to(out.resolve()):
@@ -84,24 +89,42 @@ def tune_projector(
         def learner(own: DecoderConfig, base: Base, settings: TuneParams) -> _Writer:
             made = _Writer(own, base, settings, pages, new, loaded.parts["train"])
             made.base_dir, made.pages, made.out = model_dir, pages, out
+            if projector.spell_epochs is not None:
+                made.spelled = spell_answers(
+                    made,
+                    loaded.parts["train"],
+                    bench.tokenizer,
+                    projector.spell_epochs,
+                    work_dir(run_out) / SPELLED,
+                    progress,
+                )
             return made
 
         used = {medium: page.encoder.to_dict() for medium, page in pages.items()}
+        run_out = out.parent / f".{out.name}.projector"  # a run writes a member, and this one a model beside it
         return run(
             bench,
-            out.parent / f".{out.name}.projector",  # a run writes a member, and this one a model beside it
+            run_out,
             params,
             name=name or out.name,
             progress=progress,
             watch=watch,
             loaded=loaded,
             make_learner=learner,
-            key={"encoders": used, "begin": {m: None if m in new else _digest(p.projector) for m, p in pages.items()}},
-            finish=lambda _learner: {"encoders": {m: {"is_new": m in new, **one} for m, one in used.items()}},
+            key={
+                "encoders": used,
+                "spell_epochs": projector.spell_epochs,
+                "begin": {m: None if m in new else _digest(p.projector) for m, p in pages.items()},
+            },
+            finish=lambda trained: {
+                "encoders": {m: {"is_new": m in new, **one} for m, one in used.items()},
+                **({"spelled": trained.spelled} if projector.spell_epochs is not None else {}),
+            },
         )
 
 
 class _Writer(ProjectorLearner):
+    spelled: Mapping[str, Any]
     base_dir: Path
     pages: Mapping[str, EncoderPage]
     out: Path
@@ -175,7 +198,7 @@ def _kept_page(
 
 
 def _check_kept(projector: ProjectorParams, what: str) -> None:
-    for name in ("pool", "projector"):
+    for name in ("pool", "projector", "queries"):
         if getattr(projector, name) is not None:
             raise ConfigError(f"{name} is of a new projector, and that of {what} is trained on; leave it out")
 
@@ -183,16 +206,23 @@ def _check_kept(projector: ProjectorParams, what: str) -> None:
 def new_page(
     tower: Tower, source: Path, params: ProjectorParams, token: str, token_id: int, hidden_size: int, seed: int
 ) -> EncoderPage:
-    """A tower with a random projector. Raises `ConfigError` if the pool does not fit it."""
-    kind = params.projector or "mlp"
+    """A tower with a random projector. Raises `ConfigError` if `params` do not fit it."""
+    config, processor = tower.config, tower.processor
+    kind = params.projector or ("resampler" if isinstance(config, EfficientNetConfig) else "mlp")
+    if kind == "resampler" and isinstance(config, WhisperConfig):
+        raise ConfigError(
+            "a resampler makes a fixed number of rows, and sounds have different lengths; choose mlp or linear"
+        )
+    if params.queries is not None and kind != "resampler":
+        raise ConfigError(f"queries are of a resampler, and the projector is {kind}; leave them out")
+    sizes = {"mlp": hidden_size, "resampler": _RESAMPLER_SIZE}
     rest: dict[str, Any] = {
         "token": token,
         "token_id": token_id,
         "projector": kind,
-        "projector_size": hidden_size if kind == "mlp" else None,
+        "projector_size": sizes.get(kind),
         "projector_bias": True,
     }
-    config, processor = tower.config, tower.processor
     encoder: Encoder
     if isinstance(config, WhisperConfig):
         assert isinstance(processor, AudioProcessor)
@@ -211,14 +241,17 @@ def new_page(
     else:
         assert isinstance(processor, ImageProcessor)
         vision = (
-            dataclasses.replace(config, pool=params.pool or _POOL["efficientnet"], output_size=hidden_size)
+            dataclasses.replace(
+                config, pool=params.pool or _POOL["efficientnet"], output_size=hidden_size, levels="all"
+            )
             if isinstance(config, EfficientNetConfig)
             else dataclasses.replace(config, shuffle=params.pool or _POOL["siglip"], output_size=hidden_size)
         )
-        encoder = ImageEncoder(vision=vision, processor=processor, layout="rows", **rest)
+        queries = (params.queries or _QUERIES) if kind == "resampler" else None
+        encoder = ImageEncoder(vision=vision, processor=processor, layout="rows", queries=queries, **rest)
         width = vision.width
     torch.manual_seed(seed)
-    tensors = {f"tower.{name}": tensor for name, tensor in tower.weights.items()}
+    tensors = {f"tower.{name}": tensor for name, tensor in tower.weights.items() if not name.startswith(_UNUSED)}
     tensors |= {f"projector.{name}": tensor for name, tensor in projector_of(encoder, width).state_dict().items()}
     return page_class(encoder).from_tensors(encoder, tensors, source)
 

@@ -37,8 +37,11 @@ def stored(tmp_path_factory):
     return path, write_efficientnet(path)
 
 
-def encoder(pool=1, **changes):
-    vision = EfficientNetConfig("efficientnet-lite0", pool, 48)
+RESAMPLER = {"projector": "resampler", "projector_size": 32, "queries": 5}
+
+
+def encoder(pool=1, levels="last", **changes):
+    vision = EfficientNetConfig("efficientnet-lite0", pool, 48, levels)
     rest = {"layout": "rows", "projector": "mlp", "projector_size": 32, "projector_bias": True}
     return ImageEncoder(vision, PROCESSOR, "<image>", 5, **(rest | changes))
 
@@ -46,8 +49,11 @@ def encoder(pool=1, **changes):
 def page(path, pool=1, **changes):
     torch.manual_seed(1)
     made = encoder(pool, **changes)
-    tensors = {f"tower.{name}": tensor for name, tensor in read_tower(path).items()}
-    tensors |= {f"projector.{name}": tensor for name, tensor in projector_of(made, 1280).state_dict().items()}
+    has_head = made.vision.levels == "last"
+    tower = {name: tensor for name, tensor in read_tower(path).items() if has_head or not name.startswith("head.")}
+    tensors = {f"tower.{name}": tensor for name, tensor in tower.items()}
+    projector = projector_of(made, made.vision.width).state_dict()
+    tensors |= {f"projector.{name}": tensor for name, tensor in projector.items()}
     return EfficientNetPage.from_tensors(made, tensors, path)
 
 
@@ -97,7 +103,27 @@ def test_features_are_those_of_the_stored_weights(stored):
     assert torch.allclose(pooled[:, 0], wanted.mean((2, 3)), atol=1e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"projector": "linear", "projector_size": None}])
+@torch.no_grad()
+def test_all_levels_are_beside_each_other(stored):
+    """Each place has what blocks 4, 10 and 15 make of its pixels, those of early ones in the order of ONNX's SpaceToDepth."""
+    made, pixels, levels = page(stored[0], levels="all"), torch.randn(2, 3, 64, 64), {}
+    x = pixels
+    for block in made.tower.parts:
+        before = x
+        for one in block.convolutions:
+            x = made.tower.get_submodule(one.name)(x)
+        x = levels[block.name] = x + before if block.is_residual else x
+    early, middle, late = (levels[f"blocks.{number}"] for number in (4, 10, 15))
+    lower_left = (slice(None), slice(2, 4), slice(0, 2))
+    parts = [F.avg_pool2d(early, 2)[0][lower_left], middle[0][lower_left], late[0][:, 1:, :1]]
+    features = made.features(pixels)
+    assert features.shape == (2, 4, 160 + 448 + 320)
+    assert torch.equal(features[0, 2], torch.cat([part.permute(1, 2, 0).flatten() for part in parts]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"projector": "linear", "projector_size": None}, {**RESAMPLER, "levels": "all"}, RESAMPLER]
+)
 @pytest.mark.parametrize("pool", [1, 2])
 def test_the_graph_computes_the_page(stored, tmp_path, pool, changes):
     made = page(stored[0], pool, **changes)
@@ -142,6 +168,14 @@ def test_settings_that_do_not_fit_are_refused():
         encoder(projector_size=None)
     with pytest.raises(ConfigError, match="tower must be"):
         EfficientNetConfig("efficientnet-b7", 1, 48)
+    with pytest.raises(ConfigError, match="levels of the tower"):
+        EfficientNetConfig("efficientnet-lite0", 1, 48, "first")
+    with pytest.raises(ConfigError, match="queries are of a projector resampler"):
+        encoder(queries=5)
+    with pytest.raises(ConfigError, match="queries are of a projector resampler"):
+        encoder(**RESAMPLER | {"queries": None})
+    with pytest.raises(ConfigError, match="multiple of 4, got 30"):
+        encoder(**RESAMPLER | {"projector_size": 30})
 
 
 @pytest.mark.network

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import BundleError, UnsupportedModelError, shown
-from ...model.encoders.efficientnet import WIDTH, Convolution, EfficientNetConfig, blocks
+from ...model.encoders.efficientnet import LEVELS, Convolution, EfficientNetConfig, blocks
 from ...model.encoders.image import ImageEncoder
 from ..pickled import read_pickled
 from .page import EncoderPage, projector_of
@@ -29,9 +29,9 @@ class _Convolution(nn.Conv2d):
 
 
 class _Tower(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, levels: str) -> None:
         super().__init__()
-        self.parts = list(blocks())
+        self.parts, self.levels = list(blocks(levels)), levels
         for one in (one for block in self.parts for one in block.convolutions):
             module: nn.Module = self
             *path, name = one.name.split(".")
@@ -42,13 +42,24 @@ class _Tower(nn.Module):
             module.add_module(name, _Convolution(one))
 
     def forward(self, pixels: Tensor) -> Tensor:  # [tiles, 3, edge, edge] → [tiles, width, places, places]
-        x = pixels
+        x, found = pixels, []
+        taken = {name: (side, mean) for name, _, side, mean in LEVELS}
         for block in self.parts:
             before = x
             for one in block.convolutions:
                 x = self.get_submodule(one.name)(x)
             x = x + before if block.is_residual else x
-        return x
+            if self.levels == "all" and block.name in taken:
+                side, mean = taken[block.name]
+                found.append(_stacked(F.avg_pool2d(x, mean), side // mean))
+        return torch.cat(found, 1) if found else x
+
+
+def _stacked(x: Tensor, side: int) -> Tensor:
+    """[tiles, channels, side · places, side · places] → [tiles, side² · channels, places, places], as ONNX's SpaceToDepth."""
+    tiles, channels, height, width = x.shape
+    x = x.view(tiles, channels, height // side, side, width // side, side).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(tiles, side * side * channels, height // side, width // side)
 
 
 class EfficientNetPage(EncoderPage):
@@ -60,8 +71,8 @@ class EfficientNetPage(EncoderPage):
         super().__init__()
         assert isinstance(encoder.vision, EfficientNetConfig)
         self.encoder, self.pool = encoder, encoder.vision.pool
-        self.tower = _Tower()
-        self.projector = projector_of(encoder, WIDTH)
+        self.tower = _Tower(encoder.vision.levels)
+        self.projector = projector_of(encoder, encoder.vision.width)
 
     def features(self, inputs: Tensor) -> Tensor:
         return F.avg_pool2d(self.tower(inputs), self.pool).flatten(2).transpose(1, 2)

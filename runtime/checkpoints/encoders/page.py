@@ -7,14 +7,61 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import BundleError, UnsupportedModelError, shown
 from ...model.encoders import Encoder
+from ...model.encoders.image import RESAMPLER_HEADS, ImageEncoder
+
+
+class CrossAttention(nn.Module):
+    """Queries x [B, Q, size] to places y [B, P, size] → [B, Q, size]."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        parts = (self.q_proj(x), self.k_proj(y), self.v_proj(y))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        result: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
+
+
+class Resampler(nn.Module):
+    """A fixed number of rows that attend to all places of a tile (Alayrac et al. 2022): what no place alone can say, such as how
+    many there are, needs all of them. The places attend to each other first. [B, places, width] → [B, queries, output size]."""
+
+    def __init__(self, encoder: ImageEncoder, width: int) -> None:
+        super().__init__()
+        size, queries = encoder.projector_size, encoder.queries
+        assert size is not None and queries is not None
+        self.input = nn.Linear(width, size)  # the first linear layer, and `output` the last: training scales them
+        self.positions = nn.Parameter(torch.randn(encoder.places, size) * 0.1)
+        self.queries = nn.Parameter(torch.randn(queries, size))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(4))
+        self.attention, self.cross = (CrossAttention(size, RESAMPLER_HEADS) for _ in range(2))
+        self.fc1, self.fc2 = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+        self.inner, self.output = nn.Linear(size, 2 * size), nn.Linear(2 * size, encoder.output_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.input(features) + self.positions
+        y = self.norms[0](x)
+        x = x + self.attention(y, y)
+        x = x + self.fc2(F.gelu(self.fc1(self.norms[1](x))))
+        queries = self.queries.expand(len(x), -1, -1)
+        queries = queries + self.cross(queries, self.norms[2](x))
+        rows: Tensor = self.output(F.gelu(self.inner(self.norms[3](queries))))
+        return rows
 
 
 def projector_of(encoder: Encoder, width: int) -> nn.Module:
-    """[..., width] → [..., hidden size of the text model], with random weights."""
+    """[inputs, rows, width] → [inputs, rows, hidden size of the text model], with random weights. A resampler gets places, not
+    rows."""
+    if isinstance(encoder, ImageEncoder) and encoder.projector == "resampler":
+        return Resampler(encoder, width)
     hidden, bias = encoder.projector_size, encoder.projector_bias
     if hidden is None:
         return nn.Linear(width, encoder.output_size, bias)

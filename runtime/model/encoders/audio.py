@@ -94,7 +94,7 @@ class AudioEncoder:
             raise ConfigError(f"pool ({self.pool}) must divide the tower's max_positions ({self.tower.max_positions})")
         if self.piece < self.processor.sampling_rate:
             raise ConfigError(f"the tower must hear a second at least; its piece has {self.piece} samples")
-        check_projector(self)
+        check_projector(self, ("linear", "mlp"))
         if not isinstance(self.around, list | tuple) or not all(isinstance(one, str) and one for one in self.around):
             raise ConfigError(f"around must be a list of tokens, got {shown(self.around)}")
         object.__setattr__(self, "around", tuple(self.around))

@@ -38,12 +38,12 @@ def check_placeholder(token: object, token_id: object, what: str) -> None:
         raise ConfigError(f"the placeholder's id must be a token id, got {shown(token_id)}")
 
 
-def check_projector(encoder: Any) -> None:
-    """Raises `ConfigError` unless `projector` is a kind that there is, with what belongs to it."""
-    if encoder.projector not in ("linear", "mlp"):
-        raise ConfigError(f"projector must be linear or mlp, got {shown(encoder.projector)}")
-    if (encoder.projector == "mlp") != (encoder.projector_size is not None):
-        raise ConfigError("projector_size is of a projector mlp, which must have one; null with linear")
+def check_projector(encoder: Any, kinds: tuple[str, ...]) -> None:
+    """Raises `ConfigError` unless `projector` is one of these kinds, with what belongs to it."""
+    if encoder.projector not in kinds:
+        raise ConfigError(f"projector must be one of {kinds}, got {shown(encoder.projector)}")
+    if (encoder.projector == "linear") != (encoder.projector_size is None):
+        raise ConfigError("projector_size is of a projector that is not linear, which must have one; null with linear")
     if encoder.projector_size is not None:
         check_sizes(encoder, ("projector_size",), "the encoder")
     if not isinstance(encoder.projector_bias, bool):

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from ...errors import ConfigError, shown
 
 TOWER = "efficientnet-lite0"
 WIDTH = 1280  # channels of the last convolution
 CELL = 32  # pixels in each direction of a place of its output
+# What "all" levels are of: a block, its channels, its places in each direction of a cell, and how many of these are averaged. The
+# early ones know colours, which a classifier of objects forgets.
+LEVELS = (("blocks.4", 40, 4, 2), ("blocks.10", 112, 2, 1), ("blocks.15", 320, 1, 1))
 _STEM = 32
 # (blocks, kernel, stride of the first, expansion, channels)
 _STAGES = (
@@ -21,16 +25,19 @@ _STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class EfficientNetConfig:
-    """`pool`: the mean of so many places in each direction becomes one row. `output_size`: hidden size of the text model. Raises
-    `ConfigError`."""
+    """`levels`: "last", the last convolution; or "all", the outputs of `LEVELS` beside each other. `pool`: the mean of so many
+    places in each direction becomes one row. `output_size`: hidden size of the text model. Raises `ConfigError`."""
 
     tower: str
     pool: int
     output_size: int
+    levels: Literal["last", "all"] = "last"
 
     def __post_init__(self) -> None:
         if self.tower != TOWER:
             raise ConfigError(f"tower must be {TOWER}, got {shown(self.tower)}")
+        if self.levels not in ("last", "all"):
+            raise ConfigError(f"levels of the tower must be last or all, got {shown(self.levels)}")
         for name in ("pool", "output_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**20:
@@ -44,7 +51,7 @@ class EfficientNetConfig:
     @property
     def width(self) -> int:
         """Of what the projector gets."""
-        return WIDTH
+        return WIDTH if self.levels == "last" else sum(size * (side // mean) ** 2 for _, size, side, mean in LEVELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +81,13 @@ class Block:
     convolutions: tuple[Convolution, ...]
     is_residual: bool
 
+    @property
+    def name(self) -> str:
+        return self.convolutions[0].name.rpartition(".")[0]
 
-def blocks() -> Iterator[Block]:
-    """The tower in order, stem and head among it."""
+
+def blocks(levels: str = "last") -> Iterator[Block]:
+    """The tower in order, stem and head among it; the head is of "last" levels alone."""
     yield Block((Convolution("stem", 3, _STEM, 3, 2),), False)
     channels, number = _STEM, 0
     for count, kernel, first_stride, expansion, out in _STAGES:
@@ -90,4 +101,5 @@ def blocks() -> Iterator[Block]:
             ]
             yield Block(tuple(found), stride == 1 and channels == out)
             channels, number = out, number + 1
-    yield Block((Convolution("head", channels, WIDTH),), False)
+    if levels == "last":
+        yield Block((Convolution("head", channels, WIDTH),), False)

@@ -23,6 +23,7 @@ _SIZES = (
 )
 FILTERS = range(6)  # of resizing, as Pillow numbers them
 MAX_EDGE = 4096  # a resized image has no longer one (transformers' MAX_IMAGE_SIZE)
+RESAMPLER_HEADS = 4  # of attention
 MOST_TILES = 16  # in a row or column
 _MOST_SIDE = 4096
 
@@ -126,17 +127,19 @@ class ImageProcessor:
 class ImageEncoder:
     """An encoder of images. `token`, `token_id`: the placeholder, in the template's text and as a row of the prompt.
     `layout`: "tiles", whose places in the image stand between their rows as Idefics3 writes them; or "rows": placeholders
-    alone, of one tile. `projector`: "linear", or "mlp" (linear, GELU, linear) with `projector_size` units, which is None
-    otherwise; `projector_bias`: whether it has biases. Raises `ConfigError` if these do not fit together."""
+    alone, of one tile. `projector`: "linear"; "mlp" (linear, GELU, linear) with `projector_size` units; or "resampler" of
+    that size, which makes `queries` rows of a tile. Both are None otherwise. `projector_bias`: whether it has biases, as a
+    resampler has. Raises `ConfigError` if these do not fit together."""
 
     vision: VisionConfig | EfficientNetConfig
     processor: ImageProcessor
     token: str
     token_id: int
     layout: Literal["tiles", "rows"] = "tiles"
-    projector: Literal["linear", "mlp"] = "linear"
+    projector: Literal["linear", "mlp", "resampler"] = "linear"
     projector_size: int | None = None
     projector_bias: bool = False
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         check_placeholder(self.token, self.token_id, "an image")
@@ -147,7 +150,16 @@ class ImageEncoder:
             raise ConfigError(f"layout of an image must be tiles or rows, got {shown(self.layout)}")
         if self.layout == "rows" and self.processor.splits:
             raise ConfigError("rows alone do not say which tile they are of; set splits to false, or layout to tiles")
-        check_projector(self)
+        check_projector(self, ("linear", "mlp", "resampler"))
+        if (self.projector == "resampler") != (self.queries is not None):
+            raise ConfigError("queries are of a projector resampler, which must have them; null with others")
+        if self.queries is not None:
+            check_sizes(self, ("queries",), "the resampler")
+            if not self.projector_bias or (self.projector_size or 0) % RESAMPLER_HEADS:
+                raise ConfigError(
+                    f"a resampler has biases, and a projector_size that is a multiple of {RESAMPLER_HEADS}, got "
+                    f"{shown(self.projector_size)}"
+                )
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -185,8 +197,13 @@ class ImageEncoder:
         return "\n".join(lines) + f"\n\n{whole}"
 
     @property
-    def rows_per_tile(self) -> int:
+    def places(self) -> int:
+        """Of a tile, each of which has features."""
         return (self.processor.tile_size // self.vision.unit) ** 2
+
+    @property
+    def rows_per_tile(self) -> int:
+        return self.places if self.queries is None else self.queries
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageEncoder:
