@@ -47,13 +47,14 @@ def served(
         heldout_token_ids(bench.tokenizer, 1024, context=bench.config.max_position_embeddings, split="train")
     )
     space, mix = Space(fused["space"]), dict(fused["mix"])
+    temperatures: dict[str, float] = fused["temperatures"]
     members = {name: Path(path) if path else None for name, path in fused["members"].items()}
 
     def export(name: str, tails: dict[str, Path | None], **options: Any) -> Path:
         export_bundle(bench.model_dir, work / name, tails=tails, calibration=calibration, **options)
         return work / name
 
-    together = export("fused", members, mix=mix, space=space)
+    together = export("fused", members, mix=mix, temperatures=temperatures, space=space)
     separate = [export(f"member-{name}", {name: path}) for name, path in members.items()]
     single = export("best", {best[0]: best[1], "base": None})
     chosen = _examples(bench, examples, max_length)
@@ -64,7 +65,8 @@ def served(
         "fused": _generate(together, None, prompts),
     }
     few = examples // 4
-    same = _mixed_outside(separate, list(mix.values()), space, prompts[:few], answers["fused"][:few])
+    parts = [(c, temperatures.get(name, 1.0)) for name, c in mix.items()]
+    same = _mixed_outside(separate, parts, space, prompts[:few], answers["fused"][:few])
     cost = decode.run(together, work, batch_sizes=(1, 4, 16))
     return {
         "mix": mix,
@@ -91,9 +93,14 @@ def _generate(bundle: Path, ensemble: Ensemble | None, prompts: Sequence[tuple[i
 
 
 def _mixed_outside(
-    bundles: Sequence[Path], mix: Sequence[float], space: Space, prompts: Sequence[tuple[int, ...]], answers: Tokens
+    bundles: Sequence[Path],
+    mix: Sequence[tuple[float, float]],
+    space: Space,
+    prompts: Sequence[tuple[int, ...]],
+    answers: Tokens,
 ) -> int:
-    """How many tokens of the answers are the argmax of the members' mixed logits or probabilities.
+    """How many tokens of the answers are the argmax of the members' mixed logits or probabilities; `mix`: (coefficient,
+    temperature) of each.
 
     Each member is a whole model with its own trunk, cache and head. It is fed the prompt and the answer (teacher forcing).
     """
@@ -102,9 +109,10 @@ def _mixed_outside(
     same = 0
     for prompt, answer in zip(prompts, answers):
         rows = [np.asarray(model.score([*prompt, *answer[:-1]], 0)[len(prompt) - 1 :], np.float64) for model in models]
+        rows = [row / temperature for row, (_, temperature) in zip(rows, mix, strict=True)]
         if space is Space.PROBS:
             rows = [_probabilities(row) for row in rows]
-        mixed = sum((c * row for c, row in zip(mix, rows)), np.zeros_like(rows[0]))
+        mixed = sum((c * row for (c, _), row in zip(mix, rows)), np.zeros_like(rows[0]))
         same += int((mixed.argmax(1) == np.array(answer)).sum())
     for model in models:
         model.close()

@@ -49,6 +49,7 @@ def export_bundle(
     loras: Mapping[str, Path] | None = None,
     merge: bool = False,
     mix: Mapping[str, float] | None = None,
+    temperatures: Mapping[str, float] | None = None,
     mix_chosen_by: Mapping[str, Any] | None = None,
     space: Space = Space.LOGITS,
     bits: int | None = None,
@@ -67,7 +68,8 @@ def export_bundle(
     member name → adapter directory. Adapters are stored beside the base's weights, and their members run the base's
     layers from `split_layer` on with the updates; with `merge` they are added to the weights, and the member has these
     layers of its own. Without any member, the base is the only
-    one. `mix`: member → coefficient; default: all equal. `mix_chosen_by`: on which data the mix was fitted, for the
+    one. `mix`: member → coefficient; default: all equal. `temperatures`: member → what divides its logits before they are mixed;
+    default: 1. `mix_chosen_by`: on which data the mix was fitted, for the
     manifest. `bits`: 8 (default), 4 (head and embedding keep 8) or 32 (not
     quantised). `group_size`: columns per group of the layers' weights; default: see `layer_group`. `method`: how 4-bit values
     are chosen. `target`, instead of `bits`: each weight has the scheme with which the bundle is within it and loses least.
@@ -98,7 +100,7 @@ def export_bundle(
     }
     members = _read_members(model, given, merge)
     config, weights = _own_head(model.config, model.weights, members)
-    ensemble = _default_ensemble([member.name for member in members], mix, space)
+    ensemble = _default_ensemble([member.name for member in members], mix, temperatures or {}, space)
     split_layer = _split_layer(config, members, num_tail_layers)
     stored, rest, digest = weights, members, model.digest
     if target is not None and target.megabytes is not None and (len(members) > 1 or members[0].adapters):
@@ -118,7 +120,7 @@ def export_bundle(
         encoders = write_encoders(model.path, work)
         if encoders:
             write_template(model.path, work)
-        by_name = {member.name: member.mix for member in ensemble.members}
+        by_name = {member.name: _part_in_mix(member) for member in ensemble.members}
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": name or out.name,
@@ -126,8 +128,7 @@ def export_bundle(
             "quantisation": _quantisation(work / WEIGHTS, config, wanted, quantiser, calibration),
             "split_layer": split_layer,
             "members": [
-                {"name": m.name, "kind": m.kind, "mix": by_name[m.name], "provenance": dict(m.provenance)}
-                for m in members
+                {"name": m.name, "kind": m.kind, **by_name[m.name], "provenance": dict(m.provenance)} for m in members
             ],
             "space": str(space),
             "graphs": files,
@@ -231,13 +232,23 @@ def _quantisation(
     }
 
 
-def _default_ensemble(names: list[str], mix: Mapping[str, float] | None, space: Space) -> Ensemble:
+def _part_in_mix(member: Member) -> dict[str, float]:
+    return {"mix": member.mix} | ({} if member.temperature == 1 else {"temperature": member.temperature})
+
+
+def _default_ensemble(
+    names: list[str], mix: Mapping[str, float] | None, temperatures: Mapping[str, float], space: Space
+) -> Ensemble:
     if mix is None:
         mix = dict.fromkeys(names, 1.0 / len(names))
     unknown = sorted(set(mix) - set(names))
     if unknown:
         raise InvalidEnsembleError(f"the mix names {unknown}; the bundle's members are {sorted(names)}")
-    return Ensemble(tuple(Member(n, float(mix.get(n, 0.0))) for n in names), space)
+    idle = sorted(name for name in temperatures if not mix.get(name))
+    if idle:
+        raise InvalidEnsembleError(f"the temperatures name {idle}, which have no part in the mix; leave them out")
+    parts = ((n, float(mix.get(n, 0.0)), float(temperatures.get(n, 1.0))) for n in names)
+    return Ensemble(tuple(Member(n, c, temperature=t) for n, c, t in parts), space)
 
 
 def _split_layer(config: DecoderConfig, members: list[MemberWeights], num_tail_layers: int | None) -> int:

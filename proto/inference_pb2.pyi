@@ -90,14 +90,16 @@ class View(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("name", "mix", "view")
+    __slots__ = ("name", "mix", "view", "temperature")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MIX_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     name: str
     mix: float
     view: View
-    def __init__(self, name: _Optional[str] = ..., mix: _Optional[float] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
+    temperature: float
+    def __init__(self, name: _Optional[str] = ..., mix: _Optional[float] = ..., view: _Optional[_Union[View, _Mapping]] = ..., temperature: _Optional[float] = ...) -> None: ...
 
 class Ensemble(_message.Message):
     __slots__ = ("members", "space", "allow_negative")

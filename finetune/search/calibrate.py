@@ -33,7 +33,7 @@ from ..data.encode import Encoded, encode_parts
 from ..data.example import Split
 from ..params import NearDuplicates, TuneParams
 from ..training.progress import Progress
-from .scoring import answer_logits, check_training_data, log_softmax, member_order, mixed_log_softmax
+from .scoring import answer_logits, check_training_data, log_softmax, member_order, mixed_log_softmax, tempered
 
 F64 = npt.NDArray[np.float64]
 TEMPERATURES = tuple((2 ** np.linspace(-1, 2, 19)).tolist())  # the seventh is 1
@@ -157,7 +157,8 @@ def _score(bundle: Bundle, backend: Backend, items: Sequence[Encoded], part: str
 def _tokens(ensemble: Ensemble, logits: F64, reference: npt.NDArray[np.int64]) -> Tokens:
     """`logits` [K, T, vocab] of the members at the answer tokens, `reference` [T]."""
     mix, at = [member.mix for member in ensemble.members], np.arange(len(reference))
-    plain, mixed = log_softmax(logits), mixed_log_softmax(ensemble, logits)
+    own = tempered(ensemble, logits)
+    plain, mixed = log_softmax(own), mixed_log_softmax(ensemble, own)
     chosen = mixed.argmax(-1)
     nll, best = [], []
     for temperature in TEMPERATURES:

@@ -94,7 +94,11 @@ def distil(
     answers = answers_of(bench, paths, tuned.max_length, counts, progress)
     loaded = bench.load(tuned, {**counts, "validation": tuned.validation_examples}, progress.advance)
     members = [list(paths).index(member) for member in found.mix]
-    loaded.parts["train"] = _taught(loaded.parts["train"], answers["train"].states[members])
+    divisors = torch.tensor([found.temperatures.get(member, 1.0) for member in found.mix])
+    taught = (
+        answers["train"].states[members] / divisors[:, None, None]
+    )  # the head is linear, so the logits are divided too
+    loaded.parts["train"] = _taught(loaded.parts["train"], taught)
     head = head_of(bench)
 
     def student(*arguments: Any) -> Student:
@@ -155,16 +159,22 @@ def _report(
     pool = Pool(fusion.space, torch.cat([test.states, student[None].to(test.states)]), head, test.targets)
     one = np.eye(len(names) + 1)
     mix = sum((m * one[names.index(member)] for member, m in fusion.mix.items()), np.zeros(len(names) + 1))
+    temperatures = np.array([fusion.temperatures.get(name, 1.0) for name in [*names, "student"]])
     best = values["report"]["best_single"]
     losses: dict[str, F64] = {
         "base": pool.nll(one[names.index("base")]),
         "best_single": pool.nll(one[names.index(best)]),
-        "ensemble": pool.nll(np.asarray(mix)),
+        "ensemble": pool.nll(np.asarray(mix), temperatures),
         "student": pool.nll(one[-1]),
     }
     gain = losses["best_single"] - losses["ensemble"]
     return {
-        "fusion": {"mix": dict(fusion.mix), "space": str(fusion.space), "best_single": best},
+        "fusion": {
+            "mix": dict(fusion.mix),
+            "temperatures": dict(fusion.temperatures),
+            "space": str(fusion.space),
+            "best_single": best,
+        },
         "share": params.share,
         "test": {name: float(loss.mean()) for name, loss in losses.items()},
         # None if the ensemble gained nothing that could be kept

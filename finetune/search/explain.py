@@ -29,7 +29,7 @@ from ..data.encode import Encoded, encode_parts
 from ..data.example import Split
 from ..params import NearDuplicates, TuneParams
 from ..training.progress import Progress
-from .scoring import F64, answer_logits, check_training_data, log_softmax, member_order
+from .scoring import F64, answer_logits, check_training_data, log_softmax, member_order, tempered
 
 _PROMPT = 600  # characters of a prompt's end that are kept
 
@@ -42,7 +42,7 @@ class Explained:
     prompt: str  # the end of what is before the answer
     tokens: tuple[bytes, ...]  # [T] what each token stands for
     nll: F64  # [T] under the mix
-    member_nll: F64  # [K, T] under each member alone
+    member_nll: F64  # [K, T] under each member alone, at its temperature
     help: F64  # [K, T]
 
 
@@ -57,6 +57,7 @@ class Explanation:
     space: Space
     members: tuple[str, ...]  # [K]
     mix: tuple[float, ...]  # [K]
+    temperatures: tuple[float, ...]  # [K]
     best: int
     documents: tuple[Explained, ...]
 
@@ -112,7 +113,8 @@ def explain(
     finally:
         backend.close()
     best = int(np.concatenate([one.member_nll for one in found], axis=1).mean(1).argmin())
-    names, mix = zip(*((member.name, member.mix) for member in used.members), strict=True)
+    in_mix = ((member.name, member.mix, member.temperature) for member in used.members)
+    names, mix, temperatures = zip(*in_mix, strict=True)
     return Explanation(
         bundle=bundle.name,
         data=dataset.name,
@@ -120,15 +122,18 @@ def explain(
         space=used.space,
         members=names,
         mix=mix,
+        temperatures=temperatures,
         best=best,
         documents=tuple(sorted(found, key=lambda one: -float((one.member_nll[best] - one.nll).mean()))),
     )
 
 
 def leave_one_out(ensemble: Ensemble, logits: F64, reference: npt.NDArray[np.int64]) -> tuple[F64, F64, F64]:
-    """From logits [K, T, vocab] of K ≥ 2 members with positive coefficients: the negative log-likelihoods of the tokens
-    `reference` [T] under the mix [T], under each member [K, T], and under the mix without it [K, T]."""
+    """From logits [K, T, vocab], before temperatures, of K ≥ 2 members with positive coefficients: the negative
+    log-likelihoods of the tokens `reference` [T] under the mix [T], under each member [K, T], and under the mix without it
+    [K, T]."""
     mix, at = np.array([member.mix for member in ensemble.members]), np.arange(len(reference))
+    logits = tempered(ensemble, logits)
     single = -log_softmax(logits)[:, at, reference]
     rests = mix.sum() - mix
     if ensemble.space is Space.PROBS:

@@ -49,6 +49,7 @@ def _members(found: Explanation, single: F64) -> Table:
         [
             name,
             f"{found.mix[k]:.4f}",
+            f"{found.temperatures[k]:.3f}",
             f"{single[k]:.4f}",
             f"{helps[k].mean():+.4f}",
             f"{((most == k) & (helps[k] > 0)).mean():.1%}",
@@ -59,6 +60,7 @@ def _members(found: Explanation, single: F64) -> Table:
     header = [
         "member",
         "coefficient",
+        "temperature",
         "NLL alone",
         "help, nats a token",
         "tokens it helped most",

@@ -23,6 +23,7 @@ from .answers import Answers, answers_of, head_of
 from .fusion import FUSION, weights_digest
 from .mixfit import F64, Interval, Pool, cross_validated, paired_bootstrap, select_and_fit
 from .params import FuseParams
+from .temperatures import fit_temperatures
 
 BASE = "base"
 REPORT = "README.md"
@@ -67,13 +68,24 @@ def fuse(
     pool = Pool(params.space, validation.states, head, validation.targets)
     everything = np.ones(len(validation.targets), np.bool_)
     mix, shrinkage = select_and_fit(pool, everything, validation.documents, max_members=params.max_members)
+    plain, temperatures = mix, np.ones(len(names))
+    if params.temperatures:
+        progress.note("fitting temperatures")
+        mix, temperatures = fit_temperatures(pool, mix, shrinkage, everything)
     progress.note("cross-validating")
     nested = cross_validated(pool, validation.documents, folds=params.folds, max_members=params.max_members)
+    test_pool = Pool(params.space, test.states, head, test.targets)
     progress.note("testing")
-    report = _report(names, pool, Pool(params.space, test.states, head, test.targets), test, mix, nested)
+    report = _report(names, pool, test_pool, test, plain, nested)
+    if params.temperatures:
+        nested = cross_validated(
+            pool, validation.documents, folds=params.folds, max_members=params.max_members, refine=fit_temperatures
+        )
+        report |= _tempered(pool, test_pool, test, (plain, mix), temperatures, nested, report)
     result = {
         "space": str(params.space),
         "mix": {names[k]: float(mix[k]) for k in np.flatnonzero(mix)},
+        "temperatures": {names[k]: float(temperatures[k]) for k in np.flatnonzero(mix) if temperatures[k] != 1},
         "shrinkage": shrinkage,
         "members": {names[k]: str(paths[names[k]] or "") for k in np.flatnonzero(mix)},
         "candidates": {name: str(path) for name, path in members.items()},
@@ -117,6 +129,29 @@ def _report(
     }
 
 
+def _tempered(
+    validation: Pool,
+    test: Pool,
+    answers: Answers,
+    mixes: tuple[F64, F64],
+    temperatures: F64,
+    nested: float,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """What temperatures change in the report; `mixes`: without and with them. The figures without them are kept beside."""
+    (plain, mix), best = mixes, report["best_single"]
+    alone = np.eye(len(mix))[list(report["members"]).index(best)]
+    after = test.nll(mix, temperatures)
+    figures = {"validation": float(validation.nll(mix, temperatures).mean()), "test": float(after.mean())}
+    units = {"examples": answers.examples, "documents": answers.documents}
+    return {
+        "fitted": {**figures, "validation_nested": nested},
+        "without_temperatures": report["fitted"],
+        "against_best_single": {u: asdict(paired_bootstrap(test.nll(alone), after, g)) for u, g in units.items()},
+        "against_no_temperatures": {u: asdict(paired_bootstrap(test.nll(plain), after, g)) for u, g in units.items()},
+    }
+
+
 def change(interval: Mapping[str, float]) -> str:
     """A relative change with its confidence interval, as text: -1.20% [-1.90%, -0.60%]."""
     parts = Interval(**interval)
@@ -129,12 +164,21 @@ def fusion_card(result: Mapping[str, Any]) -> str:
     rows = [(name, f["validation"], "", f["test"]) for name, f in report["members"].items()]
     rows += [("uniform mix of the chosen", report["uniform"]["validation"], "", report["uniform"]["test"])]
     rows += [("uniform mix of all", report["uniform_of_all"]["validation"], "", report["uniform_of_all"]["test"])]
-    fitted = report["fitted"]
-    rows += [("fitted mix", fitted["validation"], fitted["validation_nested"], fitted["test"])]
+    fits = {"fitted mix, without temperatures": report.get("without_temperatures"), "fitted mix": report["fitted"]}
+    rows += [(n, f["validation"], f["validation_nested"], f["test"]) for n, f in fits.items() if f is not None]
     lines = ["| member | validation | validation, nested CV | test |", "| --- | --- | --- | --- |"]
     for name, *values in rows:
         lines.append(f"| {name} | {' | '.join(f'{v:.4f}' if isinstance(v, float) else v for v in values)} |")
     mix = ", ".join(f"{name} {value:.3f}" for name, value in result["mix"].items())
+    tempered = []
+    if "against_no_temperatures" in report:
+        found = ", ".join(f"{name} {result['temperatures'].get(name, 1.0):.3f}" for name in result["mix"])
+        changed = report["against_no_temperatures"]
+        tempered = [
+            f"Temperatures: {found}. Against the mix without them on the test set: {change(changed['examples'])} over examples, "
+            f"{change(changed['documents'])} over documents.",
+            "",
+        ]
     return "\n".join(
         [
             f"# A fused ensemble of {result['base']['name']} on {result['data']['name']}",
@@ -151,5 +195,6 @@ def fusion_card(result: Mapping[str, Any]) -> str:
             f"bootstrap: {change(report['against_best_single']['examples'])} over examples, "
             f"{change(report['against_best_single']['documents'])} over documents.",
             "",
+            *tempered,
         ]
     )

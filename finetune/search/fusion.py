@@ -17,11 +17,12 @@ FUSION = "fusion.json"
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """`members`: name → directory, None for the base. `mix`: name → coefficient. `chosen_by`: see
-    `provenance.chosen_by`."""
+    """`members`: name → directory, None for the base. `mix`: name → coefficient. `temperatures`: name → what divides the
+    member's logits, for those where it is not 1. `chosen_by`: see `provenance.chosen_by`."""
 
     members: Mapping[str, Path | None]
     mix: Mapping[str, float]
+    temperatures: Mapping[str, float]
     space: Space
     base_digest: str
     chosen_by: Mapping[str, Any]
@@ -37,7 +38,8 @@ def read_fusion(directory: Path) -> Fusion:
         values = read_object(path, "run `motet fuse` again")
         members = {name: Path(place) if place else None for name, place in values["members"].items()}
         weights, base = values["weights"], values["base"]["digest"]
-        fusion = Fusion(members, values["mix"], Space(values["space"]), base, values["chosen_by"])
+        temperatures = {name: float(value) for name, value in values["temperatures"].items()}
+        fusion = Fusion(members, values["mix"], temperatures, Space(values["space"]), base, values["chosen_by"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"'{path}' is damaged ({error!r}); run `motet fuse` again") from error
     for name, place in members.items():

@@ -5,6 +5,7 @@ member is judged by what it adds, not by how good it is alone. The counts are a 
 EM on the simplex for `probs` (the classic mixture-weight update), with a convex program for `logits`, whose loss is
 convex in the coefficients (log-sum-exp of an affine function minus a linear one). At last the mix is shrunk towards the
 uniform one, by a share that cross-validation by document chooses: with few documents, a fit follows their noise.
+Temperatures are fitted after that, on a grid (`temperatures`).
 
 Losses are kept per token, so folds and bootstraps only sum over tokens that are already measured.
 """
@@ -27,6 +28,7 @@ F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Groups = npt.NDArray[np.int64]
 SHARES = (0.0, 0.25, 0.5, 1.0)  # by which a fitted mix may be shrunk to uniform
+TEMPERATURES = tuple((2 ** np.linspace(-1, 2, 25)).tolist())  # that are tried; one of them is 1
 _ROWS = 512  # rows per head product: at most 512 × vocabulary logits in memory
 
 
@@ -35,7 +37,7 @@ class Pool:
     """The hidden states of K members on one set of answers with T tokens.
 
     `states` [K, T, hidden] normed; `head` [vocab, hidden], linear; `targets` [T] token ids. Results of `nll` are
-    cached by mix.
+    cached by mix and temperatures.
     """
 
     space: Space
@@ -44,27 +46,55 @@ class Pool:
     targets: Tensor
     single: F64 = field(init=False)  # [K, T] negative log-likelihood of each member alone, nats
     _known: dict[tuple[float, ...], F64] = field(default_factory=dict)
+    _tempered: dict[tuple[int, float], F64] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.single = np.stack([self._logits_nll(states) for states in self.states])
 
-    def nll(self, mix: F64) -> F64:
-        """[T] negative log-likelihood in nats of each token under the mix [K]."""
-        key = tuple(round(float(m), 9) for m in mix)
+    def nll(self, mix: F64, temperatures: F64 | None = None) -> F64:
+        """[T] negative log-likelihood in nats of each token under the mix [K] of members whose logits are divided by
+        `temperatures` [K] (None: 1)."""
+        divisors = np.ones(len(mix)) if temperatures is None else temperatures
+        key = tuple(round(float(x), 9) for x in (*mix, *divisors))
         if key not in self._known:
-            self._known[key] = self._nll(np.asarray(mix, np.float64))
+            self._known[key] = self._nll(np.asarray(mix, np.float64), divisors)
         return self._known[key]
 
-    def _nll(self, mix: F64) -> F64:
+    def _nll(self, mix: F64, temperatures: F64) -> F64:
         used = np.flatnonzero(mix)
         if len(used) == 1 and mix[used[0]] == 1:
-            return np.asarray(self.single[used[0]])
+            return self._single_at(int(used[0]), temperatures[used[0]])
         if self.space is Space.PROBS:
+            single = np.stack([self._single_at(int(k), temperatures[k]) for k in used])
             with np.errstate(divide="ignore"):
-                return np.asarray(-np.logaddexp.reduce(np.log(mix[used])[:, None] - self.single[used], axis=0))
-        return self._logits_nll(
-            torch.einsum("k,kth->th", torch.tensor(mix[used], dtype=torch.float32), self.states[used])
+                return np.asarray(-np.logaddexp.reduce(np.log(mix[used])[:, None] - single, axis=0))
+        return self._logits_nll(self.mixed_states(mix / temperatures))
+
+    def _single_at(self, member: int, temperature: float) -> F64:
+        if temperature == 1:
+            return np.asarray(self.single[member])
+        key = member, float(temperature)
+        if key not in self._tempered:
+            self._tempered[key] = self._logits_nll(self.states[member] / temperature)
+        return self._tempered[key]
+
+    def mixed_states(self, coefficients: F64) -> Tensor:
+        """[T, hidden] Σ coefficients [K] · states."""
+        used = np.flatnonzero(coefficients)
+        return torch.einsum(
+            "k,kth->th", torch.tensor(coefficients[used], dtype=torch.float32), self.states[torch.from_numpy(used)]
         )
+
+    @torch.no_grad()
+    def curve(self, states: Tensor) -> F64:
+        """[temperatures of the grid, T] negative log-likelihood with the logits of states [T, hidden] divided by each. The head
+        is computed once."""
+        parts = []
+        for rows, targets in zip(torch.split(states, _ROWS), torch.split(self.targets, _ROWS)):
+            logits = rows @ self.head.T
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            parts.append(torch.stack([torch.logsumexp(logits / t, -1) - chosen / t for t in TEMPERATURES]))
+        return np.asarray(torch.cat(parts, 1).double().numpy())
 
     @torch.no_grad()
     def _logits_nll(self, states: Tensor) -> F64:
@@ -74,19 +104,22 @@ class Pool:
         ]
         return np.asarray(torch.cat(parts).double().numpy())
 
-    def gradient(self, mix: F64, used: Sequence[int], mask: Mask) -> tuple[float, F64]:
+    def gradient(self, mix: F64, used: Sequence[int], mask: Mask, temperature: float = 1.0) -> tuple[float, F64]:
         """(mean loss over the masked tokens, its gradient by the coefficients `mix` of the members `used`), in
-        `logits` space."""
+        `logits` space, all members at one temperature."""
         rows = torch.from_numpy(np.flatnonzero(mask))
         coefficients = torch.tensor(mix, dtype=torch.float32, requires_grad=True)
         total = 0.0
         for part in torch.split(rows, _ROWS):
-            mixed = torch.einsum("k,kth->th", coefficients, self.states[list(used)][:, part])
+            mixed = torch.einsum("k,kth->th", coefficients / temperature, self.states[list(used)][:, part])
             loss = F.cross_entropy(mixed @ self.head.T, self.targets[part], reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         assert coefficients.grad is not None
         return total / len(rows), np.asarray(coefficients.grad.double().numpy() / len(rows))
+
+
+Refine = Callable[[Pool, F64, float, Mask], tuple[F64, F64]]
 
 
 def greedy(
@@ -118,13 +151,14 @@ def em(nll: F64, start: F64, *, steps: int = 500, tolerance: float = 1e-10) -> F
     return np.asarray(update / update.sum())
 
 
-def convex(pool: Pool, start: F64, mask: Mask) -> F64:
-    """The coefficients [K] ≥ 0 with sum 1, of the members of `start`, that minimise the mean loss in `logits` space."""
+def convex(pool: Pool, start: F64, mask: Mask, temperature: float = 1.0) -> F64:
+    """The coefficients [K] ≥ 0 with sum 1, of the members of `start`, that minimise the mean loss in `logits` space, all at
+    one temperature."""
     used = np.flatnonzero(start)
     if len(used) == 1:
         return start
     result = minimize(
-        lambda x: pool.gradient(x, list(used), mask),
+        lambda x: pool.gradient(x, list(used), mask, temperature),
         start[used],
         jac=True,
         method="SLSQP",
@@ -187,19 +221,21 @@ def shrink(pool: Pool, mix: F64, mask: Mask, groups: Groups, *, folds: int = 3) 
     return (1 - share) * mix + share * uniform, share
 
 
-def cross_validated(pool: Pool, groups: Groups, *, folds: int, max_members: int) -> float:
+def cross_validated(pool: Pool, groups: Groups, *, folds: int, max_members: int, refine: Refine | None = None) -> float:
     """Mean loss of mixes on documents that were used neither to select nor to fit nor to shrink them (the outer loop of
     nested cross-validation).
 
-    `groups` [T]: the document of each token. No document is on both sides of a split.
+    `groups` [T]: the document of each token. No document is on both sides of a split. `refine`: what else is fitted there, from
+    (pool, mix, share, mask) to (mix, temperatures).
     """
     rng = np.random.default_rng(0)
     documents = rng.permutation(np.unique(groups))
     total = 0.0
     for fold in np.array_split(documents, min(folds, len(documents))):
         held = np.isin(groups, fold)
-        mix, _ = select_and_fit(pool, ~held, groups, max_members=max_members)
-        total += float(pool.nll(mix)[held].sum())
+        mix, share = select_and_fit(pool, ~held, groups, max_members=max_members)
+        mix, temperatures = refine(pool, mix, share, ~held) if refine is not None else (mix, None)
+        total += float(pool.nll(mix, temperatures)[held].sum())
     return total / len(groups)
 
 

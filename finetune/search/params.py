@@ -106,6 +106,9 @@ class FuseParams:
     validation_examples: int = described(64, "Examples that members and mix are fitted on, at most.")
     test_examples: int = described(128, "Examples for the final figure, at most; they decide nothing.")
     max_length: int | None = described(None, MAX_LENGTH_HELP)
+    temperatures: bool = described(
+        False, "Fit temperatures with the mix: one per member in space probs, one for all in space logits."
+    )
     folds: int = 4  # of the nested cross-validation
     with_base: bool = True  # the untuned base is a candidate too
 

@@ -52,8 +52,13 @@ def answer_logits(
         yield np.stack([logits[rows].astype(np.float64) for logits in found]), ids[rows]
 
 
+def tempered(ensemble: Ensemble, logits: F64) -> F64:
+    """Logits [K, T, vocab] of the members, divided by their temperatures: as they are mixed."""
+    return np.asarray(logits / np.array([member.temperature for member in ensemble.members])[:, None, None])
+
+
 def mixed_log_softmax(ensemble: Ensemble, logits: F64) -> F64:
-    """[T, vocab] log-probabilities of the mix of the members' logits [K, T, vocab]."""
+    """[T, vocab] log-probabilities of the mix of the members' tempered logits [K, T, vocab]."""
     mix = [member.mix for member in ensemble.members]
     if ensemble.space is Space.LOGITS:
         return log_softmax(np.tensordot(mix, logits, 1))

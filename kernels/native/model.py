@@ -201,23 +201,24 @@ class NativeModel:
         self,
         batch: PackedBatch,
         terms: Sequence[Sequence[tuple[int, float]]],
+        temperatures: Sequence[float],
         greedy: Sequence[bool],
         sampling: ctypes.Structure,
         written: Sequence[int] = (),
     ) -> F32:
         """Run a batch and fill in `sampling` (a `MotetSampling`), whose rows of logits are mixes of the batch's outputs:
-        row r is Σ coefficient · output[index] over terms[r], through the head. Where `greedy[r]`, only the largest logit is
-        meant to be used: what cannot become it may be off by the head's rounding. Returns the logits of the rows
-        `written`, [written, vocab]."""
+        row r is Σ coefficient · output[index] over terms[r], through the head, divided by temperatures[r]. Where `greedy[r]`,
+        only the largest logit is meant to be used: what cannot become it may be off by the head's rounding. Returns the logits of
+        the rows `written`, [written, vocab]."""
         self._check_embedded(batch)
         offsets = np.array([0, *accumulate(map(len, terms))], np.int64)
         sources = np.array([index for row in terms for index, _ in row], np.int32)
         coefficients = np.array([c for row in terms for _, c in row], np.float32)
-        flags = np.array(greedy, np.uint8)
+        divisors, flags = np.array(temperatures, np.float32), np.array(greedy, np.uint8)
         written_rows = np.array(written, np.int64)
         logits = np.empty((len(written), self.vocab_size), np.float32)
         mixes = Mixes(
-            *(len(terms), *addresses(offsets, sources, coefficients, flags)),
+            *(len(terms), *addresses(offsets, sources, coefficients, divisors, flags)),
             *(len(written), *addresses(written_rows, logits)),
         )
         code = self._library.motet_generate(

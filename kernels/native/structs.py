@@ -131,7 +131,7 @@ class Mixes(ctypes.Structure):
 
     _fields_ = [
         ("rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("offsets", "sources", "coefficients", "greedy")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "sources", "coefficients", "temperatures", "greedy")),
         ("num_written", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("written_rows", "written")),
     ]

@@ -35,6 +35,7 @@ MAX_TEXTS = 256  # to embed at once
 MAX_MEMBERS = 64  # of an ensemble; so many views at most
 MAX_NAME_BYTES = 256  # of a member
 MAX_MIX = 1000  # absolute value of a coefficient: float32 has 7 digits, and larger terms that cancel leave few
+MIN_MEMBER_TEMPERATURE, MAX_MEMBER_TEMPERATURE = 0.01, 100
 MAX_LOGIT_BIASES = 65536
 MAX_STOPS = 64  # stop strings, and stop token ids
 MAX_STOP_BYTES = 1024

@@ -10,12 +10,14 @@ from ..errors import InvalidEnsembleError, InvalidRequestError, shown
 from .embedded import EmbeddedSpan, Spans
 from .limits import (
     MAX_CHOICES,
+    MAX_MEMBER_TEMPERATURE,
     MAX_MEMBERS,
     MAX_MIX,
     MAX_NAME_BYTES,
     MAX_PRIORITY,
     MAX_REQUEST_ID_BYTES,
     MAX_SALT_BYTES,
+    MIN_MEMBER_TEMPERATURE,
 )
 from .prompt import Prompt
 from .rules import Flag, Integer, Number, Text
@@ -26,6 +28,7 @@ MIX_TOLERANCE = 1e-6
 _FLAG = Flag()
 _NAME = Text(MAX_NAME_BYTES, min_bytes=1)
 _MIX = Number(-MAX_MIX, MAX_MIX)
+_MEMBER_TEMPERATURE = Number(MIN_MEMBER_TEMPERATURE, MAX_MEMBER_TEMPERATURE)
 _REQUEST_ID = Text(MAX_REQUEST_ID_BYTES)
 _SHARE = Number(0, 1)
 _DRAFTS = Integer(0, MAX_CHOICES)
@@ -35,7 +38,8 @@ _TIME_LIMIT = Number(0, is_above=True)  # seconds
 
 
 class Space(StrEnum):
-    """Where members are mixed. LOGITS: Σ wᵢ·zᵢ (log-linear pool). PROBS: log Σ wᵢ·softmax(zᵢ) (linear pool)."""
+    """Where members are mixed, whose logits zᵢ are divided by their temperatures first. LOGITS: Σ wᵢ·zᵢ (log-linear pool).
+    PROBS: log Σ wᵢ·softmax(zᵢ) (linear pool)."""
 
     LOGITS = "logits"
     PROBS = "probs"
@@ -55,18 +59,20 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the bundle, its coefficient in the mix, and the view (index into `Request.prompts`) that it sees."""
+    """A member of the bundle, its coefficient in the mix, the view (index into `Request.prompts`) that it sees, and the
+    temperature by which its logits are divided before they are mixed (the request's own temperature divides the mix)."""
 
     name: str
     mix: float
     view: int = 0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
     """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
-    more than 64 members, a (name, view) pair that occurs twice, or a mix that is not in ±1000 or does not sum to 1
-    (±1e-6)."""
+    more than 64 members, a (name, view) pair that occurs twice, a mix that is not in ±1000 or does not sum to 1
+    (±1e-6), or a temperature that is not in 0.01…100."""
 
     members: tuple[Member, ...]
     space: Space = Space.LOGITS
@@ -92,6 +98,8 @@ class Ensemble:
             try:
                 _NAME.check("ensemble.members.name", member.name, "a member's name")
                 _MIX.check("ensemble.members.mix", member.mix, f"the mix of member '{member.name}'")
+                label = f"the temperature of member '{member.name}'"
+                _MEMBER_TEMPERATURE.check("ensemble.members.temperature", member.temperature, label)
             except InvalidRequestError as error:
                 raise InvalidEnsembleError(str(error), field=error.field) from None
             if member.mix < 0 and self.space is Space.PROBS:
@@ -295,6 +303,11 @@ def check_embedding(ensemble: Ensemble, allow_negative: bool) -> None:
         if member.view:
             raise InvalidEnsembleError(
                 "a text is embedded as it is; leave the views out", field="ensemble.members.view"
+            )
+        if member.temperature != 1:
+            raise InvalidEnsembleError(
+                "a temperature divides logits, and an embedding has none; leave it out",
+                field="ensemble.members.temperature",
             )
         _check_sign(member, allow_negative)
     if ensemble.space is not Space.LOGITS:

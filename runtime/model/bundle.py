@@ -152,7 +152,10 @@ class Bundle:
     def _from_manifest(cls, path: Path, manifest: dict[str, Any]) -> Bundle:
         members = tuple(member["name"] for member in manifest["members"])
         kinds = tuple(_kind(member["kind"]) for member in manifest["members"])
-        mix = tuple(Member(member["name"], float(member["mix"])) for member in manifest["members"])
+        mix = tuple(
+            Member(member["name"], float(member["mix"]), temperature=float(member.get("temperature", 1.0)))
+            for member in manifest["members"]
+        )
         decoder_graph = _decoder_graph(manifest, members)
         made_here = decoder_graph is None
         config = (DecoderConfig if made_here else GraphConfig).from_dict(manifest["config"])

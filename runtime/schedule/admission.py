@@ -54,6 +54,7 @@ class Admission:
             members_of.setdefault(member.view, set()).add(self._index_of[member.name])
         views = sorted(members_of)
         terms = tuple((views.index(m.view), self._index_of[m.name], m.mix) for m in request.ensemble.members)
+        temperatures = tuple(m.temperature for m in request.ensemble.members)
         params = request.sampling
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         eos = () if params.ignore_eos else self._model.eos_token_ids
@@ -73,6 +74,7 @@ class Admission:
                     for view in views
                 ],
                 terms=terms,
+                temperatures=temperatures if any(t != 1 for t in temperatures) else (),
                 space=request.ensemble.space,
                 params=params,
                 seed=choice_seed(seed, choice),

@@ -43,6 +43,7 @@ class SampleRow:
     sampling: ResolvedSampling
     position: int  # index of the token to draw in its sequence (view 0): prompt length + tokens already drawn
     edits: Edits = NO_EDITS  # of the mixed row
+    temperatures: tuple[float, ...] = ()  # [terms] by which the logits of each are divided; empty: all are 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,7 @@ def _sample_rows(decode: GroupRows, first_sampled: dict[Sequence, int]) -> list[
             sampling=sampling,
             position=num_tokens + ahead,
             edits=edits,
+            temperatures=group.temperatures,
         )
         for ahead, (edits, sampling) in enumerate(edits_of)
     ]

@@ -106,6 +106,7 @@ class Group:
     max_tokens: int
     stop_ids: frozenset[int]  # end-of-sequence and stop token ids
     editor: LogitEditor  # sees every token of the answer
+    temperatures: tuple[float, ...] = ()  # [terms] by which the logits of each are divided; empty: all are 1
     return_member_logprobs: bool = False
     return_logprobs: bool = False  # the chosen token's, also if the parameters do not ask for them
     drafter: Drafter | None = None  # None: no speculation

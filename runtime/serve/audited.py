@@ -48,6 +48,7 @@ class AuditSink:
         fields = self._of_all(call) | {
             "call_id": call.id,
             "mix": call.mix,
+            **({"temperatures": call.temperatures} if call.temperatures else {}),
             "status": call.status,
             "finish_reasons": call.finish_reasons,
             "prompt_tokens": call.prompt_tokens,

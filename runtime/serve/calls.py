@@ -52,6 +52,7 @@ class Call:
     queue_s: float | None = None  # of choice 0
     first_token_s: float | None = None  # from arrival
     mix: dict[str, float] = field(default_factory=dict)  # member → coefficient
+    temperatures: dict[str, float] = field(default_factory=dict)  # member → its temperature, where it is not 1
     request: Request | None = None  # as the engine got it, if it got one
     text: list[str] = field(default_factory=list)  # the answer's pieces, in the order in which they were sent
     key: str = field(
@@ -67,6 +68,7 @@ class Call:
     def submitted(self, request: Request) -> None:
         self.id, self.request = request.request_id, request
         self.mix = {member.name: member.mix for member in request.ensemble.members}
+        self.temperatures = {m.name: m.temperature for m in request.ensemble.members if m.temperature != 1}
         self.prompt_tokens += sum(map(len, request.prompts))
 
     def add(self, output: Output) -> None:

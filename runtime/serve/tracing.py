@@ -86,7 +86,7 @@ class Tracer:
                 "gen_ai.usage.output_tokens": call.completion_tokens,
                 "gen_ai.usage.cache_read.input_tokens": call.cached_tokens,
                 "motet.tenant": call.caller.identity.tenant,
-                "motet.mix": [f"{name}={value:g}" for name, value in call.mix.items()],
+                "motet.mix": [_part(name, value, call.temperatures.get(name)) for name, value in call.mix.items()],
             },
         )
         if call.request is not None:
@@ -105,3 +105,8 @@ class Tracer:
 
     def on_refusal(self, method: str, peer: str, error: Exception, who: Identity | None) -> None:
         """A caller who is not known has no trace."""
+
+
+def _part(name: str, mix: float, temperature: float | None) -> str:
+    """As `--mix` takes it."""
+    return f"{name}={mix:g}" + ("" if temperature is None else f"@{temperature:g}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .export.flavours import Flavour, WeightForm
 from .export.quantisation.method import Method, Target
-from .options import MixOption, by_name, coefficients, with_signature
+from .options import MixOption, by_name, read_mix, with_signature
 from .runtime.api.config import EngineConfig
 from .runtime.api.request import Space
 from .runtime.errors import BundleError, ConfigError
@@ -243,6 +243,7 @@ def _settings(
     return {
         "members": members,
         "mix": chosen["mix"],
+        "temperatures": chosen["temperatures"],
         "space": str(chosen["space"]),
         "calibration": text_digest(base.digest, text.chunks),
         "held_out": text_digest(base.digest, held_out),
@@ -275,11 +276,13 @@ def _parity_table(bundle: Path) -> Table:
 
 
 def _members(tail: list[str], lora: list[str], mix: str | None, space: Space) -> dict[str, Any]:
-    """Members, mix and space, as `export_bundle` takes them, from what the user wrote."""
+    """Members, mix, temperatures and space, as `export_bundle` takes them, from what the user wrote."""
+    parts = None if mix is None else read_mix(mix)
     return {
         "tails": by_name(map(_tail, tail)),
         "loras": by_name(map(_adapter, lora)),
-        "mix": None if mix is None else coefficients(mix),
+        "mix": None if parts is None else {name: c for name, (c, _) in parts.items()},
+        "temperatures": {name: t for name, (_, t) in (parts or {}).items() if t != 1},
         "space": space,
     }
 
@@ -297,6 +300,7 @@ def _fused_members(directory: Path, base_digest: str) -> dict[str, Any]:
         "tails": {n: path for n, path in fusion.members.items() if kinds[n] is not MemberKind.ADAPTER},
         "loras": {n: path for n, path in fusion.members.items() if kinds[n] is MemberKind.ADAPTER},
         "mix": fusion.mix,
+        "temperatures": fusion.temperatures,
         "mix_chosen_by": fusion.chosen_by,
         "space": fusion.space,
     }

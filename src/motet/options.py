@@ -49,7 +49,10 @@ Defaults = Annotated[
         help="Of the sampling options that are left out: as printed here, or what generation_config.json of --bundle says."
     ),
 ]
-MixOption = Annotated[str | None, typer.Option(help="name=coefficient,…; default: the bundle's own mix.")]
+MixOption = Annotated[
+    str | None,
+    typer.Option(help="name=coefficient,… or name=coefficient@temperature,…; default: the bundle's own mix."),
+]
 SpaceOption = Annotated[Space | None, typer.Option(help="Where the members of --mix are mixed; default: logits.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0: the CPUs this process may use.")]
 # For every command that reads a bundle: its parameter `trust` is an `EngineConfig` with what the bundle's signature must be.
@@ -62,18 +65,22 @@ def check_arguments(arguments: Sequence[str]) -> None:
         decode_text(os.fsencode(argument), f"argument {index}, '{ascii(argument)[1:-1]}',")
 
 
-def coefficients(text: str) -> dict[str, float]:
-    """Member → coefficient of "name=coefficient,…". Raises `InvalidEnsembleError`."""
-    pairs: dict[str, float] = {}
+def read_mix(text: str) -> dict[str, tuple[float, float]]:
+    """Member → (coefficient, temperature) of "name=coefficient,…", where a coefficient may have "@temperature" after it; without,
+    the temperature is 1. Raises `InvalidEnsembleError`."""
+    parts: dict[str, tuple[float, float]] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
-        if name.strip() in pairs:
+        coefficient, is_tempered, temperature = value.partition("@")
+        if name.strip() in parts:
             raise InvalidEnsembleError(f"a mix names a member once; '{name.strip()}' is there twice")
         try:
-            pairs[name.strip()] = float(value)
+            parts[name.strip()] = float(coefficient), float(temperature) if is_tempered else 1.0
         except ValueError:
-            raise InvalidEnsembleError(f"a mix is name=coefficient,…; '{item}' is not") from None
-    return pairs
+            raise InvalidEnsembleError(
+                f"a mix is name=coefficient,… or name=coefficient@temperature,…; '{item}' is not"
+            ) from None
+    return parts
 
 
 def by_name(members: Iterable[tuple[str, Value]]) -> dict[str, Value]:
@@ -92,7 +99,7 @@ def read_ensemble(mix: str | None, space: Space | None) -> Ensemble | None:
         if space is not None:
             raise InvalidEnsembleError("--space is where the members of --mix are mixed; give --mix too")
         return None
-    members = tuple(Member(name, value) for name, value in coefficients(mix).items())
+    members = tuple(Member(name, c, temperature=t) for name, (c, t) in read_mix(mix).items())
     return Ensemble(members, Space.LOGITS if space is None else space)
 
 

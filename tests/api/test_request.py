@@ -6,7 +6,7 @@ import math
 
 import pytest
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request, Space
+from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request, Space, check_embedding
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
 from motet.runtime.model.config import DecoderConfig
@@ -99,6 +99,22 @@ def test_time_limits(limit):
         with pytest.raises(InvalidRequestError, match="time_limit_s must be a finite number above 0") as caught:
             make()
         assert caught.value.field == "time_limit_s"
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, 0.009, 100.5, math.inf, math.nan, "1", True, None])
+def test_temperatures_of_members(temperature):
+    assert Ensemble((Member("a", 1.0, temperature=0.01),)).members[0].temperature == 0.01
+    with pytest.raises(
+        InvalidEnsembleError, match=r"the temperature of member 'a' must be a number in \[0.01, 100\]"
+    ) as caught:
+        Ensemble((Member("a", 1.0, temperature=temperature),))
+    assert caught.value.field == "ensemble.members.temperature"
+
+
+def test_an_embedding_has_no_temperature():
+    check_embedding(Ensemble((Member("a", 1.0),)), False)
+    with pytest.raises(InvalidEnsembleError, match="a temperature divides logits"):
+        check_embedding(Ensemble((Member("a", 1.0, temperature=2.0),)), False)
 
 
 def test_a_space_by_its_name():

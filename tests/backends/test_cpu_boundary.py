@@ -84,14 +84,19 @@ def test_a_bad_mix_is_refused_before_anything_is_computed(bundle_of, terms, samp
     sampling = Sampling([Sample(sample_terms, temperature=0.0)], model.vocab_size)
     sampling.result.token_ids[:] = 7
     with pytest.raises(MotetError, match=message):
-        model.generate(batch, terms, [True], sampling.struct)
+        model.generate(batch, terms, [1.0], [True], sampling.struct)
     assert sampling.result.token_ids.tolist() == [7]
     sampling = Sampling([Sample([(0, 1.0)], temperature=0.0)], model.vocab_size)
     for written in (1, -1):
         with pytest.raises(MotetError, match=f"written row {written} is not in 0…0"):
-            model.generate(batch, [[(0, 1.0)]], [True], sampling.struct, [written])
-    logits = model.generate(batch, [[(0, 1.0)]], [False], sampling.struct, [0])
+            model.generate(batch, [[(0, 1.0)]], [1.0], [True], sampling.struct, [written])
+    for temperature in (0.0, -1.0, float("inf"), float("nan"), 1e-60):  # the last is 0 in float32
+        with pytest.raises(MotetError, match="the temperature of row 0 is not a finite number above 0"):
+            model.generate(batch, [[(0, 1.0)]], [temperature], [True], sampling.struct)
+    tempered = model.generate(batch, [[(0, 1.0)]], [1.7], [False], sampling.struct, [0])
+    logits = model.generate(batch, [[(0, 1.0)]], [1.0], [False], sampling.struct, [0])
     assert (logits == model.head(model.step(batch))).all()
+    assert (tempered == logits / np.float32(1.7)).all()
     assert sampling.result.token_ids.tolist() == [logits[0].argmax()]
 
 

@@ -14,7 +14,7 @@ from motet.export.decoder_graph import export_decoder_graph, find_graph
 from motet.export.flavours import Flavour
 from motet.export.onnx_directory import write_onnx
 from motet.runtime.api.config import EngineConfig
-from motet.runtime.api.request import Ensemble, Member, Request
+from motet.runtime.api.request import Ensemble, Member, Request, Space
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.backends.onnx import decoder_graph
 from motet.runtime.backends.open import open_backend
@@ -164,6 +164,26 @@ def test_scores_and_mixes_with_itself(bundle):
         mixed = 1.5 * backend.score([*long, *expected], 0)[-1] - 0.5 * backend.score([*short, *expected], 0)[-1]
         expected.append(int(mixed.argmax()))
     assert list(found) == expected
+
+
+def test_views_are_mixed_at_their_temperatures(bundle):
+    """In both spaces, from the logits that the graph gives."""
+    backend = open_backend(Bundle.load(bundle), CONFIG)
+    views = (tuple(PROMPTS[3]), tuple(PROMPTS[3][50:]))
+    logits = np.stack([backend.score(list(view), 0)[-1].astype(np.float64) for view in views])
+    logits /= np.array([2.5, 0.4])[:, None]
+    members = np.exp(logits - logits.max(1, keepdims=True))
+    members /= members.sum(1, keepdims=True)
+    pools = {Space.LOGITS: np.exp(0.3 * logits[0] + 0.7 * logits[1]), Space.PROBS: 0.3 * members[0] + 0.7 * members[1]}
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=3)
+    with Engine.from_bundle(bundle, CONFIG) as engine:
+        for space, pool in pools.items():
+            parts = (Member("base", 0.3, temperature=2.5), Member("base", 0.7, 1, temperature=0.4))
+            [[found]] = engine.complete([Request("x", views, Ensemble(parts, space), params)])
+            expected = np.log(pool / pool.sum())
+            assert found.token_ids == [expected.argmax()]
+            for token, logprob in found.top_logprobs[0]:
+                assert logprob == pytest.approx(expected[token], abs=1e-4)
 
 
 def test_the_command_finds_the_graph(graph_dir, tmp_path):

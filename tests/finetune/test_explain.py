@@ -101,6 +101,15 @@ def test_figures_are_those_of_transformers(made, space):
 
 
 @pytest.mark.parametrize("space", list(Space))
+def test_members_are_mixed_at_their_temperatures(space):
+    logits, tokens = np.random.default_rng(0).standard_normal((2, 7, 11)), np.arange(7)
+    mix = Ensemble((Member("a", 0.25, temperature=2.0), Member("b", 0.75, temperature=0.5)), space)
+    plain = leave_one_out(ensemble(space, a=0.25, b=0.75), logits * np.array([0.5, 2.0])[:, None, None], tokens)
+    for one, other in zip(leave_one_out(mix, logits, tokens), plain, strict=True):
+        assert one == pytest.approx(other)
+
+
+@pytest.mark.parametrize("space", list(Space))
 def test_a_member_that_is_left_out_leaves_the_mix_of_the_others(space):
     """By hand: of two members the other one is left."""
     logits = np.random.default_rng(0).standard_normal((2, 7, 11))
@@ -154,7 +163,7 @@ def test_the_page(made, tmp_path):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", text)
     members = {row[0]: row for row in reader.rows if row[0] in MIX}
     assert {name: float(row[1]) for name, row in members.items()} == MIX
-    assert float(members["x"][2]) == pytest.approx(found.member_nll()[1], abs=1e-4)
+    assert float(members["x"][3]) == pytest.approx(found.member_nll()[1], abs=1e-4)
     tokens = [row for row in reader.rows if re.match(r"\d+\. ", row[0])]
     documents = [row for row in tokens if len(row) == 9]
     tokens = [row for row in tokens if len(row) == 8]

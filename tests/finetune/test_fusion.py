@@ -12,6 +12,8 @@ from motet.finetune.params import TuneParams
 from motet.finetune.search.fuse import fuse
 from motet.finetune.search.params import FuseParams
 from motet.finetune.training.train import Workbench, tune
+from motet.runtime.api.request import Space
+from motet.runtime.errors import BundleError
 from motet.runtime.model.bundle import Bundle
 
 pytestmark = pytest.mark.slow  # it trains
@@ -71,6 +73,45 @@ def test_a_bundle_says_what_chose_its_checkpoints_and_its_mix(fusion, tmp_path, 
     for card in (fused / "README.md", fused.parent / "t" / "README.md"):
         assert sentence in card.read_text()
         assert "No privacy budget covers them" in card.read_text()
+
+
+def test_temperatures_travel_from_the_fusion_to_the_bundle(fusion, tmp_path, monkeypatch, capsys):
+    model, data, fused = fusion
+    plain = json.loads((fused / "fusion.json").read_text())
+    assert plain["temperatures"] == {}
+    assert "against_no_temperatures" not in plain["report"]
+    params = FuseParams(Space.PROBS, validation_examples=4, test_examples=6, max_length=100, folds=2, temperatures=True)
+    members = {name: fused.parent / name for name in ("t", "x")}
+    written = fuse(Workbench(model, str(data), None), members, tmp_path / "f", params)
+    report, temperatures = written["report"], written["temperatures"]
+    assert temperatures, "none was fitted: nothing is tested"
+    assert set(temperatures) <= set(written["mix"])
+    for split in ("validation", "validation_nested", "test"):
+        assert report["fitted"][split] != report["without_temperatures"][split]
+    assert report["fitted"]["validation"] < report["without_temperatures"]["validation"]
+    change = report["against_no_temperatures"]["examples"]["change"]
+    assert change == pytest.approx(report["fitted"]["test"] / report["without_temperatures"]["test"] - 1)
+    card = (tmp_path / "f" / "README.md").read_text()
+    assert ", ".join(f"{name} {temperatures.get(name, 1.0):.3f}" for name in written["mix"]) in card
+    assert f"| fitted mix, without temperatures | {report['without_temperatures']['validation']:.4f} |" in card
+    assert export(monkeypatch, model, tmp_path / "b", "--fusion", tmp_path / "f") == 0, capsys.readouterr().err
+    found = {m.name: m.temperature for m in Bundle.load(tmp_path / "b").default_ensemble.members}
+    assert found == {name: temperatures.get(name, 1.0) for name in written["mix"]}
+    others = ",".join(f"{other}={written['mix'][other]!r}@2.5" for other in written["mix"])
+    tails = [text for other in written["mix"] for text in _member_options(other, members)]
+    assert export(monkeypatch, model, tmp_path / "c", *tails, "--mix", others) == 0, capsys.readouterr().err
+    assert {m.temperature for m in Bundle.load(tmp_path / "c").default_ensemble.members} == {2.5}
+    manifest = json.loads((tmp_path / "b" / "motet.json").read_text())
+    next(member for member in manifest["members"] if member["mix"])["temperature"] = 0
+    (tmp_path / "b" / "motet.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="the temperature of member"):
+        Bundle.load(tmp_path / "b")
+
+
+def _member_options(name, members):
+    if name == "base":
+        return ["--tail", "base"]
+    return ["--tail" if name == "t" else "--lora", f"{name}={members[name]}"]
 
 
 def test_a_fusion_is_used_whole_or_refused(fusion, tiny_model_dir, tmp_path, monkeypatch, capsys):

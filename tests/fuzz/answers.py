@@ -92,7 +92,9 @@ class _Answer:
         lengths = [len(prompt) for prompt in request.prompts]
         own = [states[m, v][lengths[v] - 1 :] for m, v, _ in terms]  # [terms][tokens + 1, hidden]
         logits = {key: judge.backend._model.head(state) for key, state in states.items()}
-        self.rows = np.stack([logits[m, v][lengths[v] - 1 :] for m, v, _ in terms], 1)  # [tokens + 1, terms, vocab]
+        temperatures = np.array([m.temperature for m in request.ensemble.members], np.float32)
+        rows = np.stack([logits[m, v][lengths[v] - 1 :] for m, v, _ in terms], 1)
+        self.rows = rows / temperatures[:, None]  # [tokens + 1, terms, vocab]
         self.mix = [c for *_, c in terms]
         self.stops = {*self.params.stop_token_ids, *(() if self.params.ignore_eos else bundle.eos_token_ids)}
         taking_part = [c for c in self.mix if c != 0]
@@ -100,8 +102,8 @@ class _Answer:
         exact = single or request.ensemble.space is Space.PROBS or not judge.oracle.config.linear_head
         self.is_exact = exact or request.return_member_logprobs
         self.peaks = sum(  # [tokens + 1, groups]: the largest value of a group of the mixed state
-            abs(c) * np.abs(state.astype(np.float64)).reshape(len(state), -1, judge.group).max(-1)
-            for c, state in zip(self.mix, own)
+            abs(c / t) * np.abs(state.astype(np.float64)).reshape(len(state), -1, judge.group).max(-1)
+            for c, t, state in zip(self.mix, temperatures.tolist(), own)
             if c != 0
         )
 

@@ -81,7 +81,8 @@ class Asker:
         mix = self._mix(len(chosen), space)
         if rng.random() < 0.01:
             chosen[0] = ("nobody", 0)
-        members = tuple(Member(name, c, view) for (name, view), c in zip(chosen, mix))
+        temperatures = rng.choice([0.01, 0.5, 1.0, 1.3, 100.0], len(mix)) if rng.random() < 0.2 else np.ones(len(mix))
+        members = tuple(Member(n, c, view, float(t)) for (n, view), c, t in zip(chosen, mix, temperatures))
         return Ensemble(members, space), 1 + max(view for _, view in chosen)
 
     def _mix(self, count: int, space: Space) -> list[float]:

@@ -112,8 +112,8 @@ class FakeBackend:
         for sample in batch.samples:
             self._check_sample(batch, sample)
             terms.append([(len(rows) + i, c) for i, (_, _, c) in enumerate(sample.terms)])
-            for row, member, _ in sample.terms:
-                logits = self._logits(batch, row, member)
+            for (row, member, _), temperature in zip(sample.terms, sample.temperatures or [1.0] * len(sample.terms)):
+                logits = self._logits(batch, row, member) / np.float32(temperature)
                 rows.append(np.full_like(logits, np.nan) if sample.sampling.seed in self.nan_seeds else logits)
         output = sample_rows(np.array(rows, np.float32).reshape(-1, self.vocab_size), terms, batch.samples)
         for sample, token_id in zip(batch.samples, output.token_ids.tolist(), strict=True):

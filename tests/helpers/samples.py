@@ -23,12 +23,13 @@ def sample_row(
     forbidden=(),
     mask=None,
     members=False,
+    temperatures=(),
     **params,
 ) -> SampleRow:
     """A row after these tokens; `params` are fields of `SamplingParams`."""
     edits = edits_of(prompt, output, forbidden, mask, **params)
     sampling = resolve_sampling(SamplingParams(**params), seed, members)
-    return SampleRow(tuple(terms), space, sampling, position, edits)
+    return SampleRow(tuple(terms), space, sampling, position, edits, tuple(temperatures))
 
 
 def edits_of(prompt=(), output=(), forbidden=(), mask=None, **params) -> Edits:

@@ -10,6 +10,7 @@ from helpers.models import make_tail
 from helpers.samples import sample_row
 from motet.export.bundle_writer import export_bundle
 from motet.kernels.native import library
+from motet.kernels.oracle.reference import log_softmax
 from motet.kernels.oracle.truncation import RULES, Rule
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Space
@@ -27,7 +28,7 @@ TWO = [(4, 0.25), (9, 0.75)]
 @pytest.mark.parametrize("space", list(Space))
 def test_a_member_alone_is_one_row_everywhere(space, linear):
     plan = plan_head([[(3, 1.0)]], [sample_row(space=space)], linear)
-    assert (plan.rows, plan.mixes) == ([[(3, 1.0)]], [[(0, 1.0)]])
+    assert (plan.rows, plan.mixes, plan.temperatures) == ([[(3, 1.0)]], [[(0, 1.0)]], [1.0])
 
 
 def test_a_mix_is_one_row_before_a_linear_head_and_a_row_a_member_otherwise():
@@ -49,9 +50,28 @@ def test_only_a_greedy_draw_that_reports_nothing_needs_no_more_than_the_largest(
     assert plan_head([TWO], [sample_row(**plain)], False).greedy == [False, False]
 
 
+def test_temperatures_divide_coefficients_before_a_linear_head_and_logits_after_any_other_row():
+    terms = [(0, 0, 0.25), (0, 1, 0.75)]
+    samples = [
+        sample_row(terms, temperatures=(2.0, 0.5), **more) for more in ({}, {"members": True}, {"space": Space.PROBS})
+    ]
+    plan = plan_head([TWO] * 3, samples, True)
+    own = [[(4, 1.0)], [(9, 1.0)]]
+    assert plan.rows == [[(4, 0.125), (9, 1.5)], *own, *own]
+    assert plan.temperatures == [1.0, 2.0, 0.5, 2.0, 0.5]
+    assert plan.mixes[1] == [(1, 0.25), (2, 0.75)]
+    bent = plan_head([TWO] * 3, samples, False)
+    assert (bent.rows, bent.temperatures) == ([*own] * 3, [2.0, 0.5] * 3)
+    alone = sample_row([(0, 0, 1.0), (0, 1, 0.0)], temperatures=(2.0, 0.5))  # the second has no part
+    for linear in (True, False):
+        plan = plan_head([[(4, 1.0)]], [alone], linear)
+        assert (plan.rows, plan.temperatures, plan.mixes) == ([[(4, 1.0)]], [2.0], [[(0, 1.0)]])
+
+
 # ---- the three backends ----------------------------------------------------------------------------------------------
 
 MIX = (0.5, 0.3, 0.2)
+TOLERANCE = 2e-4  # nats: a mix before the head is rounded otherwise than a mix of logits
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +215,68 @@ def test_a_rule_that_is_not_fused_is_applied_and_its_neighbours_are_as_without(o
         assert found.logprobs[index] == pytest.approx(found.top_logprobs[index][1][1])
     assert all(token % 2 == 0 for token in found.token_ids[[5, 11]])
     assert len(found.member_logprobs[3]) == 3
+
+
+TEMPERATURES = (0.6, 1.0, 1.8)
+
+
+@pytest.mark.parametrize("linear_head", [True, False])
+def test_a_temperature_divides_a_members_logits_before_they_are_mixed(open_backend, linear_head):
+    """Against the definition, in double precision, on the members' own logits."""
+    backend, _ = open_backend(linear_head=linear_head)
+    terms = tuple((0, member, c) for member, c in enumerate(MIX))
+    wanted = list(range(0, 259, 7))
+    samples = [
+        sample_row(terms, space, position=4, logprobs=3, logprob_token_ids=wanted, temperatures=TEMPERATURES, **more)
+        for space in Space
+        for more in ({}, {"members": True}, {"mask": np.full(10, 0x55555555, np.uint32)}, {"temperature": 0.0})
+    ]
+    found = step(backend, samples)
+    logits = np.stack([backend.score([5, 9, 200, 31], member)[-1] for member in range(3)]).astype(np.float64)
+    members = log_softmax(logits / np.array(TEMPERATURES)[:, None])
+    mixed = {
+        Space.LOGITS: log_softmax(np.tensordot(MIX, logits / np.array(TEMPERATURES)[:, None], 1)),
+        Space.PROBS: np.log(np.tensordot(MIX, np.exp(members), 1)),
+    }
+    for index, sample in enumerate(samples):
+        expected = mixed[sample.space]
+        np.testing.assert_allclose(found.candidate_logprobs[index], expected[wanted], atol=TOLERANCE)
+        assert found.logprobs[index] == pytest.approx(expected[found.token_ids[index]], abs=TOLERANCE)
+        if sample.sampling.member_logprobs:
+            assert found.member_logprobs[index] == pytest.approx(members[:, found.token_ids[index]], abs=TOLERANCE)
+        if sample.sampling.temperature == 0:
+            assert found.token_ids[index] == expected.argmax()
+    shortest = [
+        sample_row(terms, space, position=4, temperature=0.0, temperatures=TEMPERATURES) for space in Space
+    ]  # what is read is the token alone
+    assert step(backend, shortest).token_ids.tolist() == [int(mixed[space].argmax()) for space in Space]
+    plain = [replace(sample, temperatures=()) for sample in samples]
+    assert np.abs(np.array(step(backend, plain).logprobs) - found.logprobs).max() > 0.01
+
+
+def test_temperatures_of_1_change_no_bit(open_backend):
+    backend, _ = open_backend()
+    plain = samples_of()
+    found, same = step(backend, plain), step(backend, [replace(one, temperatures=(1.0, 1.0, 1.0)) for one in plain])
+    assert found.token_ids.tolist() == same.token_ids.tolist()
+    assert found.logprobs.tolist() == same.logprobs.tolist()
+    assert found.member_logprobs == same.member_logprobs
+
+
+@pytest.mark.parametrize("space", list(Space))
+def test_a_member_alone_at_a_temperature_is_the_member(open_backend, space):
+    """Its most probable token is its own, and its distribution that of a request at this temperature."""
+    backend, _ = open_backend()
+    greedy = {"position": 4, "temperature": 0.0, "logprobs": 4, "space": space}
+    plain, tempered = step(
+        backend, [sample_row([(0, 1, 1.0)], **greedy), sample_row([(0, 1, 1.0)], temperatures=(1.8,), **greedy)]
+    ).top_logprobs
+    assert [token for token, _ in plain] == [token for token, _ in tempered]
+    gaps = [np.diff([value for _, value in top]) for top in (plain, tempered)]
+    np.testing.assert_allclose(gaps[1] * 1.8, gaps[0], atol=TOLERANCE)
+    draws = [
+        step(backend, [sample_row([(0, 1, 1.0)], space, position=4, **how)]).token_ids.tolist()
+        for seed in range(8)
+        for how in ({"seed": seed, "temperature": 1.8}, {"seed": seed, "temperature": 1.0, "temperatures": (1.8,)})
+    ]
+    assert draws[::2] == draws[1::2]

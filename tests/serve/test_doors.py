@@ -25,6 +25,7 @@ from motet.runtime.api.sampling import DEFAULTS, RULES, SamplingParams
 from motet.runtime.api.structure import Structure
 from motet.runtime.client.client import AsyncClient, Client
 from motet.runtime.schedule.admission import choice_seed
+from motet.runtime.serve.grpc.answers import model_from_proto, model_to_proto
 from motet.runtime.serve.local import serve_engine
 from motet.runtime.serve.service import Service
 from typer.testing import CliRunner
@@ -65,7 +66,7 @@ VIEWS = GenerateRequest(
     priority=-3,
     cache_salt="pepper",
 )
-PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25), Member("c", 0.75)), Space.PROBS))
+PROBS = GenerateRequest("hello", Ensemble((Member("a", 0.25, temperature=1.5), Member("c", 0.75)), Space.PROBS))
 PLAIN = GenerateRequest("hello")
 DRAFTED = GenerateRequest("hello", sampling=SamplingParams(seed=7, temperature=0.5, max_tokens=9), drafts=3)
 STRUCTURES = [
@@ -176,7 +177,7 @@ def by_cli(request, _engine, address, path):
         member, without = request.ensemble.members
         arguments += ["--context", str(path / "doc.txt"), "--member", member.name, "--alpha", str(-without.mix)]
     elif request.ensemble is not None:
-        mix = ",".join(f"{member.name}={member.mix!r}" for member in request.ensemble.members)
+        mix = ",".join(f"{one.name}={one.mix!r}@{one.temperature!r}" for one in request.ensemble.members)
         arguments += ["--mix", mix, "--space", str(request.ensemble.space)]
     if request.request_id:
         arguments += ["--request-id", request.request_id]
@@ -236,7 +237,8 @@ def by_http(request, engine, _address, _path):
             body[field.name] = getattr(request, field.name)
     if request.ensemble is not None:
         members = [
-            {"name": member.name, "mix": member.mix, "view": request.views[member.view - 1] if member.view else None}
+            {"name": member.name, "mix": member.mix, "temperature": member.temperature}
+            | {"view": request.views[member.view - 1] if member.view else None}
             for member in request.ensemble.members
         ]
         space, is_negative = str(request.ensemble.space), request.allow_negative
@@ -303,9 +305,14 @@ def test_drafts_arrive(door, engine, address, tmp_path, seen):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_the_space_arrives(door, engine, address, tmp_path, seen):
+def test_space_and_temperatures_arrive(door, engine, address, tmp_path, seen):
     door(PROBS, engine, address, tmp_path)
     assert [request.ensemble for request in seen] == [PROBS.ensemble]
+
+
+def test_the_default_ensemble_is_told_with_its_temperatures(engine):
+    model = dataclasses.replace(engine.model, default_ensemble=PROBS.ensemble)
+    assert model_from_proto(model_to_proto(model)) == model
 
 
 @pytest.mark.parametrize("door", [by_service, by_client, by_client_complete, by_async_client])

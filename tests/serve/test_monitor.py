@@ -154,9 +154,22 @@ def test_calls_are_audited(engine, tmp_path):
     assert (done["status"], done["request_id"], done["completion_tokens"]) == ("ok", "mine", 4)
     assert json.loads(done["prompt"]) == [list(b"hello")] or done["prompt"].startswith("[[")
     assert len(done["answer"]) > 0 and "hello" not in json.dumps({k: v for k, v in done.items() if k != "answer"})
+    assert "temperatures" not in done and done["mix"] == {"a": 1.0}
     assert wrong["status"] == "ContextLengthError"
     assert (refused["event"], refused["status"]) == ("refusal", "UnauthenticatedError")
     assert (verify(tmp_path / "audit").last, verify(tmp_path / "audit").unended) == (5, ())
+
+
+def test_temperatures_of_members_are_audited(engine, tmp_path):
+    async def run():
+        with AuditLog(tmp_path / "audit") as audit:
+            ensemble = Ensemble((Member("a", 0.5, temperature=1.5), Member("b", 0.5)))
+            service = Service(engine, sinks=[AuditSink(audit, "d1gest")])
+            await service.complete(ask(ensemble=ensemble), caller("acme"))
+
+    asyncio.run(run())
+    _, done = records(tmp_path / "audit")
+    assert (done["mix"], done["temperatures"]) == ({"a": 0.5, "b": 0.5}, {"a": 1.5})
 
 
 def test_a_call_is_recorded_before_it_is_answered(engine, backend, tmp_path):

@@ -20,6 +20,12 @@ float norm_of(const float* x, int64_t size) {
     return std::sqrt(squares);
 }
 
+void divide_rows(const MotetMixes& mixes, float* logits, int64_t stride) {
+    for (int64_t r = 0; r < mixes.rows; r++)
+        if (mixes.temperatures[r] != 1.0f)
+            for (int64_t n = 0; n < stride; n++) logits[r * stride + n] /= mixes.temperatures[r];
+}
+
 }  // namespace
 
 // For each (group, block of columns) of the head, the largest norm of a column's part in the group. Any quantised head
@@ -53,6 +59,8 @@ std::string Model::check(const MotetMixes& mixes, int64_t num_hidden) const {
     for (int64_t r = 0; r < mixes.rows; r++) {
         if (mixes.offsets[0] != 0 || mixes.offsets[r + 1] <= mixes.offsets[r])
             return "row " + std::to_string(r) + " has no terms";
+        if (!std::isfinite(mixes.temperatures[r]) || mixes.temperatures[r] <= 0)
+            return "the temperature of row " + std::to_string(r) + " is not a finite number above 0";
         for (int64_t i = mixes.offsets[r]; i < mixes.offsets[r + 1]; i++)
             if (mixes.sources[i] < 0 || mixes.sources[i] >= num_hidden)
                 return "row " + std::to_string(r) + " mixes a hidden state that is not there";
@@ -104,6 +112,7 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
     }
     if (refined.empty()) {
         finish_logits(out, mixes.rows);
+        divide_rows(mixes, out, stride);
         return out;
     }
     const auto start = std::chrono::steady_clock::now();
@@ -129,6 +138,7 @@ const float* Model::logits(const MotetMixes& mixes, const float* hidden) {
         },
         &job);
     finish_logits(out, mixes.rows);
+    divide_rows(mixes, out, stride);
     seconds_[kHead] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return out;
 }

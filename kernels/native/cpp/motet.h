@@ -162,13 +162,14 @@ typedef struct {
 } MotetSampling;
 
 /* Rows of logits to sample from. The head's input of row r is Σ coefficients[i] · hidden state of output sources[i],
-   over i in offsets[r]…offsets[r + 1] - 1. `greedy` [rows]: only the largest logit has to be exact. The logits of
-   `written_rows` are copied out, so that the caller can sample from them. */
+   over i in offsets[r]…offsets[r + 1] - 1; its logits are divided by temperatures[r]. `greedy` [rows]: only the largest
+   logit has to be exact. The logits of `written_rows` are copied out, so that the caller can sample from them. */
 typedef struct {
     int64_t rows;
     const int64_t* offsets; /* [rows + 1] */
     const int32_t* sources;
     const float* coefficients;
+    const float* temperatures; /* [rows] above 0 */
     const uint8_t* greedy;
     int64_t num_written;
     const int64_t* written_rows; /* [num_written] */

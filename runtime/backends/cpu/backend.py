@@ -91,7 +91,7 @@ class CpuBackend:
         natives = native_samples([plan.mixes[i] for i in fused], [batch.samples[i] for i in fused])
         sampling = Sampling(natives, self._model.vocab_size)
         written = {row: index for index, row in enumerate(row for i in others for row, _ in plan.mixes[i])}
-        logits = self._model.generate(packed, plan.rows, plan.greedy, sampling.struct, list(written))
+        logits = self._model.generate(packed, plan.rows, plan.temperatures, plan.greedy, sampling.struct, list(written))
         output = step_output(natives, sampling.result)
         if not others:
             return output

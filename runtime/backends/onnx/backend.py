@@ -23,7 +23,7 @@ from ...errors import ConfigError
 from ...model.bundle import Bundle
 from ...sampling.host import sample_rows
 from ...sampling.mixing import head_group, mixed_rows
-from ...sampling.terms import needed_terms, plan_head
+from ...sampling.terms import divide_rows, needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size, check_float_cache
 from .sessions import bundle_session
@@ -190,6 +190,7 @@ class OnnxBackend:
         logits = self._logits(rows)
         for row, fine in fine_rows:
             logits[row] += logits[fine]
+        divide_rows(logits, plan.temperatures)
         return sample_rows(logits, plan.mixes, batch.samples)
 
     def hidden(self, batch: Batch) -> list[F32]:

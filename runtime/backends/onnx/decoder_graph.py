@@ -22,7 +22,7 @@ from ...errors import ConfigError, MotetError, UnimplementedError, UnsupportedMo
 from ...model.bundle import Bundle
 from ...model.decoder_graph import GraphConfig, Padding
 from ...sampling.host import sample_rows
-from ...sampling.terms import needed_terms, plan_head
+from ...sampling.terms import divide_rows, needed_terms, plan_head
 from ...schedule.batch import Batch, StepOutput
 from ..base import check_block_size, check_float_cache
 from .interface import GraphInterface
@@ -233,8 +233,10 @@ class DecoderGraphBackend:
         terms = [[(at[row], c) for row, _, c in needed_terms(sample)] for sample in batch.samples]
         plan = plan_head(terms, batch.samples, linear_head=False)
         found = [logits[row] for row in logits]
-        rows = [found[state] for ((state, _),) in plan.rows]
-        return sample_rows(np.stack(rows) if rows else np.empty((0, 0), np.float32), plan.mixes, batch.samples)
+        chosen = [found[state] for ((state, _),) in plan.rows]
+        rows = np.stack(chosen) if chosen else np.empty((0, 0), np.float32)
+        divide_rows(rows, plan.temperatures)
+        return sample_rows(rows, plan.mixes, batch.samples)
 
     def hidden(self, batch: Batch) -> list[F32]:
         """Raises `UnimplementedError`: the graph gives logits alone."""

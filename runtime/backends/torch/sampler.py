@@ -25,7 +25,15 @@ from ....kernels.oracle.operands import FUSED_RULES, Draw, LinearWeight, Mixture
 from ....kernels.oracle.truncation import RULES
 from ...api.request import Space
 from ...sampling.host import empty_output, put_output, sample_rows, split_fused
-from ...sampling.terms import Terms, is_mixed_before_head, is_single, plan_head
+from ...sampling.terms import (
+    Terms,
+    is_mixed_before_head,
+    is_single,
+    is_tempered,
+    mixed_before_head,
+    needed_temperatures,
+    plan_head,
+)
 from ...schedule.batch import SampleRow, StepOutput
 from .packed import Packed
 
@@ -89,6 +97,7 @@ class TorchSampler:
 
     def _is_fused(self, terms: Terms, sample: SampleRow) -> bool:
         plain = sample.edits.is_empty and not sample.sampling.truncation and not _needs_row(sample)
+        plain = plain and (len(terms) > 1 or not is_tempered(terms, sample))
         return plain and self._plain_head and is_mixed_before_head(terms, sample, self._linear_head)
 
     # ---- the three ways ----------------------------------------------------------------------------------------------
@@ -97,7 +106,8 @@ class TorchSampler:
         self, hidden: Tensor, index: list[int], terms: Sequence[Terms], samples: Sequence[SampleRow]
     ) -> _DeviceResult:
         chosen = [samples[i] for i in index]
-        arrays = _mixture_arrays([terms[i] for i in index], "") | _draw_arrays(chosen)
+        rows = [mixed_before_head(terms[i], needed_temperatures(terms[i], samples[i]))[0] for i in index]
+        arrays = _mixture_arrays(rows, "") | _draw_arrays(chosen)
         device = Packed.of(arrays, self._device).device
         mixture = _mixture(device, "")
         tokens, logprobs = self._ops.mix_head_sample(hidden, self._head_weight, mixture, _draw(device, chosen))
@@ -122,7 +132,7 @@ class TorchSampler:
             },
             self._device,
         ).device
-        logits = self._head_logits(hidden, device)
+        logits = self._head_logits(hidden, device, plan.temperatures)
         mixed = self._mixed_rows(logits, [plan.mixes[i] for i in written], [chosen[i] for i in written])
         rows = torch.cat([logits, self._edit(mixed, [chosen[i] for i in written])]) if written else logits
         mixture = _mixture(device, "", any_probs=any(is_probs))
@@ -139,12 +149,16 @@ class TorchSampler:
         chosen = [samples[i] for i in index]
         plan = plan_head([terms[i] for i in index], chosen, self._linear_head)
         device = Packed.of(_mixture_arrays(plan.rows, "head_"), self._device).device
-        logits = self._head_logits(hidden, device).float().cpu().numpy()
+        logits = self._head_logits(hidden, device, plan.temperatures).float().cpu().numpy()
         return sample_rows(logits, plan.mixes, chosen)
 
-    def _head_logits(self, hidden: Tensor, device: dict[str, Tensor]) -> Tensor:
-        """Logits [head rows, vocab] of the mixtures that `device` holds with the prefix "head_"."""
-        return self._head(self._ops.mix_rows(hidden, _mixture(device, "head_")))
+    def _head_logits(self, hidden: Tensor, device: dict[str, Tensor], temperatures: Sequence[float]) -> Tensor:
+        """Logits [head rows, vocab] of the mixtures that `device` holds with the prefix "head_", divided by `temperatures`."""
+        logits = self._head(self._ops.mix_rows(hidden, _mixture(device, "head_")))
+        if all(temperature == 1 for temperature in temperatures):
+            return logits
+        divisors = Packed.of({"divisors": np.array(temperatures, np.float32)}, self._device).device["divisors"]
+        return logits / divisors[:, None]
 
     def _mixed_rows(self, logits: Tensor, terms: Sequence[Terms], samples: Sequence[SampleRow]) -> Tensor:
         """The mixed rows of the samples, [W, vocab] float32."""

@@ -12,7 +12,7 @@ from ...api.output import PER_PROMPT_TOKEN, PER_TOKEN, Output, Timings, Usage
 from ...api.request import Ensemble, FinishReason, Member
 from ...errors import InvalidRequestError
 from ..embeddings import Embeddings
-from .wire import SPACES, space_from_proto
+from .wire import SPACES, member_to_proto, space_from_proto, temperature_from_proto
 
 _REASONS = {
     FinishReason.STOP: inference_pb2.STOP,
@@ -151,13 +151,15 @@ def model_to_proto(model: ModelInfo) -> admin_pb2.ModelInfo:
         origins=[admin_pb2.MemberOrigin(**dataclasses.asdict(origin)) for origin in model.origins],
     )
     message.default_ensemble.space = SPACES[model.default_ensemble.space]
-    for member in model.default_ensemble.members:
-        message.default_ensemble.members.add(name=member.name, mix=member.mix)
+    message.default_ensemble.members.extend(map(member_to_proto, model.default_ensemble.members))
     return message
 
 
 def model_from_proto(message: admin_pb2.ModelInfo) -> ModelInfo:
-    members = tuple(Member(member.name, member.mix) for member in message.default_ensemble.members)
+    members = tuple(
+        Member(member.name, member.mix, temperature=temperature_from_proto(member))
+        for member in message.default_ensemble.members
+    )
     return ModelInfo(
         name=message.name,
         members=tuple(message.members),

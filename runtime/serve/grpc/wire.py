@@ -160,8 +160,15 @@ def _objects(name: str, text: str) -> list[Any]:
 def _ensemble_from_proto(message: inference_pb2.Ensemble) -> Ensemble:
     """Each member with a view gets a view of its own; they are numbered 1, 2, … in the order of the members."""
     numbers = itertools.count(1)
-    members = (Member(m.name, m.mix, next(numbers) if m.HasField("view") else 0) for m in message.members)
+    members = (
+        Member(m.name, m.mix, next(numbers) if m.HasField("view") else 0, temperature_from_proto(m))
+        for m in message.members
+    )
     return Ensemble(tuple(members), space_from_proto(message.space))
+
+
+def temperature_from_proto(message: inference_pb2.Member) -> float:
+    return message.temperature if message.HasField("temperature") else 1.0
 
 
 def _structure_from_proto(message: inference_pb2.Structure) -> Structure:
@@ -242,9 +249,15 @@ def request_to_proto(prompt: Prompt, **fields: Any) -> inference_pb2.GenerateReq
 
 def ensemble_to_proto(ensemble: Ensemble) -> inference_pb2.Ensemble:
     """Without the prompts of its views. `allow_negative` is set if a coefficient is negative."""
-    members = [inference_pb2.Member(name=member.name, mix=member.mix) for member in ensemble.members]
+    members = list(map(member_to_proto, ensemble.members))
     is_negative = any(member.mix < 0 for member in ensemble.members)
     return inference_pb2.Ensemble(members=members, space=SPACES[ensemble.space], allow_negative=is_negative)
+
+
+def member_to_proto(member: Member) -> inference_pb2.Member:
+    """Without its view."""
+    temperature = None if member.temperature == 1 else member.temperature
+    return inference_pb2.Member(name=member.name, mix=member.mix, temperature=temperature)
 
 
 def prompt_to_proto(prompt: Prompt) -> inference_pb2.Prompt:

@@ -39,7 +39,11 @@ async def get_model(door: Door, request: Request) -> Response:
 
 def _model(model: ModelInfo, name: str, ensemble: Ensemble | None) -> dict[str, Any]:
     assert ensemble is not None
-    members = [{"name": member.name, "mix": member.mix} for member in ensemble.members]
+    members = [
+        {"name": member.name, "mix": member.mix}
+        | ({} if member.temperature == 1 else {"temperature": member.temperature})
+        for member in ensemble.members
+    ]
     return {
         "id": name,
         "object": "model",

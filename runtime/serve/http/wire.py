@@ -28,6 +28,7 @@ class MemberFields(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     mix: float
     view: str | list[Any] | None = None  # a prompt of its own: text, messages or token ids
+    temperature: float = 1.0  # by which its logits are divided before they are mixed
 
 
 class EnsembleFields(msgspec.Struct, forbid_unknown_fields=True):
@@ -156,7 +157,8 @@ def read_ensemble(
     for member in fields.members:
         if member.view is not None:
             views.append(_view(member.view))
-        members.append(Member(member.name, member.mix, len(views) if member.view is not None else 0))
+        view = len(views) if member.view is not None else 0
+        members.append(Member(member.name, member.mix, view, member.temperature))
     return Ensemble(tuple(members), fields.space), tuple(views), fields.allow_negative  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ from helpers.fake_backend import FakeBackend
 from helpers.openai_door import ASK, WEATHER, chat, streamed
 from helpers.servers import serving_http
 from helpers.structures import structure_engine
+from motet.runtime.api.request import Ensemble, Member
 
 
 def test_chat_is_the_own_clients_answer(client, own):
@@ -84,6 +85,11 @@ def test_an_ensemble_by_field_and_by_name(client, own):
     members = [{"name": name, "mix": value} for name, value in mix.items()]
     field = chat(client, extra_body={"ensemble": {"members": members}}).choices[0].message.content
     assert named == field == expected.text
+    members[0]["temperature"] = 0.05
+    tempered = Ensemble((Member("a", 0.25, temperature=0.05), Member("c", 0.75)))
+    [other] = own.complete(ASK["messages"], mix=tempered, temperature=0.0, max_tokens=30)
+    field = chat(client, extra_body={"ensemble": {"members": members}}).choices[0].message.content
+    assert field == other.text != expected.text
     [alone] = own.complete(ASK["messages"], mix={"b": 1.0}, temperature=0.0, max_tokens=30)
     assert chat(client, model="fake:b").choices[0].message.content == alone.text
     ids = [model.id for model in client.models.list()]
