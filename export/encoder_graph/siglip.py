@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.encoders.siglip import SiglipPage
-from ..graph_nodes import MICROSOFT
 from .writer import OPSET, EncoderWriter
 
 _POSITIONS = "tower.embeddings.positions"  # of a tile's patches
@@ -54,9 +53,7 @@ class SiglipWriter(EncoderWriter):
     def _layer(self, x: str, name: str) -> str:
         vision = self._vision
         normed = self._norm(x, f"{name}layer_norm1", vision.norm_eps)
-        q, k, v = (self._linear(normed, f"{name}self_attn.{part}_proj") for part in "qkv")
-        attended = self._node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=vision.num_heads)
-        x = self._node("Add", [x, self._linear(attended, f"{name}self_attn.out_proj")])
+        x = self._node("Add", [x, self._attended(normed, normed, f"{name}self_attn", vision.num_heads)])
         inner = self._linear(self._norm(x, f"{name}layer_norm2", vision.norm_eps), f"{name}mlp.fc1")
         inner = self._node("Gelu", [inner], approximate="tanh")
         return self._node("Add", [x, self._linear(inner, f"{name}mlp.fc2")])

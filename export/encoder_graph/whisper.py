@@ -8,7 +8,6 @@ from onnx import TensorProto
 
 from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.encoders.whisper import WhisperPage
-from ..graph_nodes import MICROSOFT
 from .writer import OPSET, EncoderWriter
 
 
@@ -46,8 +45,6 @@ class WhisperWriter(EncoderWriter):
     def _layer(self, x: str, name: str) -> str:
         tower = self._encoder.tower
         normed = self._norm(x, f"{name}self_attn_layer_norm", tower.norm_eps)
-        q, k, v = (self._linear(normed, f"{name}self_attn.{part}_proj") for part in "qkv")
-        attended = self._node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=tower.num_heads)
-        x = self._node("Add", [x, self._linear(attended, f"{name}self_attn.out_proj")])
+        x = self._node("Add", [x, self._attended(normed, normed, f"{name}self_attn", tower.num_heads)])
         inner = self._linear(self._norm(x, f"{name}final_layer_norm", tower.norm_eps), f"{name}fc1")
         return self._node("Add", [x, self._linear(self._node("Gelu", [inner]), f"{name}fc2")])

@@ -44,7 +44,7 @@ class EncoderWriter(NodeWriter):
         """See `Resampler`."""
         x = self._node("Add", [self._linear(x, "projector.input"), self._stored("projector.positions")])
         y = self._norm(x, "projector.norms.0", _EPSILON)
-        x = self._node("Add", [x, self._attended(y, y, "projector.attention")])
+        x = self._node("Add", [x, self._attended(y, y, "projector.attention", RESAMPLER_HEADS)])
         inner = self._node("Gelu", [self._linear(self._norm(x, "projector.norms.1", _EPSILON), "projector.fc1")])
         x = self._node("Add", [x, self._linear(inner, "projector.fc2")])
         tiles = self._node("Shape", [x], start=0, end=1)
@@ -52,13 +52,14 @@ class EncoderWriter(NodeWriter):
         shape = self._node("Concat", [tiles, size], axis=0)
         queries = self._node("Expand", [self._stored("projector.queries"), shape])
         places = self._norm(x, "projector.norms.2", _EPSILON)
-        queries = self._node("Add", [queries, self._attended(queries, places, "projector.cross")])
+        queries = self._node("Add", [queries, self._attended(queries, places, "projector.cross", RESAMPLER_HEADS)])
         inner = self._linear(self._norm(queries, "projector.norms.3", _EPSILON), "projector.inner")
         return self._linear(self._node("Gelu", [inner]), "projector.output")
 
-    def _attended(self, x: str, y: str, name: str) -> str:
+    def _attended(self, x: str, y: str, name: str, heads: int) -> str:
+        """See `page.Attention`."""
         q, k, v = (self._linear(part, f"{name}.{kind}_proj") for part, kind in ((x, "q"), (y, "k"), (y, "v")))
-        attended = self._node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=RESAMPLER_HEADS)
+        attended = self._node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=heads)
         return self._linear(attended, f"{name}.out_proj")
 
     def _projected(self, x: str, encoder: Encoder) -> str:

@@ -15,13 +15,14 @@ from ...model.encoders import Encoder
 from ...model.encoders.image import RESAMPLER_HEADS, ImageEncoder
 
 
-class CrossAttention(nn.Module):
-    """Queries x [B, Q, size] to places y [B, P, size] → [B, Q, size]."""
+class Attention(nn.Module):
+    """Of x [B, Q, size] to y [B, P, size], all of it → [B, Q, size]."""
 
-    def __init__(self, size: int, heads: int) -> None:
+    def __init__(self, size: int, heads: int, *, key_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
+        self.q_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(3))
+        self.k_proj = nn.Linear(size, size, bias=key_bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         parts = (self.q_proj(x), self.k_proj(y), self.v_proj(y))
@@ -42,7 +43,7 @@ class Resampler(nn.Module):
         self.positions = nn.Parameter(torch.randn(encoder.places, size) * 0.1)
         self.queries = nn.Parameter(torch.randn(queries, size))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(4))
-        self.attention, self.cross = (CrossAttention(size, RESAMPLER_HEADS) for _ in range(2))
+        self.attention, self.cross = (Attention(size, RESAMPLER_HEADS) for _ in range(2))
         self.fc1, self.fc2 = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
         self.inner, self.output = nn.Linear(size, 2 * size), nn.Linear(2 * size, encoder.output_size)
 

@@ -7,21 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.encoders.image import ImageEncoder, VisionConfig
-from .page import EncoderPage, projector_of
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.heads = config.num_heads
-        size = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        result: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return result
+from .page import Attention, EncoderPage, projector_of
 
 
 class _MLP(nn.Module):
@@ -39,12 +25,13 @@ class _Layer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = _Attention(config)
+        self.self_attn = Attention(config.hidden_size, config.num_heads)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = _MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        normed = self.layer_norm1(x)
+        x = x + self.self_attn(normed, normed)
         result: Tensor = x + self.mlp(self.layer_norm2(x))
         return result
 

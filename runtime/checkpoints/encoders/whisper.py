@@ -7,22 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.encoders.audio import AudioEncoder, WhisperConfig
-from .page import EncoderPage, projector_of
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: WhisperConfig) -> None:
-        super().__init__()
-        self.heads = config.num_heads
-        size = config.hidden_size
-        self.q_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(3))
-        self.k_proj = nn.Linear(size, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        result: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return result
+from .page import Attention, EncoderPage, projector_of
 
 
 class _Layer(nn.Module):
@@ -30,12 +15,13 @@ class _Layer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.self_attn_layer_norm = nn.LayerNorm(size, config.norm_eps)
-        self.self_attn = _Attention(config)
+        self.self_attn = Attention(config.hidden_size, config.num_heads, key_bias=False)
         self.final_layer_norm = nn.LayerNorm(size, config.norm_eps)
         self.fc1, self.fc2 = nn.Linear(size, config.intermediate_size), nn.Linear(config.intermediate_size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        normed = self.self_attn_layer_norm(x)
+        x = x + self.self_attn(normed, normed)
         result: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
         return result
 
