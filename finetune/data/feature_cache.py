@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,10 +42,11 @@ class FeatureCache:
             with safe_open(path, "pt") as file:
                 said = (file.metadata() or {}).get("sha256")
                 features: Tensor = file.get_tensor(_NAME)
-            os.utime(path)
-        except FileNotFoundError:
+            with suppress(OSError):  # an entry of another user
+                os.utime(path)
+        except OSError:
             return None
-        except (OSError, SafetensorError):
+        except SafetensorError:
             path.unlink(missing_ok=True)
             return None
         if features.dtype != torch.bfloat16 or features.ndim != 3 or _digest(features) != said:

@@ -24,6 +24,8 @@ from .encode import EmbeddedRows
 from .example import MediaPath
 from .feature_cache import FeatureCache
 
+MOST_BYTES = 256 << 20  # of a file: the process that decodes it may take 2 GiB
+
 
 @dataclass(frozen=True, slots=True)
 class _Look:
@@ -139,6 +141,10 @@ class MediaFeatures:
 
     def _asked(self, file: MediaPath, ask: Callable[[bytes], Any]) -> Any:
         try:
+            if (size := file.path.stat().st_size) > MOST_BYTES:
+                raise DataError(
+                    f"'{file.path}' has {size} bytes, at most {MOST_BYTES} are read; shorten it, or compress it"
+                )
             content = file.path.read_bytes()
             if hashlib.sha256(content).hexdigest() != file.digest:
                 raise DataError(f"'{file.path}' changed while it was read; run the command again")

@@ -32,7 +32,8 @@ def with_media(messages: Sequence[Message], record: Mapping[str, Any], folder: P
 
 def read_parts(content: Sequence[Any], role: str, folder: Path, where: str) -> str | list[Mapping[str, Any]]:
     """The content of a message that is given as parts: {"type": "text", "text"}, {"type": "image", "image": path} or the same
-    for audio. Parts of text alone are one text. Raises `DataError`."""
+    for audio. Parts of text alone are one text; a user's
+    must be one part. Raises `DataError`."""
     parts: list[Mapping[str, Any]] = []
     for part in content:
         given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
@@ -51,7 +52,11 @@ def read_parts(content: Sequence[Any], role: str, folder: Path, where: str) -> s
             )
     if not parts:
         raise DataError(f"{where}: the content has no parts; give it a text")
-    return "".join(part["text"] for part in parts) if all(p["type"] == "text" for p in parts) else parts
+    if any(part["type"] != "text" for part in parts):
+        return parts
+    if len(parts) > 1 and role == "user":  # a server joins these as the model's template would
+        raise DataError(f"{where}: the content is {len(parts)} texts and no media; join them to one text")
+    return "".join(part["text"] for part in parts)
 
 
 def _part(file: MediaPath) -> Mapping[str, Any]:

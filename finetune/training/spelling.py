@@ -92,7 +92,8 @@ def spell_answers(
 ) -> dict[str, Any]:
     """Train each projector in place to spell the answers of the examples that have its medium. `file` keeps the result: the same
     call after a kill takes it. Returns, by medium: examples, those that were left out because their answer has more tokens than
-    there are rows, and the mean loss of the last epoch. Raises `DataError` if none is left, `NumericalError`."""
+    there are rows or because they have several files, and the mean loss of the last epoch. Raises `DataError` if none is left,
+    `NumericalError`."""
     record = file.with_suffix(".json")
     if file.is_file():
         learner.restore(load_file(file))
@@ -105,8 +106,8 @@ def spell_answers(
         fitting = [one for one in all_of_it if one.fits]
         if not fitting:
             raise DataError(
-                f"no answer has as few tokens as there are rows of its {medium}, so none can be spelled; leave out spell_epochs, "
-                "or make more rows (pool, queries)"
+                f"no example has one {medium} alone and an answer with as few tokens as there are rows of it, so none can be "
+                "spelled; leave out spell_epochs, or make more rows (pool, queries)"
             )
         losses: list[float] = []
         steps = epochs * math.ceil(len(fitting) / BATCH)
@@ -117,10 +118,11 @@ def spell_answers(
 
         spell(projector, fitting, embeddings, epochs=epochs, seed=learner.params.seed, stepped=stepped)
         last = losses[-(steps // epochs) :]
+        having = sum(any(part.medium == medium for part in item.encoded.embedded) for item in train)
         found[medium] = {
             "epochs": epochs,
             "examples": len(fitting),
-            "left_out": len(all_of_it) - len(fitting),
+            "left_out": having - len(fitting),
             "loss": sum(last) / len(last),
         }
     record.write_text(json.dumps(found))

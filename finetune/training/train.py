@@ -191,7 +191,7 @@ def run(
     params = params.fitted(bench.config.max_position_embeddings)
     counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
     loaded = loaded or bench.load(params, counts, progress.advance)
-    train, validation = _bag(loaded.parts["train"], params), loaded.parts["validation"]
+    train, validation = bag_of(loaded.parts["train"], params), loaded.parts["validation"]
     work = work_dir(out)
     if params.kind in FORMATS:
         FORMATS[params.kind].check_replaceable(out)
@@ -255,7 +255,7 @@ def _both(first: Watch, second: Watch | None) -> Watch:
     return Watch(stepped, validated)
 
 
-def _bag(items: list[Item], params: TuneParams) -> list[Item]:
+def bag_of(items: list[Item], params: TuneParams) -> list[Item]:
     """The run's share of the training examples, drawn by its seed. Raises `DataError` if it is less than 2 examples."""
     count = _bag_size(params, len(items))
     if count < 2:

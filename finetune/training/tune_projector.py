@@ -25,14 +25,14 @@ from ...runtime.model.encoders.image import ImageEncoder, ImageProcessor
 from ...runtime.model.files import check_replaceable
 from ...runtime.text.tokenizer import Tokenizer
 from ..data.example import SPLITS, Split
-from ..params import NearDuplicates, TuneParams
+from ..params import PROJECTOR, NearDuplicates, TuneParams
 from ..projector_params import PLACEHOLDERS, RESERVED, ProjectorParams
 from .loop import SPELLED, Watch
 from .methods import Base
 from .progress import Progress
 from .projector import RECORD, WHAT, ProjectorLearner, write_model
 from .spelling import spell_answers
-from .train import Workbench, note_duplicates, run, work_dir
+from .train import Workbench, bag_of, note_duplicates, run, work_dir
 from .trunk_cache import TrunkCache
 
 _SECONDS = 600.0  # of a sound, for encoders that are made here
@@ -64,6 +64,8 @@ def tune_projector(
     that was killed. Raises what `tune` and `read_source` raise.
     """
     params, projector = params or TuneParams(method="projector"), projector or ProjectorParams()
+    if params.method != PROJECTOR:
+        raise ConfigError(f"method '{params.method}' trains no projector; use `tune`, or set method to projector")
     config = read_config(model_dir)
     params.fitted(config.max_position_embeddings)
     if not params.epochs and projector.spell_epochs is None:
@@ -86,13 +88,21 @@ def tune_projector(
         counts: dict[Split, int] = {"train": params.examples, "validation": params.validation_examples}
         loaded = bench.load(params, counts, progress.advance)
 
+        train = bag_of(loaded.parts["train"], params)
+        missing = sorted(set(pages) - {part.medium for item in train for part in item.encoded.embedded})
+        if missing:
+            raise DataError(
+                f"none of the {len(train)} training examples that are taken has {' or '.join(missing)}: take more (--examples, "
+                "--bag), or longer ones (--max-length)"
+            )
+
         def learner(own: DecoderConfig, base: Base, settings: TuneParams) -> _Writer:
-            made = _Writer(own, base, settings, pages, new, loaded.parts["train"])
+            made = _Writer(own, base, settings, pages, new, train)
             made.base_dir, made.pages, made.out = model_dir, pages, out
             if projector.spell_epochs is not None:
                 made.spelled = spell_answers(
                     made,
-                    loaded.parts["train"],
+                    train,
                     bench.tokenizer,
                     projector.spell_epochs,
                     work_dir(run_out) / SPELLED,
@@ -140,12 +150,17 @@ def _pages(
     if not encoders:
         own = read_own(model_dir)
         _check_kept(projector, "the base's own encoders")
+        if projector.placeholder is not None:
+            raise ConfigError("placeholder is of a new encoder, and the base's own keep theirs; leave it out")
         if not own:
             raise ConfigError(
                 f"'{model_dir}' has no {OWN}, so it has no projector that can be trained on; give --encoder image=SOURCE or "
                 "audio=SOURCE"
             )
-        return {medium: page for medium, page in encoder_pages(model_dir).items() if medium in own}, []
+        found = {medium: page for medium, page in encoder_pages(model_dir).items() if medium in own}
+        for medium, page in found.items():
+            _check_biases(medium, page)
+        return found, []
     unknown = sorted(set(encoders) - set(KINDS))
     if unknown:
         raise ConfigError(f"an encoder is of {' or '.join(KINDS)}, got {unknown}")
@@ -193,8 +208,17 @@ def _kept_page(
             f"the encoder of {medium} of '{source}' makes rows of {page.encoder.output_size}, the model has {hidden_size}; give "
             "its tower alone"
         )
+    _check_biases(medium, page)
     page.encoder = dataclasses.replace(page.encoder, token=token, token_id=token_id)
     return page
+
+
+def _check_biases(medium: str, page: EncoderPage) -> None:
+    """The scales of training need biases to be folded into."""
+    if not page.encoder.projector_bias:
+        raise ConfigError(
+            f"the projector of {medium} has no biases, and only one that has them can be trained on; begin a new one"
+        )
 
 
 def _check_kept(projector: ProjectorParams, what: str) -> None:

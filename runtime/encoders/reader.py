@@ -187,6 +187,11 @@ class EncodedMedia:
             if found is not None:
                 return found
             rows = medium.kind.encode(self.sessions[medium.kind.medium], values)
+            if rows.shape != (sum(medium.runs), medium.kind.encoder.output_size):  # a sound's graph says nothing of it
+                raise NumericalError(
+                    f"the encoder makes {rows.shape} values of {medium.kind.noun} that stands for {sum(medium.runs)} rows; it "
+                    "cannot be used"
+                )
             if not np.isfinite(rows).all():
                 raise NumericalError(
                     f"the encoder makes NaN or infinite values of {medium.kind.noun}; it cannot be used"

@@ -251,6 +251,8 @@ def _kind(name: str) -> MemberKind:
 
 def _encoders(entries: Mapping[str, Any]) -> tuple[dict[str, Encoder], dict[str, tuple[str, str]]]:
     """The encoders by medium, and their files."""
+    if not isinstance(entries, Mapping):
+        raise BundleError(f"the manifest's encoders are an object, by medium; it has {type(entries).__name__}")
     unknown = sorted(set(entries) - set(KINDS))
     if unknown:
         raise BundleError(f"the manifest has encoders of {unknown}; known are {[*KINDS]}")

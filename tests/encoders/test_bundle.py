@@ -74,7 +74,8 @@ def damaged(source, path, change):
         (lambda m: m["encoders"]["image"].update(data="x"), "must list the plain file names"),
         (lambda m: m["encoders"].update(image=3), "inconsistent"),
         (lambda m: m["encoders"]["image"].update(token_id=320), "has the id 320, the model 320 embeddings"),
-        (lambda m: m.update(encoders=[1]), "inconsistent|encoders of"),
+        (lambda m: m.update(encoders=["image"]), "are an object, by medium; it has list"),
+        (lambda m: m["encoders"]["image"]["vision"].update(norm_eps=10**400), "norm_eps"),
     ],
 )
 def test_a_changed_manifest_is_refused(image_bundle, tmp_path, change, message):

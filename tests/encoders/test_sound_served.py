@@ -14,6 +14,7 @@ from motet.runtime.api.request import Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.engine.engine import Engine
+from motet.runtime.errors import NumericalError
 from motet.runtime.text.media import MediaFile
 from motet.runtime.text.prompt import read_prompt
 
@@ -62,6 +63,16 @@ def model(model_dir, family):
 
 def question(contents):
     return user(*(part for index, one in enumerate(contents) for part in (audio(one), text(f" no {index} "))))
+
+
+def test_rows_that_are_not_those_of_the_placeholders_are_refused(engine, monkeypatch):
+    """A graph of sounds says nothing of their number, and rows beside their places would be everybody's step."""
+    kind, prompt = engine.media.kinds["audio"], question([filed(tone(1.4, 33))])
+    built = read_prompt(engine.tokenizer, prompt, 4096, engine.media)
+    for change in (lambda rows: rows[1:], lambda rows: np.concatenate([rows, rows]), lambda rows: rows[:, 1:]):
+        monkeypatch.setattr(kind, "encode", lambda *given, change=change: change(type(kind).encode(kind, *given)))
+        with pytest.raises(NumericalError, match="cannot be used"):
+            built.spans(b"a salt of its own")
 
 
 @pytest.mark.parametrize("count", range(1, 4))

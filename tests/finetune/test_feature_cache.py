@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from motet.finetune.data import feature_cache
 from motet.finetune.data.feature_cache import FeatureCache
 from motet.runtime.errors import ConfigError, UnavailableError
 
@@ -32,6 +33,21 @@ def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     )
     assert cache.read("key") is None
     assert not path.exists()
+
+
+def test_an_entry_that_cannot_be_opened_stays(tmp_path, monkeypatch):
+    """Too many open files, or another user's entry: it is computed again, and not removed."""
+    cache = FeatureCache(tmp_path, 10_000)
+    cache.write("key", FEATURES)
+
+    def refuse(*_given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(feature_cache, "safe_open", refuse)
+    assert cache.read("key") is None
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "utime", refuse)
+    assert torch.equal(cache.read("key"), FEATURES)
 
 
 def test_the_oldest_make_room_and_those_in_use_stay(tmp_path):

@@ -101,6 +101,8 @@ def test_records_that_name_no_file_are_refused(folder, changes, match):
         ({"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "x"}], "image": "a.png"},
          "the record has none"),
         ({"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": "x"}]}, "no parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                       {"role": "assistant", "content": "x"}]}, "2 texts and no media"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, "a part of a content is"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "detail": "high"}]}]}, "a part"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": b"x".hex(), "text": "y"}]}]}, "a part"),

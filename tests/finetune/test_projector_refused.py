@@ -45,6 +45,8 @@ def test_settings_that_train_nothing_are_refused(seeing, tmp_path):
         ({"encoders": {}, "projector": ProjectorParams()}, "has no encoders.json"),
         ({"encoders": {}}, "pool is of a new projector"),
         ({"projector": ProjectorParams(pool=2)}, "no multiple of"),
+        ({"params": TuneParams(method="lora")}, "trains no projector"),
+        ({"encoders": {}, "projector": ProjectorParams(placeholder="<image>")}, "the base's own keep theirs"),
         ({"projector": ProjectorParams(placeholder="of")}, "must be one token"),
         ({"projector": ProjectorParams(placeholder="<|im_start|>")}, "must be one token"),
     ):

@@ -99,7 +99,7 @@ def test_what_cannot_be_spelled_is_refused(seeing):
     with pytest.raises(ConfigError, match="queries are of a resampler"):
         train_on_pictures(folder, "no", ALONE, ProjectorParams(queries=3, spell_epochs=1))
     assert max(map(len, COLOURS)) > 1
-    with pytest.raises(DataError, match="no answer has as few tokens as there are rows"):
+    with pytest.raises(DataError, match="an answer with as few tokens as there are rows"):
         train_on_pictures(folder, "no", ALONE, ProjectorParams(pool=3, spell_epochs=1))
     with pytest.raises(ConfigError, match="epochs must be at least 1"):
         TuneParams(epochs=0)

@@ -116,6 +116,10 @@ def _check(where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[
             f"the encoder's weights of '{where}' do not fit its config.json: missing {shown(missing)}, of other shapes "
             f"{shown(wrong)}"
         )
-    damaged = sorted(name for name, tensor in found.items() if not torch.isfinite(tensor).all())
+    damaged = sorted(
+        name for name, tensor in found.items() if not tensor.is_floating_point() or not torch.isfinite(tensor).all()
+    )
     if damaged:
-        raise BundleError(f"{shown(damaged)} of '{where}' hold NaN or infinite values; the training failed")
+        raise BundleError(
+            f"{shown(damaged)} of '{where}' hold NaN or infinite values, or no floats; the training or the conversion failed"
+        )

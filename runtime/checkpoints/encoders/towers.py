@@ -171,7 +171,7 @@ def _read_ctranslate2(variables: Variables) -> tuple[dict[str, int], dict[str, T
         heads = int(variables["encoder/num_heads"])
         size, bins, _ = found["conv1.weight"].shape
         positions, inner = len(found["embed_positions.weight"]), len(found["layers.0.fc1.weight"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise BundleError(
             f"'{variables.path}' lacks a part of Whisper's encoder ({error}); convert the model again"
         ) from error

@@ -17,6 +17,7 @@ from .checks import check_placeholder, check_projector, check_sizes, check_tower
 
 MAX_SECONDS = 3 * 3600  # of a sound, whatever a model says
 _MOST_RATE = 192_000
+_MOST_BINS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class WhisperConfig:
         names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "mel_bins", "max_positions")
         check_sizes(self, names, "the audio tower")
         check_tower(self, "the audio tower")
+        if self.mel_bins > _MOST_BINS:
+            raise ConfigError(f"mel_bins of the audio tower must be at most {_MOST_BINS}, got {self.mel_bins}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from ...errors import ConfigError, shown
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Of a size that a float can have."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # which is False for NaN
 
 
 def check_sizes(values: Any, names: tuple[str, ...], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedModelError, shown
@@ -9,6 +10,7 @@ from ..families.audio import text_values
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
 from .audio import AudioEncoder, AudioProcessor, WhisperConfig
+from .checks import check_sizes
 from .processor import processor_settings
 
 _VOXTRAL_SECONDS = 2400.0  # as its authors say
@@ -147,6 +149,12 @@ def _tower(
             f"the feature extractor has feature_size {shown(values['feature_size'])}, and the tower num_mel_bins "
             f"{shown(audio['num_mel_bins'])}; use the extractor that the model was trained with"
         )
+    given_sizes = SimpleNamespace(**values, max_source_positions=audio["max_source_positions"])
+    check_sizes(
+        given_sizes,
+        ("max_source_positions", "chunk_length", "sampling_rate", "hop_length"),
+        "the audio tower and its feature extractor",
+    )
     positions, samples = audio["max_source_positions"], values["chunk_length"] * values["sampling_rate"]
     heard = 2 * positions * values["hop_length"]
     if samples != heard:
