@@ -34,8 +34,13 @@ def finish(_call, _engine, _backend):
     """Nothing is done to it."""
 
 
-def cancel(call, engine, _backend):
+def wait_until_begun(call, engine):
+    """Until the engine has made a token of it, or it is answered."""
     until(lambda: engine.stats().tokens > 0 or call.done())
+
+
+def cancel(call, engine, _backend):
+    wait_until_begun(call, engine)
     call.cancel()
 
 
@@ -47,7 +52,8 @@ def error(_call, _engine, backend):
     backend.fail_next = True
 
 
-def shutdown(_call, engine, _backend):
+def shutdown(call, engine, _backend):
+    wait_until_begun(call, engine)
     engine.abort(None, FinishReason.SHUTDOWN)
 
 
@@ -73,6 +79,7 @@ MESSAGES = {
         is_last=True,
     ),
 }
+GENERATES = ("motet.v1.Inference/Generate", "motet.v1.Inference/Complete")
 MESSAGES["motet.v1.Inference/Generate-drafts"].sampling.temperature = 1.0
 MESSAGES["motet.v1.Inference/Complete-choices"].sampling.n = 3
 
@@ -122,6 +129,10 @@ def test_what_was_taken_is_given_back(engine, backend, tmp_path, name, ending):
         found = end(call, name)
         if ending is finish:  # it is none that was refused at once
             assert found is not None
+        if name.startswith(GENERATES):
+            assert ending is not error or not backend.fail_next  # the failure was this call's
+            if ending is shutdown:
+                assert "SHUTDOWN" in str(found), found
         until(lambda: is_free(engine, running.service))
         backend.fail_next = False
         with Client(running.address) as client:

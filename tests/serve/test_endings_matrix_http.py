@@ -114,8 +114,13 @@ def finish(_connection, _running, _before):
     """Nothing is done to it."""
 
 
-def cancel(connection, running, before):
+def wait_until_begun(connection, running, before):
+    """Until the engine has made a step of it, or its answer has come."""
     until(lambda: running.engine.stats().steps > before or select.select([connection], [], [], 0)[0])
+
+
+def cancel(connection, running, before):
+    wait_until_begun(connection, running, before)
     connection.close()
 
 
@@ -128,7 +133,8 @@ def error(_connection, running, _before):
     running.backend.fail_next = True
 
 
-def shutdown(_connection, running, _before):
+def shutdown(connection, running, before):
+    wait_until_begun(connection, running, before)
     running.engine.abort(None, FinishReason.SHUTDOWN)
 
 
@@ -162,6 +168,9 @@ def test_what_was_taken_is_given_back(running, route, what, ending):
         assert b'{"error"' not in found  # of a stream that was cut
     if ending is deadline and route.path in GENERATES and what != "drafts":
         assert b"time_limit" in found
+    if route.path in GENERATES:
+        assert ending is not error or not running.backend.fail_next  # the failure was this request's
+        assert ending is not shutdown or b"shutdown" in found, found
     running.backend.on_step = lambda _batch: None
     until(lambda: ends_of_jobs(running) <= {"completed", "cancelled"}, 20)
     until(lambda: is_released(running), 20)
