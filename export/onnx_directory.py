@@ -49,7 +49,8 @@ def write_onnx(
     checkpoint was stored.
 
     Raises `ConfigError` for a member that is not there, an option that the flavour does not have, a directory of something else;
-    `UnsupportedModelError` for a model that the graph cannot compute; `BundleError` for a bundle that is damaged.
+    `UnsupportedModelError` for a model that the graph cannot compute, or a member that is the bundle's whole mix at a
+    temperature, which a graph of logits does not have; `BundleError` for a bundle that is damaged.
     """
     check_replaceable(out, RECORD, _WHAT)
     if bundle.encoders:
@@ -58,6 +59,7 @@ def write_onnx(
             "that of a model of text"
         )
     chosen = _member(bundle, member)
+    _check_temperature(bundle, chosen)
     config = bundle.config
     if flavour is Flavour.GENAI:
         given = {"opset": opset, "weights": form}
@@ -100,6 +102,15 @@ def _member(bundle: Bundle, name: str | None) -> str:
     if name is not None and name not in members:
         raise ConfigError(f"'{bundle.name}' has no member '{name}'; its members are {members}")
     return name or members[0]
+
+
+def _check_temperature(bundle: Bundle, name: str) -> None:
+    members = bundle.default_ensemble.members
+    if len(members) == 1 and members[0].name == name and members[0].temperature != 1:
+        raise UnsupportedModelError(
+            f"'{bundle.name}' answers with '{name}' alone at temperature {members[0].temperature:g}, and a graph's logits have "
+            "none; export the bundle without that temperature (--mix)"
+        )
 
 
 def _check(bundle: Bundle, graph: Path) -> None:

@@ -3,7 +3,7 @@
 A member's *help* at a token is what the mix loses without it, in nats: the negative log-likelihood of the token under the other
 members, their coefficients divided by their sum, less that under the whole mix. It is negative where the member hurts. The
 *gain* of a document is the mean negative log-likelihood of its answer tokens under the best single member, less that under
-the mix.
+the mix. Members are mixed at their temperatures; one alone is scored at temperature 1, as it would be served alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Explained:
     prompt: str  # the end of what is before the answer
     tokens: tuple[bytes, ...]  # [T] what each token stands for
     nll: F64  # [T] under the mix
-    member_nll: F64  # [K, T] under each member alone, at its temperature
+    member_nll: F64  # [K, T] under each member alone, as it would be served: at temperature 1
     help: F64  # [K, T]
 
 
@@ -130,14 +130,14 @@ def explain(
 
 def leave_one_out(ensemble: Ensemble, logits: F64, reference: npt.NDArray[np.int64]) -> tuple[F64, F64, F64]:
     """From logits [K, T, vocab], before temperatures, of K ≥ 2 members with positive coefficients: the negative
-    log-likelihoods of the tokens `reference` [T] under the mix [T], under each member [K, T], and under the mix without it
-    [K, T]."""
+    log-likelihoods of the tokens `reference` [T] under the mix [T], under each member alone and without its temperature
+    [K, T], and under the mix without it [K, T]."""
     mix, at = np.array([member.mix for member in ensemble.members]), np.arange(len(reference))
-    logits = tempered(ensemble, logits)
     single = -log_softmax(logits)[:, at, reference]
+    logits = tempered(ensemble, logits)
     rests = mix.sum() - mix
     if ensemble.space is Space.PROBS:
-        terms = np.log(mix)[:, None] - single
+        terms = np.log(mix)[:, None] + log_softmax(logits)[:, at, reference]
         without = [-np.logaddexp.reduce(np.delete(terms, k, 0), 0) + np.log(rest) for k, rest in enumerate(rests)]
         return -np.logaddexp.reduce(terms, 0), single, np.stack(without)
     total = np.tensordot(mix, logits, 1)

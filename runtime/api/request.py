@@ -72,7 +72,8 @@ class Member:
 class Ensemble:
     """Members and their mix. `space` may also be a name, "logits" or "probs". Raises `InvalidEnsembleError` for no or
     more than 64 members, a (name, view) pair that occurs twice, a mix that is not in ±1000 or does not sum to 1
-    (±1e-6), or a temperature that is not in 0.01…100."""
+    (±1e-6), a temperature that is not in 0.01…100, or, in space LOGITS, a quotient mix / temperature that is not in
+    ±1000."""
 
     members: tuple[Member, ...]
     space: Space = Space.LOGITS
@@ -106,6 +107,13 @@ class Ensemble:
                 raise InvalidEnsembleError(
                     f"the mix of member '{member.name}' is {member.mix}; negative coefficients need space LOGITS",
                     field="ensemble.members.mix",
+                )
+            share = member.mix / member.temperature  # by which its logits are multiplied
+            if self.space is Space.LOGITS and abs(share) > MAX_MIX:
+                raise InvalidEnsembleError(
+                    f"the mix of member '{member.name}' is {member.mix:g} and its temperature {member.temperature:g}; mix / "
+                    f"temperature must be in ±{MAX_MIX} in space LOGITS, got {share:g}; raise the temperature or lower the mix",
+                    field="ensemble.members.temperature",
                 )
             if (member.name, member.view) in seen:
                 raise InvalidEnsembleError(

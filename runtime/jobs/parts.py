@@ -21,6 +21,7 @@ _COLUMNS: Mapping[str, pa.DataType] = {
     "source": pa.string(),
     "summary": pa.string(),
     "mix": pa.string(),
+    "temperatures": pa.string(),
     "prompt_tokens": pa.int64(),
     "completion_tokens": pa.int64(),
     "chunks": pa.int64(),
@@ -145,4 +146,4 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _from_cell(name: str, value: Any) -> Any:
-    return json.loads(value) if name in ("mix", "error", "response") else value
+    return json.loads(value) if name in ("mix", "temperatures", "error", "response") else value

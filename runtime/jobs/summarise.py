@@ -79,6 +79,9 @@ class Summariser:
             return {**base, "error": {"type": type(error).__name__, "message": str(error)}}
         mix = {member.name: member.mix for member in self.ensemble.members}
         line = {**base, "summary": summary.text.strip(), "key": self.key(record), "mix": mix, **usage}
+        temperatures = {member.name: member.temperature for member in self.ensemble.members if member.temperature != 1}
+        if temperatures:
+            line["temperatures"] = temperatures
         line["finish_reason"] = str(summary.finish_reason)
         if summary.answer_confidence is not None:
             line["confidence"] = round(summary.answer_confidence, 4)
@@ -213,7 +216,8 @@ def summarise(
 
     In: JSONL records {"id" (optional), "text"}, or a folder with .txt, .md, .rst and .py files, in UTF-8. Out: {"id",
     "source", "summary", "key", "mix", "prompt_tokens", "completion_tokens", "chunks", "finish_reason"}, or {"id",
-    "source", "error": {"type", "message"}} for a record that failed; the job goes on. If the bundle is calibrated, and it
+    "source", "error": {"type", "message"}} for a record that failed; the job goes on. Where members' temperatures are not 1,
+    "temperatures" has them by name. If the bundle is calibrated, and it
     answers with its own mix and without drafts, a record has "confidence" too, of the last summary, and with
     `abstain_below` "abstained". `on_progress` is called before
     the first record and after each, one call at a time, from any thread.

@@ -89,8 +89,14 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers."""
-        content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids")}
+        """SHA-256 over what an answer depends on: the digests of all files, the configuration, the ends of answers, the members'
+        coefficients and temperatures, the space in which they are mixed, and the calibration of confidences."""
+        content = {key: self.manifest[key] for key in ("files", "config", "split_layer", "eos_token_ids", "space")}
+        content["mix"] = [
+            (member["name"], float(member["mix"]), float(member.get("temperature", 1.0)))
+            for member in self.manifest["members"]
+        ]
+        content["calibration"] = self.manifest.get("calibration")
         if self.encoders:
             content["encoders"] = self.manifest["encoders"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -67,8 +67,11 @@ class Call:
 
     def submitted(self, request: Request) -> None:
         self.id, self.request = request.request_id, request
-        self.mix = {member.name: member.mix for member in request.ensemble.members}
-        self.temperatures = {m.name: m.temperature for m in request.ensemble.members if m.temperature != 1}
+        last = {
+            member.name: member for member in request.ensemble.members
+        }  # of one that sees several views the last entry
+        self.mix = {name: member.mix for name, member in last.items()}
+        self.temperatures = {name: member.temperature for name, member in last.items() if member.temperature != 1}
         self.prompt_tokens += sum(map(len, request.prompts))
 
     def add(self, output: Output) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.limits import MAX_MIX
 from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request, Space, check_embedding
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.errors import ConfigError, InvalidEnsembleError, InvalidRequestError
@@ -157,3 +158,16 @@ def test_unknown_configuration_keys_are_refused():
         DecoderConfig.from_dict({"hidden": 3})
     with pytest.raises(ConfigError, match="max_num_seqs must be"):
         EngineConfig(max_num_seqs=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_coefficient_over_its_temperature_has_the_limit_of_a_coefficient(sign):
+    def members(temperature):
+        return Member("a", 20.0 * sign, temperature=temperature), Member("b", 1 - 20.0 * sign)
+
+    assert Ensemble(members(20 / MAX_MIX))
+    wrong = rf"member 'a' is {20 * sign} and its temperature 0\.01; .* ±1000 in space LOGITS, got {2000 * sign}; raise"
+    with pytest.raises(InvalidEnsembleError, match=wrong) as found:
+        Ensemble(members(0.01))
+    assert found.value.field == "ensemble.members.temperature"
+    assert Ensemble((Member("a", 1.0, temperature=0.01),), Space.PROBS)  # it multiplies no logits

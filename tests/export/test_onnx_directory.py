@@ -275,6 +275,25 @@ def test_experts_are_refused(tiny_model_dir, tmp_path):
             write_onnx(bundle, tmp_path / "o", flavour=flavour)
 
 
+def test_the_temperature_of_a_whole_mix_is_refused(tiny_model_dir, tmp_path):
+    """Other runtimes would sample from other distributions than the bundle's. One in a mix of several is the mix's."""
+    path = export_bundle(tiny_model_dir("llama"), tmp_path / "b", tails={"a": None, "b": None}, num_tail_layers=1)
+    manifest = json.loads((path / "motet.json").read_text())
+    for mix, is_refused in (((1.0, 0.0), True), ((0.5, 0.5), False)):
+        for member, share in zip(manifest["members"], mix, strict=True):
+            member.update(mix=share, temperature=2.0)
+        (path / "motet.json").write_text(json.dumps(manifest))
+        if is_refused:
+            with pytest.raises(
+                UnsupportedModelError, match=r"with 'a' alone at temperature 2, and .* without that temperature"
+            ):
+                write_onnx(Bundle.load(path), tmp_path / "o", "a")
+            assert not (tmp_path / "o").exists()
+            write_onnx(Bundle.load(path), tmp_path / "other", "b")  # it is not what the bundle answers with
+        else:
+            write_onnx(Bundle.load(path), tmp_path / "o", "a")
+
+
 def test_bundles_that_cannot_be_written(bundle, tmp_path):
     graph = write_onnx(bundle, tmp_path / "o", form=WeightForm.FLOAT32)
     foreign = Bundle.load(export_decoder_graph(find_graph(graph), tmp_path / "foreign"))

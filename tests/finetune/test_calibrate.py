@@ -75,7 +75,7 @@ def bundle(request, tiny_model_dir, tmp_path_factory):
     manifest = json.loads((root / "b" / "motet.json").read_text())
     coefficients = {"intercept": -0.2, "probability": 0.5, "disagreement": -2.0}
     (root / "b" / "motet.json").write_text(json.dumps({**manifest, "calibration": coefficients}))
-    assert Bundle.load(root / "b").digest == before.digest  # answers do not depend on it
+    assert Bundle.load(root / "b").digest != before.digest  # confidences depend on it
     return root / "b", data
 
 

@@ -104,9 +104,12 @@ def test_figures_are_those_of_transformers(made, space):
 def test_members_are_mixed_at_their_temperatures(space):
     logits, tokens = np.random.default_rng(0).standard_normal((2, 7, 11)), np.arange(7)
     mix = Ensemble((Member("a", 0.25, temperature=2.0), Member("b", 0.75, temperature=0.5)), space)
-    plain = leave_one_out(ensemble(space, a=0.25, b=0.75), logits * np.array([0.5, 2.0])[:, None, None], tokens)
-    for one, other in zip(leave_one_out(mix, logits, tokens), plain, strict=True):
-        assert one == pytest.approx(other)
+    plain = ensemble(space, a=0.25, b=0.75)
+    nll, single, without = leave_one_out(mix, logits, tokens)
+    mixed, _, rest = leave_one_out(plain, logits * np.array([0.5, 2.0])[:, None, None], tokens)
+    assert nll == pytest.approx(mixed)
+    assert without == pytest.approx(rest)
+    assert single == pytest.approx(leave_one_out(plain, logits, tokens)[1])  # alone it has no temperature
 
 
 @pytest.mark.parametrize("space", list(Space))

@@ -9,8 +9,10 @@ import os
 import pytest
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
+from motet.runtime.api.request import Ensemble, Member
 from motet.runtime.engine.engine import Engine
 from motet.runtime.errors import ConfigError, DataError, InvalidRequestError, NotFoundError
+from motet.runtime.jobs.parts import Parts
 from motet.runtime.jobs.summarise import summarise
 from motet.runtime.text.documents import decode_text, split_document
 from motet.runtime.text.summary import SummariseParams
@@ -68,6 +70,19 @@ def test_records_errors_and_reruns(engine, tmp_path):
 
     source.write_bytes(b'{"id": "good", "text": "other text"}\n')
     assert run(engine, source, out).done == 1
+
+
+def test_a_line_has_the_temperatures_that_are_not_1(engine, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": "one", "text": "some text"}\n')
+    [name] = engine.model.members
+    run(engine, source, out, SHORT, ensemble=Ensemble((Member(name, 1.0, temperature=1.5),)))
+    assert (read(out)["one"]["mix"], read(out)["one"]["temperatures"]) == ({name: 1.0}, {name: 1.5})
+    run(engine, source, tmp_path / "plain.jsonl", SHORT)
+    assert "temperatures" not in read(tmp_path / "plain.jsonl")["one"]
+    parts = Parts(str(tmp_path / "parts"), "parquet")
+    parts.write("0", [read(out)["one"]])
+    assert [line["temperatures"] for line in parts.lines()] == [{name: 1.5}]
 
 
 def test_another_bundle_of_the_same_name_is_another_model(engine, tiny_model_dir, tmp_path):

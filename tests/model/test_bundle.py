@@ -78,6 +78,32 @@ def test_where_members_come_from(small, tmp_path):
         Engine.from_bundle(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: [one.update(mix=mix) for one, mix in zip(manifest["members"], (0.25, 0.75), strict=True)],
+        lambda manifest: manifest["members"][0].update(temperature=2.0),
+        lambda manifest: manifest.update(space="probs"),
+        lambda manifest: manifest.update(calibration={"intercept": 0.5, "probability": 1.0, "disagreement": -1.0}),
+    ],
+    ids=["mix", "temperature", "space", "calibration"],
+)
+def test_the_digest_is_of_all_that_an_answer_depends_on(pair, tmp_path, change):
+    """The files are the same ones."""
+    path = Path(shutil.copytree(pair, tmp_path / "b"))
+    assert Bundle.load(path).digest == Bundle.load(pair).digest
+    manifest = json.loads((path / "motet.json").read_text())
+    change(manifest)
+    (path / "motet.json").write_text(json.dumps(manifest))
+    assert Bundle.load(path).digest != Bundle.load(pair).digest
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pair") / "b"
+    return export_bundle(tiny_model_dir("llama"), path, tails={"a": None, "b": None}, num_tail_layers=1, graphs=False)
+
+
 # ---- hostile files ---------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from helpers.fake_backend import hold_first_step
 from helpers.servers import serving, until
 from motet.options import KEY_VARIABLE
 from motet.runtime import errors
-from motet.runtime.api.request import Ensemble, GenerateRequest, Member
+from motet.runtime.api.request import Ensemble, GenerateRequest, Member, Request
 from motet.runtime.api.sampling import SamplingParams
 from motet.runtime.client.client import Client
 from motet.runtime.serve.audited import AuditSink
@@ -170,6 +170,16 @@ def test_temperatures_of_members_are_audited(engine, tmp_path):
     asyncio.run(run())
     _, done = records(tmp_path / "audit")
     assert (done["mix"], done["temperatures"]) == ({"a": 0.5, "b": 0.5}, {"a": 1.5})
+
+
+def test_mix_and_temperatures_are_of_the_same_entries_of_members():
+    """One that sees two views has two entries."""
+    members = (Member("a", 0.75, temperature=2.0), Member("a", 0.25, view=1))
+    call = Call("complete", caller("acme"), "fake")
+    call.submitted(Request("r", ((1,), (2,)), Ensemble(members)))
+    assert (call.mix, call.temperatures) == ({"a": 0.25}, {})
+    call.submitted(Request("r", ((1,), (2,)), Ensemble(members[::-1])))
+    assert (call.mix, call.temperatures) == ({"a": 0.75}, {"a": 2.0})
 
 
 def test_a_call_is_recorded_before_it_is_answered(engine, backend, tmp_path):
