@@ -1,4 +1,4 @@
-"""The small form of the fuzz: 300 requests under sanitisers. `make fuzz` runs the whole."""
+"""The small form of the fuzz: 200 requests under sanitisers. `make fuzz` runs the whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.sanitised import ROOT, sanitised_environment
 
-CASES = 300
+CASES = 200
 
 
 @pytest.mark.slow
