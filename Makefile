@@ -23,7 +23,7 @@ check: lint
 # All there is: what CI runs. First what starts servers, clusters or clocks, one after the other; then the others, on all CPUs.
 test: lint
 	$(MODELS) $(BIN)/python -m pytest -m alone
-	$(MODELS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n auto --dist loadfile --no-loadscope-reorder
+	$(MODELS) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not alone" -n auto --dist loadfile --no-loadscope-reorder
 
 # The whole fuzz of the native backend, under sanitisers: see tests/fuzz. CASES, SEED: how many requests, and which.
 CASES ?= 20000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.network)
         if item.get_closest_marker("native") is not None and not library.is_available():
             item.add_marker(pytest.mark.skip(reason="the native kernels were not built (no C++ compiler)"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_threads() -> Iterator[None]:
+    """The torch backend sets the number for its process. Files that come after it have the one that pytest began with: of two
+    processes with two threads each, on two CPUs, most of the time is spent on waiting for each other."""
+    torch = sys.modules.get("torch")  # a module of tests that needs it has imported it
+    before = torch.get_num_threads() if torch is not None else 0
+    yield
+    if torch is not None:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
