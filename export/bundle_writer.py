@@ -23,13 +23,14 @@ from ..runtime.checkpoints.overlay import Overlay
 from ..runtime.errors import ConfigError, InvalidEnsembleError
 from ..runtime.model.bundle import FORMAT, MANIFEST, WEIGHTS, Bundle
 from ..runtime.model.config import DecoderConfig
+from ..runtime.model.encoders import TEMPLATE, processor_template
 from ..runtime.model.files import check_replaceable, file_digest, new_directory
 from ..runtime.model.layout import EMBEDDING, HEAD, decoder_layout
 from ..runtime.model.members import MemberKind
 from ..runtime.model.stored import stored_tensors, stored_weight
 from .base_model import BaseModel
 from .bundle_tensors import parts_of, write_weights
-from .encoder_graph import write_encoders, write_template
+from .encoder_graph import write_encoders
 from .graph import GraphWriter, Slice, check_graphs
 from .graph_nodes import in_file
 from .members import MemberWeights, read_member
@@ -38,7 +39,7 @@ from .quantisation.calibration import Calibration, QuantisationConfig
 from .quantisation.method import Method, Target
 from .quantisation.quantiser import Quantiser
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+COPIED = ("tokenizer.json", "tokenizer_config.json", TEMPLATE, "config.json", "generation_config.json")
 
 
 def export_bundle(
@@ -118,8 +119,8 @@ def export_bundle(
             if (model.path / file).is_file():
                 shutil.copyfile(model.path / file, work / file)
         encoders = write_encoders(model.path, work)
-        if encoders:
-            write_template(model.path, work)
+        if (template := processor_template(model.path)) is not None:
+            (work / TEMPLATE).write_text(template)
         by_name = {member.name: _part_in_mix(member) for member in ensemble.members}
         manifest: dict[str, Any] = {
             "format": FORMAT,

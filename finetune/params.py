@@ -21,6 +21,20 @@ _COUNTS = (
 MAX_LENGTH_HELP = "Tokens per example, at most; default: 320, or the model's context if that is shorter."
 _SHARES = ("warmup", "label_smoothing", "dropout")
 _NOT_NEGATIVE = ("weight_decay", "l1", "clip", "patience")
+_OF_EPOCHS = (
+    *(
+        "learning_rate",
+        "weight_decay",
+        "l1",
+        "label_smoothing",
+        "warmup",
+        "schedule",
+        "accumulate",
+        "clip",
+        "evaluations",
+    ),
+    "patience",
+)
 _CHOICES = ("schedule", "augmentation", "precision", "loss")
 
 
@@ -109,10 +123,14 @@ class TuneParams:
                     raise ConfigError(
                         f"{name} is of the model's layers, and method 'projector' trains none; leave it out"
                     )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if not self.epochs:
+            for name in _OF_EPOCHS:
+                if getattr(self, name) != defaults[name]:
+                    raise ConfigError(f"{name} is of epochs, and there are none (epochs is 0); leave it out")
         adapts = self.kind is MemberKind.ADAPTER
         if adapts and self.head:
             raise ConfigError(f"head cannot be trained with method '{self.method}': an adapter has no head")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("rank", "alpha", "targets"):
             if not adapts and getattr(self, name) != defaults[name]:
                 raise ConfigError(

@@ -12,14 +12,13 @@ import torch
 
 from ...runtime.api.config import EngineConfig
 from ...runtime.backends.onnx.sessions import open_session, pool_threads
-from ...runtime.checkpoints.encoders import OLD_TEMPLATE, encoder_pages, read_encoders
+from ...runtime.checkpoints.encoders import encoder_pages, read_encoders
 from ...runtime.checkpoints.encoders.efficientnet import EfficientNetPage
 from ...runtime.checkpoints.encoders.page import EncoderPage
 from ...runtime.checkpoints.encoders.siglip import SiglipPage
 from ...runtime.checkpoints.encoders.whisper import WhisperPage
-from ...runtime.checkpoints.weight_files import read_json
 from ...runtime.errors import BundleError, UnsupportedModelError
-from ...runtime.model.encoders import TEMPLATES, Encoder
+from ...runtime.model.encoders import Encoder
 from ...runtime.text.tokenizer import Tokenizer
 from ..tensor_file import TensorFile
 from .efficientnet import EfficientNetWriter
@@ -70,21 +69,6 @@ def _check_tokens(medium: str, encoder: Encoder, tokenizer: Tokenizer) -> None:
             f"the model's placeholder of {medium} has the id {encoder.token_id}, and its tokenizer gives {encoder.token} the id "
             f"{found} and lacks {missing}; use the tokenizer that the model was trained with"
         )
-
-
-def write_template(model_dir: Path, work: Path) -> None:
-    """The processor's chat template, where it is not in the file of today: older processors have a file of JSON, which goes
-    before the tokenizer's, and some have it in their program. Raises `BundleError` if the file holds none."""
-    old, new = model_dir / OLD_TEMPLATE, work / "chat_template.jinja"
-    if new.is_file():
-        return
-    template = TEMPLATES.get(read_json(model_dir / "config.json")["model_type"])
-    if old.is_file():
-        template = read_json(old).get("chat_template")
-        if not isinstance(template, str):
-            raise BundleError(f"'{old}' has no chat_template, a text; pull the model again")
-    if template is not None:
-        new.write_text(template)
 
 
 def _check(medium: str, page: EncoderPage, graph: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .encoders import OLD_TEMPLATE, PROCESSORS
+from ..model.encoders import OLD_TEMPLATE
+from .encoders import PROCESSORS
 from .quantised import OLD_SETTINGS
 from .rewrite import OTHERS, TEXTS, copy_texts
 from .weight_files import SHARDS, weight_files

@@ -18,10 +18,10 @@ from typing import Any
 from rich.progress import Progress
 
 from ..errors import BundleError, MotetError, NotFoundError, UnavailableError, UnsupportedModelError
-from ..model.encoders import KINDS
+from ..model.encoders import KINDS, OLD_TEMPLATE
 from ..model.files import check_space, file_digest
 from . import hub
-from .encoders import OLD_TEMPLATE, PROCESSORS
+from .encoders import PROCESSORS
 from .gguf import convert_gguf
 from .huggingface import read_weights
 from .own_encoders import OWN, own_files, weights_file

@@ -13,6 +13,7 @@ import tokenizers
 
 from ..api.prompt import Message
 from ..errors import BundleError, ContextLengthError, InvalidRequestError, NotFoundError, shown
+from ..model.encoders import TEMPLATE, processor_template
 from .incremental import IncrementalDecoder
 from .marks import ControlTokens, Marks, filled, unused_characters
 from .places import Placed, Placeholders, placed
@@ -48,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path | str, control: Collection[str] = ()) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a model or bundle directory. `control`: see
+        """Read tokenizer.json, tokenizer_config.json and the chat template of a model or bundle directory. `control`: see
         `__init__`.
 
         Truncation and padding that tokenizer.json may hold are the settings of a program that used it once: they are
@@ -67,8 +68,9 @@ class Tokenizer:
             values: dict[str, Any] = json.loads(config.read_bytes()) if config.is_file() else {}
             special = {name: _content(values[name]) for name in _SPECIAL_NAMES if values.get(name)}
             _configure(tokenizer, values, special)
-            file = path / "chat_template.jinja"
-            source = file.read_text() if file.is_file() else _default_template(values.get("chat_template"))
+            file = path / TEMPLATE
+            source = file.read_text() if file.is_file() else processor_template(path)
+            source = _default_template(values.get("chat_template")) if source is None else source
             eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
             return cls(tokenizer, None if source is None else ChatTemplate(source, special), eos, values, control)
         except BundleError:
@@ -116,7 +118,7 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """Name → content of the files that other programs read this tokenizer from."""
         found = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(self._config)}
-        return found if self._template is None else found | {"chat_template.jinja": self._template.source}
+        return found if self._template is None else found | {TEMPLATE: self._template.source}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # The same ids as `encode`, which holds the GIL: other threads would stand still while a long text is read.

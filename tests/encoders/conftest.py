@@ -1,10 +1,11 @@
-"""A model with an encoder of images, as transformers runs it, and its bundle."""
+"""A model with an encoder of images, as transformers runs it, and its bundle; models that hear."""
 
 from __future__ import annotations
 
 import pytest
 from helpers.media import CONFIG, write_image_model
 from helpers.servers import serving, serving_http
+from helpers.sounds import write_sound_model
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.client.client import Client
@@ -24,6 +25,26 @@ def reference(image_model_dir):
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(image_model_dir).eval()
     return model, reference_processor(image_model_dir)
+
+
+@pytest.fixture(scope="module", params=["qwen2_audio", "voxtral"])
+def family(request):
+    """Of a model that hears."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model_dir(family, tmp_path_factory):
+    return write_sound_model(tmp_path_factory.mktemp(family) / "m", family)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir, family):
+    """The same in transformers."""
+    import transformers
+
+    kind = {"qwen2_audio": "Qwen2AudioForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
+    return getattr(transformers, kind).from_pretrained(model_dir).eval()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from motet.runtime.engine.engine import Engine
 from motet.runtime.engine.open import bundle_tokenizer
 from motet.runtime.errors import BundleError, UnsupportedModelError
 from motet.runtime.model.bundle import MANIFEST, Bundle
+from motet.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -142,12 +143,18 @@ def test_an_adapter_that_changes_the_encoder_is_refused(image_model_dir, tmp_pat
 
 
 def test_an_older_processor_s_template_is_taken_over(tmp_path):
+    """For training as for serving, before that of the tokenizer."""
     path = write_image_model(tmp_path / "m")
     template = (path / "chat_template.jinja").read_text()
     (path / "chat_template.jinja").unlink()
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "of the tokenizer"}))
     (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     export_bundle(path, tmp_path / "b", graphs=False)
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == template
+    asked = [{"role": "user", "content": "what?"}]
+    trained, served = (Tokenizer.from_dir(folder).apply_chat_template(asked) for folder in (path, tmp_path / "b"))
+    assert trained == served != "of the tokenizer"
     (path / "chat_template.json").write_text("{}")
     with pytest.raises(BundleError, match="has no chat_template, a text"):
         export_bundle(path, tmp_path / "c", graphs=False)

@@ -17,7 +17,6 @@ from helpers.sounds import (
     reference_inputs,
     sound_kind,
     tone,
-    write_sound_model,
 )
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.checkpoints.decoder import Decoder
@@ -29,28 +28,9 @@ from motet.runtime.text.prompt import read_prompt
 from motet.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
-FAMILIES = ("qwen2_audio", "voxtral")
 # Of one window and less, odd and even numbers of frames, just under, at and over the piece of 2 s.
 LENGTHS = [700, 1601, 4799, 16000, 31840, 31999, 32000]
 LONGER = [32001, 47999, 80000, 96000]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model_dir(family, tmp_path_factory):
-    return write_sound_model(tmp_path_factory.mktemp(family) / "m", family)
-
-
-@pytest.fixture(scope="module")
-def model(model_dir, family):
-    import transformers
-
-    kind = {"qwen2_audio": "Qwen2AudioForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
-    return getattr(transformers, kind).from_pretrained(model_dir).eval()
 
 
 @pytest.mark.parametrize("bins", [16, 80, 128])

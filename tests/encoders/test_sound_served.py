@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.media import GREEDY, text, user
 from helpers.servers import serving
-from helpers.sounds import CONFIG, RATE, audio, filed, reference_inputs, sounds, tone, write_sound_model
+from helpers.sounds import CONFIG, RATE, audio, filed, reference_inputs, sounds, tone
 from motet.export.bundle_writer import export_bundle
 from motet.runtime.api.config import EngineConfig
 from motet.runtime.api.request import Request
@@ -20,16 +20,6 @@ from motet.runtime.text.prompt import read_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 NEAR = 0.05  # between the two best logits: the cache holds 16-bit floats, so such a tie may fall the other way
-
-
-@pytest.fixture(scope="module", params=["qwen2_audio", "voxtral"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model_dir(family, tmp_path_factory):
-    return write_sound_model(tmp_path_factory.mktemp(family) / "m", family)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +41,6 @@ def client(bundle):
         Client(server.address) as client,
     ):
         yield client
-
-
-@pytest.fixture(scope="module")
-def model(model_dir, family):
-    import transformers
-
-    kind = {"qwen2_audio": "Qwen2AudioForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
-    return getattr(transformers, kind).from_pretrained(model_dir).eval()
 
 
 def question(contents):

@@ -18,7 +18,7 @@ from motet.runtime.text.prompt import read_prompt
 from safetensors.torch import load_file
 
 VOCABULARY, HIDDEN, WIDTH = 20, 16, 24
-ALONE = TuneParams(**{**TRAINING, "epochs": 0})
+ALONE = TuneParams(**{k: v for k, v in TRAINING.items() if k not in ("learning_rate", "evaluations")} | {"epochs": 0})
 
 
 def said(generator, code):
@@ -103,3 +103,5 @@ def test_what_cannot_be_spelled_is_refused(seeing):
         train_on_pictures(folder, "no", ALONE, ProjectorParams(pool=3, spell_epochs=1))
     with pytest.raises(ConfigError, match="epochs must be at least 1"):
         TuneParams(epochs=0)
+    with pytest.raises(ConfigError, match="l1 is of epochs, and there are none"):
+        TuneParams(method="projector", epochs=0, l1=0.1)

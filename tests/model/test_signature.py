@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from motet.bench.lib.certificates import Authority
@@ -299,6 +300,22 @@ def test_every_command_that_reads_a_bundle_asks_for_the_signature(bundle, keys, 
     both = CliRunner().invoke(app, [*signed, "--verify-ca", str(keys[1])])
     assert isinstance(both.exception, ConfigError)
     assert "two ways to verify" in str(both.exception)
+
+
+def test_no_command_that_reads_a_bundle_is_without_it():
+    """Found by their parameters; benches measure what their user made. A command that is new here belongs into `COMMANDS`."""
+
+    def commands(command, *names):
+        for name, below in getattr(command, "commands", {}).items():
+            yield from commands(below, *names, name)
+        if names and not hasattr(command, "commands"):
+            yield " ".join(names), {parameter.name for parameter in command.params}
+
+    found = dict(commands(typer.main.get_command(app)))
+    readers = {name for name, params in found.items() if "bundle" in params and not name.startswith("bench ")}
+    asking = {name for name, params in found.items() if "verify_key" in params}
+    assert readers - {"sign"} <= asking
+    assert asking - {"serve"} == {name.partition(" with ")[0] for name in COMMANDS}
 
 
 def test_bundles_alone_have_signatures(tiny_model_dir, keys):

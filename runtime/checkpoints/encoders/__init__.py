@@ -23,7 +23,6 @@ from .whisper import WhisperPage
 
 PAGES: Mapping[type[Encoder], type[EncoderPage]] = {ImageEncoder: SiglipPage, AudioEncoder: WhisperPage}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-OLD_TEMPLATE = "chat_template.json"  # of processors, before chat_template.jinja
 _TOWERS = ("vision_config", "audio_config")  # of config.json
 
 

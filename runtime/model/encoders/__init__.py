@@ -7,15 +7,18 @@ A model family with another encoder is a file here, a row in `READERS`, and a pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from ...errors import ConfigError, UnsupportedModelError
+from ...errors import BundleError, ConfigError, UnsupportedModelError
 from ..families.family import Json
+from ..files import read_object
 from .audio import AudioEncoder
 from .idefics3 import idefics3_encoder
 from .image import ImageEncoder
 from .whisper import QWEN2_AUDIO_TEMPLATE, qwen2_audio_encoder, voxtral_encoder
 
 IMAGE, AUDIO = "image", "audio"
+_REMEDY = "pull the model again"
 Encoder = ImageEncoder | AudioEncoder
 KINDS: Mapping[str, type[ImageEncoder] | type[AudioEncoder]] = {IMAGE: ImageEncoder, AUDIO: AudioEncoder}
 # config.json's `model_type` → the medium, and (config.json, preprocessor's settings, processor's settings) → its encoder
@@ -25,8 +28,26 @@ READERS: Mapping[str, tuple[str, Callable[[Json, Json, Json], Encoder]]] = {
     "qwen2_audio": (AUDIO, qwen2_audio_encoder),
     "voxtral": (AUDIO, voxtral_encoder),
 }
+TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the second of processors, before the first
 # Chat templates of processors that have one in their program.
-TEMPLATES: Mapping[str, str] = {"qwen2_audio": QWEN2_AUDIO_TEMPLATE}
+_TEMPLATES: Mapping[str, str] = {"qwen2_audio": QWEN2_AUDIO_TEMPLATE}
+
+
+def processor_template(directory: Path) -> str | None:
+    """The chat template of a model's processor where it is not in the file of today: older ones have a file of JSON, and some
+    have it in their program. It goes before the tokenizer's own. Raises `BundleError` for files that are damaged or hold none."""
+    config, old = directory / "config.json", directory / OLD_TEMPLATE
+    if (directory / TEMPLATE).is_file() or not config.is_file():
+        return None
+    family = read_object(config, _REMEDY).get("model_type")
+    if not isinstance(family, str) or family not in READERS:
+        return None
+    if not old.is_file():
+        return _TEMPLATES.get(family)
+    template = read_object(old, _REMEDY).get("chat_template")
+    if not isinstance(template, str):
+        raise BundleError(f"'{old}' has no chat_template, a text; {_REMEDY}")
+    return template
 
 
 def family_encoders(config: Json, preprocessor: Json, processor: Json) -> dict[str, Encoder]:

@@ -17,7 +17,7 @@ from .checks import check_placeholder, check_projector, check_sizes, check_tower
 
 MAX_SECONDS = 3 * 3600  # of a sound, whatever a model says
 _MOST_RATE = 192_000
-_MOST_BINS = 512
+_MOST_BINS, _MOST_ROWS = 512, 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,11 @@ class AudioEncoder:
         object.__setattr__(self, "around", tuple(self.around))
         if not is_number(self.max_seconds) or not 0 < self.max_seconds <= MAX_SECONDS:
             raise ConfigError(f"max_seconds must be in 0…{MAX_SECONDS}, got {shown(self.max_seconds)}")
+
+        if (rows := self.rows(int(self.max_seconds * self.processor.sampling_rate))) > _MOST_ROWS:
+            raise ConfigError(
+                f"a sound may become at most {_MOST_ROWS} rows, and {self.max_seconds:g} s make {rows}; lower max_seconds"
+            )
 
     @property
     def control_tokens(self) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 from ...errors import UnsupportedModelError, shown
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
-from .image import ImageEncoder, ImageProcessor, VisionConfig
+from .image import ImageEncoder, ImageProcessor
 from .processor import processor_settings
+from .siglip import pixel_settings, vision_config
 
 TOKEN = "<image>"
 VISION_KEYS = frozenset(
@@ -74,25 +75,14 @@ def idefics3_encoder(config: Json, preprocessor: Json, processor: Json) -> Image
     values = _settings(preprocessor, processor)
     size, tile = values["size"], _longest_edge(values, "max_image_size")
     encoder = ImageEncoder(
-        vision=VisionConfig(
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_layers=vision["num_hidden_layers"],
-            num_heads=vision["num_attention_heads"],
-            patch_size=vision["patch_size"],
-            image_size=vision["image_size"],
-            norm_eps=vision["layer_norm_eps"],
-            shuffle=config.get("scale_factor", 2),
-            output_size=config["text_config"]["hidden_size"],
+        vision=vision_config(
+            vision, shuffle=config.get("scale_factor", 2), output_size=config["text_config"]["hidden_size"]
         ),
         processor=ImageProcessor(
             tile_size=tile,
             longest_edge=_longest_edge({"size": size}, "size") if values["do_resize"] else None,
             splits=values["do_image_splitting"],
-            resample=values["resample"],
-            rescale=values["rescale_factor"] if values["do_rescale"] else None,
-            mean=tuple(values["image_mean"]) if values["do_normalize"] else None,
-            std=tuple(values["image_std"]) if values["do_normalize"] else None,
+            **pixel_settings(values),
         ),
         token=TOKEN,
         token_id=config["image_token_id"],

@@ -24,6 +24,7 @@ _SIZES = (
 FILTERS = range(6)  # of resizing, as Pillow numbers them
 MAX_EDGE = 4096  # a resized image has no longer one (transformers' MAX_IMAGE_SIZE)
 RESAMPLER_HEADS = 4  # of attention
+MOST_ROWS = 2**16  # of a tile
 MOST_TILES = 16  # in a row or column
 _MOST_SIDE = 4096
 
@@ -150,6 +151,10 @@ class ImageEncoder:
             raise ConfigError(f"layout of an image must be tiles or rows, got {shown(self.layout)}")
         if self.layout == "rows" and self.processor.splits:
             raise ConfigError("rows alone do not say which tile they are of; set splits to false, or layout to tiles")
+        if self.places > MOST_ROWS:
+            raise ConfigError(
+                f"a tile has at most {MOST_ROWS} places, {edge} pixels in units of {unit} make {self.places}"
+            )
         check_projector(self, ("linear", "mlp", "resampler"))
         if (self.projector == "resampler") != (self.queries is not None):
             raise ConfigError("queries are of a projector resampler, which must have them; null with others")

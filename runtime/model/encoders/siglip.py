@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...errors import ConfigError, UnsupportedModelError, shown
 from ..families.family import Json, require
 from ..families.keys import check_keys_read
@@ -44,6 +46,31 @@ _NEUTRAL = frozenset(
 )
 
 
+def vision_config(vision: Json, *, shuffle: int, output_size: int) -> VisionConfig:
+    """Of transformers' settings of a SigLIP tower."""
+    return VisionConfig(
+        hidden_size=vision["hidden_size"],
+        intermediate_size=vision["intermediate_size"],
+        num_layers=vision["num_hidden_layers"],
+        num_heads=vision["num_attention_heads"],
+        patch_size=vision["patch_size"],
+        image_size=vision["image_size"],
+        norm_eps=vision["layer_norm_eps"],
+        shuffle=shuffle,
+        output_size=output_size,
+    )
+
+
+def pixel_settings(values: Json) -> dict[str, Any]:
+    """Fields of `ImageProcessor`, of transformers' settings of an image processor."""
+    return {
+        "resample": values["resample"],
+        "rescale": values["rescale_factor"] if values["do_rescale"] else None,
+        "mean": tuple(values["image_mean"]) if values["do_normalize"] else None,
+        "std": tuple(values["image_std"]) if values["do_normalize"] else None,
+    }
+
+
 def siglip_tower(config: Json, preprocessor: Json, processor: Json) -> tuple[VisionConfig, ImageProcessor]:
     """`config`: of SigLIP, or of its vision tower alone. Raises `UnsupportedModelError` for an option that is not computed,
     `ConfigError` if a key is missing or has the wrong type."""
@@ -64,25 +91,7 @@ def siglip_tower(config: Json, preprocessor: Json, processor: Json) -> tuple[Vis
                 f"the image processor makes images of {shown(values['size'])}, and the tower takes squares of "
                 f"{shown(vision['image_size'])} pixels; use the processor that it was trained with"
             )
-        tower = VisionConfig(
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_layers=vision["num_hidden_layers"],
-            num_heads=vision["num_attention_heads"],
-            patch_size=vision["patch_size"],
-            image_size=vision["image_size"],
-            norm_eps=vision["layer_norm_eps"],
-            shuffle=1,
-            output_size=1,
-        )
-        return tower, ImageProcessor(
-            tile_size=edge,
-            longest_edge=None,
-            splits=False,
-            resample=values["resample"],
-            rescale=values["rescale_factor"] if values["do_rescale"] else None,
-            mean=tuple(values["image_mean"]) if values["do_normalize"] else None,
-            std=tuple(values["image_std"]) if values["do_normalize"] else None,
-        )
+        tower = vision_config(vision, shuffle=1, output_size=1)
+        return tower, ImageProcessor(tile_size=edge, longest_edge=None, splits=False, **pixel_settings(values))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the files of SigLIP lack or misstate {error}") from error
