@@ -1,8 +1,8 @@
 """A first phase for projectors: their rows learn to spell the answer, before the language model is asked.
 
 Connectionist temporal classification (Graves et al. 2006) finds by itself which row is which token. A row is compared with the
-model's own embeddings of tokens, which are frozen: so it comes near to the embedding of a token that is said or shown, which the
-model understands. A step needs no pass of the language model, so it costs a hundredth of one that does.
+model's own embeddings of tokens, which are frozen: so it points to the embedding of a token that is said or shown. A step needs
+no pass of the language model, so it costs a hundredth of one that does. The model still has to learn to read such rows.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import typer
 
 from .batch_cli import mount as mount_batch
 from .bench_serve_cli import bench
+from .bundle_cli import mount as mount_bundle
 from .cluster_options import Actors, OutFormat, RayAddress, refuse_cluster_options, run_on_cluster
 from .explain_cli import mount as mount_explain
 from .export_cli import mount as mount_export
@@ -120,6 +121,7 @@ def _print_plan(plan: Plan) -> None:
 
 
 mount_export(app)
+mount_bundle(app)
 
 
 mount_explain(app)

@@ -23,7 +23,9 @@ NearDuplicatesOption = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="stdlib-code, stdlib-docs, or a JSONL, JSON, Parquet or text file.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Trunk cache; default: $MOTET_HOME/trunk-cache.")]
-CacheSize = Annotated[float, typer.Option(min=0.0, help="Largest size of the trunk cache, and of that of media, GB each.")]
+CacheSize = Annotated[
+    float, typer.Option(min=0.0, help="Largest size of the trunk cache, and of that of media, GB each.")
+]
 # What all trials of a search have in common.
 SEARCH_BASE = (
     *("method", "targets", "alpha", "examples", "validation_examples", "epochs", "bag", "max_length", "loss"),
